@@ -1,0 +1,57 @@
+# Thin lines over the `birkhoff` command: every target has the same name there.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+# A manifest that is no path is looked up in manifests/.
+MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
+
+.PHONY: help setup compress plan pull verify list test check fix bench store-up store-down
+.DEFAULT_GOAL := help
+
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv with the tested versions (idempotent; the other targets run it when needed).
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
+	$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
+
+plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
+	$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
+
+pull: $(READY) ## Fetch and check MODEL=[@REF] into pulled/MODEL.
+	$(BIN)/birkhoff pull $(MODEL) --output pulled/$(MODEL) $(ARGS)
+
+verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte.
+	$(BIN)/birkhoff verify $(MODEL) $(ARGS)
+
+list: $(READY) ## Show models, versions, aliases, sizes and ratios.
+	$(BIN)/birkhoff list $(ARGS)
+
+test: $(READY) ## Run the tests.
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## Report format, lint and type errors; never edits.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY) ## Format, and mend what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
+	$(BIN)/python -m tests.benchmarks $(PART) $(ARGS)
+
+store-up: $(READY) ## Start the embedded S3 server and leave it running.
+	$(BIN)/birkhoff store up
+
+store-down: $(READY) ## Stop it.
+	$(BIN)/birkhoff store down

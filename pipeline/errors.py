@@ -1,0 +1,95 @@
+"""Errors of the pipeline and the exit code of every kind.
+
+BirkhoffError                   (birkhoff.codec.errors)
+├── ManifestError               a manifest that does not say what it should
+├── SourceError                 a checkpoint that is missing, truncated, corrupt or of an unknown kind
+│   └── UnsafeSourceError       a pickle that would run code
+├── StoreError                  the object store did not do what was asked
+│   ├── StoreUnreachableError   no answer, or not the answer of an object store
+│   ├── StoreDeniedError        wrong key, missing permission, read-only
+│   ├── ObjectNotFoundError     no such object
+│   └── PreconditionError       a conditional write lost: the object exists already, or has changed
+├── ArtifactNotFoundError       no such model, version, alias or digest
+├── IntegrityError              stored bytes that do not match their digest, or fail their validation
+├── ValidationError             an encoded tensor that does not meet its target
+├── WorkerError                 a worker died or could not be had
+└── PartialError                some models of the manifest were not published
+"""
+
+from birkhoff.codec.errors import BirkhoffError, CodecError, FormatError
+
+
+class ManifestError(BirkhoffError):
+    """A manifest that does not say what it should."""
+
+
+class SourceError(BirkhoffError):
+    """A checkpoint that is missing, truncated, corrupt or of an unknown kind."""
+
+
+class UnsafeSourceError(SourceError):
+    """A pickle that would run code when loaded."""
+
+
+class StoreError(BirkhoffError):
+    """The object store did not do what was asked."""
+
+
+class StoreUnreachableError(StoreError):
+    """No answer from the store, or not the answer of an object store."""
+
+
+class StoreDeniedError(StoreError):
+    """Wrong key, missing permission or a read-only store."""
+
+
+class ObjectNotFoundError(StoreError):
+    """No object under that key."""
+
+
+class PreconditionError(StoreError):
+    """A conditional write lost: the object exists already, or has changed since it was read."""
+
+
+class ArtifactNotFoundError(BirkhoffError):
+    """No such model, version, alias or digest."""
+
+
+class IntegrityError(BirkhoffError):
+    """Stored bytes that do not match their digest."""
+
+
+class ValidationError(BirkhoffError):
+    """An encoded tensor that does not meet its target, or a probe that does not agree."""
+
+
+class WorkerError(BirkhoffError):
+    """A worker died, or the cluster cannot give what the plan needs."""
+
+
+class PartialError(BirkhoffError):
+    """Some models of the manifest were not published."""
+
+
+EXIT_CODES: dict[type[BirkhoffError], int] = {
+    BirkhoffError: 1,
+    # 2 is the command line's own: wrong usage
+    ManifestError: 3,
+    SourceError: 4,
+    UnsafeSourceError: 5,
+    CodecError: 6,
+    StoreError: 7,
+    StoreUnreachableError: 8,
+    StoreDeniedError: 9,
+    ArtifactNotFoundError: 10,
+    IntegrityError: 11,
+    FormatError: 11,
+    ValidationError: 12,
+    WorkerError: 13,
+    PartialError: 14,
+}
+
+
+def exit_code(error: BirkhoffError) -> int:
+    """Exit code of the nearest listed ancestor of `error`'s class."""
+    return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
