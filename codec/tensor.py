@@ -1,0 +1,242 @@
+"""One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from birkhoff.codec import lattice, paper, rest
+from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
+from birkhoff.codec.errors import FormatError, TensorError
+from birkhoff.codec.metrics import Fidelity, fidelity
+from birkhoff.codec.pairs import matrix_shape, pairs_per_row
+from birkhoff.codec.profiles import Profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A stored tensor, what was done to it and why, and its error as the encoder measured it (None if lossless)."""
+
+    tensor: CodedTensor
+    reason: str
+    fidelity: Fidelity | None
+
+
+def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
+    """Code one tensor (any shape, any stored dtype, CPU or GPU) as `profile` says.
+
+    Raises:
+        TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
+        TargetError: the profile's target is out of range.
+    """
+    if tensor.dtype not in TORCH_TO_SAFETENSORS:
+        raise TensorError(f"tensor {name!r}: dtype {tensor.dtype} cannot be stored")
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
+        raise TensorError(f"tensor {name!r} holds NaN or Inf: repair or retrain the checkpoint before compressing it")
+    action, reason = profile.action(tuple(tensor.shape), dtype_name(tensor.dtype))
+    if action == "lossless":
+        store = _encode_raw if profile.codec == "paper" else _encode_lossless
+        return Encoded(tensor=store(name, tensor), reason=reason, fidelity=None)
+    if profile.target_db is None:
+        return _encode_paper(name, tensor)
+    return _encode_lattice(name, tensor, profile.target_db)
+
+
+def decode_tensor(coded: CodedTensor) -> Tensor:
+    """The dense tensor, CPU, original dtype and shape, in memory of its own.
+
+    Raises:
+        FormatError: the streams are not what the entry declares.
+    """
+    try:
+        return _DECODERS[coded.codec](coded)
+    except KeyError:
+        raise FormatError(
+            f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(_DECODERS)}"
+        ) from None
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+
+
+def _finite(tensor: Tensor) -> bool:
+    # min and max propagate NaN, and need no mask of the tensor's size.
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Little-endian elements in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise FormatError(f"{len(data)} bytes stored for shape {list(shape)} of {dtype_name(dtype)}")
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+
+
+def _stored(name: str, tensor: Tensor, codec: str, parts: tuple[bytes, ...], **params: str) -> CodedTensor:
+    dtype = TORCH_TO_SAFETENSORS[tensor.dtype]
+    return CodedTensor(name=name, codec=codec, dtype=dtype, shape=tuple(tensor.shape), params=params, parts=parts)
+
+
+def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
+    return _stored(name, tensor, "raw", (_bytes_of(tensor),))
+
+
+def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
+    """Byte planes where they are smaller; else the elements as they are."""
+    packed = rest.pack_bytes(_bytes_of(tensor), tensor.dtype.itemsize)
+    if len(packed) < tensor.nbytes:
+        return _stored(name, tensor, "planes", (packed,))
+    return _encode_raw(name, tensor)
+
+
+def _decode_raw(coded: CodedTensor) -> Tensor:
+    (data,) = _parts(coded, 1)
+    return _from_bytes(data, dtype_from_code(coded.dtype), coded.shape)
+
+
+def _decode_planes(coded: CodedTensor) -> Tensor:
+    dtype = dtype_from_code(coded.dtype)
+    (frame,) = _parts(coded, 1)
+    return _from_bytes(rest.unpack_bytes(frame, coded.weights * dtype.itemsize, dtype.itemsize), dtype, coded.shape)
+
+
+def _encode_lattice(name: str, tensor: Tensor, target_db: float) -> Encoded:
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    low, high = (float(bound) for bound in torch.aminmax(matrix))
+    if low == high or not 2.0**-60 < max(-low, high) < 2.0**60:
+        reason = (
+            "constant" if low == high else f"weights up to {max(-low, high):.3g} leave float32's range when squared"
+        )
+        return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
+    code, error = lattice.encode(matrix, target_db)
+    coded = _stored(
+        name,
+        tensor,
+        "lattice",
+        (rest.pack_plane(code.i), rest.pack_plane(code.j), rest.pack_escapes(code.escapes)),
+        columns=str(code.columns),
+        step=_hex(code.step),
+        escapes=str(len(code.escapes)),
+        **_claims(error),
+    )
+    return Encoded(tensor=coded, reason="", fidelity=error)
+
+
+def _claims(error: Fidelity) -> dict[str, str]:
+    """What the encoder measured, stored with the tensor so that metrics travel with the artifact."""
+    return {
+        "sqnr_db": f"{error.sqnr_db:.3f}",
+        "max_abs": f"{error.max_abs:.4g}",
+        "mean_abs": f"{error.mean_abs:.4g}",
+    }
+
+
+def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
+    """The coordinates of a `lattice` tensor, without decoding them to weights: what HyperLinear is built from.
+
+    Raises:
+        FormatError: the streams are not what the entry declares.
+    """
+    i_frame, j_frame, escape_frame = _parts(coded, 3)
+    columns, escapes = _number(coded.params, "columns"), _number(coded.params, "escapes")
+    rows = coded.weights // columns if columns else 0
+    if rows * columns != coded.weights or not columns:
+        raise FormatError(f"{coded.weights} weights are not whole rows of {columns}")
+    (step,) = _floats(coded.params, "step", 1)
+    if step <= 0:
+        raise FormatError(f"parameter step is {step}, not a positive number")
+    shape = rows, pairs_per_row(columns)
+    if escapes > shape[0] * shape[1]:
+        raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
+    return lattice.LatticeTensor(
+        i=rest.unpack_plane(i_frame, shape),
+        j=rest.unpack_plane(j_frame, shape),
+        escapes=rest.unpack_escapes(escape_frame, escapes, shape[0] * shape[1]),
+        step=step,
+        columns=columns,
+    )
+
+
+def _decode_lattice(coded: CodedTensor) -> Tensor:
+    return lattice_of(coded).decode(dtype_from_code(coded.dtype)).view(coded.shape)
+
+
+def _encode_paper(name: str, tensor: Tensor) -> Encoded:
+    code = paper.encode(tensor, per_row=tensor.dim() == 2)
+    if code is None:
+        reason = f"the published codec leaves it raw: its mean error would exceed {paper.ERROR_LIMIT}"
+        return Encoded(tensor=_encode_raw(name, tensor), reason=reason, fidelity=None)
+    error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
+    coded = _stored(
+        name,
+        tensor,
+        "paper",
+        (code.packed(),),
+        per_row=str(int(code.per_row)),
+        U=str(code.U),
+        K=str(code.K),
+        bits=str(code.bits),
+        centre=_hex(*code.centre.tolist()),
+        far=_hex(*code.far.tolist()),
+        **_claims(error),
+    )
+    return Encoded(tensor=coded, reason="", fidelity=error)
+
+
+def _decode_paper(coded: CodedTensor) -> Tensor:
+    (data,) = _parts(coded, 1)
+    code = paper.PaperCode.from_packed(
+        bytes(data),
+        U=_number(coded.params, "U"),
+        K=_number(coded.params, "K"),
+        bits=_number(coded.params, "bits"),
+        centre=torch.tensor(_floats(coded.params, "centre", 2)),
+        far=torch.tensor(_floats(coded.params, "far", 2)),
+        shape=coded.shape,
+        per_row=_number(coded.params, "per_row") == 1,
+    )
+    return paper.decode(code).to(dtype_from_code(coded.dtype))
+
+
+def _parts(coded: CodedTensor, count: int) -> tuple[bytes | memoryview, ...]:
+    if len(coded.parts) != count:
+        raise FormatError(f"{len(coded.parts)} streams stored, codec {coded.codec} has {count}")
+    return coded.parts
+
+
+def _number(params: Mapping[str, str], key: str) -> int:
+    text = params.get(key, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise FormatError(f"parameter {key} is {text!r}, not a number")
+    return int(text)
+
+
+def _hex(*values: float) -> str:
+    return struct.pack(f">{len(values)}f", *values).hex()
+
+
+def _floats(params: Mapping[str, str], key: str, count: int) -> list[float]:
+    try:
+        values = struct.unpack(f">{count}f", bytes.fromhex(params.get(key, "")))
+    except (ValueError, struct.error):
+        raise FormatError(f"parameter {key} is {params.get(key)!r}, not {count} float32 in hex") from None
+    if not all(map(math.isfinite, values)):
+        raise FormatError(f"parameter {key} is {values}, not finite")
+    return list(values)
+
+
+_DECODERS: dict[str, Callable[[CodedTensor], Tensor]] = {
+    "raw": _decode_raw,
+    "planes": _decode_planes,
+    "lattice": _decode_lattice,
+    "paper": _decode_paper,
+}

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec import lattice
+from birkhoff.codec.errors import TargetError
+from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.pairs import columns_of_pairs, join, matrix_shape, pairs_per_row, split
+
+SHAPES = [(1, 2), (3, 1), (5, 3), (7, 64), (4, 65), (33, 127), (2, 128), (1, 70001), (300, 77)]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_join_to_what_was_split(shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    x, y = split(weight)
+    assert x.shape == y.shape == (shape[0], pairs_per_row(shape[1]))
+    assert torch.equal(join(x, y, shape[1]), weight)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 64, 65, 127, 200])
+def test_columns_of_pairs_name_the_weights_of_each_pair(columns: int) -> None:
+    weight = torch.arange(1.0, columns + 1)[None]
+    x, y = split(weight)
+    first, second = columns_of_pairs(torch.arange(pairs_per_row(columns)), columns)
+    padded = torch.nn.functional.pad(weight[0], (0, 64))
+    assert torch.equal(padded[first], x[0])
+    assert torch.equal(padded[second], y[0])
+
+
+def test_full_blocks_pair_column_k_with_k_plus_32() -> None:
+    first, second = columns_of_pairs(torch.arange(64), 128)
+    assert first.tolist() == [*range(32), *range(64, 96)]
+    assert second.tolist() == [*range(32, 64), *range(96, 128)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [((768, 3072), (768, 3072)), ((32, 8, 3, 3), (32, 72)), ((64, 1, 3, 3), (1, 576)), ((9,), (1, 9)), ((), (1, 1))],
+)
+def test_matrix_shape(shape: tuple[int, ...], matrix: tuple[int, int]) -> None:
+    assert matrix_shape(shape) == matrix
+
+
+@pytest.mark.parametrize("target", [12.0, 27.0, 30.0, 36.0, 45.0])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 127), (1, 70001), (300, 1277)])
+def test_target_is_met_within_its_tolerance(shape: tuple[int, int], target: float) -> None:
+    weight = normal(shape) * 0.02
+    code, found = lattice.encode(weight, target)
+    measured = fidelity(weight, code.decode())
+    assert measured == found
+    assert target <= measured.sqnr_db <= target + lattice.TOLERANCE_DB
+
+
+@given(st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 200), st.sampled_from([0.4, 1.0, 2.5]))
+@settings(max_examples=40, deadline=None)
+def test_any_shape_and_tail(seed: int, rows: int, columns: int, power: float) -> None:
+    weight = normal((rows, columns), seed)
+    weight = weight.sign() * weight.abs() ** power * 1e-3
+    code, found = lattice.encode(weight, 30.0)
+    decoded = code.decode()
+    assert fidelity(weight, decoded) == found
+    assert found.sqnr_db >= 30.0
+    # the greatest error is that of a cell: half a step each way, and a little for the shear
+    assert found.max_abs <= code.step * 0.51
+
+
+def test_outliers_become_escapes_and_come_back() -> None:
+    weight = normal((64, 130))
+    weight[3, 5], weight[60, 129], weight[10, 64] = 1e3, -4e2, 2e2
+    step = 0.1
+    code = lattice.quantise(weight, step)
+    assert len(code.escapes) == 3
+    assert (code.decode() - weight).abs().max() <= step * 0.51
+    assert torch.equal(code.escapes.pair, code.escapes.pair.sort().values)
+
+
+def test_half_types_meet_the_target_after_rounding() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        weight = (normal((64, 200)) * 0.05).to(dtype)
+        code, found = lattice.encode(weight, 36.0)
+        assert code.decode(dtype).dtype == dtype
+        assert 36.0 <= fidelity(weight, code.decode(dtype)).sqnr_db == found.sqnr_db
+
+
+@pytest.mark.parametrize("target", [5.0, 60.0])
+def test_targets_out_of_range_are_refused(target: float) -> None:
+    with pytest.raises(TargetError, match=r"outside 6\.\.48 dB"):
+        lattice.encode(normal((8, 8)), target)
+
+
+def test_two_valued_weights_may_lie_above_the_window_never_below() -> None:
+    weight = normal((64, 64)).sign()
+    _, found = lattice.encode(weight, 30.0)
+    assert found.sqnr_db >= 30.0
+    assert not math.isnan(found.sqnr_db)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_gives_the_same_indices() -> None:
+    weight = normal((512, 1000)) * 0.02
+    code, _ = lattice.encode(weight, 30.0)
+    other = lattice.quantise(weight.cuda(), code.step)
+    assert torch.equal(code.i, other.i.cpu())
+    assert torch.equal(code.j, other.j.cpu())
+    assert torch.equal(code.decode(), other.decode().cpu())

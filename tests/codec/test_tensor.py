@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec.container import CodedTensor, parse, serialise
+from birkhoff.codec.errors import BirkhoffError, FormatError, TensorError, VersionError
+from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.profiles import PROFILES
+from birkhoff.codec.tensor import decode_tensor, encode_tensor, lattice_of
+
+BALANCED = PROFILES["balanced"]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def through_bytes(*coded: CodedTensor) -> list[CodedTensor]:
+    return parse(serialise(list(coded)))
+
+
+EXACT = {
+    "scalar": torch.tensor(3.5),
+    "empty": torch.empty(0, 4),
+    "vector": normal((300,)),
+    "tiny": normal((4, 4)),
+    "int64 scalar": torch.tensor(7),
+    "int32": torch.arange(5000, dtype=torch.int32).view(50, 100),
+    "bool": normal((64, 64)) > 0,
+    "zeros": torch.zeros(128, 128),
+    "constant": torch.full((64, 64), 0.25),
+    "uint8": torch.randint(0, 255, (40, 40), dtype=torch.uint8),
+    "huge": normal((64, 64)) * 1e30,
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_what_is_not_coded_comes_back_bit_for_bit(kind: str) -> None:
+    source = EXACT[kind]
+    encoded = encode_tensor(kind, source, BALANCED)
+    assert encoded.reason
+    assert encoded.fidelity is None
+    (coded,) = through_bytes(encoded.tensor)
+    decoded = decode_tensor(coded)
+    assert (decoded.dtype, decoded.shape) == (source.dtype, source.shape)
+    assert torch.equal(decoded, source)
+
+
+@pytest.mark.parametrize("profile", [p for p in PROFILES.values() if p.target_db], ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(64, 96), (1, 8, 8, 33), (64, 3, 7, 7), (40, 1, 9, 9), (2, 3, 777)])
+def test_coded_tensors_meet_their_target(shape: tuple[int, ...], dtype: torch.dtype, profile) -> None:  # type: ignore[no-untyped-def]
+    source = (normal(shape) * 0.03).to(dtype)
+    encoded = encode_tensor("w", source, profile)
+    (coded,) = through_bytes(encoded.tensor)
+    decoded = decode_tensor(coded)
+    assert (decoded.dtype, decoded.shape) == (source.dtype, source.shape)
+    found = fidelity(source, decoded)
+    assert profile.target_db <= found.sqnr_db <= profile.target_db + 0.3
+    assert encoded.fidelity == found
+    assert float(coded.params["sqnr_db"]) == pytest.approx(found.sqnr_db, abs=6e-4)
+
+
+def test_paper_profile_round_trips_and_keeps_coarse_weights_raw() -> None:
+    fine, coarse = normal((64, 96)) * 0.02, normal((64, 96)) * 5
+    for source, codec in ((fine, "paper"), (coarse, "raw")):
+        (coded,) = through_bytes(encode_tensor("w", source, PROFILES["paper"]).tensor)
+        assert coded.codec == codec
+        assert fidelity(source, decode_tensor(coded)).sqnr_db > 20
+
+
+def test_both_forms_are_one_code() -> None:
+    source = normal((50, 130))
+    source[3, 3] = 500.0
+    (coded,) = through_bytes(encode_tensor("w", source, BALANCED).tensor)
+    code = lattice_of(coded)
+    assert code.theta().dtype == torch.uint16
+    assert len(code.escapes) > 0
+    assert torch.equal(code.decode(), decode_tensor(coded))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(64, 64), (5,)])
+def test_nan_and_inf_are_refused_by_name(bad: float, shape: tuple[int, ...]) -> None:
+    source = normal(shape)
+    source.view(-1)[3] = bad
+    with pytest.raises(TensorError, match=r"'block\.weight' holds NaN or Inf"):
+        encode_tensor("block.weight", source, BALANCED)
+
+
+def test_same_tensors_same_bytes_and_any_reader_opens_them() -> None:
+    from safetensors.torch import load
+
+    tensors = [encode_tensor(name, source, BALANCED).tensor for name, source in EXACT.items()]
+    tensors.append(encode_tensor("coded", normal((80, 80)), BALANCED).tensor)
+    blob = serialise(tensors)
+    assert blob == serialise(tensors)
+    assert [coded.name for coded in parse(blob)] == [*EXACT, "coded"]
+    opened = load(blob)
+    assert torch.equal(opened["scalar"], EXACT["scalar"])
+    assert opened["coded"].dtype == torch.uint8
+
+
+@pytest.fixture(scope="module")
+def blob() -> bytes:
+    source = normal((40, 50))
+    source[1, 1] = 90.0
+    tensors = {"a.weight": source, "a.bias": normal((40,)), "n": torch.tensor(3), "p": normal((40, 50)) * 0.02}
+    encoded = [encode_tensor(name, t, PROFILES["paper" if name == "p" else "balanced"]) for name, t in tensors.items()]
+    return serialise([item.tensor for item in encoded])
+
+
+def decode_all(blob: bytes) -> list[torch.Tensor]:
+    return [decode_tensor(coded) for coded in parse(blob)]
+
+
+def test_truncation_anywhere_is_the_projects_own_error(blob: bytes) -> None:
+    for end in [*range(0, len(blob) - 1, 37), len(blob) - 1]:
+        with pytest.raises(FormatError):
+            decode_all(blob[:end])
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_mutation_gives_an_error_or_tensors_never_a_crash(blob: bytes, data: st.DataObject) -> None:
+    mutated = bytearray(blob)
+    for _ in range(data.draw(st.integers(1, 3))):
+        mutated[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        tensors = decode_all(bytes(mutated))
+    except BirkhoffError:
+        return
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+
+
+def test_newer_versions_are_refused_with_both_numbers(blob: bytes) -> None:
+    newer = blob.replace(b'"__birkhoff__":"1"', b'"__birkhoff__":"7"')
+    with pytest.raises(VersionError, match="version 7; this code reads 1 to 1"):
+        parse(newer)
+
+
+FORGERIES = {
+    "huge header": (lambda b: b"\xff" * 8 + b[8:], "header declares"),
+    "no metadata": (lambda b: b.replace(b"__metadata__", b"__metadatb__"), "no metadata"),
+    "other codec": (lambda b: b.replace(b"codec=lattice", b"codec=lettuce"), "unknown codec 'lettuce'"),
+    "huge shape": (lambda b: b.replace(b"shape=40,50 parts", b"shape=99999999,99999999 parts"), None),
+    "name differs": (lambda b: b.replace(b'"a.bias":{', b'"a.bios":{'), "disagree"),
+    "hole": (lambda b: b + b"\0", "bytes of data"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_forged_containers_are_refused(blob: bytes, kind: str) -> None:
+    forge, message = FORGERIES[kind]
+    with pytest.raises(FormatError, match=message):
+        decode_all(forge(blob))
