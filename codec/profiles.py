@@ -19,12 +19,15 @@ class Profile:
     """How tensors are coded.
 
     `target_db` is the SQNR (10*log10(sum w^2 / sum (w - w')^2), dB) that every coded tensor must reach; the published
-    codec has none, it holds a mean absolute error. Tensors of under `min_weights` weights stay lossless.
+    codec has none, it holds a mean absolute error. `path` searches paths of the trellis: some 0.17 bits a weight fewer
+    at the same error, for several times the encoding time on a CPU. Tensors of under `min_weights` weights stay
+    lossless.
     """
 
     name: str
     codec: Codec
     target_db: float | None
+    path: bool = True
     min_weights: int = 1024
     summary: str = ""
 
@@ -43,7 +46,8 @@ class Profile:
 
     def recipe(self) -> dict[str, str | float | int | None]:
         """Everything that decides the coded bytes, as plain values."""
-        return {"codec": self.codec, "target_db": self.target_db, "min_weights": self.min_weights}
+        recipe: dict[str, str | float | int | None] = {"codec": self.codec, "target_db": self.target_db}
+        return {**recipe, "path": int(self.path), "min_weights": self.min_weights}
 
 
 PROFILES: dict[str, Profile] = {
@@ -52,7 +56,8 @@ PROFILES: dict[str, Profile] = {
         Profile(name="small", codec="lattice", target_db=27.0, summary="smallest; 27 dB"),
         Profile(name="balanced", codec="lattice", target_db=30.0, summary="the default; 30 dB"),
         Profile(name="fine", codec="lattice", target_db=36.0, summary="near lossless; 36 dB"),
-        Profile(name="paper", codec="paper", target_db=None, summary="the published codec, for comparison"),
+        Profile(name="fast", codec="lattice", target_db=30.0, path=False, summary="30 dB, encoded fastest"),
+        Profile(name="paper", codec="paper", target_db=None, path=False, summary="the published codec, for comparison"),
     )
 }
 

@@ -1,14 +1,13 @@
 """At rest: planes of bytes under zstd level 1, which for such planes is a Huffman coder.
 
-The two coordinate planes of a lattice tensor, or the byte planes of a lossless one, are streams of symbols with one
-distribution each, so an entropy coder is all there is to gain; higher zstd levels look for repeats that are not there.
-Interleaved (theta as uint16), the same bytes cost over a bit a weight more.
+The two symbol planes of a lattice tensor, or the byte planes of a lossless one, are streams of independent symbols, so
+an entropy coder is all there is to gain; higher zstd levels look for repeats that are not there. Interleaved (theta as
+uint16), the same bytes cost over a bit a weight more.
 """
 
 import numpy as np
 import torch
 import zstandard
-from torch import Tensor
 
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
@@ -17,7 +16,9 @@ _LEVEL = 1
 
 
 def compress(data: bytes | memoryview) -> bytes:
-    """One zstd frame that carries its content size."""
+    """One zstd frame that carries its content size; no bytes for no bytes."""
+    if not len(data):
+        return b""
     frame: bytes = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(data)
     return frame
 
@@ -40,20 +41,6 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
     if len(content) != size:
         raise FormatError(f"compressed stream gave {len(content)} bytes where {size} were expected")
     return content
-
-
-def pack_plane(plane: Tensor) -> bytes:
-    """An int8 or uint8 tensor, in order, compressed."""
-    return compress(plane.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data) if plane.numel() else b""
-
-
-def unpack_plane(frame: bytes | memoryview, shape: tuple[int, int]) -> Tensor:
-    """The int8 tensor of `pack_plane`, in `shape`."""
-    count = shape[0] * shape[1]
-    content = decompress(frame, count)
-    if not count:
-        return torch.empty(shape, dtype=torch.int8)
-    return torch.frombuffer(bytearray(content), dtype=torch.int8).view(shape)
 
 
 def _nothing(frame: bytes | memoryview) -> bytes:

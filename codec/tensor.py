@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from birkhoff.codec import lattice, paper, rest
+from birkhoff.codec import lattice, paper, planes, rate, rest
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import Profile
+
+_LEAST_PATH = 1 << 12
+"""Weights from which a path is searched: the start of a run costs what it gains on fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
         return Encoded(tensor=store(name, tensor), reason=reason, fidelity=None)
     if profile.target_db is None:
         return _encode_paper(name, tensor)
-    return _encode_lattice(name, tensor, profile.target_db)
+    return _encode_lattice(name, tensor, profile.target_db, path=profile.path)
 
 
 def decode_tensor(coded: CodedTensor) -> Tensor:
@@ -109,7 +112,7 @@ def _decode_planes(coded: CodedTensor) -> Tensor:
     return _from_bytes(rest.unpack_bytes(frame, coded.weights * dtype.itemsize, dtype.itemsize), dtype, coded.shape)
 
 
-def _encode_lattice(name: str, tensor: Tensor, target_db: float) -> Encoded:
+def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded:
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     low, high = (float(bound) for bound in torch.aminmax(matrix))
     if low == high or not 2.0**-60 < max(-low, high) < 2.0**60:
@@ -117,12 +120,14 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float) -> Encoded:
             "constant" if low == high else f"weights up to {max(-low, high):.3g} leave float32's range when squared"
         )
         return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
-    code, error = lattice.encode(matrix, target_db)
+    path = path and matrix.numel() >= _LEAST_PATH
+    code, error = rate.encode(matrix, target_db, path=path)
     coded = _stored(
         name,
         tensor,
         "lattice",
-        (rest.pack_plane(code.i), rest.pack_plane(code.j), rest.pack_escapes(code.escapes)),
+        planes.pack(code, path=path),
+        path=str(int(path)),
         columns=str(code.columns),
         step=_hex(code.step),
         escapes=str(len(code.escapes)),
@@ -146,7 +151,6 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     Raises:
         FormatError: the streams are not what the entry declares.
     """
-    i_frame, j_frame, escape_frame = _parts(coded, 3)
     columns, escapes = _number(coded.params, "columns"), _number(coded.params, "escapes")
     rows = coded.weights // columns if columns else 0
     if rows * columns != coded.weights or not columns:
@@ -157,13 +161,8 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     shape = rows, pairs_per_row(columns)
     if escapes > shape[0] * shape[1]:
         raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    return lattice.LatticeTensor(
-        i=rest.unpack_plane(i_frame, shape),
-        j=rest.unpack_plane(j_frame, shape),
-        escapes=rest.unpack_escapes(escape_frame, escapes, shape[0] * shape[1]),
-        step=step,
-        columns=columns,
-    )
+    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=_number(coded.params, "path") == 1)
+    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=step, columns=columns)
 
 
 def _decode_lattice(coded: CodedTensor) -> Tensor:

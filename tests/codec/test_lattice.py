@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birkhoff.codec import lattice
+from birkhoff.codec import lattice, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.pairs import columns_of_pairs, join, matrix_shape, pairs_per_row, split
@@ -53,10 +53,10 @@ def test_matrix_shape(shape: tuple[int, ...], matrix: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (33, 127), (1, 70001), (300, 1277)])
 def test_target_is_met_within_its_tolerance(shape: tuple[int, int], target: float) -> None:
     weight = normal(shape) * 0.02
-    code, found = lattice.encode(weight, target)
+    code, found = rate.encode(weight, target)
     measured = fidelity(weight, code.decode())
     assert measured == found
-    assert target <= measured.sqnr_db <= target + lattice.TOLERANCE_DB
+    assert target <= measured.sqnr_db <= target + rate.TOLERANCE_DB
 
 
 @given(st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 200), st.sampled_from([0.4, 1.0, 2.5]))
@@ -64,7 +64,7 @@ def test_target_is_met_within_its_tolerance(shape: tuple[int, int], target: floa
 def test_any_shape_and_tail(seed: int, rows: int, columns: int, power: float) -> None:
     weight = normal((rows, columns), seed)
     weight = weight.sign() * weight.abs() ** power * 1e-3
-    code, found = lattice.encode(weight, 30.0)
+    code, found = rate.encode(weight, 30.0)
     decoded = code.decode()
     assert fidelity(weight, decoded) == found
     assert found.sqnr_db >= 30.0
@@ -85,7 +85,7 @@ def test_outliers_become_escapes_and_come_back() -> None:
 def test_half_types_meet_the_target_after_rounding() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         weight = (normal((64, 200)) * 0.05).to(dtype)
-        code, found = lattice.encode(weight, 36.0)
+        code, found = rate.encode(weight, 36.0)
         assert code.decode(dtype).dtype == dtype
         assert 36.0 <= fidelity(weight, code.decode(dtype)).sqnr_db == found.sqnr_db
 
@@ -93,12 +93,12 @@ def test_half_types_meet_the_target_after_rounding() -> None:
 @pytest.mark.parametrize("target", [5.0, 60.0])
 def test_targets_out_of_range_are_refused(target: float) -> None:
     with pytest.raises(TargetError, match=r"outside 6\.\.48 dB"):
-        lattice.encode(normal((8, 8)), target)
+        rate.encode(normal((8, 8)), target)
 
 
 def test_two_valued_weights_may_lie_above_the_window_never_below() -> None:
     weight = normal((64, 64)).sign()
-    _, found = lattice.encode(weight, 30.0)
+    _, found = rate.encode(weight, 30.0)
     assert found.sqnr_db >= 30.0
     assert not math.isnan(found.sqnr_db)
 
@@ -107,7 +107,7 @@ def test_two_valued_weights_may_lie_above_the_window_never_below() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_gives_the_same_indices() -> None:
     weight = normal((512, 1000)) * 0.02
-    code, _ = lattice.encode(weight, 30.0)
+    code, _ = rate.encode(weight, 30.0)
     other = lattice.quantise(weight.cuda(), code.step)
     assert torch.equal(code.i, other.i.cpu())
     assert torch.equal(code.j, other.j.cpu())

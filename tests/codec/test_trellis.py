@@ -1,0 +1,63 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec import trellis
+
+
+def uniform(count: int, seed: int = 0, width: float = 100.0) -> torch.Tensor:
+    return (torch.rand(count, generator=torch.Generator().manual_seed(seed)) - 0.5) * width
+
+
+def test_worked_example_of_the_module() -> None:
+    # A run of its own for every symbol but the first four: the example is the head of lane 0.
+    lanes = 1
+    k = torch.zeros(trellis.MIN_STEPS * lanes, dtype=torch.int8)
+    k[:4] = torch.tensor([1, 1, -1, 2])
+    assert trellis.numbers(k)[:4].tolist() == [2, 3, -1, 4]
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_symbols_give_the_path_back(count: int, seed: int) -> None:
+    u = uniform(count, seed)
+    n = trellis.search(u)
+    assert torch.equal(trellis.numbers(trellis.symbols(n).to(torch.int8)).float(), n)
+    assert (u - n).abs().max() <= 4
+
+
+def test_the_search_finds_the_best_of_all_paths() -> None:
+    run = 5
+    for seed in range(20):
+        u = uniform(run, seed, width=8)
+        found = trellis._viterbi(u[:, None])[:, 0]
+        paths = []
+        for k in itertools.product(range(-4, 4), repeat=run):
+            o = [0, 0, 0]
+            n = []
+            for value in k:
+                n.append(2 * value + o[-1])
+                o.append((value & 1) ^ o[-2] ^ o[-3])
+            paths.append(n)
+        best = (torch.tensor(paths, dtype=torch.float32) - u).square().sum(1).min()
+        assert float((u - found).square().sum()) == pytest.approx(float(best), abs=1e-5)
+
+
+def test_gain_over_single_nodes_is_a_decibel() -> None:
+    u = uniform(1 << 19)
+    error = float((u - trellis.search(u)).square().mean())
+    assert 10 * math.log10(4 / 12 / error) > 1.04
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_takes_the_same_path() -> None:
+    u = uniform(100_000)
+    n = trellis.search(u)
+    assert torch.equal(trellis.search(u.cuda()).cpu(), n)
+    k = trellis.symbols(n).to(torch.int8)
+    assert torch.equal(trellis.numbers(k.cuda()).cpu(), trellis.numbers(k))
