@@ -1,0 +1,60 @@
+"""Decode step numbers or coordinate planes to dense weights, on the device of the tensors.
+
+Shapes: N = rows, K = columns, P = pairs a row, E = escaped weights.
+"""
+
+import torch
+from torch import Tensor
+
+from birkhoff.codec.lattice import LatticeTensor, escape_places
+from birkhoff.codec.pairs import pairs_per_row
+from birkhoff.codec.trajectory import position
+from birkhoff.kernels import reference, runtime
+from birkhoff.kernels.errors import KernelError
+
+if runtime.HAS_TRITON:
+    from birkhoff.kernels import decode_triton
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute in; other types run eagerly."""
+
+
+def decode_theta(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Weights [N, K] of step numbers, without escapes (those decode to 0).
+
+    Args:
+        theta_NP: uint16.
+        step: float32 scalar tensor on the same device, in the weights' unit.
+        columns: K.
+        dtype: float32, bfloat16, float16 or float64; float32 values are rounded to it once.
+
+    Raises:
+        KernelError: theta is not uint16 of the shape that K asks for.
+    """
+    if theta_NP.dtype != torch.uint16 or theta_NP.dim() != 2 or theta_NP.shape[1] != pairs_per_row(columns):
+        raise KernelError(
+            f"theta of {columns} columns must be uint16 [N, {pairs_per_row(columns)}], "
+            f"got {theta_NP.dtype} {list(theta_NP.shape)}; pass LatticeTensor.theta() and its columns"
+        )
+    if dtype in TRITON_DTYPES and runtime.triton_serves(theta_NP.device):
+        return decode_triton.decode(theta_NP.contiguous(), step, columns, dtype)
+    return reference.decode(theta_NP, step, columns, dtype)
+
+
+def decode_lattice(code: LatticeTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [N, K] in `dtype` straight from the coordinate planes, escapes included; `code.decode`'s bits."""
+    if dtype not in TRITON_DTYPES or not runtime.triton_serves(code.i.device):
+        return code.decode(dtype)
+    step = torch.tensor(code.step, dtype=torch.float32, device=code.i.device)
+    weight = decode_triton.decode_planes(code.i.contiguous(), code.j.contiguous(), step, code.columns, dtype)
+    return reference.put_escapes(weight, *escaped_weights(code))
+
+
+def escaped_weights(code: LatticeTensor) -> tuple[Tensor, Tensor]:
+    """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escaped weights."""
+    row, first, second, paired = escape_places(code.escapes.pair, code.columns)
+    x, y = position(code.escapes.i, code.escapes.j, code.step)
+    start = row * code.columns
+    index = torch.cat((start + first, (start + second)[paired]))
+    order = torch.argsort(index)
+    return index[order], torch.cat((x, y[paired]))[order]

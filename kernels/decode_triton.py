@@ -1,0 +1,103 @@
+"""Decode on the GPU: step numbers, or coordinate planes as they come from rest, to weights.
+
+One pass, bound by memory: 1 byte read and 2 or 4 written per weight. Rows of whole 64-blocks (K % 64 == 0) are taken as
+one long row, so that every access is a run of 32 elements at a compile-time alignment.
+
+Shapes: N = rows, K = columns, P = pairs a row.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.pairs import HALF, pairs_per_row
+from birkhoff.kernels.triton_ops import coordinates, local_columns, position, rounded
+
+_BLOCK = 2048
+"""Pairs a program decodes."""
+
+
+@triton.jit
+def _decode_kernel(
+    theta_ptr,  # uint16 [N, P], or int8 plane I
+    j_ptr,  # int8 plane J, unused for step numbers
+    step_ptr,  # float32 []
+    out_ptr,  # [N, K]
+    rows,
+    columns,
+    pairs,
+    tail_half,  # pairs of the ragged last block of a row, 0 if none
+    PLANES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    tiles = tl.cdiv(pairs, BLOCK_P)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    start = (pid % tiles).to(tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
+    local = tl.arange(0, BLOCK_P)[None, :]
+    mask = (row < rows) & (start + local < pairs)
+
+    source = row * pairs + start + local
+    if PLANES:
+        i = tl.load(theta_ptr + source, mask=mask, other=0).to(tl.float32)
+        j = tl.load(j_ptr + source, mask=mask, other=0).to(tl.float32)
+    else:
+        i, j = coordinates(tl.load(theta_ptr + source, mask=mask, other=0))
+    x, y = position(i, j, tl.load(step_ptr))
+
+    first, second = local_columns(local)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    x, y = rounded(x, DTYPE), rounded(y, DTYPE)
+    target = out_ptr + row * columns + 2 * start
+    if RAGGED:
+        second = tl.where(start + local >= pairs - tail_half, first + tail_half, second)
+        tl.store(target + first, x, mask=mask)
+        tl.store(target + second, y, mask=mask & (2 * start + second < columns))
+    else:
+        tl.store(target + first, x, mask=mask)
+        tl.store(target + second, y, mask=mask)
+
+
+def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Weights [N, K] in float32, bfloat16 or float16 of contiguous step numbers, the bits of `reference.decode`."""
+    return _launch(theta_NP, theta_NP, step, columns, dtype, planes=False)
+
+
+def decode_planes(i_NP: Tensor, j_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The same of contiguous int8 coordinate planes."""
+    return _launch(i_NP, j_NP, step, columns, dtype, planes=True)
+
+
+def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: torch.dtype, *, planes: bool) -> Tensor:
+    rows = source.shape[0]
+    out = torch.empty(rows, columns, dtype=dtype, device=source.device)
+    if out.numel() == 0:
+        return out
+    tail_half = pairs_per_row(columns % (2 * HALF))
+    if tail_half == 0:
+        rows, columns = 1, rows * columns
+    pairs = pairs_per_row(columns)
+    block_p = min(_BLOCK, max(HALF, triton.next_power_of_2(pairs)))
+    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, triton.next_power_of_2(rows))
+    grid = (triton.cdiv(rows, block_r) * triton.cdiv(pairs, block_p),)
+    _decode_kernel[grid](
+        source,
+        other,
+        step,
+        out,
+        rows,
+        columns,
+        pairs,
+        tail_half,
+        PLANES=planes,
+        RAGGED=tail_half > 0,
+        BLOCK_R=block_r,
+        BLOCK_P=block_p,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,397 @@
+"""Encode on the GPU: nearest node, coordinate planes, escapes and error statistics in one pass over the weights.
+
+Bound by memory: 2 or 4 bytes read and 1 written per weight. The arithmetic is `trajectory.nearest`, operation by
+operation, with multiply-add contraction off, so that indices equal the codec's on every device. The step stays in
+device memory from the search to the encoding: nothing waits for the host.
+
+Shapes: R = rows, K = columns, P = pairs a row, B = programs, C = candidate steps, E = escapes.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.pairs import HALF, pairs_per_row
+from birkhoff.kernels.triton_ops import local_columns, position, rounded
+
+_BLOCK = 1024
+"""Pairs a program encodes at once; 4 a thread, so that weights are read 16 bytes at a time and nothing is moved."""
+
+_MOST_TURNS = 8
+"""Most blocks that a program takes, one after the other, before its sums are added up."""
+
+_LEAST_PROGRAMS = 2048
+"""Blocks are not gathered into fewer programs than this: some fifteen for each multiprocessor."""
+
+ESCAPE_CAPACITY = 4096
+"""Escapes kept by a first pass; a matrix with more is encoded again with room for all of them."""
+
+CANDIDATES = 8
+_SPACING_DB = 1.5
+_FIRST_DB = -1.5
+"""Steps tried by the search: 1.5 dB below the step of a uniform error, then up in 1.5 dB."""
+
+_ENERGY_PROGRAMS = 1024
+_SAMPLE_BLOCKS = 4096
+"""64-blocks the search looks at, spread evenly: 2^18 weights know the error to 0.01 dB."""
+
+_SAMPLE_PER_PROGRAM = 64
+
+
+_MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding it rounds to a whole number, ties to even, whose low byte is then the low byte of the sum."""
+
+
+@triton.jit
+def _round_even(t):
+    """Nearest whole number, ties to even, whatever its size."""
+    low = tl.floor(t)
+    rest = t - low
+    odd = low - 2.0 * tl.floor(low * 0.5)
+    return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), low + 1.0, low)
+
+
+@triton.jit
+def _nearest(x, y, inverse, EXACT: tl.constexpr):
+    """`trajectory.nearest`: (I, J) as float32, not limited to the box.
+
+    Without EXACT, I is right for |I| < 2^22 and about as large as it should be beyond.
+    """
+    v = y * inverse
+    row = tl.floor(v)
+    below = v - row
+    t0 = tl.fma(row, -0.00390625, x * inverse)  # the product is exact
+    t1 = t0 - 0.00390625
+    if EXACT:
+        i0, i1 = _round_even(t0), _round_even(t1)
+    else:
+        i0, i1 = (t0 + _MAGIC) - _MAGIC, (t1 + _MAGIC) - _MAGIC
+    e0 = t0 - i0
+    e1 = t1 - i1
+    upper = e1 * e1 + 1.0 - (below + below) < e0 * e0
+    return tl.where(upper, i1, i0), tl.where(upper, row + 1.0, row)
+
+
+@triton.jit
+def _low_byte(whole):
+    """A float32 whole number below 2^22 in size as int8, its low byte."""
+    return (whole + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _load_pairs(
+    weight_ptr,
+    block,
+    rows,
+    columns,
+    pairs,
+    tail_half,
+    RAGGED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """(x, y, their place in a plane, mask of pairs, mask of those with a y) of a block; no masks are made if EVEN."""
+    local = tl.arange(0, BLOCK_P)[None, :]
+    first, second = local_columns(local)
+    if RAGGED:
+        tiles = tl.cdiv(pairs, BLOCK_P)
+        row = tl.cast(block // tiles, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        start = tl.cast(block % tiles, tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
+        mask = (row < rows) & (start + local < pairs)
+        second = tl.where(start + local >= pairs - tail_half, first + tail_half, second)
+        paired = mask & (2 * start + second < columns)
+        source = weight_ptr + row * columns + 2 * start
+        x, y = tl.load(source + first, mask=mask, other=0), tl.load(source + second, mask=paired, other=0)
+        place = row * pairs + start + local
+    else:
+        start = tl.cast(block, tl.int64) * BLOCK_P
+        place = start + local
+        mask = place < pairs
+        paired = mask
+        source = weight_ptr + 2 * start
+        if EVEN:
+            x, y = tl.load(source + first), tl.load(source + second)
+        else:
+            x, y = tl.load(source + first, mask=mask, other=0), tl.load(source + second, mask=mask, other=0)
+    return x, y, place, mask, paired
+
+
+@triton.jit
+def _encode_kernel(
+    weight_ptr,  # [R, K]
+    step_ptr,  # float32 []
+    i_ptr,  # int8 [R, P]
+    j_ptr,
+    stats_ptr,  # float32 [4, B]: sum w^2, sum e^2, sum |e|, max |e|
+    count_ptr,  # int32 [], escapes so far
+    escape_pair_ptr,  # int64 [capacity], in no order
+    escape_i_ptr,  # int32 [capacity]
+    escape_j_ptr,
+    capacity,
+    rows,
+    columns,
+    pairs,
+    tail_half,  # pairs of the ragged last block of a row, 0 if none
+    blocks,
+    RAGGED: tl.constexpr,
+    EVEN: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    step = tl.load(step_ptr)
+    inverse = tl.div_rn(1.0, step)
+    pid = tl.program_id(0)
+    begin = pid * TURNS
+    end = tl.minimum(begin + TURNS, blocks)
+    energy = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
+    squared, absolute, greatest, farthest = energy, energy, energy, energy
+    for block in range(begin, end):
+        x, y, place, mask, paired = _load_pairs(
+            weight_ptr, block, rows, columns, pairs, tail_half, RAGGED, EVEN, BLOCK_R, BLOCK_P
+        )
+        STORED: tl.constexpr = x.dtype
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        i, j = _nearest(x, y, inverse, False)
+        if EVEN:
+            tl.store(i_ptr + place, _low_byte(i))
+            tl.store(j_ptr + place, _low_byte(j))
+        else:
+            tl.store(i_ptr + place, _low_byte(i), mask=mask)
+            tl.store(j_ptr + place, _low_byte(j), mask=mask)
+        near_x, near_y = position(i, j, step)
+        error_x = tl.abs(x - rounded(near_x, STORED).to(tl.float32))
+        error_y = tl.abs(y - rounded(near_y, STORED).to(tl.float32))
+        if RAGGED:
+            error_y = tl.where(paired, error_y, 0.0)
+        energy = tl.fma(y, y, tl.fma(x, x, energy))
+        squared = tl.fma(error_y, error_y, tl.fma(error_x, error_x, squared))
+        absolute += error_x + error_y
+        greatest = tl.maximum(greatest, tl.maximum(error_x, error_y))
+        farthest = tl.maximum(farthest, tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)))  # -128..127 is |.| <= 127.5
+
+    stats = stats_ptr + pid
+    programs = tl.num_programs(0)
+    tl.store(stats, tl.sum(energy))
+    tl.store(stats + programs, tl.sum(squared))
+    tl.store(stats + 2 * programs, tl.sum(absolute))
+    tl.store(stats + 3 * programs, tl.max(greatest))
+    if tl.max(farthest) > 127.5:  # rare: a program in thousands
+        tl.debug_barrier()
+        for block in range(begin, end):
+            x, y, place, mask, paired = _load_pairs(
+                weight_ptr, block, rows, columns, pairs, tail_half, RAGGED, EVEN, BLOCK_R, BLOCK_P
+            )
+            i, j = _nearest(x.to(tl.float32), y.to(tl.float32), inverse, True)
+            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)
+            tl.store(i_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
+            tl.store(j_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
+            slot = tl.atomic_add(count_ptr + tl.zeros_like(place).to(tl.int32), 1, mask=outside)
+            kept = outside & (slot < capacity)
+            tl.store(escape_pair_ptr + slot, place, mask=kept)
+            tl.store(escape_i_ptr + slot, i.to(tl.int32), mask=kept)
+            tl.store(escape_j_ptr + slot, j.to(tl.int32), mask=kept)
+
+
+@triton.jit
+def _energy_kernel(weight_ptr, partial_ptr, count, BLOCK: tl.constexpr):
+    """partial [B]: each program's share of sum w^2."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        place = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        w = tl.load(weight_ptr + place, mask=place < count, other=0).to(tl.float32)
+        total = tl.fma(w, w, total)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _guess(energy_ptr, programs, count, target_db, BLOCK: tl.constexpr):
+    """(energy, step of a uniform error at the target)."""
+    place = tl.arange(0, BLOCK)
+    energy = tl.sum(tl.load(energy_ptr + place, mask=place < programs, other=0))
+    return energy, tl.sqrt(12.0 * energy / count) * tl.exp2(target_db * -0.16609640474436813)  # log2(10) / 20
+
+
+@triton.jit
+def _search_kernel(
+    weight_ptr,
+    energy_ptr,
+    errors_ptr,  # float32 [C, B]: each program's share of the sample's sum e^2
+    energies,
+    count,
+    stride,  # blocks from one sampled block to the next
+    samples,  # blocks sampled
+    target_db,
+    first_db,
+    spacing_db,
+    CANDIDATES: tl.constexpr,
+    ENERGY_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    _, guess = _guess(energy_ptr, energies, count, target_db, ENERGY_BLOCK)
+    sample = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    place = sample.to(tl.int64) * stride * 64 + tl.arange(0, 32)[None, :]
+    x = tl.load(weight_ptr + place, mask=(sample < samples) & (place < count), other=0)
+    y = tl.load(weight_ptr + place + 32, mask=(sample < samples) & (place + 32 < count), other=0)
+    STORED: tl.constexpr = x.dtype
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    for candidate in range(CANDIDATES):
+        step = guess * tl.exp2((first_db + candidate * spacing_db) * 0.16609640474436813)
+        i, j = _nearest(x, y, tl.div_rn(1.0, step), False)
+        near_x, near_y = position(i, j, step)
+        error_x = x - rounded(near_x, STORED).to(tl.float32)
+        error_y = y - rounded(near_y, STORED).to(tl.float32)
+        share = tl.sum(tl.fma(error_x, error_x, error_y * error_y))
+        tl.store(errors_ptr + candidate * tl.num_programs(0) + tl.program_id(0), share)
+
+
+@triton.jit
+def _pick_kernel(
+    energy_ptr,
+    errors_ptr,
+    step_ptr,
+    energies,
+    programs,
+    count,
+    sampled,  # weights sampled
+    target_db,
+    first_db,
+    spacing_db,
+    CANDIDATES: tl.constexpr,
+    ENERGY_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The step at which log E, linear in log h between candidates, meets the target."""
+    energy, guess = _guess(energy_ptr, energies, count, target_db, ENERGY_BLOCK)
+    candidate = tl.arange(0, CANDIDATES)
+    place = tl.arange(0, BLOCK)[None, :]
+    shares = tl.load(errors_ptr + candidate[:, None] * programs + place, mask=place < programs, other=0)
+    error = tl.maximum(tl.sum(shares, axis=1) * (count / sampled), 1e-38)
+    excess = 3.0102999566398120 * (tl.log2(energy) - tl.log2(error)) - target_db
+    met = tl.sum((excess >= 0).to(tl.int32))  # candidates rise, their excess falls
+    low = tl.minimum(tl.maximum(met - 1, 0), CANDIDATES - 2)
+    at_low = tl.sum(tl.where(candidate == low, excess, 0.0))
+    at_high = tl.sum(tl.where(candidate == low + 1, excess, 0.0))
+    slope = tl.minimum(tl.maximum(at_low - at_high, 0.1), 100.0)
+    # Beyond the first or last candidate the error is taken to go on as h^2.
+    along = tl.where(met == 0, at_low, tl.where(met == CANDIDATES, spacing_db + at_high, at_low / slope * spacing_db))
+    tl.store(step_ptr, guess * tl.exp2((first_db + low * spacing_db + along) * 0.16609640474436813))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one pass left in device memory; see `_encode_kernel` for the fields."""
+
+    step: Tensor
+    i: Tensor
+    j: Tensor
+    stats: Tensor
+    escapes: Tensor
+    escape_pair: Tensor
+    escape_i: Tensor
+    escape_j: Tensor
+
+
+def encode_pass(weight_RK: Tensor, step: Tensor, capacity: int | None = None) -> Pass:
+    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing."""
+    capacity = ESCAPE_CAPACITY if capacity is None else capacity
+    rows, columns = weight_RK.shape
+    device = weight_RK.device
+    planes = torch.empty(2, rows, pairs_per_row(columns), dtype=torch.int8, device=device)
+    tail_half = pairs_per_row(columns % (2 * HALF))
+    if tail_half == 0:
+        rows, columns = 1, rows * columns
+    pairs = pairs_per_row(columns)
+    block_p = min(_BLOCK, max(HALF, triton.next_power_of_2(pairs)))
+    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, triton.next_power_of_2(rows))
+    blocks = triton.cdiv(rows, block_r) * triton.cdiv(pairs, block_p)
+    turns = 1
+    while turns < _MOST_TURNS and blocks >= 2 * turns * _LEAST_PROGRAMS:
+        turns *= 2
+    programs = triton.cdiv(blocks, turns)
+    coded = Pass(
+        step=step,
+        i=planes[0],
+        j=planes[1],
+        stats=torch.empty(4, programs, device=device),
+        escapes=torch.zeros((), dtype=torch.int32, device=device),
+        escape_pair=torch.empty(capacity, dtype=torch.int64, device=device),
+        escape_i=torch.empty(capacity, dtype=torch.int32, device=device),
+        escape_j=torch.empty(capacity, dtype=torch.int32, device=device),
+    )
+    _encode_kernel[(programs,)](
+        weight_RK,
+        step,
+        coded.i,
+        coded.j,
+        coded.stats,
+        coded.escapes,
+        coded.escape_pair,
+        coded.escape_i,
+        coded.escape_j,
+        capacity,
+        rows,
+        columns,
+        pairs,
+        tail_half,
+        blocks,
+        RAGGED=tail_half > 0,
+        EVEN=tail_half == 0 and pairs % block_p == 0,
+        TURNS=turns,
+        BLOCK_R=block_r,
+        BLOCK_P=block_p,
+        num_warps=max(1, block_r * block_p // 128),
+        enable_fp_fusion=False,
+    )
+    return coded
+
+
+def search(weight_RK: Tensor, target_db: float) -> Tensor:
+    """A step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
+    count, device = weight_RK.numel(), weight_RK.device
+    energies = min(_ENERGY_PROGRAMS, triton.cdiv(count, 4096))
+    energy = torch.empty(energies, device=device)
+    _energy_kernel[(energies,)](weight_RK, energy, count, BLOCK=4096, num_warps=8)
+
+    blocks = triton.cdiv(count, 2 * HALF)
+    stride = max(1, blocks // _SAMPLE_BLOCKS)
+    samples = triton.cdiv(blocks, stride)
+    programs = triton.cdiv(samples, _SAMPLE_PER_PROGRAM)
+    errors = torch.empty(CANDIDATES, programs, device=device)
+    where = target_db, _FIRST_DB, _SPACING_DB
+    energy_block = triton.next_power_of_2(energies)
+    _search_kernel[(programs,)](
+        weight_RK,
+        energy,
+        errors,
+        energies,
+        count,
+        stride,
+        samples,
+        *where,
+        CANDIDATES=CANDIDATES,
+        ENERGY_BLOCK=energy_block,
+        BLOCKS=_SAMPLE_PER_PROGRAM,
+        enable_fp_fusion=False,
+    )
+    step = torch.empty((), device=device)
+    _pick_kernel[(1,)](
+        energy,
+        errors,
+        step,
+        energies,
+        programs,
+        count,
+        min(samples * 2 * HALF, count),
+        *where,
+        CANDIDATES=CANDIDATES,
+        ENERGY_BLOCK=energy_block,
+        BLOCK=triton.next_power_of_2(programs),
+    )
+    return step

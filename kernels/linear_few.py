@@ -1,0 +1,113 @@
+"""HyperLinear for few tokens: every operand straight from memory into the registers of the tensor cores, in Gluon.
+
+Each warp takes other blocks of K for the same rows of W and the same tokens, and the warps' sums are added at the end.
+The order of K inside a product is free as long as both operands agree on it, so each thread reads 8 neighbouring
+pairs (16 bytes) of a row of W and the same 8 columns of a row of x: no shared memory and no barrier before the sum.
+
+Shapes: M = tokens (at most 64), N = out features, K = in features (whole blocks of 64), P = K/2; B = warps.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from birkhoff.kernels.gluon_ops import decoded
+
+
+@gluon.jit
+def _linear_kernel(
+    x_ptr,  # [M, K], rows stride_m apart
+    theta_ptr,  # uint16 [N, P]
+    step_ptr,  # float32 []
+    bias_ptr,  # [N]
+    y_ptr,  # [M, N]
+    M,
+    N,
+    P,
+    stride_m,
+    blocks,  # K / 64
+    BIAS: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    UNROLL: gl.constexpr,  # blocks a warp takes at once
+    WARPS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=8)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=8)
+    n = gl.program_id(0) * BN + gl.arange(0, BN, gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
+    pair = gl.arange(0, 32 * UNROLL, gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
+    left_block = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LEFT)))[:, None, None] * UNROLL + pair // 32
+    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
+    column = gl.arange(0, 32 * UNROLL, gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
+    right_block = (
+        gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None] * UNROLL + column // 32
+    )
+    theta_at = theta_ptr + n.to(gl.int64) * P + left_block * 32 + pair % 32
+    x_at = x_ptr + m.to(gl.int64) * stride_m + right_block * 64 + column % 32
+
+    acc = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
+    theta = gl.load(theta_at, mask=(n < N) & (left_block < blocks), other=0x8080)
+    for block in range(0, blocks, WARPS * UNROLL):
+        inside = (m < M) & (block + right_block < blocks)
+        x_first = gl.load(x_at + block * 64, mask=inside, other=0.0)
+        x_second = gl.load(x_at + block * 64 + 32, mask=inside, other=0.0)
+        following = block + WARPS * UNROLL
+        ahead = gl.load(theta_at + following * 32, mask=(n < N) & (following + left_block < blocks), other=0x8080)
+        first, second = decoded(theta, DTYPE)
+        acc = mma_v2(first, x_first, acc)
+        acc = mma_v2(second, x_second, acc)
+        theta = ahead
+
+    y = gl.sum(acc, axis=0) * gl.load(step_ptr)
+    OUT: gl.constexpr = y.type.layout
+    n_out = gl.program_id(0) * BN + gl.arange(0, BN, gl.SliceLayout(1, OUT))
+    m_out = gl.arange(0, BM, gl.SliceLayout(0, OUT))
+    if BIAS:
+        y += gl.load(bias_ptr + n_out, mask=n_out < N, other=0.0).to(gl.float32)[:, None]
+    keep = (n_out < N)[:, None] & (m_out < M)[None, :]
+    gl.store(y_ptr + m_out[None, :] * N + n_out[:, None], y.to(DTYPE), mask=keep)
+
+
+def takes(x_MK: Tensor) -> bool:
+    """Whether the kernel can run: 16-bit floats, whole blocks, at most 64 tokens, rows aligned to 16 bytes."""
+    return (
+        x_MK.dtype in (torch.bfloat16, torch.float16)
+        and x_MK.shape[1] % 64 == 0
+        and x_MK.shape[0] <= 64
+        and x_MK.stride(0) % 8 == 0
+        and x_MK.data_ptr() % 16 == 0
+    )
+
+
+def linear(
+    x_MK: Tensor, theta_NP: Tensor, step: Tensor, bias_N: Tensor | None, *, block_n: int, warps: int, unroll: int
+) -> Tensor:
+    """y [M, N] in the dtype of `x_MK`, escapes left out; see `takes`."""
+    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
+    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
+    _linear_kernel[(triton.cdiv(rows, block_n),)](
+        x_MK,
+        theta_NP,
+        step,
+        step if bias_N is None else bias_N,
+        y_MN,
+        tokens,
+        rows,
+        theta_NP.shape[1],
+        x_MK.stride(0),
+        columns // 64,
+        BIAS=bias_N is not None,
+        BM=max(8, triton.next_power_of_2(tokens)),
+        BN=block_n,
+        UNROLL=unroll,
+        WARPS=warps,
+        num_warps=warps,
+    )
+    return y_MN

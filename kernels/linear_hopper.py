@@ -1,0 +1,308 @@
+"""HyperLinear for many tokens on Hopper: a persistent, warp-specialised kernel in Gluon.
+
+One warp streams tiles of x and of step numbers into a ring of shared memory with the copy engine. Two warpgroups each
+own 64 rows of W: they take their step numbers from the ring, decode them in registers while the tensor cores work on
+the block before, and multiply with the decoded rows as the register operand, so that a decoded weight never touches
+memory and shared memory carries half of what two shared operands would. Only I + J/256 and J are formed; the step
+multiplies the accumulator.
+
+Tiles that do not fill a last wave of multiprocessors are cut along K into as many parts as there are multiprocessors
+for; a second, small kernel adds the parts.
+
+Shapes: M = tokens, N = out features, K = in features (whole blocks of 64), P = K/2; BM = tokens a tile, 128 rows of W.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from birkhoff.kernels.gluon_ops import decoded
+from birkhoff.kernels.triton_ops import rounded
+
+ROWS = gl.constexpr(128)
+"""Rows of W a tile."""
+
+
+@gluon.jit
+def _item(item, full, splits, blocks):
+    """(tile, first block, last block, part) of a work item; part < 0: the whole of K."""
+    part = item - full
+    whole = part < 0
+    tile = gl.where(whole, item, full + part // splits)
+    slice_ = part % splits
+    first = gl.where(whole, 0, slice_ * blocks // splits)
+    last = gl.where(whole, blocks, (slice_ + 1) * blocks // splits)
+    return tile, first, last, part
+
+
+@gluon.jit
+def _decoded_slot(
+    theta_ring, ready, turn, W: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, DEPTH: gl.constexpr
+):
+    """Wait for the tiles of a turn; this warpgroup's [64, 64] weights over the step, I + J/256 beside J."""
+    slot = turn % DEPTH
+    mbarrier.wait(ready.index(slot), turn // DEPTH & 1)
+    first, second = decoded(theta_ring.index(slot).slice(W * 64, 64).load(LAYOUT), DTYPE)
+    # Side by side along K: only registers are renamed.
+    return gl.convert_layout(gl.join(first, second).permute((0, 2, 1)).reshape((64, 64)), LAYOUT)
+
+
+@gluon.jit
+def _multiply(weights, x_ring, acc, turn, DEPTH: gl.constexpr):
+    return warpgroup_mma(weights, x_ring.index(turn % DEPTH).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _load_partition(descriptors, rings, barriers, work, _pointers, _BIAS: gl.constexpr, DEPTH: gl.constexpr):
+    x_desc, theta_desc, _y_desc = descriptors
+    x_ring, theta_ring, _y_stage = rings
+    ready, empty = barriers
+    items, full, splits, tiles_n, blocks, _rows = work
+    BM: gl.constexpr = x_desc.block_type.shape[0]
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, first, last, _part = _item(item, full, splits, blocks)
+        for block in range(first, last):
+            slot = turn % DEPTH
+            mbarrier.wait(empty.index(slot), (turn // DEPTH & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), BM * 128 + ROWS * 64)
+            tma.async_copy_global_to_shared(
+                x_desc, [tile // tiles_n * BM, block * 64], ready.index(slot), x_ring.index(slot)
+            )
+            tma.async_copy_global_to_shared(
+                theta_desc, [tile % tiles_n * ROWS, block * 32], ready.index(slot), theta_ring.index(slot)
+            )
+            turn += 1
+
+
+@gluon.jit
+def _multiply_partition(
+    descriptors, rings, barriers, work, pointers, W: gl.constexpr, BIAS: gl.constexpr, DEPTH: gl.constexpr
+):
+    x_desc, _theta_desc, y_desc = descriptors
+    x_ring, theta_ring, y_stage = rings
+    ready, empty = barriers
+    items, full, splits, tiles_n, blocks, N = work
+    step_ptr, bias_ptr, partial_ptr = pointers
+    DTYPE: gl.constexpr = x_desc.dtype
+    BM: gl.constexpr = x_desc.block_type.shape[0]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    step = gl.load(step_ptr)
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, first, last, part = _item(item, full, splits, blocks)
+        weights = _decoded_slot(theta_ring, ready, turn, W, LEFT, DTYPE, DEPTH)
+        acc = gl.zeros((64, BM), gl.float32, MMA)
+        for _block in range(first + 1, last):
+            acc = _multiply(weights, x_ring, acc, turn, DEPTH)
+            weights = _decoded_slot(theta_ring, ready, turn + 1, W, LEFT, DTYPE, DEPTH)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(turn % DEPTH))
+            turn += 1
+        acc = _multiply(weights, x_ring, acc, turn, DEPTH)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(turn % DEPTH))
+        turn += 1
+
+        row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
+        if part < 0:
+            n = tile % tiles_n * ROWS + row
+            y = acc * step
+            if BIAS:
+                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+            tma.store_wait(0)
+            y_stage.index(W).permute((1, 0)).store(y.to(DTYPE))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(
+                y_desc, [tile // tiles_n * BM, tile % tiles_n * ROWS + W * 64], y_stage.index(W)
+            )
+        else:
+            m = gl.arange(0, BM, gl.SliceLayout(0, MMA))
+            start = partial_ptr + part.to(gl.int64) * (ROWS * BM)
+            gl.store(start + row[:, None] * BM + m[None, :], acc)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _first_rows(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr):
+    _multiply_partition(d, r, b, w, p, 0, BIAS, DEPTH)
+
+
+@gluon.jit
+def _second_rows(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr):
+    _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH)
+
+
+@gluon.jit
+def _linear_kernel(
+    x_desc,  # [M, K], tiles [BM, 64]
+    theta_desc,  # uint16 [N, P], tiles [128, 32]
+    y_desc,  # [M, N], tiles [BM, 64]
+    step_ptr,  # float32 []
+    bias_ptr,  # [N]
+    partial_ptr,  # float32 [parts, 128, BM]
+    items,  # whole tiles, then parts of tiles
+    full,  # whole tiles
+    splits,  # parts of a cut tile
+    N,
+    blocks,  # K / 64
+    BIAS: gl.constexpr,
+    DEPTH: gl.constexpr,
+):
+    BM: gl.constexpr = x_desc.block_type.shape[0]
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [DEPTH, BM, 64], x_desc.layout)
+    theta_ring = gl.allocate_shared_memory(gl.uint16, [DEPTH, ROWS, 32], theta_desc.layout)
+    y_stage = gl.allocate_shared_memory(y_desc.dtype, [2, BM, 64], y_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(DEPTH):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    fence_async_shared()
+    d, r, b = (x_desc, theta_desc, y_desc), (x_ring, theta_ring, y_stage), (ready, empty)
+    w = (items, full, splits, gl.cdiv(N, ROWS), blocks, N)
+    p = (step_ptr, bias_ptr, partial_ptr)
+    gl.warp_specialize(
+        [
+            (_first_rows, (d, r, b, w, p, BIAS, DEPTH)),
+            (_second_rows, (d, r, b, w, p, BIAS, DEPTH)),
+            (_load_partition, (d, r, b, w, p, BIAS, DEPTH)),
+        ],
+        [4, 1],
+        [232, 40],
+    )
+
+
+@triton.jit
+def _add_parts_kernel(
+    partial_ptr,  # float32 [parts, 128, BM]
+    step_ptr,
+    bias_ptr,
+    y_ptr,  # [M, N]
+    full,
+    splits,
+    M,
+    N,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A BLOCK x BLOCK piece of a cut tile: the sum of its parts, scaled, biased and turned."""
+    ROWS: tl.constexpr = 128
+    pieces: tl.constexpr = ROWS // BLOCK * (BM // BLOCK)
+    cut = tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
+    tiles_n = tl.cdiv(N, ROWS)
+    row = piece % (ROWS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    column = piece // (ROWS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    source = partial_ptr + (cut * splits).to(tl.int64) * (ROWS * BM) + row[:, None] * BM + column[None, :]
+    acc = tl.load(source)
+    for part in range(1, splits):
+        acc += tl.load(source + part * (ROWS * BM))
+    n = (full + cut) % tiles_n * ROWS + row
+    m = (full + cut) // tiles_n * BM + column
+    y = acc * tl.load(step_ptr)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    place = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(place, rounded(tl.trans(y), y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How tiles are spread: `full` whole ones, then `cut` tiles in `splits` parts each."""
+
+    full: int
+    cut: int
+    splits: int
+
+    @classmethod
+    def of(cls, tiles: int, processors: int, blocks: int) -> "Schedule":
+        """Cut the tiles of an unfilled last wave so that their parts fill it; at least 4 blocks a part."""
+        rest = tiles % processors
+        splits = min(processors // rest, blocks // 4) if rest else 1
+        if splits < 2:
+            return cls(full=tiles, cut=0, splits=1)
+        return cls(full=tiles - rest, cut=rest, splits=splits)
+
+
+def takes(x_MK: Tensor, rows: int) -> bool:
+    """Whether the kernel can run: Hopper, 16-bit floats, whole blocks, rows aligned for the copy engine."""
+    return (
+        x_MK.dtype in (torch.bfloat16, torch.float16)
+        and x_MK.shape[1] % 64 == 0
+        and rows % 8 == 0
+        and x_MK.stride(0) % 8 == 0
+        and x_MK.data_ptr() % 16 == 0
+        and torch.cuda.get_device_capability(x_MK.device)[0] == 9
+    )
+
+
+def linear(
+    x_MK: Tensor, theta_NP: Tensor, step: Tensor, bias_N: Tensor | None, *, block_m: int, split: bool = True
+) -> Tensor:
+    """y [M, N] in the dtype of `x_MK`, escapes left out; `block_m` is 128 or 256. See `takes`."""
+    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
+    device = x_MK.device
+    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(rows, ROWS.value)
+    blocks = columns // 64
+    plan = Schedule.of(tiles, processors, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
+    items = plan.full + plan.cut * plan.splits
+    partial = torch.empty(plan.cut * plan.splits, ROWS.value, block_m, device=device) if plan.cut else step
+    dtype = gl.bfloat16 if x_MK.dtype == torch.bfloat16 else gl.float16
+    wide = gl.NVMMASharedLayout.get_default_for([block_m, 64], dtype)
+    narrow = gl.NVMMASharedLayout.get_default_for([ROWS.value, 32], gl.uint16)
+    bias = step if bias_N is None else bias_N
+    _linear_kernel[(min(processors, items),)](
+        TensorDescriptor.from_tensor(x_MK, [block_m, 64], wide),
+        TensorDescriptor.from_tensor(theta_NP, [ROWS.value, 32], narrow),
+        TensorDescriptor.from_tensor(y_MN, [block_m, 64], wide),
+        step,
+        bias,
+        partial,
+        items,
+        plan.full,
+        plan.splits,
+        rows,
+        blocks,
+        BIAS=bias_N is not None,
+        DEPTH=4 if block_m == 256 else 6,
+        num_warps=4,
+        maxnreg=168,
+    )
+    if plan.cut:
+        block = 64
+        pieces = ROWS.value // block * (block_m // block)
+        _add_parts_kernel[(plan.cut * pieces,)](
+            partial,
+            step,
+            bias,
+            y_MN,
+            plan.full,
+            plan.splits,
+            tokens,
+            rows,
+            BIAS=bias_N is not None,
+            BM=block_m,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return y_MN

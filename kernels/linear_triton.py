@@ -1,0 +1,169 @@
+"""HyperLinear in one portable kernel: weights are decoded in registers, on their way into the tensor cores.
+
+y^T = W x^T, with the decoded tile of W as the left operand, because that one may come from registers. Only I + J/256
+and J are formed there; the step multiplies the accumulator. Any shape, ragged rows included, and any of float32
+(exact or TF32), bfloat16 and float16. `linear_hopper` and `linear_few` are faster where they apply.
+
+Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = escaped weights.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.kernels.triton_ops import DECODE_BF16, DECODE_F16, INTERPRETED, coordinates, dot, rounded
+
+
+@triton.jit
+def _weights(theta, DTYPE: tl.constexpr):
+    """(I + J/256, J) in DTYPE: one rounding for the first, none for the second (8 bits)."""
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        bf16: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        first, second = tl.inline_asm_elementwise(DECODE_BF16, "=r,=r,r", [theta], dtype=bf16, is_pure=True, pack=2)
+    elif tl.float16 == DTYPE and not INTERPRETED:
+        f16: tl.constexpr = (tl.float16, tl.float16)
+        first, second = tl.inline_asm_elementwise(DECODE_F16, "=r,=r,r", [theta], dtype=f16, is_pure=True, pack=2)
+    else:
+        i, j = coordinates(theta)
+        first, second = rounded(i + j * 0.00390625, DTYPE), rounded(j, DTYPE)
+    return first, second
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr,  # [M, K], rows stride_m apart
+    theta_ptr,  # uint16 [N, P]
+    step_ptr,  # float32 []
+    bias_ptr,  # [N]
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    P,
+    stride_m,
+    tail_half,  # pairs of the ragged last block of a row, 0 if none
+    BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = tl.arange(0, 32)
+    theta_row = theta_ptr + n.to(tl.int64)[:, None] * P + q[None, :]
+    x_row = x_ptr + m.to(tl.int64)[:, None] * stride_m + q[None, :]
+    in_n, in_m = n[:, None] < N, m[:, None] < M
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for block in tl.range(0, K // 64, num_stages=STAGES):
+        first, second = _weights(tl.load(theta_row + block * 32, mask=in_n, other=0x8080), DTYPE)
+        x = tl.load(x_row + block * 64, mask=in_m, other=0)
+        acc = dot(first, x.T, acc, PRECISION)
+        x = tl.load(x_row + block * 64 + 32, mask=in_m, other=0)
+        acc = dot(second, x.T, acc, PRECISION)
+    if RAGGED:
+        full = K // 64
+        inside = q[None, :] < tail_half
+        first, second = _weights(tl.load(theta_row + full * 32, mask=in_n & inside, other=0x8080), DTYPE)
+        x = tl.load(x_row + full * 64, mask=in_m & inside, other=0)
+        acc = dot(first, x.T, acc, PRECISION)
+        paired = inside & (full * 64 + tail_half + q[None, :] < K)
+        x = tl.load(x_row + full * 64 + tail_half, mask=in_m & paired, other=0)
+        acc = dot(second, x.T, acc, PRECISION)
+
+    acc *= tl.load(step_ptr)
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    y = rounded(tl.trans(acc), DTYPE)
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=in_m & (n[None, :] < N))
+
+
+@triton.jit
+def _escape_kernel(
+    x_ptr,  # [M, K], rows stride_m apart
+    index_ptr,  # int64 [E], row*K + column, increasing
+    value_ptr,  # float32 [E]
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    escapes,
+    stride_m,
+    BLOCK_M: tl.constexpr,
+):
+    """Add the escaped weights of one row times their inputs; the row's first escape does it for all of them."""
+    escape = tl.program_id(0)
+    row = tl.load(index_ptr + escape) // K
+    begins = escape == 0
+    if not begins:
+        begins = tl.load(index_ptr + escape - 1) // K != row
+    if begins:
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        index = tl.load(index_ptr + escape)
+        while index // K == row:
+            x = tl.load(x_ptr + m.to(tl.int64) * stride_m + index % K, mask=m < M, other=0)
+            total += x.to(tl.float32) * tl.load(value_ptr + escape)
+            escape += 1
+            index = tl.load(index_ptr + escape, mask=escape < escapes, other=(row + 1) * K)
+        place = y_ptr + m.to(tl.int64) * N + row
+        y = tl.load(place, mask=m < M, other=0).to(tl.float32)
+        tl.store(place, rounded(y + total, y_ptr.dtype.element_ty), mask=m < M)
+
+
+def linear(
+    x_MK: Tensor,
+    theta_NP: Tensor,
+    step: Tensor,
+    bias_N: Tensor | None,
+    *,
+    block_m: int,
+    block_n: int,
+    warps: int,
+    stages: int = 3,
+) -> Tensor:
+    """y [M, N] in the dtype of `x_MK` (float32, bfloat16, float16), escapes left out.
+
+    float32 is exact unless `torch.backends.cuda.matmul.allow_tf32` is set.
+    """
+    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
+    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
+    tail_half = (columns % 64 + 1) // 2
+    _linear_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)](
+        x_MK,
+        theta_NP,
+        step,
+        step if bias_N is None else bias_N,
+        y_MN,
+        tokens,
+        rows,
+        columns,
+        theta_NP.shape[1],
+        x_MK.stride(0),
+        tail_half,
+        BIAS=bias_N is not None,
+        RAGGED=tail_half > 0,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        num_warps=warps,
+    )
+    return y_MN
+
+
+def add_escapes(y_MN: Tensor, x_MK: Tensor, index: Tensor, value: Tensor) -> None:
+    """Add to `y_MN` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
+    (tokens, columns), rows = x_MK.shape, y_MN.shape[1]
+    block_m = min(256, max(16, triton.next_power_of_2(tokens)))
+    _escape_kernel[(index.numel(), triton.cdiv(tokens, block_m))](
+        x_MK, index, value, y_MN, tokens, rows, columns, index.numel(), x_MK.stride(0), BLOCK_M=block_m
+    )

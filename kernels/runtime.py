@@ -1,0 +1,78 @@
+"""Which way an op runs: its Triton kernel, or the eager reference in `birkhoff.codec`.
+
+Triton serves CUDA tensors on compute capability 8.0 and above, once a trial decode of all 65536 step numbers has
+given the reference's bits on that very device. Everything else runs eagerly, and says so once in the log
+`birkhoff.kernels`; no op ever changes its result for speed.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether the Triton package is installed; the modules `*_triton` may only be imported if so."""
+
+MINIMUM_CAPABILITY = (8, 0)
+"""bfloat16 arithmetic and asynchronous copies begin here."""
+
+_log = logging.getLogger("birkhoff.kernels")
+_interpreting = False
+
+
+def triton_serves(device: torch.device) -> bool:
+    """Whether the Triton kernels run for tensors on `device`; logs the reason once where they do not."""
+    if device.type == "cpu" and _interpreting:
+        return True
+    return _serves(device.type, device.index)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Run the kernels for CPU tensors too, under Triton's interpreter (`TRITON_INTERPRET=1` before the import)."""
+    global _interpreting
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+@cache
+def _serves(kind: str, index: int | None) -> bool:
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    reason = _obstacle(device)
+    if reason is not None:
+        _log.warning("kernels on %s run eagerly: %s", device, reason)
+    return reason is None
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton does not serve `device`, or None."""
+    if device.type != "cuda":
+        return "no CUDA device" if not torch.cuda.is_available() else "the tensors are not on the GPU"
+    if torch.version.hip is not None:
+        return "ROCm is not supported"
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+    return _trial(device)
+
+
+def _trial(device: torch.device) -> str | None:
+    """Decode every step number on `device` and compare with the reference."""
+    from birkhoff.kernels import decode_triton, reference
+
+    theta = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(64, 1024)
+    step = torch.tensor(0.0123)
+    expected = reference.decode(theta, step, 2048, torch.float32)
+    try:
+        got = decode_triton.decode(theta.to(device), step.to(device), 2048, torch.float32)
+    except Exception as error:  # a missing compiler, an old driver: whatever it is, the reference still works
+        return f"Triton failed on a trial decode ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    return None if torch.equal(got.cpu(), expected) else "a trial decode differs from the reference"
