@@ -11,6 +11,7 @@ BirkhoffError                   (birkhoff.codec.errors)
 │   └── PreconditionError       a conditional write lost: the object exists already, or has changed
 ├── ArtifactNotFoundError       no such model, version, alias or digest
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
+├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
 ├── ValidationError             an encoded tensor that does not meet its target
 ├── WorkerError                 a worker died or could not be had
 └── PartialError                some models of the manifest were not published
@@ -59,6 +60,10 @@ class IntegrityError(BirkhoffError):
     """Stored bytes that do not match their digest."""
 
 
+class ModelMismatchError(BirkhoffError):
+    """An artifact whose tensors are not those of the model to load into."""
+
+
 class ValidationError(BirkhoffError):
     """An encoded tensor that does not meet its target, or a probe that does not agree."""
 
@@ -87,6 +92,7 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     ValidationError: 12,
     WorkerError: 13,
     PartialError: 14,
+    ModelMismatchError: 15,
 }
 
 

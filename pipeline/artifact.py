@@ -1,0 +1,161 @@
+"""What lies in a store, and under which key.
+
+    blobs/sha256/ab/<hex>                   a shard: a codec container, named by the digest of its bytes
+    shards/ab/<key>.json                    which blob a shard key has led to, and what its validation measured
+    models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
+    models/M/names/v<N>.json                human names, created once, never changed
+    models/M/aliases/<alias>.json           movable pointers, changed by compare-and-swap
+
+Each object refers only to objects that were durable before it was written, so a reader never meets a dangling one,
+whenever a writer dies.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from birkhoff.pipeline.errors import IntegrityError
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ALIAS_LATEST = "latest"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON in field order: equal documents are equal bytes."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+class ShardRecord(_Document):
+    """A shard that was encoded, validated and uploaded."""
+
+    key: Digest
+    """H(format, recipe, names, dtypes, shapes and bytes of its source tensors)."""
+    blob: Digest
+    """sha256 of the container."""
+    bytes: Annotated[int, Field(ge=0)]
+    """Size of the container."""
+    source_bytes: Annotated[int, Field(ge=0)]
+    """Bytes of its tensors before coding."""
+    tensors: Annotated[int, Field(ge=1)]
+    sqnr_db: tuple[float, ...]
+    """SQNR of every coded tensor, dB, measured on the container's bytes, in its order."""
+    probe_db: tuple[float, ...]
+    """Output SQNR of HyperLinear on random inputs against the source weight, dB, of every coded matrix."""
+    probe_error: float
+    """Greatest relative error of HyperLinear's output against `F.linear` with the decoded weight."""
+
+
+class SourceRecord(_Document):
+    """Where a version came from."""
+
+    file: str
+    """Name of the source file, without its folder."""
+    sha256: Digest
+    bytes: int
+    format: str
+    nesting: tuple[str, ...] = ()
+    """Keys that led to the state dict in the source: `("model",)`."""
+
+
+class VersionManifest(_Document):
+    """One immutable version of a model. Its digest is the sha256 of `to_bytes()`."""
+
+    version: Literal[1] = 1
+    """Version of this document's form."""
+    model: str
+    source: SourceRecord
+    profile: str
+    recipe: dict[str, str | float | int | None]
+    """The profile resolved: everything that decided the coded bytes."""
+    code: str
+    """Version of birkhoff-compression that made it."""
+    shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
+    """In the order of the checkpoint."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the document, by which the version is known."""
+        return sha256(self.to_bytes())
+
+
+class NameRecord(_Document):
+    """A human name of a version: `v3`."""
+
+    digest: Digest
+    created: str
+    """UTC, ISO 8601."""
+    publisher: str
+    """A random name of the writer: two publishers never write equal bodies."""
+    single_publisher: bool | None = None
+    """Set where the store has no conditional writes, so that only one publisher at a time is safe."""
+
+
+class AliasRecord(_Document):
+    """A movable pointer at a named version."""
+
+    version: str
+    digest: Digest
+    gen: Annotated[int, Field(ge=1)]
+    """Counts the alias's moves; never goes back."""
+    moved: str
+    """UTC, ISO 8601."""
+    publisher: str
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def blob_key(digest: str) -> str:
+    """Key of a blob."""
+    return f"blobs/sha256/{digest[:2]}/{digest}"
+
+
+def shard_key(key: str) -> str:
+    """Key of a shard's record."""
+    return f"shards/{key[:2]}/{key}.json"
+
+
+def version_key(model: str, digest: str) -> str:
+    """Key of a version's manifest."""
+    return f"models/{model}/versions/{digest}/manifest.json"
+
+
+def name_key(model: str, name: str) -> str:
+    """Key of a human name."""
+    return f"models/{model}/names/{name}.json"
+
+
+def alias_key(model: str, alias: str) -> str:
+    """Key of an alias."""
+    return f"models/{model}/aliases/{alias}.json"
+
+
+D = TypeVar("D", bound=_Document)
+
+
+def read_document(kind: type[D], key: str, body: bytes) -> D:
+    """Parse a stored document.
+
+    Raises:
+        IntegrityError: the object is not such a document.
+    """
+    try:
+        return kind.model_validate(json.loads(body, object_pairs_hook=_unique))
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{key}: not a {kind.__name__}: {reason}; the stored object is damaged") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

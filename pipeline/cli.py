@@ -1,0 +1,283 @@
+"""The `birkhoff` command."""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import birkhoff
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.profiles import PROFILES
+from birkhoff.pipeline.errors import exit_code
+
+_PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
+    f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
+)
+
+app = typer.Typer(
+    name="birkhoff",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Compress fleets of vision models, prove every layer, publish versioned artifacts, pull and run them.\n\n"
+    "MODEL[@REF]: REF is a version name (v3), a digest or an alias; `latest` where left out.\n\n"
+    "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), file:///DIR, or embedded, an S3 server on "
+    "this machine; BIRKHOFF_STORE, then embedded, where left out.",
+)
+store_app = typer.Typer(no_args_is_help=True, help="The embedded S3 server.")
+app.add_typer(store_app, name="store")
+
+
+class ExecutorName(StrEnum):
+    """Where shards run."""
+
+    RAY = "ray"
+    INLINE = "inline"
+
+
+ManifestArgument = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
+ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL[@REF]", show_default=False)]
+StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help="The store; see above.")]
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
+ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _output() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _notes() -> Console:
+    return Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"birkhoff {birkhoff.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    manifest: ManifestArgument,
+    only: OnlyOption = None,
+    store: StoreOption = None,
+    profile: ProfileOption = None,
+    executor: Annotated[ExecutorName, typer.Option(help="Where shards run.")] = ExecutorName.RAY,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
+    from birkhoff.pipeline import compress as job
+    from birkhoff.pipeline.execute import Executor, InlineExecutor, RayExecutor
+    from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.progress import Progress
+    from birkhoff.pipeline.store import check_store
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.tables import VERSION_COLUMNS, show
+
+    chosen = job.select(load_manifest(manifest), only or [], profile)
+    with open_default_store(store or chosen.store) as opened:
+        single = not check_store(opened).conditional_writes
+        if single:
+            _warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
+
+        def start() -> Executor:
+            if executor is ExecutorName.INLINE:
+                return InlineExecutor(opened.address)
+            return RayExecutor(opened.address, address=address)
+
+        with Progress(_notes(), models=len(chosen.models), quiet=as_json) as progress:
+            runs = job.compress(chosen, opened, start, progress, single_publisher=single)
+    show(_output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
+    failure = job.failure(runs)
+    for run in runs:
+        if run.error is not None and run.error is not failure:
+            _complain(f"{run.name}: {run.error}")
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def plan(
+    manifest: ManifestArgument,
+    only: OnlyOption = None,
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what `compress` would do to which tensors, and why; reads headers only."""
+    from birkhoff.pipeline.compress import plan_entry, plan_rows, select
+    from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.tables import PLAN_COLUMNS, show
+
+    chosen = select(load_manifest(manifest), only or [], profile)
+    rows = [row for entry in chosen.models for row in plan_rows(plan_entry(chosen, entry))]
+    show(_output(), PLAN_COLUMNS, rows, as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    model: Annotated[str | None, typer.Argument(help="All versions of this model.")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the models of a store, or the versions of one: aliases, sizes, ratios."""
+    from birkhoff.pipeline.listing import model_rows, version_rows
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.tables import LIST_COLUMNS, show
+
+    with open_default_store(store) as opened:
+        rows = version_rows(opened, model) if model else model_rows(opened)
+    if not rows and not as_json:
+        _notes().print(f"{opened.url} holds no models yet", highlight=False, markup=False)
+        return
+    show(_output(), LIST_COLUMNS, rows, as_json=as_json)
+
+
+@app.command()
+def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show every tensor of a version: shape, codec, bits a weight, SQNR, greatest error."""
+    from birkhoff.pipeline.artifacts import inspect as rows_of
+    from birkhoff.pipeline.artifacts import open_artifact, row_json
+    from birkhoff.pipeline.tables import TENSOR_COLUMNS, show
+
+    with open_artifact(reference, store) as artifact:
+        show(_output(), TENSOR_COLUMNS, [row_json(row) for row in rows_of(artifact)], as_json=as_json)
+
+
+@app.command()
+def pull(
+    reference: ReferenceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to fetch into.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a version into a folder, every digest checked; shards already there are kept."""
+    from birkhoff.pipeline.artifacts import StoredArtifact
+    from birkhoff.pipeline.artifacts import pull as fetch
+    from birkhoff.pipeline.publish import resolve
+    from birkhoff.pipeline.stores import open_default_store
+
+    with open_default_store(store) as opened:
+        version = resolve(opened, reference)
+        fetched = fetch(StoredArtifact(opened, version), output)
+    facts = {"model": version.model, "version": version.name, "digest": version.digest, "fetched_bytes": fetched}
+    _report({**facts, "output": str(output)}, as_json, "pulled")
+
+
+@app.command()
+def verify(
+    reference: ReferenceArgument,
+    against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="Measure against this checkpoint too.")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-check a stored version, or a pulled folder: every digest, every tensor decoded."""
+    from dataclasses import asdict
+
+    from birkhoff.pipeline.artifacts import open_artifact
+    from birkhoff.pipeline.verify import verify as check
+
+    with open_artifact(reference, store) as artifact:
+        found = check(artifact, against)
+        _report({"artifact": artifact.label, "digest": artifact.manifest.digest, **asdict(found)}, as_json, "verified")
+
+
+@app.command()
+def export(
+    reference: ReferenceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help=".safetensors, .pth or .pt")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a dense checkpoint with the original names, dtypes and nesting."""
+    from birkhoff.pipeline.artifacts import open_artifact
+    from birkhoff.pipeline.export import export as write
+
+    with open_artifact(reference, store) as artifact:
+        written = write(artifact, output)
+        _report({"artifact": artifact.label, "output": str(output), "bytes": written}, as_json, "exported")
+
+
+@store_app.command()
+def up() -> None:
+    """Start the embedded S3 server and leave it running."""
+    from birkhoff.pipeline import embedded
+
+    typer.echo(f"embedded store at {embedded.up().endpoint}")
+
+
+@store_app.command()
+def down() -> None:
+    """Stop it, unless someone uses it."""
+    from birkhoff.pipeline import embedded
+
+    typer.echo(f"embedded store: {embedded.down()}")
+
+
+@store_app.command()
+def env() -> None:
+    """Print the variables with which any S3 tool reaches it: `eval "$(birkhoff store env)"`."""
+    import shlex
+
+    from birkhoff.pipeline import embedded
+
+    for key, value in embedded.environment().items():
+        typer.echo(f"export {key}={shlex.quote(value)}")
+
+
+def _report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    shown = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+    typer.echo(f"{verb}: {shown}")
+
+
+def _warn(message: str) -> None:
+    _notes().print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _complain(message: str) -> None:
+    _notes().print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def run(command: Callable[[], object], *, debug: bool) -> int:
+    """Run a command; its error becomes one line and the exit code of its kind."""
+    try:
+        command()
+    except BirkhoffError as error:
+        if debug:
+            traceback.print_exc()
+        _complain(" ".join(str(error).split()))
+        return exit_code(error)
+    except KeyboardInterrupt:
+        _complain("interrupted; run the same command again to go on from here")
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"{type(error).__name__}: {error}; this is a bug: run again with --debug and report it")
+        return 70
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("botocore", "boto3", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.exit(run(lambda: app(arguments, prog_name="birkhoff"), debug=debug))

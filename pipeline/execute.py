@@ -1,0 +1,194 @@
+"""Executors: where shards run. `inline` in this process, `ray` on long-lived workers of a local or remote cluster.
+
+Both take tasks and yield outcomes in the order in which they end. An error of ours is an outcome of its shard, not the
+end of the run; a worker that dies is replaced and its shard tried again, `TRIES` times in all.
+"""
+
+import importlib.util
+import logging
+import os
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.shard import ShardResult, ShardTask, compress_shard
+from birkhoff.pipeline.store import StoreAddress
+
+log = logging.getLogger("birkhoff.execute")
+
+TRIES = 3
+"""Times a shard is tried when its worker dies."""
+
+QUEUED_PER_WORKER = 2
+"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a task ended: exactly one of `result` and `error` is set."""
+
+    task: ShardTask
+    result: ShardResult | None = None
+    error: BirkhoffError | None = None
+
+
+class Executor(AbstractContextManager["Executor"], Protocol):
+    """Runs shards."""
+
+    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
+        """Outcomes of all tasks, in the order in which they end."""
+        ...
+
+
+class InlineExecutor(AbstractContextManager["InlineExecutor"]):
+    """One shard after another in this process: for tests, small jobs, and machines without Ray."""
+
+    def __init__(self, store: StoreAddress) -> None:
+        self._worker = Worker(store)
+
+    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
+        """Run each task when its outcome is asked for."""
+        return map(self._worker.run, tasks)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._worker.close()
+
+
+class Worker:
+    """Holds what shards of one process share: the store's client and the device."""
+
+    def __init__(self, store: StoreAddress) -> None:
+        # Shards are the unit of parallel work; threads inside one would wait for each other at every small operation.
+        torch.set_num_threads(1)
+        self._store = store.open()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self, task: ShardTask) -> Outcome:
+        """Run one task; every error becomes its outcome."""
+        log.info("start %s, %d bytes", task.label, task.nbytes)
+        try:
+            return Outcome(task=task, result=compress_shard(task, self._store, self._device))
+        except BirkhoffError as error:
+            return Outcome(task=task, error=error)
+        except Exception as error:
+            log.debug("%s", traceback.format_exc())
+            kind = type(error).__name__
+            return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
+
+    def identity(self) -> dict[str, Any]:
+        """What this process is: its id, whether it sees a GPU, and who owns a top-level `kernels`, if anyone."""
+        spec = importlib.util.find_spec("kernels")
+        return {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "kernels": spec and spec.origin}
+
+    def close(self) -> None:
+        """Release the store's connections."""
+        self._store.close()
+
+
+class RayExecutor(AbstractContextManager["RayExecutor"]):
+    """Long-lived Ray actors: one per GPU where there are GPUs, else one per CPU.
+
+    Actors, not tasks: a GPU task gets a process of its own, and torch's import and CUDA's start each time. With an
+    `address` the cluster of that address is joined; otherwise one is started here and stopped at the end, without
+    dashboard, never an existing one by accident. Ray binds its ports to every interface and asks for a token
+    (`RAY_AUTH_MODE=token`, its default).
+    """
+
+    def __init__(self, store: StoreAddress, *, address: str | None = None, workers: int | None = None) -> None:
+        self._store = store
+        self._ray = _start_ray(address)
+        self._gpu, count = self.capacity(workers)
+        self.workers = [self._actor() for _ in range(count)]
+
+    def capacity(self, workers: int | None = None) -> tuple[bool, int]:
+        """(whether workers get a GPU, how many there are to be).
+
+        Raises:
+            WorkerError: the cluster cannot give so many; asked for all the same, they would be waited for for ever.
+        """
+        resources = self._ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        most = gpus or cpus
+        if not most:
+            raise WorkerError("the Ray cluster has no CPUs or GPUs to give; start a node, or use --executor inline")
+        if workers is not None and workers > most:
+            raise WorkerError(f"{workers} workers asked for, the cluster has {gpus} GPUs and {cpus} CPUs")
+        return gpus > 0, workers or most
+
+    def _actor(self) -> Any:
+        # An actor with num_gpus=0 would still see every GPU.
+        environment = {} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        kind = self._ray.remote(Worker).options(
+            num_cpus=1, num_gpus=int(self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
+        )
+        return kind.remote(self._store)
+
+    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
+        """Keep every worker busy; at most `QUEUED_PER_WORKER` tasks a worker are in flight."""
+        source = ((task, 1) for task in tasks)  # drawn when a worker is free: the caller may drop tasks meanwhile
+        again: deque[tuple[ShardTask, int]] = deque()
+        free = deque(actor for actor in self.workers for _ in range(QUEUED_PER_WORKER))
+        running: dict[Any, tuple[Any, ShardTask, int]] = {}
+        while True:
+            while free and (item := again.popleft() if again else next(source, None)):
+                actor, (task, tries) = free.popleft(), item
+                running[actor.run.remote(task)] = actor, task, tries
+            if not running:
+                return
+            (reference,), _ = self._ray.wait(list(running), num_returns=1)
+            actor, task, tries = running.pop(reference)
+            try:
+                outcome = self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                if actor in self.workers:  # its first task to fail; the ones queued behind it fail too
+                    self._replace(actor, free)
+                if tries < TRIES:
+                    log.warning("worker died at %s (%s); trying again", task.label, _cause(error))
+                    again.append((task, tries + 1))
+                    continue
+                message = f"{task.label}: its worker died {TRIES} times, last: {_cause(error)}"
+                outcome = Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
+            else:
+                free.append(actor)
+            yield outcome
+
+    def _replace(self, actor: Any, free: deque[Any]) -> None:
+        """A new worker for a dead one."""
+        self.workers.remove(actor)
+        self.workers.append(self._actor())
+        for _ in range(free.count(actor)):
+            free.remove(actor)
+        free.extend([self.workers[-1]] * QUEUED_PER_WORKER)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ray.shutdown()
+
+
+def _start_ray(address: str | None) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        raise WorkerError(f"cannot reach {where}: {str(error).splitlines()[0]}; try --executor inline") from None
+    return ray
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -1,0 +1,58 @@
+"""Progress of a run: bars in a terminal, plain lines elsewhere, on standard error either way."""
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bars
+
+_MARKS = {"published": "[green]published[/]", "up to date": "[dim]up to date[/]", "failed": "[red]failed[/]"}
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """One bar for the fleet and one per model, counted in source bytes."""
+
+    def __init__(self, console: Console, *, models: int, quiet: bool = False) -> None:
+        self._console, self._models, self._quiet = console, models, quiet
+        self._live = console.is_terminal and not quiet
+        self._bars = Bars(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._fleet: TaskID | None = None
+        self._done = 0
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._bars.start()
+            self._fleet = self._bars.add_task("[bold]fleet", total=0, note=f"0/{self._models} models")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def planned(self, model: str, nbytes: int, status: str | None) -> None:
+        """A model's header was read; `status` is set if nothing is to be done for it."""
+        if self._live:
+            total = self._bars.tasks[0].total or 0
+            self._bars.update(TaskID(0), total=total + nbytes)
+            self._tasks[model] = self._bars.add_task(model, total=nbytes, note="")
+        if status is not None:
+            self.advanced(model, nbytes, status)
+
+    def advanced(self, model: str, nbytes: int, status: str | None) -> None:
+        """A shard of `nbytes` source bytes ended; `status` is set if its model ended with it."""
+        self._done += status is not None
+        if self._live and self._fleet is not None:
+            self._bars.update(self._tasks[model], advance=nbytes, note=_MARKS.get(status or "", ""))
+            self._bars.update(self._fleet, advance=nbytes, note=f"{self._done}/{self._models} models")
+        elif status is not None and not self._quiet:
+            self._console.print(f"{self._done}/{self._models} {model}: {status}", highlight=False, markup=False)

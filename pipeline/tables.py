@@ -1,0 +1,99 @@
+"""Tables on standard output, and the same rows as JSON."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of a table: heading, the row's key, and how its value is written."""
+
+    title: str
+    key: str
+    form: Callable[[Any], str] = str
+    right: bool = False
+
+
+def size(count: int) -> str:
+    """Bytes for people: `5.7 MiB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def short(digest: str) -> str:
+    """First 12 digits of a digest: enough to tell versions apart."""
+    return digest[:12]
+
+
+def fixed(digits: int) -> Callable[[float], str]:
+    """A number with so many decimals."""
+    return lambda value: f"{value:.{digits}f}"
+
+
+def shape(dims: Sequence[int]) -> str:
+    """`768x768`; `scalar` for no dimensions."""
+    return "x".join(map(str, dims)) or "scalar"
+
+
+VERSION_COLUMNS = (
+    Column(title="model", key="model"),
+    Column(title="version", key="version"),
+    Column(title="status", key="status"),
+    Column(title="source", key="source_bytes", form=size, right=True),
+    Column(title="stored", key="stored_bytes", form=size, right=True),
+    Column(title="ratio", key="ratio", form=fixed(2), right=True),
+    Column(title="SQNR min dB", key="sqnr_db_min", form=fixed(2), right=True),
+    Column(title="median dB", key="sqnr_db_median", form=fixed(2), right=True),
+    Column(title="seconds", key="seconds", form=fixed(1), right=True),
+    Column(title="digest", key="digest", form=short),
+)
+LIST_COLUMNS = (
+    *(column for column in VERSION_COLUMNS if column.key not in ("status", "seconds")),
+    Column(title="profile", key="profile"),
+    Column(title="aliases", key="aliases", form=", ".join),
+    Column(title="created", key="created"),
+)
+TENSOR_COLUMNS = (
+    Column(title="tensor", key="name"),
+    Column(title="shape", key="shape", form=shape, right=True),
+    Column(title="dtype", key="dtype"),
+    Column(title="codec", key="action"),
+    Column(title="bits/weight", key="bits_per_weight", form=fixed(2), right=True),
+    Column(title="SQNR dB", key="sqnr_db", form=fixed(2), right=True),
+    Column(title="max error", key="max_abs_error", form=lambda value: f"{value:.3g}", right=True),
+)
+PLAN_COLUMNS = (
+    Column(title="model", key="model"),
+    Column(title="action", key="action"),
+    Column(title="reason", key="reason"),
+    Column(title="tensors", key="tensors", right=True),
+    Column(title="weights", key="weights", form=lambda count: f"{count:,}", right=True),
+    Column(title="bytes in", key="bytes", form=size, right=True),
+    Column(title="shards", key="shards", right=True),
+)
+
+
+def show(console: Console, columns: Sequence[Column], rows: Sequence[Row], *, as_json: bool, title: str = "") -> None:
+    """Print rows as a table, or as one JSON list."""
+    if as_json:
+        console.file.write(json.dumps(rows, indent=2, default=str) + "\n")
+        return
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
+    for row in rows:
+        values = (row.get(column.key) for column in columns)
+        table.add_row(*(Text("" if v is None else c.form(v)) for c, v in zip(columns, values, strict=True)))
+    console.print(table)

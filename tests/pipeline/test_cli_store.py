@@ -1,0 +1,96 @@
+"""The command line against a real S3 server: the whole path, and every way in which a store can refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from birkhoff.pipeline import cli
+from birkhoff.pipeline.embedded import EmbeddedServer
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"a.weight": torch.randn(96, 128, generator=generator), "a.bias": torch.randn(96, generator=generator)}
+    save_file(tensors, tmp_path / "net.safetensors")
+    (tmp_path / "m.yaml").write_text("models: [{name: net, source: net.safetensors}]\n")
+    return tmp_path / "m.yaml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_s3_from_compress_to_export(s3_environment: str, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ["--store", s3_environment]
+    code, out, err = run(capsys, "compress", str(manifest), "--executor", "inline", "--json", *store)
+    assert code == 0, err
+    assert json.loads(out)[0]["version"] == "v1"
+    assert run(capsys, "verify", "net", "--against", str(manifest.parent / "net.safetensors"), *store)[0] == 0
+    assert run(capsys, "pull", "net", "-o", str(manifest.parent / "p"), *store)[0] == 0
+    assert run(capsys, "export", "net", "-o", str(manifest.parent / "x.safetensors"), *store)[0] == 0
+    assert json.loads(run(capsys, "list", "--json", *store)[1])[0]["aliases"] == ["latest"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], manifest: Path, store: str, expected: int, *words: str) -> None:
+    code, out, err = run(capsys, "compress", str(manifest), "--executor", "inline", "--store", store)
+    lines = err.strip().splitlines()
+    assert (code, len(lines)) == (expected, 1), err
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in err + out
+
+
+def test_a_wrong_key(
+    s3_environment: str, manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-7f3a")
+    refused(capsys, manifest, s3_environment, 9, "AWS_")
+
+
+def test_no_credentials(no_aws: None, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, manifest, "s3://some-bucket/x", 9, "AWS_ACCESS_KEY_ID")
+
+
+def test_a_missing_bucket(s3_environment: str, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, manifest, "s3://no-such-bucket/x", 7, "no-such-bucket")
+
+
+def test_nobody_answers(
+    s3_environment: str, manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    refused(capsys, manifest, s3_environment, 8, "127.0.0.1:9")
+
+
+def test_secrets_in_the_url_are_refused_and_not_repeated(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, manifest, "s3://key:canary-7f3a@bucket/x", 7, "AWS_SECRET_ACCESS_KEY")
+    code, out, err = run(capsys, "list", "--store", "s3://key:canary-7f3a@bucket/x")
+    assert "canary" not in out + err
+    assert code == 7
+
+
+def test_usage_errors_exit_with_2_and_no_traceback() -> None:
+    command = [str(Path(sys.executable).with_name("birkhoff"))]
+    for arguments in (["compress"], ["nonsense"], ["pull", "x"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip()
+
+
+def test_up_and_down_are_commands(embedded_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the fixture's server is in use, so `down` must leave it alone
+    monkeypatch.setenv("BIRKHOFF_HOME", str(embedded_server.home))
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("birkhoff")), "store", "env"], capture_output=True, text=True, check=True
+    )
+    assert f"export AWS_ENDPOINT_URL_S3={embedded_server.endpoint}" in done.stdout
