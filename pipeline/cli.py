@@ -74,6 +74,10 @@ def compress(
     profile: ProfileOption = None,
     executor: Annotated[ExecutorName, typer.Option(help="Where shards run.")] = ExecutorName.RAY,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make every shard anew, also those in the store.")] = False,
+    revalidate: Annotated[
+        bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
@@ -81,6 +85,7 @@ def compress(
     from birkhoff.pipeline.execute import Executor, InlineExecutor, RayExecutor
     from birkhoff.pipeline.manifest import load_manifest
     from birkhoff.pipeline.progress import Progress
+    from birkhoff.pipeline.shard import Reuse
     from birkhoff.pipeline.store import check_store
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import VERSION_COLUMNS, show
@@ -97,7 +102,8 @@ def compress(
             return RayExecutor(opened.address, address=address)
 
         with Progress(_notes(), models=len(chosen.models), quiet=as_json) as progress:
-            runs = job.compress(chosen, opened, start, progress, single_publisher=single)
+            reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
+            runs = job.compress(chosen, opened, start, progress, reuse=reuse, single_publisher=single)
     show(_output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     failure = job.failure(runs)
     for run in runs:

@@ -3,8 +3,11 @@
 Reads as the table of contents of the pipeline; each step has its module.
 """
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,14 +17,16 @@ import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest
+from birkhoff.pipeline.digests import checkpoint_digest
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, PartialError, StoreError
 from birkhoff.pipeline.execute import Executor, Outcome
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan import MIB, ModelPlan, dense_bytes, plan_model
 from birkhoff.pipeline.progress import Progress
-from birkhoff.pipeline.publish import Version, publish, resolve
-from birkhoff.pipeline.shard import ShardTask
-from birkhoff.pipeline.source import Checkpoint, StoredTensor, open_checkpoint, source_digest
+from birkhoff.pipeline.publish import Version, is_whole, publish, resolve
+from birkhoff.pipeline.queue import TaskQueue
+from birkhoff.pipeline.shard import Reuse, ShardTask
+from birkhoff.pipeline.source import Checkpoint, StoredTensor, open_checkpoint
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
 from birkhoff.pipeline.workplace import source_cache
@@ -52,6 +57,7 @@ class ModelRun:
     version: Version | None = None
     records: dict[int, ShardRecord] = field(default_factory=dict)
     reused: int = 0
+    stages: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def fail(self, error: BirkhoffError) -> None:
@@ -81,6 +87,9 @@ class ModelRun:
             "sqnr_db_min": least,
             "sqnr_db_median": median,
             "seconds": round(self.seconds, 2),
+            "shards": len(self.records) or None,
+            "shards_reused": self.reused,
+            "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
             "error": str(self.error) if self.error else None,
         }
 
@@ -120,6 +129,7 @@ def compress(
     start_executor: Callable[[], Executor],
     progress: Progress,
     *,
+    reuse: Reuse = "trust",
     single_publisher: bool = False,
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
@@ -132,19 +142,27 @@ def compress(
     """
     clock = _Clock()
     runs = [ModelRun(name=entry.name, profile=entry.profile or manifest.profile) for entry in manifest.models]
-    for run, entry in zip(runs, manifest.models, strict=True):
-        _prepare(run, manifest, entry, store)
-        run.seconds = clock.seconds()
-        progress.planned(run.name, run.source_bytes, run.status)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # digests are nearly all of it, and leave the GIL
+        prepared = [
+            pool.submit(_prepare, run, manifest, entry, store, reuse)
+            for run, entry in zip(runs, manifest.models, strict=True)
+        ]
+        for run, future in zip(runs, prepared, strict=True):
+            future.result()
+            run.seconds = clock.seconds()
+            progress.planned(run.name, run.source_bytes, run.status)
     waiting = {run.name: run for run in runs if run.status is None}
     if waiting:
         with start_executor() as executor:
-            for outcome in executor.run(_tasks(list(waiting.values()))):
+            queue = TaskQueue(_tasks(list(waiting.values()), reuse), budget=_budget(manifest))
+            for outcome in executor.run(queue):
                 run = waiting[outcome.task.model]
                 if run.status is None:
                     _take(run, outcome, store, single_publisher)
                     run.seconds = clock.seconds()
                     progress.advanced(run.name, outcome.task.nbytes, run.status)
+                if run.status == "failed":
+                    queue.drop(run.name)
     return runs
 
 
@@ -158,13 +176,20 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _prepare(run: ModelRun, manifest: Manifest, entry: ModelEntry, store: Store) -> None:
+def _budget(manifest: Manifest) -> int:
+    """Source bytes that may be at work at any time."""
+    if manifest.in_flight_mib is not None:
+        return manifest.in_flight_mib * MIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+
+
+def _prepare(run: ModelRun, manifest: Manifest, entry: ModelEntry, store: Store, reuse: Reuse) -> None:
     """Plan one model and find out whether its latest version is what would be made."""
     try:
         run.planned = plan_entry(manifest, entry)
-        run.source_sha256 = source_digest(run.planned.checkpoint)
+        run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         latest = _latest(store, entry.name)
-        if latest is not None and _same(latest.manifest, run):
+        if reuse == "trust" and latest is not None and _same(latest.manifest, run) and is_whole(store, latest.manifest):
             run.version, run.status = latest, "up to date"
     except BirkhoffError as error:
         if isinstance(error, StoreError):
@@ -188,17 +213,12 @@ def _same(manifest: VersionManifest, run: ModelRun) -> bool:
     )
 
 
-def _tasks(runs: list[ModelRun]) -> Iterator[ShardTask]:
-    """Shards of all models, largest first so that none is left alone at the end; those of failed models are skipped."""
-    tasks = [
-        (run, ShardTask(model=run.name, index=index, tensors=tensors, profile=run.planned.profile))
-        for run in runs
-        if run.planned is not None
-        for index, tensors in enumerate(run.planned.plan.shards)
-    ]
-    for run, task in sorted(tasks, key=lambda pair: -pair[1].nbytes):
-        if run.status is None:
-            yield task
+def _tasks(runs: list[ModelRun], reuse: Reuse) -> Iterator[ShardTask]:
+    """Shards of all models."""
+    for run in runs:
+        if run.planned is not None:
+            for index, tensors in enumerate(run.planned.plan.shards):
+                yield ShardTask(model=run.name, index=index, tensors=tensors, profile=run.planned.profile, reuse=reuse)
 
 
 def _take(run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool) -> None:
@@ -209,6 +229,7 @@ def _take(run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool)
         return
     run.records[outcome.task.index] = outcome.result.record
     run.reused += outcome.result.reused
+    run.stages.update(outcome.result.stages)
     if len(run.records) < len(run.planned.plan.shards):
         return
     try:

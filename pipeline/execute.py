@@ -1,15 +1,15 @@
 """Executors: where shards run. `inline` in this process, `ray` on long-lived workers of a local or remote cluster.
 
-Both take tasks and yield outcomes in the order in which they end. An error of ours is an outcome of its shard, not the
-end of the run; a worker that dies is replaced and its shard tried again, `TRIES` times in all.
+Both draw from a `TaskQueue` and yield outcomes in the order in which they end. An error of ours is an outcome of its
+shard, not the end of the run; a worker that dies is replaced and its shard tried again, `TRIES` times in all.
 """
 
 import importlib.util
 import logging
 import os
 import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +19,7 @@ import torch
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import ShardResult, ShardTask, compress_shard
 from birkhoff.pipeline.store import StoreAddress
 
@@ -26,6 +27,12 @@ log = logging.getLogger("birkhoff.execute")
 
 TRIES = 3
 """Times a shard is tried when its worker dies."""
+
+WORKERS_PER_GPU = 12
+"""Reading, entropy coding and validation keep CPUs busy while the GPU waits; each worker costs it 0.5 GB."""
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Of a cluster started here: descriptors and records pass through it, never tensors."""
 
 QUEUED_PER_WORKER = 2
 """Tasks a worker holds: one at work, one ready, so that it never waits for the driver."""
@@ -43,8 +50,8 @@ class Outcome:
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Runs shards."""
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
-        """Outcomes of all tasks, in the order in which they end."""
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        """Outcomes of all tasks, in the order in which they end; tasks dropped meanwhile are left out."""
         ...
 
 
@@ -54,9 +61,12 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
     def __init__(self, store: StoreAddress) -> None:
         self._worker = Worker(store)
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Run each task when its outcome is asked for."""
-        return map(self._worker.run, tasks)
+        while task := queue.take():
+            outcome = self._worker.run(task)
+            queue.done(task)
+            yield outcome
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._worker.close()
@@ -94,7 +104,7 @@ class Worker:
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
-    """Long-lived Ray actors: one per GPU where there are GPUs, else one per CPU.
+    """Long-lived Ray actors: up to `WORKERS_PER_GPU` to a GPU where there are GPUs, else one per CPU.
 
     Actors, not tasks: a GPU task gets a process of its own, and torch's import and CUDA's start each time. With an
     `address` the cluster of that address is joined; otherwise one is started here and stopped at the end, without
@@ -108,56 +118,58 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._gpu, count = self.capacity(workers)
         self.workers = [self._actor() for _ in range(count)]
 
-    def capacity(self, workers: int | None = None) -> tuple[bool, int]:
-        """(whether workers get a GPU, how many there are to be).
+    def capacity(self, workers: int | None = None) -> tuple[float, int]:
+        """(each worker's share of a GPU, how many workers there are to be).
 
         Raises:
             WorkerError: the cluster cannot give so many; asked for all the same, they would be waited for for ever.
         """
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        most = gpus or cpus
+        most = min(cpus, gpus * WORKERS_PER_GPU) if gpus else cpus
         if not most:
             raise WorkerError("the Ray cluster has no CPUs or GPUs to give; start a node, or use --executor inline")
         if workers is not None and workers > most:
-            raise WorkerError(f"{workers} workers asked for, the cluster has {gpus} GPUs and {cpus} CPUs")
-        return gpus > 0, workers or most
+            raise WorkerError(f"{workers} workers asked for, the cluster has room for {most}: {gpus} GPUs, {cpus} CPUs")
+        count = workers or most
+        return (gpus / count if gpus else 0.0), count
 
     def _actor(self) -> Any:
         # An actor with num_gpus=0 would still see every GPU.
         environment = {} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""}
         kind = self._ray.remote(Worker).options(
-            num_cpus=1, num_gpus=int(self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
+            num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
         )
         return kind.remote(self._store)
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[Outcome]:
-        """Keep every worker busy; at most `QUEUED_PER_WORKER` tasks a worker are in flight."""
-        source = ((task, 1) for task in tasks)  # drawn when a worker is free: the caller may drop tasks meanwhile
-        again: deque[tuple[ShardTask, int]] = deque()
-        free = deque(actor for actor in self.workers for _ in range(QUEUED_PER_WORKER))
-        running: dict[Any, tuple[Any, ShardTask, int]] = {}
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        """Keep every worker busy, one task ahead, as far as the queue's byte budget goes."""
+        free = deque(actor for _ in range(QUEUED_PER_WORKER) for actor in self.workers)
+        running: dict[Any, tuple[Any, ShardTask]] = {}
+        deaths: Counter[tuple[str, int]] = Counter()
         while True:
-            while free and (item := again.popleft() if again else next(source, None)):
-                actor, (task, tries) = free.popleft(), item
-                running[actor.run.remote(task)] = actor, task, tries
+            while free and (task := queue.take()):
+                actor = free.popleft()
+                running[actor.run.remote(task)] = actor, task
             if not running:
                 return
             (reference,), _ = self._ray.wait(list(running), num_returns=1)
-            actor, task, tries = running.pop(reference)
+            actor, task = running.pop(reference)
             try:
                 outcome = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
                 if actor in self.workers:  # its first task to fail; the ones queued behind it fail too
                     self._replace(actor, free)
-                if tries < TRIES:
+                deaths[task.model, task.index] += 1
+                if deaths[task.model, task.index] < TRIES:
                     log.warning("worker died at %s (%s); trying again", task.label, _cause(error))
-                    again.append((task, tries + 1))
+                    queue.put_back(task)
                     continue
                 message = f"{task.label}: its worker died {TRIES} times, last: {_cause(error)}"
                 outcome = Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
             else:
                 free.append(actor)
+            queue.done(task)
             yield outcome
 
     def _replace(self, actor: Any, free: deque[Any]) -> None:
@@ -178,12 +190,8 @@ def _start_ray(address: str | None) -> Any:
     import ray
 
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        own = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise WorkerError(f"cannot reach {where}: {str(error).splitlines()[0]}; try --executor inline") from None

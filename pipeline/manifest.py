@@ -70,6 +70,8 @@ class Manifest(_Strict):
     """Profile of the models that name none."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
+    in_flight_mib: Annotated[int, Field(ge=1)] | None = None
+    """Source bytes at work at any time, in MiB; an eighth of the machine's memory where left out."""
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1, strict=False)]
     """The models, in the order of the result table."""
 

@@ -7,6 +7,7 @@ Order of writes: blobs and shard records (by the workers), then the version's ma
 import re
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -14,6 +15,7 @@ from birkhoff.pipeline.artifact import (
     ALIAS_LATEST,
     AliasRecord,
     NameRecord,
+    ShardRecord,
     VersionManifest,
     alias_key,
     blob_key,
@@ -59,15 +61,27 @@ def publish(store: Store, manifest: VersionManifest, *, single_publisher: bool =
     Raises:
         StoreError: a blob is missing, or the store failed.
     """
-    for shard in manifest.shards:
-        if store.head(blob_key(shard.blob)).size != shard.bytes:
-            raise StoreError(f"{store.url}: blob {shard.blob} has another size than its record says")
+    if not is_whole(store, manifest):
+        raise StoreError(f"{store.url}: a blob of {manifest.model} has gone since it was stored; run again")
     model, digest, publisher = manifest.model, manifest.digest, uuid.uuid4().hex
     store.create(version_key(model, digest), manifest.to_bytes())
     name = next((name for name, record in names(store, model) if record.digest == digest), None)
     name = name or _take_name(store, model, digest, publisher, single_publisher)
     _advance(store, model, ALIAS_LATEST, name, digest, publisher)
     return _describe(store, model, name, manifest)
+
+
+def is_whole(store: Store, manifest: VersionManifest) -> bool:
+    """Whether every blob of a version is stored in its right size."""
+
+    def present(shard: ShardRecord) -> bool:
+        try:
+            return store.head(blob_key(shard.blob)).size == shard.bytes
+        except ObjectNotFoundError:
+            return False
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return all(pool.map(present, manifest.shards))
 
 
 def _take_name(store: Store, model: str, digest: str, publisher: str, single_publisher: bool) -> str:

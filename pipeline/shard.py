@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from birkhoff.codec.container import FORMAT_VERSION, serialise
 from birkhoff.codec.profiles import Profile
 from birkhoff.codec.tensor import encode_tensor
 from birkhoff.pipeline.artifact import ShardRecord, blob_key, read_document, sha256, shard_key
-from birkhoff.pipeline.errors import ObjectNotFoundError, PreconditionError
+from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, PreconditionError
 from birkhoff.pipeline.plan import dense_bytes
 from birkhoff.pipeline.source import StoredTensor, read_tensor
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.validate import validate_shard
+from birkhoff.pipeline.validate import ShardChecks, validate_shard
+
+Reuse = Literal["trust", "revalidate", "never"]
+"""What to do with a shard that the store has: take it, prove it once more against its source first, or make it anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,12 @@ class ShardTask:
     index: int
     tensors: tuple[StoredTensor, ...]
     profile: Profile
+    reuse: Reuse = "trust"
+
+    @property
+    def signature(self) -> object:
+        """Equal for shards that may turn out to be the same: names, dtypes, shapes and recipe."""
+        return tuple((t.name, t.dtype, t.shape) for t in self.tensors), self.profile
 
     @property
     def label(self) -> str:
@@ -46,11 +56,30 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
-    """What comes back: the record, whether the store had it already, and the seconds it took."""
+    """What comes back: the record, whether the store had it already, and the seconds of each stage."""
 
     record: ShardRecord
     reused: bool
-    seconds: float
+    stages: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return sum(self.stages.values())
+
+
+class Stages:
+    """Seconds by stage, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """A stage has ended now."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def compress_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult:
@@ -59,25 +88,35 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     Raises:
         SourceError, CodecError, ValidationError, StoreError: with the tensor's or object's name.
     """
-    start = time.perf_counter()
+    stages = Stages()
     sources = {tensor.name: read_tensor(tensor) for tensor in task.tensors}
+    stages.end("read")
     key = input_key(sources, task.profile)
-    record = find_record(store, key)
-    reused = record is not None
-    if record is None:
-        blob, record = encode_shard(key, sources, task.profile, device)
-        record = keep_shard(store, blob, record)
-    return ShardResult(record=record, reused=reused, seconds=time.perf_counter() - start)
+    stages.end("key")
+    record = None if task.reuse == "never" else find_record(store, key)
+    stages.end("find")
+    if record is not None and task.reuse == "revalidate":
+        validate_shard(read_blob(store, record), sources, task.profile, device)
+        stages.end("validate")
+    if record is not None:
+        return ShardResult(record=record, reused=True, stages=stages.seconds)
+    blob = encode_shard(sources, task.profile, device)
+    stages.end("encode")
+    checks = validate_shard(blob, sources, task.profile, device)
+    stages.end("validate")
+    record = keep_shard(store, blob, make_record(key, sources, blob, checks), replace=task.reuse == "never")
+    stages.end("upload")
+    return ShardResult(record=record, reused=False, stages=stages.seconds)
 
 
-def encode_shard(
-    key: str, sources: Mapping[str, Tensor], profile: Profile, device: torch.device
-) -> tuple[bytes, ShardRecord]:
-    """Encode and validate; returns the container and its record. Raises as `compress_shard`."""
-    encoded = [encode_tensor(name, tensor.to(device), profile) for name, tensor in sources.items()]
-    blob = serialise([item.tensor for item in encoded])
-    checks = validate_shard(blob, sources, profile, device)
-    return blob, ShardRecord(
+def encode_shard(sources: Mapping[str, Tensor], profile: Profile, device: torch.device) -> bytes:
+    """The container of a shard's tensors. Raises as `compress_shard`."""
+    return serialise([encode_tensor(name, tensor.to(device), profile).tensor for name, tensor in sources.items()])
+
+
+def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks) -> ShardRecord:
+    """What is kept about a validated shard."""
+    return ShardRecord(
         key=key,
         blob=sha256(blob),
         bytes=len(blob),
@@ -89,8 +128,23 @@ def encode_shard(
     )
 
 
-def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> ShardRecord:
-    """Upload a shard, blob first; returns the record that stands, another worker's if that one was first."""
+def read_blob(store: Store, record: ShardRecord) -> bytes:
+    """A stored shard, checked against its digest. Raises IntegrityError."""
+    blob = store.get(blob_key(record.blob))
+    if sha256(blob) != record.blob:
+        raise IntegrityError(f"blob {record.blob} is damaged: run again with --force to make it anew")
+    return blob
+
+
+def keep_shard(store: Store, blob: bytes, record: ShardRecord, *, replace: bool) -> ShardRecord:
+    """Upload a shard, blob first; returns the record that stands, another worker's if that one was first.
+
+    `replace` overwrites what is there: the same content under the same digest, so that damage is mended.
+    """
+    if replace:
+        store.put(blob_key(record.blob), blob)
+        store.put(shard_key(record.key), record.to_bytes())
+        return record
     store.create(blob_key(record.blob), blob)
     try:
         store.create(shard_key(record.key), record.to_bytes())

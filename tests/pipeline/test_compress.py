@@ -275,3 +275,56 @@ def test_an_unwritable_store_fails_before_any_work(place: Place, net: Net) -> No
     code, _, err = place.compress()
     assert code in (7, 8, 9)
     assert err.count("error:") == 1
+
+
+def test_force_mends_a_damaged_blob_and_revalidate_finds_it(published: Place) -> None:
+    blob = published.blobs()[0]
+    good = blob.read_bytes()
+    blob.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    code, _, err = published.compress("--revalidate")
+    assert (code, blob.name in err, "--force" in err) == (11, True, True)
+    code, out, _ = published.compress("--force", "--json")
+    (row,) = json.loads(out)
+    assert (code, row["version"], row["shards_reused"]) == (0, "v1", 0)
+    assert blob.read_bytes() == good
+    code, out, _ = published.compress("--revalidate", "--json")
+    (row,) = json.loads(out)
+    assert (code, row["shards_reused"]) == (0, row["shards"])
+
+
+def test_a_lost_blob_is_made_again(published: Place) -> None:
+    blob = published.blobs()[0]
+    blob.unlink()
+    code, out, _ = published.compress("--json")
+    (row,) = json.loads(out)
+    assert (code, row["status"], row["version"]) == (0, "published", "v1")
+    assert row["shards"] - row["shards_reused"] == 1
+    assert blob.exists()
+
+
+def test_models_that_share_tensors_share_their_shards(place: Place, net: Net) -> None:
+    save_file(net.state_dict(), place.folder / "one.safetensors")
+    save_file({**net.state_dict(), "head.weight": torch.randn(64, 64)}, place.folder / "two.safetensors")
+    place.describe(("one", "one.safetensors"), ("two", "two.safetensors"))
+    code, out, _ = place.compress("--json")
+    one, two = json.loads(out)
+    assert code == 0
+    assert one["shards_reused"] + two["shards_reused"] == one["shards"]
+    assert len(place.blobs()) == one["shards"] + 1
+    assert set(one["stages"]) >= {"read", "key", "find"}
+
+
+def test_an_unchanged_source_is_not_read_again(published: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from birkhoff.pipeline import digests
+
+    source = published.folder / "net.pth"
+    monkeypatch.setattr(digests, "_SETTLED", -1.0)
+    assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"
+    monkeypatch.setattr(digests, "source_digest", lambda checkpoint: pytest.fail("the source was read again"))
+    assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"
+    monkeypatch.undo()
+    monkeypatch.setenv("BIRKHOFF_HOME", str(published.folder / "home"))
+    os.utime(source)
+    assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"

@@ -14,6 +14,7 @@ from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.execute import TRIES, InlineExecutor, RayExecutor
 from birkhoff.pipeline.plan import plan_model
+from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import ShardTask
 from birkhoff.pipeline.source import open_checkpoint
 from birkhoff.pipeline.store import StoreAddress
@@ -52,16 +53,16 @@ def test_workers_make_the_same_blobs_as_this_process(
     executor: RayExecutor, store: StoreAddress, tmp_path: Path
 ) -> None:
     work = tasks(tmp_path, 12)
-    made = {outcome.task.index: outcome for outcome in executor.run(work)}
+    made = {outcome.task.index: outcome for outcome in executor.run(TaskQueue(work, budget=1 << 30))}
     assert sorted(made) == list(range(12))
     assert all(outcome.error is None for outcome in made.values())
     with InlineExecutor(StoreAddress.parse((tmp_path / "other").as_uri())) as inline:
-        for outcome in inline.run(work):
+        for outcome in inline.run(TaskQueue(work, budget=1)):
             assert outcome.result is not None
             other = made[outcome.task.index].result
             assert other is not None
             assert outcome.result.record.blob == other.record.blob
-    reused = list(executor.run(work))
+    reused = list(executor.run(TaskQueue(work, budget=1 << 30)))
     assert all(outcome.result and outcome.result.reused for outcome in reused)
 
 
@@ -70,7 +71,7 @@ def test_a_killed_worker_is_replaced_and_its_shards_run_again(executor: RayExecu
 
     victims = [ray.get(actor.identity.remote())["pid"] for actor in executor.workers]
     os.kill(victims[0], signal.SIGKILL)
-    outcomes = list(executor.run(tasks(tmp_path, 10, seed=1)))
+    outcomes = list(executor.run(TaskQueue(tasks(tmp_path, 10, seed=1), budget=1 << 30)))
     assert sorted(outcome.task.index for outcome in outcomes) == list(range(10))
     assert all(outcome.error is None for outcome in outcomes)
     replaced = [ray.get(actor.identity.remote())["pid"] for actor in executor.workers]
@@ -82,7 +83,7 @@ def test_an_error_in_a_worker_arrives_as_itself_and_ends_its_shard_alone(executo
     work = tasks(tmp_path, 3, seed=2)
     data = bytearray((tmp_path / "net.safetensors").read_bytes())
     (tmp_path / "net.safetensors").write_bytes(data[:-10])
-    outcomes = {outcome.task.index: outcome for outcome in executor.run(work)}
+    outcomes = {outcome.task.index: outcome for outcome in executor.run(TaskQueue(work, budget=1 << 30))}
     failed = [index for index, outcome in outcomes.items() if outcome.error is not None]
     assert len(outcomes) == 3
     assert failed == [2]

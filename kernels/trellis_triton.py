@@ -1,0 +1,100 @@
+"""The Viterbi search of `birkhoff.codec.trellis` on a GPU: one thread a lane, its eight metrics in registers.
+
+For every step of a run and every subset c = n mod 4, d_c = ((u - c)/4 - round((u - c)/4))^2. With q = 0..3,
+
+    ahead[2q]     = min(metric[q] + d_q,         metric[q + 4] + d_(q xor 2))
+    ahead[2q + 1] = min(metric[q] + d_(q xor 2), metric[q + 4] + d_q)
+
+and one bit a state says which of the two was taken (the second only if less). The eight bits of a step are a byte of
+[T, L]; going back from the least metric, state s = 2q + o came from q + 4*bit by the subset c = q xor 2*(o xor bit).
+
+Toy: from state 0 (metric 0, others 1e9) with u = 0.9, d = (0.0506, 0.0006, 0.0756, 0.2256): ahead[0] = d_0 = 0.0506,
+ahead[1] = d_2 = 0.0756, the others stay near 1e9.
+
+The operations are those of the eager search, each rounded by itself, so the symbols are the same.
+
+Shapes: T = steps of a run, L = lanes.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LANES_PER_BLOCK = 32
+"""One warp: a plane has few lanes, and each walks its run alone."""
+
+
+@triton.jit
+def _nearest(x):
+    """x rounded to a whole number, ties to even: adding 1.5 * 2^23 leaves no bits behind the point."""
+    shifted = (x + 12582912.0) - 12582912.0
+    return tl.where(tl.abs(x) < 4194304.0, shifted, tl.floor(x + 0.5))
+
+
+@triton.jit
+def _distance(u, c: tl.constexpr):
+    r = (u - c) * 0.25
+    e = r - _nearest(r)
+    return e * e
+
+
+@triton.jit
+def _step(low, high, d, other):
+    """(ahead[2q], ahead[2q + 1], bits of the two) for metrics of states q and q + 4."""
+    a, b = low + d, high + other
+    c, e = low + other, high + d
+    bits = (b < a).to(tl.int32) + ((e < c).to(tl.int32) << 1)
+    return tl.minimum(a, b), tl.minimum(c, e), bits
+
+
+@triton.jit
+def _search_kernel(u_ptr, taken_ptr, n_ptr, steps, lanes, BLOCK: tl.constexpr):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < lanes
+    far = tl.full([BLOCK], 1e9, tl.float32)
+    m0, m1, m2, m3, m4, m5, m6, m7 = tl.zeros([BLOCK], tl.float32), far, far, far, far, far, far, far
+    at = lane.to(tl.int64)
+    for _ in range(steps):
+        u = tl.load(u_ptr + at, mask=inside, other=0.0)
+        d0, d1, d2, d3 = _distance(u, 0), _distance(u, 1), _distance(u, 2), _distance(u, 3)
+        a0, a1, b0 = _step(m0, m4, d0, d2)
+        a2, a3, b1 = _step(m1, m5, d1, d3)
+        a4, a5, b2 = _step(m2, m6, d2, d0)
+        a6, a7, b3 = _step(m3, m7, d3, d1)
+        bits = b0 + (b1 << 2) + (b2 << 4) + (b3 << 6)
+        tl.store(taken_ptr + at, bits.to(tl.uint8), mask=inside)
+        at += lanes
+        m0, m1, m2, m3, m4, m5, m6, m7 = a0, a1, a2, a3, a4, a5, a6, a7
+    best, state = m0, tl.zeros([BLOCK], tl.int32)
+    best, state = tl.minimum(best, m1), tl.where(m1 < best, 1, state)
+    best, state = tl.minimum(best, m2), tl.where(m2 < best, 2, state)
+    best, state = tl.minimum(best, m3), tl.where(m3 < best, 3, state)
+    best, state = tl.minimum(best, m4), tl.where(m4 < best, 4, state)
+    best, state = tl.minimum(best, m5), tl.where(m5 < best, 5, state)
+    best, state = tl.minimum(best, m6), tl.where(m6 < best, 6, state)
+    best, state = tl.minimum(best, m7), tl.where(m7 < best, 7, state)
+    for _ in range(steps):
+        at -= lanes
+        bits = tl.load(taken_ptr + at, mask=inside, other=0).to(tl.int32)
+        bit = (bits >> state) & 1
+        q = state >> 1
+        c = (q ^ (((state & 1) ^ bit) << 1)).to(tl.float32)
+        u = tl.load(u_ptr + at, mask=inside, other=0.0)
+        tl.store(n_ptr + at, _nearest((u - c) * 0.25) * 4.0 + c, mask=inside)
+        state = q + (bit << 2)
+
+
+def search(u_TL: Tensor) -> Tensor:
+    """The best path of every lane: float32 [T, L], contiguous, to float32 whole numbers [T, L]."""
+    steps, lanes = u_TL.shape
+    taken = torch.empty(steps, lanes, dtype=torch.uint8, device=u_TL.device)
+    n = torch.empty_like(u_TL)
+    grid = (triton.cdiv(lanes, _LANES_PER_BLOCK),)
+    # Contracting a product and a sum into one rounding would take other sides of ties than the eager search.
+    _search_kernel[grid](
+        u_TL, taken, n, steps, lanes, BLOCK=_LANES_PER_BLOCK, num_warps=_LANES_PER_BLOCK // 32, enable_fp_fusion=False
+    )
+    return n

@@ -1,0 +1,63 @@
+"""Digests of source files, remembered by path, size, inode and times, so that an unchanged fleet is not read again.
+
+A file changed within the last seconds is not remembered: a second change in the same tick of its clock would go unseen.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from birkhoff.pipeline.artifacts import write_whole
+from birkhoff.pipeline.home import birkhoff_home
+from birkhoff.pipeline.source import Checkpoint, source_digest
+
+_SETTLED = 5.0
+"""Seconds after which a file's times tell its states apart."""
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """`source_digest` of a checkpoint, from memory where its files have not changed. Raises SourceError."""
+    state = known_state(checkpoint)
+    if state is None:
+        return source_digest(checkpoint)
+    found = _recall(checkpoint.path, state)
+    if found is None:
+        found = source_digest(checkpoint)
+        if known_state(checkpoint) == state:
+            note = _note(checkpoint.path)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, json.dumps({"state": state, "sha256": found}).encode())
+    return found
+
+
+def recalled_digest(checkpoint: Checkpoint) -> str | None:
+    """The digest if it is remembered; reads nothing of the checkpoint."""
+    state = known_state(checkpoint)
+    return None if state is None else _recall(checkpoint.path, state)
+
+
+def known_state(checkpoint: Checkpoint) -> list[list[object]] | None:
+    """What tells the files' states apart without reading them; None while that cannot be relied on."""
+    state: list[list[object]] = []
+    for file in checkpoint.files:
+        try:
+            stat = Path(file).stat()
+        except OSError:
+            return None
+        if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+            return None
+        state.append([str(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
+    return state
+
+
+def _note(path: Path) -> Path:
+    return birkhoff_home() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+
+
+def _recall(path: Path, state: list[list[object]]) -> str | None:
+    try:
+        note = json.loads(_note(path).read_bytes())
+        return str(note["sha256"]) if note["state"] == state else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
