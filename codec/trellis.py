@@ -48,11 +48,12 @@ def search(u: Tensor) -> Tensor:
     lanes = -(-u.numel() // run)
     u_TL = torch.nn.functional.pad(u, (0, run * lanes - u.numel())).view(run, lanes)
     width = _LANES if u.device.type == "cpu" else _LANES_GPU
-    n_TL = torch.cat([_viterbi(part.contiguous()) for part in u_TL.split(width, dim=1)], dim=1)
+    n_TL = torch.cat([viterbi(part.contiguous()) for part in u_TL.split(width, dim=1)], dim=1)
     return n_TL.reshape(-1)[: u.numel()]
 
 
-def _viterbi(u_TL: Tensor) -> Tensor:
+def eager_viterbi(u_TL: Tensor) -> Tensor:
+    """The best path of every lane: float32 [T, L], contiguous, to float32 whole numbers [T, L]; the reference."""
     run, lanes = u_TL.shape
     subset_4 = torch.arange(4.0, device=u_TL.device)[:, None]
     metric = u_TL.new_full((8, lanes), 1e9)
@@ -77,6 +78,10 @@ def _viterbi(u_TL: Tensor) -> Tensor:
             torch.minimum(low, high, out=ahead[:, odd])
         metric, other = other, metric
     return _trace_back(u_TL, taken.view(run, 8, lanes), metric.argmin(0, keepdim=True))
+
+
+viterbi = torch.library.custom_op("birkhoff::viterbi", eager_viterbi, mutates_args=())
+"""`eager_viterbi` as an operator, so that `birkhoff.kernels.trellis` can register a faster kernel for a device."""
 
 
 def _trace_back(u_TL: Tensor, taken: Tensor, state: Tensor) -> Tensor:

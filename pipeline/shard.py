@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import birkhoff.kernels.trellis  # noqa: F401  registers the GPU's search
 from birkhoff.codec.container import FORMAT_VERSION, serialise
 from birkhoff.codec.profiles import Profile
 from birkhoff.codec.tensor import encode_tensor

@@ -34,7 +34,7 @@ def test_the_search_finds_the_best_of_all_paths() -> None:
     run = 5
     for seed in range(20):
         u = uniform(run, seed, width=8)
-        found = trellis._viterbi(u[:, None])[:, 0]
+        found = trellis.viterbi(u[:, None])[:, 0]
         paths = []
         for k in itertools.product(range(-4, 4), repeat=run):
             o = [0, 0, 0]

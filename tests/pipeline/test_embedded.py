@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,9 +66,13 @@ def _is_running(pid: int) -> bool:
     return start_time(pid) is not None
 
 
-def _state(home: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((home / "embedded" / "state.json").read_text())
+def _state(home: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((home / "embedded" / "state.json").read_text())
     return found
+
+
+def _ports(home: Path) -> dict[str, int]:
+    return dict(_state(home)["ports"])
 
 
 def test_the_last_user_stops_what_was_started_on_demand(home: Path) -> None:
@@ -76,15 +82,17 @@ def test_the_last_user_stops_what_was_started_on_demand(home: Path) -> None:
             with open_store("embedded") as store:
                 store.put("a", b"1")
         assert _is_running(first.pid)
-        ports = _state(home)["ports"]
+        ports = _ports(home)
     assert not _is_running(first.pid)
     with open_store("embedded") as store:
         assert store.get("a") == b"1"
-        assert _state(home)["ports"] == ports
+        assert _ports(home) == ports
         assert store.url == f"embedded://{home}"
         pid = attach().pid
     assert not _is_running(pid)
-    assert list(Path("/tmp").glob(f"seaweedfs-*-{dict(ports)['s3']}.sock")) == []  # type: ignore[call-overload]
+    for port in ports.values():
+        assert list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock")) == []
+        assert list(Path("/tmp").glob(f"seaweedfs-*-{port + GRPC_OFFSET}.sock")) == []
 
 
 def test_up_stays_until_down(home: Path) -> None:
@@ -219,7 +227,7 @@ def test_a_server_that_does_not_start_shows_its_log(home: Path, monkeypatch: pyt
     ) as caught:
         up()
     assert "\n" not in str(caught.value)
-    assert not _is_running(int(str(_state(home)["pid"])))
+    assert not _is_running(_state(home)["pid"])
 
 
 def test_a_missing_wheel_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +274,7 @@ def test_nothing_is_open_to_others(embedded_server: EmbeddedServer) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     for name in ("state.json", "s3.json"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
-    ports = dict(json.loads((folder / "state.json").read_text())["ports"])
+    ports = _ports(embedded_server.home)
     for url in (
         f"{embedded_server.endpoint}/{embedded_server.bucket}/probe/ready",
         f"http://127.0.0.1:{ports['filer']}/buckets/{embedded_server.bucket}/",
@@ -279,7 +287,7 @@ def test_nothing_is_open_to_others(embedded_server: EmbeddedServer) -> None:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
 def test_it_listens_on_loopback_only(embedded_server: EmbeddedServer) -> None:
-    ports = json.loads((embedded_server.home / "embedded" / "state.json").read_text())["ports"].values()
+    ports = _ports(embedded_server.home).values()
     ours = {*ports, *(port + GRPC_OFFSET for port in ports)}
     addresses = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -292,8 +300,6 @@ def test_it_listens_on_loopback_only(embedded_server: EmbeddedServer) -> None:
 
 
 def test_ports_are_kept_while_they_are_free() -> None:
-    import socket
-
     ports = find_ports()
     assert set(ports) == set(SERVICES)
     assert len(set(ports.values())) == len(SERVICES)
