@@ -20,17 +20,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+needs = $(if $($(1)),,$(error say which: make $@ $(1)=...))
+
 compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
-	$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
+	$(call needs,MANIFEST)$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
 
 plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
-	$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
+	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
 
 pull: $(READY) ## Fetch and check MODEL=[@REF] into pulled/MODEL.
-	$(BIN)/birkhoff pull $(MODEL) --output pulled/$(MODEL) $(ARGS)
+	$(call needs,MODEL)$(BIN)/birkhoff pull $(MODEL) --output pulled/$(MODEL) $(ARGS)
 
 verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte.
-	$(BIN)/birkhoff verify $(MODEL) $(ARGS)
+	$(call needs,MODEL)$(BIN)/birkhoff verify $(MODEL) $(ARGS)
 
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)

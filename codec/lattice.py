@@ -3,8 +3,8 @@
 Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ class LatticeTensor:
             self._decode_escapes(out)
         return out
 
+    def rows(self, start: int, stop: int) -> "LatticeTensor":
+        """Rows start..stop-1 as a matrix of their own; its planes are views."""
+        count = self.i.shape[1]
+        first, last = torch.searchsorted(
+            self.escapes.pair, self.escapes.pair.new_tensor([start, stop]) * count
+        ).tolist()
+        part = slice(first, last)
+        escapes = Escapes(pair=self.escapes.pair[part] - start * count, i=self.escapes.i[part], j=self.escapes.j[part])
+        return replace(self, i=self.i[start:stop], j=self.j[start:stop], escapes=escapes)
+
     def _decode_escapes(self, out: Tensor) -> None:
         x, y = position(self.escapes.i, self.escapes.j, self.step)
         row, first, second, paired = escape_places(self.escapes.pair, self.columns)
@@ -79,21 +89,12 @@ def tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice
 
 def quantise(weight_RK: Tensor, step: float) -> LatticeTensor:
     """The nearest node of every pair of a real, finite matrix, for one step (in the weights' unit)."""
-    rows, columns = weight_RK.shape
-    count = pairs_per_row(columns)
-    planes = torch.empty(2, rows, count, dtype=torch.int8, device=weight_RK.device)
-    escaped: list[_EscapedPairs] = []
-    for row, column, pair in tiles(rows, columns, weight_RK.device):
+
+    def coordinates(row: slice, column: slice, _pair: slice) -> tuple[Tensor, Tensor]:
         x, y = split(weight_RK[row, column].to(torch.float32))
-        coordinates = nearest(x, y, step)
-        low, high = zip(*(torch.aminmax(c) for c in coordinates), strict=True)
-        if min(map(float, low)) < LOW or max(map(float, high)) > HIGH:
-            escaped.append(_take_escapes(*coordinates, first_row=row.start, first_pair=pair.start, count=count))
-        for plane, c in zip(planes, coordinates, strict=True):
-            plane[row, pair] = c.to(torch.int8)
-    return LatticeTensor(
-        i=planes[0], j=planes[1], escapes=_gather_escapes(escaped, weight_RK.device), step=step, columns=columns
-    )
+        return nearest(x, y, step)
+
+    return _gather(weight_RK, step, coordinates)
 
 
 def quantise_path(weight_RK: Tensor, step: float) -> LatticeTensor:
@@ -101,22 +102,40 @@ def quantise_path(weight_RK: Tensor, step: float) -> LatticeTensor:
 
     The second weights are searched first; the first weights then move by the shear that those decide.
     """
-    x, y = split(weight_RK.to(torch.float32))
-    shape, inverse = x.shape, reciprocal(step)
-    j = trellis.search(y.mul_(inverse).reshape(-1))
-    i = trellis.search(x.mul_(inverse).reshape(-1).sub_(j * (1 / N))).view(shape)
-    j = j.view(shape)
-    escapes = _gather_escapes([_take_escapes(i, j, first_row=0, first_pair=0, count=shape[1])], weight_RK.device)
-    return LatticeTensor(i=i.to(torch.int8), j=j.to(torch.int8), escapes=escapes, step=step, columns=weight_RK.shape[1])
+    planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
+    i, j = split(weight_RK, out=planes)
+    planes.mul_(reciprocal(step))
+    trellis.search_(j.view(-1))
+    trellis.search_(i.sub_(j, alpha=1 / N).view(-1))
+    return _gather(weight_RK, step, lambda row, _column, pair: (i[row, pair], j[row, pair]))
+
+
+def _gather(
+    weight_RK: Tensor, step: float, coordinates: Callable[[slice, slice, slice], tuple[Tensor, Tensor]]
+) -> LatticeTensor:
+    """The coordinates of all tiles, float32 whole numbers (changed in place), as int8 planes and escapes."""
+    rows, columns = weight_RK.shape
+    count = pairs_per_row(columns)
+    planes = torch.empty(2, rows, count, dtype=torch.int8, device=weight_RK.device)
+    escaped: list[_EscapedPairs] = []
+    for row, column, pair in tiles(rows, columns, weight_RK.device):
+        found = coordinates(row, column, pair)
+        low, high = zip(*(torch.aminmax(c) for c in found), strict=True)
+        if min(map(float, low)) < LOW or max(map(float, high)) > HIGH:
+            escaped.append(_take_escapes(*found, first_row=row.start, first_pair=pair.start, count=count))
+        for plane, c in zip(planes, found, strict=True):
+            plane[row, pair] = c.to(torch.int8)
+    escapes = _gather_escapes(escaped, weight_RK.device)
+    return LatticeTensor(i=planes[0], j=planes[1], escapes=escapes, step=step, columns=columns)
 
 
 def _take_escapes(i: Tensor, j: Tensor, *, first_row: int, first_pair: int, count: int) -> _EscapedPairs:
     """Move the pairs outside the box of a tile out of (i, j), which become 0 there."""
     outside = (i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)
-    row, pair = outside.nonzero(as_tuple=True)
-    taken = ((row + first_row) * count + pair + first_pair, i[outside].to(torch.int32), j[outside].to(torch.int32))
-    i[outside] = 0
-    j[outside] = 0
+    places = row, pair = outside.nonzero(as_tuple=True)
+    taken = ((row + first_row) * count + pair + first_pair, i[places].to(torch.int32), j[places].to(torch.int32))
+    i[places] = 0
+    j[places] = 0
     return taken
 
 

@@ -21,10 +21,11 @@ from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.rest import compress, decompress, pack_escapes, unpack_escapes
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
-_TABLE_BITS = 8 * 100
-"""What a group's code table costs, about."""
+_CHUNK = 1 << 16
+"""Symbols squared together: they stay in a core's cache."""
 
 Stream = bytes | memoryview
+Floats = npt.NDArray[np.float32]
 
 
 def pack(code: LatticeTensor, *, path: bool) -> tuple[bytes, ...]:
@@ -32,16 +33,14 @@ def pack(code: LatticeTensor, *, path: bool) -> tuple[bytes, ...]:
 
     Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on a trellis path.
     """
-    planes = [_symbols(plane, path=path) for plane in _with_escapes(code)]
-    rows, *columns = _useful_levels(planes)
-    groups = [
-        group for plane, levels in zip(planes, columns, strict=True) for group in contexts.split(plane, rows, levels)
+    escapes = code.escapes
+    planes = [
+        _symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))
     ]
-    return (
-        *(_pack_levels(levels) for levels in (rows, *columns)),
-        *map(_pack_group, groups),
-        pack_escapes(code.escapes),
-    )
+    levels = _levels(planes)
+    flat = tuple(np.zeros_like(level) for level in levels)
+    fewest = min((_pack_grouped(planes, choice) for choice in (flat, levels)), key=lambda parts: sum(map(len, parts)))
+    return (*fewest, pack_escapes(escapes))
 
 
 def unpack(
@@ -68,23 +67,16 @@ def unpack(
     return (*_in_box(numbers, found, shape), found)
 
 
-def _with_escapes(code: LatticeTensor) -> tuple[npt.NDArray[np.int32], ...]:
-    """The coordinate planes [R, P] with the true coordinates of escapes."""
-    planes = []
-    for plane, true in ((code.i, code.escapes.i), (code.j, code.escapes.j)):
-        whole = plane.cpu().numpy().astype(np.int32) if len(code.escapes) else plane.cpu().numpy()
-        if len(code.escapes):
-            whole.reshape(-1)[code.escapes.pair.cpu().numpy()] = true.cpu().numpy()
-        planes.append(whole)
-    return tuple(planes)
-
-
-def _symbols(numbers: npt.NDArray[np.int32], *, path: bool) -> Plane:
-    symbols = numbers >> 1 if path else numbers
-    outside = (symbols < LOW) | (symbols > HIGH) if symbols.dtype != np.int8 else np.zeros(0, dtype=bool)
-    if outside.any():
-        symbols = np.where(outside, symbols & 1 if path else 0, symbols)
-    return symbols.astype(np.int8, copy=False)
+def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: bool) -> Plane:
+    """The symbols int8 [R, P] of a coordinate plane; `true` holds the coordinates of the escapes, at `pair`."""
+    coordinates = plane.cpu().numpy()
+    symbols = coordinates >> 1 if path else coordinates
+    if len(pair):
+        symbols = symbols if path else symbols.copy()
+        escaped = true.cpu().numpy() >> 1 if path else true.cpu().numpy()
+        outside = (escaped < LOW) | (escaped > HIGH)
+        symbols.reshape(-1)[pair.cpu().numpy()] = np.where(outside, escaped & 1 if path else 0, escaped)
+    return symbols
 
 
 def _numbers(symbols: Plane, *, path: bool) -> Tensor:
@@ -103,28 +95,30 @@ def _in_box(numbers: list[Tensor], escapes: Escapes, shape: tuple[int, int]) -> 
     return i, j
 
 
-def _useful_levels(planes: Sequence[Plane]) -> tuple[Bytes, Bytes, Bytes]:
-    """Levels of rows and of each plane's columns where grouping by them saves bits, else all 0."""
-    squares = [np.square(plane, dtype=np.float32) for plane in planes]
-    rows = contexts.levels(np.mean([square.mean(axis=1) for square in squares], axis=0))
-    columns = [contexts.levels(square.mean(axis=0)) for square in squares]
-    flat = np.zeros_like(rows), *(np.zeros_like(level) for level in columns)
-    levels = rows, *columns
-    return min((flat, levels), key=lambda choice: _bits(planes, choice))  # type: ignore[return-value]
+def _levels(planes: Sequence[Plane]) -> tuple[Bytes, ...]:
+    """Levels of the rows, and of each plane's columns."""
+    rows, columns = zip(*map(_mean_squares, planes), strict=True)
+    return contexts.levels(np.mean(rows, axis=0)), *map(contexts.levels, columns)
 
 
-def _bits(planes: Sequence[Plane], levels: Sequence[Bytes]) -> float:
-    """Size of the planes when grouped by these levels: entropies, code tables and the levels themselves."""
-    groups = [
-        g for plane, columns in zip(planes, levels[1:], strict=True) for g in contexts.split(plane, levels[0], columns)
-    ]
-    return sum(8 * len(_pack_levels(level)) for level in levels) + sum(_entropy(g) + _TABLE_BITS for g in groups)
+def _mean_squares(plane: Plane) -> tuple[Floats, Floats]:
+    """Mean squares of the rows and of the columns."""
+    rows, columns = np.empty(plane.shape[0], dtype=np.float32), np.zeros(plane.shape[1], dtype=np.float64)
+    height = max(1, _CHUNK // plane.shape[1])
+    for top in range(0, len(plane), height):
+        square = np.square(plane[top : top + height], dtype=np.float32)
+        square.mean(axis=1, out=rows[top : top + height])
+        columns += square.sum(axis=0)
+    return rows, (columns / len(plane)).astype(np.float32)
 
 
-def _entropy(symbols: Plane) -> float:
-    """Bits of the symbols under their own distribution."""
-    count = np.bincount(symbols.view(np.uint8), minlength=256).astype(np.float64)
-    return float(symbols.size * np.log2(max(1, symbols.size)) - (count * np.log2(np.maximum(count, 1))).sum())
+def _pack_grouped(planes: Sequence[Plane], levels: Sequence[Bytes]) -> tuple[bytes, ...]:
+    """Streams of the levels and of the planes grouped by them."""
+    rows, *columns = levels
+    groups = (
+        group for plane, level in zip(planes, columns, strict=True) for group in contexts.split(plane, rows, level)
+    )
+    return *map(_pack_levels, levels), *map(_pack_group, groups)
 
 
 def _pack_levels(levels: Bytes) -> bytes:

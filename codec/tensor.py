@@ -3,7 +3,7 @@
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from birkhoff.codec.profiles import Profile
 
 _LEAST_PATH = 1 << 12
 """Weights from which a path is searched: the start of a run costs what it gains on fewer."""
+
+
+_ESCAPE_BITS = 40
+"""About what an escape takes."""
+
+_PATH_GAIN_BITS = 0.17
+"""What a path saves a weight. Its steps are half as long and its box half as wide: above 37 dB, escapes eat that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +51,10 @@ def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
     if action == "lossless":
         store = _encode_raw if profile.codec == "paper" else _encode_lossless
         return Encoded(tensor=store(name, tensor), reason=reason, fidelity=None)
-    if profile.target_db is None:
+    if profile.codec == "paper":
         return _encode_paper(name, tensor)
+    if profile.target_db is None:
+        return _encode_match(name, tensor, path=profile.path)
     return _encode_lattice(name, tensor, profile.target_db, path=profile.path)
 
 
@@ -121,6 +130,14 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
         )
         return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
     path = path and matrix.numel() >= _LEAST_PATH
+    encoded = _encode_matrix(name, tensor, matrix, target_db, path=path)
+    if path and int(encoded.tensor.params["escapes"]) * _ESCAPE_BITS > _PATH_GAIN_BITS * matrix.numel():
+        single = _encode_matrix(name, tensor, matrix, target_db, path=False)
+        encoded = min(encoded, single, key=lambda choice: choice.tensor.nbytes)
+    return encoded
+
+
+def _encode_matrix(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
     code, error = rate.encode(matrix, target_db, path=path)
     coded = _stored(
         name,
@@ -134,6 +151,22 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
         **_claims(error),
     )
     return Encoded(tensor=coded, reason="", fidelity=error)
+
+
+def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
+    """Code a tensor at the error that the published codec makes on it, or a lesser one that the lattice can serve."""
+    published = paper.published_error(tensor, per_row=tensor.dim() == 2)
+    lowest, highest = rate.TARGET_DB_RANGE
+    if published is None or published > highest:
+        reason = "the published codec leaves it raw" if published is None else f"published error of {published:.1f} dB"
+        return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
+    target_db = max(lowest, published)
+    encoded = _encode_lattice(name, tensor, target_db, path=path)
+    if encoded.fidelity is None:
+        return encoded
+    # No profile says this tensor's target: it goes with the tensor, rounded down as it must not claim too much.
+    params = {**encoded.tensor.params, "target_db": f"{math.floor(target_db * 1000) / 1000:.3f}"}
+    return replace(encoded, tensor=replace(encoded.tensor, params=params))
 
 
 def _claims(error: Fidelity) -> dict[str, str]:
@@ -163,6 +196,11 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
         raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
     i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=_number(coded.params, "path") == 1)
     return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=step, columns=columns)
+
+
+def is_matrix(coded: CodedTensor) -> bool:
+    """Whether a stored tensor is a coded matrix [N, K] in rows of K: what HyperLinear can be built from."""
+    return coded.codec == "lattice" and len(coded.shape) == 2 and coded.params.get("columns") == str(coded.shape[1])
 
 
 def _decode_lattice(coded: CodedTensor) -> Tensor:

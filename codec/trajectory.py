@@ -53,7 +53,8 @@ def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
     e0, e1 = t0.sub_(i0), t1.sub_(i1)
     # e1^2 + (1 - below)^2 < e0^2 + below^2, each square rounded by itself
     upper = e1.mul_(e1).add_(1).sub_(below.add_(below)) < e0.mul_(e0)
-    return torch.where(upper, i1, i0), row.add_(upper)
+    # i0 and i1 differ by one at most, so that this is exact; it is much faster than a selection.
+    return i0.add_(i1.sub_(i0).mul_(upper)), row.add_(upper)
 
 
 def reciprocal(step: float) -> float:

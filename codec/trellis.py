@@ -20,18 +20,23 @@ Every step is then one vector operation over the lanes, when encoding as when de
 Source: T. R. Fischer, M. Wang, "Entropy-constrained trellis-coded quantization", IEEE Trans. Inf. Theory 38 (1992);
 H.266 and MPEG NNC use the idea with other tables under the name of dependent quantisation.
 
-Shapes: S = symbols, T = steps of a run, L = lanes, 4 = subsets n mod 4.
+Shapes: S = symbols, T = steps of a run, B = steps of a block, L = lanes, 8 = states, 4 = subsets n mod 4.
 """
+
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 MAX_STEPS = 256
 MIN_STEPS = 64
-_LANES = 1 << 13
+_LANES = 1 << 12
 """Lanes searched together on a CPU: enough to outweigh the cost of each call, few enough for its cache."""
 
 _LANES_GPU = 1 << 20
+
+_BLOCK = 16
+"""Steps whose distances are taken together."""
 
 
 def steps(symbols: int) -> int:
@@ -44,53 +49,98 @@ def steps(symbols: int) -> int:
 
 def search(u: Tensor) -> Tensor:
     """The path nearest to `u`: float32 [S] of any device to float32 whole numbers [S], the same on every device."""
+    return search_(u.clone())
+
+
+def search_(u: Tensor) -> Tensor:
+    """`search` in place of contiguous values; needs memory for some lanes only."""
     run = steps(u.numel())
     lanes = -(-u.numel() // run)
-    u_TL = torch.nn.functional.pad(u, (0, run * lanes - u.numel())).view(run, lanes)
-    width = _LANES if u.device.type == "cpu" else _LANES_GPU
-    n_TL = torch.cat([viterbi(part.contiguous()) for part in u_TL.split(width, dim=1)], dim=1)
-    return n_TL.reshape(-1)[: u.numel()]
+    whole = u.numel() // lanes  # steps that every lane has; the first lanes have one more, the rest is zeros
+    u_TL, rest = u[: whole * lanes].view(whole, lanes), u[whole * lanes :]
+    # On a CPU not through the operator: its first call imports the whole compiler.
+    width, best = (_LANES, eager_viterbi) if u.device.type == "cpu" else (_LANES_GPU, viterbi)
+    for first in range(0, lanes, width):
+        part, more = u_TL[:, first : first + width], rest[first : first + width]
+        padded = part.new_zeros(run, part.shape[1])
+        padded[:whole] = part
+        padded[whole : whole + 1, : len(more)] = more
+        found = best(padded)
+        part.copy_(found[:whole])
+        more.copy_(found[whole : whole + 1, : len(more)].reshape(-1))
+    return u
 
 
 def eager_viterbi(u_TL: Tensor) -> Tensor:
     """The best path of every lane: float32 [T, L], contiguous, to float32 whole numbers [T, L]; the reference."""
     run, lanes = u_TL.shape
-    subset_4 = torch.arange(4.0, device=u_TL.device)[:, None]
-    metric = u_TL.new_full((8, lanes), 1e9)
+    metric, other = u_TL.new_full((2, 8, lanes), 1e9)
     metric[0] = 0
-    other = torch.empty_like(metric)
-    # d[c] is the squared distance to subset c, in quarters; rows 4 and 5 repeat 0 and 1, so that d[2:] is d turned by 2
-    d = u_TL.new_empty(6, lanes)
-    scratch, low, high = (u_TL.new_empty(4, lanes) for _ in range(3))
-    taken = torch.empty(run, 4, 2, lanes, dtype=torch.bool, device=u_TL.device)
-    for t in range(run):
-        near, turned = d[:4], d[2:]
-        torch.sub(u_TL[t], subset_4, out=near)
-        near.mul_(0.25)
-        near.sub_(torch.round(near, out=scratch))
-        near.mul_(near)
-        d[4:] = d[:2]
-        ahead = other.view(4, 2, lanes)
-        for odd, (first, second) in enumerate(((near, turned), (turned, near))):
-            torch.add(metric[:4], first, out=low)
-            torch.add(metric[4:], second, out=high)
-            torch.lt(high, low, out=taken[t, :, odd])
-            torch.minimum(low, high, out=ahead[:, odd])
-        metric, other = other, metric
-    return _trace_back(u_TL, taken.view(run, 8, lanes), metric.argmin(0, keepdim=True))
+    low, high = u_TL.new_empty(2, 2, 4, lanes)
+    distances = u_TL.new_empty(_BLOCK, 8, lanes)
+    taken = torch.empty(_BLOCK, 8, lanes, dtype=torch.bool, device=u_TL.device)
+    decisions = torch.empty(run, lanes, dtype=torch.uint8, device=u_TL.device)
+    # The calls are many and short: every view that they need is made once.
+    turns = cycle([(now[:4], now[4:], _by_bit(then)) for now, then in ((metric, other), (other, metric))])
+    views = [(*_facing(d), _by_bit(choice)) for d, choice in zip(distances.unbind(), taken.unbind(), strict=True)]
+    for start in range(0, run, _BLOCK):
+        part = u_TL[start : start + _BLOCK]
+        _square_distances(part, out=distances[: len(part)])
+        for (near, turned, choice), (from_q, from_q4, ahead) in zip(views[: len(part)], turns, strict=False):
+            torch.add(from_q, near, out=low)
+            torch.add(from_q4, turned, out=high)
+            torch.lt(high, low, out=choice)
+            torch.minimum(low, high, out=ahead)
+        _pack_bits(taken[: len(part)], out=decisions[start : start + _BLOCK])
+    last = other if run % 2 else metric
+    return _trace_back(u_TL, decisions, last.argmin(0).to(torch.uint8))
 
 
 viterbi = torch.library.custom_op("birkhoff::viterbi", eager_viterbi, mutates_args=())
 """`eager_viterbi` as an operator, so that `birkhoff.kernels.trellis` can register a faster kernel for a device."""
 
 
-def _trace_back(u_TL: Tensor, taken: Tensor, state: Tensor) -> Tensor:
-    subset = torch.empty(u_TL.shape, dtype=torch.uint8, device=u_TL.device)
-    for t in range(len(u_TL) - 1, -1, -1):
-        high = taken[t].gather(0, state).to(torch.int64)
-        q = state >> 1
-        subset[t] = (q ^ (((state & 1) ^ high) << 1))[0]
-        state = q + (high << 2)
+def _by_bit(state_8L: Tensor) -> Tensor:
+    """What belongs to the states 2q + o, as [o, q, L]."""
+    by_bit: Tensor = state_8L.unflatten(0, (4, 2)).transpose(0, 1)
+    return by_bit
+
+
+def _facing(d_8L: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [o, q, L] of the branches to state 2q + o from state q, and of those from state q + 4."""
+    # Rows of d are subsets 0 1 2 3 0 1 2 3. From q the bit o leads to subset q xor 2o, from q + 4 to q xor 2 xor 2o.
+    size = d_8L.stride(0)
+    shape, strides, start = (2, 4, d_8L.shape[1]), (2 * size, size, 1), d_8L.storage_offset()
+    near, turned = (d_8L.as_strided(shape, strides, start + skip) for skip in (0, 2 * size))
+    return near, turned
+
+
+def _square_distances(u_BL: Tensor, out: Tensor) -> None:
+    """Squared distances to the subsets n mod 4 = 0 1 2 3 0 1 2 3, [B, 8, L], in quarters of u."""
+    # Rounded operation by operation as on every device: equal metrics must be equal there too.
+    d_B4L = (u_BL[:, None] - torch.arange(4.0, device=out.device)[:, None]).mul_(0.25)
+    d_B4L.sub_(torch.round(d_B4L))
+    torch.mul(d_B4L[:, None].expand(-1, 2, -1, -1), d_B4L[:, None], out=out.unflatten(1, (2, 4)))
+
+
+def _pack_bits(taken_B8L: Tensor, out: Tensor) -> None:
+    """Eight booleans to a byte [B, L], the first to its lowest bit."""
+    bits = taken_B8L.view(torch.uint8)
+    fours = torch.add(bits[:, :4], bits[:, 4:], alpha=16)
+    pairs = torch.add(fours[:, :2], fours[:, 2:], alpha=4)
+    torch.add(pairs[:, 0], pairs[:, 1], alpha=2, out=out)
+
+
+def _trace_back(u_TL: Tensor, decisions: Tensor, last: Tensor) -> Tensor:
+    """The path to the states `last`, uint8 [L]; bit s of a decision, uint8 [T, L]: state s was reached from q + 4."""
+    states = torch.empty(len(u_TL) + 1, *last.shape, dtype=torch.uint8, device=u_TL.device)
+    states[-1] = last
+    one, high = torch.ones_like(last[:1]), torch.empty_like(last)
+    row = states.unbind()
+    for t, decision in reversed(list(enumerate(decisions.unbind()))):
+        torch.bitwise_right_shift(decision, row[t + 1], out=high).bitwise_and_(one)
+        torch.bitwise_right_shift(row[t + 1], one, out=row[t]).add_(high, alpha=4)
+    subset = (states[1:] >> 1) ^ (((states[1:] ^ (states[:-1] >> 2)) & 1) << 1)
     c = subset.to(torch.float32)
     return (u_TL - c).mul_(0.25).round_().mul_(4).add_(c)
 

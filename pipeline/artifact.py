@@ -3,8 +3,9 @@
     blobs/sha256/ab/<hex>                   a shard: a codec container, named by the digest of its bytes
     shards/ab/<key>.json                    which blob a shard key has led to, and what its validation measured
     models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
-    models/M/names/v<N>.json                human names, created once, never changed
-    models/M/aliases/<alias>.json           movable pointers, changed by compare-and-swap
+    models/M/names/v<N>.json                human names, created once, never reused; `retired` is all that may change
+    models/M/aliases/<alias>.json           movable pointers with their history, changed by compare-and-swap
+    runs/open/<id>.json, runs/sweep/<id>.json   leases of running publishers and of garbage collection (see leases.py)
 
 Each object refers only to objects that were durable before it was written, so a reader never meets a dangling one,
 whenever a writer dies.
@@ -12,6 +13,7 @@ whenever a writer dies.
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +22,7 @@ from birkhoff.pipeline.errors import IntegrityError
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ALIAS_LATEST = "latest"
+ALIAS_STABLE = "stable"
 
 
 class _Document(BaseModel):
@@ -94,18 +97,32 @@ class NameRecord(_Document):
     """A random name of the writer: two publishers never write equal bodies."""
     single_publisher: bool | None = None
     """Set where the store has no conditional writes, so that only one publisher at a time is safe."""
+    retired: str | None = None
+    """When the name was given up (UTC, ISO 8601): it resolves no more, and its number is not given again."""
 
 
-class AliasRecord(_Document):
-    """A movable pointer at a named version."""
+class AliasState(_Document):
+    """What an alias pointed at, and since when."""
 
     version: str
     digest: Digest
     gen: Annotated[int, Field(ge=1)]
-    """Counts the alias's moves; never goes back."""
+    """Counts the alias's changes; never goes back."""
     moved: str
     """UTC, ISO 8601."""
+    back: bool | None = None
+    """Set where a rollback led here."""
+    protected: bool | None = None
+    """Set where the alias moves by force only."""
+
+
+class AliasRecord(AliasState):
+    """A movable pointer at a named version, and the states it was in before."""
+
     publisher: str
+    """A random name of the writer: two writers never write equal bodies."""
+    previous: tuple[AliasState, ...] = ()
+    """Oldest first, the last `aliases.KEPT_STATES` of them."""
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -136,6 +153,11 @@ def name_key(model: str, name: str) -> str:
 def alias_key(model: str, alias: str) -> str:
     """Key of an alias."""
     return f"models/{model}/aliases/{alias}.json"
+
+
+def utc_now() -> str:
+    """The time as records hold it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 D = TypeVar("D", bound=_Document)

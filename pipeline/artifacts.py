@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import decode_tensor
 from birkhoff.pipeline.artifact import ShardRecord, VersionManifest, blob_key, read_document, sha256
-from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError, OutputError
 from birkhoff.pipeline.publish import Version, resolve
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.stores import open_default_store
@@ -155,38 +156,65 @@ def pull(artifact: StoredArtifact, folder: Path) -> int:
 
     Raises:
         IntegrityError: a stored blob does not match its digest.
-        StoreError: the store failed, or the folder cannot be written.
+        OutputError: the folder cannot be written, or holds files that are not of `pull`.
+        StoreError: the store failed.
     """
     manifest, fetched = artifact.manifest, 0
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     keep = {shard_file(manifest, shard) for shard in manifest.shards}
     for stale in [folder / MANIFEST_FILE, *(p for p in folder.glob("shard-*.safetensors") if p.name not in keep)]:
         stale.unlink(missing_ok=True)
+    version = artifact.version
+    pointer = {"model": version.model, "version": version.name, "digest": version.digest}
+    write_whole(folder / VERSION_FILE, json.dumps(pointer).encode())
     for shard in manifest.shards:
         path = folder / shard_file(manifest, shard)
         if not (path.is_file() and path.stat().st_size == shard.bytes and sha256(path.read_bytes()) == shard.blob):
             write_whole(path, artifact.blob(shard))
             fetched += shard.bytes
-    version = artifact.version
-    pointer = {"model": version.model, "version": version.name, "digest": version.digest}
-    write_whole(folder / VERSION_FILE, json.dumps(pointer).encode())
     write_whole(folder / MANIFEST_FILE, manifest.to_bytes())
     return fetched
 
 
-def write_whole(path: Path, body: bytes) -> None:
-    """Write a file so that it appears under its name whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+def _claim(folder: Path) -> None:
+    """Make the folder, or find it empty or left by an earlier `pull`: what else lies there is not ours to remove."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".part-"))
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+    if held and not (folder / VERSION_FILE).is_file():
+        raise OutputError(f"{folder} holds {held[0]} and was not made by `pull`; name an empty or new folder")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name whole, once the block ends well, or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(body)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}; name a place that can be written") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, body: bytes) -> None:
+    """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
+    with whole_file(path) as file:
+        file.write(body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

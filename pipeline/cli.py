@@ -15,6 +15,7 @@ from rich.console import Console
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import exit_code
 
 _PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
@@ -48,14 +49,20 @@ ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL[@REF]", show_de
 StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help="The store; see above.")]
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
 ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
+MirrorOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Take sources by their file names from this folder."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def _output() -> Console:
+def output() -> Console:
+    """Where tables go: standard output, wide when it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _notes() -> Console:
+def notes() -> Console:
+    """Where everything else goes: standard error."""
     return Console(stderr=True)
 
 
@@ -74,6 +81,7 @@ def compress(
     profile: ProfileOption = None,
     executor: Annotated[ExecutorName, typer.Option(help="Where shards run.")] = ExecutorName.RAY,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    mirror: MirrorOption = None,
     force: Annotated[bool, typer.Option("--force", help="Make every shard anew, also those in the store.")] = False,
     revalidate: Annotated[
         bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
@@ -94,40 +102,48 @@ def compress(
     with open_default_store(store or chosen.store) as opened:
         single = not check_store(opened).conditional_writes
         if single:
-            _warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
+            warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
 
         def start() -> Executor:
             if executor is ExecutorName.INLINE:
                 return InlineExecutor(opened.address)
             return RayExecutor(opened.address, address=address)
 
-        with Progress(_notes(), models=len(chosen.models), quiet=as_json) as progress:
+        with Progress(notes(), models=len(chosen.models), quiet=as_json) as progress:
             reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
-            runs = job.compress(chosen, opened, start, progress, reuse=reuse, single_publisher=single)
-    show(_output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
-    failure = job.failure(runs)
+            runs = job.compress(chosen, opened, start, progress, reuse=reuse, mirror=mirror, single_publisher=single)
+    show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
-        if run.error is not None and run.error is not failure:
-            _complain(f"{run.name}: {run.error}")
+        if run.error is not None:
+            complain(f"{run.name}: {run.error}")
+    failure = job.failure(runs)
     if failure is not None:
-        raise failure
+        raise typer.Exit(exit_code(failure))
 
 
 @app.command()
 def plan(
     manifest: ManifestArgument,
     only: OnlyOption = None,
+    store: StoreOption = None,
     profile: ProfileOption = None,
+    mirror: MirrorOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what `compress` would do to which tensors, and why; reads headers only."""
-    from birkhoff.pipeline.compress import plan_entry, plan_rows, select
+    """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
+    from birkhoff.pipeline.compress import select
+    from birkhoff.pipeline.forecast import plan_rows
     from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.stores import open_existing_store
     from birkhoff.pipeline.tables import PLAN_COLUMNS, show
 
     chosen = select(load_manifest(manifest), only or [], profile)
-    rows = [row for entry in chosen.models for row in plan_rows(plan_entry(chosen, entry))]
-    show(_output(), PLAN_COLUMNS, rows, as_json=as_json)
+    with open_existing_store(store or chosen.store) as opened:
+        rows = plan_rows(chosen, opened, mirror)
+    show(output(), PLAN_COLUMNS, rows, as_json=as_json)
+    for row in rows:
+        if "error" in row:
+            complain(f"{row['model']}: {row['error']}")
 
 
 @app.command("list")
@@ -144,9 +160,9 @@ def list_(
     with open_default_store(store) as opened:
         rows = version_rows(opened, model) if model else model_rows(opened)
     if not rows and not as_json:
-        _notes().print(f"{opened.url} holds no models yet", highlight=False, markup=False)
+        notes().print(f"{opened.url} holds no models yet", highlight=False, markup=False)
         return
-    show(_output(), LIST_COLUMNS, rows, as_json=as_json)
+    show(output(), LIST_COLUMNS, rows, as_json=as_json)
 
 
 @app.command()
@@ -157,7 +173,7 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
     from birkhoff.pipeline.tables import TENSOR_COLUMNS, show
 
     with open_artifact(reference, store) as artifact:
-        show(_output(), TENSOR_COLUMNS, [row_json(row) for row in rows_of(artifact)], as_json=as_json)
+        show(output(), TENSOR_COLUMNS, [row_json(row) for row in rows_of(artifact)], as_json=as_json)
 
 
 @app.command()
@@ -177,7 +193,7 @@ def pull(
         version = resolve(opened, reference)
         fetched = fetch(StoredArtifact(opened, version), output)
     facts = {"model": version.model, "version": version.name, "digest": version.digest, "fetched_bytes": fetched}
-    _report({**facts, "output": str(output)}, as_json, "pulled")
+    report({**facts, "output": str(output)}, as_json, "pulled")
 
 
 @app.command()
@@ -195,7 +211,7 @@ def verify(
 
     with open_artifact(reference, store) as artifact:
         found = check(artifact, against)
-        _report({"artifact": artifact.label, "digest": artifact.manifest.digest, **asdict(found)}, as_json, "verified")
+        report({"artifact": artifact.label, "digest": artifact.manifest.digest, **asdict(found)}, as_json, "verified")
 
 
 @app.command()
@@ -211,7 +227,7 @@ def export(
 
     with open_artifact(reference, store) as artifact:
         written = write(artifact, output)
-        _report({"artifact": artifact.label, "output": str(output), "bytes": written}, as_json, "exported")
+        report({"artifact": artifact.label, "output": str(output), "bytes": written}, as_json, "exported")
 
 
 @store_app.command()
@@ -241,7 +257,8 @@ def env() -> None:
         typer.echo(f"export {key}={shlex.quote(value)}")
 
 
-def _report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+    """The facts of a finished command as one line or as JSON."""
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -249,34 +266,36 @@ def _report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
     typer.echo(f"{verb}: {shown}")
 
 
-def _warn(message: str) -> None:
-    _notes().print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+def warn(message: str) -> None:
+    """A line for what works, but not as one may think."""
+    notes().print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _complain(message: str) -> None:
-    _notes().print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+def complain(message: str) -> None:
+    """The one line of an error."""
+    notes().print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run(command: Callable[[], object], *, debug: bool) -> int:
     """Run a command; its error becomes one line and the exit code of its kind."""
     try:
-        command()
+        code = command()
     except BirkhoffError as error:
         if debug:
             traceback.print_exc()
-        _complain(" ".join(str(error).split()))
+        complain(" ".join(str(error).split()))
         return exit_code(error)
-    except KeyboardInterrupt:
-        _complain("interrupted; run the same command again to go on from here")
+    except interrupt.Interrupted:
+        complain("interrupted; run the same command again to go on from here")
         return 130
     except BrokenPipeError:
         return 141
     except Exception as error:
         if debug:
             raise
-        _complain(f"{type(error).__name__}: {error}; this is a bug: run again with --debug and report it")
+        complain(f"{type(error).__name__}: {error}; this is a bug: run again with --debug and report it")
         return 70
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:
@@ -286,4 +305,9 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("botocore", "boto3", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    interrupt.install()
     sys.exit(run(lambda: app(arguments, prog_name="birkhoff"), debug=debug))
+
+
+# Its commands join the app made above.
+from birkhoff.pipeline import cli_versions  # noqa: E402, F401

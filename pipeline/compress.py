@@ -9,24 +9,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Profile
+from birkhoff.pipeline import fetch, interrupt
 from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest
-from birkhoff.pipeline.digests import checkpoint_digest
-from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, PartialError, StoreError
+from birkhoff.pipeline.collect import retire
+from birkhoff.pipeline.digests import checkpoint_digest, file_state
+from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, PartialError, SourceError, StoreError
 from birkhoff.pipeline.execute import Executor, Outcome
+from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
-from birkhoff.pipeline.plan import MIB, ModelPlan, dense_bytes, plan_model
+from birkhoff.pipeline.plan import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.progress import Progress
 from birkhoff.pipeline.publish import Version, is_whole, publish, resolve
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import Reuse, ShardTask
-from birkhoff.pipeline.source import Checkpoint, StoredTensor, open_checkpoint
+from birkhoff.pipeline.source import Checkpoint
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
 from birkhoff.pipeline.workplace import source_cache
@@ -52,6 +55,7 @@ class ModelRun:
     profile: str
     planned: Planned | None = None
     source_sha256: str = ""
+    source_state: list[list[object]] = field(default_factory=list)
     status: Status | None = None
     error: BirkhoffError | None = None
     version: Version | None = None
@@ -115,10 +119,26 @@ def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Mani
     return manifest.model_copy(update={"models": models})
 
 
-def plan_entry(manifest: Manifest, entry: ModelEntry) -> Planned:
-    """Read the header of one model's checkpoint and plan it. Raises SourceError."""
+def plan_entry(
+    manifest: Manifest,
+    entry: ModelEntry,
+    *,
+    mirror: Path | None = None,
+    report: fetch.Report | None = None,
+    download: bool = True,
+) -> Planned:
+    """Read the header of one model's checkpoint and plan it; `mirror` and `report` as in `fetch.resolve`.
+
+    Raises SourceError, without `download` also for a checkpoint that is still to be downloaded.
+    """
     profile = PROFILES[entry.profile or manifest.profile]
-    checkpoint = open_checkpoint(Path(entry.source), cache=source_cache())
+    checkpoint: Checkpoint | fetch.NotDownloaded
+    if download:
+        checkpoint = fetch.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
+    else:
+        checkpoint = fetch.peek(entry.source, cache=source_cache(), mirror=mirror)
+    if isinstance(checkpoint, fetch.NotDownloaded):
+        raise SourceError(str(checkpoint))
     plan = plan_model(entry.name, checkpoint, profile, shard_bytes=manifest.shard_mib * MIB)
     return Planned(entry=entry, profile=profile, checkpoint=checkpoint, plan=plan)
 
@@ -130,6 +150,7 @@ def compress(
     progress: Progress,
     *,
     reuse: Reuse = "trust",
+    mirror: Path | None = None,
     single_publisher: bool = False,
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
@@ -144,7 +165,13 @@ def compress(
     runs = [ModelRun(name=entry.name, profile=entry.profile or manifest.profile) for entry in manifest.models]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # digests are nearly all of it, and leave the GIL
         prepared = [
-            pool.submit(_prepare, run, manifest, entry, store, reuse)
+            pool.submit(
+                _prepare,
+                run,
+                partial(plan_entry, manifest, entry, mirror=mirror, report=progress.downloaded),
+                store,
+                reuse,
+            )
             for run, entry in zip(runs, manifest.models, strict=True)
         ]
         for run, future in zip(runs, prepared, strict=True):
@@ -153,12 +180,15 @@ def compress(
             progress.planned(run.name, run.source_bytes, run.status)
     waiting = {run.name: run for run in runs if run.status is None}
     if waiting:
-        with start_executor() as executor:
+        # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
+        with open_run(store), start_executor() as executor:
             queue = TaskQueue(_tasks(list(waiting.values()), reuse), budget=_budget(manifest))
             for outcome in executor.run(queue):
                 run = waiting[outcome.task.model]
                 if run.status is None:
                     _take(run, outcome, store, single_publisher)
+                    if run.status == "published" and manifest.keep is not None:
+                        retire(store, run.name, manifest.keep)
                     run.seconds = clock.seconds()
                     progress.advanced(run.name, outcome.task.nbytes, run.status)
                 if run.status == "failed":
@@ -183,12 +213,13 @@ def _budget(manifest: Manifest) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def _prepare(run: ModelRun, manifest: Manifest, entry: ModelEntry, store: Store, reuse: Reuse) -> None:
+def _prepare(run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Reuse) -> None:
     """Plan one model and find out whether its latest version is what would be made."""
     try:
-        run.planned = plan_entry(manifest, entry)
+        run.planned = plan()
+        run.source_state = file_state(run.planned.checkpoint)
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
-        latest = _latest(store, entry.name)
+        latest = latest_version(store, run.name)
         if reuse == "trust" and latest is not None and _same(latest.manifest, run) and is_whole(store, latest.manifest):
             run.version, run.status = latest, "up to date"
     except BirkhoffError as error:
@@ -197,7 +228,8 @@ def _prepare(run: ModelRun, manifest: Manifest, entry: ModelEntry, store: Store,
         run.fail(error)
 
 
-def _latest(store: Store, model: str) -> Version | None:
+def latest_version(store: Store, model: str) -> Version | None:
+    """The version that `latest` points at, if there is one."""
     try:
         return resolve(store, model)
     except ArtifactNotFoundError:
@@ -232,7 +264,10 @@ def _take(run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool)
     run.stages.update(outcome.result.stages)
     if len(run.records) < len(run.planned.plan.shards):
         return
+    interrupt.check()
     try:
+        if file_state(run.planned.checkpoint) != run.source_state:
+            raise SourceError(f"{run.planned.checkpoint.path}: changed while it was being compressed; run again")
         run.version = publish(store, _version_manifest(run, run.planned), single_publisher=single_publisher)
         run.status = "published"
     except BirkhoffError as error:
@@ -265,23 +300,3 @@ def failure(runs: list[ModelRun]) -> BirkhoffError | None:
     if len(failed) == len(runs) and len({type(error) for error in failed}) == 1:
         return failed[0]
     return PartialError(f"{len(failed)} of {len(runs)} models were not published")
-
-
-def plan_rows(planned: Planned) -> list[dict[str, object]]:
-    """Tensors of a planned model by action and reason, for `birkhoff plan`."""
-    groups: dict[tuple[str, str], list[StoredTensor]] = {}
-    for item in planned.plan.tensors:
-        groups.setdefault((item.action, item.reason), []).append(item.tensor)
-    return [
-        {
-            "model": planned.entry.name,
-            "profile": planned.profile.name,
-            "action": action,
-            "reason": reason,
-            "tensors": len(tensors),
-            "weights": sum(prod(tensor.shape) for tensor in tensors),
-            "bytes": sum(map(dense_bytes, tensors)),
-            "shards": len(planned.plan.shards),
-        }
-        for (action, reason), tensors in groups.items()
-    ]

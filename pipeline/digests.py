@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from birkhoff.pipeline.artifacts import write_whole
+from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.source import Checkpoint, source_digest
 
@@ -37,18 +38,23 @@ def recalled_digest(checkpoint: Checkpoint) -> str | None:
     return None if state is None else _recall(checkpoint.path, state)
 
 
-def known_state(checkpoint: Checkpoint) -> list[list[object]] | None:
-    """What tells the files' states apart without reading them; None while that cannot be relied on."""
+def file_state(checkpoint: Checkpoint) -> list[list[object]]:
+    """What tells the states of a checkpoint's files apart without reading them. Raises SourceError."""
     state: list[list[object]] = []
     for file in checkpoint.files:
         try:
             stat = Path(file).stat()
-        except OSError:
-            return None
-        if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
-            return None
+        except OSError as error:
+            raise SourceError(f"{file}: {error.strerror}; put it back and run again") from None
         state.append([str(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
     return state
+
+
+def known_state(checkpoint: Checkpoint) -> list[list[object]] | None:
+    """`file_state`, or None while a later change might not show in it."""
+    state = file_state(checkpoint)
+    latest = max((max(int(str(m)), int(str(c))) for *_, m, c in state), default=0)
+    return None if time.time() - latest / 1e9 < _SETTLED else state
 
 
 def _note(path: Path) -> Path:

@@ -13,8 +13,9 @@ stops it. It runs in a session of its own, so Ctrl-C reaches only the client, wh
 client that is killed outright leaves the server running, idle, on loopback; the next user of the same HOME finds it,
 goes on with it, and stops it at the end (or `down` does). Locks of dead processes are released by the kernel.
 
-Only processes of this host can reach the server. S3 needs the key pair, and the internal HTTP ports a token derived
-from it; the internal gRPC ports do not, so it is not for hosts shared with people you do not trust.
+Only processes of this host can reach the server. S3 needs the key pair, and the HTTP ports that serve
+data a token derived from it; the master's HTTP port and the internal gRPC ports need neither, so it is not for hosts
+shared with people you do not trust.
 """
 
 import fcntl

@@ -10,8 +10,10 @@ BirkhoffError                   (birkhoff.codec.errors)
 │   ├── ObjectNotFoundError     no such object
 │   └── PreconditionError       a conditional write lost: the object exists already, or has changed
 ├── ArtifactNotFoundError       no such model, version, alias or digest
+├── AliasError                  an alias that cannot be called so, cannot go back, or is protected
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
 ├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
+├── OutputError                 a file or folder that cannot be written
 ├── ValidationError             an encoded tensor that does not meet its target
 ├── WorkerError                 a worker died or could not be had
 └── PartialError                some models of the manifest were not published
@@ -56,12 +58,20 @@ class ArtifactNotFoundError(BirkhoffError):
     """No such model, version, alias or digest."""
 
 
+class AliasError(BirkhoffError):
+    """An alias that cannot be called so, cannot go back, or is protected."""
+
+
 class IntegrityError(BirkhoffError):
     """Stored bytes that do not match their digest."""
 
 
 class ModelMismatchError(BirkhoffError):
     """An artifact whose tensors are not those of the model to load into."""
+
+
+class OutputError(BirkhoffError):
+    """A file or folder that cannot be written."""
 
 
 class ValidationError(BirkhoffError):
@@ -93,6 +103,8 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     WorkerError: 13,
     PartialError: 14,
     ModelMismatchError: 15,
+    OutputError: 16,
+    AliasError: 17,
 }
 
 

@@ -18,10 +18,12 @@ from typing import Any, Protocol
 import torch
 
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import ShardResult, ShardTask, compress_shard
-from birkhoff.pipeline.store import StoreAddress
+from birkhoff.pipeline.source_types import first_line
+from birkhoff.pipeline.store import Store, StoreAddress
 
 log = logging.getLogger("birkhoff.execute")
 
@@ -64,6 +66,7 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Run each task when its outcome is asked for."""
         while task := queue.take():
+            interrupt.check()
             outcome = self._worker.run(task)
             queue.done(task)
             yield outcome
@@ -78,13 +81,16 @@ class Worker:
     def __init__(self, store: StoreAddress) -> None:
         # Shards are the unit of parallel work; threads inside one would wait for each other at every small operation.
         torch.set_num_threads(1)
-        self._store = store.open()
+        self._address = store
+        self._store: Store | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, task: ShardTask) -> Outcome:
         """Run one task; every error becomes its outcome."""
         log.info("start %s, %d bytes", task.label, task.nbytes)
         try:
+            # Opened here and not at the start: a store that refuses is the shard's error, not a worker's death.
+            self._store = self._store or self._address.open()
             return Outcome(task=task, result=compress_shard(task, self._store, self._device))
         except BirkhoffError as error:
             return Outcome(task=task, error=error)
@@ -100,7 +106,8 @@ class Worker:
 
     def close(self) -> None:
         """Release the store's connections."""
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
@@ -115,7 +122,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def __init__(self, store: StoreAddress, *, address: str | None = None, workers: int | None = None) -> None:
         self._store = store
         self._ray = _start_ray(address)
-        self._gpu, count = self.capacity(workers)
+        try:
+            self._gpu, count = self.capacity(workers)
+        except WorkerError:
+            self._ray.shutdown()
+            raise
         self.workers = [self._actor() for _ in range(count)]
 
     def capacity(self, workers: int | None = None) -> tuple[float, int]:
@@ -148,6 +159,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         running: dict[Any, tuple[Any, ShardTask]] = {}
         deaths: Counter[tuple[str, int]] = Counter()
         while True:
+            interrupt.check()
             while free and (task := queue.take()):
                 actor = free.popleft()
                 running[actor.run.remote(task)] = actor, task
@@ -162,10 +174,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                     self._replace(actor, free)
                 deaths[task.model, task.index] += 1
                 if deaths[task.model, task.index] < TRIES:
-                    log.warning("worker died at %s (%s); trying again", task.label, _cause(error))
+                    log.warning("worker died at %s (%s); trying again", task.label, first_line(error))
                     queue.put_back(task)
                     continue
-                message = f"{task.label}: its worker died {TRIES} times, last: {_cause(error)}"
+                message = f"{task.label}: its worker died {TRIES} times, last: {first_line(error)}"
                 outcome = Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
             else:
                 free.append(actor)
@@ -194,9 +206,5 @@ def _start_ray(address: str | None) -> Any:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        raise WorkerError(f"cannot reach {where}: {str(error).splitlines()[0]}; try --executor inline") from None
+        raise WorkerError(f"cannot reach {where}: {first_line(error)}; try --executor inline") from None
     return ray
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -1,8 +1,10 @@
 """Rows of `birkhoff list`."""
 
+from birkhoff.pipeline.aliases import aliases
 from birkhoff.pipeline.artifact import NameRecord
 from birkhoff.pipeline.errors import ArtifactNotFoundError
-from birkhoff.pipeline.publish import Version, aliases, models, names, resolve
+from birkhoff.pipeline.names import names
+from birkhoff.pipeline.publish import Version, models, resolve
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
-from birkhoff.codec.tensor import decode_tensor, lattice_of
+from birkhoff.codec.tensor import decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
@@ -67,7 +67,7 @@ def load_into(
                 continue
             owner, _, leaf = coded.name.rpartition(".")
             module = model.get_submodule(owner)
-            if type(module) is nn.Linear and leaf == "weight" and coded.codec == "lattice":
+            if type(module) is nn.Linear and leaf == "weight" and is_matrix(coded):
                 _swap(model, owner, module, coded, device)
                 swapped.append(owner)
             else:

@@ -8,6 +8,8 @@
       - name: sam-b-fine
         source: checkpoints/sam_vit_b_01ec64.pth
         profile: fine
+      - name: sam-h
+        source: https://example.org/sam_vit_h_4b8939.pth   # `fetch_spec` has every form
 
 Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
 """
@@ -23,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES
 from birkhoff.pipeline.errors import ManifestError
+from birkhoff.pipeline.fetch_spec import SourcePart, SourceSpec
 from birkhoff.pipeline.store import StoreAddress
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -52,8 +55,8 @@ class ModelEntry(_Strict):
 
     name: str
     """Under this name its versions are published."""
-    source: Annotated[str, Field(min_length=1)]
-    """Path of the checkpoint, relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
+    source: SourceSpec
+    """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
     profile: str | None = None
     """Name of a profile; the manifest's where left out."""
 
@@ -72,6 +75,8 @@ class Manifest(_Strict):
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
     """Source bytes at work at any time, in MiB; an eighth of the machine's memory where left out."""
+    keep: Annotated[int, Field(ge=1)] | None = None
+    """Versions a model keeps; older ones that no alias points at are retired when a new one is published."""
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1, strict=False)]
     """The models, in the order of the result table."""
 
@@ -115,7 +120,10 @@ def load_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         raise ManifestError(_explain(path, root, error)) from None
     base = path.resolve().parent
-    models = tuple(m.model_copy(update={"source": str(base / Path(m.source).expanduser())}) for m in manifest.models)
+    models = tuple(
+        model.model_copy(update={"source": tuple(part.absolute(base) for part in model.source)})
+        for model in manifest.models
+    )
     return manifest.model_copy(update={"models": models})
 
 
@@ -165,14 +173,29 @@ def _explain(path: Path, root: yaml.Node | None, error: ValidationError) -> str:
     """One line for the first complaint: file, line, key path, what was expected."""
     # A mistyped key also leaves the right one missing: the typo says more.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    where = tuple(part for part in first["loc"] if not str(part).startswith("function-"))
+    where = _as_written(root, tuple(part for part in first["loc"] if not str(part).startswith("function-")))
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        fields = ModelEntry.model_fields if "models" in where[:-1] else Manifest.model_fields
+        fields = Manifest.model_fields
+        if "models" in where[:-1]:
+            fields = SourcePart.model_fields if "source" in where[:-1] else ModelEntry.model_fields
         message = f"unknown key{_suggestion(str(where[-1]), fields)}; known: {', '.join(fields)}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{path}, line {_line(root, where)}: {key or 'manifest'}: {message}{more}"
+
+
+def _as_written(node: yaml.Node | None, where: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The key path without the steps that a short form of `source` leaves out."""
+    written: list[int | str] = []
+    for part in where:
+        if isinstance(node, yaml.MappingNode) and isinstance(part, str):
+            node = next((value for key, value in node.value if key.value == part), None)
+            written.append(part)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part] if part < len(node.value) else None
+            written.append(part)
+    return tuple(written)
 
 
 def _line(node: yaml.Node | None, where: tuple[int | str, ...]) -> int:

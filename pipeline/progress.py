@@ -1,5 +1,6 @@
 """Progress of a run: bars in a terminal, plain lines elsewhere, on standard error either way."""
 
+import threading
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -26,6 +27,8 @@ class Progress(AbstractContextManager["Progress"]):
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._downloads: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
         self._fleet: TaskID | None = None
         self._done = 0
 
@@ -38,6 +41,18 @@ class Progress(AbstractContextManager["Progress"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._live:
             self._bars.stop()
+
+    def downloaded(self, file: str, here: int, total: int | None) -> None:
+        """Of a source file so many bytes are here; may be called from any thread."""
+        with self._lock:
+            first = file not in self._downloads
+            if self._live:
+                if first:
+                    self._downloads[file] = self._bars.add_task(f"[dim]{file}", total=total, note="download")
+                self._bars.update(self._downloads[file], completed=here, total=total)
+            elif first:
+                self._downloads[file] = TaskID(0)
+                self._line(f"downloading {file}" + (f", {total} bytes" if total else ""))
 
     def planned(self, model: str, nbytes: int, status: str | None) -> None:
         """A model's header was read; `status` is set if nothing is to be done for it."""
@@ -54,5 +69,9 @@ class Progress(AbstractContextManager["Progress"]):
         if self._live and self._fleet is not None:
             self._bars.update(self._tasks[model], advance=nbytes, note=_MARKS.get(status or "", ""))
             self._bars.update(self._fleet, advance=nbytes, note=f"{self._done}/{self._models} models")
-        elif status is not None and not self._quiet:
-            self._console.print(f"{self._done}/{self._models} {model}: {status}", highlight=False, markup=False)
+        elif status is not None:
+            self._line(f"{self._done}/{self._models} {model}: {status}")
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False)

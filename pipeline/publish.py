@@ -6,15 +6,13 @@ Order of writes: blobs and shard records (by the workers), then the version's ma
 
 import re
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from birkhoff.pipeline.aliases import advance, aliases
 from birkhoff.pipeline.artifact import (
     ALIAS_LATEST,
     AliasRecord,
-    NameRecord,
     ShardRecord,
     VersionManifest,
     alias_key,
@@ -24,20 +22,13 @@ from birkhoff.pipeline.artifact import (
     sha256,
     version_key,
 )
-from birkhoff.pipeline.errors import (
-    ArtifactNotFoundError,
-    IntegrityError,
-    ObjectNotFoundError,
-    PreconditionError,
-    StoreError,
-)
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError, StoreError
+from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import NAME_PATTERN
+from birkhoff.pipeline.names import VERSION_NAME, names, read_name, take_name
 from birkhoff.pipeline.store import Store
 
-_VERSION_NAME = re.compile(r"v[1-9][0-9]{0,8}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_RACES = 100
-"""Lost races before giving up: with exactly one winner a race, more means the store does not do what it says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +47,24 @@ class Version:
 def publish(store: Store, manifest: VersionManifest, *, single_publisher: bool = False) -> Version:
     """Make a version whose blobs are all stored visible: manifest, name, alias `latest`.
 
-    A version that has a name already keeps it.
+    The newest version, published again, keeps its name. Looks at the blobs under an open run of its own: whatever was
+    collected before, none of them goes from there on.
 
     Raises:
         StoreError: a blob is missing, or the store failed.
     """
-    if not is_whole(store, manifest):
-        raise StoreError(f"{store.url}: a blob of {manifest.model} has gone since it was stored; run again")
     model, digest, publisher = manifest.model, manifest.digest, uuid.uuid4().hex
-    store.create(version_key(model, digest), manifest.to_bytes())
-    name = next((name for name, record in names(store, model) if record.digest == digest), None)
-    name = name or _take_name(store, model, digest, publisher, single_publisher)
-    _advance(store, model, ALIAS_LATEST, name, digest, publisher)
-    return _describe(store, model, name, manifest)
+    with open_run(store) as run:
+        if not is_whole(store, manifest):
+            raise StoreError(f"{store.url}: a blob of {manifest.model} has gone since it was stored; run again")
+        store.create(version_key(model, digest), manifest.to_bytes())
+        run.check()
+        # Names tell what was published when: content that was there before and comes back gets a new one.
+        newest = [name for name, record in [*names(store, model)][-1:] if record.digest == digest]
+        name = newest[0] if newest else take_name(store, model, digest, publisher, single_publisher=single_publisher)
+        run.check()
+        advance(store, model, name, digest, publisher)
+        return _describe(store, model, name, manifest)
 
 
 def is_whole(store: Store, manifest: VersionManifest) -> bool:
@@ -82,62 +78,6 @@ def is_whole(store: Store, manifest: VersionManifest) -> bool:
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return all(pool.map(present, manifest.shards))
-
-
-def _take_name(store: Store, model: str, digest: str, publisher: str, single_publisher: bool) -> str:
-    """Create the next free `v<N>`: of several publishers exactly one gets each."""
-    number = max((_number(name) for name, _ in names(store, model)), default=0)
-    for _ in range(_RACES):
-        number += 1
-        record = NameRecord(
-            digest=digest, created=_now(), publisher=publisher, single_publisher=single_publisher or None
-        )
-        try:
-            store.create(name_key(model, f"v{number}"), record.to_bytes())
-        except PreconditionError:
-            continue
-        return f"v{number}"
-    raise StoreError(f"{store.url}: no version name of {model} could be had in {_RACES} tries")
-
-
-def _advance(store: Store, model: str, alias: str, name: str, digest: str, publisher: str) -> None:
-    """Move an alias to a version, unless it points at that one or a later one."""
-    key = alias_key(model, alias)
-    for _ in range(_RACES):
-        try:
-            body, tag = store.read(key)
-        except ObjectNotFoundError:
-            body, tag = b"", ""
-        current = read_document(AliasRecord, key, body) if tag else None
-        if current is not None and _number(current.version) >= _number(name):
-            return
-        record = AliasRecord(
-            version=name, digest=digest, gen=current.gen + 1 if current else 1, moved=_now(), publisher=publisher
-        )
-        try:
-            store.replace(key, record.to_bytes(), tag=tag) if tag else store.create(key, record.to_bytes())
-        except PreconditionError:
-            continue
-        return
-    raise StoreError(f"{store.url}: alias {alias} of {model} changed under {_RACES} tries to move it")
-
-
-def names(store: Store, model: str) -> Iterator[tuple[str, NameRecord]]:
-    """(name, record) of the named versions of a model, oldest first."""
-    prefix = f"models/{model}/names/"
-    found = [info.key.removeprefix(prefix).removesuffix(".json") for info in store.list(prefix)]
-    for name in sorted((name for name in found if _VERSION_NAME.fullmatch(name)), key=_number):
-        key = name_key(model, name)
-        yield name, read_document(NameRecord, key, store.get(key))
-
-
-def aliases(store: Store, model: str) -> dict[str, AliasRecord]:
-    """Aliases of a model."""
-    prefix = f"models/{model}/aliases/"
-    keys = [info.key for info in store.list(prefix) if info.key.endswith(".json")]
-    return {
-        key.removeprefix(prefix).removesuffix(".json"): read_document(AliasRecord, key, store.get(key)) for key in keys
-    }
 
 
 def models(store: Store) -> list[str]:
@@ -164,14 +104,20 @@ def _find(store: Store, model: str, ref: str) -> tuple[str | None, str]:
     try:
         if _DIGEST.fullmatch(ref):
             return next((name for name, record in names(store, model) if record.digest == ref), None), ref
-        if _VERSION_NAME.fullmatch(ref):
-            key = name_key(model, ref)
-            return ref, read_document(NameRecord, key, store.get(key)).digest
+        if VERSION_NAME.fullmatch(ref):
+            return ref, _named(store, model, ref)
         key = alias_key(model, ref)
         alias = read_document(AliasRecord, key, store.get(key))
         return alias.version, alias.digest
     except ObjectNotFoundError:
         raise ArtifactNotFoundError(_missing(store, model, ref)) from None
+
+
+def _named(store: Store, model: str, name: str) -> str:
+    record = read_name(store, model, name)
+    if record.retired is not None:
+        raise ArtifactNotFoundError(f"{_missing(store, model, name)}; {name} was retired on {record.retired}")
+    return record.digest
 
 
 def load_version(store: Store, model: str, digest: str) -> VersionManifest:
@@ -200,11 +146,3 @@ def _describe(store: Store, model: str, name: str | None, manifest: VersionManif
     pointers = [alias_key(model, ALIAS_LATEST)] + ([name_key(model, name)] if name else [])
     sizes = [store.head(key).size for key in pointers]
     return Version(model=model, name=name, digest=manifest.digest, manifest=manifest, stored_bytes=own + sum(sizes))
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("v"))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

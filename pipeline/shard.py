@@ -5,6 +5,7 @@ What a worker does for each task; nothing here knows about Ray.
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from birkhoff.pipeline.plan import dense_bytes
 from birkhoff.pipeline.source import StoredTensor, read_tensor
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import ShardChecks, validate_shard
+
+log = logging.getLogger("birkhoff.shard")
 
 Reuse = Literal["trust", "revalidate", "never"]
 """What to do with a shard that the store has: take it, prove it once more against its source first, or make it anew."""
@@ -97,7 +100,7 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     record = None if task.reuse == "never" else find_record(store, key)
     stages.end("find")
     if record is not None and task.reuse == "revalidate":
-        validate_shard(read_blob(store, record), sources, task.profile, device)
+        validate_shard(store.get(blob_key(record.blob)), sources, task.profile, device)
         stages.end("validate")
     if record is not None:
         return ShardResult(record=record, reused=True, stages=stages.seconds)
@@ -105,7 +108,8 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     stages.end("encode")
     checks = validate_shard(blob, sources, task.profile, device)
     stages.end("validate")
-    record = keep_shard(store, blob, make_record(key, sources, blob, checks), replace=task.reuse == "never")
+    record = make_record(key, sources, blob, checks)
+    keep_shard(store, blob, record)
     stages.end("upload")
     return ShardResult(record=record, reused=False, stages=stages.seconds)
 
@@ -129,42 +133,27 @@ def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: Sh
     )
 
 
-def read_blob(store: Store, record: ShardRecord) -> bytes:
-    """A stored shard, checked against its digest. Raises IntegrityError."""
-    blob = store.get(blob_key(record.blob))
-    if sha256(blob) != record.blob:
-        raise IntegrityError(f"blob {record.blob} is damaged: run again with --force to make it anew")
-    return blob
-
-
-def keep_shard(store: Store, blob: bytes, record: ShardRecord, *, replace: bool) -> ShardRecord:
-    """Upload a shard, blob first; returns the record that stands, another worker's if that one was first.
-
-    `replace` overwrites what is there: the same content under the same digest, so that damage is mended.
-    """
-    if replace:
-        store.put(blob_key(record.blob), blob)
-        store.put(shard_key(record.key), record.to_bytes())
-        return record
-    store.create(blob_key(record.blob), blob)
-    try:
-        store.create(shard_key(record.key), record.to_bytes())
-    except PreconditionError:
-        # Probes may differ in their last digit between devices; a record without its blob is worth nothing.
-        other = find_record(store, record.key)
-        if other is not None:
-            return other
-        store.put(shard_key(record.key), record.to_bytes())
-    return record
+def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
+    """Upload a shard, blob first. What stands there otherwise is damaged, or another worker's equal claim: replaced."""
+    for key, body in ((blob_key(record.blob), blob), (shard_key(record.key), record.to_bytes())):
+        try:
+            store.create(key, body)
+        except PreconditionError:
+            store.put(key, body)
 
 
 def find_record(store: Store, key: str) -> ShardRecord | None:
-    """The record of a shard key whose blob is in the store."""
+    """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest."""
     try:
         record = read_document(ShardRecord, shard_key(key), store.get(shard_key(key)))
-        return record if store.head(blob_key(record.blob)).size == record.bytes else None
+        if record.key == key and sha256(store.get(blob_key(record.blob))) == record.blob:
+            return record
+        log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)
     except ObjectNotFoundError:
-        return None
+        pass
+    except IntegrityError as error:
+        log.warning("%s; it is made anew", error)
+    return None
 
 
 def input_key(sources: Mapping[str, Tensor], profile: Profile) -> str:

@@ -7,6 +7,7 @@ the suffix, and nothing in a file is believed before it is checked.
 
 import hashlib
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def read_tensor(tensor: StoredTensor) -> torch.Tensor:
     """Read one tensor: contiguous, on the CPU, in memory of its own, of the dtype and shape it was stored with.
 
     Raises:
-        SourceError: the file has gone or has become shorter since it was opened.
+        SourceError: the file has gone, has become shorter since it was opened, or does not match its own checksum.
     """
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")
@@ -77,6 +78,11 @@ def read_tensor(tensor: StoredTensor) -> torch.Tensor:
         raise SourceError(
             f"{tensor.path}: tensor {shown(tensor.name)} needs {tensor.nbytes} bytes at {tensor.offset}, {done} are"
             " left; the file has changed since it was opened, open it again"
+        )
+    if tensor.crc32 is not None and zlib.crc32(raw.numpy().data) != tensor.crc32:
+        raise SourceError(
+            f"{tensor.path}: the bytes of tensor {shown(tensor.name)} do not match the checksum stored with them;"
+            " the file is corrupt, download it again"
         )
     return raw.view(DTYPES[tensor.dtype]).as_strided(tensor.shape, tensor.stride).contiguous()
 

@@ -44,6 +44,8 @@ class _Record:
     offset: int
     """Bytes from the start of the file to the member's data."""
     nbytes: int
+    crc32: int | None
+    """Checksum of the data; None where it was not written, which torch can be told."""
 
 
 @contextmanager
@@ -139,7 +141,7 @@ def _locate(path: Path, info: zipfile.ZipInfo, file: BinaryIO) -> _Record:
     if file.read(name_bytes) != info.orig_filename.encode(encoding):
         raise SourceError(f"{label} is called otherwise in its local header; the file is forged")
     offset = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-    return _Record(offset=offset, nbytes=info.file_size)
+    return _Record(offset=offset, nbytes=info.file_size, crc32=info.CRC or None)
 
 
 def _read_small(path: Path, file: BinaryIO, records: dict[str, _Record], name: str, limit: int) -> bytes:
@@ -215,4 +217,5 @@ def _descriptor(
         offset=record.offset + start,
         nbytes=nbytes,
         path=str(path),
+        crc32=record.crc32 if nbytes == record.nbytes else None,
     )

@@ -52,6 +52,8 @@ class StoredTensor:
     """Bytes from element 0 to the end of the last element: what has to be read."""
     path: str
     """Absolute path of the file that holds the bytes."""
+    crc32: int | None = None
+    """Checksum of the `nbytes` bytes, where the file has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,10 @@
 """Which store a command means: `--store`, else `BIRKHOFF_STORE`, else the embedded server."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
+from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.store import Store, open_store
 
 DEFAULT_STORE = "embedded"
@@ -16,3 +19,14 @@ def default_store_url(url: str | None = None) -> str:
 def open_default_store(url: str | None = None) -> Store:
     """Open the store that is meant. Raises StoreError."""
     return open_store(default_store_url(url))
+
+
+@contextlib.contextmanager
+def open_existing_store(url: str | None = None) -> Iterator[Store | None]:
+    """The store that is meant, for reading; None for an embedded one that was never used, so that none is made."""
+    meant = default_store_url(url)
+    if meant == DEFAULT_STORE and not (birkhoff_home() / "embedded").exists():
+        yield None
+        return
+    with open_store(meant) as store:
+        yield store

@@ -47,6 +47,13 @@ def shape(dims: Sequence[int]) -> str:
     return "x".join(map(str, dims)) or "scalar"
 
 
+def groups(rows: Sequence[Row]) -> str:
+    """Tensors by action, and why: one line a group."""
+    return "\n".join(
+        f"{row['tensors']} {row['action']}" + (f": {row['reason']}" if row["reason"] else "") for row in rows
+    )
+
+
 VERSION_COLUMNS = (
     Column(title="model", key="model"),
     Column(title="version", key="version"),
@@ -76,12 +83,16 @@ TENSOR_COLUMNS = (
 )
 PLAN_COLUMNS = (
     Column(title="model", key="model"),
-    Column(title="action", key="action"),
-    Column(title="reason", key="reason"),
-    Column(title="tensors", key="tensors", right=True),
-    Column(title="weights", key="weights", form=lambda count: f"{count:,}", right=True),
-    Column(title="bytes in", key="bytes", form=size, right=True),
+    Column(title="profile", key="profile"),
+    Column(title="status", key="status"),
+    Column(title="source", key="source_bytes", form=size, right=True),
+    Column(title="stored ~", key="predicted_stored_bytes", form=size, right=True),
+    Column(title="ratio ~", key="predicted_ratio", form=fixed(1), right=True),
     Column(title="shards", key="shards", right=True),
+    Column(title="shared", key="shared_shards", right=True),
+    Column(title="CPU s ~", key="predicted_seconds", form=fixed(0), right=True),
+    Column(title="memory ~", key="predicted_memory_bytes", form=size, right=True),
+    Column(title="tensors", key="groups", form=groups),
 )
 
 

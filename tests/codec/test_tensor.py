@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from birkhoff.codec import paper, rate
 from birkhoff.codec.container import CodedTensor, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TensorError, VersionError
 from birkhoff.codec.metrics import fidelity
@@ -70,6 +72,33 @@ def test_paper_profile_round_trips_and_keeps_coarse_weights_raw() -> None:
         (coded,) = through_bytes(encode_tensor("w", source, PROFILES["paper"]).tensor)
         assert coded.codec == codec
         assert fidelity(source, decode_tensor(coded)).sqnr_db > 20
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (8, 4, 5, 7), (70, 33)])
+def test_matching_the_published_codec_takes_its_error_as_the_target(shape: tuple[int, ...]) -> None:
+    source = normal(shape) * 0.02
+    published = paper.published_error(source, per_row=source.dim() == 2)
+    (coded,) = through_bytes(encode_tensor("w", source, PROFILES["match-paper"]).tensor)
+    assert published is not None
+    assert float(coded.params["target_db"]) == pytest.approx(published, abs=1e-3)
+    assert published <= fidelity(source, decode_tensor(coded)).sqnr_db <= published + 0.3
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(5.0, "leaves it raw"), (1e-4, "")])
+def test_matching_stores_lossless_what_is_raw_and_never_goes_below_the_range(scale: float, reason: str) -> None:
+    source = normal((64, 96)) * scale
+    encoded = encode_tensor("w", source, PROFILES["match-paper"])
+    assert reason in encoded.reason
+    found = fidelity(source, decode_tensor(*through_bytes(encoded.tensor))).sqnr_db
+    assert found == math.inf if reason else found >= rate.TARGET_DB_RANGE[0]
+
+
+def test_paths_give_way_to_single_nodes_where_escapes_would_eat_their_gain() -> None:
+    source = normal((128, 256))
+    for target_db, path in ((36.0, "1"), (42.0, "0")):
+        encoded = encode_tensor("w", source, replace(BALANCED, target_db=target_db)).tensor
+        assert encoded.params["path"] == path
+        assert fidelity(source, decode_tensor(*through_bytes(encoded))).sqnr_db >= target_db
 
 
 def test_both_forms_are_one_code() -> None:

@@ -209,8 +209,14 @@ def test_inspect_and_plan_show_every_tensor(published: Place, net: Net) -> None:
     weight = next(row for row in rows if row["name"] == "blocks.0.0.weight")
     assert (weight["action"], weight["shape"]) == ("lattice", [130, 96])
     assert 4 < weight["bits_per_weight"] < 7
-    plan = json.loads(published.run("plan", str(published.manifest), "--json")[1])
-    assert sum(row["tensors"] for row in plan) == len(net.state_dict())
+    (plan,) = json.loads(published.run("plan", str(published.manifest), "--json")[1])
+    assert sum(group["tensors"] for group in plan["groups"]) == len(net.state_dict())
+    assert {group["reason"] for group in plan["groups"]} == {"", "one-dimensional", "int64 is not a float type"}
+    stored = json.loads(published.at("list", "--json")[1])[0]["stored_bytes"]
+    assert plan["predicted_stored_bytes"] == pytest.approx(stored, rel=0.15)
+    assert plan["status"] in ("up to date", "to be read")
+    code, out, _ = published.run("plan", str(published.manifest))
+    assert (code, "lossless: one-dimensional" in out) == (0, True)
 
 
 def bad_nan(folder: Path, net: Net) -> None:
@@ -257,6 +263,20 @@ def test_a_bad_source_fails_alone_with_one_line_and_its_exit_code(place: Place, 
     assert sum(line.startswith("error: bad: ") for line in err.splitlines()) == 1
 
 
+def test_keep_retires_the_oldest_versions_and_gc_frees_them(published: Place, net: Net) -> None:
+    published.describe(("net", "net.pth"), extra="keep: 2")
+    for scale in (1.5, 1.7, 1.9):
+        with torch.no_grad():
+            net.conv.weight.mul_(scale)
+        torch.save({"model": net.state_dict()}, published.folder / "net.pth")
+        assert published.compress()[0] == 0
+    assert [row["version"] for row in json.loads(published.at("list", "net", "--json")[1])] == ["v3", "v4"]
+    assert list((published.store / "runs").rglob("*.json")) == []
+    assert published.at("verify", "net@v1")[0] == 10
+    assert published.at("verify", "net@v3")[0] == 0
+    assert published.at("gc", "--json")[0] == 0
+
+
 def test_references_that_do_not_exist_say_what_does(published: Place) -> None:
     for reference, message in (("nope", "it has: net"), ("net@v9", "latest, v1"), ("net@stable", "latest, v1")):
         code, _, err = published.at("verify", reference)
@@ -277,19 +297,112 @@ def test_an_unwritable_store_fails_before_any_work(place: Place, net: Net) -> No
     assert err.count("error:") == 1
 
 
-def test_force_mends_a_damaged_blob_and_revalidate_finds_it(published: Place) -> None:
+def test_damaged_shards_are_never_reused_but_made_anew(published: Place) -> None:
     blob = published.blobs()[0]
     good = blob.read_bytes()
-    blob.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    code, _, err = published.compress("--revalidate")
-    assert (code, blob.name in err, "--force" in err) == (11, True, True)
+    record = next((published.store / "shards").rglob("*.json"))
+    published.describe(("net", "net.pth"), ("other", "net.pth"))
+    for damage in (good[:-1] + bytes([good[-1] ^ 1]), good[: len(good) // 2], b""):
+        blob.write_bytes(damage)
+        code, out, _ = published.compress("--revalidate", "--json")
+        assert (code, [row["version"] for row in json.loads(out)]) == (0, ["v1", "v1"])
+        assert blob.read_bytes() == good
+    record.write_text("{}")
+    code, out, _ = published.compress("--revalidate", "--json")
+    assert code == 0
+    assert json.loads(record.read_text())["tensors"] > 0
+    assert published.at("verify", "other")[0] == 0
+
+
+def test_force_makes_every_shard_anew(published: Place) -> None:
     code, out, _ = published.compress("--force", "--json")
     (row,) = json.loads(out)
     assert (code, row["version"], row["shards_reused"]) == (0, "v1", 0)
-    assert blob.read_bytes() == good
     code, out, _ = published.compress("--revalidate", "--json")
     (row,) = json.loads(out)
     assert (code, row["shards_reused"]) == (0, row["shards"])
+
+
+def test_an_earlier_recipe_published_again_becomes_the_latest(published: Place) -> None:
+    first = json.loads(published.at("list", "--json")[1])[0]["digest"]
+    assert json.loads(published.compress("--json", "--profile", "fast")[1])[0]["version"] == "v2"
+    (row,) = json.loads(published.compress("--json")[1])
+    assert (row["version"], row["status"], row["digest"]) == ("v3", "published", first)
+    assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"
+    assert json.loads(published.at("list", "--json")[1])[0]["version"] == "v3"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_end_to_end(place: Place, dtype: torch.dtype) -> None:
+    tensors = {
+        "a.weight": (torch.randn(96, 128) * 0.02).to(dtype),
+        "small.weight": (torch.randn(64, 96) * 3e-6).to(dtype),
+        "thin.weight": torch.randn(2048, 1).to(dtype),
+        "conv": torch.randn(16, 8, 3, 3).to(dtype),
+    }
+    torch.save(tensors, place.folder / "half.pth")
+    place.describe(("half", "half.pth"))
+    code, _, err = place.compress()
+    assert code == 0, err
+    loaded = birkhoff.load_state_dict("half")
+    for name, source in tensors.items():
+        assert loaded[name].dtype == dtype
+        assert fidelity(source, loaded[name]).sqnr_db >= 30
+
+
+def test_a_layer_of_one_input_is_loaded_dense(place: Place) -> None:
+    model = nn.Sequential(nn.Linear(1, 2048), nn.Linear(2048, 64))
+    torch.save(model.state_dict(), place.folder / "thin.pth")
+    place.describe(("thin", "thin.pth"))
+    assert place.compress()[0] == 0
+    assert birkhoff.load_into(model, "thin") == ["1"]
+    assert model(torch.randn(3, 1)).shape == (3, 64)
+
+
+def test_a_corrupt_byte_of_a_checkpoint_is_found_by_its_checksum(place: Place, net: Net) -> None:
+    path = place.folder / "net.pth"
+    torch.save(net.state_dict(), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    place.describe(("net", "net.pth"))
+    code, _, err = place.compress()
+    assert (code, "do not match the checksum" in err) == (4, True)
+
+
+def test_pull_and_export_refuse_places_they_must_not_touch(published: Place) -> None:
+    mine = published.folder / "mine"
+    mine.mkdir()
+    (mine / "shard-00007.safetensors").write_text("my own")
+    code, _, err = published.at("pull", "net", "-o", str(mine))
+    assert (code, "was not made by `pull`" in err) == (16, True)
+    assert (mine / "shard-00007.safetensors").read_text() == "my own"
+    file = published.folder / "file"
+    file.write_text("")
+    for command in (["pull", "net", "-o", str(file)], ["export", "net", "-o", str(file / "x.pth")]):
+        code, _, err = published.at(*command)
+        assert (code, err.count("\n")) == (16, 1), err
+    assert published.at("export", "net", "-o", str(published.folder / "x.onnx"))[0] == 16
+
+
+def test_a_source_that_changes_during_the_run_is_not_published(
+    place: Place, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from birkhoff.pipeline import shard
+
+    path = place.folder / "net.pth"
+    torch.save(net.state_dict(), path)
+    place.describe(("net", "net.pth"))
+    keep = shard.keep_shard
+
+    def keep_and_touch(*arguments: object) -> None:
+        keep(*arguments)  # type: ignore[arg-type]
+        path.touch()
+
+    monkeypatch.setattr(shard, "keep_shard", keep_and_touch)
+    code, _, err = place.compress()
+    assert (code, "changed while it was being compressed" in err) == (4, True)
+    assert place.at("list", "--json")[1] == "[]\n"
 
 
 def test_a_lost_blob_is_made_again(published: Place) -> None:

@@ -1,0 +1,180 @@
+"""Commands about versions: promote, rollback, history, diff, gc. Registered on the app of `cli`."""
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+
+from birkhoff.pipeline.artifact import ALIAS_STABLE
+from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, StoreOption, app, notes, output, report
+from birkhoff.pipeline.tables import Column, fixed, shape, short, size
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
+
+
+def duration(text: str) -> timedelta:
+    """`30m`, `12h`, `7d`, `2w` or `0s`. Raises typer.BadParameter."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise typer.BadParameter(f"expected a whole number and one of s, m, h, d, w, such as 7d or 12h, got {text!r}")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
+AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Move the alias although it is protected.")]
+
+
+def _error_size(value: float) -> str:
+    return f"{value:.3g}"
+
+
+HISTORY_COLUMNS = (
+    Column(title="time", key="time"),
+    Column(title="event", key="event"),
+    Column(title="alias", key="alias"),
+    Column(title="from", key="from"),
+    Column(title="version", key="version"),
+    Column(title="profile", key="profile"),
+    Column(title="stored", key="stored_bytes", form=size, right=True),
+    Column(title="ratio", key="ratio", form=fixed(2), right=True),
+    Column(title="SQNR min dB", key="sqnr_db_min", form=fixed(2), right=True),
+    Column(title="median dB", key="sqnr_db_median", form=fixed(2), right=True),
+    Column(title="digest", key="digest", form=short),
+)
+DIFF_COLUMNS = (
+    Column(title="tensor", key="name"),
+    Column(title="change", key="change"),
+    Column(title="shape", key="shape", form=shape, right=True),
+    *(
+        Column(title=f"{title} {side.upper()}", key=f"{key}_{side}", form=form, right=True)
+        for title, key, form in (
+            ("bits/weight", "bits_per_weight", fixed(2)),
+            ("SQNR dB", "sqnr_db", fixed(2)),
+            ("max error", "max_abs_error", _error_size),
+        )
+        for side in ("a", "b")
+    ),
+)
+GC_COLUMNS = (
+    Column(title="kind", key="kind"),
+    Column(title="model", key="model"),
+    Column(title="retired", key="retired", form=", ".join),
+    Column(title="to delete", key="objects", right=True),
+    Column(title="bytes", key="bytes", form=size, right=True),
+    Column(title="kept", key="kept", right=True),
+)
+
+
+@app.command()
+def promote(
+    reference: ReferenceArgument,
+    alias: AliasArgument = ALIAS_STABLE,
+    protect: Annotated[
+        bool | None,
+        typer.Option("--protect/--no-protect", help="From now on the alias moves with --force only, or freely again."),
+    ] = None,
+    force: ForceOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias at a version."""
+    from birkhoff.pipeline.aliases import promote as move
+    from birkhoff.pipeline.errors import ArtifactNotFoundError
+    from birkhoff.pipeline.publish import resolve
+    from birkhoff.pipeline.stores import open_default_store
+
+    with open_default_store(store) as opened:
+        version = resolve(opened, reference)
+        if version.name is None:
+            raise ArtifactNotFoundError(f"{reference} has no name (any more); compress its source again to publish it")
+        moved = move(opened, version.model, version.name, alias, protect=protect, force=force)
+    _show_move(moved.facts(), as_json, "promoted")
+
+
+@app.command()
+def rollback(
+    model: ModelArgument,
+    alias: AliasArgument = ALIAS_STABLE,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="REF", help="This version instead of the one the alias came from.")
+    ] = None,
+    force: ForceOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take an alias back to the version it pointed at before; once more, and it goes back one more."""
+    from birkhoff.pipeline.aliases import rollback as move
+    from birkhoff.pipeline.publish import resolve
+    from birkhoff.pipeline.stores import open_default_store
+
+    with open_default_store(store) as opened:
+        target = resolve(opened, f"{model}@{to}").name or to if to is not None else None
+        moved = move(opened, model, alias, to=target, force=force)
+    _show_move(moved.facts(), as_json, "rolled back")
+
+
+@app.command()
+def history(model: ModelArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show the versions of a model and every move of its aliases, oldest first."""
+    from birkhoff.pipeline.history import history_rows
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.tables import show
+
+    with open_default_store(store) as opened:
+        show(output(), HISTORY_COLUMNS, history_rows(opened, model), as_json=as_json)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="MODEL[@REF]", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="MODEL[@REF]", show_default=False)],
+    everything: Annotated[bool, typer.Option("--all", help="Show equal tensors too.")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which tensors differ between two versions, and what each stores of them."""
+    from birkhoff.pipeline.history import diff as compare
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.tables import show
+
+    with open_default_store(store) as opened:
+        found = compare(opened, a, b)
+    rows = [row for row in found.rows if everything or row["change"] != "same"]
+    show(output(), DIFF_COLUMNS, rows, as_json=as_json, title=found.title)
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would be deleted.")] = False,
+    grace: Annotated[
+        str, typer.Option(metavar="TIME", help="Keep what was written or retired less long ago; readers live on it.")
+    ] = "7d",
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Retire versions beyond a model's newest N that no alias points at."),
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what no version name, alias or open run refers to; shows what that is unless told --yes."""
+    from birkhoff.pipeline.collect import collect
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.tables import show
+
+    limit = duration(grace)
+    with open_default_store(store) as opened:
+        found = collect(opened, grace=limit, keep=keep, delete=yes)
+    show(output(), GC_COLUMNS, found.rows(), as_json=as_json)
+    if not as_json:
+        freed = size(sum(item.info.size for item in found.garbage))
+        what = f"deleted {len(found.garbage)} objects, {freed}" if yes else f"--yes frees {freed}; nothing was deleted"
+        notes().print(what, highlight=False, markup=False)
+
+
+def _show_move(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+    if not as_json and not facts["changed"]:
+        verb = "nothing to do"
+    report(facts, as_json, verb)

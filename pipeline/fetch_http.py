@@ -1,0 +1,286 @@
+"""Downloads over http(s): resumed after a break, tried again after what may pass, never slower than a crawl.
+
+Resuming follows RFC 9110: `Range` with `If-Range`, so that a file that has changed meanwhile comes whole and anew.
+Proxies, CA bundles and ~/.netrc are those of the environment, as `requests` reads them.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import BinaryIO, NoReturn
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from urllib3.exceptions import HTTPError
+
+import birkhoff
+from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.fetch_cache import Partial, Remote, check_space
+from birkhoff.pipeline.fetch_spec import check_plain_http, file_name, scheme_of, shown_url
+from birkhoff.pipeline.source_types import first_line
+
+Report = Callable[[str, int, int | None], None]
+"""Told of progress: name of the file, bytes that are here, bytes in all if known. Called from the calling thread."""
+
+_CHUNK_BYTES = 1 << 18
+_MAX_REDIRECTS = 10
+_REDIRECTS = {301, 302, 303, 307, 308}
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+# Answers of servers that do not know HEAD, and of signed addresses, whose signature covers the method.
+_NO_HEAD = {400, 403, 405, 501}
+_MAX_WAIT = 60.0
+# An attempt that brings this much does not count as a failed one.
+_WORTH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchSettings:
+    """How patient a download is. All times in seconds.
+
+    connect_timeout: for the connection and its TLS handshake.
+    read_timeout: between two bytes.
+    slow_seconds, slow_bytes: a stretch of so many seconds that brings fewer bytes counts as a break.
+    attempts: tries in a row that bring nothing, in all.
+    backoff: wait before the second try; doubled for every further one, and shortened by chance to a half.
+    """
+
+    connect_timeout: float = 10.0
+    read_timeout: float = 60.0
+    slow_seconds: float = 60.0
+    slow_bytes: int = 64 << 10
+    attempts: int = 5
+    backoff: float = 0.5
+
+
+class PassingError(Exception):
+    """What may succeed when tried again; `wait` is what the server asks for, in seconds."""
+
+    def __init__(self, text: str, wait: float | None = None) -> None:
+        super().__init__(text)
+        self.wait = wait
+
+
+class HttpTransport:
+    """Reads http(s) addresses. Not to be shared by threads."""
+
+    def __init__(self, settings: FetchSettings, *, allow_http: bool = False) -> None:
+        self._settings = settings
+        self._allow_http = allow_http
+        self._session = requests.Session()
+        # Encoded bytes have another length, digest and ETag than the file.
+        self._session.headers.update(
+            {"Accept-Encoding": "identity", "User-Agent": f"birkhoff-compression/{birkhoff.__version__}"}
+        )
+
+    def close(self) -> None:
+        """Release connections."""
+        self._session.close()
+
+    def look(self, url: str) -> Remote:
+        """What the server says about the file, asked once. Raises SourceError."""
+        try:
+            with closing(self._answer("HEAD", url, {})) as response:
+                if response.status_code == 200:
+                    return _remote(response)
+                if response.status_code not in _NO_HEAD:
+                    _refuse(url, response)
+            with closing(self._answer("GET", url, {})) as response:
+                if response.status_code != 200:
+                    _refuse(url, response)
+                return _remote(response)
+        except PassingError as error:
+            raise SourceError(str(error)) from error
+
+    def download(self, url: str, partial: Partial, report: Report | None) -> Remote:
+        """Bring `partial` to completion; returns what the file was. Raises SourceError, OSError."""
+        failures, best = 0, partial.done
+        while True:
+            try:
+                return self._continue(url, partial, report)
+            except PassingError as error:
+                failures = 1 if partial.done >= best + _WORTH_BYTES else failures + 1
+                best = max(best, partial.done)
+                if failures >= self._settings.attempts:
+                    raise SourceError(f"{error} ({failures} attempts)") from error
+                time.sleep(self._pause(failures) if error.wait is None else min(error.wait, _MAX_WAIT))
+
+    def _pause(self, failures: int) -> float:
+        return float(min(self._settings.backoff * 2 ** (failures - 1), _MAX_WAIT) * random.uniform(0.5, 1))
+
+    def _continue(self, url: str, partial: Partial, report: Report | None) -> Remote:
+        """One attempt, from where the last one stopped if the file is still the same."""
+        begun, start = partial.remote(), partial.done
+        if begun is not None and start == begun.size:
+            return begun
+        headers = {}
+        if begun is not None and begun.validator is not None and start:
+            headers = {"Range": f"bytes={start}-", "If-Range": begun.validator}
+        with closing(self._answer("GET", url, headers)) as response:
+            remote = _begin_or_continue(url, response, partial, begun if headers else None)
+            with partial.path.open("ab") as file:
+                self._pour(url, response, file, remote, report)
+        if remote.size is not None and partial.done != remote.size:
+            raise PassingError(f"{shown_url(url)}: broke off after {partial.done} of {remote.size} bytes")
+        return remote
+
+    def _pour(
+        self, url: str, response: requests.Response, file: BinaryIO, remote: Remote, report: Report | None
+    ) -> None:
+        """Append the body to `file`."""
+        name, done = file_name(url), file.tell()
+        mark, since = done, time.monotonic()
+        try:
+            # read1 comes back with what is there: read would sit out a crawl until the chunk is full.
+            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=False):
+                file.write(chunk)
+                done += len(chunk)
+                if report is not None:
+                    report(name, done, remote.size)
+                if (passed := time.monotonic() - since) > self._settings.slow_seconds:
+                    if done - mark < self._settings.slow_bytes:
+                        raise PassingError(f"{shown_url(url)}: only {done - mark} bytes came in {passed:.0f} s")
+                    mark, since = done, time.monotonic()
+        except HTTPError as error:
+            size = "?" if remote.size is None else remote.size
+            raise PassingError(
+                f"{shown_url(url)}: broke off after {done} of {size} bytes ({_reason(error)})"
+            ) from error
+
+    def _answer(self, method: str, url: str, headers: dict[str, str]) -> requests.Response:
+        """The answer at the end of all redirects, its body unread. Raises SourceError, PassingError."""
+        here = url
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = self._request(method, here, headers)
+            target = response.headers.get("Location")
+            if response.status_code not in _REDIRECTS or target is None:
+                return response
+            response.close()
+            here = self._redirected(here, target)
+        raise SourceError(f"{shown_url(url)}: more than {_MAX_REDIRECTS} redirects; check the address")
+
+    def _request(self, method: str, url: str, headers: dict[str, str]) -> requests.Response:
+        try:
+            return self._session.request(
+                method,
+                url,
+                headers=headers,
+                stream=True,
+                allow_redirects=False,
+                timeout=(self._settings.connect_timeout, self._settings.read_timeout),
+            )
+        except requests.exceptions.SSLError as error:
+            remedy = "check the address, the clock and the CA bundle (REQUESTS_CA_BUNDLE)"
+            raise SourceError(f"{shown_url(url)}: TLS failed ({_reason(error)}); {remedy}") from error
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise PassingError(f"{shown_url(url)}: no answer ({_reason(error)})") from error
+        except (OSError, HTTPError, ValueError) as error:  # OSError: a CA bundle that is not there
+            raise SourceError(f"{shown_url(url)}: cannot be asked for ({_reason(error)}); check the address") from error
+
+    def _redirected(self, here: str, target: str) -> str:
+        """Where a redirect leads, if we may follow."""
+        there = urljoin(here, target)
+        try:
+            if scheme_of(there) not in ("http", "https"):
+                raise ValueError(f"redirected to {there.partition(':')[0]!r}, expected http or https")
+            if scheme_of(here) == "https" and scheme_of(there) == "http":
+                raise ValueError(f"redirected from https to plain http at {urlsplit(there).hostname}")
+            if "@" in urlsplit(there).netloc:
+                raise ValueError("redirected to a URL with credentials in it")
+            check_plain_http(there, allowed=self._allow_http)
+        except ValueError as error:
+            raise SourceError(f"{shown_url(here)}: {error}; name the final address in the manifest") from None
+        return there
+
+
+def _remote(response: requests.Response) -> Remote:
+    """What the headers of a complete answer say."""
+    length = response.headers.get("Content-Length", "")
+    return Remote(
+        size=int(length) if length.isdecimal() else None,
+        etag=response.headers.get("ETag"),
+        modified=response.headers.get("Last-Modified"),
+    )
+
+
+def _begin_or_continue(url: str, response: requests.Response, partial: Partial, begun: Remote | None) -> Remote:
+    """Make `partial` ready for the body of an answer; `begun` is what a range of was asked for, if one was.
+
+    Raises SourceError, PassingError.
+    """
+    _check_plain(url, response)
+    if begun is not None and response.status_code == 206:
+        _check_continues(url, response, partial, begun)
+        if begun.size is not None:
+            check_space(partial.path.parent, begun.size - partial.done, partial.url)
+        return begun
+    if response.status_code == 416:
+        partial.discard()
+        raise PassingError(f"{shown_url(url)}: has become shorter while it was being downloaded")
+    if response.status_code != 200:
+        _refuse(url, response)
+    remote = _remote(response)
+    _check_bounded(url, response, remote)
+    partial.begin(remote)
+    return remote
+
+
+def _check_plain(url: str, response: requests.Response) -> None:
+    """Refuse bytes that are not the file's own."""
+    encoding = response.headers.get("Content-Encoding", "identity").lower()
+    if response.ok and encoding != "identity":
+        raise SourceError(f"{shown_url(url)}: comes encoded as {encoding[:20]}, asked for plain; use another address")
+
+
+def _check_bounded(url: str, response: requests.Response, remote: Remote) -> None:
+    """Refuse a body whose end could not be told from a broken connection."""
+    if remote.size is None and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        raise SourceError(f"{shown_url(url)}: the server does not say how long the file is; use another address")
+
+
+def _check_continues(url: str, response: requests.Response, partial: Partial, begun: Remote) -> None:
+    """A 206 must be the rest of the very file that was begun."""
+    expected = f"bytes {partial.done}-"
+    span, _, total = response.headers.get("Content-Range", "").partition("/")
+    etag = response.headers.get("ETag", begun.etag)
+    sizes = {str(begun.size), "*"} if begun.size is not None else {total}
+    if not span.startswith(expected) or total not in sizes or etag != begun.etag:
+        partial.discard()
+        raise PassingError(f"{shown_url(url)}: has changed while it was being downloaded")
+
+
+def _refuse(url: str, response: requests.Response) -> NoReturn:
+    """Raise for an answer that brings no file."""
+    text = f"{shown_url(url)}: {response.status_code} {response.reason or ''}".rstrip()[:300]
+    if response.status_code in _PASSING:
+        raise PassingError(text, _retry_after(response))
+    raise SourceError(text)
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds that the server asks to wait (RFC 9110, 10.2.3): a number, or a date."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause of a library's error, in a few words: the outer ones repeat the URL with its query."""
+    seen: list[BaseException] = [error]
+    while (inner := _inner(seen[-1])) is not None and inner not in seen:
+        seen.append(inner)
+    return first_line(seen[-1])
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """What a library's error wraps: urllib3 and requests keep it in an attribute, as the cause or as an argument."""
+    for inner in (getattr(error, "reason", None), error.__cause__):
+        if isinstance(inner, BaseException):
+            return inner
+    return next((item for item in reversed(error.args) if isinstance(item, BaseException)), None)

@@ -1,0 +1,202 @@
+"""What a manifest's `source` may say: where the files of a model come from, and what is taken of each.
+
+    source: checkpoints/x.pth                # a path, file://, http(s):// or s3://
+    source:                                  # the same file at several addresses, tried in turn
+      urls: [https://a.org/x.pth, https://mirror.org/x.pth]
+      sha256: 3f6c...                        # optional, checked ever after
+    source:                                  # several files make one model
+      - {urls: [https://a.org/x.pth], keep: ["image_encoder.*"]}
+      - {urls: [https://b.org/y.pth], prefix: "decoder."}
+
+Nothing here opens a file or a connection.
+"""
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urldefrag, urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from birkhoff.pipeline.errors import StoreError
+from birkhoff.pipeline.store import StoreAddress
+from birkhoff.pipeline.store_keys import MAX_COMPONENT_BYTES, check_key
+
+Scheme = Literal["path", "http", "https", "s3"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FORMS = "a path or URL, a mapping with `urls`, or a list of these"
+
+
+class SourcePart(BaseModel):
+    """One file of a model: its addresses, and what is taken of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    urls: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    """Addresses of one and the same file, tried in turn: paths, file://, http(s):// and s3:// URLs."""
+    sha256: str | None = None
+    """SHA-256 of the file in hex. Without it the digest of the first download holds."""
+    keep: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+    """Globs on the names of its state dict; every tensor where left out."""
+    prefix: str = ""
+    """Put before the name of every tensor that is kept."""
+    allow_http: bool = False
+    """Accept addresses that are neither encrypted nor on this machine."""
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(normal_url(url) for url in urls)
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, digest: str | None) -> str | None:
+        if digest is not None and not _SHA256.fullmatch(digest.lower()):
+            raise ValueError(f"expected 64 hex digits as sha256sum prints them, got {digest[:80]!r}")
+        return None if digest is None else digest.lower()
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, globs: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if globs is not None and "" in globs:
+            raise ValueError("an empty glob matches nothing; leave `keep` out to take every tensor")
+        return globs
+
+    @model_validator(mode="after")
+    def _check_encryption(self) -> Self:
+        for url in self.urls:
+            check_plain_http(url, allowed=self.allow_http)
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file is taken as it is."""
+        return self.keep is None and not self.prefix
+
+    @property
+    def name(self) -> str:
+        """File name of the first address: what the file is called wherever it comes from."""
+        return file_name(self.urls[0])
+
+    def absolute(self, base: Path) -> "SourcePart":
+        """The part with its paths made absolute, `base` being the folder of the manifest."""
+        urls = tuple(url if is_remote(url) else str(base / Path(url).expanduser()) for url in self.urls)
+        return self.model_copy(update={"urls": urls})
+
+
+def _as_parts(source: Any) -> Any:
+    """Bring the short forms into the long one, a list of mappings."""
+    items = source if isinstance(source, list | tuple) else [source]
+    if any(not isinstance(item, str | dict | SourcePart) or item == "" for item in items):
+        raise ValueError(f"expected {_FORMS}")
+    return tuple({"urls": (item,)} if isinstance(item, str) else item for item in items)
+
+
+SourceSpec = Annotated[
+    tuple[SourcePart, ...], Field(min_length=1, strict=False), BeforeValidator(_as_parts, json_schema_input_type=Any)
+]
+"""The files that make one model, in the order of their tensors; a string or one mapping is accepted for one file."""
+
+
+def scheme_of(url: str) -> Scheme:
+    """How a normalised address is reached."""
+    found = _SCHEME.match(url)
+    scheme = found[1].lower() if found else "path"
+    return scheme if scheme in ("http", "https", "s3") else "path"  # type: ignore[return-value]
+
+
+def is_remote(url: str) -> bool:
+    """Whether a normalised address is anything but a path."""
+    return scheme_of(url) != "path"
+
+
+def normal_url(url: str) -> str:
+    """The address in its normal form: a path for file:// URLs, no fragment. Raises ValueError.
+
+    The text of a URL that may hold a password is not repeated in the error.
+    """
+    found = _SCHEME.match(url)
+    if not found:
+        if not url or "\0" in url:
+            raise ValueError("expected a path or a URL, got an empty text or one with a NUL")
+        return url
+    scheme, rest = found[1].lower(), url[found.end() :]
+    if scheme == "file":
+        return _file_path(rest)
+    if scheme not in ("http", "https", "s3"):
+        raise ValueError(f"unknown scheme {scheme!r}; expected a path, file://, http://, https:// or s3://")
+    if "@" in rest.partition("/")[0]:
+        raise ValueError(
+            "expected no credentials in the URL; put those of s3:// into the AWS environment or a profile, those of "
+            "https:// into ~/.netrc"
+        )
+    normal = f"{scheme}://{rest}" if scheme == "s3" else _web_url(f"{scheme}://{rest}")
+    if scheme == "s3":
+        s3_place(normal)
+    file_name(normal)
+    return normal
+
+
+def file_name(url: str) -> str:
+    """Last component of an address. Raises ValueError where that is no usable file name."""
+    path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url
+    name = path.rpartition("/")[2]
+    name = unquote(name) if scheme_of(url) in ("http", "https") else name
+    if not is_remote(url):
+        return Path(url).name
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > MAX_COMPONENT_BYTES:
+        raise ValueError(f"{shown_url(url)}: expected a URL that ends in a file name")
+    return name
+
+
+def shown_url(url: str) -> str:
+    """The address for messages and records: without its query, which may hold a signature."""
+    if scheme_of(url) in ("http", "https") and "?" in url:
+        return url.partition("?")[0]
+    return url
+
+
+def check_plain_http(url: str, *, allowed: bool) -> None:
+    """Refuse an unencrypted address of another machine. Raises ValueError."""
+    if allowed or scheme_of(url) != "http" or _is_loopback(urlsplit(url).hostname or ""):
+        return
+    raise ValueError(
+        f"{shown_url(url)}: plain http can be read and changed on its way; use https, or allow it with allow_http: true"
+    )
+
+
+def s3_place(url: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URL. Raises ValueError."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    try:
+        StoreAddress.parse(f"s3://{bucket}")
+        return bucket, check_key(key)
+    except StoreError as error:
+        raise ValueError(str(error).replace("store URL", "s3 source")) from None
+
+
+def _web_url(url: str) -> str:
+    try:
+        usable = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(letter.isspace() or not letter.isprintable() for letter in url):
+        raise ValueError(f"expected https://HOST/PATH/FILE without blanks, got {shown_url(url)[:200]!r}")
+    return urldefrag(url).url
+
+
+def _file_path(rest: str) -> str:
+    path = unquote(rest.removeprefix("localhost"))
+    if not path.startswith(("/", "./", "../")) or "\0" in path:
+        raise ValueError(f"expected file:///PATH or a relative file://./PATH, got {'file://' + rest!r}")
+    return path
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,155 @@
+"""What a run would do and cost, from headers alone: for `birkhoff plan`.
+
+Sizes follow from the targets: B dB cost about B/6.02 bits a weight, less what the path gains (see `_BITS_ABOVE`, fitted
+to MiniLM-L6 and the demo model). Times and memory are those of CPU workers on the machine that plans; a GPU is faster.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.profiles import Profile
+from birkhoff.pipeline.artifact import VersionManifest
+from birkhoff.pipeline.compress import latest_version, plan_entry
+from birkhoff.pipeline.digests import recalled_digest
+from birkhoff.pipeline.manifest import Manifest, ModelEntry
+from birkhoff.pipeline.plan import ModelPlan, TensorPlan, dense_bytes
+from birkhoff.pipeline.shard import ShardTask
+from birkhoff.pipeline.source_types import StoredTensor
+from birkhoff.pipeline.store import Store
+
+_DB_PER_BIT = 6.02
+
+_BITS_ABOVE = {True: 0.07, False: 0.23}
+"""Bits a weight above B/6.02, with and without the path search."""
+
+_PAPER_BITS = 6.5
+"""Bits a weight of the published codec, near enough for any checkpoint."""
+
+_LOSSLESS = 0.92
+"""Bytes that byte planes leave of float weights."""
+
+_ENTRY_BYTES = 220
+"""A tensor's part of the headers."""
+
+_WEIGHTS_PER_SECOND = {True: 6e6, False: 2e7}
+"""Of one CPU worker, everything included, with and without the path search."""
+
+_START_SECONDS = 8.0
+"""Ray and the workers' imports."""
+
+_PROCESS_BYTES = 450 << 20
+"""A process with torch and Ray loaded."""
+
+_SHARD_COPIES = 5
+"""Memory of a shard at work over its source bytes: source, coordinates, decoded tensor, probes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """One model's expected run. Bytes and seconds are estimates but for `shards` and `shared_shards`."""
+
+    stored_bytes: int
+    shards: int
+    shared_shards: int
+    seconds: float
+    memory_bytes: int
+
+
+def forecast(plan: ModelPlan, profile: Profile, seen: Counter[object]) -> Forecast:
+    """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one."""
+    signatures = [
+        ShardTask(model="", index=index, tensors=shard, profile=profile).signature
+        for index, shard in enumerate(plan.shards)
+    ]
+    shared = [seen[signature] > 0 for signature in signatures]
+    seen.update(signatures)
+    weights = sum(_weights(shard) for shard, twin in zip(plan.shards, shared, strict=True) if not twin)
+    workers = os.cpu_count() or 1
+    largest = max((sum(map(dense_bytes, shard)) for shard in plan.shards), default=0)
+    return Forecast(
+        stored_bytes=round(sum(_stored_bytes(item, profile) for item in plan.tensors)),
+        shards=len(plan.shards),
+        shared_shards=sum(shared),
+        seconds=round(_START_SECONDS + weights / _WEIGHTS_PER_SECOND[profile.path] / workers, 1),
+        memory_bytes=(1 + workers) * _PROCESS_BYTES + workers * _SHARD_COPIES * largest,
+    )
+
+
+def _weights(tensors: Iterable[StoredTensor]) -> int:
+    return sum(prod(tensor.shape) for tensor in tensors)
+
+
+def _stored_bytes(item: TensorPlan, profile: Profile) -> float:
+    if item.action == "lossless":
+        return dense_bytes(item.tensor) * _LOSSLESS + _ENTRY_BYTES
+    bits = _PAPER_BITS
+    if profile.target_db is not None:
+        bits = profile.target_db / _DB_PER_BIT + _BITS_ABOVE[profile.path]
+    return prod(item.tensor.shape) * bits / 8 + _ENTRY_BYTES
+
+
+def status(manifest: VersionManifest | None, source_sha256: str | None, profile: Profile) -> str:
+    """What a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
+    if manifest is None:
+        return "new"
+    if manifest.recipe != profile.recipe():
+        return "changed"
+    if source_sha256 is None:
+        return "to be read"
+    return "up to date" if manifest.source.sha256 == source_sha256 else "changed"
+
+
+def plan_rows(manifest: Manifest, store: Store | None, mirror: Path | None) -> list[dict[str, object]]:
+    """One row per model of a manifest, its tensors by action and reason under `groups`; downloads nothing.
+
+    A model whose source cannot be read has its `error` and nothing else. Without a store, all models are `new`.
+    """
+    seen: Counter[object] = Counter()
+    return [_plan_row(manifest, entry, store, mirror, seen) for entry in manifest.models]
+
+
+def _plan_row(
+    manifest: Manifest, entry: ModelEntry, store: Store | None, mirror: Path | None, seen: Counter[object]
+) -> dict[str, object]:
+    try:
+        planned = plan_entry(manifest, entry, mirror=mirror, download=False)
+        digest = recalled_digest(planned.checkpoint)
+    except BirkhoffError as error:
+        return {"model": entry.name, "profile": entry.profile or manifest.profile, "status": "?", "error": str(error)}
+    expected = forecast(planned.plan, planned.profile, seen)
+    latest = latest_version(store, entry.name) if store is not None else None
+    return {
+        "model": entry.name,
+        "profile": planned.profile.name,
+        "status": status(latest.manifest if latest else None, digest, planned.profile),
+        "source_bytes": planned.checkpoint.nbytes,
+        "predicted_stored_bytes": expected.stored_bytes,
+        "predicted_ratio": round(planned.checkpoint.nbytes / expected.stored_bytes, 2),
+        "shards": expected.shards,
+        "shared_shards": expected.shared_shards,
+        "predicted_seconds": expected.seconds,
+        "predicted_memory_bytes": expected.memory_bytes,
+        "skipped": [f"{key} ({kind})" for key, kind in planned.checkpoint.skipped],
+        "groups": _groups(planned.plan),
+    }
+
+
+def _groups(plan: ModelPlan) -> list[dict[str, object]]:
+    groups: dict[tuple[str, str], list[StoredTensor]] = {}
+    for item in plan.tensors:
+        groups.setdefault((item.action, item.reason), []).append(item.tensor)
+    return [
+        {
+            "action": action,
+            "reason": reason,
+            "tensors": len(tensors),
+            "weights": _weights(tensors),
+            "bytes": sum(map(dense_bytes, tensors)),
+        }
+        for (action, reason), tensors in groups.items()
+    ]

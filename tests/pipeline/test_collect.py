@@ -1,0 +1,435 @@
+"""Retention, garbage collection and leases: what goes, what stays, and what a crash or a race may never break."""
+
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from birkhoff.pipeline import leases
+from birkhoff.pipeline.aliases import aliases, promote, rollback
+from birkhoff.pipeline.artifact import (
+    ShardRecord,
+    SourceRecord,
+    VersionManifest,
+    blob_key,
+    name_key,
+    sha256,
+    shard_key,
+    version_key,
+)
+from birkhoff.pipeline.collect import Collection, collect, retirable, retire
+from birkhoff.pipeline.errors import (
+    AliasError,
+    ArtifactNotFoundError,
+    IntegrityError,
+    ManifestError,
+    ObjectNotFoundError,
+    PreconditionError,
+    StoreError,
+    StoreUnreachableError,
+)
+from birkhoff.pipeline.leases import Lease, open_run, sweeping
+from birkhoff.pipeline.names import given, names, retire_name
+from birkhoff.pipeline.publish import Version, is_whole, load_version, models, publish, resolve
+from birkhoff.pipeline.store import Store
+
+NOW = timedelta(0)
+DAY = timedelta(days=1)
+
+
+def record_of(content: str) -> ShardRecord:
+    body = content.encode()
+    return ShardRecord(
+        key=sha256(b"key of " + body),
+        blob=sha256(body),
+        bytes=len(body),
+        source_bytes=9,
+        tensors=1,
+        sqnr_db=(),
+        probe_db=(),
+        probe_error=0,
+    )
+
+
+def keep(store: Store, content: str) -> ShardRecord:
+    """Store a shard as a worker does: looked up, and made where it is not there."""
+    record = record_of(content)
+    try:
+        store.head(shard_key(record.key))
+        store.head(blob_key(record.blob))
+    except ObjectNotFoundError:
+        store.create(blob_key(record.blob), content.encode())
+        store.create(shard_key(record.key), record.to_bytes())
+    return record
+
+
+def make(store: Store, model: str, *contents: str) -> Version:
+    shards = tuple(keep(store, content) for content in contents)
+    source = SourceRecord(file="f", sha256=sha256(b"f"), bytes=9, format="test")
+    return publish(store, VersionManifest(model=model, source=source, profile="p", recipe={}, code="0", shards=shards))
+
+
+def keys(store: Store, prefix: str = "") -> set[str]:
+    return {info.key for info in store.list(prefix)}
+
+
+def objects(found: Collection, kind: str) -> set[str]:
+    return {item.info.key for item in found.garbage if item.kind == kind}
+
+
+def check_whole(store: Store) -> None:
+    """No name and no alias refers to anything that is not there."""
+    for model in models(store):
+        pointers = [record for _, record in names(store, model)] + list(aliases(store, model).values())
+        for digest in {pointer.digest for pointer in pointers}:
+            assert is_whole(store, load_version(store, model, digest)), f"{model}@{digest}"
+
+
+def fleet(store: Store) -> None:
+    """Two models, five versions: net's v1 can go, with it one shard of two; a run that died left a lone shard."""
+    make(store, "net", "a", "b")
+    make(store, "net", "b", "c")
+    make(store, "net", "d")
+    make(store, "net", "e")
+    make(store, "other", "a2", "b")
+    promote(store, "net", "v2")
+    keep(store, "lone")
+
+
+def test_a_dry_run_shows_what_a_real_one_deletes(store: Store) -> None:
+    fleet(store)
+    before = keys(store)
+    planned = collect(store, grace=NOW, keep=2)
+    assert keys(store) == before
+    found = collect(store, grace=NOW, keep=2, delete=True)
+    gone = before - keys(store)
+    assert (planned.deleted, planned.retired, found.retired) == (False, [("net", "v1")], [("net", "v1")])
+    assert {item.info.key for item in planned.garbage} == gone
+    assert [{**row, "deleted": True, "bytes": 0} for row in planned.rows()] == [
+        {**row, "bytes": 0} for row in found.rows()
+    ]
+    assert gone == {
+        name_key("net", "v1"),
+        *objects(found, "version"),
+        shard_key(record_of("a").key),
+        shard_key(record_of("lone").key),
+        blob_key(record_of("a").blob),
+        blob_key(record_of("lone").blob),
+    }
+    assert len(objects(found, "version")) == 1
+    check_whole(store)
+    assert [(row["kind"], row["model"], row["objects"], row["kept"]) for row in found.rows()] == [
+        ("name", "net", 1, 3),
+        ("name", "other", 0, 1),
+        ("version", "net", 1, 3),
+        ("version", "other", 0, 1),
+        ("shard", None, 2, 5),
+        ("blob", None, 2, 5),
+    ]
+    assert collect(store, grace=NOW, delete=True).garbage == []
+
+
+def test_nothing_young_is_deleted(store: Store) -> None:
+    fleet(store)
+    before = keys(store)
+    found = collect(store, grace=DAY, keep=1, delete=True)
+    assert (found.garbage, found.retired) == ([], [("net", "v1"), ("net", "v3")])
+    assert keys(store) == before
+    check_whole(store)
+
+
+def age(store: Store, days: float) -> None:
+    """Make every object of a directory store so much older."""
+    root = store.address.url.removeprefix("file://")
+    for key in keys(store):
+        path = f"{root}/{key}"
+        then = os.stat(path).st_mtime - days * 86400  # noqa: PTH116
+        os.utime(path, (then, then))
+
+
+def test_the_grace_period_of_a_version_starts_when_it_is_retired(directory_store: Store) -> None:
+    store = directory_store
+    digest = make(store, "net", "a").digest
+    make(store, "net", "b")
+    age(store, 30)
+    assert retire(store, "net", 1) == ["v1"]
+    assert collect(store, grace=DAY, delete=True).garbage == []
+    assert load_version(store, "net", digest).shards[0] == record_of("a")
+    age(store, 2)
+    assert len(collect(store, grace=DAY, delete=True).garbage) == 4
+    with pytest.raises(ArtifactNotFoundError):
+        load_version(store, "net", digest)
+
+
+def test_a_young_record_holds_its_old_blob(directory_store: Store) -> None:
+    store = directory_store
+    keep(store, "a")
+    age(store, 30)
+    store.put(shard_key(record_of("a").key), record_of("a").to_bytes())
+    assert collect(store, grace=DAY, delete=True).garbage == []
+    age(store, 30)
+    assert len(collect(store, grace=DAY, delete=True).garbage) == 2
+
+
+def test_the_clock_of_the_store_counts_and_not_that_of_the_machine(directory_store: Store) -> None:
+    keep(directory_store, "a")
+    age(directory_store, -30)  # a store whose clock is ahead
+    assert collect(directory_store, grace=NOW, delete=True).garbage == []
+
+
+def test_retirement_keeps_the_newest_and_what_aliases_point_at(store: Store) -> None:
+    for content in "abcde":
+        make(store, "net", content)
+    promote(store, "net", "v2")
+    assert retirable(store, "net", 3) == ["v1"]
+    assert retire(store, "net", 2) == ["v1", "v3"]
+    assert retire(store, "net", 2) == []
+    assert [name for name, _ in names(store, "net")] == ["v2", "v4", "v5"]
+    assert retire(store, "net", 100) == []
+    with pytest.raises(ManifestError, match="expected 1 version or more"):
+        retire(store, "net", 0)
+
+
+def test_a_number_is_never_given_twice(store: Store) -> None:
+    make(store, "net", "a")
+    make(store, "net", "b")
+    make(store, "net", "c")
+    for alias in ("stable", "latest"):
+        promote(store, "net", "v1", alias)
+    assert retire(store, "net", 1) == ["v2"]
+    collect(store, grace=NOW, delete=True)
+    assert given(store, "net") == ["v1", "v3"]
+    assert make(store, "net", "b").name == "v4"
+    assert retire(store, "net", 1) == ["v3"]
+    promote(store, "net", "v4")
+    rollback(store, "net")
+    # v4 is latest no more and may go; its number stays.
+    promote(store, "net", "v1", "latest")
+    retire_name(store, "net", "v4")
+    collect(store, grace=NOW, delete=True)
+    assert given(store, "net") == ["v1", "v4"]
+    assert make(store, "net", "b").name == "v5"
+    # Content that was there before and comes back is a new event; the newest, published again, is none.
+    assert make(store, "net", "a").name == "v6"
+    assert make(store, "net", "a").name == "v6"
+    check_whole(store)
+
+
+def test_a_sweep_that_dies_anywhere_breaks_nothing_and_is_taken_up(
+    directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, delete = directory_store, directory_store.delete
+    monkeypatch.setattr("birkhoff.pipeline.collect._THREADS", 1)
+    for survived in range(10):
+        make(store, "net", f"a{survived}", "b")
+        make(store, "net", f"c{survived}", "b")
+        digest = make(store, "net", f"d{survived}").digest
+        left = survived
+
+        def dying(key: str) -> None:
+            nonlocal left
+            if not key.startswith("runs/"):
+                if left == 0:
+                    raise StoreUnreachableError("cut off")
+                left -= 1
+            delete(key)
+
+        monkeypatch.setattr(store, "delete", dying)
+        with pytest.raises(StoreUnreachableError):
+            collect(store, grace=NOW, keep=1, delete=True)
+        check_whole(store)
+        for info in store.list("models/net/versions/"):
+            assert is_whole(store, load_version(store, "net", info.key.split("/")[3])), "a manifest outlived a blob"
+        for info in store.list("shards/"):
+            assert blob_key(ShardRecord.model_validate_json(store.get(info.key)).blob) in keys(store)
+        monkeypatch.setattr(store, "delete", delete)
+        collect(store, grace=NOW, keep=1, delete=True)
+        # One version of one shard is left, whatever was left before.
+        assert len(keys(store)) == 5
+        assert resolve(store, "net").digest == digest
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_what_cannot_be_read_stops_a_collection_before_it_deletes(store: Store, damage: str) -> None:
+    fleet(store)
+    key = version_key("net", resolve(store, "net@v2").digest)
+    if damage == "missing":
+        store.delete(key)
+    else:
+        store.put(key, store.get(key).replace(b'"p"', b'"q"'))
+    before = keys(store)
+    with pytest.raises((ArtifactNotFoundError, IntegrityError)):
+        collect(store, grace=NOW, delete=True)
+    assert keys(store) == before
+
+
+def test_an_open_run_holds_off_a_sweep(store: Store) -> None:
+    keep(store, "a")
+    with open_run(store), open_run(store):
+        with pytest.raises(StoreError, match=r"has open runs \(2, one of them process \d+ on .*nothing was deleted"):
+            collect(store, grace=NOW, delete=True)
+        assert len(collect(store, grace=NOW).garbage) == 2
+    assert len(collect(store, grace=NOW, delete=True).garbage) == 2
+    assert keys(store) == set()
+
+
+def test_two_sweeps_exclude_each_other(store: Store) -> None:
+    with sweeping(store), pytest.raises(StoreError, match="has open runs"):
+        collect(store, grace=NOW, delete=True)
+
+
+def test_a_publisher_waits_for_a_sweep(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    keep(store, "a")
+    order: list[str] = []
+
+    def publisher() -> None:
+        with open_run(store):
+            order.append("publisher")
+            make(store, "net", "a")
+
+    thread = threading.Thread(target=publisher)
+    with sweeping(store):
+        thread.start()
+        time.sleep(0.3)
+        order.append("sweep")
+    thread.join()
+    assert order == ["sweep", "publisher"]
+    assert caplog.text.count("waiting for the garbage collection") == 1
+    check_whole(store)
+
+
+def test_publishing_what_was_collected_meanwhile_is_an_error_and_no_version(store: Store) -> None:
+    record = keep(store, "a")
+    collect(store, grace=NOW, delete=True)
+    source = SourceRecord(file="f", sha256=sha256(b"f"), bytes=9, format="test")
+    manifest = VersionManifest(model="net", source=source, profile="p", recipe={}, code="0", shards=(record,))
+    with pytest.raises(StoreError, match="a blob of net has gone"):
+        publish(store, manifest)
+    assert keys(store) == set()
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases that run out after a second."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "_SLACK_SECONDS", 1.0)
+
+
+def test_a_lease_lives_as_long_as_its_holder(store: Store, brief: None) -> None:
+    with open_run(store) as lease:
+        time.sleep(2.6)
+        lease.check()
+        with pytest.raises(StoreError, match="has open runs"):
+            collect(store, grace=NOW, delete=True)
+
+
+def test_the_lease_of_a_dead_process_ends_by_itself_and_is_cleared_away(store: Store, brief: None) -> None:
+    for prefix in ("runs/open/", "runs/sweep/"):
+        Lease(store, prefix).renew()
+    with pytest.raises(StoreError, match="has open runs"):
+        collect(store, grace=NOW, delete=True)
+    time.sleep(3.1)  # times may come in whole seconds
+    collect(store, grace=NOW, delete=True)
+    assert keys(store) == set()
+
+
+def test_a_holder_that_was_cut_off_knows_it_for_good(
+    directory_store: Store, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(key: str, body: bytes) -> str:
+        raise StoreUnreachableError("cut off")
+
+    with open_run(directory_store) as lease:
+        lease.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(directory_store, "put", cut_off)
+            time.sleep(1.2)
+            with pytest.raises(StoreError, match="ran out"):
+                lease.check()
+        lease.renew()
+        with pytest.raises(StoreError, match="ran out, as this process was stopped or cut off"):
+            lease.check()
+
+
+def test_a_sweep_that_lost_its_lease_stops(directory_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(directory_store, "a")
+    before = keys(directory_store)
+    monkeypatch.setattr(Lease, "_over", lambda self: True)
+    with pytest.raises(StoreError, match="ran out"):
+        collect(directory_store, grace=NOW, delete=True)
+    assert keys(directory_store) == before
+
+
+def test_publishers_movers_and_sweeps_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishers take shards from one small pool, so what one run drops the next one reuses."""
+    monkeypatch.setattr(leases, "_POLL_SECONDS", 0.02)
+    rounds, swept, stop = 4, 0, threading.Event()
+    make(store, "m0", "s0")
+    make(store, "m1", "s1")
+
+    def pause() -> None:
+        """Work begins in the first third of every second or so: a sweep gives up while any run is open."""
+        time.sleep(0.02)
+        while time.monotonic() % 1.2 > 0.4 and not stop.is_set():
+            time.sleep(0.02)
+
+    def publisher(seed: int) -> None:
+        rng = random.Random(seed)
+        for turn in range(rounds):
+            with open_run(store) as run:
+                contents = [f"s{rng.randint(0, 5)}" for _ in range(2)]
+                make(store, f"m{seed % 2}", *contents, f"own {seed} {turn}")
+                retire(store, f"m{seed % 2}", 2)
+                run.check()
+            pause()
+
+    def mover(seed: int) -> None:
+        rng = random.Random(seed)
+        while not stop.is_set():
+            name = rng.choice(list(names(store, "m0")))[0]
+            try:
+                if rng.random() < 0.4:
+                    rollback(store, "m0", rng.choice(["stable", "latest"]))
+                else:
+                    promote(store, "m0", name)
+            except (AliasError, ArtifactNotFoundError, PreconditionError) as error:
+                refusals = ("came from nowhere", "has no alias", "was retired", "meanwhile", "has no version")
+                if not any(words in str(error) for words in refusals):
+                    raise
+            pause()
+
+    def sweep() -> None:
+        nonlocal swept
+        while not stop.is_set():
+            try:
+                collect(store, grace=NOW, delete=True)
+                swept += 1
+            except StoreError as error:
+                if "has open runs" not in str(error):
+                    raise
+            time.sleep(0.02)
+
+    def check() -> None:
+        while not stop.is_set():
+            with open_run(store):  # with no grace at all, a reader needs a lease as well
+                check_whole(store)
+            pause()
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(task) for task in (sweep, sweep, check, lambda: mover(1))]
+        publishers = [pool.submit(publisher, seed) for seed in range(3)]
+        try:
+            for future in publishers:
+                future.result()
+        finally:
+            stop.set()
+        for future in others:
+            future.result()
+    check_whole(store)
+    collect(store, grace=NOW, keep=1, delete=True)
+    check_whole(store)
+    assert swept > 0
