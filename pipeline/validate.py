@@ -24,7 +24,7 @@ PROBE_ROWS = 16
 """Random inputs of a HyperLinear probe."""
 
 PROBE_LIMIT = 1e-5
-"""Greatest relative error of HyperLinear in float32 against `F.linear` with the decoded weight."""
+"""Greatest ||y - y'|| / ||y'|| of HyperLinear's y in float32 against `F.linear` with the decoded weight's y'."""
 
 FLOOR_DB = -99.0
 """Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
@@ -106,8 +106,8 @@ def probe(coded: CodedTensor, source: Tensor, device: torch.device) -> tuple[flo
     """Run HyperLinear on random float32 inputs.
 
     Returns:
-        Output SQNR in dB against the source weight, and the greatest error against the weight decoded to float32 (the
-        weight's own type may round it further), relative to the root mean square of the outputs.
+        Output SQNR in dB against the source weight, and the norm of the error against the weight decoded to float32
+        (the weight's own type may round it further), relative to the norm of the outputs.
 
     Raises:
         ValidationError: that error exceeds `PROBE_LIMIT`.
@@ -119,7 +119,7 @@ def probe(coded: CodedTensor, source: Tensor, device: torch.device) -> tuple[flo
         output = HyperLinear.from_lattice(code, device=device)(inputs)
         exact = linear(inputs, code.decode(torch.float32).to(device))
         wanted = linear(inputs, source.to(device, torch.float32))
-    error = float((output - exact).abs().max() / exact.square().mean().sqrt())
+    error = float((output - exact).norm() / exact.norm())
     if not error <= PROBE_LIMIT:
         raise ValidationError(
             f"tensor {coded.name!r}: HyperLinear differs by {error:.2g} from F.linear with the decoded weight; "
