@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
-from birkhoff.kernels.triton_ops import coordinates, local_columns, position, rounded
+from birkhoff.kernels.runtime import pdl
+from birkhoff.kernels.triton_ops import begin, coordinates, local_columns, position, rounded
 
-_BLOCK = 2048
-"""Pairs a program decodes."""
+_BLOCK = 1024
+"""Pairs a program decodes: 8 a thread, 16 bytes of step numbers; half of it to float32, so that nothing is moved."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(
     theta_ptr,  # uint16 [N, P], or int8 plane I
     j_ptr,  # int8 plane J, unused for step numbers
@@ -28,17 +29,22 @@ def _decode_kernel(
     out_ptr,  # [N, K]
     rows,
     columns,
-    pairs,
-    tail_half,  # pairs of the ragged last block of a row, 0 if none
+    TAIL: tl.constexpr,  # columns of the ragged last block of a row, 0 if none
     PLANES: tl.constexpr,
-    RAGGED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    tiles = tl.cdiv(pairs, BLOCK_P)
+    begin(PDL)
+    pairs = columns // 2 if TAIL % 2 == 0 else (columns + 1) // 2
     pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    start = (pid % tiles).to(tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
+    if TAIL > 0:
+        tiles = tl.cdiv(pairs, BLOCK_P)
+        row = (pid // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        start = (pid % tiles).to(tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
+    else:
+        row = tl.zeros((1, 1), dtype=tl.int64)
+        start = pid.to(tl.int64) * BLOCK_P
     local = tl.arange(0, BLOCK_P)[None, :]
     mask = (row < rows) & (start + local < pairs)
 
@@ -54,13 +60,13 @@ def _decode_kernel(
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     x, y = rounded(x, DTYPE), rounded(y, DTYPE)
     target = out_ptr + row * columns + 2 * start
-    if RAGGED:
-        second = tl.where(start + local >= pairs - tail_half, first + tail_half, second)
-        tl.store(target + first, x, mask=mask)
-        tl.store(target + second, y, mask=mask & (2 * start + second < columns))
-    else:
-        tl.store(target + first, x, mask=mask)
-        tl.store(target + second, y, mask=mask)
+    paired = mask
+    if TAIL > 0:
+        second = tl.where(start + local >= pairs - (TAIL + 1) // 2, first + (TAIL + 1) // 2, second)
+        if TAIL % 2 == 1:
+            paired = mask & (2 * start + second < columns)
+    tl.store(target + first, x, mask=mask)
+    tl.store(target + second, y, mask=paired)
 
 
 def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -78,12 +84,13 @@ def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: to
     out = torch.empty(rows, columns, dtype=dtype, device=source.device)
     if out.numel() == 0:
         return out
-    tail_half = pairs_per_row(columns % (2 * HALF))
-    if tail_half == 0:
+    tail = columns % (2 * HALF)
+    if tail == 0:
         rows, columns = 1, rows * columns
     pairs = pairs_per_row(columns)
-    block_p = min(_BLOCK, max(HALF, triton.next_power_of_2(pairs)))
-    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, triton.next_power_of_2(rows))
+    block = _BLOCK if dtype.itemsize == 2 else _BLOCK // 2
+    block_p = min(block, max(HALF, triton.next_power_of_2(pairs)))
+    block_r = 1 if tail == 0 else min(block // block_p, triton.next_power_of_2(rows))
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(pairs, block_p),)
     _decode_kernel[grid](
         source,
@@ -92,12 +99,12 @@ def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: to
         out,
         rows,
         columns,
-        pairs,
-        tail_half,
+        TAIL=tail,
         PLANES=planes,
-        RAGGED=tail_half > 0,
         BLOCK_R=block_r,
         BLOCK_P=block_p,
+        PDL=pdl(source.device),
+        launch_pdl=pdl(source.device),
         num_warps=4,
     )
     return out

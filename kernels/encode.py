@@ -13,7 +13,7 @@ from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import Fidelity, fidelity
 from birkhoff.codec.rate import TARGET_DB_RANGE, TOLERANCE_DB
-from birkhoff.codec.trajectory import Escapes
+from birkhoff.codec.trajectory import HIGH, Escapes
 from birkhoff.kernels import runtime
 from birkhoff.kernels.decode import TRITON_DTYPES
 
@@ -91,21 +91,20 @@ def _run(weight_RK: Tensor, step: Tensor) -> tuple[LatticeTensor, Fidelity]:
 
 
 def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]:
-    """Bring the scalars of a pass to the host; code again if the escapes did not fit."""
-    stats = torch.cat((coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3].max()[None]))
-    energy, error, absolute, greatest, step, escapes = torch.cat(
-        (stats, coded.step[None], coded.escapes[None]), dim=0
-    ).tolist()
-    count = int(escapes)
-    if count > coded.escape_pair.numel():
-        return _collect(weight_RK, encode_triton.encode_pass(weight_RK, coded.step, capacity=count))
-    pair, order = coded.escape_pair[:count].sort()
-    code = LatticeTensor(
-        i=coded.i,
-        j=coded.j,
-        escapes=Escapes(pair=pair, i=coded.escape_i[:count][order], j=coded.escape_j[:count][order]),
-        step=step,
-        columns=weight_RK.shape[1],
-    )
+    """Bring the scalars of a pass to the host, and list the escapes if there are any."""
+    escapes = Escapes.none(weight_RK.device)
+    energy, error, absolute, greatest, farthest, step = _scalars(coded)
+    if farthest > HIGH + 0.5:
+        pair, i, j = encode_triton.take_escapes(weight_RK, coded)
+        escapes = Escapes(pair=pair, i=i, j=j)
+        energy, error, absolute, greatest, _, step = _scalars(coded)
+    code = LatticeTensor(i=coded.i, j=coded.j, escapes=escapes, step=step, columns=weight_RK.shape[1])
     mean = absolute / weight_RK.numel()
     return code, Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=mean)
+
+
+def _scalars(coded: "Pass") -> list[float]:
+    """[sum w^2, sum e^2, sum |e|, max |e|, greatest |coordinate + 1/2|, step] in one copy from the device."""
+    sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
+    values: list[float] = torch.cat((sums, greatest, coded.step[None])).tolist()
+    return values

@@ -17,19 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
-from birkhoff.kernels.triton_ops import local_columns, position, rounded
+from birkhoff.kernels.triton_ops import INTERPRETED, local_columns, position, rounded
 
-_BLOCK = 1024
+_BLOCK = 512
 """Pairs a program encodes at once; 4 a thread, so that weights are read 16 bytes at a time and nothing is moved."""
 
-_MOST_TURNS = 8
+_MOST_TURNS = 16
 """Most blocks that a program takes, one after the other, before its sums are added up."""
 
-_LEAST_PROGRAMS = 2048
-"""Blocks are not gathered into fewer programs than this: some fifteen for each multiprocessor."""
+_LEAST_PROGRAMS = 1024
+"""Blocks are not gathered into fewer programs than this: some eight for each multiprocessor."""
 
 ESCAPE_CAPACITY = 4096
-"""Escapes kept by a first pass; a matrix with more is encoded again with room for all of them."""
+"""Escapes that a first listing has room for; where there are more, they are listed again."""
 
 CANDIDATES = 8
 _SPACING_DB = 1.5
@@ -60,10 +60,14 @@ def _round_even(t):
 def _nearest(x, y, inverse, EXACT: tl.constexpr):
     """`trajectory.nearest`: (I, J) as float32, not limited to the box.
 
-    Without EXACT, I is right for |I| < 2^22 and about as large as it should be beyond.
+    Without EXACT, they are right below 2^22 in size and about as large as they should be beyond.
     """
     v = y * inverse
-    row = tl.floor(v)
+    if EXACT:
+        row = tl.floor(v)
+    else:
+        row = (v + _MAGIC) - _MAGIC
+        row = tl.where(row > v, row - 1.0, row)
     below = v - row
     t0 = tl.fma(row, -0.00390625, x * inverse)  # the product is exact
     t1 = t0 - 0.00390625
@@ -79,8 +83,24 @@ def _nearest(x, y, inverse, EXACT: tl.constexpr):
 
 @triton.jit
 def _low_byte(whole):
-    """A float32 whole number below 2^22 in size as int8, its low byte."""
-    return (whole + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    """A float32 whole number below 2^22 in size as int8, its low byte.
+
+    Flipping its sign bit, there and back, keeps ptxas from storing the float itself as a byte, saturated.
+    """
+    return ((whole + (_MAGIC + 128.0)).to(tl.int32, bitcast=True) ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _as_stored(x, y, STORED: tl.constexpr):
+    """float32 rounded to STORED and back."""
+    if tl.bfloat16 == STORED and not INTERPRETED:  # both at once: one by one they cost four times as much
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+        x, y = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        x, y = rounded(x, STORED).to(tl.float32), rounded(y, STORED).to(tl.float32)
+    return x, y
 
 
 @triton.jit
@@ -90,8 +110,7 @@ def _load_pairs(
     rows,
     columns,
     pairs,
-    tail_half,
-    RAGGED: tl.constexpr,
+    TAIL_HALF: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -99,12 +118,12 @@ def _load_pairs(
     """(x, y, their place in a plane, mask of pairs, mask of those with a y) of a block; no masks are made if EVEN."""
     local = tl.arange(0, BLOCK_P)[None, :]
     first, second = local_columns(local)
-    if RAGGED:
+    if TAIL_HALF > 0:
         tiles = tl.cdiv(pairs, BLOCK_P)
         row = tl.cast(block // tiles, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         start = tl.cast(block % tiles, tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
         mask = (row < rows) & (start + local < pairs)
-        second = tl.where(start + local >= pairs - tail_half, first + tail_half, second)
+        second = tl.where(start + local >= pairs - TAIL_HALF, first + TAIL_HALF, second)
         paired = mask & (2 * start + second < columns)
         source = weight_ptr + row * columns + 2 * start
         x, y = tl.load(source + first, mask=mask, other=0), tl.load(source + second, mask=paired, other=0)
@@ -123,40 +142,44 @@ def _load_pairs(
 
 
 @triton.jit
+def _add_errors(x, y, i, j, step, paired, squared, absolute, greatest, STORED: tl.constexpr, TAIL_HALF: tl.constexpr):
+    """The sums of e^2 and |e| and the greatest |e|, with those of a block at its nodes (I, J) added."""
+    near_x, near_y = position(i, j, step)
+    near_x, near_y = _as_stored(near_x, near_y, STORED)
+    error_x, error_y = tl.abs(x - near_x), tl.abs(y - near_y)
+    if TAIL_HALF > 0:
+        error_y = tl.where(paired, error_y, 0.0)
+    squared = tl.fma(error_y, error_y, tl.fma(error_x, error_x, squared))
+    return squared, absolute + (error_x + error_y), tl.maximum(greatest, tl.maximum(error_x, error_y))
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _encode_kernel(
     weight_ptr,  # [R, K]
     step_ptr,  # float32 []
     i_ptr,  # int8 [R, P]
     j_ptr,
-    stats_ptr,  # float32 [4, B]: sum w^2, sum e^2, sum |e|, max |e|
-    count_ptr,  # int32 [], escapes so far
-    escape_pair_ptr,  # int64 [capacity], in no order
-    escape_i_ptr,  # int32 [capacity]
-    escape_j_ptr,
-    capacity,
+    stats_ptr,  # float32 [5, B]: sum w^2, sum e^2, sum |e|, max |e|, greatest distance of I or J from -1/2
     rows,
     columns,
     pairs,
-    tail_half,  # pairs of the ragged last block of a row, 0 if none
     blocks,
-    RAGGED: tl.constexpr,
+    TAIL_HALF: tl.constexpr,  # pairs of the ragged last block of a row, 0 if none
     EVEN: tl.constexpr,
     TURNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
     step = tl.load(step_ptr)
     inverse = tl.div_rn(1.0, step)
     pid = tl.program_id(0)
-    begin = pid * TURNS
-    end = tl.minimum(begin + TURNS, blocks)
     energy = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
     squared, absolute, greatest, farthest = energy, energy, energy, energy
-    for block in range(begin, end):
+    for block in range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks)):
         x, y, place, mask, paired = _load_pairs(
-            weight_ptr, block, rows, columns, pairs, tail_half, RAGGED, EVEN, BLOCK_R, BLOCK_P
+            weight_ptr, block, rows, columns, pairs, TAIL_HALF, EVEN, BLOCK_R, BLOCK_P
         )
-        STORED: tl.constexpr = x.dtype
         x, y = x.to(tl.float32), y.to(tl.float32)
         i, j = _nearest(x, y, inverse, False)
         if EVEN:
@@ -165,16 +188,11 @@ def _encode_kernel(
         else:
             tl.store(i_ptr + place, _low_byte(i), mask=mask)
             tl.store(j_ptr + place, _low_byte(j), mask=mask)
-        near_x, near_y = position(i, j, step)
-        error_x = tl.abs(x - rounded(near_x, STORED).to(tl.float32))
-        error_y = tl.abs(y - rounded(near_y, STORED).to(tl.float32))
-        if RAGGED:
-            error_y = tl.where(paired, error_y, 0.0)
         energy = tl.fma(y, y, tl.fma(x, x, energy))
-        squared = tl.fma(error_y, error_y, tl.fma(error_x, error_x, squared))
-        absolute += error_x + error_y
-        greatest = tl.maximum(greatest, tl.maximum(error_x, error_y))
-        farthest = tl.maximum(farthest, tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)))  # -128..127 is |.| <= 127.5
+        squared, absolute, greatest = _add_errors(
+            x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
+        )
+        farthest = tl.maximum(farthest, tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)))
 
     stats = stats_ptr + pid
     programs = tl.num_programs(0)
@@ -182,13 +200,50 @@ def _encode_kernel(
     tl.store(stats + programs, tl.sum(squared))
     tl.store(stats + 2 * programs, tl.sum(absolute))
     tl.store(stats + 3 * programs, tl.max(greatest))
-    if tl.max(farthest) > 127.5:  # rare: a program in thousands
-        tl.debug_barrier()
-        for block in range(begin, end):
+    tl.store(stats + 4 * programs, tl.max(farthest))
+
+
+@triton.jit(do_not_specialize=["capacity", "rows", "blocks"])
+def _escape_kernel(
+    weight_ptr,
+    step_ptr,
+    i_ptr,
+    j_ptr,
+    stats_ptr,
+    count_ptr,  # int32 [], escapes so far
+    escape_pair_ptr,  # int64 [capacity], in no order
+    escape_i_ptr,  # int32 [capacity]
+    escape_j_ptr,
+    capacity,
+    rows,
+    columns,
+    pairs,
+    blocks,
+    TAIL_HALF: tl.constexpr,
+    EVEN: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Where `_encode_kernel` met coordinates outside the box: once more, exactly, and list them."""
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    stats = stats_ptr + pid
+    programs = tl.num_programs(0)
+    if tl.load(stats + 4 * programs) > 127.5:  # -128..127 is within 127.5 of -1/2
+        step = tl.load(step_ptr)
+        inverse = tl.div_rn(1.0, step)
+        squared = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
+        absolute, greatest = squared, squared
+        for block in range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks)):
             x, y, place, mask, paired = _load_pairs(
-                weight_ptr, block, rows, columns, pairs, tail_half, RAGGED, EVEN, BLOCK_R, BLOCK_P
+                weight_ptr, block, rows, columns, pairs, TAIL_HALF, EVEN, BLOCK_R, BLOCK_P
             )
-            i, j = _nearest(x.to(tl.float32), y.to(tl.float32), inverse, True)
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            i, j = _nearest(x, y, inverse, True)
+            squared, absolute, greatest = _add_errors(
+                x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
+            )
             outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)
             tl.store(i_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
             tl.store(j_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
@@ -197,6 +252,9 @@ def _encode_kernel(
             tl.store(escape_pair_ptr + slot, place, mask=kept)
             tl.store(escape_i_ptr + slot, i.to(tl.int32), mask=kept)
             tl.store(escape_j_ptr + slot, j.to(tl.int32), mask=kept)
+        tl.store(stats + programs, tl.sum(squared))
+        tl.store(stats + 2 * programs, tl.sum(absolute))
+        tl.store(stats + 3 * programs, tl.max(greatest))
 
 
 @triton.jit
@@ -218,7 +276,7 @@ def _guess(energy_ptr, programs, count, target_db, BLOCK: tl.constexpr):
     return energy, tl.sqrt(12.0 * energy / count) * tl.exp2(target_db * -0.16609640474436813)  # log2(10) / 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["energies", "count", "stride", "samples"])
 def _search_kernel(
     weight_ptr,
     energy_ptr,
@@ -239,19 +297,19 @@ def _search_kernel(
     place = sample.to(tl.int64) * stride * 64 + tl.arange(0, 32)[None, :]
     x = tl.load(weight_ptr + place, mask=(sample < samples) & (place < count), other=0)
     y = tl.load(weight_ptr + place + 32, mask=(sample < samples) & (place + 32 < count), other=0)
-    STORED: tl.constexpr = x.dtype
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
     x, y = x.to(tl.float32), y.to(tl.float32)
     for candidate in range(CANDIDATES):
         step = guess * tl.exp2((first_db + candidate * spacing_db) * 0.16609640474436813)
         i, j = _nearest(x, y, tl.div_rn(1.0, step), False)
         near_x, near_y = position(i, j, step)
-        error_x = x - rounded(near_x, STORED).to(tl.float32)
-        error_y = y - rounded(near_y, STORED).to(tl.float32)
+        near_x, near_y = _as_stored(near_x, near_y, STORED)
+        error_x, error_y = x - near_x, y - near_y
         share = tl.sum(tl.fma(error_x, error_x, error_y * error_y))
         tl.store(errors_ptr + candidate * tl.num_programs(0) + tl.program_id(0), share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["energies", "programs", "count", "sampled"])
 def _pick_kernel(
     energy_ptr,
     errors_ptr,
@@ -286,21 +344,21 @@ def _pick_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """What one pass left in device memory; see `_encode_kernel` for the fields."""
+    """What one pass left in device memory (see `_encode_kernel`), and how it was launched."""
 
     step: Tensor
     i: Tensor
     j: Tensor
     stats: Tensor
-    escapes: Tensor
-    escape_pair: Tensor
-    escape_i: Tensor
-    escape_j: Tensor
+    numbers: tuple[int, ...]
+    constants: dict[str, int | bool]
 
 
-def encode_pass(weight_RK: Tensor, step: Tensor, capacity: int | None = None) -> Pass:
-    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing."""
-    capacity = ESCAPE_CAPACITY if capacity is None else capacity
+def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
+    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing.
+
+    Escapes still have whatever their low bytes are: if any stats[4] exceeds 127.5, `take_escapes` must follow.
+    """
     rows, columns = weight_RK.shape
     device = weight_RK.device
     planes = torch.empty(2, rows, pairs_per_row(columns), dtype=torch.int8, device=device)
@@ -319,37 +377,51 @@ def encode_pass(weight_RK: Tensor, step: Tensor, capacity: int | None = None) ->
         step=step,
         i=planes[0],
         j=planes[1],
-        stats=torch.empty(4, programs, device=device),
-        escapes=torch.zeros((), dtype=torch.int32, device=device),
-        escape_pair=torch.empty(capacity, dtype=torch.int64, device=device),
-        escape_i=torch.empty(capacity, dtype=torch.int32, device=device),
-        escape_j=torch.empty(capacity, dtype=torch.int32, device=device),
+        stats=torch.empty(5, programs, device=device),
+        numbers=(rows, columns, pairs, blocks),
+        constants={
+            "TAIL_HALF": tail_half,
+            "EVEN": tail_half == 0 and pairs % block_p == 0,
+            "TURNS": turns,
+            "BLOCK_R": block_r,
+            "BLOCK_P": block_p,
+            "num_warps": max(1, block_r * block_p // 128),
+            "enable_fp_fusion": False,
+        },
     )
-    _encode_kernel[(programs,)](
+    _encode_kernel[(programs,)](weight_RK, step, coded.i, coded.j, coded.stats, *coded.numbers, **coded.constants)
+    return coded
+
+
+def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """List the escapes of a pass, (pair int64, I, J int32) [E] by pair, and put the origin in their place.
+
+    The statistics in `coded.stats` are corrected. Waits for the device.
+    """
+    capacity = ESCAPE_CAPACITY if capacity is None else capacity
+    device = weight_RK.device
+    count = torch.zeros((), dtype=torch.int32, device=device)
+    pair = torch.empty(capacity, dtype=torch.int64, device=device)
+    i, j = torch.empty(2, capacity, dtype=torch.int32, device=device)
+    _escape_kernel[(coded.stats.shape[1],)](
         weight_RK,
-        step,
+        coded.step,
         coded.i,
         coded.j,
         coded.stats,
-        coded.escapes,
-        coded.escape_pair,
-        coded.escape_i,
-        coded.escape_j,
+        count,
+        pair,
+        i,
+        j,
         capacity,
-        rows,
-        columns,
-        pairs,
-        tail_half,
-        blocks,
-        RAGGED=tail_half > 0,
-        EVEN=tail_half == 0 and pairs % block_p == 0,
-        TURNS=turns,
-        BLOCK_R=block_r,
-        BLOCK_P=block_p,
-        num_warps=max(1, block_r * block_p // 128),
-        enable_fp_fusion=False,
+        *coded.numbers,
+        **coded.constants,
     )
-    return coded
+    escapes = int(count)
+    if escapes > capacity:
+        return take_escapes(weight_RK, coded, capacity=escapes)
+    pair, order = pair[:escapes].sort()
+    return pair, i[:escapes][order], j[:escapes][order]
 
 
 def search(weight_RK: Tensor, target_db: float) -> Tensor:

@@ -15,6 +15,10 @@ _FLOAT32 = ("step", "escape_value")
 """Buffers that keep float32 whatever dtype the module is moved to."""
 
 
+_ORIGIN = 0x8080 - 0x10000
+"""The step number of the weight 0, as int16: not every device fills uint16."""
+
+
 class HyperLinear(nn.Module):
     """y = x W^T + b, the weight decoded on the fly.
 
@@ -47,7 +51,7 @@ class HyperLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         shape = out_features, pairs_per_row(in_features)
-        self.register_buffer("theta", torch.full(shape, 0x8080, dtype=torch.uint16, device=device))
+        self.register_buffer("theta", torch.full(shape, _ORIGIN, dtype=torch.int16, device=device).view(torch.uint16))
         self.register_buffer("step", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("escape_index", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("escape_value", torch.empty(0, dtype=torch.float32, device=device))

@@ -19,7 +19,7 @@ from birkhoff.kernels.errors import KernelError
 
 if runtime.HAS_TRITON:
     from birkhoff.kernels import linear_triton
-    from birkhoff.kernels.launch import launch, plan_for
+    from birkhoff.kernels.launch import fused_kernel
 
 
 @torch.library.custom_op("birkhoff::dense_weight", mutates_args=())
@@ -27,7 +27,7 @@ def dense_weight(
     theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Decoded weights [N, K] in `dtype`, escapes included."""
-    return reference.put_escapes(decode_theta(theta, step, columns, dtype), escape_index, escape_value)
+    return _dense(theta, step, escape_index, escape_value, columns, dtype)
 
 
 @dense_weight.register_fake
@@ -64,7 +64,8 @@ def hyperlinear(
     _check(x, theta)
     x_MK = x.reshape(-1, x.shape[-1])
     if x.dtype in TRITON_DTYPES and x_MK.numel() and runtime.triton_serves(x.device):
-        x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+        if x_MK.stride(1) != 1 or x_MK.stride(0) < x_MK.shape[1]:
+            x_MK = x_MK.contiguous()
         y_MN = _planned(x_MK, theta, step, escape_index, escape_value, bias)
     else:
         y_MN = _eager(x_MK, theta, step, escape_index, escape_value, bias)
@@ -88,10 +89,10 @@ def _check(x: Tensor, theta: Tensor) -> None:
 def _planned(
     x_MK: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    plan = plan_for(x_MK, theta.shape[0], escape_index.numel())
-    if plan.path == "decode":
+    fused = fused_kernel(x_MK, theta.shape[0], escape_index.numel())
+    if fused is None:
         return _eager(x_MK, theta, step, escape_index, escape_value, bias)
-    y_MN = launch(plan, x_MK, theta, step, bias)
+    y_MN = fused(x_MK, theta, step, bias)
     if escape_index.numel():
         linear_triton.add_escapes(y_MN, x_MK, escape_index, escape_value)
     return y_MN
@@ -100,9 +101,18 @@ def _planned(
 def _eager(
     x_MK: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    weight_NK = dense_weight(theta, step, escape_index, escape_value, x_MK.shape[1], x_MK.dtype)
-    with torch.autocast(x_MK.device.type, enabled=False):  # the op computes in the dtype it was given
-        return functional.linear(x_MK, weight_NK, None if bias is None else bias.to(x_MK.dtype))
+    weight_NK = _dense(theta, step, escape_index, escape_value, x_MK.shape[1], x_MK.dtype)
+    bias = None if bias is None else bias.to(x_MK.dtype)
+    if torch.is_autocast_enabled(x_MK.device.type):
+        with torch.autocast(x_MK.device.type, enabled=False):  # the op computes in the dtype it was given
+            return functional.linear(x_MK, weight_NK, bias)
+    return functional.linear(x_MK, weight_NK, bias)
+
+
+def _dense(
+    theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return reference.put_escapes(decode_theta(theta, step, columns, dtype), escape_index, escape_value)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

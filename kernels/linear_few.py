@@ -10,16 +10,17 @@ Shapes: M = tokens (at most 64), N = out features, K = in features (whole blocks
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
+from birkhoff.kernels.runtime import pdl
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "blocks"])
 def _linear_kernel(
     x_ptr,  # [M, K], rows stride_m apart
     theta_ptr,  # uint16 [N, P]
@@ -35,10 +36,17 @@ def _linear_kernel(
     BM: gl.constexpr,
     BN: gl.constexpr,
     UNROLL: gl.constexpr,  # blocks a warp takes at once
-    WARPS: gl.constexpr,
+    WARPS: gl.constexpr,  # that share the K of 16 rows
+    GROUPS: gl.constexpr,  # of WARPS warps; they read the same x, which the first brings into the L1 cache
+    PDL: gl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, GROUPS, 1], instr_shape=[1, 16, 8]
+    )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=8)
     RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=8)
     n = gl.program_id(0) * BN + gl.arange(0, BN, gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
@@ -55,11 +63,11 @@ def _linear_kernel(
     acc = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     theta = gl.load(theta_at, mask=(n < N) & (left_block < blocks), other=0x8080)
     for block in range(0, blocks, WARPS * UNROLL):
+        following = block + WARPS * UNROLL
+        ahead = gl.load(theta_at + following * 32, mask=(n < N) & (following + left_block < blocks), other=0x8080)
         inside = (m < M) & (block + right_block < blocks)
         x_first = gl.load(x_at + block * 64, mask=inside, other=0.0)
         x_second = gl.load(x_at + block * 64 + 32, mask=inside, other=0.0)
-        following = block + WARPS * UNROLL
-        ahead = gl.load(theta_at + following * 32, mask=(n < N) & (following + left_block < blocks), other=0x8080)
         first, second = decoded(theta, DTYPE)
         acc = mma_v2(first, x_first, acc)
         acc = mma_v2(second, x_second, acc)
@@ -75,24 +83,16 @@ def _linear_kernel(
     gl.store(y_ptr + m_out[None, :] * N + n_out[:, None], y.to(DTYPE), mask=keep)
 
 
-def takes(x_MK: Tensor) -> bool:
-    """Whether the kernel can run: 16-bit floats, whole blocks, at most 64 tokens, rows aligned to 16 bytes."""
-    return (
-        x_MK.dtype in (torch.bfloat16, torch.float16)
-        and x_MK.shape[1] % 64 == 0
-        and x_MK.shape[0] <= 64
-        and x_MK.stride(0) % 8 == 0
-        and x_MK.data_ptr() % 16 == 0
-    )
-
-
 def linear(
     x_MK: Tensor, theta_NP: Tensor, step: Tensor, bias_N: Tensor | None, *, block_n: int, warps: int, unroll: int
 ) -> Tensor:
-    """y [M, N] in the dtype of `x_MK`, escapes left out; see `takes`."""
+    """y [M, N] in the dtype of `x_MK`, escapes left out; `warps` share the K of 16 rows, and `block_n` / 16 groups x.
+
+    For bfloat16 or float16, at most 64 tokens, K a multiple of 64, and rows of x that begin at multiples of 16 bytes.
+    """
     (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
     y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
-    _linear_kernel[(triton.cdiv(rows, block_n),)](
+    _linear_kernel[(-(-rows // block_n),)](
         x_MK,
         theta_NP,
         step,
@@ -104,10 +104,13 @@ def linear(
         x_MK.stride(0),
         columns // 64,
         BIAS=bias_N is not None,
-        BM=max(8, triton.next_power_of_2(tokens)),
+        BM=max(8, 1 << (tokens - 1).bit_length()),
         BN=block_n,
         UNROLL=unroll,
         WARPS=warps,
-        num_warps=warps,
+        GROUPS=block_n // 16,
+        PDL=pdl(x_MK.device),
+        launch_pdl=pdl(x_MK.device),
+        num_warps=warps * (block_n // 16),
     )
     return y_MN

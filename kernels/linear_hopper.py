@@ -15,6 +15,7 @@ Shapes: M = tokens, N = out features, K = in features (whole blocks of 64), P = 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -30,9 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
-from birkhoff.kernels.triton_ops import rounded
+from birkhoff.kernels.runtime import pdl, processors
+from birkhoff.kernels.triton_ops import begin, rounded
 
 ROWS = gl.constexpr(128)
 """Rows of W a tile."""
@@ -60,11 +63,6 @@ def _decoded_slot(
     first, second = decoded(theta_ring.index(slot).slice(W * 64, 64).load(LAYOUT), DTYPE)
     # Side by side along K: only registers are renamed.
     return gl.convert_layout(gl.join(first, second).permute((0, 2, 1)).reshape((64, 64)), LAYOUT)
-
-
-@gluon.jit
-def _multiply(weights, x_ring, acc, turn, DEPTH: gl.constexpr):
-    return warpgroup_mma(weights, x_ring.index(turn % DEPTH).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
@@ -104,28 +102,36 @@ def _multiply_partition(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     step = gl.load(step_ptr)
+    row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, first, last, part = _item(item, full, splits, blocks)
+        n = tile % tiles_n * ROWS + row
+        if BIAS:  # in flight while the tensor cores work
+            bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
         weights = _decoded_slot(theta_ring, ready, turn, W, LEFT, DTYPE, DEPTH)
         acc = gl.zeros((64, BM), gl.float32, MMA)
+        continues = gl.to_tensor(False)  # whether the product is added to the accumulator or begins it
         for _block in range(first + 1, last):
-            acc = _multiply(weights, x_ring, acc, turn, DEPTH)
-            weights = _decoded_slot(theta_ring, ready, turn + 1, W, LEFT, DTYPE, DEPTH)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(turn % DEPTH))
+            slot = turn % DEPTH
+            running = warpgroup_mma(weights, x_ring.index(slot).permute((1, 0)), acc, use_acc=continues, is_async=True)
+            decoded_next = _decoded_slot(theta_ring, ready, turn + 1, W, LEFT, DTYPE, DEPTH)
+            # Naming the weights here keeps their registers as they are until the tensor cores have read them.
+            acc, weights = warpgroup_mma_wait(0, deps=(running, weights))
+            mbarrier.arrive(empty.index(slot))
+            weights = decoded_next
+            continues = gl.to_tensor(True)
             turn += 1
-        acc = _multiply(weights, x_ring, acc, turn, DEPTH)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(turn % DEPTH))
+        slot = turn % DEPTH
+        running = warpgroup_mma(weights, x_ring.index(slot).permute((1, 0)), acc, use_acc=continues, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, deps=(running, weights))
+        mbarrier.arrive(empty.index(slot))
         turn += 1
 
-        row = W * 64 + gl.arange(0, 64, gl.SliceLayout(1, MMA))
         if part < 0:
-            n = tile % tiles_n * ROWS + row
             y = acc * step
             if BIAS:
-                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+                y += bias.to(gl.float32)[:, None]
             tma.store_wait(0)
             y_stage.index(W).permute((1, 0)).store(y.to(DTYPE))
             fence_async_shared()
@@ -149,7 +155,8 @@ def _second_rows(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr):
     _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH)
 
 
-@gluon.jit
+# One binary for every shape: none of the numbers below is compiled in.
+@gluon.jit(do_not_specialize=["items", "full", "splits", "N", "blocks"])
 def _linear_kernel(
     x_desc,  # [M, K], tiles [BM, 64]
     theta_desc,  # uint16 [N, P], tiles [128, 32]
@@ -164,6 +171,8 @@ def _linear_kernel(
     blocks,  # K / 64
     BIAS: gl.constexpr,
     DEPTH: gl.constexpr,
+    MULTIPLYING: gl.constexpr,  # registers of a thread that multiplies
+    LOADING: gl.constexpr,  # and of one that loads
 ):
     BM: gl.constexpr = x_desc.block_type.shape[0]
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [DEPTH, BM, 64], x_desc.layout)
@@ -175,6 +184,8 @@ def _linear_kernel(
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
+    gdc_wait()
+    gdc_launch_dependents()
     d, r, b = (x_desc, theta_desc, y_desc), (x_ring, theta_ring, y_stage), (ready, empty)
     w = (items, full, splits, gl.cdiv(N, ROWS), blocks, N)
     p = (step_ptr, bias_ptr, partial_ptr)
@@ -185,11 +196,11 @@ def _linear_kernel(
             (_load_partition, (d, r, b, w, p, BIAS, DEPTH)),
         ],
         [4, 1],
-        [232, 40],
+        [MULTIPLYING, LOADING],
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["full", "splits", "M"])
 def _add_parts_kernel(
     partial_ptr,  # float32 [parts, 128, BM]
     step_ptr,
@@ -203,14 +214,15 @@ def _add_parts_kernel(
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A BLOCK x BLOCK piece of a cut tile: the sum of its parts, scaled, biased and turned."""
+    """A [64, BLOCK] piece of a cut tile: the sum of its parts, scaled, biased and turned."""
+    begin(True)
     ROWS: tl.constexpr = 128
-    pieces: tl.constexpr = ROWS // BLOCK * (BM // BLOCK)
+    pieces: tl.constexpr = 2 * (BM // BLOCK)
     cut = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
     tiles_n = tl.cdiv(N, ROWS)
-    row = piece % (ROWS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    column = piece // (ROWS // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    row = piece % 2 * 64 + tl.arange(0, 64)
+    column = piece // 2 * BLOCK + tl.arange(0, BLOCK)
     source = partial_ptr + (cut * splits).to(tl.int64) * (ROWS * BM) + row[:, None] * BM + column[None, :]
     acc = tl.load(source)
     for part in range(1, splits):
@@ -225,6 +237,26 @@ def _add_parts_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Slots of the ring, programs a multiprocessor, registers a thread: average, of multiplying, of loading ones."""
+
+    depth: int
+    programs: int
+    average: int
+    multiplying: int
+    loading: int
+
+
+def _launch(depth: int, programs: int) -> Launch:
+    average, multiplying, loading = (168, 232, 40) if programs == 1 else (80, 104, 24)
+    return Launch(depth=depth, programs=programs, average=average, multiplying=multiplying, loading=loading)
+
+
+LAUNCHES = {256: _launch(4, 1), 128: _launch(6, 1), 64: _launch(5, 2), 32: _launch(6, 2), 16: _launch(8, 2)}
+"""By tokens a tile: what fits the 227 KB and 65536 registers of a multiprocessor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """How tiles are spread: `full` whole ones, then `cut` tiles in `splits` parts each."""
 
@@ -233,45 +265,47 @@ class Schedule:
     splits: int
 
     @classmethod
-    def of(cls, tiles: int, processors: int, blocks: int) -> "Schedule":
-        """Cut the tiles of an unfilled last wave so that their parts fill it; at least 4 blocks a part."""
-        rest = tiles % processors
-        splits = min(processors // rest, blocks // 4) if rest else 1
+    def of(cls, tiles: int, places: int, blocks: int) -> "Schedule":
+        """Cut the tiles that would not fill a last wave of `places` into parts that do; at least 4 blocks a part."""
+        rest = tiles % places
+        splits = min(places // rest, blocks // 4) if rest else 1
         if splits < 2:
             return cls(full=tiles, cut=0, splits=1)
         return cls(full=tiles - rest, cut=rest, splits=splits)
 
 
-def takes(x_MK: Tensor, rows: int) -> bool:
-    """Whether the kernel can run: Hopper, 16-bit floats, whole blocks, rows aligned for the copy engine."""
-    return (
-        x_MK.dtype in (torch.bfloat16, torch.float16)
-        and x_MK.shape[1] % 64 == 0
-        and rows % 8 == 0
-        and x_MK.stride(0) % 8 == 0
-        and x_MK.data_ptr() % 16 == 0
-        and torch.cuda.get_device_capability(x_MK.device)[0] == 9
-    )
+@cache
+def _layouts(block_m: int, dtype: torch.dtype) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
+    """Shared-memory layouts of tiles of x or y and of step numbers."""
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    wide = gl.NVMMASharedLayout.get_default_for([block_m, 64], kind)
+    return wide, gl.NVMMASharedLayout.get_default_for([ROWS.value, 32], gl.uint16)
 
 
 def linear(
-    x_MK: Tensor, theta_NP: Tensor, step: Tensor, bias_N: Tensor | None, *, block_m: int, split: bool = True
+    x_MK: Tensor,
+    theta_NP: Tensor,
+    step: Tensor,
+    bias_N: Tensor | None,
+    *,
+    block_m: int,
+    split: bool = True,
 ) -> Tensor:
-    """y [M, N] in the dtype of `x_MK`, escapes left out; `block_m` is 128 or 256. See `takes`."""
+    """y [M, N] in the dtype of `x_MK`, escapes left out; `block_m` is a key of `LAUNCHES`.
+
+    For Hopper, bfloat16 or float16, K a multiple of 64, N of 8, and rows of x that begin at multiples of 16 bytes.
+    """
     (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
-    device = x_MK.device
+    device, shape = x_MK.device, LAUNCHES[block_m]
     y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(rows, ROWS.value)
-    blocks = columns // 64
-    plan = Schedule.of(tiles, processors, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
+    places = shape.programs * processors(device)
+    tiles, blocks = -(-tokens // block_m) * -(-rows // ROWS.value), columns // 64
+    plan = Schedule.of(tiles, places, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
     items = plan.full + plan.cut * plan.splits
     partial = torch.empty(plan.cut * plan.splits, ROWS.value, block_m, device=device) if plan.cut else step
-    dtype = gl.bfloat16 if x_MK.dtype == torch.bfloat16 else gl.float16
-    wide = gl.NVMMASharedLayout.get_default_for([block_m, 64], dtype)
-    narrow = gl.NVMMASharedLayout.get_default_for([ROWS.value, 32], gl.uint16)
+    wide, narrow = _layouts(block_m, x_MK.dtype)
     bias = step if bias_N is None else bias_N
-    _linear_kernel[(min(processors, items),)](
+    _linear_kernel[(min(places, items),)](
         TensorDescriptor.from_tensor(x_MK, [block_m, 64], wide),
         TensorDescriptor.from_tensor(theta_NP, [ROWS.value, 32], narrow),
         TensorDescriptor.from_tensor(y_MN, [block_m, 64], wide),
@@ -284,14 +318,16 @@ def linear(
         rows,
         blocks,
         BIAS=bias_N is not None,
-        DEPTH=4 if block_m == 256 else 6,
+        DEPTH=shape.depth,
+        MULTIPLYING=shape.multiplying,
+        LOADING=shape.loading,
         num_warps=4,
-        maxnreg=168,
+        maxnreg=shape.average,
+        launch_pdl=pdl(device),
     )
     if plan.cut:
-        block = 64
-        pieces = ROWS.value // block * (block_m // block)
-        _add_parts_kernel[(plan.cut * pieces,)](
+        block = min(64, block_m)
+        _add_parts_kernel[(plan.cut * 2 * (block_m // block),)](
             partial,
             step,
             bias,
@@ -304,5 +340,6 @@ def linear(
             BM=block_m,
             BLOCK=block,
             num_warps=4,
+            launch_pdl=pdl(device),
         )
     return y_MN

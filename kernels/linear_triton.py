@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from birkhoff.kernels.triton_ops import DECODE_BF16, DECODE_F16, INTERPRETED, coordinates, dot, rounded
+from birkhoff.kernels.runtime import pdl
+from birkhoff.kernels.triton_ops import DECODE_BF16, DECODE_F16, INTERPRETED, begin, coordinates, dot, rounded, settled
 
 
 @triton.jit
 def _weights(theta, DTYPE: tl.constexpr):
-    """(I + J/256, J) in DTYPE: one rounding for the first, none for the second (8 bits)."""
+    """[.., 32] step numbers to [.., 64] weights over the step: I + J/256, rounded once to DTYPE, and J, exact."""
     if tl.bfloat16 == DTYPE and not INTERPRETED:
         bf16: tl.constexpr = (tl.bfloat16, tl.bfloat16)
         first, second = tl.inline_asm_elementwise(DECODE_BF16, "=r,=r,r", [theta], dtype=bf16, is_pure=True, pack=2)
@@ -29,10 +30,11 @@ def _weights(theta, DTYPE: tl.constexpr):
     else:
         i, j = coordinates(theta)
         first, second = rounded(i + j * 0.00390625, DTYPE), rounded(j, DTYPE)
-    return first, second
+    # Side by side along K, as the columns of a block are.
+    return tl.join(first, second).permute((0, 2, 1)).reshape((theta.shape[0], 2 * theta.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x_ptr,  # [M, K], rows stride_m apart
     theta_ptr,  # uint16 [N, P]
@@ -42,51 +44,50 @@ def _linear_kernel(
     M,
     N,
     K,
-    P,
     stride_m,
-    tail_half,  # pairs of the ragged last block of a row, 0 if none
+    TAIL: tl.constexpr,  # columns of the ragged last block of a row, 0 if none
     BIAS: tl.constexpr,
-    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = tl.arange(0, 32)
-    theta_row = theta_ptr + n.to(tl.int64)[:, None] * P + q[None, :]
-    x_row = x_ptr + m.to(tl.int64)[:, None] * stride_m + q[None, :]
-    in_n, in_m = n[:, None] < N, m[:, None] < M
+    pair, column = tl.arange(0, 32)[None, :], tl.arange(0, 64)[None, :]
+    # Rows beyond the end repeat the last one, and are not stored: no masks in the loop.
+    P = K // 2 if TAIL % 2 == 0 else (K + 1) // 2
+    theta_row = theta_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * P
+    x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_m
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(0, K // 64, num_stages=STAGES):
-        first, second = _weights(tl.load(theta_row + block * 32, mask=in_n, other=0x8080), DTYPE)
-        x = tl.load(x_row + block * 64, mask=in_m, other=0)
-        acc = dot(first, x.T, acc, PRECISION)
-        x = tl.load(x_row + block * 64 + 32, mask=in_m, other=0)
-        acc = dot(second, x.T, acc, PRECISION)
-    if RAGGED:
-        full = K // 64
-        inside = q[None, :] < tail_half
-        first, second = _weights(tl.load(theta_row + full * 32, mask=in_n & inside, other=0x8080), DTYPE)
-        x = tl.load(x_row + full * 64, mask=in_m & inside, other=0)
-        acc = dot(first, x.T, acc, PRECISION)
-        paired = inside & (full * 64 + tail_half + q[None, :] < K)
-        x = tl.load(x_row + full * 64 + tail_half, mask=in_m & paired, other=0)
-        acc = dot(second, x.T, acc, PRECISION)
+        weights = _weights(tl.load(theta_row + block * 32 + pair), DTYPE)
+        x = tl.load(x_row + block * 64 + column)
+        acc = settled(dot(weights, x.T, acc, PRECISION))
+    if TAIL > 0:
+        HALF: tl.constexpr = (TAIL + 1) // 2
+        theta = tl.load(theta_row + K // 64 * 32 + pair, mask=pair < HALF, other=0x8080)
+        within = column % 32 + column // 32 * HALF
+        inside = column % 32 < HALF
+        if TAIL % 2 == 1:
+            inside = inside & (within < TAIL)
+        x = tl.load(x_row + K // 64 * 64 + within, mask=inside, other=0)
+        acc = dot(_weights(theta, DTYPE), x.T, acc, PRECISION)
 
     acc *= tl.load(step_ptr)
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
     y = rounded(tl.trans(acc), DTYPE)
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=in_m & (n[None, :] < N))
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K", "escapes"])
 def _escape_kernel(
     x_ptr,  # [M, K], rows stride_m apart
     index_ptr,  # int64 [E], row*K + column, increasing
@@ -136,7 +137,6 @@ def linear(
     """
     (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
     y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
-    tail_half = (columns % 64 + 1) // 2
     _linear_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)](
         x_MK,
         theta_NP,
@@ -146,15 +146,15 @@ def linear(
         tokens,
         rows,
         columns,
-        theta_NP.shape[1],
         x_MK.stride(0),
-        tail_half,
+        TAIL=columns % 64,
         BIAS=bias_N is not None,
-        RAGGED=tail_half > 0,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=stages,
+        PDL=pdl(x_MK.device),
+        launch_pdl=pdl(x_MK.device),
         num_warps=warps,
     )
     return y_MN

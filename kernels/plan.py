@@ -1,31 +1,21 @@
-"""Which kernel runs a linear layer, and how: from measured tables where there is one, else from rules.
+"""Which kernel runs a linear layer and how it is launched: the choices, and rules between them.
 
-A plan is chosen from shapes alone, so it costs a dictionary look-up per call and is the same in every graph. Order of
-choice: plans tuned on this machine (`birkhoff.kernels.tune`), plans shipped for the GPU, rules.
+Measured plans are in `tuned`; rules serve the shapes and GPUs that no table knows.
 
-Shapes: M = tokens, N = out features, K = in features.
+Shapes: M = tokens, N = out features (rows of W), K = in features (columns of W).
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
-
-from birkhoff.kernels import tuned
 
 Path = Literal["decode", "tiles", "few", "hopper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A kernel and its launch parameters; those that a path does not use stay 0.
-
-    - `decode`: dense weight into memory, then cuBLAS.
-    - `tiles`: the portable fused kernel; `block_m`, `block_n`, `warps`, `stages`.
-    - `few`: the fused kernel for up to 64 tokens; `block_n`, `warps`, `unroll`.
-    - `hopper`: the fused kernel for Hopper; `block_m`, `split`.
-    """
+    """A kernel and its launch parameters; those that a path does not use stay 0. Made by the functions below."""
 
     path: Path
     block_m: int = 0
@@ -37,17 +27,34 @@ class Plan:
 
 
 DECODE = Plan(path="decode")
+"""Dense weight into memory, then cuBLAS."""
+
+
+def tiles(block_m: int, block_n: int, warps: int, stages: int) -> Plan:
+    """The portable fused kernel, `linear_triton`."""
+    return Plan(path="tiles", block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+
+
+def few(block_n: int, warps: int, unroll: int) -> Plan:
+    """The fused kernel for up to 64 tokens, `linear_few`."""
+    return Plan(path="few", block_n=block_n, warps=warps, unroll=unroll)
+
+
+def hopper(block_m: int, *, split: bool = False) -> Plan:
+    """The fused kernel for Hopper, `linear_hopper`."""
+    return Plan(path="hopper", block_m=block_m, split=split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a plan is chosen for. `aligned`: rows of x and of the result begin at multiples of 16 bytes."""
+    """What a plan is chosen for. `aligned`: rows of x begin at multiples of 16 bytes. `tf32`: allowed for float32."""
 
     tokens: int
     rows: int
     columns: int
     dtype: torch.dtype
     aligned: bool
+    tf32: bool = False
 
     @property
     def half(self) -> bool:
@@ -66,40 +73,37 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     found = [DECODE]
     if problem.half and whole and problem.aligned:
         if tokens <= 64 and "few" in kernels:
-            shapes = [(16, 4, 1), (16, 8, 1), (16, 8, 2), (16, 16, 1), (32, 8, 1), (32, 4, 1)]
-            found += [Plan(path="few", block_n=n, warps=w, unroll=u) for n, w, u in shapes]
+            shapes = [(16, 4, 2), (16, 4, 4), (16, 8, 1), (16, 8, 2), (16, 8, 4)]
+            shapes += [(32, 4, 2), (32, 4, 4), (32, 8, 2), (64, 4, 2)]
+            found += [few(*shape) for shape in shapes]
         if "hopper" in kernels and problem.rows % 8 == 0:
-            blocks = [size for size in (16, 64, 128, 256) if size < 2 * tokens or size == 16]
-            found += [Plan(path="hopper", block_m=m, split=split) for m in blocks[-3:] for split in (True, False)]
+            sizes = [size for size in (16, 32, 64, 128, 256) if size < 2 * tokens or size == 16]
+            found += [hopper(size, split=split) for size in sizes[-3:] for split in (True, False)]
+    if not problem.half:
+        return [*found, tiles(16, 32, 4, 4)] if tokens <= 64 else found  # float32 sums need the registers
     if tokens <= 64 or not whole or not problem.aligned or tokens * problem.rows <= 1 << 22:
-        sizes = [(16, 32, 4, 4), (16, 64, 4, 4), (64, 64, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)]
-        fitting = [size for size in sizes if size[0] < 2 * tokens or size[0] == 16]
-        found += [Plan(path="tiles", block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in fitting[-3:]]
+        shapes4 = [(16, 32, 4, 4), (16, 64, 4, 4), (64, 64, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)]
+        found += [tiles(*shape) for shape in [s for s in shapes4 if s[0] < 2 * tokens or s[0] == 16][-3:]]
+        if problem.rows <= 32 and tokens > 64:
+            found += [tiles(64, 32, 4, 3), tiles(128, 32, 4, 3)]
     return found
-
-
-@cache
-def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
-    """The plan for a problem on the GPU named `gpu`, where `kernels` ("few", "hopper") run."""
-    if problem.half and problem.aligned:
-        fields = tuned.lookup(gpu, problem.rows, problem.columns, problem.bucket)
-        if fields is not None:
-            plan = Plan(**fields)
-            if plan.path in ("decode", "tiles") or plan.path in kernels:
-                return plan
-    return by_rule(problem, kernels)
 
 
 def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
     """The plan for a problem that no table knows."""
-    tokens = problem.tokens
-    if problem.half and problem.aligned and problem.columns % 64 == 0:
-        if tokens <= 64 and "few" in kernels:
-            return Plan(path="few", block_n=16, warps=8, unroll=1)
-        if "hopper" in kernels and problem.rows % 8 == 0:
-            return Plan(path="hopper", block_m=64 if tokens <= 512 else 128 if tokens < 2048 else 256, split=True)
+    tokens, blocks = problem.tokens, problem.columns // 64
     if not problem.half:
-        return Plan(path="tiles", block_m=16, block_n=32, warps=4, stages=4) if tokens <= 16 else DECODE
-    if tokens <= 256:
-        return Plan(path="tiles", block_m=16 if tokens <= 16 else 64, block_n=64, warps=4, stages=4)
+        return tiles(16, 32, 4, 4) if problem.tf32 and tokens <= 16 else DECODE
+    if problem.aligned and problem.columns % 64 == 0:
+        if tokens <= 16 and "few" in kernels:
+            return few(16, 4, 2) if blocks <= 24 else few(16, 8, 4)
+        if "hopper" in kernels and problem.rows % 8 == 0:
+            if tokens <= 64 and blocks >= 48:
+                return hopper(32, split=True)
+            if tokens >= 2048 and problem.rows >= 2048 and blocks <= 24:
+                return hopper(256)
+    if tokens <= 32:
+        return tiles(16, 32, 4, 4)
+    if tokens <= 512 or (tokens * problem.rows <= 1 << 20 and blocks <= 8):
+        return tiles(64, 64, 4, 4)
     return DECODE

@@ -30,6 +30,18 @@ def triton_serves(device: torch.device) -> bool:
     return _serves(device.type, device.index)
 
 
+@cache
+def pdl(device: torch.device) -> bool:
+    """Whether kernels can be launched while the one before still runs (Hopper and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @contextmanager
 def interpreting() -> Iterator[None]:
     """Run the kernels for CPU tensors too, under Triton's interpreter (`TRITON_INTERPRET=1` before the import)."""

@@ -77,3 +77,27 @@ add.rn.f16x2 j, bytes, off;
 fma.rn.f16x2 $0, j, shear, i;
 mov.b32 $1, j;
 }""")
+
+
+@triton.jit
+def settled(acc):
+    """The accumulator, but no product may still be running on it.
+
+    Triton keeps the last product of a loop turn running while the next turn begins; with a left operand in registers,
+    that turn then overwrites what the tensor cores still read. Using the sum in between makes it wait; nothing is
+    executed.
+    """
+    if not INTERPRETED:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+    return acc
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """With programmatic dependent launch: let the next kernel come up, and wait until the one before is done.
+
+    Nothing is read or written before, so that order between kernels is what it is without; only the launch is hidden.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

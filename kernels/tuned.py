@@ -1,11 +1,80 @@
-"""Plans measured on particular GPUs, as plain values; made by `python -m tests.benchmarks kernels`."""
+"""Choosing a plan: the user's own measurements (see `tune`), then shipped ones for known GPUs, then rules.
 
+A plan is chosen from shapes alone, so it costs a look-up per call and is the same in every graph.
+"""
+
+import json
+import logging
+import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-SHIPPED: dict[str, dict[tuple[int, int, int], dict[str, Any]]] = {}
-"""GPU name to (rows, columns, tokens) to the fields of a `Plan`."""
+import torch
+
+from birkhoff.kernels.plan import Plan, Problem, by_rule
+from birkhoff.kernels.tuned_h200 import PLANS as H200
+
+_log = logging.getLogger("birkhoff.kernels")
+
+SHIPPED: dict[str, dict[tuple[int, int], dict[int, Plan]]] = {"NVIDIA H200": H200}
+"""GPU name to (rows, columns) to tokens (a power of two) to plan; for 16-bit floats."""
 
 
-def lookup(gpu: str, rows: int, columns: int, tokens: int) -> dict[str, Any] | None:
-    """Fields of the plan measured on `gpu` for a weight [rows, columns] and a power of two of tokens, if any."""
-    return SHIPPED.get(gpu, {}).get((rows, columns, tokens))
+@cache
+def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
+    """The plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("few", "hopper") run."""
+    if problem.half and problem.aligned:
+        own = user_table().get(key(gpu, problem))
+        plan = own or SHIPPED.get(gpu, {}).get((problem.rows, problem.columns), {}).get(problem.bucket)
+        if plan is not None and (plan.path in ("decode", "tiles") or plan.path in kernels):
+            return plan
+    return by_rule(problem, kernels)
+
+
+def key(gpu: str, problem: Problem) -> str:
+    """Key of the user's table: whatever can change which plan is best."""
+    versions = f"torch {torch.__version__}|{_triton_version()}"
+    return f"{gpu}|{versions}|{problem.rows}x{problem.columns}|{problem.bucket}"
+
+
+@cache
+def user_table() -> dict[str, Plan]:
+    """The plans of `plans.json`; empty if there is none, or none that can be read."""
+    try:
+        stored: dict[str, dict[str, Any]] = json.loads(_path().read_text())
+        return {name: Plan(**fields) for name, fields in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _log.warning("cannot read %s (%s): tuned plans are not used", _path(), error)
+        return {}
+
+
+def save(plans: dict[str, Plan]) -> None:
+    """Add plans to the user's table; the file is replaced as a whole."""
+    table = {**user_table(), **plans}
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({name: fields(plan) for name, plan in table.items()}, indent=1, sort_keys=True))
+    partial.replace(path)
+    user_table.cache_clear()
+    choose.cache_clear()
+
+
+def fields(plan: Plan) -> dict[str, Any]:
+    """The fields that a plan uses."""
+    names = Plan.__slots__
+    return {name: value for name in names if (value := getattr(plan, name))}
+
+
+def _path() -> Path:
+    return Path(os.environ.get("BIRKHOFF_CACHE") or Path.home() / ".cache" / "birkhoff") / "plans.json"
+
+
+@cache
+def _triton_version() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"

@@ -1,0 +1,175 @@
+"""What only a GPU shows: every plan at full size, tensors past 2^31 elements, graphs and compilation."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from birkhoff.codec import lattice
+from birkhoff.codec.metrics import fidelity
+from birkhoff.kernels import decode, encode, launch, plan, reference
+from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.linear import dense_weight
+from birkhoff.kernels.plan import Problem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+# rows, columns: SAM-H, SAM2-L with ragged blocks, the mask decoder, odd ones
+SHAPES = [(3840, 1280), (1280, 5120), (432, 144), (1152, 288), (4, 256), (136, 64), (131, 199), (24, 1152)]
+
+
+def random_layer(rows: int, columns: int, *, bias: bool = True) -> HyperLinear:
+    layer = HyperLinear(columns, rows, bias, device="cuda")
+    layer.theta = torch.randint(-(1 << 15), 1 << 15, layer.theta.shape, device="cuda", dtype=torch.int16).view(
+        torch.uint16
+    )
+    layer.step = torch.tensor(0.0017, device="cuda")
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.detach().double() - expected).norm() / expected.norm())
+
+
+def need_memory(gigabytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes:g} GB of GPU memory, {free:.0f} GB are free")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 13, 64, 257, 4900])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_every_plan(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
+    layer = random_layer(rows, columns)
+    assert layer.bias is not None
+    x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+    weight = layer.dense_weight(torch.float32).double()
+    expected = functional.linear(x.double(), weight, layer.bias.double())
+    problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=dtype, aligned=launch.is_aligned(x))
+    plans = plan.candidates(problem, launch.gpu_of(x.device).kernels)
+    for chosen in plans:
+        kernel = launch.launcher(chosen)
+        if kernel is not None:
+            y = kernel(x, layer.theta, layer.step, layer.bias)
+            assert relative_error(y, expected) < TOLERANCES[dtype], chosen
+    assert relative_error(layer(x), expected) < TOLERANCES[dtype]
+
+
+def test_hopper_gpus_run_the_hopper_kernel() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    assert launch.gpu_of(torch.device("cuda", 0)).kernels == {"few", "hopper"}
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize("escapes", [5, 500])
+def test_escapes(tokens: int, escapes: int) -> None:
+    weight = torch.randn(384, 640, device="cuda") * 0.02
+    weight.view(-1)[torch.randperm(weight.numel(), device="cuda")[:escapes]] = 7.0
+    code = lattice.quantise(weight, 0.0013)
+    assert len(code.escapes)
+    layer = HyperLinear.from_lattice(code, dtype=torch.bfloat16)
+    x = torch.randn(tokens, 640, device="cuda", dtype=torch.bfloat16)
+    assert relative_error(layer(x), functional.linear(x.double(), code.decode().double())) < 5e-3
+
+
+def test_row_strides_that_are_not_aligned() -> None:
+    layer = random_layer(256, 128)
+    assert layer.bias is not None
+    x = torch.randn(300, 131, device="cuda", dtype=torch.bfloat16)[:, 1:129]
+    expected = functional.linear(x.double(), layer.dense_weight(torch.float32).double(), layer.bias.double())
+    assert relative_error(layer(x), expected) < 5e-3
+
+
+def test_encode_of_a_full_matrix_has_the_codecs_indices() -> None:
+    weight = torch.randn(5120, 1280, device="cuda") * 0.03
+    code, error = encode.encode(weight, 30.0)
+    expected = lattice.quantise(weight.cpu(), code.step)
+    assert torch.equal(code.i.cpu(), expected.i)
+    assert torch.equal(code.j.cpu(), expected.j)
+    assert error.error == pytest.approx(fidelity(weight.cpu(), expected.decode()).error, rel=1e-5)
+    assert torch.equal(decode.decode_lattice(code).cpu(), expected.decode())
+
+
+def test_past_two_to_the_31() -> None:
+    need_memory(40)
+    rows, columns = (1 << 19) + 3, 4096 + 64  # 2.18e9 weights
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    weight[-1, -1] = 300.0
+    step = 0.05
+    code, error = encode.quantise(weight, step)
+    tail = lattice.quantise(weight[-5:], step)
+    assert torch.equal(code.i[-5:], tail.i)
+    assert torch.equal(code.j[-5:], tail.j)
+    assert code.escapes.pair[-1] == rows * columns // 2 - 1
+    assert error.sqnr_db > 30
+    dense = decode.decode_lattice(code, torch.bfloat16)
+    assert torch.equal(dense[-5:], tail.decode(torch.bfloat16))
+    assert torch.equal(dense[:5], lattice.quantise(weight[:5], step).decode(torch.bfloat16))
+    del weight, dense
+    layer = HyperLinear.from_lattice(code, dtype=torch.bfloat16)
+    for tokens in (2, 100):
+        x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        expected = functional.linear(x.double(), tail.decode().double())
+        assert relative_error(layer(x)[:, -5:], expected) < 5e-3
+
+
+def test_outputs_past_two_to_the_31() -> None:
+    need_memory(30)
+    layer = random_layer(4104, 64)
+    assert layer.bias is not None
+    x = torch.randn((1 << 19) + 77, 64, device="cuda", dtype=torch.bfloat16)
+    y = layer(x)
+    assert y.numel() > 1 << 31
+    expected = functional.linear(x[-300:].double(), layer.dense_weight(torch.float32).double(), layer.bias.double())
+    assert relative_error(y[-300:], expected) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_cuda_graphs(tokens: int) -> None:
+    layer = random_layer(1280, 1280)
+    x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        y.fill_(torch.nan)
+        graph.replay()
+    torch.testing.assert_close(y, expected)
+
+
+def test_compiles_with_inductor() -> None:
+    layer = random_layer(640, 320)
+    model = torch.compile(
+        torch.nn.Sequential(torch.nn.GELU(), layer, torch.nn.LayerNorm(640, device="cuda")), fullgraph=True
+    )
+    for tokens in (8, 300):
+        x = torch.randn(tokens, 320, device="cuda", requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        expected = functional.layer_norm(functional.linear(functional.gelu(x), layer.weight, layer.bias), (640,))
+        torch.testing.assert_close(y, expected, atol=2e-4, rtol=2e-4)
+        assert x.grad is not None
+
+
+def test_autocast() -> None:
+    layer = random_layer(640, 320)
+    assert layer.bias is not None
+    x = torch.randn(64, 320, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = functional.linear(x.double(), layer.dense_weight(torch.float32).double(), layer.bias.double())
+    assert relative_error(y, expected) < 5e-3
+
+
+def test_dense_weight_equals_the_reference() -> None:
+    layer = random_layer(300, 1280)
+    for dtype in TOLERANCES:
+        got = dense_weight(layer.theta, layer.step, layer.escape_index, layer.escape_value, 1280, dtype)
+        assert torch.equal(got, reference.decode(layer.theta, layer.step, 1280, dtype))
