@@ -154,13 +154,13 @@ def _encode_matrix(name: str, tensor: Tensor, matrix: Tensor, target_db: float, 
 
 
 def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
-    """Code a tensor at the error that the published codec makes on it, or a lesser one that the lattice can serve."""
+    """Code a tensor at the error that the published codec makes on it, within what the lattice can serve.
+
+    What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
+    """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
     lowest, highest = rate.TARGET_DB_RANGE
-    if published is None or published > highest:
-        reason = "the published codec leaves it raw" if published is None else f"published error of {published:.1f} dB"
-        return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
-    target_db = max(lowest, published)
+    target_db = highest if published is None else min(max(lowest, published), highest)
     encoded = _encode_lattice(name, tensor, target_db, path=path)
     if encoded.fidelity is None:
         return encoded
