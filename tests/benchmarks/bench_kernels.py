@@ -1,0 +1,433 @@
+"""Benchmarks of the kernels on one GPU; every part verifies before it times.
+
+    python -m tests.benchmarks kernels [--parts encode,layers,...] [--out DIR]
+
+Times are of CUDA graph replays with weights that are not in the cache, candidates taking turns; medians, with the 20th
+and 80th percentiles in the JSON. Results of the parts that ran replace theirs in `results/kernels.json`, and
+`results/kernels.md` is drawn from it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from birkhoff.codec import lattice
+from birkhoff.codec.metrics import fidelity
+from birkhoff.kernels import decode, encode, encode_triton, launch
+from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.plan import Plan, Problem
+from birkhoff.kernels.timing import compare
+from birkhoff.kernels.tune import tune
+
+Result = dict[str, Any]
+
+SAM_H = {"qkv": (3840, 1280), "proj": (1280, 1280), "lin1": (5120, 1280), "lin2": (1280, 5120)}
+SHAPES: dict[str, list[tuple[int, int]]] = {
+    "SAM-B": [(2304, 768), (768, 768), (3072, 768), (768, 3072)],
+    "SAM-L": [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)],
+    "SAM-H": list(SAM_H.values()),
+    "SAM2-L": [
+        *[(432, 144), (144, 144), (576, 144), (144, 576), (864, 144), (288, 144)],
+        *[(864, 288), (288, 288), (1152, 288), (288, 1152), (1728, 288), (576, 288)],
+        *[(1728, 576), (576, 576), (2304, 576), (576, 2304), (3456, 576), (1152, 576)],
+        *[(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608), (256, 64), (1024, 256), (256, 1024)],
+    ],
+    "mask decoder": [(256, 256), (128, 256), (256, 128), (2048, 256), (256, 2048), (32, 256), (4, 256)],
+}
+TOKENS = [1, 16, 256, 4096, 8192]
+ENCODERS = {
+    "SAM-B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": 3072,
+              "global_attn_indexes": [2, 5, 8, 11]},
+    "SAM-L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_dim": 4096,
+              "global_attn_indexes": [5, 11, 17, 23]},
+    "SAM-H": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120,
+              "global_attn_indexes": [7, 15, 23, 31]},
+}  # fmt: skip
+WEIGHTS = 640_000_000
+
+
+def random_layer(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> HyperLinear:
+    """A layer of random step numbers, whose weights have a spread of about 1/sqrt(K)."""
+    layer = HyperLinear(columns, rows, device="cuda", dtype=dtype)
+    layer.theta = torch.randint(-(1 << 15), 1 << 15, layer.theta.shape, device="cuda", dtype=torch.int16).view(
+        torch.uint16
+    )
+    layer.step = torch.tensor(columns**-0.5 / 74, device="cuda")
+    return layer
+
+
+def dense_twin(layer: HyperLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    """An `nn.Linear` of the layer's decoded weight."""
+    twin = nn.Linear(layer.in_features, layer.out_features, device="meta", dtype=dtype)
+    twin.weight = nn.Parameter(layer.dense_weight(dtype), requires_grad=False)
+    twin.bias = nn.Parameter(torch.zeros(layer.out_features, device="cuda", dtype=dtype), requires_grad=False)
+    return twin
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_layer(layer: HyperLinear, x: Tensor, limit: float) -> float:
+    """Relative error against the decoded float32 weight in float64, first rows; stops above `limit`."""
+    weight = layer.dense_weight(torch.float32).double()
+    error = relative_error(layer(x)[:300].detach(), functional.linear(x[:300].double(), weight))
+    if not error <= limit:
+        raise SystemExit(f"HyperLinear {tuple(weight.shape)} on {len(x)} tokens is off by {error:.2g}, limit {limit:g}")
+    return error
+
+
+def bench_encode() -> Result:
+    """Encode and decode 640 M weights: bytes moved over time, against a copy of the same size."""
+    weight = torch.randn(WEIGHTS // 1280, 1280, device="cuda") * 0.03
+    step = torch.tensor(0.0033, device="cuda")
+    code, error = encode.quantise(weight, float(step))
+    expected = lattice.quantise(weight[-4096:].cpu(), float(step))
+    assert torch.equal(code.i[-4096:].cpu(), expected.i)
+    assert torch.equal(code.j[-4096:].cpu(), expected.j)
+    assert error.error == _close(fidelity(weight, code.decode()).error)
+    theta = code.theta()
+    half = weight.to(torch.bfloat16)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "copy": (weight.clone, 8),
+        "encode float32": (partial(encode_triton.encode_pass, weight, step), 5),
+        "encode bfloat16": (partial(encode_triton.encode_pass, half, step), 3),
+        "decode to bfloat16": (partial(decode.decode_theta, theta, step, 1280, torch.bfloat16), 3),
+        "decode to float32": (partial(decode.decode_theta, theta, step, 1280, torch.float32), 5),
+        "decode planes to bfloat16": (partial(decode.decode_lattice, code, torch.bfloat16), 3),
+    }
+    del calls["decode planes to bfloat16"]  # makes its step tensor from the host: no graph; same kernel
+    times = compare({name: [call] for name, (call, _) in calls.items()}, rounds=20)
+    rates = {name: WEIGHTS * size / times[name].median / 1e6 for name, (_, size) in calls.items()}
+    return {
+        name: {**asdict(times[name]), "tb_per_s": rates[name], "of_copy": rates[name] / rates["copy"]} for name in calls
+    }
+
+
+def _close(value: float) -> Any:
+    class Close:
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, float) and abs(other - value) <= 1e-4 * abs(value)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    return Close()
+
+
+def bench_search() -> Result:
+    """All linear weights of SAM-H to 30 dB: search, encoding and validation; time on the GPU, and of the whole call."""
+    weights = [torch.randn(shape, device="cuda") * 0.03 for _ in range(32) for shape in SAM_H.values()]
+    passes = [encode.start(weight, 30.0) for weight in weights]
+    found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
+    for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
+        assert 30.0 <= fidelity(weight, code.decode()).sqnr_db <= 30.3
+        assert fidelity(weight, code.decode()).error == _close(error.error)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    passes = [encode.start(weight, 30.0) for weight in weights]
+    again = sum(encode.finish(w, 30.0, p)[0].i is not p.i for w, p in zip(weights, passes, strict=True))
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - begin
+    graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
+    return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
+            "tensors": len(weights), "encoded_again": again}  # fmt: skip
+
+
+def bench_tune() -> Result:
+    """The best plan of every shape; its lines are those of `kernels/tuned_h200.py`."""
+    device = torch.device("cuda", 0)
+    lines: list[str] = []
+    seen: Result = {}
+    for rows, columns in sorted({shape for shapes in SHAPES.values() for shape in shapes}):
+        best: list[str] = []
+        for tokens in (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192):
+            aligned = columns % 8 == 0
+            problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=torch.bfloat16, aligned=aligned)
+            chosen, times = tune(problem, device)
+            best.append(f"{tokens}: {as_code(chosen)}")
+            order = sorted(times, key=lambda plan: times[plan].median)
+            seen[f"{rows}x{columns} {tokens}"] = [[as_code(plan), round(times[plan].median, 2)] for plan in order]
+        lines.append(f"    ({rows}, {columns}): {{{', '.join(best)}}},")
+    return {"lines": lines, "seen": seen}
+
+
+def as_code(plan: Plan) -> str:
+    """The call that makes a plan, as in `kernels/tuned_h200.py`."""
+    match plan.path:
+        case "few":
+            return f"few({plan.block_n}, {plan.warps}, {plan.unroll})"
+        case "hopper":
+            return f"hopper({plan.block_m}, split=True)" if plan.split else f"hopper({plan.block_m})"
+        case "tiles":
+            return f"tiles({plan.block_m}, {plan.block_n}, {plan.warps}, {plan.stages})"
+        case _:
+            return "DECODE"
+
+
+def bench_layers() -> Result:
+    """HyperLinear against cuBLAS in bfloat16 on every linear shape."""
+    found: Result = {}
+    for model, shapes in SHAPES.items():
+        for rows, columns in shapes:
+            for tokens in TOKENS:
+                found[f"{model} {rows}x{columns} {tokens}"] = _bench_layer(rows, columns, tokens)
+    return found
+
+
+def _bench_layer(rows: int, columns: int, tokens: int) -> Result:
+    count = max(2, min(8 if tokens >= 2048 else 48, (128 << 20) // (rows * columns)))
+    layers = [random_layer(rows, columns) for _ in range(count)]
+    twins = [dense_twin(layer) for layer in layers]
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    error = check_layer(layers[0], x, 5e-3)
+    calls = {"cublas": [partial(twin, x) for twin in twins], "ours": [partial(layer, x) for layer in layers]}
+    times = compare(calls, rounds=9)
+    problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=x.dtype, aligned=launch.is_aligned(x))
+    plan = launch.plan_for(problem, x.device)
+    return {"cublas": asdict(times["cublas"]), "ours": asdict(times["ours"]), "error": error, "plan": as_code(plan),
+            "ratio": times["ours"].median / times["cublas"].median}  # fmt: skip
+
+
+def bench_chain() -> Result:
+    """All 128 linears of SAM-H in one graph."""
+    layers = [random_layer(*shape) for _ in range(32) for shape in SAM_H.values()]
+    twins = [dense_twin(layer) for layer in layers]
+    found: Result = {}
+    for tokens in (1, 16, 64, 256, 1024, 4096, 8192):
+        inputs = {
+            columns: torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16) for columns in (1280, 5120)
+        }
+        for layer in layers[:4]:
+            check_layer(layer, inputs[layer.in_features], 5e-3)
+        calls: dict[str, list[Callable[[], object]]] = {
+            name: [lambda chain=chain, xs=inputs: [layer(xs[layer.in_features]) for layer in chain]]
+            for name, chain in (("cublas", twins), ("ours", layers))
+        }
+        times = compare(calls, rounds=15)
+        found[str(tokens)] = {name: asdict(value) for name, value in times.items()}
+        found[str(tokens)]["ratio"] = times["ours"].median / times["cublas"].median
+    return found
+
+
+def bench_dtypes() -> Result:
+    """float32, TF32 and float16 on SAM-H's shapes."""
+    found: Result = {}
+    for label, dtype, tf32, limit in (
+        ("float32", torch.float32, False, 1e-5),
+        ("tf32", torch.float32, True, 2e-3),
+        ("float16", torch.float16, False, 1e-3),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for name, (rows, columns) in SAM_H.items():
+            layer = random_layer(rows, columns, dtype)
+            twin = dense_twin(layer, dtype)
+            for tokens in (16, 4096):
+                x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+                error = check_layer(layer, x, limit)
+                times = compare({"cublas": [partial(twin, x)] * 3, "ours": [partial(layer, x)] * 3}, rounds=7)
+                found[f"{label} {name} {tokens}"] = {
+                    "cublas": times["cublas"].median, "ours": times["ours"].median, "error": error,
+                    "ratio": times["ours"].median / times["cublas"].median,
+                }  # fmt: skip
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def _encoder(name: str) -> nn.Module:
+    from transformers import SamVisionConfig, SamVisionModel
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: nn.Module = SamVisionModel(SamVisionConfig(**ENCODERS[name])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def compress(model: nn.Module, target_db: float = 30.0) -> None:
+    """Replace every `nn.Linear` by HyperLinear, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                code, _ = encode.encode(child.weight.detach().float(), target_db)
+                setattr(parent, name, HyperLinear.from_lattice(code, child.bias, dtype=child.weight.dtype))
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def bench_encoders(compiled: Sequence[str] = ()) -> Result:
+    """Image encoders at 1024 x 1024, batch 1: eager, or compiled by torch with its default settings."""
+    return {name: _bench_encoder(name, compiled=bool(compiled)) for name in (compiled or ENCODERS)}
+
+
+def _bench_encoder(name: str, *, compiled: bool) -> Result:
+    pixels = torch.randn(1, 3, 1024, 1024, device="cuda")
+    found: Result = {}
+    outputs: dict[str, Tensor] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    models = {"bfloat16": _encoder(name).bfloat16(), "ours": _encoder(name).bfloat16()}
+    if not compiled:
+        models["float32"] = _encoder(name)
+    decoded = _encoder(name).bfloat16()
+    compress(models["ours"])
+    for dense, coded in zip(_linears(decoded), _linears(models["ours"]), strict=True):
+        dense.weight.data = coded.dense_weight(torch.bfloat16)
+    for label, model in models.items():
+        run: Callable[..., Any] = torch.compile(model) if compiled else model
+        runs[label] = partial(run, pixel_values=pixels.to(next(model.parameters()).dtype))
+        begin = time.perf_counter()
+        outputs[label] = runs[label]().last_hidden_state
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runs[label]()
+        found[label] = {
+            "weights_mb": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) / 1e6,
+            "peak_extra_mb": (torch.cuda.max_memory_allocated() - before) / 1e6,
+            "first_call_s": first,
+        }
+    reference = decoded(pixel_values=pixels.bfloat16()).last_hidden_state
+    found["ours"]["error_against_decoded"] = relative_error(outputs["ours"], reference)
+    found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
+    for label, seconds in _wall(runs).items():
+        found[label]["ms"] = 1e3 * seconds
+    if not compiled:
+        for model in models.values():
+            _keep_positions(model)
+        for label, times in compare({label: [run] for label, run in runs.items()}, rounds=9).items():
+            found[label]["graph_ms"] = times.median / 1e3
+    return found
+
+
+def _keep_positions(model: nn.Module) -> None:
+    """Compute relative positions once: made from indices on the host, they stall every layer and forbid graphs."""
+    for module in model.modules():
+        if hasattr(module, "get_rel_pos"):
+            module.get_rel_pos = _remembering(module.get_rel_pos)
+
+
+def _remembering(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    known: dict[tuple[int, int, int], Tensor] = {}
+
+    def remembered(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
+        key = q_size, k_size, rel_pos.data_ptr()
+        if key not in known:
+            known[key] = function(q_size, k_size, rel_pos)
+        return known[key]
+
+    return remembered
+
+
+def _linears(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, HyperLinear))]
+
+
+def _wall(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of a call that ends when the GPU has, taking turns."""
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds):
+        for label, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            seconds[label].append(time.perf_counter() - begin)
+    return {label: sorted(values)[len(values) // 2] for label, values in seconds.items()}
+
+
+def bench_calls() -> Result:
+    """Seconds of the first calls of a process, and microseconds of host time of a later one, beside `nn.Linear`."""
+    found: Result = {}
+    layer = random_layer(1280, 1280)
+    twin = dense_twin(layer)
+    for tokens in (16, 256, 4096):
+        x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
+        found[f"first call, {tokens} tokens, s"] = _host_seconds(partial(layer, x), 1)
+    small, wide, large = random_layer(256, 256), random_layer(4096, 64), random_layer(64, 64)
+    for label, run in {
+        "few tokens": partial(small, torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)),
+        "many tokens": partial(wide, torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)),
+        "decoded first": partial(large, torch.randn(64, 64, device="cuda", dtype=torch.float32)),
+        "nn.Linear": partial(twin, torch.randn(4, 1280, device="cuda", dtype=torch.bfloat16)),
+    }.items():  # fmt: skip
+        run()
+        found[f"host time, {label}, us"] = 1e6 * _host_seconds(run, 500) / 500
+    return found
+
+
+def _host_seconds(run: Callable[[], object], count: int) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(count):
+        run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+PARTS: dict[str, Callable[[], Result]] = {
+    "calls": bench_calls,
+    "encode": bench_encode,
+    "search": bench_search,
+    "tune": bench_tune,
+    "layers": bench_layers,
+    "chain": bench_chain,
+    "dtypes": bench_dtypes,
+    "encoders": bench_encoders,
+    "compiled": partial(bench_encoders, ["SAM-B"]),
+}
+
+
+def _meta() -> Result:
+    import triton
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for on the current CUDA device; 2 where there is none."""
+    parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
+    parser.add_argument("--parts", default="calls,encode,search,layers,chain,dtypes,encoders,compiled")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="what to record where there is no git")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("kernels: no CUDA device, nothing to measure", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kernels.json"
+    results: Result = json.loads(path.read_text()) if path.exists() else {}
+    for part in options.parts.split(","):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            found = PARTS[part]()
+        meta = {**_meta(), "seconds": round(time.perf_counter() - begin, 1)}
+        meta["commit"] = options.commit or meta["commit"]
+        results[part] = {"made_on": meta, "found": found}
+        path.write_text(json.dumps(results, indent=1))
+        print(f"{part}: {meta['seconds']} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What every result carries: machine, versions, commit, date; and the two files that it becomes."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def conditions(*packages: str) -> dict[str, str]:
+    """Date, commit (with `+` where files differ from it), processor, cores, load and the versions of `packages`."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "load": f"{os.getloadavg()[0]:.1f} processes in the minute before",
+        "python": platform.python_version(),
+        **{package: installed(package) for package in packages},
+    }
+
+
+def commit() -> str:
+    """Short hash of HEAD, `+` behind it where tracked sources of the codec differ from it."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "codec", "kernels", "pipeline"], cwd=ROOT)
+    return head.stdout.strip() + ("+" if dirty.returncode else "")
+
+
+def installed(package: str) -> str:
+    """Version of an installed package, or `not installed`."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def processor_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median processor time of `repeats` runs: what they take of a core of their own, whoever else is busy."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, first column to the left, others to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def write(name: str, markdown: str, data: dict[str, Any]) -> None:
+    """Store `results/NAME.md` and `.json`, and print the first."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(markdown)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(markdown)
