@@ -14,6 +14,10 @@ Codec = Literal["lattice", "paper"]
 Action = Literal["coded", "lossless"]
 
 
+ENCODER_VERSION = 1
+"""Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """How tensors are coded.
@@ -52,7 +56,8 @@ class Profile:
 
     def recipe(self) -> dict[str, str | float | int | None]:
         """Everything that decides the coded bytes, as plain values."""
-        recipe: dict[str, str | float | int | None] = {"codec": self.codec, "target_db": self.target_db}
+        recipe: dict[str, str | float | int | None] = {"codec": self.codec, "encoder": ENCODER_VERSION}
+        recipe["target_db"] = self.target_db
         return {**recipe, "path": int(self.path), "min_weights": self.min_weights}
 
 
