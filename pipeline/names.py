@@ -41,7 +41,11 @@ def names(store: Store, model: str) -> Iterator[tuple[str, NameRecord]]:
 
 def all_names(store: Store, model: str) -> Iterator[tuple[str, NameRecord]]:
     """(name, record) of every name ever given that is still on record, oldest first."""
-    return ((name, read_name(store, model, name)) for name in given(store, model))
+    for name in given(store, model):
+        try:
+            yield name, read_name(store, model, name)
+        except ObjectNotFoundError:
+            continue  # its tombstone was collected since the listing
 
 
 def live_name(store: Store, model: str, name: str) -> NameRecord:
