@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
-from birkhoff.kernels.runtime import pdl
-from birkhoff.kernels.triton_ops import begin, coordinates, local_columns, position, rounded
+from birkhoff.kernels.runtime import pdl, power_of_two
+from birkhoff.kernels.triton_ops import after_the_last, coordinates, let_next_come, local_columns, position, rounded
 
 _BLOCK = 1024
 """Pairs a program decodes: 8 a thread, 16 bytes of step numbers; half of it to float32, so that nothing is moved."""
@@ -35,7 +35,7 @@ def _decode_kernel(
     BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
+    after_the_last(PDL)
     pairs = columns // 2 if TAIL % 2 == 0 else (columns + 1) // 2
     pid = tl.program_id(0)
     if TAIL > 0:
@@ -55,6 +55,7 @@ def _decode_kernel(
     else:
         i, j = coordinates(tl.load(theta_ptr + source, mask=mask, other=0))
     x, y = position(i, j, tl.load(step_ptr))
+    let_next_come(PDL)
 
     first, second = local_columns(local)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -89,9 +90,9 @@ def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: to
         rows, columns = 1, rows * columns
     pairs = pairs_per_row(columns)
     block = _BLOCK if dtype.itemsize == 2 else _BLOCK // 2
-    block_p = min(block, max(HALF, triton.next_power_of_2(pairs)))
-    block_r = 1 if tail == 0 else min(block // block_p, triton.next_power_of_2(rows))
-    grid = (triton.cdiv(rows, block_r) * triton.cdiv(pairs, block_p),)
+    block_p = min(block, max(HALF, power_of_two(pairs)))
+    block_r = 1 if tail == 0 else min(block // block_p, power_of_two(rows))
+    grid = (-(-rows // block_r) * -(-pairs // block_p),)
     _decode_kernel[grid](
         source,
         other,

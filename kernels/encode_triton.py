@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
+from birkhoff.kernels.runtime import power_of_two
 from birkhoff.kernels.triton_ops import INTERPRETED, local_columns, position, rounded
 
 _BLOCK = 512
@@ -366,13 +367,13 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
     if tail_half == 0:
         rows, columns = 1, rows * columns
     pairs = pairs_per_row(columns)
-    block_p = min(_BLOCK, max(HALF, triton.next_power_of_2(pairs)))
-    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, triton.next_power_of_2(rows))
-    blocks = triton.cdiv(rows, block_r) * triton.cdiv(pairs, block_p)
+    block_p = min(_BLOCK, max(HALF, power_of_two(pairs)))
+    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, power_of_two(rows))
+    blocks = -(-rows // block_r) * -(-pairs // block_p)
     turns = 1
     while turns < _MOST_TURNS and blocks >= 2 * turns * _LEAST_PROGRAMS:
         turns *= 2
-    programs = triton.cdiv(blocks, turns)
+    programs = -(-blocks // turns)
     coded = Pass(
         step=step,
         i=planes[0],
@@ -427,17 +428,17 @@ def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) ->
 def search(weight_RK: Tensor, target_db: float) -> Tensor:
     """A step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
     count, device = weight_RK.numel(), weight_RK.device
-    energies = min(_ENERGY_PROGRAMS, triton.cdiv(count, 4096))
+    energies = min(_ENERGY_PROGRAMS, -(-count // 4096))
     energy = torch.empty(energies, device=device)
     _energy_kernel[(energies,)](weight_RK, energy, count, BLOCK=4096, num_warps=8)
 
-    blocks = triton.cdiv(count, 2 * HALF)
+    blocks = -(-count // (2 * HALF))
     stride = max(1, blocks // _SAMPLE_BLOCKS)
-    samples = triton.cdiv(blocks, stride)
-    programs = triton.cdiv(samples, _SAMPLE_PER_PROGRAM)
+    samples = -(-blocks // stride)
+    programs = -(-samples // _SAMPLE_PER_PROGRAM)
     errors = torch.empty(CANDIDATES, programs, device=device)
     where = target_db, _FIRST_DB, _SPACING_DB
-    energy_block = triton.next_power_of_2(energies)
+    energy_block = power_of_two(energies)
     _search_kernel[(programs,)](
         weight_RK,
         energy,
@@ -464,6 +465,6 @@ def search(weight_RK: Tensor, target_db: float) -> Tensor:
         *where,
         CANDIDATES=CANDIDATES,
         ENERGY_BLOCK=energy_block,
-        BLOCK=triton.next_power_of_2(programs),
+        BLOCK=power_of_two(programs),
     )
     return step

@@ -35,6 +35,7 @@ class HyperLinear(nn.Module):
     step: Tensor
     escape_index: Tensor
     escape_value: Tensor
+    _like: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -97,10 +98,9 @@ class HyperLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
-        weight: Tensor = dense_weight(
+        return dense_weight(
             self.theta, self.step, self.escape_index, self.escape_value, self.in_features, dtype or self._like.dtype
         )
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N].
@@ -113,8 +113,7 @@ class HyperLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = hyperlinear(x, self.theta, self.step, self.escape_index, self.escape_value, self.bias)
-        return y
+        return hyperlinear(x, self.theta, self.step, self.escape_index, self.escape_value, self.bias)
 
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` prints it, and the escapes if any."""

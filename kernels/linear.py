@@ -22,28 +22,27 @@ if runtime.HAS_TRITON:
     from birkhoff.kernels.launch import fused_kernel
 
 
-@torch.library.custom_op("birkhoff::dense_weight", mutates_args=())
+# Defined and implemented one by one: `torch.library.custom_op` wraps each call in checks that cost more than a launch.
+torch.library.define(
+    "birkhoff::dense_weight",
+    "(Tensor theta, Tensor step, Tensor escape_index, Tensor escape_value, int columns, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "birkhoff::hyperlinear",
+    "(Tensor x, Tensor theta, Tensor step, Tensor escape_index, Tensor escape_value, Tensor? bias) -> Tensor",
+)
+
+
 def dense_weight(
     theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Decoded weights [N, K] in `dtype`, escapes included."""
-    return _dense(theta, step, escape_index, escape_value, columns, dtype)
+    """Decoded weights [N, K] in `dtype`, escapes included; the arguments are those of `hyperlinear`."""
+    weight: Tensor = torch.ops.birkhoff.dense_weight.default(theta, step, escape_index, escape_value, columns, dtype)
+    return weight
 
 
-@dense_weight.register_fake
-def _dense_weight_fake(theta: Tensor, *rest: Any) -> Tensor:
-    columns, dtype = rest[-2:]
-    return theta.new_empty(theta.shape[0], columns, dtype=dtype)
-
-
-@torch.library.custom_op("birkhoff::hyperlinear", mutates_args=())
 def hyperlinear(
-    x: Tensor,
-    theta: Tensor,
-    step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
-    bias: Tensor | None,
+    x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
     """x W^T + b.
 
@@ -61,6 +60,24 @@ def hyperlinear(
     Raises:
         KernelError: x has not the columns that theta has.
     """
+    y: Tensor = torch.ops.birkhoff.hyperlinear.default(x, theta, step, escape_index, escape_value, bias)
+    return y
+
+
+def _dense_weight(
+    theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return reference.put_escapes(decode_theta(theta, step, columns, dtype), escape_index, escape_value)
+
+
+def _dense_weight_fake(theta: Tensor, *rest: Any) -> Tensor:
+    columns, dtype = rest[-2:]
+    return theta.new_empty(theta.shape[0], columns, dtype=dtype)
+
+
+def _hyperlinear(
+    x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
+) -> Tensor:
     _check(x, theta)
     x_MK = x.reshape(-1, x.shape[-1])
     if x.dtype in TRITON_DTYPES and x_MK.numel() and runtime.triton_serves(x.device):
@@ -72,7 +89,6 @@ def hyperlinear(
     return y_MN.view(*x.shape[:-1], theta.shape[0])
 
 
-@hyperlinear.register_fake
 def _hyperlinear_fake(x: Tensor, theta: Tensor, *_: Any) -> Tensor:
     _check(x, theta)
     return x.new_empty(*x.shape[:-1], theta.shape[0])
@@ -101,18 +117,12 @@ def _planned(
 def _eager(
     x_MK: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    weight_NK = _dense(theta, step, escape_index, escape_value, x_MK.shape[1], x_MK.dtype)
+    weight_NK = _dense_weight(theta, step, escape_index, escape_value, x_MK.shape[1], x_MK.dtype)
     bias = None if bias is None else bias.to(x_MK.dtype)
     if torch.is_autocast_enabled(x_MK.device.type):
         with torch.autocast(x_MK.device.type, enabled=False):  # the op computes in the dtype it was given
             return functional.linear(x_MK, weight_NK, bias)
     return functional.linear(x_MK, weight_NK, bias)
-
-
-def _dense(
-    theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
-) -> Tensor:
-    return reference.put_escapes(decode_theta(theta, step, columns, dtype), escape_index, escape_value)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -132,4 +142,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias
 
 
-hyperlinear.register_autograd(_backward, setup_context=_setup)
+torch.library.impl("birkhoff::dense_weight", "default", _dense_weight)
+torch.library.register_fake("birkhoff::dense_weight", _dense_weight_fake)
+torch.library.impl("birkhoff::hyperlinear", "default", _hyperlinear)
+torch.library.register_fake("birkhoff::hyperlinear", _hyperlinear_fake)
+torch.library.register_autograd("birkhoff::hyperlinear", _backward, setup_context=_setup)

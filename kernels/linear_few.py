@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
-from birkhoff.kernels.runtime import pdl
+from birkhoff.kernels.runtime import pdl, power_of_two
 
 
 @gluon.jit(do_not_specialize=["M", "N", "blocks"])
@@ -42,7 +42,6 @@ def _linear_kernel(
 ):
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, GROUPS, 1], instr_shape=[1, 16, 8]
@@ -73,6 +72,8 @@ def _linear_kernel(
         acc = mma_v2(second, x_second, acc)
         theta = ahead
 
+    if PDL:
+        gdc_launch_dependents()
     y = gl.sum(acc, axis=0) * gl.load(step_ptr)
     OUT: gl.constexpr = y.type.layout
     n_out = gl.program_id(0) * BN + gl.arange(0, BN, gl.SliceLayout(1, OUT))
@@ -104,7 +105,7 @@ def linear(
         x_MK.stride(0),
         columns // 64,
         BIAS=bias_N is not None,
-        BM=max(8, 1 << (tokens - 1).bit_length()),
+        BM=max(8, power_of_two(tokens)),
         BN=block_n,
         UNROLL=unroll,
         WARPS=warps,

@@ -35,7 +35,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
 from birkhoff.kernels.runtime import pdl, processors
-from birkhoff.kernels.triton_ops import begin, rounded
+from birkhoff.kernels.triton_ops import after_the_last, let_next_come, rounded
 
 ROWS = gl.constexpr(128)
 """Rows of W a tile."""
@@ -142,6 +142,8 @@ def _multiply_partition(
             m = gl.arange(0, BM, gl.SliceLayout(0, MMA))
             start = partial_ptr + part.to(gl.int64) * (ROWS * BM)
             gl.store(start + row[:, None] * BM + m[None, :], acc)
+    if W == 0:
+        gdc_launch_dependents()
     tma.store_wait(0)
 
 
@@ -185,7 +187,6 @@ def _linear_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     gdc_wait()
-    gdc_launch_dependents()
     d, r, b = (x_desc, theta_desc, y_desc), (x_ring, theta_ring, y_stage), (ready, empty)
     w = (items, full, splits, gl.cdiv(N, ROWS), blocks, N)
     p = (step_ptr, bias_ptr, partial_ptr)
@@ -215,7 +216,7 @@ def _add_parts_kernel(
     BLOCK: tl.constexpr,
 ):
     """A [64, BLOCK] piece of a cut tile: the sum of its parts, scaled, biased and turned."""
-    begin(True)
+    after_the_last(True)
     ROWS: tl.constexpr = 128
     pieces: tl.constexpr = 2 * (BM // BLOCK)
     cut = tl.program_id(0) // pieces
@@ -227,6 +228,7 @@ def _add_parts_kernel(
     acc = tl.load(source)
     for part in range(1, splits):
         acc += tl.load(source + part * (ROWS * BM))
+    let_next_come(True)
     n = (full + cut) % tiles_n * ROWS + row
     m = (full + cut) // tiles_n * BM + column
     y = acc * tl.load(step_ptr)

@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from birkhoff.kernels.runtime import pdl
-from birkhoff.kernels.triton_ops import DECODE_BF16, DECODE_F16, INTERPRETED, begin, coordinates, dot, rounded, settled
+from birkhoff.kernels.runtime import pdl, power_of_two
+from birkhoff.kernels.triton_ops import (
+    DECODE_BF16,
+    DECODE_F16,
+    INTERPRETED,
+    after_the_last,
+    coordinates,
+    dot,
+    let_next_come,
+    rounded,
+    settled,
+)
 
 
 @triton.jit
@@ -53,7 +63,7 @@ def _linear_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
+    after_the_last(PDL)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -80,6 +90,7 @@ def _linear_kernel(
         x = tl.load(x_row + K // 64 * 64 + within, mask=inside, other=0)
         acc = dot(_weights(theta, DTYPE), x.T, acc, PRECISION)
 
+    let_next_come(PDL)
     acc *= tl.load(step_ptr)
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
@@ -137,7 +148,7 @@ def linear(
     """
     (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
     y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
-    _linear_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)](
+    _linear_kernel[(-(-tokens // block_m) * -(-rows // block_n),)](
         x_MK,
         theta_NP,
         step,
@@ -163,7 +174,7 @@ def linear(
 def add_escapes(y_MN: Tensor, x_MK: Tensor, index: Tensor, value: Tensor) -> None:
     """Add to `y_MN` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
     (tokens, columns), rows = x_MK.shape, y_MN.shape[1]
-    block_m = min(256, max(16, triton.next_power_of_2(tokens)))
-    _escape_kernel[(index.numel(), triton.cdiv(tokens, block_m))](
+    block_m = min(256, max(16, power_of_two(tokens)))
+    _escape_kernel[(index.numel(), -(-tokens // block_m))](
         x_MK, index, value, y_MN, tokens, rows, columns, index.numel(), x_MK.stride(0), BLOCK_M=block_m
     )

@@ -36,6 +36,11 @@ def pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def power_of_two(count: int) -> int:
+    """The least power of two that is no less than `count`, which is positive."""
+    return 1 << (count - 1).bit_length()
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device."""

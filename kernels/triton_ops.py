@@ -93,11 +93,17 @@ def settled(acc):
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
-    """With programmatic dependent launch: let the next kernel come up, and wait until the one before is done.
+def after_the_last(PDL: tl.constexpr):
+    """Wait until the kernel before is done; with programmatic dependent launch this one is already up by then.
 
     Nothing is read or written before, so that order between kernels is what it is without; only the launch is hidden.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_come(PDL: tl.constexpr):
+    """Let the next kernel's programs come up. Said near the end: those that come early crowd the idle processors."""
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -25,11 +25,17 @@ SHIPPED: dict[str, dict[tuple[int, int], dict[int, Plan]]] = {"NVIDIA H200": H20
 def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
     """The plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("few", "hopper") run."""
     if problem.half and problem.aligned:
-        own = user_table().get(key(gpu, problem))
-        plan = own or SHIPPED.get(gpu, {}).get((problem.rows, problem.columns), {}).get(problem.bucket)
+        plan = user_table().get(key(gpu, problem)) or _shipped(gpu, problem)
         if plan is not None and (plan.path in ("decode", "tiles") or plan.path in kernels):
             return plan
     return by_rule(problem, kernels)
+
+
+def _shipped(gpu: str, problem: Problem) -> Plan | None:
+    """The plan of the next number of tokens that was measured."""
+    plans = SHIPPED.get(gpu, {}).get((problem.rows, problem.columns), {})
+    tokens = min((measured for measured in plans if measured >= problem.bucket), default=0)
+    return plans.get(tokens)
 
 
 def key(gpu: str, problem: Problem) -> str:

@@ -9,7 +9,6 @@ and 80th percentiles in the JSON. Results of the parts that ran replace theirs i
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.plan import Plan, Problem
 from birkhoff.kernels.timing import compare
 from birkhoff.kernels.tune import tune
+from tests.benchmarks import kernels_report
+from tests.benchmarks.common import RESULTS, commit, installed
 
 Result = dict[str, Any]
 
@@ -79,12 +80,21 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
+def close(value: float, expected: float) -> bool:
+    return abs(value - expected) <= 1e-4 * abs(expected)
+
+
+def require(right: bool, otherwise: str) -> None:
+    """Nothing wrong is timed."""
+    if not right:
+        raise SystemExit(f"kernels: {otherwise}")
+
+
 def check_layer(layer: HyperLinear, x: Tensor, limit: float) -> float:
     """Relative error against the decoded float32 weight in float64, first rows; stops above `limit`."""
     weight = layer.dense_weight(torch.float32).double()
     error = relative_error(layer(x)[:300].detach(), functional.linear(x[:300].double(), weight))
-    if not error <= limit:
-        raise SystemExit(f"HyperLinear {tuple(weight.shape)} on {len(x)} tokens is off by {error:.2g}, limit {limit:g}")
+    require(error <= limit, f"{tuple(weight.shape)} on {len(x)} tokens is off by {error:.2g}, limit {limit:g}")
     return error
 
 
@@ -94,9 +104,9 @@ def bench_encode() -> Result:
     step = torch.tensor(0.0033, device="cuda")
     code, error = encode.quantise(weight, float(step))
     expected = lattice.quantise(weight[-4096:].cpu(), float(step))
-    assert torch.equal(code.i[-4096:].cpu(), expected.i)
-    assert torch.equal(code.j[-4096:].cpu(), expected.j)
-    assert error.error == _close(fidelity(weight, code.decode()).error)
+    same = torch.equal(code.i[-4096:].cpu(), expected.i) and torch.equal(code.j[-4096:].cpu(), expected.j)
+    require(same, "indices differ from the codec's")
+    require(close(error.error, fidelity(weight, code.decode()).error), "the error measured in passing is wrong")
     theta = code.theta()
     half = weight.to(torch.bfloat16)
     calls: dict[str, tuple[Callable[[], object], int]] = {
@@ -105,24 +115,12 @@ def bench_encode() -> Result:
         "encode bfloat16": (partial(encode_triton.encode_pass, half, step), 3),
         "decode to bfloat16": (partial(decode.decode_theta, theta, step, 1280, torch.bfloat16), 3),
         "decode to float32": (partial(decode.decode_theta, theta, step, 1280, torch.float32), 5),
-        "decode planes to bfloat16": (partial(decode.decode_lattice, code, torch.bfloat16), 3),
     }
-    del calls["decode planes to bfloat16"]  # makes its step tensor from the host: no graph; same kernel
     times = compare({name: [call] for name, (call, _) in calls.items()}, rounds=20)
     rates = {name: WEIGHTS * size / times[name].median / 1e6 for name, (_, size) in calls.items()}
     return {
         name: {**asdict(times[name]), "tb_per_s": rates[name], "of_copy": rates[name] / rates["copy"]} for name in calls
     }
-
-
-def _close(value: float) -> Any:
-    class Close:
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, float) and abs(other - value) <= 1e-4 * abs(value)
-
-        __hash__ = None  # type: ignore[assignment]
-
-    return Close()
 
 
 def bench_search() -> Result:
@@ -131,8 +129,8 @@ def bench_search() -> Result:
     passes = [encode.start(weight, 30.0) for weight in weights]
     found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
     for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
-        assert 30.0 <= fidelity(weight, code.decode()).sqnr_db <= 30.3
-        assert fidelity(weight, code.decode()).error == _close(error.error)
+        truth = fidelity(weight, code.decode())
+        require(30.0 <= truth.sqnr_db <= 30.3 and close(error.error, truth.error), "a matrix misses its target")
     torch.cuda.synchronize()
     begin = time.perf_counter()
     passes = [encode.start(weight, 30.0) for weight in weights]
@@ -306,11 +304,21 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
     found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
     for label, seconds in _wall(runs).items():
         found[label]["ms"] = 1e3 * seconds
-    if not compiled:
-        for model in models.values():
+    return found
+
+
+def bench_encoder_graphs() -> Result:
+    """The same encoders as CUDA graphs: what the GPU takes, without launches and stalls."""
+    found: Result = {}
+    pixels = torch.randn(1, 3, 1024, 1024, device="cuda")
+    for name in ENCODERS:
+        models = {"float32": _encoder(name), "bfloat16": _encoder(name).bfloat16(), "ours": _encoder(name).bfloat16()}
+        compress(models["ours"])
+        runs: dict[str, list[Callable[[], object]]] = {}
+        for label, model in models.items():
             _keep_positions(model)
-        for label, times in compare({label: [run] for label, run in runs.items()}, rounds=9).items():
-            found[label]["graph_ms"] = times.median / 1e3
+            runs[label] = [partial(model, pixel_values=pixels.to(next(model.parameters()).dtype))]
+        found[name] = {label: times.median / 1e3 for label, times in compare(runs, rounds=11).items()}
     return found
 
 
@@ -387,33 +395,21 @@ PARTS: dict[str, Callable[[], Result]] = {
     "chain": bench_chain,
     "dtypes": bench_dtypes,
     "encoders": bench_encoders,
+    "encoder_graphs": bench_encoder_graphs,
     "compiled": partial(bench_encoders, ["SAM-B"]),
 }
 
 
-def _meta() -> Result:
-    import triton
-
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts asked for on the current CUDA device; 2 where there is none."""
+    """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
-    parser.add_argument("--parts", default="calls,encode,search,layers,chain,dtypes,encoders,compiled")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--parts", default="calls,encode,search,layers,chain,dtypes,encoders,encoder_graphs,compiled")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("kernels: no CUDA device, nothing to measure", file=sys.stderr)
-        return 2
+        print("kernels: no CUDA device, nothing is measured", file=sys.stderr)
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kernels.json"
     results: Result = json.loads(path.read_text()) if path.exists() else {}
@@ -421,11 +417,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         with torch.inference_mode():
             found = PARTS[part]()
-        meta = {**_meta(), "seconds": round(time.perf_counter() - begin, 1)}
-        meta["commit"] = options.commit or meta["commit"]
-        results[part] = {"made_on": meta, "found": found}
-        path.write_text(json.dumps(results, indent=1))
-        print(f"{part}: {meta['seconds']} s", flush=True)
+        seconds = round(time.perf_counter() - begin, 1)
+        made = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": installed("triton"),
+            "commit": options.commit or commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": seconds,
+        }
+        results[part] = {"made_on": made, "found": found}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{part}: {seconds} s", flush=True)
+    (options.out / "kernels.md").write_text(kernels_report.markdown(results))
     return 0
 
 

@@ -57,6 +57,8 @@ def test_unaligned_rows_take_the_portable_kernels() -> None:
 def test_shipped_plans_are_used_only_on_their_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tuned.SHIPPED, "Some GPU", {(3840, 1280): {256: hopper(64)}})
     assert tuned.choose(problem(200), "Some GPU", ALL) == hopper(64)
+    assert tuned.choose(problem(30), "Some GPU", ALL) == hopper(64)  # the next that was measured
+    assert tuned.choose(problem(300), "Some GPU", ALL) == by_rule(problem(300), ALL)
     assert tuned.choose(problem(200), "Another GPU", ALL) == by_rule(problem(200), ALL)
     assert tuned.choose(problem(200), "Some GPU", NONE) == by_rule(problem(200), NONE)
 

@@ -1,0 +1,78 @@
+"""Compile the Gluon kernels for sm_90a where there is no GPU, and print what the assembler says of each as JSON.
+
+A script of its own: in the tests' process Triton may be interpreting.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
+
+from birkhoff.kernels import linear_few, linear_hopper
+
+
+class HopperOnPaper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def few(block_n: int, warps: int, unroll: int, tokens: int) -> Any:
+    x, theta, y, step, bias = tensors(tokens, 256, 1280)
+    constants = {"BIAS": True, "BM": max(8, tokens), "BN": block_n, "UNROLL": unroll, "WARPS": warps}
+    return linear_few._linear_kernel.warmup(
+        x, theta, step, bias, y, tokens, 256, 640, 1280, 20, **constants,
+        GROUPS=block_n // 16, PDL=True, launch_pdl=True, num_warps=warps * block_n // 16, grid=(16,),
+    )  # fmt: skip
+
+
+def hopper(block_m: int) -> Any:
+    x, theta, y, step, bias = tensors(512, 256, 1280)
+    wide, narrow = linear_hopper._layouts(block_m, x.dtype)
+    launch = linear_hopper.LAUNCHES[block_m]
+    return linear_hopper._linear_kernel.warmup(
+        TensorDescriptor.from_tensor(x, [block_m, 64], wide),
+        TensorDescriptor.from_tensor(theta, [128, 32], narrow),
+        TensorDescriptor.from_tensor(y, [block_m, 64], wide),
+        step, bias, step, 4, 4, 1, 256, 20, BIAS=True, DEPTH=launch.depth, MULTIPLYING=launch.multiplying,
+        LOADING=launch.loading, num_warps=4, maxnreg=launch.average, launch_pdl=True, grid=(4,),
+    )  # fmt: skip
+
+
+def tensors(tokens: int, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+    x, y = torch.empty(tokens, columns, dtype=torch.bfloat16), torch.empty(tokens, rows, dtype=torch.bfloat16)
+    theta = torch.empty(rows, columns // 2, dtype=torch.uint16)
+    return x, theta, y, torch.empty(()), torch.empty(rows, dtype=torch.bfloat16)
+
+
+def verdict(kernel: Any) -> dict[str, Any]:
+    """Spilled bytes, shared memory, and whether the assembler had to make the tensor cores wait in between."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(kernel.asm["ptx"])
+        source.flush()
+        command = [assembler, "-v", "--gpu-name=sm_90a", source.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return {"spills": spills, "shared": kernel.metadata.shared, "serialised": "serialized" in said}
+
+
+if __name__ == "__main__":
+    driver.set_active(HopperOnPaper())
+    compiled = {"few": few(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
+    print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))
