@@ -371,11 +371,26 @@ def test_publishers_movers_and_sweeps_at_once(store: Store, monkeypatch: pytest.
     make(store, "m0", "s0")
     make(store, "m1", "s1")
 
+    doors = threading.Event()
+
     def pause() -> None:
-        """Work begins in the first third of every second or so: a sweep gives up while any run is open."""
         time.sleep(0.02)
-        while time.monotonic() % 1.2 > 0.4 and not stop.is_set():
-            time.sleep(0.02)
+        doors.wait()
+
+    def usher() -> None:
+        """Let work begin for a while, then none until a sweep has ended: it gives up while any run is open."""
+        while not stop.is_set():
+            doors.set()
+            time.sleep(0.4)
+            before, late = swept, time.monotonic() + 60
+            doors.clear()
+            while swept == before and not stop.is_set():
+                if time.monotonic() > late:
+                    stop.set()
+                    doors.set()
+                    pytest.fail("no sweep came through although no new work began for a minute")
+                time.sleep(0.02)
+        doors.set()
 
     def publisher(seed: int) -> None:
         rng = random.Random(seed)
@@ -419,14 +434,15 @@ def test_publishers_movers_and_sweeps_at_once(store: Store, monkeypatch: pytest.
                 check_whole(store)
             pause()
 
-    with ThreadPoolExecutor(8) as pool:
-        others = [pool.submit(task) for task in (sweep, sweep, check, lambda: mover(1))]
+    with ThreadPoolExecutor(9) as pool:
+        others = [pool.submit(task) for task in (usher, sweep, sweep, check, lambda: mover(1))]
         publishers = [pool.submit(publisher, seed) for seed in range(3)]
         try:
             for future in publishers:
                 future.result()
         finally:
             stop.set()
+            doors.set()
         for future in others:
             future.result()
     check_whole(store)
