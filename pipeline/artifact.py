@@ -5,6 +5,7 @@
     models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
     models/M/names/v<N>.json                human names, created once, never reused; `retired` is all that may change
     models/M/aliases/<alias>.json           movable pointers with their history, changed by compare-and-swap
+    runs/<id>/report.json, runs/<id>/report.html   what became of a run (see report.py); ids sort by time
     runs/open/<id>.json, runs/sweep/<id>.json   leases of running publishers and of garbage collection (see leases.py)
 
 Each object refers only to objects that were durable before it was written, so a reader never meets a dangling one,
@@ -25,7 +26,9 @@ ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """A stored document: unknown fields are refused, nothing changes once it is made."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def to_bytes(self) -> bytes:
@@ -34,7 +37,7 @@ class _Document(BaseModel):
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-class ShardRecord(_Document):
+class ShardRecord(Document):
     """A shard that was encoded, validated and uploaded."""
 
     key: Digest
@@ -54,7 +57,7 @@ class ShardRecord(_Document):
     """Greatest relative error of HyperLinear's output against `F.linear` with the decoded weight."""
 
 
-class SourceRecord(_Document):
+class SourceRecord(Document):
     """Where a version came from."""
 
     file: str
@@ -66,7 +69,7 @@ class SourceRecord(_Document):
     """Keys that led to the state dict in the source: `("model",)`."""
 
 
-class VersionManifest(_Document):
+class VersionManifest(Document):
     """One immutable version of a model. Its digest is the sha256 of `to_bytes()`."""
 
     version: Literal[1] = 1
@@ -87,7 +90,7 @@ class VersionManifest(_Document):
         return sha256(self.to_bytes())
 
 
-class NameRecord(_Document):
+class NameRecord(Document):
     """A human name of a version: `v3`."""
 
     digest: Digest
@@ -101,7 +104,7 @@ class NameRecord(_Document):
     """When the name was given up (UTC, ISO 8601): it resolves no more, and its number is not given again."""
 
 
-class AliasState(_Document):
+class AliasState(Document):
     """What an alias pointed at, and since when."""
 
     version: str
@@ -155,12 +158,17 @@ def alias_key(model: str, alias: str) -> str:
     return f"models/{model}/aliases/{alias}.json"
 
 
+def report_key(run: str, file: str) -> str:
+    """Key of a file of a run's report."""
+    return f"runs/{run}/{file}"
+
+
 def utc_now() -> str:
     """The time as records hold it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-D = TypeVar("D", bound=_Document)
+D = TypeVar("D", bound=Document)
 
 
 def read_document(kind: type[D], key: str, body: bytes) -> D:

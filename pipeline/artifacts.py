@@ -228,18 +228,22 @@ class TensorRow:
     bits_per_weight: float
     sqnr_db: float | None
     max_abs_error: float
+    target_db: float | None = None
+    """The SQNR it was coded for, where that is its own and not the profile's."""
 
 
 def inspect(artifact: Artifact) -> list[TensorRow]:
     """All tensors of an artifact, from the headers of its shards alone."""
-    rows: list[TensorRow] = []
-    for shard in artifact.manifest.shards:
-        head = artifact.read_head(shard, _HEADER_GUESS)
-        if len(head) < header_size(head):
-            head = artifact.read_head(shard, header_size(head))
-        stored, metadata = parse_header(head[: header_size(head)])
-        rows += [_row(name, entry, stored[name]) for name, entry in metadata.items()]
-    return rows
+    return [row for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard)]
+
+
+def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
+    """The tensors of one shard, in its order, from its header alone."""
+    head = artifact.read_head(shard, _HEADER_GUESS)
+    if len(head) < header_size(head):
+        head = artifact.read_head(shard, header_size(head))
+    stored, metadata = parse_header(head[: header_size(head)])
+    return [_row(name, entry, stored[name]) for name, entry in metadata.items()]
 
 
 def _row(name: str, entry: str, stored: object) -> TensorRow:
@@ -250,6 +254,7 @@ def _row(name: str, entry: str, stored: object) -> TensorRow:
         dtype = dtype_name(dtype_from_code(fields["dtype"]))
         sqnr = float(fields["sqnr_db"]) if "sqnr_db" in fields else None
         error = float(fields.get("max_abs", 0))
+        target = float(fields["target_db"]) if "target_db" in fields else None
     except (KeyError, ValueError, TypeError):
         raise FormatError(f"tensor {name!r}: metadata {entry[:80]!r} is not an entry of this format") from None
     weights = max(1, torch.Size(shape).numel())
@@ -261,6 +266,7 @@ def _row(name: str, entry: str, stored: object) -> TensorRow:
         bits_per_weight=round(8 * (end - begin) / weights, 3),
         sqnr_db=sqnr,
         max_abs_error=error,
+        target_db=target,
     )
 
 
