@@ -20,6 +20,13 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_WEIGHTS = 1 << 36
 """Bound on the weights that one tensor may declare: checked before anything is allocated."""
 
+MAX_EXPANSION = 1 << 16
+"""Bound on the weights that a stored byte stands for, so that few bytes cannot ask for much memory; zstd makes at most
+2^17 bytes of four."""
+
+MAX_DIMENSIONS = 32
+MAX_PARTS = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedTensor:
@@ -120,14 +127,15 @@ def parse_header(head: bytes) -> tuple[dict[str, object], dict[str, str]]:
     if len(head) < header_size(head):
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {header_size(head)}")
     try:
-        header = json.loads(head[8:], object_pairs_hook=_unique)
+        # Of bytes, the module would guess among encodings.
+        header = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"container header is no JSON: {error}") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("container header has no metadata of strings: not a birkhoff container")
     version = metadata.pop(VERSION_KEY, None)
-    if version is None or not version.isascii() or not version.isdigit() or len(version) > 9:
+    if version is None or not (version.isascii() and version.isdigit() and len(version) < 10 and version[0] != "0"):
         raise FormatError(f"container does not say its format version: {VERSION_KEY} is {version!r}")
     if not 1 <= int(version) <= FORMAT_VERSION:
         raise VersionError(
@@ -144,6 +152,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
+    "".join(result).encode()  # JSON can name lone surrogates, which are no text
     return result
 
 
@@ -155,8 +164,7 @@ def _read_entry(name: str, entry: str, header: dict[str, object], data: memoryvi
     except (KeyError, ValueError) as error:
         raise FormatError(f"tensor {name!r}: metadata lacks or garbles {error}") from None
     dtype_from_code(dtype)
-    if prod(shape) > MAX_WEIGHTS:
-        raise FormatError(f"tensor {name!r}: declares {prod(shape)} weights; at most {MAX_WEIGHTS} are allowed")
+    _check_bounds(name, shape, sizes)
     stored = header[name]
     wanted = {
         "dtype": dtype if codec == "raw" else "U8",
@@ -172,6 +180,18 @@ def _read_entry(name: str, entry: str, header: dict[str, object], data: memoryvi
         parts.append(data[begin : begin + size])
         begin += size
     return CodedTensor(name=name, codec=codec, dtype=dtype, shape=shape, params=params, parts=tuple(parts))
+
+
+def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Nothing is declared that few bytes could not stand for, or that no real tensor needs."""
+    weights, most = prod(shape), min(MAX_WEIGHTS, MAX_EXPANSION * sum(sizes))
+    if weights > most:
+        raise FormatError(f"tensor {name!r}: {sum(sizes)} bytes declare {weights} weights; at most {most} are allowed")
+    if len(shape) > MAX_DIMENSIONS or len(sizes) > MAX_PARTS or max(shape, default=0) > MAX_WEIGHTS:
+        raise FormatError(
+            f"tensor {name!r}: {len(shape)} dimensions up to {max(shape, default=0)} in {len(sizes)} streams; at most "
+            f"{MAX_DIMENSIONS} dimensions up to {MAX_WEIGHTS} in {MAX_PARTS} streams are allowed"
+        )
 
 
 def parse_entry(name: str, entry: str) -> dict[str, str]:

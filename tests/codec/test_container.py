@@ -1,0 +1,80 @@
+"""Headers that a forger, or a fuzzer, writes: refused before anything is allocated or guessed."""
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from birkhoff.codec.container import parse
+from birkhoff.codec.errors import FormatError, VersionError
+from birkhoff.codec.tensor import decode_tensor
+
+Header = dict[str, Any]
+
+
+def container(text: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def header(entry: str, size: int, dtype: str = "U8", shape: list[int] | None = None) -> Header:
+    stored = {"dtype": dtype, "shape": [size] if shape is None else shape, "data_offsets": [0, size]}
+    return {"__metadata__": {"__birkhoff__": "1", "w": entry}, "w": stored}
+
+
+def coded(entry: str, *parts: bytes) -> bytes:
+    sizes = ",".join(str(len(part)) for part in parts)
+    text = json.dumps(header(f"{entry} parts={sizes}", sum(map(len, parts)))).encode()
+    return container(text, b"".join(parts))
+
+
+RAW = header("codec=raw dtype=U8 shape=2 parts=2", 2)
+
+
+def test_the_header_that_the_others_are_made_from_is_read() -> None:
+    (tensor,) = parse(container(json.dumps(RAW).encode(), b"ab"))
+    assert decode_tensor(tensor).tolist() == [97, 98]
+
+
+def renamed(name: str) -> Header:
+    return {"__metadata__": {"__birkhoff__": "1", name: RAW["__metadata__"]["w"]}, name: RAW["w"]}
+
+
+HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "utf-16": (lambda: json.dumps(RAW).encode("utf-16-le"), "no JSON"),
+    "byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(RAW).encode(), "no JSON"),
+    "lone surrogate": (lambda: json.dumps(renamed("a\ud800")).encode(), "no JSON"),
+    "key twice": (lambda: json.dumps(RAW).replace('"w": "codec', '"w": "", "w": "codec').encode(), "appears twice"),
+    "nested": (lambda: b"[" * 100_000, "no JSON"),
+    "version 01": (lambda: json.dumps(RAW).replace('": "1"', '": "01"').encode(), "does not say its format version"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_are_not_the_pages(kind: str) -> None:
+    make, message = HEADERS[kind]
+    with pytest.raises(FormatError, match=message):
+        parse(container(make(), b"ab"))
+
+
+def test_version_zero_is_no_version_and_two_is_newer() -> None:
+    for version, error in (("0", FormatError), ("2", VersionError)):
+        with pytest.raises(error):
+            parse(container(json.dumps(RAW).replace('": "1"', f'": "{version}"').encode(), b"ab"))
+
+
+ENTRIES = {
+    "few bytes for many weights": ("codec=planes dtype=F32 shape=99999,99999", 1, "1000 bytes declare 9999800001"),
+    "no bytes for many weights": ("codec=lattice dtype=F32 shape=9", 0, "0 bytes declare 9 weights"),
+    "long side": (f"codec=raw dtype=F32 shape=0,{10**17}", 0, "dimensions up to 1"),
+    "many sides": ("codec=planes dtype=F32 shape=" + ",".join("1" * 33), 1, "33 dimensions"),
+    "many streams": ("codec=lattice dtype=F32 shape=4", 129, "in 129 streams"),
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_declarations_out_of_bounds(kind: str) -> None:
+    entry, streams, message = ENTRIES[kind]
+    with pytest.raises(FormatError, match=message):
+        parse(coded(entry, *[b"\0" * 1000] * streams))
