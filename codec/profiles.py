@@ -4,18 +4,37 @@ A profile is a codec and a target. Its resolved form (`Profile.recipe`) is part 
 the shard is another shard.
 """
 
-from dataclasses import dataclass
-from math import prod
+import math
+from dataclasses import dataclass, replace
+from math import log10, prod
 from typing import Literal
 
-from birkhoff.codec.dtypes import is_float
+from birkhoff.codec.dtype_names import is_float
 
-Codec = Literal["lattice", "paper"]
+Codec = Literal["lattice", "paper", "lossless"]
 Action = Literal["coded", "lossless"]
+Allocation = Literal["uniform", "size"]
+Override = float | Literal["lossless"]
+"""What is said of a single tensor, over its profile: a target in dB, or to keep it lossless."""
 
+TARGET_DB_RANGE = (6.0, 48.0)
+"""Targets the trajectory can serve: below, tensors die; above, most pairs would be escapes."""
 
-ENCODER_VERSION = 1
-"""Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused."""
+REFERENCE_WEIGHTS = 1 << 20
+"""Size of the tensor that gets just the profile's target under allocation by size."""
+
+_LARGEST = 1 << 26
+"""Weights of a large tensor."""
+
+_SIZE_SLOPE_DB = 7.5
+"""dB that a tensor of a tenth of the weights gets more: see `Profile`. Of 0, 5, 7.5 and 10 the best on the demo model,
+judged by its masks at equal bytes."""
+
+ENCODER_VERSION = 2
+"""Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
+
+2: the reason goes with a tensor that falls back to lossless.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +45,13 @@ class Profile:
     codec has none, it holds a mean absolute error; our own without one takes for each tensor what the published codec
     reaches on it, and 48 dB for what that leaves raw. `path` searches paths of the trellis: some 0.17 bits a
     weight fewer at the same error, for several times the encoding time on a CPU. Tensors of under `min_weights`
-    weights stay lossless.
+    weights stay lossless. `single` marks what is said of one tensor only: its target then goes with it.
+
+    With `allocation` `size`, `target_db` is that of a tensor of `REFERENCE_WEIGHTS` weights and smaller ones get more.
+    Each layer's relative error reaches the output much alike, whatever the layer's size, while a dB costs bits in
+    proportion to it: the least sum of relative errors sum 10^(-d_i/10) for so many bits sum n_i d_i is at
+    d_i = c - 10*log10(n_i). Three quarters of that slope are taken: a tensor's share of the output's error is not quite
+    independent of its size. Each tensor's target stays in `TARGET_DB_RANGE`.
     """
 
     name: str
@@ -35,6 +60,8 @@ class Profile:
     path: bool = True
     min_weights: int = 1024
     summary: str = ""
+    allocation: Allocation = "uniform"
+    single: bool = False
 
     @property
     def matches_published(self) -> bool:
@@ -45,7 +72,10 @@ class Profile:
         """What happens to a tensor, and why, from its header: ("coded" or "lossless", reason)."""
         count = prod(shape)
         if not is_float(dtype):
-            return "lossless", f"{dtype} is not a float type"
+            kind = "quantised already" if dtype.startswith("float8") else "not a float type"
+            return "lossless", f"{dtype} is {kind}"
+        if self.codec == "lossless":
+            return "lossless", "by override"
         if self.codec == "paper":
             return ("coded", "") if count >= 10 else ("lossless", "fewer than 10 weights")
         if len(shape) < 2:
@@ -54,11 +84,33 @@ class Profile:
             return "lossless", f"fewer than {self.min_weights} weights"
         return "coded", ""
 
+    def of_tensor(self, shape: tuple[int, ...], override: Override | None = None) -> "Profile":
+        """The profile of one tensor: its share under `allocation`, or what the manifest says of it."""
+        if override == "lossless":
+            return replace(self, codec="lossless", target_db=None, allocation="uniform", single=True)
+        if override is not None:
+            return replace(self, codec="lattice", target_db=override, allocation="uniform", single=True)
+        if self.allocation == "uniform" or self.target_db is None:
+            return self
+        share = self.target_db - _SIZE_SLOPE_DB * log10(max(1, prod(shape)) / REFERENCE_WEIGHTS)
+        low, high = TARGET_DB_RANGE
+        return replace(self, target_db=round(min(max(low, share), high), 2), allocation="uniform", single=True)
+
+    @property
+    def target_range(self) -> tuple[float, float]:
+        """Targets between which tensors of every usual size go through the whole of `TARGET_DB_RANGE`."""
+        low, high = TARGET_DB_RANGE
+        if self.allocation == "uniform":
+            return low, high
+        small, large = (_SIZE_SLOPE_DB * log10(n / REFERENCE_WEIGHTS) for n in (self.min_weights, _LARGEST))
+        return math.floor(low + small), math.ceil(high + large)
+
     def recipe(self) -> dict[str, str | float | int | None]:
         """Everything that decides the coded bytes, as plain values."""
         recipe: dict[str, str | float | int | None] = {"codec": self.codec, "encoder": ENCODER_VERSION}
         recipe["target_db"] = self.target_db
-        return {**recipe, "path": int(self.path), "min_weights": self.min_weights}
+        recipe |= {"path": int(self.path), "min_weights": self.min_weights}
+        return recipe if self.allocation == "uniform" else recipe | {"allocation": self.allocation}
 
 
 PROFILES: dict[str, Profile] = {

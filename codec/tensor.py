@@ -10,21 +10,29 @@ from torch import Tensor
 
 from birkhoff.codec import lattice, paper, planes, rate, rest
 from birkhoff.codec.container import CodedTensor
-from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
-from birkhoff.codec.errors import FormatError, TensorError
+from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
+from birkhoff.codec.errors import FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
-from birkhoff.codec.profiles import Profile
+from birkhoff.codec.profiles import TARGET_DB_RANGE, Profile
 
-_LEAST_PATH = 1 << 12
+LEAST_PATH = 1 << 12
 """Weights from which a path is searched: the start of a run costs what it gains on fewer."""
 
-
-_ESCAPE_BITS = 40
+ESCAPE_BITS = 40
 """About what an escape takes."""
 
-_PATH_GAIN_BITS = 0.17
+PATH_GAIN_BITS = 0.17
 """What a path saves a weight. Its steps are half as long and its box half as wide: above 37 dB, escapes eat that."""
+
+
+FALLBACKS = {
+    "constant": "all its weights are equal",
+    "range": "its weights leave float32's range when squared",
+    "target": "no step meets its target",
+    "published": f"the published codec leaves it raw: its mean error would exceed {paper.ERROR_LIMIT}",
+}
+"""Why a tensor that its header sends to coding is lossless all the same, by the `reason` stored with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,7 @@ def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
         raise TensorError(f"tensor {name!r}: dtype {tensor.dtype} cannot be stored")
     if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
         raise TensorError(f"tensor {name!r} holds NaN or Inf: repair or retrain the checkpoint before compressing it")
+    profile = profile.of_tensor(tuple(tensor.shape))
     action, reason = profile.action(tuple(tensor.shape), dtype_name(tensor.dtype))
     if action == "lossless":
         store = _encode_raw if profile.codec == "paper" else _encode_lossless
@@ -55,7 +64,8 @@ def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
         return _encode_paper(name, tensor)
     if profile.target_db is None:
         return _encode_match(name, tensor, path=profile.path)
-    return _encode_lattice(name, tensor, profile.target_db, path=profile.path)
+    encoded = _encode_lattice(name, tensor, profile.target_db, path=profile.path)
+    return _with_target(encoded, profile.target_db) if profile.single else encoded
 
 
 def decode_tensor(coded: CodedTensor) -> Tensor:
@@ -121,17 +131,37 @@ def _decode_planes(coded: CodedTensor) -> Tensor:
     return _from_bytes(rest.unpack_bytes(frame, coded.weights * dtype.itemsize, dtype.itemsize), dtype, coded.shape)
 
 
-def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded:
-    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+def fallback(matrix: Tensor) -> str | None:
+    """Why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`; None where they can."""
     low, high = (float(bound) for bound in torch.aminmax(matrix))
-    if low == high or not 2.0**-60 < max(-low, high) < 2.0**60:
-        reason = (
-            "constant" if low == high else f"weights up to {max(-low, high):.3g} leave float32's range when squared"
-        )
-        return Encoded(tensor=_encode_lossless(name, tensor), reason=reason, fidelity=None)
-    path = path and matrix.numel() >= _LEAST_PATH
+    if low == high:
+        return "constant"
+    return None if 2.0**-60 < max(-low, high) < 2.0**60 else "range"
+
+
+def _fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> Encoded:
+    """A tensor kept lossless although its header asked for coding; the reason goes with it."""
+    coded = (_encode_raw if raw else _encode_lossless)(name, tensor)
+    coded = replace(coded, params={**coded.params, "reason": reason})
+    return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
+
+
+def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded:
+    rate.check_target(target_db)
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    reason = fallback(matrix)
+    if reason is not None:
+        return _fall_back(name, tensor, reason)
+    try:
+        return _encode_code(name, tensor, matrix, target_db, path=path)
+    except TargetError:
+        return _fall_back(name, tensor, "target")
+
+
+def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
+    path = path and matrix.numel() >= LEAST_PATH
     encoded = _encode_matrix(name, tensor, matrix, target_db, path=path)
-    if path and int(encoded.tensor.params["escapes"]) * _ESCAPE_BITS > _PATH_GAIN_BITS * matrix.numel():
+    if path and int(encoded.tensor.params["escapes"]) * ESCAPE_BITS > PATH_GAIN_BITS * matrix.numel():
         single = _encode_matrix(name, tensor, matrix, target_db, path=False)
         encoded = min(encoded, single, key=lambda choice: choice.tensor.nbytes)
     return encoded
@@ -159,12 +189,16 @@ def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
     What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
     """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
-    lowest, highest = rate.TARGET_DB_RANGE
+    lowest, highest = TARGET_DB_RANGE
     target_db = highest if published is None else min(max(lowest, published), highest)
     encoded = _encode_lattice(name, tensor, target_db, path=path)
+    return _with_target(encoded, target_db)
+
+
+def _with_target(encoded: Encoded, target_db: float) -> Encoded:
+    """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
     if encoded.fidelity is None:
         return encoded
-    # No profile says this tensor's target: it goes with the tensor, rounded down as it must not claim too much.
     params = {**encoded.tensor.params, "target_db": f"{math.floor(target_db * 1000) / 1000:.3f}"}
     return replace(encoded, tensor=replace(encoded.tensor, params=params))
 
@@ -186,7 +220,7 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     """
     columns, escapes = _number(coded.params, "columns"), _number(coded.params, "escapes")
     rows = coded.weights // columns if columns else 0
-    if rows * columns != coded.weights or not columns:
+    if rows * columns != coded.weights or not rows:
         raise FormatError(f"{coded.weights} weights are not whole rows of {columns}")
     (step,) = _floats(coded.params, "step", 1)
     if step <= 0:
@@ -204,14 +238,14 @@ def is_matrix(coded: CodedTensor) -> bool:
 
 
 def _decode_lattice(coded: CodedTensor) -> Tensor:
-    return lattice_of(coded).decode(dtype_from_code(coded.dtype)).view(coded.shape)
+    dtype = _float_dtype(coded)
+    return lattice_of(coded).decode(dtype).view(coded.shape)
 
 
 def _encode_paper(name: str, tensor: Tensor) -> Encoded:
     code = paper.encode(tensor, per_row=tensor.dim() == 2)
     if code is None:
-        reason = f"the published codec leaves it raw: its mean error would exceed {paper.ERROR_LIMIT}"
-        return Encoded(tensor=_encode_raw(name, tensor), reason=reason, fidelity=None)
+        return _fall_back(name, tensor, "published", raw=True)
     error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
     coded = _stored(
         name,
@@ -230,7 +264,10 @@ def _encode_paper(name: str, tensor: Tensor) -> Encoded:
 
 
 def _decode_paper(coded: CodedTensor) -> Tensor:
+    dtype = _float_dtype(coded)
     (data,) = _parts(coded, 1)
+    if not coded.weights:
+        raise FormatError("codec paper takes no tensor without weights")
     code = paper.PaperCode.from_packed(
         bytes(data),
         U=_number(coded.params, "U"),
@@ -241,13 +278,20 @@ def _decode_paper(coded: CodedTensor) -> Tensor:
         shape=coded.shape,
         per_row=_number(coded.params, "per_row") == 1,
     )
-    return paper.decode(code).to(dtype_from_code(coded.dtype))
+    return paper.decode(code).to(dtype)
 
 
 def _parts(coded: CodedTensor, count: int) -> tuple[bytes | memoryview, ...]:
     if len(coded.parts) != count:
         raise FormatError(f"{len(coded.parts)} streams stored, codec {coded.codec} has {count}")
     return coded.parts
+
+
+def _float_dtype(coded: CodedTensor) -> torch.dtype:
+    dtype = dtype_from_code(coded.dtype)
+    if dtype not in CODED_DTYPES:
+        raise FormatError(f"codec {coded.codec} holds no {dtype_name(dtype)}")
+    return dtype
 
 
 def _number(params: Mapping[str, str], key: str) -> int:

@@ -12,7 +12,8 @@ from birkhoff.codec import lattice, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import Fidelity, fidelity
-from birkhoff.codec.rate import TARGET_DB_RANGE, TOLERANCE_DB
+from birkhoff.codec.profiles import TARGET_DB_RANGE
+from birkhoff.codec.rate import TOLERANCE_DB
 from birkhoff.codec.trajectory import HIGH, Escapes
 from birkhoff.kernels import runtime
 from birkhoff.kernels.decode import TRITON_DTYPES

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from birkhoff.codec import paper, rate
 from birkhoff.codec.container import CodedTensor, parse, serialise
-from birkhoff.codec.errors import BirkhoffError, FormatError, TensorError, VersionError
+from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor, encode_tensor, lattice_of
@@ -91,6 +91,48 @@ def test_matching_codes_finely_what_is_raw_and_never_leaves_the_range(scale: flo
     assert encoded.tensor.codec == "lattice"
     found = fidelity(source, decode_tensor(*through_bytes(encoded.tensor))).sqnr_db
     assert target <= found <= target + 0.3
+
+
+FALLEN = {
+    "constant": (torch.full((64, 64), 0.25), "all its weights are equal"),
+    "range": (normal((64, 64)) * 1e30, "leave float32's range"),
+}
+
+
+@pytest.mark.parametrize("reason", FALLEN)
+def test_falling_back_to_lossless_is_recorded_with_the_tensor(reason: str) -> None:
+    source, why = FALLEN[reason]
+    encoded = encode_tensor("w", source, BALANCED)
+    (coded,) = through_bytes(encoded.tensor)
+    assert coded.params["reason"] == reason
+    assert why in encoded.reason
+    assert torch.equal(decode_tensor(coded), source)
+
+
+def test_a_target_that_no_step_meets_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise TargetError("no step meets 30 dB")
+
+    monkeypatch.setattr(rate, "encode", never)
+    source = normal((64, 96))
+    (coded,) = through_bytes(encode_tensor("w", source, BALANCED).tensor)
+    assert (coded.codec, coded.params["reason"]) == ("planes", "target")
+    assert torch.equal(decode_tensor(coded), source)
+
+
+@pytest.mark.parametrize("target_db", [5.9, 48.1])
+def test_a_target_out_of_range_is_an_error_and_no_fallback(target_db: float) -> None:
+    with pytest.raises(TargetError, match=r"outside 6\.\.48 dB"):
+        encode_tensor("w", torch.full((64, 64), 0.25), replace(BALANCED, target_db=target_db))
+
+
+def test_what_is_said_of_a_single_tensor_goes_with_it() -> None:
+    source = normal((64, 96))
+    finer = encode_tensor("w", source, BALANCED.of_tensor((64, 96), 36.0))
+    assert finer.tensor.params["target_db"] == "36.000"
+    assert 36.0 <= fidelity(source, decode_tensor(*through_bytes(finer.tensor))).sqnr_db <= 36.3
+    exact = encode_tensor("w", source, BALANCED.of_tensor((64, 96), "lossless"))
+    assert (exact.tensor.codec, exact.reason) == ("planes", "by override")
 
 
 def test_paths_give_way_to_single_nodes_where_escapes_would_eat_their_gain() -> None:
