@@ -8,12 +8,15 @@ Shapes: N = rows, K = columns, P = pairs a row.
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
+from birkhoff.kernels.prepared import Prepared
 from birkhoff.kernels.runtime import pdl, power_of_two
 from birkhoff.kernels.triton_ops import after_the_last, coordinates, let_next_come, local_columns, position, rounded
 
@@ -81,10 +84,14 @@ def decode_planes(i_NP: Tensor, j_NP: Tensor, step: Tensor, columns: int, dtype:
 
 
 def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: torch.dtype, *, planes: bool) -> Tensor:
-    rows = source.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=source.device)
-    if out.numel() == 0:
-        return out
+    out = source.new_empty((source.shape[0], columns), dtype=dtype)
+    if out.numel():
+        _prepare(source.shape[0], columns, dtype, planes, source.device)(source, other, step, out)
+    return out
+
+
+@lru_cache(1 << 12)
+def _prepare(rows: int, columns: int, dtype: torch.dtype, planes: bool, device: torch.device) -> Prepared:
     tail = columns % (2 * HALF)
     if tail == 0:
         rows, columns = 1, rows * columns
@@ -92,20 +99,12 @@ def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: to
     block = _BLOCK if dtype.itemsize == 2 else _BLOCK // 2
     block_p = min(block, max(HALF, power_of_two(pairs)))
     block_r = 1 if tail == 0 else min(block // block_p, power_of_two(rows))
-    grid = (-(-rows // block_r) * -(-pairs // block_p),)
-    _decode_kernel[grid](
-        source,
-        other,
-        step,
-        out,
-        rows,
-        columns,
-        TAIL=tail,
-        PLANES=planes,
-        BLOCK_R=block_r,
-        BLOCK_P=block_p,
-        PDL=pdl(source.device),
-        launch_pdl=pdl(source.device),
-        num_warps=4,
+    overlap = pdl(device)
+    return Prepared(
+        _decode_kernel,
+        (-(-rows // block_r) * -(-pairs // block_p),),
+        (rows, columns),
+        {"TAIL": tail, "PLANES": planes, "BLOCK_R": block_r, "BLOCK_P": block_p, "PDL": overlap},
+        {"launch_pdl": overlap, "num_warps": 4},
+        device=device,
     )
-    return out

@@ -3,14 +3,21 @@
 y = x W^T + b with W on the trajectory. Each op has a shape function, an eager reference for every device, a Triton
 implementation, and hyperlinear a gradient for x and b (never for the compressed weight).
 
+`hyperlinear` has two doors to one implementation: the op, for whoever must see it (autograd, compilers, modes), and,
+where nobody watches, the implementation itself. What a call comes down to is settled once for each form of its
+arguments and looked up from then on.
+
 Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = escaped weights.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import has_torch_function_unary
 
 from birkhoff.codec.pairs import pairs_per_row
 from birkhoff.kernels import reference, runtime
@@ -19,7 +26,15 @@ from birkhoff.kernels.errors import KernelError
 
 if runtime.HAS_TRITON:
     from birkhoff.kernels import linear_triton
-    from birkhoff.kernels.launch import fused_kernel
+    from birkhoff.kernels.launch import form_of, fused_kernel
+    from birkhoff.kernels.prepared import Form, Run
+
+Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""The arguments of `hyperlinear` to its result."""
+
+_MOST_CALLS = 1 << 13
+_calls: dict[tuple[object, ...], Call] = {}
+"""What calls of each form come down to; emptied when full."""
 
 
 # Defined and implemented one by one: `torch.library.custom_op` wraps each call in checks that cost more than a launch.
@@ -60,8 +75,29 @@ def hyperlinear(
     Raises:
         KernelError: x has not the columns that theta has.
     """
-    y: Tensor = torch.ops.birkhoff.hyperlinear.default(x, theta, step, escape_index, escape_value, bias)
-    return y
+    if torch.compiler.is_compiling() or _is_watched(x, theta, bias):
+        y: Tensor = torch.ops.birkhoff.hyperlinear.default(x, theta, step, escape_index, escape_value, bias)
+        return y
+    return _hyperlinear(x, theta, step, escape_index, escape_value, bias)
+
+
+def forget_plans() -> None:
+    """Choose kernels anew from now on; for after `tuned.save`."""
+    _calls.clear()
+
+
+def _is_watched(x: Tensor, theta: Tensor, bias: Tensor | None) -> bool:
+    """Whether the call must be an op: gradients, transforms, tracing, modes, subclasses, devices without memory."""
+    return (
+        type(x) is not Tensor
+        or type(theta) is not Tensor
+        or not (x.is_cuda or x.is_cpu)
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or has_torch_function_unary(x)  # true within a function mode, too
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _dense_weight(
@@ -78,15 +114,26 @@ def _dense_weight_fake(theta: Tensor, *rest: Any) -> Tensor:
 def _hyperlinear(
     x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    _check(x, theta)
-    x_MK = x.reshape(-1, x.shape[-1])
-    if x.dtype in TRITON_DTYPES and x_MK.numel() and runtime.triton_serves(x.device):
-        if x_MK.stride(1) != 1 or x_MK.stride(0) < x_MK.shape[1]:
-            x_MK = x_MK.contiguous()
-        y_MN = _planned(x_MK, theta, step, escape_index, escape_value, bias)
+    """The implementation behind both doors."""
+    key = (
+        x.shape, x.dtype, x.get_device(), theta.shape, theta.get_device(), step.get_device(), escape_index.shape,
+        escape_index.get_device(), None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+        x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32, runtime.is_interpreting(),
+    )  # fmt: skip
+    regular = x.is_contiguous() and theta.is_contiguous() and (x.data_ptr() | theta.data_ptr()) % 16 == 0
+    if regular and (bias is None or bias.is_contiguous()):
+        call = _calls.get(key) or _keep(key, _settle(x, theta, step, escape_index, bias))
     else:
-        y_MN = _eager(x_MK, theta, step, escape_index, escape_value, bias)
-    return y_MN.view(*x.shape[:-1], theta.shape[0])
+        theta, bias = theta.contiguous(), None if bias is None else bias.contiguous()
+        call = _settle(x, theta, step, escape_index, bias)
+    return call(x, theta, step, escape_index, escape_value, bias)
+
+
+def _keep(key: tuple[object, ...], call: Call) -> Call:
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    _calls[key] = call
+    return call
 
 
 def _hyperlinear_fake(x: Tensor, theta: Tensor, *_: Any) -> Tensor:
@@ -102,27 +149,69 @@ def _check(x: Tensor, theta: Tensor) -> None:
         )
 
 
-def _planned(
-    x_MK: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
-) -> Tensor:
-    fused = fused_kernel(x_MK, theta.shape[0], escape_index.numel())
-    if fused is None:
-        return _eager(x_MK, theta, step, escape_index, escape_value, bias)
-    y_MN = fused(x_MK, theta, step, bias)
-    if escape_index.numel():
-        linear_triton.add_escapes(y_MN, x_MK, escape_index, escape_value)
-    return y_MN
+def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> Call:
+    """Check the arguments and choose how calls like this one are computed."""
+    _check(x, theta)
+    _check_rest(x, theta, step, escape_index, bias)
+    if x.dtype not in TRITON_DTYPES or not x.numel() or not theta.numel() or not runtime.triton_serves(x.device):
+        return _decode_first
+    x_MK = _matrix(x)
+    form = form_of(x_MK, theta.shape[0], bias=bias is not None)
+    pointers = x_MK.data_ptr() | theta.data_ptr()
+    aligned = (pointers | form.stride * x.element_size()) % 16 == 0
+    run = fused_kernel(form, escape_index.numel(), aligned=aligned)
+    return _decode_first if run is None else partial(_fused, run, form, (*x.shape[:-1], theta.shape[0]))
 
 
-def _eager(
-    x_MK: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
+def _check_rest(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> None:
+    rest = {"theta": theta, "step": step, "escape_index": escape_index, "bias": bias}
+    elsewhere = [name for name, tensor in rest.items() if tensor is not None and tensor.device != x.device]
+    if elsewhere:
+        raise KernelError(f"hyperlinear got x on {x.device} but {', '.join(elsewhere)} elsewhere; move the layer there")
+    if bias is not None and bias.shape != (theta.shape[0],):
+        raise KernelError(f"hyperlinear with {theta.shape[0]} rows takes a bias of as many, got {list(bias.shape)}")
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] with rows of neighbouring elements, copied where need be."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    if x_MK.stride(1) != 1 or x_MK.stride(0) < x_MK.shape[1]:
+        x_MK = x_MK.contiguous()
+    return x_MK
+
+
+def _fused(
+    run: "Run",
+    form: "Form",
+    shape: tuple[int, ...],
+    x: Tensor,
+    theta: Tensor,
+    step: Tensor,
+    escape_index: Tensor,
+    escape_value: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    weight_NK = _dense_weight(theta, step, escape_index, escape_value, x_MK.shape[1], x_MK.dtype)
-    bias = None if bias is None else bias.to(x_MK.dtype)
-    if torch.is_autocast_enabled(x_MK.device.type):
-        with torch.autocast(x_MK.device.type, enabled=False):  # the op computes in the dtype it was given
-            return functional.linear(x_MK, weight_NK, bias)
-    return functional.linear(x_MK, weight_NK, bias)
+    if not x.is_contiguous():
+        x = _matrix(x)
+    y = x.new_empty(shape)
+    run(x, theta, step, bias, y)
+    if escape_index.shape[0]:
+        linear_triton.add_escapes(y, x, form, escape_index, escape_value)
+    return y
+
+
+def _decode_first(
+    x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
+) -> Tensor:
+    weight_NK = _dense_weight(theta, step, escape_index, escape_value, x.shape[-1], x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    x_MK = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # the op computes in the dtype it was given
+            y_MN = functional.linear(x_MK, weight_NK, bias)
+    else:
+        y_MN = functional.linear(x_MK, weight_NK, bias)
+    return y_MN.view(*x.shape[:-1], theta.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

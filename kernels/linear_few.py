@@ -9,14 +9,15 @@ Shapes: M = tokens (at most 64), N = out features, K = in features (whole blocks
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-import torch
-from torch import Tensor
+from functools import partial
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
+from birkhoff.kernels.prepared import Form, Prepared, Run, run_one
 from birkhoff.kernels.runtime import pdl, power_of_two
 
 
@@ -84,34 +85,26 @@ def _linear_kernel(
     gl.store(y_ptr + m_out[None, :] * N + n_out[:, None], y.to(DTYPE), mask=keep)
 
 
-def linear(
-    x_MK: Tensor, theta_NP: Tensor, step: Tensor, bias_N: Tensor | None, *, block_n: int, warps: int, unroll: int
-) -> Tensor:
-    """y [M, N] in the dtype of `x_MK`, escapes left out; `warps` share the K of 16 rows, and `block_n` / 16 groups x.
+def prepare(form: Form, *, block_n: int, warps: int, unroll: int) -> Run:
+    """The launch for a form; `warps` share the K of 16 rows, and `block_n` / 16 groups x.
 
     For bfloat16 or float16, at most 64 tokens, K a multiple of 64, and rows of x that begin at multiples of 16 bytes.
     """
-    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
-    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
-    _linear_kernel[(-(-rows // block_n),)](
-        x_MK,
-        theta_NP,
-        step,
-        step if bias_N is None else bias_N,
-        y_MN,
-        tokens,
-        rows,
-        theta_NP.shape[1],
-        x_MK.stride(0),
-        columns // 64,
-        BIAS=bias_N is not None,
-        BM=max(8, power_of_two(tokens)),
-        BN=block_n,
-        UNROLL=unroll,
-        WARPS=warps,
-        GROUPS=block_n // 16,
-        PDL=pdl(x_MK.device),
-        launch_pdl=pdl(x_MK.device),
-        num_warps=warps * (block_n // 16),
+    overlap = pdl(form.device)
+    launch = Prepared(
+        _linear_kernel,
+        (-(-form.rows // block_n),),
+        (form.tokens, form.rows, form.columns // 2, form.stride, form.columns // 64),
+        {
+            "BIAS": form.bias,
+            "BM": max(8, power_of_two(form.tokens)),
+            "BN": block_n,
+            "UNROLL": unroll,
+            "WARPS": warps,
+            "GROUPS": block_n // 16,
+            "PDL": overlap,
+        },
+        {"launch_pdl": overlap, "num_warps": warps * (block_n // 16)},
+        device=form.device,
     )
-    return y_MN
+    return partial(run_one, launch)

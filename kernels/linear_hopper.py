@@ -15,7 +15,7 @@ Shapes: M = tokens, N = out features, K = in features (whole blocks of 64), P = 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -30,10 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from birkhoff.kernels.gluon_ops import decoded
+from birkhoff.kernels.prepared import Form, Prepared, Run
 from birkhoff.kernels.runtime import pdl, processors
 from birkhoff.kernels.triton_ops import after_the_last, let_next_come, rounded
 
@@ -284,64 +284,56 @@ def _layouts(block_m: int, dtype: torch.dtype) -> tuple[gl.NVMMASharedLayout, gl
     return wide, gl.NVMMASharedLayout.get_default_for([ROWS.value, 32], gl.uint16)
 
 
-def linear(
-    x_MK: Tensor,
-    theta_NP: Tensor,
-    step: Tensor,
-    bias_N: Tensor | None,
-    *,
-    block_m: int,
-    split: bool = True,
-) -> Tensor:
-    """y [M, N] in the dtype of `x_MK`, escapes left out; `block_m` is a key of `LAUNCHES`.
+def prepare(form: Form, *, block_m: int, split: bool = True) -> Run:
+    """The launches for a form; `block_m` is a key of `LAUNCHES`.
 
     For Hopper, bfloat16 or float16, K a multiple of 64, N of 8, and rows of x that begin at multiples of 16 bytes.
     """
-    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
-    device, shape = x_MK.device, LAUNCHES[block_m]
-    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=device)
-    places = shape.programs * processors(device)
-    tiles, blocks = -(-tokens // block_m) * -(-rows // ROWS.value), columns // 64
+    shape = LAUNCHES[block_m]
+    places = shape.programs * processors(form.device)
+    tiles, blocks = -(-form.tokens // block_m) * -(-form.rows // ROWS.value), form.columns // 64
     plan = Schedule.of(tiles, places, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
     items = plan.full + plan.cut * plan.splits
-    partial = torch.empty(plan.cut * plan.splits, ROWS.value, block_m, device=device) if plan.cut else step
-    wide, narrow = _layouts(block_m, x_MK.dtype)
-    bias = step if bias_N is None else bias_N
-    _linear_kernel[(min(places, items),)](
-        TensorDescriptor.from_tensor(x_MK, [block_m, 64], wide),
-        TensorDescriptor.from_tensor(theta_NP, [ROWS.value, 32], narrow),
-        TensorDescriptor.from_tensor(y_MN, [block_m, 64], wide),
-        step,
-        bias,
-        partial,
-        items,
-        plan.full,
-        plan.splits,
-        rows,
-        blocks,
-        BIAS=bias_N is not None,
-        DEPTH=shape.depth,
-        MULTIPLYING=shape.multiplying,
-        LOADING=shape.loading,
-        num_warps=4,
-        maxnreg=shape.average,
-        launch_pdl=pdl(device),
+    wide, narrow = _layouts(block_m, form.dtype)
+    overlap = pdl(form.device)
+    multiply = Prepared(
+        _linear_kernel,
+        (min(places, items),),
+        (items, plan.full, plan.splits, form.rows, blocks),
+        {"BIAS": form.bias, "DEPTH": shape.depth, "MULTIPLYING": shape.multiplying, "LOADING": shape.loading},
+        {"num_warps": 4, "maxnreg": shape.average, "launch_pdl": overlap},
+        device=form.device,
+        tiles=(([block_m, 64], wide), ([ROWS.value, 32], narrow), ([block_m, 64], wide)),
     )
-    if plan.cut:
-        block = min(64, block_m)
-        _add_parts_kernel[(plan.cut * 2 * (block_m // block),)](
-            partial,
-            step,
-            bias,
-            y_MN,
-            plan.full,
-            plan.splits,
-            tokens,
-            rows,
-            BIAS=bias_N is not None,
-            BM=block_m,
-            BLOCK=block,
-            num_warps=4,
-            launch_pdl=pdl(device),
-        )
-    return y_MN
+    if not plan.cut:
+        return partial(_run_whole, multiply)
+    block = min(64, block_m)
+    add = Prepared(
+        _add_parts_kernel,
+        (plan.cut * 2 * (block_m // block),),
+        (plan.full, plan.splits, form.tokens, form.rows),
+        {"BIAS": form.bias, "BM": block_m, "BLOCK": block},
+        {"num_warps": 4, "launch_pdl": overlap},
+        device=form.device,
+    )
+    return partial(_run_cut, multiply, add, (plan.cut * plan.splits, ROWS.value, block_m))
+
+
+def _run_whole(multiply: Prepared, x: Tensor, theta: Tensor, step: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    multiply(x, theta, y, step, step if bias is None else bias, step)
+
+
+def _run_cut(
+    multiply: Prepared,
+    add: Prepared,
+    parts: tuple[int, int, int],
+    x: Tensor,
+    theta: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    partial_sums = step.new_empty(parts)
+    bias = step if bias is None else bias
+    multiply(x, theta, y, step, bias, partial_sums)
+    add(partial_sums, step, bias, y)

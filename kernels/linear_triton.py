@@ -9,11 +9,14 @@ Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = esca
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from functools import lru_cache, partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from birkhoff.kernels.prepared import Form, Prepared, Run, run_one
 from birkhoff.kernels.runtime import pdl, power_of_two
 from birkhoff.kernels.triton_ops import (
     DECODE_BF16,
@@ -131,50 +134,38 @@ def _escape_kernel(
         tl.store(place, rounded(y + total, y_ptr.dtype.element_ty), mask=m < M)
 
 
-def linear(
-    x_MK: Tensor,
-    theta_NP: Tensor,
-    step: Tensor,
-    bias_N: Tensor | None,
-    *,
-    block_m: int,
-    block_n: int,
-    warps: int,
-    stages: int = 3,
-) -> Tensor:
-    """y [M, N] in the dtype of `x_MK` (float32, bfloat16, float16), escapes left out.
-
-    float32 is exact unless `torch.backends.cuda.matmul.allow_tf32` is set.
-    """
-    (tokens, columns), rows = x_MK.shape, theta_NP.shape[0]
-    y_MN = torch.empty(tokens, rows, dtype=x_MK.dtype, device=x_MK.device)
-    _linear_kernel[(-(-tokens // block_m) * -(-rows // block_n),)](
-        x_MK,
-        theta_NP,
-        step,
-        step if bias_N is None else bias_N,
-        y_MN,
-        tokens,
-        rows,
-        columns,
-        x_MK.stride(0),
-        TAIL=columns % 64,
-        BIAS=bias_N is not None,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        PDL=pdl(x_MK.device),
-        launch_pdl=pdl(x_MK.device),
-        num_warps=warps,
+def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int = 3) -> Run:
+    """The launch for a form of float32 (exact unless `form.tf32`), bfloat16 or float16."""
+    overlap = pdl(form.device)
+    launch = Prepared(
+        _linear_kernel,
+        (-(-form.tokens // block_m) * -(-form.rows // block_n),),
+        (form.tokens, form.rows, form.columns, form.stride),
+        {
+            "TAIL": form.columns % 64,
+            "BIAS": form.bias,
+            "PRECISION": "tf32" if form.tf32 else "ieee",
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "STAGES": stages,
+            "PDL": overlap,
+        },
+        {"launch_pdl": overlap, "num_warps": warps},
+        device=form.device,
     )
-    return y_MN
+    return partial(run_one, launch)
 
 
-def add_escapes(y_MN: Tensor, x_MK: Tensor, index: Tensor, value: Tensor) -> None:
-    """Add to `y_MN` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
-    (tokens, columns), rows = x_MK.shape, y_MN.shape[1]
+@lru_cache(1 << 12)
+def _escapes_launch(tokens: int, rows: int, columns: int, stride: int, escapes: int, device: torch.device) -> Prepared:
     block_m = min(256, max(16, power_of_two(tokens)))
-    _escape_kernel[(index.numel(), -(-tokens // block_m))](
-        x_MK, index, value, y_MN, tokens, rows, columns, index.numel(), x_MK.stride(0), BLOCK_M=block_m
-    )
+    grid = escapes, -(-tokens // block_m)
+    numbers = tokens, rows, columns, escapes, stride
+    return Prepared(_escape_kernel, grid, numbers, {"BLOCK_M": block_m}, {}, device=device)
+
+
+def add_escapes(y: Tensor, x: Tensor, form: Form, index: Tensor, value: Tensor) -> None:
+    """Add to `y` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
+    escapes = index.numel()
+    launch = _escapes_launch(form.tokens, form.rows, form.columns, form.stride, escapes, form.device)
+    launch(x, index, value, y)

@@ -23,7 +23,8 @@ from birkhoff.codec.pairs import pairs_per_row
 from birkhoff.kernels import plan, tuned
 from birkhoff.kernels.decode import decode_theta
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.kernels.launch import forget_plans, gpu_of, launcher
+from birkhoff.kernels.launch import gpu_of, launcher
+from birkhoff.kernels.linear import forget_plans
 from birkhoff.kernels.plan import Plan, Problem
 from birkhoff.kernels.timing import Times, compare, copies
 
