@@ -310,4 +310,4 @@ def main() -> None:
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_use, cli_versions  # noqa: E402, F401

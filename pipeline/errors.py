@@ -13,6 +13,8 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── AliasError                  an alias that cannot be called so, cannot go back, or is protected
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
 ├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
+├── BuilderError                a model whose code is not here, or that `segment` cannot drive
+├── PictureError                a picture, prompt or annotation that cannot be used
 ├── OutputError                 a file or folder that cannot be written
 ├── ValidationError             an encoded tensor that does not meet its target
 ├── WorkerError                 a worker died or could not be had
@@ -70,6 +72,14 @@ class ModelMismatchError(BirkhoffError):
     """An artifact whose tensors are not those of the model to load into."""
 
 
+class BuilderError(BirkhoffError):
+    """A model that cannot be built here: its code or its configuration is missing, or nothing drives it."""
+
+
+class PictureError(BirkhoffError):
+    """A picture, a prompt or an annotation that cannot be used."""
+
+
 class OutputError(BirkhoffError):
     """A file or folder that cannot be written."""
 
@@ -105,6 +115,8 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     ModelMismatchError: 15,
     OutputError: 16,
     AliasError: 17,
+    BuilderError: 18,
+    PictureError: 19,
 }
 
 

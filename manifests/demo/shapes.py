@@ -15,6 +15,8 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from birkhoff.pipeline.segment_input import boxes_of
+
 SIDE = 128
 """Height and width of a picture in pixels."""
 
@@ -77,20 +79,6 @@ def draw(index_B: Tensor, *, seed: int, objects: int = 3, compiled: bool = False
     pixels_BCHW, owner_BHW, area_BN = _paint(picture_B, noise_BHW, run)
     masks_BKHW, boxes_BK4, clicks_BK22, valid_BK = run(_targets)(picture_B, noise_BHW, owner_BHW, area_BN, objects)
     return Pictures(pixels=pixels_BCHW, masks=masks_BKHW, boxes=boxes_BK4, clicks=clicks_BK22, valid=valid_BK)
-
-
-def boxes_of(masks: Tensor) -> Tensor:
-    """First and last pixel (x1, y1, x2, y2) of each mask: bool [..., H, W] -> float32 [..., 4].
-
-    An empty mask has the box of the whole picture.
-    """
-    ends = []
-    for over in (-2, -1):  # any over y leaves the columns, any over x the rows
-        line = masks.any(dim=over).to(torch.int32)
-        last = line.shape[-1] - 1 - line.flip(-1).argmax(dim=-1)
-        ends.append((line.argmax(dim=-1), last))
-    (x1, x2), (y1, y2) = ends
-    return torch.stack((x1, y1, x2, y2), dim=-1).to(torch.float32)
 
 
 def _mix(word: Tensor) -> Tensor:

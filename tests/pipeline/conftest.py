@@ -65,3 +65,22 @@ def store(request: pytest.FixtureRequest) -> Store:
     """Each kind of store in turn."""
     found: Store = request.getfixturevalue(f"{request.param}_store")
     return found
+
+
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of a directory store that holds the demo model, compressed as its manifest says, only faster."""
+    from rich.console import Console
+
+    from birkhoff.pipeline.compress import compress, select
+    from birkhoff.pipeline.execute import InlineExecutor
+    from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.progress import Progress
+
+    url = (tmp_path_factory.mktemp("demo") / "store").as_uri()
+    manifest = Path(__file__).parents[2] / "manifests" / "demo.yaml"
+    chosen = select(load_manifest(manifest), [], "fast")
+    with open_store(url) as opened, Progress(Console(quiet=True), models=1) as progress:
+        (run,) = compress(chosen, opened, lambda: InlineExecutor(opened.address), progress)
+    assert run.status == "published", run.error
+    return url

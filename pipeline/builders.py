@@ -1,0 +1,225 @@
+"""From an artifact or a checkpoint to a model that runs: which code builds it, and with which settings.
+
+Weights alone do not say what computes on them. In this order:
+
+1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
+2. a transformers configuration beside the weights: `config.json`, or the weights' own name with `.json`;
+3. architectures known by their tensors: the published SAM-B, -L and -H, in segment-anything's names (needs that
+   package) or in transformers'.
+
+Nothing that a store holds names code to run: a builder is code on this machine that the user named.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
+from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
+from birkhoff.pipeline.load import load_into
+from birkhoff.pipeline.source import Checkpoint, open_checkpoint, read_tensor
+from birkhoff.pipeline.workplace import source_cache
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CONFIG_FILE = "config.json"
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_SIZES = {768: "b", 1024: "l", 1280: "h"}
+"""Width of the image encoder to the published size."""
+_TRANSFORMERS_SIZES = {
+    "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
+    "l": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [5, 11, 17, 23],
+    },
+    "h": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "global_attn_indexes": [7, 15, 23, 31],
+    },
+}
+"""Vision configurations of the published models: facebookresearch/segment-anything, build_sam.py."""
+
+
+def compressed_model(
+    reference: str, store: str | None = None, *, builder: str | None = None, near: Path | None = None, device: str
+) -> nn.Module:
+    """A model that computes on an artifact's compressed weights, in evaluation mode.
+
+    Args:
+        reference, store: as in `load_into`.
+        builder: as the head of this file says.
+        near: a checkpoint of the same model, whose configuration is looked for too.
+        device: where the weights go.
+
+    Raises:
+        BuilderError: nothing here builds it.
+        ModelMismatchError: what was built does not have the artifact's tensors.
+        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
+    """
+    with open_artifact(reference, store) as artifact:
+        model = _built(
+            artifact.label, _artifact_shapes(artifact), builder, [Path(reference), *([near] if near else [])]
+        )
+    load_into(model, reference, store, device=device)
+    return model.to(device).eval()
+
+
+def original_model(source: Path, *, builder: str | None = None, device: str) -> nn.Module:
+    """A model with the weights of a checkpoint file or a transformers folder, in evaluation mode.
+
+    Raises:
+        BuilderError: nothing here builds it.
+        ModelMismatchError: what was built does not have the checkpoint's tensors.
+        SourceError: the checkpoint cannot be read.
+    """
+    checkpoint = open_checkpoint(weights_file(source), cache=source_cache())
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    model = _built(str(source), shapes, builder, [source])
+    _fill(model, checkpoint)
+    return model.to(device).eval()
+
+
+def weights_file(source: Path) -> Path:
+    """The checkpoint that is meant: the file itself, or the weights in a transformers folder. Raises SourceError."""
+    if not source.is_dir():
+        return source
+    for name in _WEIGHT_FILES:
+        if (source / name).is_file():
+            return source / name
+    raise SourceError(f"{source}: a folder without {' or '.join(_WEIGHT_FILES)}; name the checkpoint's file")
+
+
+def _artifact_shapes(artifact: Artifact) -> Shapes:
+    return {row.name: row.shape for row in inspect(artifact)}
+
+
+def _built(label: str, shapes: Shapes, builder: str | None, places: list[Path]) -> nn.Module:
+    if builder is not None:
+        return _named(builder)
+    for place in places:
+        if (config := _config_beside(place)) is not None:
+            return from_config(config)
+    return _known(label, shapes)
+
+
+def _named(builder: str) -> nn.Module:
+    """What `--builder` says. Raises BuilderError."""
+    place, _, function = builder.rpartition(":")
+    path = Path(builder)
+    if path.is_dir() or path.suffix == ".json":
+        return from_config(path / CONFIG_FILE if path.is_dir() else path)
+    if not place:
+        raise BuilderError(
+            f"--builder {builder}: expected module:function, FILE.py:function, or a transformers configuration (.json)"
+        )
+    build: Callable[[], Any] | None = getattr(_module(place), function, None)
+    if not callable(build):
+        raise BuilderError(f"--builder {builder}: {place} has no function {function!r}")
+    try:
+        model = build()
+    except Exception as error:  # whatever the user's code raises
+        raise BuilderError(f"--builder {builder}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise BuilderError(f"--builder {builder}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _module(place: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise BuilderError(f"--builder {place}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:  # a script finds the files beside it
+            sys.path.append(str(path.parent))
+        spec.loader.exec_module(module)
+        return module
+    except BuilderError:
+        raise
+    except Exception as error:
+        raise BuilderError(f"--builder {place}: cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _config_beside(place: Path) -> Path | None:
+    """The transformers configuration of a folder, or of a file's folder; None where there is none."""
+    candidates = [place / CONFIG_FILE] if place.is_dir() else [place.with_suffix(".json"), place.parent / CONFIG_FILE]
+    found = place.exists()
+    return next((path for path in candidates if found and path.is_file() and _model_type(path)), None)
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def from_config(path: Path) -> nn.Module:
+    """An untrained model from a transformers configuration file. Raises BuilderError."""
+    kind = _model_type(path)
+    if kind is None:
+        raise BuilderError(f"{path}: expected a transformers configuration with a model_type")
+    transformers = _package("transformers", f"{path} describes a model of transformers")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("quantization_config", None)  # the weights come from the artifact
+        config = transformers.AutoConfig.for_model(**settings)
+        model: nn.Module = transformers.AutoModel.from_config(config)
+    except Exception as error:  # its classes check their settings each in its own way
+        raise BuilderError(f"{path}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def _known(label: str, shapes: Shapes) -> nn.Module:
+    """A model of the published family, known by its tensors. Raises BuilderError."""
+    size = _SIZES.get(shapes.get("image_encoder.patch_embed.proj.bias", (0,))[0])
+    if size and "image_encoder.blocks.0.attn.rel_pos_h" in shapes:
+        package = _package("segment_anything", f"{label} is SAM-{size.upper()} in the names of segment-anything")
+        official: nn.Module = package.sam_model_registry[f"vit_{size}"]()
+        return official
+    size = _SIZES.get(shapes.get("vision_encoder.patch_embed.projection.bias", (0,))[0])
+    if size and "vision_encoder.layers.0.attn.rel_pos_h" in shapes:
+        transformers = _package("transformers", f"{label} is SAM-{size.upper()} in the names of transformers")
+        theirs: nn.Module = transformers.SamModel(transformers.SamConfig(vision_config=_TRANSFORMERS_SIZES[size]))
+        return theirs
+    raise BuilderError(
+        f"{label}: no architecture known by these tensors, and no {CONFIG_FILE} beside them; name what builds it: "
+        "--builder module:function, FILE.py:function or a transformers configuration (.json)"
+    )
+
+
+def _package(name: str, why: str) -> ModuleType:
+    wheel = name.replace("_", "-")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BuilderError(f"{why}, and {wheel} cannot be imported ({error}): pip install {wheel}") from None
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into a model; names that the model ties need be there once only."""
+    tensors = {tensor.name: read_tensor(tensor) for tensor in checkpoint.tensors}
+    for copy, kept in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        for absent, present in ((copy, kept), (kept, copy)):
+            if absent not in tensors and present in tensors:
+                tensors[absent] = tensors[present]
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ModelMismatchError(f"{checkpoint.path} does not fit the model: {' '.join(str(error).split())}") from None
