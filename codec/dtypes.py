@@ -2,6 +2,7 @@
 
 import torch
 
+from birkhoff.codec.dtype_names import CODED_NAMES
 from birkhoff.codec.errors import FormatError
 
 SAFETENSORS_TO_TORCH: dict[str, torch.dtype] = {
@@ -23,7 +24,7 @@ SAFETENSORS_TO_TORCH: dict[str, torch.dtype] = {
 }
 TORCH_TO_SAFETENSORS: dict[torch.dtype, str] = {dtype: code for code, dtype in SAFETENSORS_TO_TORCH.items()}
 
-CODED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CODED_DTYPES = tuple(getattr(torch, name) for name in CODED_NAMES)
 """Types that the lossy codecs take; all others are stored lossless."""
 
 
@@ -38,8 +39,3 @@ def dtype_from_code(code: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
-
-
-def is_float(name: str) -> bool:
-    """Whether a torch dtype name is one that the lossy codecs take."""
-    return any(name == dtype_name(dtype) for dtype in CODED_DTYPES)

@@ -26,10 +26,9 @@ from typing import Self
 
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch_spec import shown_url
+from birkhoff.pipeline.files import SPARE_BYTES
 from birkhoff.pipeline.source_cache import file_sha256
 
-# Left free on the disk for everything else that runs there.
-SPARE_BYTES = 256 << 20
 # A file changed twice within one tick of its clock looks unchanged: digests of younger files are not remembered.
 _SETTLED_SECONDS = 5.0
 

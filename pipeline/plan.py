@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
+from birkhoff.codec.dtype_names import is_float
+from birkhoff.codec.dtypes import CODED_DTYPES, dtype_name
 from birkhoff.codec.profiles import Profile
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.source_types import DTYPES, Checkpoint, StoredTensor
@@ -38,17 +40,18 @@ def plan_model(name: str, checkpoint: Checkpoint, profile: Profile, *, shard_byt
     """Decide actions and shards of one model from its header.
 
     Raises:
-        SourceError: the checkpoint holds no tensor of a float type.
+        SourceError: the checkpoint holds no tensor of a type that is coded.
     """
     plans = tuple(
         TensorPlan(tensor=tensor, action=action, reason=reason)
         for tensor in checkpoint.tensors
         for action, reason in [profile.action(tensor.shape, tensor.dtype)]
     )
-    if not any(plan.reason == "" or "not a float" not in plan.reason for plan in plans):
+    if not any(is_float(plan.tensor.dtype) for plan in plans):
+        held = ", ".join(sorted({plan.tensor.dtype for plan in plans}))
         raise SourceError(
-            f"{checkpoint.path}: none of the {len(plans)} tensors of model {name!r} has a float type: "
-            "nothing to compress; point `source` at the weights"
+            f"{checkpoint.path}: the {len(plans)} tensors of model {name!r} are {held}; coded are "
+            f"{', '.join(sorted(map(dtype_name, CODED_DTYPES)))}: point `source` at the weights in one of these types"
         )
     return ModelPlan(tensors=plans, shards=tuple(cut_shards(checkpoint.tensors, shard_bytes)))
 

@@ -13,15 +13,17 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.errors import OutputError, SourceError
+from birkhoff.pipeline.files import SPARE_BYTES
 from birkhoff.pipeline.source_content import LEGACY_MAGIC
 from birkhoff.pipeline.source_pickle import MAX_PICKLE_BYTES, StateDict, find_state_dict, vet_pickle
 from birkhoff.pipeline.source_safetensors import read_header
@@ -38,8 +40,6 @@ _JUNK_FOLDER = "__MACOSX/"
 # Trained weights deflate to 90 %; only filler reaches a hundredth.
 _MAX_RATIO = 100
 _CHUNK_BYTES = 1 << 20
-# Left free on the cache's disk for everything else that runs there.
-_SPARE_BYTES = 256 << 20
 
 
 def file_sha256(path: Path) -> str:
@@ -55,6 +55,7 @@ def open_legacy(path: Path, cache: Path) -> Checkpoint:
 
     Raises:
         SourceError: the file is truncated or corrupt, holds no state dict, or the copy does not fit on the disk.
+        OutputError: the cache cannot be written.
     """
     target = cache / f"{file_sha256(path)}.legacy.safetensors"
     if not target.is_file():
@@ -82,7 +83,7 @@ def vet_legacy(path: Path) -> None:
 
 def _load_legacy(path: Path) -> StateDict:
     try:
-        return find_state_dict(path, torch.load(path, map_location="cpu", weights_only=True))
+        return find_state_dict(path, torch.load(path, map_location=_bounded(path), weights_only=True))
     except SourceError:
         raise
     # A cut or forged file can make the unpickler fail in any way at all; none of them is more than a bad file.
@@ -90,6 +91,28 @@ def _load_legacy(path: Path) -> StateDict:
         raise SourceError(
             f"{path}: legacy checkpoint cannot be read ({first_line(error)}); download it again"
         ) from error
+
+
+def _bounded(path: Path) -> Callable[[Any, str], Any]:
+    """A `map_location` that keeps storages on the CPU and below the size of the file together.
+
+    torch reserves each in the size that the pickle claims, and fills those alone that another list names. So they are
+    counted before anything touches them, and zeroed: no forged file gets what the allocator left there taken for
+    weights.
+    """
+    size, claimed = path.stat().st_size, 0
+
+    def place(storage: Any, _: str) -> Any:  # an UntypedStorage; torch's own annotations say otherwise
+        nonlocal claimed
+        claimed += storage.nbytes()
+        if claimed > size:
+            raise SourceError(
+                f"{path}: its tensors need {claimed} bytes or more, the file has {size}; it is cut short or forged,"
+                " download it again"
+            )
+        return storage.fill_(0)
+
+    return place
 
 
 def _write_copy(path: Path, target: Path, state: StateDict) -> None:
@@ -143,6 +166,7 @@ def unpack_checkpoint(path: Path, cache: Path) -> Path:
     Raises:
         SourceError: no or several such members, one that is encrypted, corrupt or inflates absurdly, or one that
             does not fit on the disk.
+        OutputError: the cache cannot be written.
     """
     with open_zip(path) as archive:
         member = _only_member(path, archive)
@@ -193,15 +217,22 @@ def _inflate(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, targ
 @contextmanager
 def _appearing(path: Path, target: Path, nbytes: int) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place when the block ends well, and else disappears."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if nbytes + _SPARE_BYTES > free:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    if nbytes + SPARE_BYTES > free:
         raise SourceError(
-            f"{path}: needs {nbytes} bytes in the cache {target.parent} and {_SPARE_BYTES} to spare, {free} are free;"
+            f"{path}: needs {nbytes} bytes in the cache {target.parent} and {SPARE_BYTES} to spare, {free} are free;"
             " make room or use another cache folder"
         )
     # Not mkstemp, whose files only their owner can read: workers may run as someone else.
     partial = target.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        partial.touch()  # so that what fails from here on is the source's
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
     try:
         yield partial
         with partial.open("rb") as file:
@@ -209,3 +240,7 @@ def _appearing(path: Path, target: Path, nbytes: int) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder}: {error.strerror}; point BIRKHOFF_HOME at a folder that can be written")

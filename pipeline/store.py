@@ -22,7 +22,7 @@ import contextlib
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -128,6 +128,18 @@ class Store(ABC):
     @abstractmethod
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """Bytes `start` to `start + length` of an object, fewer where it ends before. Raises ObjectNotFoundError."""
+
+    def copy_range(
+        self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
+    ) -> int:
+        """Hand `get`'s bytes to `sink` in order, in pieces no larger than `buffer`, through which they may go.
+
+        Returns how many there were. A piece is valid during its call only. Raises ObjectNotFoundError.
+        """
+        body = memoryview(self.get(key, start=start, length=length))
+        for place in range(0, len(body), len(buffer)):
+            sink(body[place : place + len(buffer)])
+        return len(body)
 
     @abstractmethod
     def read(self, key: str) -> tuple[bytes, str]:

@@ -12,7 +12,7 @@ is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject
 import dataclasses
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -41,6 +41,7 @@ from birkhoff.pipeline.store import (
     check_endpoint,
 )
 from birkhoff.pipeline.store_keys import check_key, check_prefix, check_range, is_key
+from birkhoff.pipeline.store_s3_direct import DirectReader
 
 MAX_PUT_BYTES = 5 * 2**30  # of one PUT; larger objects would need multipart uploads, which are not conditional
 
@@ -94,7 +95,8 @@ def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -
         region = settings.region or session.region_name or "us-east-1"
         style = "path" if settings.addressing == "auto" else settings.addressing
         config = Config(
-            signature_version=UNSIGNED if settings.anonymous else None,
+            # Named, as botocore would sign addresses (see store_s3_direct) in the form before this one.
+            signature_version=UNSIGNED if settings.anonymous else "s3v4",
             s3={"addressing_style": style},
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
@@ -132,6 +134,7 @@ class S3Store(Store):
         self._prefix = f"{prefix}/" if prefix else ""
         self._attempts = address.settings.attempts
         self._bucket_seen = False
+        self._direct = DirectReader(client, address.settings)
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """See Store."""
@@ -149,6 +152,17 @@ class S3Store(Store):
         if "ContentRange" in response:
             return body
         return body[start : None if length is None else start + length]  # a store that ignores ranges
+
+    def copy_range(
+        self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
+    ) -> int:
+        """See Store. What the direct way does not bring goes the usual one, with its retries and its errors."""
+        check_range(key, start, length)
+        request = {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+        done = self._direct.copy(request, buffer, sink, start=start, length=length)
+        if done < length:
+            done += super().copy_range(key, buffer, sink, start=start + done, length=length - done)
+        return done
 
     def read(self, key: str) -> tuple[bytes, str]:
         """See Store."""
@@ -198,6 +212,7 @@ class S3Store(Store):
 
     def close(self) -> None:
         """See Store."""
+        self._direct.close()
         self._client.close()
 
     def _write(self, operation: str, key: str, body: bytes, **condition: str) -> str:

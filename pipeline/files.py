@@ -1,0 +1,76 @@
+"""Files that appear whole or not at all, and links to files that others share."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from birkhoff.pipeline.errors import OutputError
+
+SPARE_BYTES = 256 << 20
+"""Left free on the disk for everything else that runs there."""
+
+_FICLONE = 0x40049409
+"""ioctl of Linux (linux/fs.h): share the blocks of another file until one of the two changes."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name whole, once the block ends well, or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}; name a place that can be written") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, body: bytes) -> None:
+    """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
+    with whole_file(path) as file:
+        file.write(body)
+
+
+def place(source: Path, target: Path) -> None:
+    """Give a file a second name that costs no bytes where the file system can: shared blocks, else a hard link.
+
+    Copies elsewhere, such as across file systems. What stood at `target` is replaced at once. Raises OSError.
+    """
+    fresh = target.with_name(f".part-{os.getpid()}-{target.name}")
+    fresh.unlink(missing_ok=True)
+    try:
+        if not _share_blocks(source, fresh):
+            fresh.unlink(missing_ok=True)
+            try:
+                os.link(source, fresh)
+            except OSError:
+                shutil.copyfile(source, fresh)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _share_blocks(source: Path, target: Path) -> bool:
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            return False
+        return True
