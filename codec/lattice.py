@@ -44,7 +44,8 @@ class LatticeTensor:
             x, y = position(self.i[row, pair], self.j[row, pair], self.step)
             join(x, y, column.stop - column.start, out=out[row, column])
         if len(self.escapes):
-            self._decode_escapes(out)
+            index, value = self.escaped_weights()
+            out.view(-1)[index] = value.to(dtype)
         return out
 
     def rows(self, start: int, stop: int) -> "LatticeTensor":
@@ -57,11 +58,14 @@ class LatticeTensor:
         escapes = Escapes(pair=self.escapes.pair[part] - start * count, i=self.escapes.i[part], j=self.escapes.j[part])
         return replace(self, i=self.i[start:stop], j=self.j[start:stop], escapes=escapes)
 
-    def _decode_escapes(self, out: Tensor) -> None:
-        x, y = position(self.escapes.i, self.escapes.j, self.step)
+    def escaped_weights(self) -> tuple[Tensor, Tensor]:
+        """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes' weights."""
         row, first, second, paired = escape_places(self.escapes.pair, self.columns)
-        out[row, first] = x.to(out.dtype)
-        out[row[paired], second[paired]] = y[paired].to(out.dtype)
+        x, y = position(self.escapes.i, self.escapes.j, self.step)
+        start = row * self.columns
+        index = torch.cat((start + first, (start + second)[paired]))
+        order = torch.argsort(index)
+        return index[order], torch.cat((x, y[paired]))[order]
 
 
 def escape_places(pair: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

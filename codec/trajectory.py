@@ -62,10 +62,13 @@ def reciprocal(step: float) -> float:
     return float(torch.tensor(1.0, dtype=torch.float32) / torch.tensor(step, dtype=torch.float32))
 
 
-def position(i: Tensor, j: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Weights (x, y) of lattice coordinates: `h * (I + J/256)`, `h * J`, float32, bit-identical on every device."""
+def position(i: Tensor, j: Tensor, step: float | Tensor, n: int = N) -> tuple[Tensor, Tensor]:
+    """Weights (x, y) of lattice coordinates: `h * (I + J/n)`, `h * J`, float32, bit-identical on every device.
+
+    `step` is one h, or a float32 tensor of one for each pair; n is a power of two.
+    """
     i, j = i.to(torch.float32), j.to(torch.float32)
-    return (i + j * (1 / N)).mul_(step), j * step
+    return (i + j * (1 / n)).mul_(step), j * step
 
 
 def theta_from_coordinates(i: Tensor, j: Tensor) -> Tensor:

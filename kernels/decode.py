@@ -1,14 +1,13 @@
 """Decode step numbers or coordinate planes to dense weights, on the device of the tensors.
 
-Shapes: N = rows, K = columns, P = pairs a row, E = escaped weights.
+Shapes: N = rows, K = columns, P = pairs a row.
 """
 
 import torch
 from torch import Tensor
 
-from birkhoff.codec.lattice import LatticeTensor, escape_places
+from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.pairs import pairs_per_row
-from birkhoff.codec.trajectory import position
 from birkhoff.kernels import reference, runtime
 from birkhoff.kernels.errors import KernelError
 
@@ -47,14 +46,4 @@ def decode_lattice(code: LatticeTensor, dtype: torch.dtype = torch.float32) -> T
         return code.decode(dtype)
     step = torch.tensor(code.step, dtype=torch.float32, device=code.i.device)
     weight = decode_triton.decode_planes(code.i.contiguous(), code.j.contiguous(), step, code.columns, dtype)
-    return reference.put_escapes(weight, *escaped_weights(code))
-
-
-def escaped_weights(code: LatticeTensor) -> tuple[Tensor, Tensor]:
-    """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escaped weights."""
-    row, first, second, paired = escape_places(code.escapes.pair, code.columns)
-    x, y = position(code.escapes.i, code.escapes.j, code.step)
-    start = row * code.columns
-    index = torch.cat((start + first, (start + second)[paired]))
-    order = torch.argsort(index)
-    return index[order], torch.cat((x, y[paired]))[order]
+    return reference.put_escapes(weight, *code.escaped_weights())

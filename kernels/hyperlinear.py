@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.pairs import pairs_per_row
-from birkhoff.kernels.decode import escaped_weights
 from birkhoff.kernels.errors import KernelError
 from birkhoff.kernels.linear import dense_weight, hyperlinear
 
@@ -58,7 +57,8 @@ class HyperLinear(nn.Module):
         self.register_buffer("escape_value", torch.empty(0, dtype=torch.float32, device=device))
         # Follows `.to(dtype)`, so that a layer without bias knows its dtype too.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", zeros)
 
     @classmethod
     def from_lattice(
@@ -82,7 +82,7 @@ class HyperLinear(nn.Module):
         dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         layer = cls(code.columns, rows, bias is not None, device="meta", dtype=dtype)
         device = torch.device(device) if device is not None else code.i.device
-        index, value = escaped_weights(code)
+        index, value = code.escaped_weights()
         layer.theta = code.theta().contiguous().to(device)
         layer.step = torch.tensor(code.step, dtype=torch.float32, device=device)
         layer.escape_index, layer.escape_value = index.to(device), value.to(device)
@@ -108,12 +108,14 @@ class HyperLinear(nn.Module):
         Raises:
             KernelError: the last dimension of `x` is not K.
         """
-        if x.shape[-1:] != (self.in_features,):
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise KernelError(f"HyperLinear of {self.in_features} features got an input of shape {list(x.shape)}")
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        return hyperlinear(x, self.theta, self.step, self.escape_index, self.escape_value, self.bias)
+        held: dict[str, Any] = self._buffers  # attributes of a module cost three times as much
+        bias = self._parameters["bias"]
+        return hyperlinear(x, held["theta"], held["step"], held["escape_index"], held["escape_value"], bias)
 
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` prints it, and the escapes if any."""
