@@ -228,7 +228,7 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     shape = rows, pairs_per_row(columns)
     if escapes > shape[0] * shape[1]:
         raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=_number(coded.params, "path") == 1)
+    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=_flag(coded.params, "path"))
     return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=step, columns=columns)
 
 
@@ -276,7 +276,7 @@ def _decode_paper(coded: CodedTensor) -> Tensor:
         centre=torch.tensor(_floats(coded.params, "centre", 2)),
         far=torch.tensor(_floats(coded.params, "far", 2)),
         shape=coded.shape,
-        per_row=_number(coded.params, "per_row") == 1,
+        per_row=_flag(coded.params, "per_row"),
     )
     return paper.decode(code).to(dtype)
 
@@ -299,6 +299,13 @@ def _number(params: Mapping[str, str], key: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 12):
         raise FormatError(f"parameter {key} is {text!r}, not a number")
     return int(text)
+
+
+def _flag(params: Mapping[str, str], key: str) -> bool:
+    text = params.get(key, "")
+    if text not in ("0", "1"):
+        raise FormatError(f"parameter {key} is {text!r}, not 0 or 1")
+    return text == "1"
 
 
 def _hex(*values: float) -> str:

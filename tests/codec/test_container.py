@@ -9,6 +9,7 @@ import pytest
 
 from birkhoff.codec.container import parse
 from birkhoff.codec.errors import FormatError, VersionError
+from birkhoff.codec.rest import compress
 from birkhoff.codec.tensor import decode_tensor
 
 Header = dict[str, Any]
@@ -78,3 +79,33 @@ def test_declarations_out_of_bounds(kind: str) -> None:
     entry, streams, message = ENTRIES[kind]
     with pytest.raises(FormatError, match=message):
         parse(coded(entry, *[b"\0" * 1000] * streams))
+
+
+LATTICE = "codec=lattice dtype={} shape={} path={} columns=4 step=3d000000 escapes=0"
+PAPER = "codec=paper dtype=F32 shape={} per_row={} U=1225 K=0 bits=8 centre=3c0000003c000000 far=3c0000003c000000"
+FRAME = compress(bytes(2))
+
+TENSORS = {
+    "lattice of no rows": (LATTICE.format("F32", "0,4", 0), (b"",) * 6, "not whole rows"),
+    "lattice of whole numbers": (LATTICE.format("I64", "1,4", 0), (b"", b"", b"", FRAME, FRAME, b""), "holds no int64"),
+    "path neither 0 nor 1": (LATTICE.format("F32", "1,4", "01"), (b"", b"", b"", FRAME, FRAME, b""), "not 0 or 1"),
+    "paper without weights": (PAPER.format("0,4", 1), (b"",), "no tensor without weights"),
+    "paper of rows of 2": (PAPER.format("2,4", 2), (b"\0" * 4,), "not 0 or 1"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_streams_that_no_encoder_writes(kind: str) -> None:
+    entry, parts, message = TENSORS[kind]
+    (tensor,) = parse(coded(entry, *parts))
+    with pytest.raises(FormatError, match=message):
+        decode_tensor(tensor)
+
+
+def test_the_streams_that_the_others_are_made_from_are_read() -> None:
+    for entry, parts in (
+        (LATTICE.format("F32", "1,4", 0), (b"", b"", b"", FRAME, FRAME, b"")),
+        (PAPER.format("2,4", 1), (b"\0" * 4,)),
+    ):
+        (tensor,) = parse(coded(entry, *parts))
+        assert decode_tensor(tensor).shape == tensor.shape
