@@ -1,0 +1,76 @@
+"""Commands of whoever uses artifacts: pull and the cache. Registered on the app of `cli`."""
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from birkhoff.pipeline.cli import (
+    JsonOption,
+    OlderOption,
+    ReferenceArgument,
+    SignatureOption,
+    StoreOption,
+    app,
+    notes,
+    report,
+)
+from birkhoff.pipeline.cli_versions import duration
+
+cache_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="The local cache of pulled blobs.")
+app.add_typer(cache_app, name="cache")
+
+OfflineOption = Annotated[bool, typer.Option("--offline", help="From the cache alone; ask no store.")]
+
+
+@app.command()
+def pull(
+    reference: ReferenceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to fetch into.")],
+    store: StoreOption = None,
+    offline: OfflineOption = False,
+    require_signature: SignatureOption = None,
+    accept_older: OlderOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a version into a folder, every digest checked; fetches only what neither folder nor cache holds."""
+    from birkhoff.pipeline.blob_cache import BlobCache
+    from birkhoff.pipeline.progress import Transfer
+    from birkhoff.pipeline.pull import pull as fetch
+    from birkhoff.pipeline.references import find, recall
+    from birkhoff.pipeline.stores import open_default_store
+    from birkhoff.pipeline.trust import Trust
+
+    cache, trust = BlobCache(), Trust.of(require_signature, accept_older=accept_older)
+    with ExitStack() as stack:
+        opened = None if offline else stack.enter_context(open_default_store(store))
+        found = recall(store, reference, cache, trust) if opened is None else find(opened, reference, cache, trust)
+        total = sum(shard.bytes for shard in found.manifest.shards)
+        bar = stack.enter_context(Transfer(notes(), found.label, total, quiet=as_json))
+        fetched = fetch(found, opened, output, cache, report=bar.advance)
+    report({**found.pointer(), "fetched_bytes": fetched, "output": str(output)}, as_json, "pulled")
+
+
+@cache_app.callback()
+def usage(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Show where the cache lies and what it holds."""
+    from birkhoff.pipeline.blob_cache import BlobCache
+
+    if context.invoked_subcommand is None:
+        report(asdict(BlobCache().usage()), as_json, "cache")
+
+
+@cache_app.command()
+def prune(
+    unused: Annotated[str, typer.Option(metavar="TIME", help="Blobs not used for so long: 30m, 12h, 7d, 0s.")] = "30d",
+    keep: Annotated[int, typer.Option(metavar="MIB", min=0, help="Leave so many MiB of the last used ones.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove blobs not used for a while, and downloads that nobody goes on with; pulled folders stay whole."""
+    from birkhoff.pipeline.blob_cache import BlobCache
+
+    pruned = BlobCache().prune(unused=duration(unused), keep_bytes=keep << 20, dry_run=dry_run)
+    report(asdict(pruned), as_json, "would remove" if dry_run else "removed")
