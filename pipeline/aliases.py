@@ -21,7 +21,8 @@ from birkhoff.pipeline.artifact import (
     AliasRecord,
     AliasState,
     alias_key,
-    read_document,
+    fetch_document,
+    parse_bounded,
     utc_now,
 )
 from birkhoff.pipeline.errors import (
@@ -34,6 +35,7 @@ from birkhoff.pipeline.errors import (
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import NAME_PATTERN
 from birkhoff.pipeline.names import RACES, VERSION_NAME, live_name, number, read_name, revive_name
+from birkhoff.pipeline.signing import Signer, alias_signed_by, sign_alias
 from birkhoff.pipeline.store import Store
 
 log = logging.getLogger("birkhoff.aliases")
@@ -71,9 +73,7 @@ def aliases(store: Store, model: str) -> dict[str, AliasRecord]:
     """Aliases of a model. Raises IntegrityError, StoreError."""
     prefix = f"models/{model}/aliases/"
     keys = [info.key for info in store.list(prefix) if info.key.endswith(".json")]
-    return {
-        key.removeprefix(prefix).removesuffix(".json"): read_document(AliasRecord, key, store.get(key)) for key in keys
-    }
+    return {key.removeprefix(prefix).removesuffix(".json"): fetch_document(store, AliasRecord, key) for key in keys}
 
 
 def promote(
@@ -84,12 +84,14 @@ def promote(
     *,
     protect: bool | None = None,
     force: bool = False,
+    signer: Signer | None = None,
 ) -> Move:
     """Point an alias at a named version, making the alias where there is none.
 
     Args:
         protect: protect the alias from now on, or no longer; None leaves that as it is.
         force: move it although it is protected.
+        signer: signs the alias, also one that points there already.
 
     Raises:
         ArtifactNotFoundError: no such version, or a retired one.
@@ -101,17 +103,24 @@ def promote(
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
         protected = (before is not None and bool(before.protected)) if protect is None else protect
-        if before is not None and (before.version, bool(before.protected)) == (name, protected):
+        there = before is not None and (before.version, bool(before.protected)) == (name, protected)
+        if there and _is_signed(before, model, alias, signer):
             return None
         _check_protection(before, model, alias, force)
         return _next(before, name, digest, publisher, protected=protected)
 
     with open_run(store):
-        return _swap(store, model, alias, decide)
+        return _swap(store, model, alias, decide, signer)
 
 
 def rollback(
-    store: Store, model: str, alias: str = ALIAS_STABLE, *, to: str | None = None, force: bool = False
+    store: Store,
+    model: str,
+    alias: str = ALIAS_STABLE,
+    *,
+    to: str | None = None,
+    force: bool = False,
+    signer: Signer | None = None,
 ) -> Move:
     """Point an alias at the version it came from, or at `to`; again, and it goes back one more.
 
@@ -143,26 +152,28 @@ def rollback(
         return _next(before, target, digest, publisher, protected=bool(before.protected), back=True)
 
     with open_run(store):
-        return _swap(store, model, alias, decide)
+        return _swap(store, model, alias, decide, signer)
 
 
-def advance(store: Store, model: str, name: str, digest: str, publisher: str) -> None:
+def advance(store: Store, model: str, name: str, digest: str, publisher: str, *, signer: Signer | None = None) -> None:
     """Move `latest` to a version just published. The caller holds an open run.
 
     It stays where it is if it has been at this version or a later one before: a slow publisher must not take it back,
-    and what was rolled back comes again only with a new version. A protected one stays too, with a warning.
+    and what was rolled back comes again only with a new version. A protected one stays too, with a warning. With
+    `signer` it is signed, also where it is at this version already.
     """
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
         if before is not None:
-            if max(number(state.version) for state in (*before.previous, before)) >= number(name):
+            here = before.version == name and not _is_signed(before, model, ALIAS_LATEST, signer)
+            if not here and max(number(state.version) for state in (*before.previous, before)) >= number(name):
                 return None
             if before.protected:
                 log.warning("%s of %s is protected and stays at %s", ALIAS_LATEST, model, before.version)
                 return None
         return _next(before, name, digest, publisher)
 
-    _swap(store, model, ALIAS_LATEST, decide)
+    _swap(store, model, ALIAS_LATEST, decide, signer)
 
 
 def trail(record: AliasRecord) -> list[str]:
@@ -192,7 +203,7 @@ def _next(
     """The state that follows `before`, which moves into the history."""
     previous: tuple[AliasState, ...] = ()
     if before is not None:
-        left = AliasState.model_validate(before.model_dump(exclude={"publisher", "previous"}))
+        left = AliasState.model_validate(before.model_dump(exclude={"publisher", "signature", "previous"}))
         previous = (*before.previous, left)[-KEPT_STATES:]
     return AliasRecord(
         version=name,
@@ -206,7 +217,18 @@ def _next(
     )
 
 
-def _swap(store: Store, model: str, alias: str, decide: Callable[[AliasRecord | None], AliasRecord | None]) -> Move:
+def _is_signed(record: AliasRecord | None, model: str, alias: str, signer: Signer | None) -> bool:
+    """Whether nothing is left to sign."""
+    return signer is None or (record is not None and alias_signed_by(signer.public, model, alias, record))
+
+
+def _swap(
+    store: Store,
+    model: str,
+    alias: str,
+    decide: Callable[[AliasRecord | None], AliasRecord | None],
+    signer: Signer | None,
+) -> Move:
     """Change an alias to what `decide` makes of its present state, None for no change. Raises StoreError."""
     key = alias_key(model, alias)
     for _ in range(RACES):
@@ -216,6 +238,8 @@ def _swap(store: Store, model: str, alias: str, decide: Callable[[AliasRecord | 
             if before is None:
                 raise ArtifactNotFoundError(f"{store.url}: alias {alias!r} of {model!r} is gone; promote a version")
             return Move(model=model, alias=alias, before=before, after=before)
+        if signer is not None:
+            after = sign_alias(signer, model, alias, after)
         try:
             store.replace(key, after.to_bytes(), tag=tag) if tag else store.create(key, after.to_bytes())
         except PreconditionError:
@@ -233,7 +257,7 @@ def _read(store: Store, model: str, alias: str) -> tuple[AliasRecord | None, str
         body, tag = store.read(key)
     except ObjectNotFoundError:
         return None, ""
-    return read_document(AliasRecord, key, body), tag
+    return parse_bounded(AliasRecord, key, body), tag
 
 
 def _check_alias(alias: str) -> None:

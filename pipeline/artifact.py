@@ -3,6 +3,7 @@
     blobs/sha256/ab/<hex>                   a shard: a codec container, named by the digest of its bytes
     shards/ab/<key>.json                    which blob a shard key has led to, and what its validation measured
     models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
+    models/M/versions/<digest>/signatures/<key>.json   under which names a key has signed it (see signing.py)
     models/M/names/v<N>.json                human names, created once, never reused; `retired` is all that may change
     models/M/aliases/<alias>.json           movable pointers with their history, changed by compare-and-swap
     runs/<id>/report.json, runs/<id>/report.html   what became of a run (see report.py); ids sort by time
@@ -22,11 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from birkhoff.pipeline.errors import IntegrityError
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+from birkhoff.pipeline.store import Store
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
 
 class Document(BaseModel):
+MAX_DOCUMENT_BYTES = 16 << 20
+"""More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
+
     """A stored document: unknown fields are refused, nothing changes once it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,6 +137,32 @@ def sha256(data: bytes | memoryview) -> str:
     """Hex digest."""
     return hashlib.sha256(data).hexdigest()
 
+class NameSignature(Document):
+    """One statement of a key: this version was published under this name."""
+
+    version: str
+    signed: str
+    """UTC, ISO 8601."""
+    signature: Annotated[str, Field(max_length=128)]
+    """Ed25519, base64, of `signing.version_statement`."""
+
+
+class VersionSignatures(Document):
+    """What one key has said of one version."""
+
+    key: Digest
+    """sha256 of the public key's 32 bytes."""
+    names: Annotated[tuple[NameSignature, ...], Field(min_length=1, max_length=64)]
+
+
+class AliasSignature(Document):
+    """A signature of the state of an alias."""
+
+    key: Digest
+    signature: Annotated[str, Field(max_length=128)]
+    """Ed25519, base64, of `signing.alias_statement`."""
+
+
 
 def blob_key(digest: str) -> str:
     """Key of a blob."""
@@ -152,6 +183,8 @@ def name_key(model: str, name: str) -> str:
     """Key of a human name."""
     return f"models/{model}/names/{name}.json"
 
+    signature: AliasSignature | None = None
+    """Of this state, by who moved it, where it was signed."""
 
 def alias_key(model: str, alias: str) -> str:
     """Key of an alias."""
@@ -176,6 +209,11 @@ def read_document(kind: type[D], key: str, body: bytes) -> D:
 
     Raises:
         IntegrityError: the object is not such a document.
+def signatures_key(model: str, digest: str, key: str) -> str:
+    """Key of what one key has signed of a version."""
+    return f"models/{model}/versions/{digest}/signatures/{key}.json"
+
+
     """
     try:
         return kind.model_validate(json.loads(body, object_pairs_hook=_unique))
@@ -189,3 +227,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
     return result
+def fetch_document(store: Store, kind: type[D], key: str) -> D:
+    """Read and parse a stored document, no more of it than one can have.
+
+    Raises:
+        ObjectNotFoundError, StoreError: there is none, or the store failed.
+        IntegrityError: the object is not such a document, or larger than any.
+    """
+    return parse_bounded(kind, key, store.get(key, length=MAX_DOCUMENT_BYTES + 1))
+
+
+def parse_bounded(kind: type[D], key: str, body: bytes) -> D:
+    """`read_document`, unless the body is larger than any document. Raises IntegrityError."""
+    check_size(key, body)
+    return read_document(kind, key, body)
+
+
+def check_size(key: str, body: bytes) -> None:
+    """Refuse the body of a document of which more than `MAX_DOCUMENT_BYTES` were read. Raises IntegrityError."""
+    if len(body) > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of ours")
+
+

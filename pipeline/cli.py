@@ -16,7 +16,7 @@ import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline import interrupt
-from birkhoff.pipeline.errors import exit_code
+from birkhoff.pipeline.errors import exit_code, printable
 
 _PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
@@ -35,6 +35,18 @@ app = typer.Typer(
 )
 store_app = typer.Typer(no_args_is_help=True, help="The embedded S3 server.")
 app.add_typer(store_app, name="store")
+
+
+SignOption = Annotated[
+    Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this private key of `birkhoff key new`.")
+]
+SignatureOption = Annotated[
+    list[Path] | None,
+    typer.Option("--require-signature", metavar="PUBFILE", help="Only if signed by this public key; several: by any."),
+]
+OlderOption = Annotated[
+    bool, typer.Option("--accept-older", help="Accept an alias that was put back to an older state than seen before.")
+]
 
 
 class ExecutorName(StrEnum):
@@ -86,6 +98,7 @@ def compress(
     revalidate: Annotated[
         bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
     ] = False,
+    sign: SignOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
@@ -95,11 +108,13 @@ def compress(
     from birkhoff.pipeline.progress import Progress
     from birkhoff.pipeline.shard import Reuse
     from birkhoff.pipeline.store import check_store
+    from birkhoff.pipeline.signing import load_signer
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import VERSION_COLUMNS, show
 
     chosen = job.select(load_manifest(manifest), only or [], profile)
     with open_default_store(store or chosen.store) as opened:
+    signer = load_signer(sign) if sign else None
         single = not check_store(opened).conditional_writes
         if single:
             warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
@@ -109,9 +124,19 @@ def compress(
                 return InlineExecutor(opened.address)
             return RayExecutor(opened.address, address=address)
 
-        with Progress(notes(), models=len(chosen.models), quiet=as_json) as progress:
-            reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
-            runs = job.compress(chosen, opened, start, progress, reuse=reuse, mirror=mirror, single_publisher=single)
+        reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
+        with Recorder(chosen, opened, executor=executor.value, reuse=reuse, address=address) as record:
+            with Progress(notes(), models=len(chosen.models), quiet=as_json) as progress:
+                runs = record.runs = job.compress(
+                    chosen,
+                    opened,
+                    lambda: record.watch(start()),
+                    progress,
+                    reuse=reuse,
+                    mirror=mirror,
+                    single_publisher=single,
+                    signer=signer,
+                )
     show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
         if run.error is not None:
@@ -184,12 +209,15 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a version into a folder, every digest checked; shards already there are kept."""
+    require_signature: SignatureOption = None,
+    accept_older: OlderOption = False,
     from birkhoff.pipeline.artifacts import StoredArtifact
     from birkhoff.pipeline.artifacts import pull as fetch
     from birkhoff.pipeline.publish import resolve
     from birkhoff.pipeline.stores import open_default_store
 
     with open_default_store(store) as opened:
+    from birkhoff.pipeline.trust import Trust
         version = resolve(opened, reference)
         fetched = fetch(StoredArtifact(opened, version), output)
     facts = {"model": version.model, "version": version.name, "digest": version.digest, "fetched_bytes": fetched}
@@ -209,7 +237,8 @@ def verify(
     from birkhoff.pipeline.artifacts import open_artifact
     from birkhoff.pipeline.verify import verify as check
 
-    with open_artifact(reference, store) as artifact:
+    trust = Trust.of(require_signature, accept_older=accept_older)
+    with open_artifact(reference, store, trust=trust) as artifact:
         found = check(artifact, against)
         report({"artifact": artifact.label, "digest": artifact.manifest.digest, **asdict(found)}, as_json, "verified")
 
@@ -268,12 +297,12 @@ def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
 
 def warn(message: str) -> None:
     """A line for what works, but not as one may think."""
-    notes().print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+    notes().print(f"warning: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def complain(message: str) -> None:
     """The one line of an error."""
-    notes().print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+    notes().print(f"error: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run(command: Callable[[], object], *, debug: bool) -> int:
@@ -283,7 +312,7 @@ def run(command: Callable[[], object], *, debug: bool) -> int:
     except BirkhoffError as error:
         if debug:
             traceback.print_exc()
-        complain(" ".join(str(error).split()))
+        complain(str(error))
         return exit_code(error)
     except interrupt.Interrupted:
         complain("interrupted; run the same command again to go on from here")
@@ -310,4 +339,4 @@ def main() -> None:
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_use, cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_keys, cli_use, cli_versions  # noqa: E402, F401

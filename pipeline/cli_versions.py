@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from birkhoff.pipeline.artifact import ALIAS_STABLE
-from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, StoreOption, app, notes, output, report
+from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, SignOption, StoreOption, app, notes, output, report
 from birkhoff.pipeline.tables import Column, fixed, shape, short, size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -77,6 +77,7 @@ def promote(
         typer.Option("--protect/--no-protect", help="From now on the alias moves with --force only, or freely again."),
     ] = None,
     force: ForceOption = False,
+    sign: SignOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,13 +85,15 @@ def promote(
     from birkhoff.pipeline.aliases import promote as move
     from birkhoff.pipeline.errors import ArtifactNotFoundError
     from birkhoff.pipeline.publish import resolve
+    from birkhoff.pipeline.signing import load_signer
     from birkhoff.pipeline.stores import open_default_store
 
+    signer = load_signer(sign) if sign else None
     with open_default_store(store) as opened:
         version = resolve(opened, reference)
         if version.name is None:
             raise ArtifactNotFoundError(f"{reference} has no name (any more); compress its source again to publish it")
-        moved = move(opened, version.model, version.name, alias, protect=protect, force=force)
+        moved = move(opened, version.model, version.name, alias, protect=protect, force=force, signer=signer)
     _show_move(moved.facts(), as_json, "promoted")
 
 
@@ -102,17 +105,20 @@ def rollback(
         str | None, typer.Option("--to", metavar="REF", help="This version instead of the one the alias came from.")
     ] = None,
     force: ForceOption = False,
+    sign: SignOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take an alias back to the version it pointed at before; once more, and it goes back one more."""
     from birkhoff.pipeline.aliases import rollback as move
     from birkhoff.pipeline.publish import resolve
+    from birkhoff.pipeline.signing import load_signer
     from birkhoff.pipeline.stores import open_default_store
 
+    signer = load_signer(sign) if sign else None
     with open_default_store(store) as opened:
         target = resolve(opened, f"{model}@{to}").name or to if to is not None else None
-        moved = move(opened, model, alias, to=target, force=force)
+        moved = move(opened, model, alias, to=target, force=force, signer=signer)
     _show_move(moved.facts(), as_json, "rolled back")
 
 

@@ -171,9 +171,14 @@ class _Mark:
         """Judge a model's names and versions; returns the manifests that stay."""
         prefix = f"models/{model}/versions/"
         reached = {version_key(model, digest) for digest in self._reached(model, objects)}
-        stay = self._judge("version", model, (info for info in objects if info.key.startswith(prefix)), reached)
+        found = [info for info in objects if info.key.startswith(prefix)]
+        manifests = [info for info in found if info.key.count("/") == prefix.count("/") + 1]
+        held = reached | {info.key for info in manifests if info.modified > self._young}
+        # Signatures stay and go with their manifest.
+        beside = {info.key for info in found if version_key(model, info.key.removeprefix(prefix).split("/")[0]) in held}
+        self._judge("version", model, found, beside, young=False)
         # One that is reached and not there stops everything here.
-        digests = sorted(key.removeprefix(prefix).split("/")[0] for key in stay | reached)
+        digests = sorted(key.removeprefix(prefix).split("/")[0] for key in held)
         return _fetch(lambda digest: load_version(self._store, model, digest), digests)
 
     def _reached(self, model: str, objects: list[ObjectInfo]) -> set[str]:

@@ -26,9 +26,10 @@ from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.progress import Progress
-from birkhoff.pipeline.publish import Version, is_whole, publish, resolve
+from birkhoff.pipeline.publish import Version, is_signed, is_whole, publish, resolve
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import Reuse, ShardTask
+from birkhoff.pipeline.signing import Signer
 from birkhoff.pipeline.source import Checkpoint
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
@@ -154,6 +155,7 @@ def compress(
     single_publisher: bool = False,
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
+    signer: Signer | None = None,
 
     An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
 
@@ -173,6 +175,7 @@ def compress(
                 reuse,
             )
             for run, entry in zip(runs, manifest.models, strict=True)
+                signer,
         ]
         for run, future in zip(runs, prepared, strict=True):
             future.result()
@@ -186,7 +189,7 @@ def compress(
             for outcome in executor.run(queue):
                 run = waiting[outcome.task.model]
                 if run.status is None:
-                    _take(run, outcome, store, single_publisher)
+                    _take(run, outcome, store, single_publisher, signer)
                     if run.status == "published" and manifest.keep is not None:
                         retire(store, run.name, manifest.keep)
                     run.seconds = clock.seconds()
@@ -213,14 +216,17 @@ def _budget(manifest: Manifest) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def _prepare(run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Reuse) -> None:
+def _prepare(
+    run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Reuse, signer: Signer | None
+) -> None:
     """Plan one model and find out whether its latest version is what would be made."""
     try:
         run.planned = plan()
         run.source_state = file_state(run.planned.checkpoint)
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
-        latest = latest_version(store, run.name)
-        if reuse == "trust" and latest is not None and _same(latest.manifest, run) and is_whole(store, latest.manifest):
+        latest = run.before = latest_version(store, run.name)
+        same = reuse == "trust" and latest is not None and _same(latest.manifest, run)
+        if same and latest and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
             run.version, run.status = latest, "up to date"
     except BirkhoffError as error:
         if isinstance(error, StoreError):
@@ -253,7 +259,9 @@ def _tasks(runs: list[ModelRun], reuse: Reuse) -> Iterator[ShardTask]:
                 yield ShardTask(model=run.name, index=index, tensors=tensors, profile=run.planned.profile, reuse=reuse)
 
 
-def _take(run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool) -> None:
+def _take(
+    run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool, signer: Signer | None
+) -> None:
     """Account for one outcome; the last one of a model publishes it."""
     assert run.planned is not None  # only planned models have tasks
     if outcome.result is None:
@@ -268,7 +276,8 @@ def _take(run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool)
     try:
         if file_state(run.planned.checkpoint) != run.source_state:
             raise SourceError(f"{run.planned.checkpoint.path}: changed while it was being compressed; run again")
-        run.version = publish(store, _version_manifest(run, run.planned), single_publisher=single_publisher)
+        manifest = _version_manifest(run, run.planned)
+        run.version = publish(store, manifest, single_publisher=single_publisher, signer=signer)
         run.status = "published"
     except BirkhoffError as error:
         run.fail(error)

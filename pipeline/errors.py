@@ -15,6 +15,7 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
 ├── BuilderError                a model whose code is not here, or that `segment` cannot drive
 ├── PictureError                a picture, prompt or annotation that cannot be used
+├── TrustError                  a signature missing or wrong, or an alias that went back
 ├── OutputError                 a file or folder that cannot be written
 ├── ValidationError             an encoded tensor that does not meet its target
 ├── WorkerError                 a worker died or could not be had
@@ -80,6 +81,10 @@ class PictureError(BirkhoffError):
     """A picture, a prompt or an annotation that cannot be used."""
 
 
+class TrustError(BirkhoffError):
+    """A signature that is missing or does not hold, a key file that is none, or an alias that went back unnoticed."""
+
+
 class OutputError(BirkhoffError):
     """A file or folder that cannot be written."""
 
@@ -117,7 +122,13 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     AliasError: 17,
     BuilderError: 18,
     PictureError: 19,
+    TrustError: 20,
 }
+
+
+def printable(text: str) -> str:
+    """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def exit_code(error: BirkhoffError) -> int:

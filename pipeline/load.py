@@ -1,6 +1,7 @@
 """From an artifact to weights that run: dense tensors, or a model whose linear layers compute on the trajectory."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,17 @@ from birkhoff.codec.tensor import decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
+from birkhoff.pipeline.trust import Trust
 
 _SHOWN = 5
 
 
 def load_state_dict(
-    ref_or_dir: str | os.PathLike[str], store: str | None = None, device: str | torch.device = "cpu"
+    ref_or_dir: str | os.PathLike[str],
+    store: str | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    require_signature: Sequence[str | os.PathLike[str]] | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of an artifact, dense, in their original names, order, shapes and dtypes.
 
@@ -23,13 +29,15 @@ def load_state_dict(
         ref_or_dir: a folder that `birkhoff pull` wrote, or `MODEL[@VERSION|ALIAS|DIGEST]` in a store.
         store: URL of the store; `BIRKHOFF_STORE`, then `embedded`, where left out.
         device: where the tensors go.
+        require_signature: files of public keys, one of which must have signed the version.
 
     Raises:
         ArtifactNotFoundError: no such folder, model or version.
+        TrustError: the signature is missing or does not hold, or the alias was put back to an older state.
         IntegrityError: stored bytes that do not match their digest.
         StoreError: the store cannot be reached or read.
     """
-    with open_artifact(ref_or_dir, store) as artifact:
+    with open_artifact(ref_or_dir, store, cached=True, trust=Trust.of(require_signature)) as artifact:
         return {name: tensor.to(device) for name, tensor in artifact.tensors()}
 
 
@@ -40,6 +48,7 @@ def load_into(
     *,
     device: str | torch.device | None = None,
     strict: bool = True,
+    require_signature: Sequence[str | os.PathLike[str]] | None = None,
 ) -> list[str]:
     """Load an artifact into a model, in place: coded `nn.Linear` become HyperLinear, the rest is loaded dense.
 
@@ -50,15 +59,16 @@ def load_into(
         ref_or_dir, store: as in `load_state_dict`.
         device: where the weights go; each parameter's own device (CPU for meta) where left out.
         strict: refuse missing and unexpected tensors; a wrong shape is always refused.
+        require_signature: as in `load_state_dict`.
 
     Returns:
         Names of the modules that became HyperLinear.
 
     Raises:
         ModelMismatchError: tensors missing, unexpected or of another shape; each is named.
-        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_state_dict`.
+        ArtifactNotFoundError, IntegrityError, TrustError, StoreError: as in `load_state_dict`.
     """
-    with open_artifact(ref_or_dir, store) as artifact:
+    with open_artifact(ref_or_dir, store, cached=True, trust=Trust.of(require_signature)) as artifact:
         wanted = model.state_dict(keep_vars=True)
         _check_fit(artifact, wanted, strict=strict)
         swapped: list[str] = []

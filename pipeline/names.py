@@ -5,9 +5,9 @@ number ever given.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from birkhoff.pipeline.artifact import NameRecord, name_key, read_document, utc_now
+from birkhoff.pipeline.artifact import NameRecord, fetch_document, name_key, parse_bounded, utc_now
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ObjectNotFoundError, PreconditionError, StoreError
 from birkhoff.pipeline.store import Store
 
@@ -31,7 +31,7 @@ def given(store: Store, model: str) -> list[str]:
 def read_name(store: Store, model: str, name: str) -> NameRecord:
     """The record of a name, retired or not. Raises ObjectNotFoundError, IntegrityError."""
     key = name_key(model, name)
-    return read_document(NameRecord, key, store.get(key))
+    return fetch_document(store, NameRecord, key)
 
 
 def names(store: Store, model: str) -> Iterator[tuple[str, NameRecord]]:
@@ -65,17 +65,31 @@ def live_name(store: Store, model: str, name: str) -> NameRecord:
     return record
 
 
-def take_name(store: Store, model: str, digest: str, publisher: str, *, single_publisher: bool = False) -> str:
-    """Create the next free `v<N>`: of several publishers exactly one gets each. Raises StoreError."""
+def take_name(
+    store: Store,
+    model: str,
+    digest: str,
+    publisher: str,
+    *,
+    single_publisher: bool = False,
+    announce: Callable[[str, str | None], None] = lambda *_: None,
+) -> str:
+    """Create the next free `v<N>`: of several publishers exactly one gets each. Raises StoreError.
+
+    `announce` is called before each try, with the name and the one that was lost just before.
+    """
+    lost: str | None = None
     taken = max(map(number, given(store, model)), default=0)
     for _ in range(RACES):
         taken += 1
         record = NameRecord(
             digest=digest, created=utc_now(), publisher=publisher, single_publisher=single_publisher or None
         )
+        announce(f"v{taken}", lost)
         try:
             store.create(name_key(model, f"v{taken}"), record.to_bytes())
         except PreconditionError:
+            lost = f"v{taken}"
             continue
         return f"v{taken}"
     raise StoreError(f"{store.url}: no version name of {model} could be had in {RACES} tries")
@@ -95,7 +109,7 @@ def _set_retired(store: Store, model: str, name: str, time: str | None) -> None:
     key = name_key(model, name)
     for _ in range(RACES):
         body, tag = store.read(key)
-        record = read_document(NameRecord, key, body)
+        record = parse_bounded(NameRecord, key, body)
         if (record.retired is None) == (time is None):
             return
         try:

@@ -7,25 +7,35 @@ Order of writes: blobs and shard records (by the workers), then the version's ma
 import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from birkhoff.pipeline.aliases import advance, aliases
 from birkhoff.pipeline.artifact import (
     ALIAS_LATEST,
+    MAX_DOCUMENT_BYTES,
     AliasRecord,
     ShardRecord,
     VersionManifest,
     alias_key,
     blob_key,
+    check_size,
+    fetch_document,
     name_key,
     read_document,
     sha256,
     version_key,
 )
-from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError, StoreError
+from birkhoff.pipeline.errors import (
+    ArtifactNotFoundError,
+    IntegrityError,
+    ObjectNotFoundError,
+    StoreError,
+    printable,
+)
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import NAME_PATTERN
 from birkhoff.pipeline.names import VERSION_NAME, names, read_name, take_name
+from birkhoff.pipeline.signing import Signer, alias_signed_by, read_signatures, sign_version, signed_names
 from birkhoff.pipeline.store import Store
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -41,11 +51,17 @@ class Version:
     digest: str
     manifest: VersionManifest
     stored_bytes: int
-    """Every byte the store holds for it: blobs, shard records, manifest, name and `latest`."""
+    """Every byte the store holds for it: blobs, shard records, manifest, signatures, name and `latest`."""
+    alias: str | None = None
+    """The alias by which it was asked for, if it was."""
+    pointer: AliasRecord | None = None
+    """The state of that alias."""
 
 
-def publish(store: Store, manifest: VersionManifest, *, single_publisher: bool = False) -> Version:
-    """Make a version whose blobs are all stored visible: manifest, name, alias `latest`.
+def publish(
+    store: Store, manifest: VersionManifest, *, single_publisher: bool = False, signer: Signer | None = None
+) -> Version:
+    """Make a version whose blobs are all stored visible: manifest, signature, name, alias `latest`.
 
     The newest version, published again, keeps its name. Looks at the blobs under an open run of its own: whatever was
     collected before, none of them goes from there on.
@@ -54,6 +70,11 @@ def publish(store: Store, manifest: VersionManifest, *, single_publisher: bool =
         StoreError: a blob is missing, or the store failed.
     """
     model, digest, publisher = manifest.model, manifest.digest, uuid.uuid4().hex
+
+    def sign(name: str, lost: str | None) -> None:
+        if signer is not None:
+            sign_version(store, signer, model, name, digest, withdraw=lost)
+
     with open_run(store) as run:
         if not is_whole(store, manifest):
             raise StoreError(f"{store.url}: a blob of {manifest.model} has gone since it was stored; run again")
@@ -61,10 +82,23 @@ def publish(store: Store, manifest: VersionManifest, *, single_publisher: bool =
         run.check()
         # Names tell what was published when: content that was there before and comes back gets a new one.
         newest = [name for name, record in [*names(store, model)][-1:] if record.digest == digest]
-        name = newest[0] if newest else take_name(store, model, digest, publisher, single_publisher=single_publisher)
+        if newest:
+            name = newest[0]
+            sign(name, None)
+        else:
+            name = take_name(store, model, digest, publisher, single_publisher=single_publisher, announce=sign)
         run.check()
-        advance(store, model, name, digest, publisher)
+        advance(store, model, name, digest, publisher, signer=signer)
         return _describe(store, model, name, manifest)
+
+
+def is_signed(store: Store, version: Version, signer: Signer) -> bool:
+    """Whether a version that was found by an alias is signed under its name by this key, and the alias too."""
+    if version.alias is None or version.pointer is None:
+        return False
+    record = read_signatures(store, version.model, version.digest, signer.public)
+    named = version.name in signed_names(signer.public, version.model, version.digest, record)
+    return named and alias_signed_by(signer.public, version.model, version.alias, version.pointer)
 
 
 def is_whole(store: Store, manifest: VersionManifest) -> bool:
@@ -96,19 +130,20 @@ def resolve(store: Store, reference: str) -> Version:
     model, _, ref = reference.partition("@")
     if not NAME_PATTERN.fullmatch(model) or (ref and not NAME_PATTERN.fullmatch(ref)):
         raise ArtifactNotFoundError(f"{reference!r} is no MODEL[@VERSION|ALIAS|DIGEST]")
-    name, digest = _find(store, model, ref or ALIAS_LATEST)
-    return _describe(store, model, name, load_version(store, model, digest))
+    name, digest, pointer = _find(store, model, ref or ALIAS_LATEST)
+    version = _describe(store, model, name, load_version(store, model, digest))
+    return version if pointer is None else replace(version, alias=ref or ALIAS_LATEST, pointer=pointer)
 
 
-def _find(store: Store, model: str, ref: str) -> tuple[str | None, str]:
+def _find(store: Store, model: str, ref: str) -> tuple[str | None, str, AliasRecord | None]:
+    """Name, digest, and the alias that led to them."""
     try:
         if _DIGEST.fullmatch(ref):
-            return next((name for name, record in names(store, model) if record.digest == ref), None), ref
+            return next((name for name, record in names(store, model) if record.digest == ref), None), ref, None
         if VERSION_NAME.fullmatch(ref):
-            return ref, _named(store, model, ref)
-        key = alias_key(model, ref)
-        alias = read_document(AliasRecord, key, store.get(key))
-        return alias.version, alias.digest
+            return ref, _named(store, model, ref), None
+        alias = fetch_document(store, AliasRecord, alias_key(model, ref))
+        return alias.version, alias.digest, alias
     except ObjectNotFoundError:
         raise ArtifactNotFoundError(_missing(store, model, ref)) from None
 
@@ -124,12 +159,18 @@ def load_version(store: Store, model: str, digest: str) -> VersionManifest:
     """The manifest of a version, checked against its digest. Raises as `resolve`."""
     key = version_key(model, digest)
     try:
-        body = store.get(key)
+        body = store.get(key, length=MAX_DOCUMENT_BYTES + 1)
     except ObjectNotFoundError:
         raise ArtifactNotFoundError(_missing(store, model, digest)) from None
+    check_size(key, body)
     if sha256(body) != digest:
         raise IntegrityError(f"{key}: its bytes have digest {sha256(body)}: the stored manifest is damaged")
-    return read_document(VersionManifest, key, body)
+    manifest = read_document(VersionManifest, key, body)
+    if manifest.model != model:
+        raise IntegrityError(
+            f"{key}: a version of model {printable(manifest.model[:80])!r}, not of {model!r}: misplaced"
+        )
+    return manifest
 
 
 def _missing(store: Store, model: str, ref: str) -> str:
@@ -145,4 +186,5 @@ def _describe(store: Store, model: str, name: str | None, manifest: VersionManif
     own = len(manifest.to_bytes()) + sum(shard.bytes + len(shard.to_bytes()) for shard in manifest.shards)
     pointers = [alias_key(model, ALIAS_LATEST)] + ([name_key(model, name)] if name else [])
     sizes = [store.head(key).size for key in pointers]
+    sizes += [info.size for info in store.list(f"models/{model}/versions/{manifest.digest}/signatures/")]
     return Version(model=model, name=name, digest=manifest.digest, manifest=manifest, stored_bytes=own + sum(sizes))

@@ -1,0 +1,33 @@
+"""Commands about signing keys. Registered on the app of `cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from birkhoff.pipeline.cli import JsonOption, app, report
+
+key_app = typer.Typer(no_args_is_help=True, help="Signing keys (Ed25519).")
+app.add_typer(key_app, name="key")
+
+
+@key_app.command()
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; FILE.pub will be the public one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key pair: `--sign FILE` signs, `--require-signature FILE.pub` checks."""
+    from birkhoff.pipeline.signing import PUBLIC_SUFFIX, new_key
+
+    public = new_key(file)
+    report({"key": public.id, "private": str(file), "public": f"{file}{PUBLIC_SUFFIX}"}, as_json, "made")
+
+
+@key_app.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="PUBFILE", help="A public key.")], as_json: JsonOption = False
+) -> None:
+    """Print the id of a public key, by which signatures name it."""
+    from birkhoff.pipeline.signing import load_public
+
+    report({"key": load_public(file).id, "public": str(file)}, as_json, "key")
