@@ -21,17 +21,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from birkhoff.pipeline.errors import IntegrityError
+from birkhoff.pipeline.store import Store
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-from birkhoff.pipeline.store import Store
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
-
-class Document(BaseModel):
 MAX_DOCUMENT_BYTES = 16 << 20
 """More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
 
+
+class Document(BaseModel):
     """A stored document: unknown fields are refused, nothing changes once it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,34 +109,6 @@ class NameRecord(Document):
     """When the name was given up (UTC, ISO 8601): it resolves no more, and its number is not given again."""
 
 
-class AliasState(Document):
-    """What an alias pointed at, and since when."""
-
-    version: str
-    digest: Digest
-    gen: Annotated[int, Field(ge=1)]
-    """Counts the alias's changes; never goes back."""
-    moved: str
-    """UTC, ISO 8601."""
-    back: bool | None = None
-    """Set where a rollback led here."""
-    protected: bool | None = None
-    """Set where the alias moves by force only."""
-
-
-class AliasRecord(AliasState):
-    """A movable pointer at a named version, and the states it was in before."""
-
-    publisher: str
-    """A random name of the writer: two writers never write equal bodies."""
-    previous: tuple[AliasState, ...] = ()
-    """Oldest first, the last `aliases.KEPT_STATES` of them."""
-
-
-def sha256(data: bytes | memoryview) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
-
 class NameSignature(Document):
     """One statement of a key: this version was published under this name."""
 
@@ -163,6 +135,36 @@ class AliasSignature(Document):
     """Ed25519, base64, of `signing.alias_statement`."""
 
 
+class AliasState(Document):
+    """What an alias pointed at, and since when."""
+
+    version: str
+    digest: Digest
+    gen: Annotated[int, Field(ge=1)]
+    """Counts the alias's changes; never goes back."""
+    moved: str
+    """UTC, ISO 8601."""
+    back: bool | None = None
+    """Set where a rollback led here."""
+    protected: bool | None = None
+    """Set where the alias moves by force only."""
+
+
+class AliasRecord(AliasState):
+    """A movable pointer at a named version, and the states it was in before."""
+
+    publisher: str
+    """A random name of the writer: two writers never write equal bodies."""
+    signature: AliasSignature | None = None
+    """Of this state, by who moved it, where it was signed."""
+    previous: tuple[AliasState, ...] = ()
+    """Oldest first, the last `aliases.KEPT_STATES` of them."""
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
 
 def blob_key(digest: str) -> str:
     """Key of a blob."""
@@ -179,12 +181,15 @@ def version_key(model: str, digest: str) -> str:
     return f"models/{model}/versions/{digest}/manifest.json"
 
 
+def signatures_key(model: str, digest: str, key: str) -> str:
+    """Key of what one key has signed of a version."""
+    return f"models/{model}/versions/{digest}/signatures/{key}.json"
+
+
 def name_key(model: str, name: str) -> str:
     """Key of a human name."""
     return f"models/{model}/names/{name}.json"
 
-    signature: AliasSignature | None = None
-    """Of this state, by who moved it, where it was signed."""
 
 def alias_key(model: str, alias: str) -> str:
     """Key of an alias."""
@@ -209,11 +214,6 @@ def read_document(kind: type[D], key: str, body: bytes) -> D:
 
     Raises:
         IntegrityError: the object is not such a document.
-def signatures_key(model: str, digest: str, key: str) -> str:
-    """Key of what one key has signed of a version."""
-    return f"models/{model}/versions/{digest}/signatures/{key}.json"
-
-
     """
     try:
         return kind.model_validate(json.loads(body, object_pairs_hook=_unique))
@@ -222,11 +222,6 @@ def signatures_key(model: str, digest: str, key: str) -> str:
         raise IntegrityError(f"{key}: not a {kind.__name__}: {reason}; the stored object is damaged") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
-    return result
 def fetch_document(store: Store, kind: type[D], key: str) -> D:
     """Read and parse a stored document, no more of it than one can have.
 
@@ -249,3 +244,8 @@ def check_size(key: str, body: bytes) -> None:
         raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of ours")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

@@ -107,14 +107,14 @@ def compress(
     from birkhoff.pipeline.manifest import load_manifest
     from birkhoff.pipeline.progress import Progress
     from birkhoff.pipeline.shard import Reuse
-    from birkhoff.pipeline.store import check_store
     from birkhoff.pipeline.signing import load_signer
+    from birkhoff.pipeline.store import check_store
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import VERSION_COLUMNS, show
 
     chosen = job.select(load_manifest(manifest), only or [], profile)
-    with open_default_store(store or chosen.store) as opened:
     signer = load_signer(sign) if sign else None
+    with open_default_store(store or chosen.store) as opened:
         single = not check_store(opened).conditional_writes
         if single:
             warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
@@ -209,15 +209,12 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a version into a folder, every digest checked; shards already there are kept."""
-    require_signature: SignatureOption = None,
-    accept_older: OlderOption = False,
     from birkhoff.pipeline.artifacts import StoredArtifact
     from birkhoff.pipeline.artifacts import pull as fetch
     from birkhoff.pipeline.publish import resolve
     from birkhoff.pipeline.stores import open_default_store
 
     with open_default_store(store) as opened:
-    from birkhoff.pipeline.trust import Trust
         version = resolve(opened, reference)
         fetched = fetch(StoredArtifact(opened, version), output)
     facts = {"model": version.model, "version": version.name, "digest": version.digest, "fetched_bytes": fetched}
@@ -229,12 +226,15 @@ def verify(
     reference: ReferenceArgument,
     against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="Measure against this checkpoint too.")] = None,
     store: StoreOption = None,
+    require_signature: SignatureOption = None,
+    accept_older: OlderOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Re-check a stored version, or a pulled folder: every digest, every tensor decoded."""
     from dataclasses import asdict
 
     from birkhoff.pipeline.artifacts import open_artifact
+    from birkhoff.pipeline.trust import Trust
     from birkhoff.pipeline.verify import verify as check
 
     trust = Trust.of(require_signature, accept_older=accept_older)
@@ -339,4 +339,4 @@ def main() -> None:
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_keys, cli_use, cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_use, cli_versions  # noqa: E402, F401

@@ -153,9 +153,9 @@ def compress(
     reuse: Reuse = "trust",
     mirror: Path | None = None,
     single_publisher: bool = False,
+    signer: Signer | None = None,
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
-    signer: Signer | None = None,
 
     An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
 
@@ -173,9 +173,9 @@ def compress(
                 partial(plan_entry, manifest, entry, mirror=mirror, report=progress.downloaded),
                 store,
                 reuse,
+                signer,
             )
             for run, entry in zip(runs, manifest.models, strict=True)
-                signer,
         ]
         for run, future in zip(runs, prepared, strict=True):
             future.result()
