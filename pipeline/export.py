@@ -9,8 +9,9 @@ from typing import Any, BinaryIO
 import torch
 
 from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS
-from birkhoff.pipeline.artifacts import Artifact, inspect, whole_file
+from birkhoff.pipeline.artifacts import Artifact, inspect
 from birkhoff.pipeline.errors import OutputError
+from birkhoff.pipeline.files import whole_file
 from birkhoff.pipeline.source_types import DTYPES
 
 _TORCH = (".pth", ".pt")
@@ -21,6 +22,8 @@ def export(artifact: Artifact, path: Path) -> int:
     """Write a dense checkpoint, the same bytes every time; returns its size.
 
     `.safetensors` holds the flat state dict; `.pth` and `.pt` restore the nesting of the source (`{"model": ...}`).
+    A model that was made of several files, or of several state dicts of one, comes back as one file: nested as they
+    were where they agree, else flat, under the names that the manifest gave.
 
     A `.safetensors` file is written tensor by tensor; a `.pth` file holds the dense model in memory once.
 

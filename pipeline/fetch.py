@@ -135,7 +135,9 @@ def _gather(
 
 
 def _open(source: Sequence[SourcePart], paths: Sequence[Path], cache: Path, downloads: DownloadCache) -> Checkpoint:
-    opened = [(part, open_checkpoint(path, cache=cache)) for part, path in zip(source, paths, strict=True)]
+    opened = [
+        (part, open_checkpoint(path, cache=cache, under=part.under)) for part, path in zip(source, paths, strict=True)
+    ]
     return merge(opened, downloads.folder / "merged")
 
 

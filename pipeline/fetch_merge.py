@@ -16,6 +16,8 @@ from birkhoff.pipeline.source_types import Checkpoint, StoredTensor, shown
 def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Checkpoint:
     """The union of the parts' tensors, in the order of the parts.
 
+    Its nesting is that of the parts where they agree. Otherwise it is flat: one state dict under the new names.
+
     What was taken of which part is written to a small listing in `folder`, which stands for the whole: it is the
     `path` and the first of the `files`, so the digest of the checkpoint covers the choice along with the bytes.
 
@@ -38,7 +40,7 @@ def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Check
         format=first.format,
         tensors=tuple(tensor for _, tensors in chosen for tensor in tensors),
         nesting=first.nesting if all(checkpoint.nesting == first.nesting for checkpoint, _ in chosen) else (),
-        skipped=tuple(entry for checkpoint in sources.values() for entry in checkpoint.skipped),
+        skipped=_skipped([checkpoint for checkpoint, _ in chosen]),
     )
 
 
@@ -54,6 +56,16 @@ def _chosen(part: SourcePart, checkpoint: Checkpoint) -> list[StoredTensor]:
                 )
         tensors = [tensor for tensor in tensors if any(fnmatchcase(tensor.name, glob) for glob in part.keep)]
     return [replace(tensor, name=part.prefix + tensor.name) for tensor in tensors]
+
+
+def _skipped(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[str, str], ...]:
+    """Entries that are no weights; of a file that serves several parts those that none of them took."""
+    left: dict[Path, dict[tuple[str, str], None]] = {}
+    for checkpoint in checkpoints:
+        mine = dict.fromkeys(checkpoint.skipped)
+        before = left.get(checkpoint.path, mine)
+        left[checkpoint.path] = {entry: None for entry in before if entry in mine}
+    return tuple(entry for entries in left.values() for entry in entries)
 
 
 def _check_names(chosen: Sequence[tuple[Checkpoint, list[StoredTensor]]]) -> None:
@@ -72,7 +84,9 @@ def _write_listing(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path)
     """Write what was taken of which file; the same on every machine, and untouched where it is there already."""
     listing = {
         "parts": [
-            {"file": checkpoint.path.name, "keep": part.keep, "prefix": part.prefix} for part, checkpoint in parts
+            {"file": checkpoint.path.name, "keep": part.keep, "prefix": part.prefix}
+            | ({} if part.under is None else {"under": part.under})  # older listings keep their digests
+            for part, checkpoint in parts
         ]
     }
     key = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@
       sha256: 3f6c...                        # optional, checked ever after
     source:                                  # several files make one model
       - {urls: [https://a.org/x.pth], keep: ["image_encoder.*"]}
-      - {urls: [https://b.org/y.pth], prefix: "decoder."}
+      - {urls: [https://b.org/y.pth], under: Decoder, prefix: "decoder."}
 
 Nothing here opens a file or a connection.
 """
@@ -39,6 +39,8 @@ class SourcePart(BaseModel):
     """Addresses of one and the same file, tried in turn: paths, file://, http(s):// and s3:// URLs."""
     sha256: str | None = None
     """SHA-256 of the file in hex. Without it the digest of the first download holds."""
+    under: Annotated[str, Field(min_length=1)] | None = None
+    """Keys, joined by dots, that lead to the wanted state dict where the file holds several: `ema.model`."""
     keep: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
     """Globs on the names of its state dict; every tensor where left out."""
     prefix: str = ""
@@ -74,7 +76,7 @@ class SourcePart(BaseModel):
     @property
     def whole(self) -> bool:
         """Whether the file is taken as it is."""
-        return self.keep is None and not self.prefix
+        return self.keep is None and self.under is None and not self.prefix
 
     @property
     def name(self) -> str:

@@ -30,23 +30,25 @@ from birkhoff.pipeline.source_types import (
 __all__ = ["Checkpoint", "CheckpointFormat", "StoredTensor", "open_checkpoint", "read_tensor", "source_digest"]
 
 
-def open_checkpoint(path: Path | str, *, cache: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path | str, *, cache: Path | None = None, under: str | None = None) -> Checkpoint:
     """Describe the checkpoint in a local file; reads headers only, so memory does not grow with the file.
 
     Reads safetensors files, their sharded index, `torch.save` files of either form, and a zip file that packs one
     of the latter. Legacy pickles and packing zips are rewritten once into the folder `cache`, and their
-    descriptors point there; only that first rewrite of a legacy pickle loads the whole file.
+    descriptors point there; only that first rewrite of a legacy pickle loads the whole file. `under` is the path of
+    keys, joined by dots, to the wanted one of several state dicts.
 
     Raises:
         UnsafeSourceError: a pickle would run code.
         SourceError: the file is missing, truncated, corrupt, of an unknown kind or holds no state dict, or `cache`
             is needed and missing.
+        OutputError: `cache` is needed and cannot be written.
     """
     path = Path(path).absolute()
     try:
         content = sniff(path)
         try:
-            return _open(path, content, cache)
+            return _open(path, content, cache, under)
         except SourceError as error:
             if remark := suffix_remark(path, content):
                 raise type(error)(f"{error}{remark}") from error
@@ -105,25 +107,27 @@ def source_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
-def _open(path: Path, content: Content, cache: Path | None) -> Checkpoint:
+def _open(path: Path, content: Content, cache: Path | None, under: str | None) -> Checkpoint:
+    if under is not None and content in ("safetensors file", "JSON index"):
+        raise SourceError(f"{path}: a {content} holds one flat state dict, nothing under {shown(under)}; drop `under`")
     if content == "safetensors file":
         return open_safetensors(path)
     if content == "JSON index":
         return open_sharded(path)
     if content == "zip file":
-        return open_torch_zip(path) if is_torch_zip(path) else _open_packed(path, cache)
+        return open_torch_zip(path, under) if is_torch_zip(path) else _open_packed(path, cache, under)
     vet_legacy(path)
-    return open_legacy(path, _required(path, cache, "a legacy pickle"))
+    return open_legacy(path, _required(path, cache, "a legacy pickle"), under)
 
 
-def _open_packed(path: Path, cache: Path | None) -> Checkpoint:
+def _open_packed(path: Path, cache: Path | None, under: str | None) -> Checkpoint:
     """A checkpoint packed into a zip file: the facts of the inner file under the outer file's name."""
     inner = unpack_checkpoint(path, _required(path, cache, "a zip that packs a checkpoint"))
     try:
         content = sniff(inner)
         if content != "legacy pickle" and not (content == "zip file" and is_torch_zip(inner)):
             raise SourceError(f"{inner}: a {content}, expected what torch.save writes; unpack it by hand")
-        checkpoint = _open(inner, content, cache)
+        checkpoint = _open(inner, content, cache, under)
     except SourceError as error:
         raise type(error)(str(error).replace(f"{inner}", f"{path} (unpacked)")) from error
     return replace(checkpoint, path=path, files=(path,), nbytes=path.stat().st_size)

@@ -48,7 +48,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_legacy(path: Path, cache: Path) -> Checkpoint:
+def open_legacy(path: Path, cache: Path, under: str | None = None) -> Checkpoint:
     """Describe a legacy pickle by way of its safetensors copy in `cache`, written on first use.
 
     The first use loads the whole file into memory. The pickle must have passed `vet_legacy`.
@@ -57,9 +57,11 @@ def open_legacy(path: Path, cache: Path) -> Checkpoint:
         SourceError: the file is truncated or corrupt, holds no state dict, or the copy does not fit on the disk.
         OutputError: the cache cannot be written.
     """
-    target = cache / f"{file_sha256(path)}.legacy.safetensors"
+    # One copy for each state dict that was asked for.
+    part = "" if under is None else f".{hashlib.sha256(under.encode()).hexdigest()[:16]}"
+    target = cache / f"{file_sha256(path)}{part}.legacy.safetensors"
     if not target.is_file():
-        state = _load_legacy(path)
+        state = _load_legacy(path, under)
         with _appearing(path, target, sum(tensor.nbytes for tensor in state.tensors.values())) as partial:
             _write_copy(path, partial, state)
     return _open_copy(path, target)
@@ -81,9 +83,9 @@ def vet_legacy(path: Path) -> None:
         vet_pickle(path, head)
 
 
-def _load_legacy(path: Path) -> StateDict:
+def _load_legacy(path: Path, under: str | None) -> StateDict:
     try:
-        return find_state_dict(path, torch.load(path, map_location=_bounded(path), weights_only=True))
+        return find_state_dict(path, torch.load(path, map_location=_bounded(path), weights_only=True), under)
     except SourceError:
         raise
     # A cut or forged file can make the unpickler fail in any way at all; none of them is more than a bad file.

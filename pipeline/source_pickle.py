@@ -21,6 +21,9 @@ from birkhoff.pipeline.source_types import DTYPES, check_tensor, first_line, sho
 # SAM-H describes its 594 tensors in 0.1 MB; beyond this the pickle holds data, not descriptions.
 MAX_PICKLE_BYTES = 16 << 20
 
+# Keys that a message lists.
+_SHOWN_KEYS = 10
+
 _REMEDY = "save model.state_dict() where you trust the file, best with safetensors.torch.save_file"
 
 _SAFE_GLOBALS = frozenset(
@@ -140,11 +143,11 @@ def _operations(path: Path, stream: BinaryIO) -> Iterator[tuple[str, object]]:
         ) from error
 
 
-def find_state_dict(path: Path, loaded: object) -> StateDict:
+def find_state_dict(path: Path, loaded: object, under: str | None = None) -> StateDict:
     """Find the state dict in an unpickled checkpoint.
 
-    A top-level dict that holds tensors is the state dict; otherwise the one value that is a dict of tensors,
-    with "model" before "state_dict" where there are several.
+    With `under` it is the dict behind these keys, joined by dots. Else a top-level dict that holds tensors is the state
+    dict; otherwise the one value that is a dict of tensors, with "model" before "state_dict" where there are several.
 
     Raises:
         SourceError: none or no single state dict, or one that holds tensors which are no dense weights.
@@ -152,15 +155,51 @@ def find_state_dict(path: Path, loaded: object) -> StateDict:
     if not isinstance(loaded, dict):
         kind = "tensor" if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise SourceError(f"{path}: holds a {kind}, expected a dict of tensors; {_REMEDY}")
+    if under is not None:
+        return _below(path, loaded, under)
     nested = [key for key, value in _items(loaded) if isinstance(key, str) and _count_tensors(value)]
     if not _count_tensors(loaded):
         key = _choose(path, loaded, nested)
         return _collect(path, loaded[key], nesting=(key,), outer=loaded)
     if nested:
         raise SourceError(
-            f"{path}: has tensors both at its top level and under {shown(nested)}; save one state dict alone"
+            f"{path}: has tensors both at its top level and under {shown(nested)}; name one with `under` in the"
+            " manifest"
         )
     return _collect(path, loaded, nesting=(), outer={})
+
+
+def _below(path: Path, loaded: dict[Any, Any], under: str) -> StateDict:
+    """The state dict behind the keys of `under`; a key may hold dots itself."""
+    table, rest = loaded, under
+    nesting: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    while rest:
+        keys = [key for key, value in _items(table) if isinstance(key, str) and isinstance(value, dict)]
+        found = [key for key in keys if rest == key or rest.startswith(f"{key}.")]
+        if not found:
+            where = shown(".".join(nesting)) if nesting else "the top"
+            raise SourceError(
+                f"{path}: has no dict under {shown(under)}; at {where} there {_dicts(table, keys)}; correct `under`"
+            )
+        key = max(found, key=len)
+        skipped += [(".".join([*nesting, f"{k}"]), _type_name(value)) for k, value in _items(table) if k != key]
+        table, rest = table[key], rest[len(key) + 1 :]
+        nesting.append(key)
+    if not _count_tensors(table):
+        keys = [key for key, value in _items(table) if isinstance(key, str) and isinstance(value, dict)]
+        raise SourceError(
+            f"{path}: {shown(under)} holds no tensors; in it there {_dicts(table, keys)}; correct `under`"
+        )
+    state = _collect(path, table, nesting=tuple(nesting), outer={})
+    return StateDict(tensors=state.tensors, nesting=state.nesting, skipped=(*skipped, *state.skipped))
+
+
+def _dicts(table: dict[Any, Any], keys: list[str]) -> str:
+    """For messages: the dicts among the values of a table, and how many tensors each holds."""
+    shown_keys = [f"{shown(key)} ({_count_tensors(table[key])} tensors)" for key in keys[:_SHOWN_KEYS]]
+    more = ", ..." if len(keys) > _SHOWN_KEYS else ""
+    return f"is {', '.join(shown_keys)}{more}" if keys else f"is none among {len(table)} entries"
 
 
 def _items(table: dict[Any, Any]) -> list[tuple[Any, Any]]:
@@ -184,7 +223,7 @@ def _choose(path: Path, loaded: dict[Any, Any], nested: list[str]) -> str:
     if nested:
         raise SourceError(
             f"{path}: {len(nested)} state dicts, under {shown(nested)}, and none is called 'model' or"
-            " 'state_dict'; save the wanted one alone"
+            " 'state_dict'; name the wanted one with `under` in the manifest"
         )
     for key, value in _items(loaded):
         if isinstance(value, dict):
@@ -200,7 +239,7 @@ def _refuse_deeper(path: Path, table: dict[Any, Any], prefix: str) -> None:
         if _count_tensors(value):
             raise SourceError(
                 f"{path}: tensors lie as deep as {shown(f'{prefix}.{key}')}, expected them at the top or one"
-                " level below; save a flat state dict"
+                " level below; name the dict that holds them with `under` in the manifest"
             )
 
 

@@ -68,8 +68,10 @@ def is_torch_zip(path: Path) -> bool:
         return any(name.count("/") == 1 and name.endswith(f"/{_PICKLE}") for name in archive.namelist())
 
 
-def open_torch_zip(path: Path) -> Checkpoint:
+def open_torch_zip(path: Path, under: str | None = None) -> Checkpoint:
     """Describe a `.pth` zip checkpoint; reads the directory, the pickle and each record's local header.
+
+    `under` as in `find_state_dict`.
 
     Raises:
         UnsafeSourceError: the pickle would run code.
@@ -88,7 +90,7 @@ def open_torch_zip(path: Path) -> Checkpoint:
     vet_pickle(path, io.BytesIO(pickled))
     storages = {name: record for name, record in records.items() if _is_storage(name)}
     try:
-        return _describe(path, pickled, version, storages)
+        return _describe(path, pickled, version, storages, under)
     except SourceError:
         raise
     # A forged pickle can make the unpickler fail in any way at all; none of them is more than a bad file.
@@ -158,10 +160,12 @@ def _read_small(path: Path, file: BinaryIO, records: dict[str, _Record], name: s
     return file.read(record.nbytes)
 
 
-def _describe(path: Path, pickled: bytes, version: bytes, storages: dict[str, _Record]) -> Checkpoint:
+def _describe(
+    path: Path, pickled: bytes, version: bytes, storages: dict[str, _Record], under: str | None
+) -> Checkpoint:
     """Rebuild the pickle on tensors without data and trace each of them to its record."""
     skeleton, places = _skeleton(pickled, version, list(storages))
-    state = find_state_dict(path, _load_without_data(skeleton))
+    state = find_state_dict(path, _load_without_data(skeleton), under)
     return Checkpoint(
         path=path,
         files=(path,),

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from birkhoff.pipeline import fetch
+from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.manifest import load_manifest
 from birkhoff.pipeline.source import open_checkpoint, read_tensor, source_digest
 from tests.benchmarks import bench_fleet, family, fleet_report, synthetic
@@ -33,12 +35,12 @@ def test_manifest_and_family_name_the_same_models_and_files() -> None:
     published = {member.name: member for member in family.members()}
     assert list(entries) == list(published)
     for name, entry in entries.items():
-        assert tuple(part.name for part in entry.source) == published[name].files, name
+        assert tuple(dict.fromkeys(part.name for part in entry.source)) == published[name].files, name
 
 
 def test_manifest_fetches_over_https_only() -> None:
     urls = [url for entry in load_manifest(MANIFEST).models for part in entry.source for url in part.urls]
-    assert len(urls) == 20
+    assert len(urls) == 23
     assert all(url.startswith("https://") for url in urls)
 
 
@@ -85,16 +87,26 @@ def test_nesting_and_packing(tmp_path: Path) -> None:
     assert not packed.with_suffix("").exists()
 
 
-def test_nesting_can_split_by_prefix(tmp_path: Path) -> None:
-    spec = family.FileSpec(  # as MobileSAMv2's decoder is published
-        file="split.pt",
-        layout="sam_vit_h",
-        modules=("prompt_encoder.", "mask_decoder."),
-        nesting={"PromtEncoder": "prompt_encoder.", "MaskDecoder": "mask_decoder."},
-    )
-    (path,) = synthetic.write_files(tmp_path, [spec], scale=SCALE, processes=1)
-    loaded = torch.load(path, weights_only=True)
+def test_the_decoder_of_mobilesamv2_is_two_state_dicts_that_its_manifest_joins(tmp_path: Path) -> None:
+    names = ("sam_vit_h_4b8939.pth", "Prompt_guided_Mask_Decoder.pt")
+    encoder, decoder = written(tmp_path, *names)
+    loaded = torch.load(decoder, weights_only=True)
     assert set(loaded) == {"PromtEncoder", "MaskDecoder"}
+    with pytest.raises(SourceError, match=r"2 state dicts, under .*name the wanted one with `under`"):
+        open_checkpoint(decoder)
+    (entry,) = (entry for entry in load_manifest(MANIFEST).models if entry.name == "MobileSAMv2-ViT-H")
+    joined = fetch.resolve(entry.source, cache=tmp_path / "cache", downloads=tmp_path / "downloads", mirror=tmp_path)
+    expected = {name for name in torch.load(encoder, weights_only=True) if name.startswith("image_encoder.")}
+    expected |= {f"prompt_encoder.{name}" for name in loaded["PromtEncoder"]}
+    expected |= {f"mask_decoder.{name}" for name in loaded["MaskDecoder"]}
+    assert {tensor.name for tensor in joined.tensors} == expected
+    assert joined.nesting == ()
+    assert joined.skipped == ()
+    read = {tensor.name: read_tensor(tensor) for tensor in joined.tensors}
+    for key, prefix in (("PromtEncoder", "prompt_encoder."), ("MaskDecoder", "mask_decoder.")):
+        for name, tensor in loaded[key].items():
+            assert torch.equal(read[prefix + name], tensor), name
+    spec = family.files()[decoder.name]
     (place,) = [pair for pair in family.tensors_of(spec, SCALE) if pair[1].name == "mask_decoder.iou_token.weight"]
     np.testing.assert_array_equal(loaded["MaskDecoder"]["iou_token.weight"].numpy(), synthetic.draw(*place))
 
