@@ -1,18 +1,16 @@
-"""Reading published artifacts: pull, verify, inspect, dense tensors, and loading into a model.
+"""Reading published artifacts: verify, inspect, dense tensors, and loading into a model.
 
-Two places hold an artifact, a store and a folder that `pull` wrote; both hand out shards whose digest was checked after
-the last copy.
+Three places hold an artifact: a store, the local cache in front of one, and a folder that `pull` wrote. All hand out
+shards whose digest was checked after the last copy.
 """
 
 import contextlib
 import json
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,13 +20,17 @@ from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import decode_tensor
 from birkhoff.pipeline.artifact import ShardRecord, VersionManifest, blob_key, read_document, sha256
-from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError, OutputError
+from birkhoff.pipeline.blob_cache import BlobCache
+from birkhoff.pipeline.blob_download import Blob
+from birkhoff.pipeline.blob_fetch import fetch
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.publish import Version, resolve
+from birkhoff.pipeline.pull import MANIFEST_FILE, VERSION_FILE, blobs_of, bring, shard_file
+from birkhoff.pipeline.references import Found, find, noted_signatures, recall
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.stores import open_default_store
+from birkhoff.pipeline.trust import ANY, Trust, check_signatures, check_version
 
-MANIFEST_FILE = "manifest.json"
-VERSION_FILE = "version.json"
 _HEADER_GUESS = 256 << 10
 """Bytes of a container read at first to see its header."""
 
@@ -58,13 +60,21 @@ class Artifact(ABC):
             )
         return body
 
+    def arriving(self) -> Iterator[ShardRecord]:
+        """All shards, each once, as soon as its bytes can be read without waiting; in whatever order that is."""
+        yield from self.manifest.shards
+
+    def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
+        """The stored tensors of a shard. May be called from any thread."""
+        try:
+            return parse(self.blob(shard))
+        except FormatError as error:
+            raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None
+
     def coded(self) -> Iterator[CodedTensor]:
         """Every stored tensor in the checkpoint's order, one shard in memory at a time."""
         for shard in self.manifest.shards:
-            try:
-                yield from parse(self.blob(shard))
-            except FormatError as error:
-                raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None
+            yield from self.coded_of(shard)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, dense CPU tensor) in the checkpoint's order."""
@@ -96,20 +106,73 @@ class StoredArtifact(Artifact):
             raise IntegrityError(f"{self.label}: blob {shard.blob} is missing from {self._store.url}") from None
 
 
+class CachedArtifact(Artifact):
+    """A version read through the local cache: what is missing there is fetched from the store, if there is one."""
+
+    def __init__(self, found: Found, store: Store | None, cache: BlobCache) -> None:
+        self._found, self._store, self._cache = found, store, cache
+        self.manifest = found.manifest
+        self.label = found.label
+
+    def arriving(self) -> Iterator[ShardRecord]:
+        """All shards, those in the cache first, the others as they come."""
+        if self._store is None:
+            yield from self.manifest.shards
+            return
+        shards: dict[str, list[ShardRecord]] = {}
+        for shard in self.manifest.shards:
+            shards.setdefault(shard.blob, []).append(shard)
+        for blob in fetch(self._store, blobs_of(self.manifest), self._cache, label=self.label):
+            yield from shards[blob.digest]
+
+    def blob(self, shard: ShardRecord) -> bytes:
+        """The bytes of a shard, checked; a damaged or missing file of the cache is fetched anew."""
+        with contextlib.suppress(OSError):
+            body = self._cache.path(shard.blob).read_bytes()
+            if sha256(body) == shard.blob:
+                return body
+            self._cache.discard(shard.blob)
+        blob = Blob(digest=shard.blob, size=shard.bytes)
+        bring([blob], self._found, self._store, self._cache, only={shard.blob})
+        return super().blob(shard)
+
+    def read_blob(self, shard: ShardRecord) -> bytes:
+        """Read a shard's file in the cache."""
+        return self._read(shard, -1)
+
+    def read_head(self, shard: ShardRecord, size: int) -> bytes:
+        """Read the start of a shard's file in the cache, which is fetched if it is not there."""
+        if self._cache.find(shard.blob, shard.bytes) is None:
+            return self.blob(shard)[:size]
+        return self._read(shard, size)
+
+    def _read(self, shard: ShardRecord, size: int) -> bytes:
+        path = self._cache.path(shard.blob)
+        try:
+            with path.open("rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror}; load again") from None
+
+
 class PulledArtifact(Artifact):
     """A version in a folder that `pull` wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust: Trust = ANY) -> None:
+        """Raises IntegrityError, and TrustError if the folder is not signed as `trust` demands."""
         self._folder = folder
         self.label = str(folder)
         manifest, version = (self._read(folder / name, None) for name in (MANIFEST_FILE, VERSION_FILE))
         try:
-            digest = json.loads(version)["digest"]
+            note = json.loads(version)
+            digest, name = note["digest"], note["version"]
+            signatures = noted_signatures(note)
         except (ValueError, KeyError, TypeError):
             raise IntegrityError(f"{folder / VERSION_FILE} is damaged; pull again") from None
         if sha256(manifest) != digest:
             raise IntegrityError(f"{folder / MANIFEST_FILE} does not match its digest {digest}; pull again")
         self.manifest = read_document(VersionManifest, str(folder / MANIFEST_FILE), manifest)
+        check_signatures(self.manifest.model, name, digest, signatures, trust, self.label)
 
     def read_blob(self, shard: ShardRecord) -> bytes:
         """Read a shard's file."""
@@ -128,93 +191,41 @@ class PulledArtifact(Artifact):
 
 
 @contextlib.contextmanager
-def open_artifact(reference: str | os.PathLike[str], store: str | None = None) -> Iterator[Artifact]:
+def open_artifact(
+    reference: str | os.PathLike[str],
+    store: str | None = None,
+    *,
+    cached: bool = False,
+    offline: bool = False,
+    trust: Trust = ANY,
+) -> Iterator[Artifact]:
     """The artifact at a folder of `pull`, or at `MODEL[@REF]` in a store (`BIRKHOFF_STORE`, else embedded).
+
+    A folder of that name wins over a model. With `cached`, blobs of a store are read through the local cache; with
+    `offline` besides, the store is not asked for anything.
 
     Raises:
         ArtifactNotFoundError, IntegrityError, StoreError.
+        TrustError: it is not what `trust` demands.
     """
     folder = Path(reference)
     if (folder / MANIFEST_FILE).is_file():
-        yield PulledArtifact(folder)
+        yield PulledArtifact(folder, trust)
         return
     if isinstance(reference, os.PathLike) or folder.is_dir():
         raise ArtifactNotFoundError(f"{folder} holds no {MANIFEST_FILE}: not a folder of `birkhoff pull`")
+    if offline:
+        cache = BlobCache()
+        yield CachedArtifact(recall(store, str(reference), cache, trust), None, cache)
+        return
     with open_default_store(store) as opened:
-        yield StoredArtifact(opened, resolve(opened, str(reference)))
-
-
-def shard_file(manifest: VersionManifest, shard: ShardRecord) -> str:
-    """Name of a shard's file in a pulled folder."""
-    return f"shard-{manifest.shards.index(shard) + 1:05}-of-{len(manifest.shards):05}.safetensors"
-
-
-def pull(artifact: StoredArtifact, folder: Path) -> int:
-    """Bring a version into a folder, every digest checked; returns the bytes fetched.
-
-    Shards that are there already and whole are kept. The manifest comes last, so a folder with a manifest is whole.
-
-    Raises:
-        IntegrityError: a stored blob does not match its digest.
-        OutputError: the folder cannot be written, or holds files that are not of `pull`.
-        StoreError: the store failed.
-    """
-    manifest, fetched = artifact.manifest, 0
-    _claim(folder)
-    keep = {shard_file(manifest, shard) for shard in manifest.shards}
-    for stale in [folder / MANIFEST_FILE, *(p for p in folder.glob("shard-*.safetensors") if p.name not in keep)]:
-        stale.unlink(missing_ok=True)
-    version = artifact.version
-    pointer = {"model": version.model, "version": version.name, "digest": version.digest}
-    write_whole(folder / VERSION_FILE, json.dumps(pointer).encode())
-    for shard in manifest.shards:
-        path = folder / shard_file(manifest, shard)
-        if not (path.is_file() and path.stat().st_size == shard.bytes and sha256(path.read_bytes()) == shard.blob):
-            write_whole(path, artifact.blob(shard))
-            fetched += shard.bytes
-    write_whole(folder / MANIFEST_FILE, manifest.to_bytes())
-    return fetched
-
-
-def _claim(folder: Path) -> None:
-    """Make the folder, or find it empty or left by an earlier `pull`: what else lies there is not ours to remove."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".part-"))
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
-    if held and not (folder / VERSION_FILE).is_file():
-        raise OutputError(f"{folder} holds {held[0]} and was not made by `pull`; name an empty or new folder")
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name whole, once the block ends well, or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}; name a place that can be written") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, body: bytes) -> None:
-    """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
-    with whole_file(path) as file:
-        file.write(body)
+        if cached:
+            cache = BlobCache()
+            yield CachedArtifact(find(opened, str(reference), cache, trust), opened, cache)
+        else:
+            version = resolve(opened, str(reference))
+            check_version(opened, version, trust)
+            yield StoredArtifact(opened, version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
