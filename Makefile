@@ -6,7 +6,7 @@ ARGS ?=
 # A manifest that is no path is looked up in manifests/.
 MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
 
-.PHONY: help setup compress plan pull verify list test check fix bench store-up store-down
+.PHONY: help setup compress plan pull verify list test check fix bench fuzz store-up store-down
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -51,6 +51,10 @@ fix: $(READY) ## Format, and mend what ruff can mend.
 
 bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
 	$(BIN)/python -m tests.benchmarks $(PART) $(ARGS)
+
+fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.
+	$(call needs,TARGET)$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),60) $(ARGS)
 
 store-up: $(READY) ## Start the embedded S3 server and leave it running.
 	$(BIN)/birkhoff store up

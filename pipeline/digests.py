@@ -8,8 +8,8 @@ import json
 import time
 from pathlib import Path
 
-from birkhoff.pipeline.artifacts import write_whole
-from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.errors import OutputError, SourceError
+from birkhoff.pipeline.files import write_whole
 from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.source import Checkpoint, source_digest
 
@@ -18,7 +18,7 @@ _SETTLED = 5.0
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """`source_digest` of a checkpoint, from memory where its files have not changed. Raises SourceError."""
+    """`source_digest` of a checkpoint, from memory where its files have not changed. Raises SourceError, OutputError."""
     state = known_state(checkpoint)
     if state is None:
         return source_digest(checkpoint)
@@ -26,9 +26,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     if found is None:
         found = source_digest(checkpoint)
         if known_state(checkpoint) == state:
-            note = _note(checkpoint.path)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(note, json.dumps({"state": state, "sha256": found}).encode())
+            _remember(_note(checkpoint.path), {"state": state, "sha256": found})
     return found
 
 
@@ -55,6 +53,16 @@ def known_state(checkpoint: Checkpoint) -> list[list[object]] | None:
     state = file_state(checkpoint)
     latest = max((max(int(str(m)), int(str(c))) for *_, m, c in state), default=0)
     return None if time.time() - latest / 1e9 < _SETTLED else state
+
+
+def _remember(note: Path, facts: dict[str, object]) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{note.parent}: {error.strerror}; point BIRKHOFF_HOME at a folder that can be written"
+        ) from None
+    write_whole(note, json.dumps(facts).encode())
 
 
 def _note(path: Path) -> Path:

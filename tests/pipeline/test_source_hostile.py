@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from birkhoff.pipeline.errors import SourceError, UnsafeSourceError
+from birkhoff.pipeline.errors import OutputError, SourceError, UnsafeSourceError
 from birkhoff.pipeline.source import open_checkpoint, read_tensor
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
@@ -265,6 +266,32 @@ class TestForgedZip:
         raw[entry + 20 : entry + 28] = struct.pack("<II", 60, 60)
         pth.write_bytes(raw)
         refused(pth, r"'data/1' ends at byte \d+, expected \d+ at most")
+
+
+class TestForgedLegacy:
+    """Pickles that claim storages which the file does not hold."""
+
+    @staticmethod
+    def claiming(path: Path, numel: int) -> Path:
+        torch.save({"w": torch.arange(200.0)}, path, _use_new_zipfile_serialization=False)
+        claim = b"\x8a" + bytes([(numel.bit_length() + 8) // 8])
+        claim += numel.to_bytes((numel.bit_length() + 8) // 8, "little", signed=True)
+        return replaced(path, b"K\xc8", claim)
+
+    @pytest.mark.parametrize("numel", [5_000, 1 << 28, 1 << 36])
+    def test_more_bytes_than_the_file_has(self, tmp_path: Path, numel: int) -> None:
+        path = self.claiming(tmp_path / "m.pth", numel)
+        refused(path, rf"its tensors need {4 * numel} bytes or more, the file has \d+|can't allocate memory")
+
+    def test_a_storage_that_the_file_does_not_fill_is_no_leftover_memory(self, tmp_path: Path) -> None:
+        torch.save({"w": torch.arange(200.0)}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+        raw = (tmp_path / "m.pth").read_bytes()
+        (keys,) = set(re.findall(rb"\x80\x02\]q\x00X.\x00\x00\x00\d+q\x01a\.", raw))
+        (tmp_path / "m.pth").write_bytes(raw.replace(keys, b"\x80\x02]q\x00.".ljust(len(keys), b"\0")))
+        leftovers = [torch.full((200,), 7.0) for _ in range(50)]
+        del leftovers
+        (tensor,) = open_checkpoint(tmp_path / "m.pth", cache=tmp_path / "cache").tensors
+        assert not read_tensor(tensor).any()
 
 
 class TestForgedSafetensors:
@@ -515,7 +542,17 @@ class TestForeign:
     def test_cache_that_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file")
         torch.save(STATE, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
-        refused(tmp_path / "m.pth", "cannot be read .*")
+        with pytest.raises(OutputError, match=r"cache: File exists; point BIRKHOFF_HOME at a folder that can be"):
+            open_checkpoint(tmp_path / "m.pth", cache=tmp_path / "cache")
+
+    def test_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def denied(self: Path, *args: object, **options: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        torch.save(STATE, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+        monkeypatch.setattr(Path, "touch", denied)
+        with pytest.raises(OutputError, match=r"cache: Permission denied; point BIRKHOFF_HOME"):
+            open_checkpoint(tmp_path / "m.pth", cache=tmp_path / "cache")
 
     def test_damaged_cache(self, tmp_path: Path) -> None:
         torch.save(STATE, tmp_path / "m.pth", _use_new_zipfile_serialization=False)

@@ -1,0 +1,103 @@
+"""`python -m tests.fuzz TARGET [--seconds N]`: coverage-guided fuzzing of one parser; `list` names the targets.
+
+A target X is a module `target_X` beside this file with
+
+    INSTRUMENT: tuple[str, ...]     packages whose coverage guides the search, beside birkhoff
+    TOKENS: tuple[bytes, ...]       words of the language, for libFuzzer's dictionary
+    seeds() -> Iterator[bytes]      small valid inputs
+    check(data: bytes) -> None      the property; any exception is a finding
+
+Inputs that reach new code go to .birkhoff/fuzz/X/corpus, findings to .birkhoff/fuzz/X; `--merge` brings the smallest
+inputs that reach the same code into tests/fuzz/corpus/X, which `make test` replays (`test_replay.py`).
+"""
+
+import argparse
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+WORK = Path(".birkhoff/fuzz")
+RSS_LIMIT_MIB = 1024
+"""Of the whole process, torch included: more is a finding."""
+INPUT_SECONDS = 20
+"""Longer for one input is a hang, and a finding."""
+
+
+def targets() -> list[str]:
+    """Names of the targets there are."""
+    return sorted(path.stem.removeprefix("target_") for path in HERE.glob("target_*.py"))
+
+
+def load(target: str) -> ModuleType:
+    """The module of a target."""
+    return importlib.import_module(f"tests.fuzz.target_{target}")
+
+
+def flags(target: str, module: ModuleType, options: argparse.Namespace) -> list[str]:
+    """libFuzzer's command line; the first corpus folder is where it writes."""
+    work, kept = WORK / target, HERE / "corpus" / target
+    found, seeds = work / "corpus", work / "seeds"
+    for folder in (found, seeds, kept):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(module.seeds()):
+        (seeds / f"{number:03}").write_bytes(seed)
+    words = ("".join(f"\\x{byte:02x}" for byte in token) for token in module.TOKENS)
+    (work / "dictionary").write_text("".join(f'"{word}"\n' for word in words))
+    common = [f"-rss_limit_mb={RSS_LIMIT_MIB}", f"-timeout={INPUT_SECONDS}", f"-artifact_prefix={work}/"]
+    if options.merge:
+        return [*common, "-merge=1", str(kept), str(found), str(seeds)]
+    limits = [f"-max_total_time={options.seconds}", f"-max_len={options.max_len}", f"-dict={work / 'dictionary'}"]
+    return [*common, *limits, "-print_final_stats=1", str(found), str(kept), str(seeds)]
+
+
+def keeping(check: Callable[[bytes], None], folder: Path) -> Callable[[bytes], None]:
+    """`check`, but a finding's input is kept at once: after long runs libFuzzer did not always come to writing it."""
+
+    def checked(data: bytes) -> None:
+        try:
+            check(data)
+        except BaseException:
+            (folder / f"finding-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            raise
+
+    return checked
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fuzz the target named first; ends by the process's exit, which is not 0 after a finding."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=[*targets(), "list"])
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--max-len", type=int, default=4096, help="bytes of an input")
+    parser.add_argument("--merge", action="store_true", help="refresh the committed corpus instead")
+    options = parser.parse_args(arguments)
+    if options.target == "list":
+        print("\n".join(targets()))
+        return 0
+    import atheris
+
+    # Only what is imported inside is instrumented, so nothing of ours may be imported before.
+    with atheris.instrument_imports(include=["birkhoff", *_instrumented(options.target)]):
+        module = load(options.target)
+    checked = keeping(module.check, WORK / options.target)
+    atheris.Setup([sys.argv[0], *flags(options.target, module, options)], checked)
+    atheris.Fuzz()
+    return 0
+
+
+def _instrumented(target: str) -> tuple[str, ...]:
+    """INSTRUMENT of a target, read without importing what the target imports."""
+    import ast
+
+    for node in ast.parse((HERE / f"target_{target}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "INSTRUMENT":
+            return tuple(ast.literal_eval(node.value))
+    return ()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
