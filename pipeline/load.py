@@ -9,27 +9,33 @@ from torch import Tensor, nn
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.tensor import decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
+from birkhoff.pipeline.artifacts import open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
-from birkhoff.pipeline.memory import LayerMaker, Memory
+from birkhoff.pipeline.load_shards import decode_shards
+from birkhoff.pipeline.name_maps import renaming
 from birkhoff.pipeline.trust import Trust
 
 _SHOWN = 5
+
+Device = str | torch.device
+Keys = Sequence[str | os.PathLike[str]]
 
 
 def load_state_dict(
     ref_or_dir: str | os.PathLike[str],
     store: str | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     *,
-    require_signature: Sequence[str | os.PathLike[str]] | None = None,
+    offline: bool = False,
+    require_signature: Keys | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of an artifact, dense, in their original names, order, shapes and dtypes.
 
     Args:
         ref_or_dir: a folder that `birkhoff pull` wrote, or `MODEL[@VERSION|ALIAS|DIGEST]` in a store.
-        store: URL of the store; `BIRKHOFF_STORE`, then `embedded`, where left out.
-        device: where the tensors go.
+        store: URL of the store; `BIRKHOFF_STORE`, then `embedded`, where left out. Read through the local cache.
+        device: where the tensors go, and where they are decoded.
+        offline: take a reference from the cache alone.
         require_signature: files of public keys, one of which must have signed the version.
 
     Raises:
@@ -38,8 +44,10 @@ def load_state_dict(
         IntegrityError: stored bytes that do not match their digest.
         StoreError: the store cannot be reached or read.
     """
-    with open_artifact(ref_or_dir, store, cached=True, trust=Trust.of(require_signature)) as artifact:
-        return {name: tensor.to(device) for name, tensor in artifact.tensors()}
+    trust = Trust.of(require_signature)
+    with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
+        found = dict(decode_shards(artifact, lambda coded: (coded.name, decode_tensor(coded, device))))
+        return dict(item for shard in artifact.manifest.shards for item in found[shard])
 
 
 def load_into(
@@ -47,100 +55,145 @@ def load_into(
     ref_or_dir: str | os.PathLike[str],
     store: str | None = None,
     *,
-    device: str | torch.device | None = None,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
     strict: bool = True,
-    memory: Memory = "uint16",
-    require_signature: Sequence[str | os.PathLike[str]] | None = None,
+    offline: bool = False,
+    require_signature: Keys | None = None,
 ) -> list[str]:
     """Load an artifact into a model, in place: coded `nn.Linear` become HyperLinear, the rest is loaded dense.
 
-    Names and shapes are checked before anything is changed. Modules on the meta device are filled in.
+    Tensors are decoded beside the model, on its device, as their shards arrive; the model is changed at the end, all at
+    once, or not at all. Modules on the meta device are filled in. Host memory beside the model: the compressed model.
 
     Args:
-        model: any module whose state-dict names are those of the artifact.
-        ref_or_dir, store: as in `load_state_dict`.
-        device: where the weights go; each parameter's own device (CPU for meta) where left out.
+        model: any module whose state-dict names are those of the artifact; or transformers' `SamModel` for an artifact
+            of a published SAM checkpoint (see `name_maps`).
+        ref_or_dir, store, offline, require_signature: as in `load_state_dict`.
+        device: where the model goes; each parameter's own device (CPU for meta) where left out.
+        dtype: float type of the loaded weights, and of what HyperLinear computes in; the model's own where left out.
         strict: refuse missing and unexpected tensors; a wrong shape is always refused.
-        memory: the form of those layers' weights. `uint16`: 8 bits a weight, exactly what is stored. `packed12` and
-            `packed10`: 6.06 and 5.06 bits in a PackedHyperLinear, coded once more, which costs fidelity: against the
-            stored weights MiniLM keeps 31.5 and 25.5 dB (so that 30 dB become 27.7 and 24.2, 36 dB become 30.2 and
-            25.1), the heavy-tailed demo model 28.5 and 22.6 dB. A layer that would keep less than 24 or 18 dB stays a
-            HyperLinear, with a BirkhoffWarning that names it.
-        require_signature: as in `load_state_dict`.
 
     Returns:
         Names of the modules that became HyperLinear.
 
     Raises:
         ModelMismatchError: tensors missing, unexpected or of another shape; each is named.
-        CodecError: `memory` is no form.
         ArtifactNotFoundError, IntegrityError, TrustError, StoreError: as in `load_state_dict`.
     """
-    layer_of = LayerMaker(memory)
-    with open_artifact(ref_or_dir, store, cached=True, trust=Trust.of(require_signature)) as artifact:
-        wanted = model.state_dict(keep_vars=True)
-        _check_fit(artifact, wanted, strict=strict)
-        swapped: list[str] = []
-        for coded in artifact.coded():
-            if coded.name not in wanted:
-                continue
-            owner, _, leaf = coded.name.rpartition(".")
-            module = model.get_submodule(owner)
-            if type(module) is nn.Linear and leaf == "weight" and is_matrix(coded):
-                _swap(model, owner, module, coded, device)
-                swapped.append(owner)
-            else:
-                _fill(module, leaf, decode_tensor(coded), device)
-    return swapped
+    trust = Trust.of(require_signature)
+    with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
+        loading = _Loading(model, device, dtype)
+        for _ in decode_shards(artifact, loading.stage):
+            pass
+        loading.check(artifact.label, strict=strict)
+        return loading.commit()
 
 
-def _check_fit(artifact: Artifact, wanted: dict[str, Tensor], *, strict: bool) -> None:
-    shapes = {row.name: row.shape for row in inspect(artifact)}
-    wrong = [
-        f"{name} is {list(shapes[name])}, the model wants {list(wanted[name].shape)}"
-        for name in shapes.keys() & wanted.keys()
-        if shapes[name] != tuple(wanted[name].shape)
-    ]
-    missing = [name for name in wanted if name not in shapes] if strict else []
-    unexpected = [name for name in shapes if name not in wanted] if strict else []
-    complaints = [
-        f"{len(found)} {kind}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
-        for kind, found in (("of another shape", sorted(wrong)), ("missing", missing), ("unexpected", unexpected))
-        if found
-    ]
-    if complaints:
-        raise ModelMismatchError(f"{artifact.label} does not fit the model: {'; '.join(complaints)}")
+class _Loading:
+    """What is known about the model and what has been decoded for it; `stage` is for threads."""
+
+    def __init__(self, model: nn.Module, device: Device | None, dtype: torch.dtype | None) -> None:
+        self._model, self._dtype = model, dtype
+        self._device = None if device is None else _indexed(torch.device(device))
+        self._wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._rename = renaming(self._wanted)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._layers: dict[str, HyperLinear] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def stage(self, coded: CodedTensor) -> None:
+        """Decode a tensor for its place, if the model has one of its shape."""
+        names = self._rename(coded.name)
+        self._shapes |= dict.fromkeys(names, coded.shape)
+        name = names[0]
+        present = self._wanted.get(name)
+        if present is None or tuple(present.shape) != coded.shape:
+            return
+        place = self._device or (torch.device("cpu") if present.is_meta else present.device)
+        owner, _, leaf = name.rpartition(".")
+        if type(self._model.get_submodule(owner)) is nn.Linear and leaf == "weight" and is_matrix(coded):
+            self._layers[owner] = HyperLinear.from_lattice(lattice_of(coded, place), dtype=self._dtype or present.dtype)
+            return
+        tensor = decode_tensor(coded, place)
+        kind = tensor.dtype if present.is_meta else present.dtype
+        tensor = tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
+        self._dense |= dict.fromkeys(names, tensor)
+
+    def check(self, label: str, *, strict: bool) -> None:
+        """Raises ModelMismatchError, naming what does not fit."""
+        wrong = [
+            f"{name} is {list(shape)}, the model wants {list(self._wanted[name].shape)}"
+            for name, shape in self._shapes.items()
+            if name in self._wanted and shape != tuple(self._wanted[name].shape)
+        ]
+        held = {id(self._wanted[name]) for name in self._shapes if name in self._wanted}
+        # A tied parameter is stored once, under one of its names.
+        missing = [name for name, present in self._wanted.items() if id(present) not in held] if strict else []
+        unexpected = [name for name in self._shapes if name not in self._wanted] if strict else []
+        complaints = [
+            f"{len(found)} {kind}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
+            for kind, found in (("of another shape", sorted(wrong)), ("missing", missing), ("unexpected", unexpected))
+            if found
+        ]
+        if complaints:
+            raise ModelMismatchError(f"{label} does not fit the model: {'; '.join(complaints)}")
+
+    def commit(self) -> list[str]:
+        """Put everything into its place; returns the names of the layers that are HyperLinear now."""
+        swapped = [name for name in (key.rpartition(".")[0] for key in self._wanted) if name in self._layers]
+        swapped = list(dict.fromkeys(swapped))
+        for name in swapped:
+            self._swap(name, self._layers[name])
+        fresh: dict[int, Tensor] = {}
+        tied = {id(self._wanted[name]): tensor for name, tensor in self._dense.items() if name in self._wanted}
+        for name, present in self._wanted.items():
+            if id(present) in tied:
+                self._fill(name, tied[id(present)], fresh)
+        if self._device is not None:
+            _move_rest(self._model, self._device)
+        return swapped
+
+    def _swap(self, name: str, layer: HyperLinear) -> None:
+        """Put a layer in the place of a linear one; its bias is kept, and loaded when its turn comes."""
+        linear = self._model.get_submodule(name)
+        if isinstance(linear.bias, nn.Parameter):
+            old, kind, place = linear.bias, layer.dtype, layer.theta.device
+            bias = torch.zeros_like(old, dtype=kind, device=place) if old.is_meta else old.detach().to(place, kind)
+            layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+        layer.train(linear.training)
+        parent, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), leaf, layer)
+
+    def _fill(self, name: str, tensor: Tensor, fresh: dict[int, Tensor]) -> None:
+        """Put a dense tensor into its place; `fresh` holds new parameters, so that tied ones stay tied."""
+        owner, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        present = getattr(module, leaf)
+        if not present.is_meta and (present.device, present.dtype) == (tensor.device, tensor.dtype):
+            with torch.no_grad():
+                present.copy_(tensor)
+        elif isinstance(present, nn.Parameter):
+            made = fresh.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=present.requires_grad))
+            setattr(module, leaf, made)
+        else:
+            module.register_buffer(leaf, tensor, persistent=True)
 
 
-def _swap(
-    model: nn.Module, name: str, linear: nn.Linear, coded: CodedTensor, device: str | torch.device | None
-) -> None:
-    """Put a HyperLinear in the place of a linear layer; its bias is kept, and loaded when its turn comes."""
-    place = _target(linear.weight, device)
-    bias: Tensor | None = linear.bias
-    if bias is not None and bias.is_meta:
-        bias = torch.zeros_like(bias, device=place)
-    hyper = HyperLinear.from_lattice(lattice_of(coded), bias=bias, device=place, dtype=linear.weight.dtype)
-    hyper.train(linear.training)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, hyper)
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Move what no artifact holds, such as buffers that are not saved."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta and buffer.device != device:
+                setattr(module, name, buffer.to(device))
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta and parameter.device != device:
+                moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+                setattr(module, name, moved)
 
 
-def _fill(module: nn.Module, leaf: str, tensor: Tensor, device: str | torch.device | None) -> None:
-    present = getattr(module, leaf)
-    place = _target(present, device)
-    if not present.is_meta and present.device == place:
-        with torch.no_grad():
-            present.copy_(tensor)
-        return
-    tensor = tensor.to(place) if present.is_meta else tensor.to(place, present.dtype)
-    if isinstance(present, nn.Parameter):
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=present.requires_grad))
-    else:
-        module.register_buffer(leaf, tensor, persistent=True)
-
-
-def _target(present: Tensor, device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cpu") if present.is_meta else present.device
+def _indexed(device: torch.device) -> torch.device:
+    """`cuda` as the tensors there say it: `cuda:0`."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

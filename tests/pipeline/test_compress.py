@@ -14,6 +14,7 @@ from torch import nn
 import birkhoff
 from birkhoff.codec.metrics import fidelity
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline import cli
 from birkhoff.pipeline.errors import IntegrityError, ModelMismatchError
 
@@ -157,6 +158,16 @@ def test_load_into_computes_on_the_compressed_weights(published: Place, net: Net
     assert not any(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
     with torch.inference_mode():
         assert torch.allclose(empty(inputs), model(inputs), atol=1e-6)
+
+
+def test_load_into_packed_takes_less_memory_and_says_what_it_costs(published: Place, net: Net) -> None:
+    model = Net().eval()
+    swapped = birkhoff.load_into(model, "net", memory="packed12")
+    assert len(swapped) == 6
+    assert all(isinstance(model.get_submodule(name), PackedHyperLinear) for name in swapped)
+    inputs = torch.randn(5, 96)
+    with torch.inference_mode():
+        assert fidelity(net(inputs), model(inputs)).sqnr_db > 23
 
 
 def test_load_into_names_what_does_not_fit_and_changes_nothing(published: Place) -> None:
