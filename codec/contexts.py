@@ -86,6 +86,37 @@ def split(plane: Plane, rows: Bytes, columns: Bytes) -> list[Plane]:
     return [np.concatenate(tiles) for tiles in groups]
 
 
+def places(rows: Bytes, columns: Bytes) -> tuple[npt.NDArray[np.int64], ...]:
+    """Where each symbol (r, p) lies in the groups, one after the other, as sums of small tables.
+
+    Returns (base, width, row_level, row_rank, column_level, column_rank): symbol (r, p) is number
+    `base[row_level[r], column_level[p]] + row_rank[r] * width[column_level[p]] + column_rank[p]`.
+    """
+    ends = np.cumsum(group_sizes(rows, columns))
+    free = np.concatenate(([0], ends[:-1]))
+    base = np.zeros((int(rows.max()) + 1, int(columns.max()) + 1), dtype=np.int64)
+    for group, row, column in _tiles(rows, columns):
+        height, span = row.stop - row.start, column.stop - column.start
+        base[_level_at(rows, row.start), _level_at(columns, column.start)] = free[group]
+        free[group] += height * span
+    width = np.bincount(columns).astype(np.int64)
+    return base, width, rows.astype(np.int64), _ranks(rows), columns.astype(np.int64), _ranks(columns)
+
+
+def _level_at(levels_: Bytes, position: int) -> int:
+    """Level of the row or column at a position of the sorted ones."""
+    return int(np.searchsorted(np.cumsum(np.bincount(levels_)), position, side="right"))
+
+
+def _ranks(levels_: Bytes) -> npt.NDArray[np.int64]:
+    """Number of each row or column among those of its level."""
+    order = np.argsort(levels_, kind="stable")
+    counts = np.bincount(levels_)
+    ranks = np.empty(len(levels_), dtype=np.int64)
+    ranks[order] = np.arange(len(levels_)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
 def join(groups: list[Plane], rows: Bytes, columns: Bytes) -> Plane:
     """The plane [R, P] of `split`; the groups must have the sizes of `group_sizes`."""
     shape = len(rows), len(columns)

@@ -44,9 +44,16 @@ def pack(code: LatticeTensor, *, path: bool) -> tuple[bytes, ...]:
 
 
 def unpack(
-    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: bool
+    streams: Sequence[Stream],
+    shape: tuple[int, int],
+    escapes: int,
+    *,
+    path: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Escapes]:
     """(i, j, escapes) in memory: int8 [R, P] each, from the streams of `pack`.
+
+    On another `device` than the CPU only the entropy decoding is done here; symbols become coordinates there.
 
     Raises:
         FormatError: there are more or fewer streams than the levels ask for, or one is not what it should be.
@@ -60,11 +67,28 @@ def unpack(
         raise FormatError(f"{len(streams)} streams stored where {4 + len(sizes[0]) + len(sizes[1])} were expected")
     groups = iter(streams[3:-1])
     numbers = []
+    place = torch.device(device)
     for columns, wanted in zip(levels[1:], sizes, strict=True):
-        plane = contexts.join([_unpack_group(next(groups), size) for size in wanted], levels[0], columns)
-        numbers.append(_numbers(plane, path=path))
-    found = unpack_escapes(streams[-1], escapes, rows * pairs)
+        symbols = [_unpack_group(next(groups), size) for size in wanted]
+        if place.type == "cpu":
+            numbers.append(_numbers(contexts.join(symbols, levels[0], columns), path=path))
+        else:
+            plane = _join_on(place, symbols, levels[0], columns)
+            numbers.append(trellis.numbers(plane) if path else plane)
+    found = unpack_escapes(streams[-1], escapes, rows * pairs).to(place)
     return (*_in_box(numbers, found, shape), found)
+
+
+def _join_on(device: torch.device, groups: list[Plane], rows: Bytes, columns: Bytes) -> Tensor:
+    """`contexts.join` on a device: int8 [S]."""
+    symbols = torch.from_numpy(np.concatenate(groups)).to(device)
+    if not rows.any() and not columns.any():
+        return symbols
+    base, width, row, row_rank, column, column_rank = (
+        torch.from_numpy(table).to(device) for table in contexts.places(rows, columns)
+    )
+    index = base[row[:, None], column] + row_rank[:, None] * width[column] + column_rank
+    return symbols[index.view(-1)]
 
 
 def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: bool) -> Plane:

@@ -68,17 +68,19 @@ def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
     return _with_target(encoded, profile.target_db) if profile.single else encoded
 
 
-def decode_tensor(coded: CodedTensor) -> Tensor:
-    """The dense tensor, CPU, original dtype and shape, in memory of its own.
+def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Tensor:
+    """The dense tensor on `device`, original dtype and shape, in memory of its own.
 
     Raises:
         FormatError: the streams are not what the entry declares.
     """
     try:
-        return _DECODERS[coded.codec](coded)
+        if coded.codec == "lattice":
+            return _decode_lattice(coded, device)
+        return _DECODERS[coded.codec](coded).to(device)
     except KeyError:
         raise FormatError(
-            f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(_DECODERS)}"
+            f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
         ) from None
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
@@ -212,7 +214,7 @@ def _claims(error: Fidelity) -> dict[str, str]:
     }
 
 
-def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
+def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattice.LatticeTensor:
     """The coordinates of a `lattice` tensor, without decoding them to weights: what HyperLinear is built from.
 
     Raises:
@@ -228,7 +230,8 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     shape = rows, pairs_per_row(columns)
     if escapes > shape[0] * shape[1]:
         raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=_flag(coded.params, "path"))
+    path = _flag(coded.params, "path")
+    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=path, device=device)
     return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=step, columns=columns)
 
 
@@ -237,9 +240,9 @@ def is_matrix(coded: CodedTensor) -> bool:
     return coded.codec == "lattice" and len(coded.shape) == 2 and coded.params.get("columns") == str(coded.shape[1])
 
 
-def _decode_lattice(coded: CodedTensor) -> Tensor:
+def _decode_lattice(coded: CodedTensor, device: torch.device | str) -> Tensor:
     dtype = _float_dtype(coded)
-    return lattice_of(coded).decode(dtype).view(coded.shape)
+    return lattice_of(coded, device).decode(dtype).view(coded.shape)
 
 
 def _encode_paper(name: str, tensor: Tensor) -> Encoded:
@@ -325,6 +328,5 @@ def _floats(params: Mapping[str, str], key: str, count: int) -> list[float]:
 _DECODERS: dict[str, Callable[[CodedTensor], Tensor]] = {
     "raw": _decode_raw,
     "planes": _decode_planes,
-    "lattice": _decode_lattice,
     "paper": _decode_paper,
 }

@@ -155,8 +155,31 @@ def numbers(k: Tensor) -> Tensor:
     run = steps(k.numel())
     lanes = -(-k.numel() // run)
     k_TL = torch.nn.functional.pad(k, (0, run * lanes - k.numel())).view(run, lanes)
-    o = torch.zeros(run + 3, lanes, dtype=torch.uint8, device=k.device)  # o_t is row t + 3
-    o[3:] = k_TL & 1
-    for t in range(3, run + 3):
-        o[t].bitwise_xor_(o[t - 2]).bitwise_xor_(o[t - 3])
-    return (k_TL.to(torch.int16) * 2 + o[2:-1]).reshape(-1)[: k.numel()]
+    o_TL = (_parities_by_step if k.device.type == "cpu" else _parities_by_doubling)((k_TL & 1).to(torch.uint8))
+    n_TL = k_TL.to(torch.int16).mul_(2)
+    n_TL[1:] += o_TL[:-1]
+    return n_TL.reshape(-1)[: k.numel()]
+
+
+def _parities_by_step(b_TL: Tensor) -> Tensor:
+    """o_t = b_t xor o_(t-2) xor o_(t-3), in place of b: one short operation after the other, in a core's cache."""
+    for t in range(2, len(b_TL)):
+        b_TL[t].bitwise_xor_(b_TL[t - 2])
+        if t > 2:
+            b_TL[t].bitwise_xor_(b_TL[t - 3])
+    return b_TL
+
+
+def _parities_by_doubling(b_TL: Tensor) -> Tensor:
+    """The same in log2(T) passes over everything, for devices where each operation has a price.
+
+    With D the delay by a step, o = b / p(D), p = 1 + D^2 + D^3. Over two elements p(D)^2 = p(D^2), so that
+    1 / p(D) = p(D) p(D^2) p(D^4) ... up to powers of D that lie beyond the run.
+    """
+    delay = 1
+    while 2 * delay < len(b_TL):
+        passed = b_TL.clone()
+        passed[2 * delay :] ^= b_TL[: -2 * delay]
+        passed[3 * delay :] ^= b_TL[: max(0, len(b_TL) - 3 * delay)]
+        b_TL, delay = passed, 2 * delay
+    return b_TL

@@ -60,6 +60,18 @@ def test_groups_join_to_the_plane_and_have_the_announced_sizes(rows: list[int], 
         assert np.array_equal(contexts.join(groups, r, c), plane)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 200), st.integers(0, 2**16), st.booleans())
+def test_places_on_a_device_are_those_of_the_join(rows: int, columns: int, seed: int, flat: bool) -> None:
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contexts, "LEAST_GROUP", 500)
+        row, column = (rng.integers(0, 1 if flat else 6, n).astype(np.uint8) for n in (rows, columns))
+        plane = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
+        groups = contexts.split(plane, row, column)
+        assert np.array_equal(planes._join_on(torch.device("cpu"), groups, row, column).numpy(), plane.reshape(-1))
+
+
 def test_worked_example_of_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contexts, "LEAST_GROUP", 2)
     plane = np.array([[0, 1, 2], [10, 11, 12]], dtype=np.int8)

@@ -30,6 +30,12 @@ def test_symbols_give_the_path_back(count: int, seed: int) -> None:
     assert (u - n).abs().max() <= 4
 
 
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 200, 5000, 100_003, 1 << 20])
+def test_parities_by_doubling_are_those_step_by_step(count: int) -> None:
+    bits = torch.randint(0, 2, (trellis.steps(count), -(-count // trellis.steps(count))), dtype=torch.uint8)
+    assert torch.equal(trellis._parities_by_doubling(bits), trellis._parities_by_step(bits.clone()))
+
+
 def test_the_search_finds_the_best_of_all_paths() -> None:
     run = 5
     for seed in range(20):
