@@ -314,12 +314,15 @@ def run(command: Callable[[], object], *, debug: bool) -> int:
             traceback.print_exc()
         complain(str(error))
         return exit_code(error)
-    except interrupt.Interrupted:
+    except interrupt.Interrupted as stop:
         complain("interrupted; run the same command again to go on from here")
-        return 130
+        return stop.exit_code
     except BrokenPipeError:
         return 141
     except Exception as error:
+        if interrupt.asked():  # a library made something else of it
+            complain("interrupted; run the same command again to go on from here")
+            return interrupt.Interrupted().exit_code
         if debug:
             raise
         complain(f"{type(error).__name__}: {error}; this is a bug: run again with --debug and report it")

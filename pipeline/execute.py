@@ -1,26 +1,31 @@
 """Executors: where shards run. `inline` in this process, `ray` on long-lived workers of a local or remote cluster.
 
 Both draw from a `TaskQueue` and yield outcomes in the order in which they end. An error of ours is an outcome of its
-shard, not the end of the run; a worker that dies is replaced and its shard tried again, `TRIES` times in all.
+shard, not the end of the run. A worker that dies, or is killed as its shard took too long, is replaced, and the shard
+it was at is tried again, `TRIES` times in all, the last time alone. A shard that ran out of memory is tried once more,
+alone; then it has failed.
 """
 
 import importlib.util
 import logging
 import os
+import re
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.cluster import Cluster
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.queue import TaskQueue
+from birkhoff.pipeline.seats import Seat, Seats
 from birkhoff.pipeline.shard import ShardResult, ShardTask, compress_shard
 from birkhoff.pipeline.source_types import first_line
 from birkhoff.pipeline.store import Store, StoreAddress
@@ -33,11 +38,15 @@ TRIES = 3
 WORKERS_PER_GPU = 12
 """Reading, entropy coding and validation keep CPUs busy while the GPU waits; each worker costs it 0.5 GB."""
 
-OBJECT_STORE_BYTES = 80 << 20
-"""Of a cluster started here: descriptors and records pass through it, never tensors."""
+SHARD_SECONDS = 900.0
+"""A shard that takes longer has hung; the largest take some 20 s on one slow core."""
 
-QUEUED_PER_WORKER = 2
-"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver."""
+POLL_SECONDS = 1.0
+"""How often time limits and Ctrl-C are looked at while nothing ends."""
+
+# What Ray's memory monitor says of a worker it has killed. Of one that something else has killed it lists guesses, the
+# kernel's OOM killer among them, so that "OOM" alone tells nothing.
+_MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,8 @@ class Outcome:
     task: ShardTask
     result: ShardResult | None = None
     error: BirkhoffError | None = None
+    out_of_memory: bool = False
+    """Whether the error is for want of memory, so that another try by itself may end better."""
 
 
 class Executor(AbstractContextManager["Executor"], Protocol):
@@ -96,6 +107,9 @@ class Worker:
             return Outcome(task=task, error=error)
         except Exception as error:
             log.debug("%s", traceback.format_exc())
+            if _lacked_memory(error):
+                self.trim()
+                return _out_of_memory(task, error)
             kind = type(error).__name__
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
 
@@ -103,6 +117,11 @@ class Worker:
         """What this process is: its id, whether it sees a GPU, and who owns a top-level `kernels`, if anyone."""
         spec = importlib.util.find_spec("kernels")
         return {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "kernels": spec and spec.origin}
+
+    def trim(self) -> None:
+        """Give memory that is kept for later back to the device."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Release the store's connections."""
@@ -114,20 +133,35 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     """Long-lived Ray actors: up to `WORKERS_PER_GPU` to a GPU where there are GPUs, else one per CPU.
 
     Actors, not tasks: a GPU task gets a process of its own, and torch's import and CUDA's start each time. With an
-    `address` the cluster of that address is joined; otherwise one is started here and stopped at the end, without
-    dashboard, never an existing one by accident. Ray binds its ports to every interface and asks for a token
-    (`RAY_AUTH_MODE=token`, its default).
+    `address` the cluster of that address is joined; otherwise one is started here and stopped at the end.
+    `shard_seconds` is how long a worker may take for a shard before it counts as hung.
     """
 
-    def __init__(self, store: StoreAddress, *, address: str | None = None, workers: int | None = None) -> None:
-        self._store = store
-        self._ray = _start_ray(address)
+    worker: ClassVar[type[Worker]] = Worker
+
+    def __init__(
+        self,
+        store: StoreAddress,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        shard_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self._store, self._limit = store, shard_seconds
+        self._deaths: Counter[tuple[str, int]] = Counter()
+        self._cluster = Cluster(address)
+        self._ray = self._cluster.ray
         try:
             self._gpu, count = self.capacity(workers)
-        except WorkerError:
-            self._ray.shutdown()
+            self._seats = Seats(self._start, count)
+        except BaseException:
+            self._cluster.close()
             raise
-        self.workers = [self._actor() for _ in range(count)]
+
+    @property
+    def workers(self) -> list[Any]:
+        """Handles of the actors there are now."""
+        return [seat.actor for seat in self._seats]
 
     def capacity(self, workers: int | None = None) -> tuple[float, int]:
         """(each worker's share of a GPU, how many workers there are to be).
@@ -145,66 +179,117 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         count = workers or most
         return (gpus / count if gpus else 0.0), count
 
-    def _actor(self) -> Any:
+    def _start(self) -> tuple[Any, Any]:
+        """An actor, and the reference that resolves when it runs."""
         # An actor with num_gpus=0 would still see every GPU.
         environment = {} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        kind = self._ray.remote(Worker).options(
+        kind = self._ray.remote(self.worker).options(
             num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
         )
-        return kind.remote(self._store)
+        actor = kind.remote(self._store)
+        return actor, actor.identity.remote()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Keep every worker busy, one task ahead, as far as the queue's byte budget goes."""
-        free = deque(actor for _ in range(QUEUED_PER_WORKER) for actor in self.workers)
-        running: dict[Any, tuple[Any, ShardTask]] = {}
-        deaths: Counter[tuple[str, int]] = Counter()
         while True:
             interrupt.check()
-            while free and (task := queue.take()):
-                actor = free.popleft()
-                running[actor.run.remote(task)] = actor, task
-            if not running:
+            self._assign(queue)
+            if not len(queue) and not any(seat.tasks for seat in self._seats):
                 return
-            (reference,), _ = self._ray.wait(list(running), num_returns=1)
-            actor, task = running.pop(reference)
+            self._seats.check_started()
+            waited = self._seats.references()
+            with interrupt.deferred():
+                ended, _ = self._ray.wait(list(waited), num_returns=1, timeout=POLL_SECONDS)
+            for reference in ended:
+                yield from self._take(waited[reference], reference, queue)
+            for seat in self._seats.overdue(self._limit):
+                yield from self._lose(seat, f"gave no result within {self._limit:g} s", queue)
+
+    def _assign(self, queue: TaskQueue) -> None:
+        while (seat := self._seats.free()) and (task := queue.take()):
+            if queue.is_alone(task):
+                for other in self._seats:
+                    other.actor.trim.remote()
+            seat.give(task)
+
+    def _take(self, seat: Seat, reference: Any, queue: TaskQueue) -> Iterator[Outcome]:
+        """What a reference has brought: a worker that has started, a result, or the news that the worker is dead."""
+        try:
+            found = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            if reference == seat.starting:
+                self._seats.count_failed_start(first_line(error))
+            yield from self._lose(seat, error, queue)
+            return
+        if reference == seat.starting:
+            self._seats.count_start(seat)
+            return
+        task = seat.ended(reference)
+        if found.out_of_memory and not queue.is_alone(task):
+            log.warning("%s; trying again, alone", found.error)
+            queue.put_back(task, alone=True)
+            return
+        queue.done(task)
+        yield found
+
+    def _lose(self, seat: Seat, reason: Exception | str, queue: TaskQueue) -> Iterator[Outcome]:
+        """A worker is dead or hangs: another one takes its place. What it had ended counts; the next was at work."""
+        self._seats.replace(seat)
+        for reference in list(seat.tasks):
+            if not self._ray.wait([reference], timeout=0)[0]:
+                break
             try:
                 outcome = self._ray.get(reference)
-            except self._ray.exceptions.RayError as error:
-                if actor in self.workers:  # its first task to fail; the ones queued behind it fail too
-                    self._replace(actor, free)
-                deaths[task.model, task.index] += 1
-                if deaths[task.model, task.index] < TRIES:
-                    log.warning("worker died at %s (%s); trying again", task.label, first_line(error))
-                    queue.put_back(task)
-                    continue
-                message = f"{task.label}: its worker died {TRIES} times, last: {first_line(error)}"
-                outcome = Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
-            else:
-                free.append(actor)
-            queue.done(task)
+            except self._ray.exceptions.RayError:
+                break
+            queue.done(seat.ended(reference))
             yield outcome
+        self._ray.kill(seat.actor, no_restart=True)  # a hung one, or one that only its node's network has lost
+        for place, task in enumerate(seat.tasks.values()):
+            if place:
+                queue.put_back(task)
+            elif outcome := self._judge(task, reason, queue):
+                yield outcome
 
-    def _replace(self, actor: Any, free: deque[Any]) -> None:
-        """A new worker for a dead one."""
-        self.workers.remove(actor)
-        self.workers.append(self._actor())
-        for _ in range(free.count(actor)):
-            free.remove(actor)
-        free.extend([self.workers[-1]] * QUEUED_PER_WORKER)
+    def _judge(self, task: ShardTask, reason: Exception | str, queue: TaskQueue) -> Outcome | None:
+        """Whether the task that a worker died at is tried again (None) or has failed."""
+        died, memory = _died(reason), isinstance(reason, Exception) and self._killed_for_memory(reason)
+        self._deaths[task.model, task.index] += 1
+        deaths = self._deaths[task.model, task.index]
+        if not (memory and queue.is_alone(task)) and deaths < TRIES:
+            log.warning("%s: its worker %s; trying again", task.label, died)
+            queue.put_back(task, alone=memory or deaths == TRIES - 1)
+            return None
+        queue.done(task)
+        if memory:
+            return _out_of_memory(task, reason)
+        message = f"{task.label}: its worker died {deaths} times, last: it {died}"
+        if isinstance(reason, str):
+            message = f"{task.label}: its worker {died}, {deaths} times; raise shard_seconds if it needs longer"
+        return Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
+
+    def _killed_for_memory(self, error: Exception) -> bool:
+        kinds = self._ray.exceptions
+        return isinstance(error, kinds.OutOfMemoryError) or bool(_MEMORY_DEATH.search(str(error)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._ray.shutdown()
+        self._cluster.close()
 
 
-def _start_ray(address: str | None) -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+def _died(reason: Exception | str) -> str:
+    return reason if isinstance(reason, str) else f"died ({first_line(reason)})"
 
-    try:
-        own = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        raise WorkerError(f"cannot reach {where}: {first_line(error)}; try --executor inline") from None
-    return ray
+
+def _lacked_memory(error: Exception) -> bool:
+    """Whether an error of Python, torch or CUDA means that there was no memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _out_of_memory(task: ShardTask, reason: Exception | str) -> Outcome:
+    why = reason if isinstance(reason, str) else first_line(reason)
+    message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); lower shard_mib, or "
+    return Outcome(
+        task=task, error=WorkerError(f"{message}run fewer workers on a machine with more memory"), out_of_memory=True
+    )

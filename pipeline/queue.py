@@ -15,6 +15,7 @@ class TaskQueue:
     """Tasks that wait and tasks that run.
 
     `budget` bounds the source bytes in flight; a single task larger than it still runs, alone.
+    A task that was put back as `alone` runs when nothing else does.
     """
 
     def __init__(self, tasks: Iterable[ShardTask], *, budget: int) -> None:
@@ -22,6 +23,8 @@ class TaskQueue:
         self._budget = budget
         self._running: Counter[object] = Counter()
         self._in_flight = 0
+        self._alone: set[tuple[str, int]] = set()
+        self._exclusive = False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -33,23 +36,37 @@ class TaskQueue:
 
     def take(self) -> ShardTask | None:
         """The next task to start, or None if all that wait must wait on."""
+        idle = not self._running.total()
         for index, task in enumerate(self._waiting):
-            fits = not self._in_flight or self._in_flight + task.nbytes <= self._budget
-            if fits and not self._running[task.signature]:
+            fits = idle or (not self._exclusive and self._in_flight + task.nbytes <= self._budget)
+            if fits and (idle or not self.is_alone(task)) and not self._running[task.signature]:
                 self._running[task.signature] += 1
                 self._in_flight += task.nbytes
+                self._exclusive = self.is_alone(task)
                 return self._waiting.pop(index)
         return None
+
+    def is_alone(self, task: ShardTask) -> bool:
+        """Whether a task runs only while no other does."""
+        return (task.model, task.index) in self._alone
 
     def done(self, task: ShardTask) -> None:
         """A task that was taken has ended, well or badly."""
         self._running[task.signature] -= 1
         self._in_flight -= task.nbytes
 
-    def put_back(self, task: ShardTask) -> None:
-        """A task that was taken has to run again."""
+    def put_back(self, task: ShardTask, *, alone: bool = False) -> None:
+        """A task that was taken has to run again, by itself if `alone`: then after all that can run beside others."""
         self.done(task)
-        self._waiting.insert(0, task)
+        if alone:
+            self._alone.add((task.model, task.index))
+            self._waiting.append(task)
+        else:
+            self._waiting.insert(0, task)
+
+    def add(self, tasks: Iterable[ShardTask]) -> None:
+        """More tasks, found necessary while others ran."""
+        self._waiting = sorted([*self._waiting, *tasks], key=lambda task: -task.nbytes)
 
     def drop(self, model: str) -> None:
         """Forget the waiting tasks of a model that failed."""

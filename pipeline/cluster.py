@@ -1,0 +1,111 @@
+"""The Ray cluster that shards run on: one of our own for as long as a run takes, or one that is joined.
+
+Our own has no dashboard, is never an existing one by accident, and leaves no process and no file behind, however the
+driver ends (see `reaper`); with --debug its logs stay. Ray binds its ports to every interface and asks for a token
+(`RAY_AUTH_MODE=token`, its default).
+
+A joined one gets this package along with the job, so that all nodes run the driver's code. Its nodes need the
+dependencies, the store's credentials in their own environment, and the checkpoints under the driver's paths (a shared
+file system), since workers read their own ranges.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import birkhoff
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.reaper import Reaper
+from birkhoff.pipeline.source_types import first_line
+
+log = logging.getLogger("birkhoff.cluster")
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Of a cluster started here: descriptors and records pass through it, never tensors."""
+
+
+class Cluster(AbstractContextManager["Cluster"]):
+    """A connection to a Ray cluster; `ray` is the module. Raises WorkerError where none can be had."""
+
+    def __init__(self, address: str | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self.ray: Any = ray
+        self._reaper: Reaper | None = None
+        try:
+            with _signals_kept():
+                if address is None:
+                    self._start_patiently()
+                else:
+                    _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
+        except BaseException as error:
+            self.close()
+            if isinstance(error, SystemExit):  # what Ray's handler makes of SIGTERM
+                interrupt.stop(signal.SIGTERM)
+            if not isinstance(error, Exception):
+                raise
+            interrupt.check()  # Ray's compiled parts turn an exception of the signal's handler into another one
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            raise WorkerError(f"cannot reach {where}: {first_line(error)}; try --executor inline") from None
+
+    def _start_patiently(self) -> None:
+        """Ray gives its own start 30 s, which no setting changes; on a machine under load a second try helps."""
+        try:
+            self._start()
+        except Exception as error:
+            interrupt.check()
+            log.warning("Ray did not start (%s); trying once more", first_line(error))
+            self.close()
+            self._start()
+
+    def _start(self) -> None:
+        # Sockets lie deep below this folder and a socket's path has at most 107 bytes, so not below TMPDIR.
+        folder = Path(tempfile.mkdtemp(prefix="bf-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        debug = log.isEnabledFor(logging.DEBUG)
+        log.debug("Ray's logs are in %s", folder)
+        self._reaper = Reaper(None if debug else folder)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve beside anybody else's work
+        with self._reaper.covering():
+            _quiet_init(
+                self.ray,
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+
+    def close(self) -> None:
+        """Leave the cluster, or end it."""
+        try:
+            self.ray.shutdown()
+        finally:
+            if self._reaper is not None:
+                self._reaper.close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def _quiet_init(ray: Any, **settings: Any) -> None:
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts handlers of its own for SIGTERM: one that exits, then a compiled one that aborts, until this ends."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread: Ray could not put one either
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,93 @@
+"""Ends what a driver leaves behind, however it ends: Ctrl-C, SIGTERM, SIGKILL or its normal end.
+
+Ray's own processes die with their driver at different speeds: its agents outlive a killed one by up to a minute. So
+everything that a `Reaper` covers starts with a mark in its environment, which children inherit, and a small process
+waits on a pipe that only the driver holds. When the pipe closes, that process kills whatever carries the mark and
+removes the folder they worked in. It is this file, run as a script: standard library only, so that it starts at once.
+
+Linux only, where /proc tells environments; elsewhere only the folder is removed.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = "BIRKHOFF_RUN"
+_PATIENCE_SECONDS = 10.0
+_SETTLED_SCANS = 2
+"""Scans in a row that must find nothing: a process may be starting another one while it is being killed."""
+
+
+class Reaper:
+    """Looks after processes started inside `covering`, and after `folder`; None to leave a folder alone."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, self._mark, str(folder or "")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # else whoever reads the driver's output would wait for this process too
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the driver's terminal is not for it
+        )
+
+    @contextlib.contextmanager
+    def covering(self) -> Iterator[None]:
+        """Mark every process that is started meanwhile, and what those start later."""
+        os.environ[MARK] = self._mark
+        try:
+            yield
+        finally:
+            del os.environ[MARK]
+
+    def close(self) -> None:
+        """End everything now; returns when it is gone."""
+        assert self._process.stdin is not None  # a pipe, see above
+        self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2 * _PATIENCE_SECONDS)
+
+
+def reap(mark: str) -> None:
+    """Kill every process that carries the mark, until there are none."""
+    deadline, quiet = time.monotonic() + _PATIENCE_SECONDS, 0
+    while quiet < _SETTLED_SCANS and time.monotonic() < deadline:
+        found = marked(mark)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        quiet = 0 if found else quiet + 1
+        time.sleep(0.02)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes of this user whose environment carries the mark; zombies have none."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
+                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def main(mark: str, folder: str) -> None:
+    """Wait for the driver's end, then clean up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 1):
+        pass
+    reap(mark)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,103 @@
+"""The driver's view of its workers: which are ready, what each has been given, and since when it works on the first.
+
+A worker runs its tasks in the order in which it got them, so the first one is the one at work. Tasks go only to workers
+that have answered once: after a node has gone, the workers that were to replace those on it may never start.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.shard import ShardTask
+
+QUEUED_PER_WORKER = 2
+"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver."""
+
+START_SECONDS = 300.0
+"""Within this time one worker must have started where none runs."""
+
+FAILED_STARTS = 3
+"""Times in a row, for each worker, that a start may fail."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Seat:
+    """One worker: its actor, what says that it has started (None once it has), and its tasks by reference, in order."""
+
+    actor: Any
+    starting: Any
+    tasks: dict[Any, ShardTask] = field(default_factory=dict)
+    since: float = 0.0
+    """When the first of its tasks began, in seconds of `time.monotonic`."""
+
+    def give(self, task: ShardTask) -> None:
+        """Put a task behind those it has."""
+        if not self.tasks:
+            self.since = time.monotonic()
+        self.tasks[self.actor.run.remote(task)] = task
+
+    def ended(self, reference: Any) -> ShardTask:
+        """Its task behind `reference` has ended, and the next one has begun."""
+        self.since = time.monotonic()
+        return self.tasks.pop(reference)
+
+
+class Seats:
+    """All workers. `start` makes an actor and the reference that resolves when it has started."""
+
+    def __init__(self, start: Callable[[], tuple[Any, Any]], count: int) -> None:
+        self._start = start
+        self._all: list[Seat] = []
+        self._changed = time.monotonic()
+        self._failed = 0
+        for _ in range(count):
+            self._add()
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(self._all)
+
+    def references(self) -> dict[Any, Seat]:
+        """Whatever is waited for, and the worker it comes from."""
+        found = {seat.starting: seat for seat in self._all if seat.starting is not None}
+        return found | {reference: seat for seat in self._all for reference in seat.tasks}
+
+    def free(self) -> Seat | None:
+        """The ready worker with the fewest tasks, if one can take more."""
+        ready = [seat for seat in self._all if seat.starting is None and len(seat.tasks) < QUEUED_PER_WORKER]
+        return min(ready, key=lambda seat: len(seat.tasks), default=None)
+
+    def replace(self, seat: Seat) -> None:
+        """Give a worker up and start another one."""
+        self._all.remove(seat)
+        self._add()
+
+    def overdue(self, limit: float) -> list[Seat]:
+        """Workers whose first task began more than `limit` seconds ago."""
+        now = time.monotonic()
+        return [seat for seat in self._all if seat.tasks and now - seat.since > limit]
+
+    def count_start(self, seat: Seat) -> None:
+        """A worker has started."""
+        seat.starting, self._failed = None, 0
+
+    def count_failed_start(self, reason: str) -> None:
+        """A worker died while it started. Raises WorkerError if they all do."""
+        self._failed += 1
+        if self._failed > FAILED_STARTS * len(self._all):
+            raise WorkerError(f"workers die at their start, the last of {self._failed} by {reason}; run with --debug")
+
+    def check_started(self) -> None:
+        """Raise WorkerError if no worker runs and none has started for too long."""
+        if any(seat.starting is None for seat in self._all):
+            self._changed = time.monotonic()
+        elif time.monotonic() - self._changed > START_SECONDS:
+            raise WorkerError(
+                f"none of {len(self._all)} workers started within {START_SECONDS:g} s; see the nodes of the Ray "
+                "cluster with `ray status`, or use --executor inline"
+            )
+
+    def _add(self) -> None:
+        actor, starting = self._start()
+        self._all.append(Seat(actor=actor, starting=starting))
