@@ -241,6 +241,8 @@ class TensorRow:
     max_abs_error: float
     target_db: float | None = None
     """The SQNR it was coded for, where that is its own and not the profile's."""
+    reason: str | None = None
+    """Why it is lossless although it was to be coded: a key of `codec.tensor.FALLBACKS`."""
 
 
 def inspect(artifact: Artifact) -> list[TensorRow]:
@@ -278,6 +280,7 @@ def _row(name: str, entry: str, stored: object) -> TensorRow:
         sqnr_db=sqnr,
         max_abs_error=error,
         target_db=target,
+        reason=fields.get("reason"),
     )
 
 

@@ -106,6 +106,7 @@ def compress(
     from birkhoff.pipeline.execute import Executor, InlineExecutor, RayExecutor
     from birkhoff.pipeline.manifest import load_manifest
     from birkhoff.pipeline.progress import Progress
+    from birkhoff.pipeline.report_build import Recorder
     from birkhoff.pipeline.shard import Reuse
     from birkhoff.pipeline.signing import load_signer
     from birkhoff.pipeline.store import check_store
@@ -125,22 +126,26 @@ def compress(
             return RayExecutor(opened.address, address=address)
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
-        with Recorder(chosen, opened, executor=executor.value, reuse=reuse, address=address) as record:
-            with Progress(notes(), models=len(chosen.models), quiet=as_json) as progress:
-                runs = record.runs = job.compress(
-                    chosen,
-                    opened,
-                    lambda: record.watch(start()),
-                    progress,
-                    reuse=reuse,
-                    mirror=mirror,
-                    single_publisher=single,
-                    signer=signer,
-                )
+        with (
+            Recorder(chosen, opened, executor=executor.value, reuse=reuse, address=address) as record,
+            Progress(notes(), models=len(chosen.models), quiet=as_json) as progress,
+        ):
+            runs = record.runs = job.compress(
+                chosen,
+                opened,
+                lambda: record.watch(start()),
+                progress,
+                reuse=reuse,
+                mirror=mirror,
+                single_publisher=single,
+                signer=signer,
+            )
     show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
         if run.error is not None:
             complain(f"{run.name}: {run.error}")
+    if record.written and not as_json:
+        notes().print(f"report: birkhoff report {record.run}", highlight=False, markup=False)
     failure = job.failure(runs)
     if failure is not None:
         raise typer.Exit(exit_code(failure))
@@ -342,4 +347,4 @@ def main() -> None:
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_use, cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_report, cli_use, cli_versions  # noqa: E402, F401

@@ -162,6 +162,9 @@ def gc(
         int | None,
         typer.Option(min=1, metavar="N", help="Retire versions beyond a model's newest N that no alias points at."),
     ] = None,
+    keep_runs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Keep the reports of the newest N runs, whatever their age.")
+    ] = 100,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -172,7 +175,7 @@ def gc(
 
     limit = duration(grace)
     with open_default_store(store) as opened:
-        found = collect(opened, grace=limit, keep=keep, delete=yes)
+        found = collect(opened, grace=limit, keep=keep, keep_runs=keep_runs, delete=yes)
     show(output(), GC_COLUMNS, found.rows(), as_json=as_json)
     if not as_json:
         freed = size(sum(item.info.size for item in found.garbage))

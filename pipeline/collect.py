@@ -4,11 +4,12 @@
 
 * every version that a live name or an alias refers to, or a name retired less than the grace period ago;
 * every other version's manifest, shard record and blob written less than the grace period ago;
-* all shard records and blobs of the versions it keeps, and the blobs of the shard records it keeps.
+* all shard records and blobs of the versions it keeps, and the blobs of the shard records it keeps;
+* the reports of the newest `keep_runs` runs, and every report written less than the grace period ago.
 
 The rest goes from the top down: tombstones of names, then manifests, then shard records, then blobs, each kind done
-before the next begins. So an object is deleted only after everything that referred to it, and a sweep that dies
-anywhere leaves no reference to what is gone; the next one takes up the rest.
+before the next begins; reports, to which nothing refers, come last. So an object is deleted only after everything that
+referred to it, and a sweep that dies anywhere leaves no reference to what is gone; the next one takes up the rest.
 
 The grace period counts by the store's clock. It is what readers live on: they hold no lease, and a version is there for
 that long after its name was retired. Publishers rely on leases instead (`leases`): a sweep marks and deletes only while
@@ -40,13 +41,17 @@ from birkhoff.pipeline.errors import ManifestError
 from birkhoff.pipeline.leases import Lease, sweeping
 from birkhoff.pipeline.names import VERSION_NAME, names, number, read_name, retire_name, revive_name
 from birkhoff.pipeline.publish import load_version, models
+from birkhoff.pipeline.report import run_of
 from birkhoff.pipeline.store import ObjectInfo, Store
 
-Kind = Literal["name", "version", "shard", "blob"]
-KINDS: tuple[Kind, ...] = ("name", "version", "shard", "blob")
+Kind = Literal["name", "version", "shard", "blob", "run"]
+KINDS: tuple[Kind, ...] = ("name", "version", "shard", "blob", "run")
 """In the order of deletion: referrers first."""
 
 DEFAULT_GRACE = timedelta(days=7)
+DEFAULT_KEEP_RUNS = 100
+"""Runs whose reports stay, whatever their age."""
+
 _THREADS = 8
 """Requests at a time."""
 
@@ -56,7 +61,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """An object that nothing refers to. `model` is None for shards and blobs, which models share."""
+    """An object that nothing refers to. `model` is None for shards, blobs and runs, which models share."""
 
     kind: Kind
     model: str | None
@@ -121,9 +126,16 @@ def retire(store: Store, model: str, keep: int) -> list[str]:
 
 
 def collect(
-    store: Store, *, grace: timedelta = DEFAULT_GRACE, keep: int | None = None, delete: bool = False
+    store: Store,
+    *,
+    grace: timedelta = DEFAULT_GRACE,
+    keep: int | None = None,
+    keep_runs: int = DEFAULT_KEEP_RUNS,
+    delete: bool = False,
 ) -> Collection:
     """Retire the versions of every model beyond `keep`, and delete what nothing refers to for longer than `grace`.
+
+    Of reports, those beyond the newest `keep_runs` runs go, once they are older than `grace`.
 
     Without `delete` the store is only read; meant for people: what others do meanwhile may fall between its readings.
 
@@ -135,10 +147,10 @@ def collect(
     thinned = [] if keep is None else models(store)
     if not delete:
         chosen = {(model, name) for model in thinned for name in retirable(store, model, keep or 0)}
-        return _Mark(store, datetime.now(UTC), grace, chosen).run(deleted=False)
+        return _Mark(store, datetime.now(UTC), grace, chosen, keep_runs).run(deleted=False)
     with sweeping(store) as lease:
         chosen = {(model, name) for model in thinned for name in retire(store, model, keep or 0)}
-        found = _Mark(store, lease.renew(), grace, chosen).run(deleted=True)
+        found = _Mark(store, lease.renew(), grace, chosen, keep_runs).run(deleted=True)
         _sweep(store, found.garbage, lease)
     return found
 
@@ -146,8 +158,10 @@ def collect(
 class _Mark:
     """Tells garbage from what stays, reading only."""
 
-    def __init__(self, store: Store, now: datetime, grace: timedelta, retired: set[tuple[str, str]]) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, now: datetime, grace: timedelta, retired: set[tuple[str, str]], keep_runs: int
+    ) -> None:
+        self._store, self._keep_runs = store, keep_runs
         self._now, self._young = now, now - grace
         self._retired = retired
         self._found = Collection()
@@ -165,7 +179,17 @@ class _Mark:
         # Records that no version refers to, too young to go, hold their blobs by themselves.
         blobs |= {blob_key(record.blob) for record in _fetch(self._record, sorted(stay - shards))}
         self._judge("blob", None, self._store.list("blobs/"), blobs)
+        self._reports()
         return found
+
+    def _reports(self) -> None:
+        """Judge the reports of runs, all files of a run alike; leases have no part in it."""
+        reports = [(run, info) for info in self._store.list("runs/") if (run := run_of(info.key))]
+        known = sorted({run for run, _ in reports})
+        newest = set(known[max(0, len(known) - self._keep_runs) :])
+        stay = {info.key for run, info in reports if run in newest}
+        if reports:
+            self._judge("run", None, (info for _, info in reports), stay)
 
     def _versions(self, model: str, objects: list[ObjectInfo]) -> list[VersionManifest]:
         """Judge a model's names and versions; returns the manifests that stay."""

@@ -60,6 +60,8 @@ class ModelRun:
     status: Status | None = None
     error: BirkhoffError | None = None
     version: Version | None = None
+    before: Version | None = None
+    """What `latest` pointed at when the run began."""
     records: dict[int, ShardRecord] = field(default_factory=dict)
     reused: int = 0
     stages: Counter[str] = field(default_factory=Counter)

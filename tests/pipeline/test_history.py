@@ -95,6 +95,7 @@ def test_the_commands_from_promote_to_gc(place: Place) -> None:
         ("version", 1, 1),
         ("shard", 1, 3),
         ("blob", 1, 3),
+        ("run", 0, 4),
     ]
     assert [(row["objects"], row["bytes"]) for row in planned[1:]] == [
         (row["objects"], row["bytes"]) for row in done[1:]
