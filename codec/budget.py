@@ -122,9 +122,13 @@ class Grid:
         """The step nearest to a target."""
         return round((min(max(self.low, target_db), self.high) - self.low) / GRID_DB)
 
+    def steps(self, db: float) -> int:
+        """Steps that lie within so many dB."""
+        return round(db / GRID_DB)
+
     def fill(self, at_knots: Floats) -> Floats:
         """Sizes at every step from those at the knots, [T]; they never fall."""
-        steps = self.step(self.high) + 1
+        steps = self.steps(self.high - self.low) + 1
         found: Floats = np.interp([self.target(step) for step in range(steps)], self.knots, at_knots)
         return np.maximum.accumulate(found)
 

@@ -15,11 +15,13 @@ whenever a writer dies.
 
 import hashlib
 import json
+import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
+from birkhoff.codec.profiles import Override
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.store import Store
 
@@ -60,6 +62,8 @@ class ShardRecord(Document):
     """Output SQNR of HyperLinear on random inputs against the source weight, dB, of every coded matrix."""
     probe_error: float
     """Greatest relative error of HyperLinear's output against `F.linear` with the decoded weight."""
+    fallbacks: dict[str, str] | None = None
+    """Tensors that are lossless for what their weights are, with the `reason` stored with each."""
 
 
 class SourceRecord(Document):
@@ -74,6 +78,26 @@ class SourceRecord(Document):
     """Keys that led to the state dict in the source: `("model",)`."""
 
 
+class BudgetRecord(Document):
+    """A budget, one of both: the least ratio of the source's bytes to every byte stored, or the most of these."""
+
+    target_ratio: float | None = None
+    max_bytes: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What stands where a profile's name would: `ratio 7`, `64.0MiB`."""
+        if self.target_ratio is not None:
+            return f"ratio {self.target_ratio:g}"
+        return ByteSize(self.max_bytes or 0).human_readable()
+
+    def limit(self, source_bytes: int) -> int:
+        """The most bytes that a version of so large a source may take."""
+        if self.target_ratio is not None:
+            return math.floor(source_bytes / self.target_ratio)
+        return self.max_bytes or 0
+
+
 class VersionManifest(Document):
     """One immutable version of a model. Its digest is the sha256 of `to_bytes()`."""
 
@@ -83,7 +107,11 @@ class VersionManifest(Document):
     source: SourceRecord
     profile: str
     recipe: dict[str, str | float | int | None]
-    """The profile resolved: everything that decided the coded bytes."""
+    """The profile resolved: with `overrides` everything that decided the coded bytes."""
+    budget: BudgetRecord | None = None
+    """Where the recipe's target comes from, if not from the profile."""
+    overrides: dict[str, Override] | None = None
+    """What single tensors got over the recipe: a target in dB, or `lossless`."""
     code: str
     """Version of birkhoff-compression that made it."""
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]

@@ -6,27 +6,39 @@ Reads as the table of contents of the pipeline; each step has its module.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Profile
-from birkhoff.pipeline import fetch, interrupt
-from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest
+from birkhoff.codec.tensor import FALLBACKS
+from birkhoff.pipeline import fetch, interrupt, overrides
+from birkhoff.pipeline.artifact import BudgetRecord, ShardRecord, SourceRecord, VersionManifest
 from birkhoff.pipeline.collect import retire
 from birkhoff.pipeline.digests import checkpoint_digest, file_state
-from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, PartialError, SourceError, StoreError
+from birkhoff.pipeline.errors import (
+    ArtifactNotFoundError,
+    BudgetError,
+    ManifestError,
+    PartialError,
+    SourceError,
+    StoreError,
+)
 from birkhoff.pipeline.execute import Executor, Outcome
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
+from birkhoff.pipeline.overrides import check_matches
+from birkhoff.pipeline.passes import Passes, Terms, pointer_bytes
 from birkhoff.pipeline.plan import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.progress import Progress
 from birkhoff.pipeline.publish import Version, is_signed, is_whole, publish, resolve
+from birkhoff.pipeline.quality import suggestion
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import Reuse, ShardTask
 from birkhoff.pipeline.signing import Signer
@@ -40,12 +52,13 @@ Status = Literal["published", "up to date", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A model whose header was read and whose shards were cut."""
+    """A model whose header was read and whose shards were cut; with a `budget`, the profile's target is to be found."""
 
     entry: ModelEntry
     profile: Profile
     checkpoint: Checkpoint
     plan: ModelPlan
+    budget: BudgetRecord | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +75,7 @@ class ModelRun:
     version: Version | None = None
     before: Version | None = None
     """What `latest` pointed at when the run began."""
+    passes: Passes | None = None
     records: dict[int, ShardRecord] = field(default_factory=dict)
     reused: int = 0
     stages: Counter[str] = field(default_factory=Counter)
@@ -97,12 +111,20 @@ class ModelRun:
             "shards": len(self.records) or None,
             "shards_reused": self.reused,
             "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
+            "target_db": self.version.manifest.recipe.get("target_db") if self.version else None,
+            "warnings": self.warnings(),
             "error": str(self.error) if self.error else None,
         }
 
+    def warnings(self) -> list[str]:
+        """Tensors that are lossless for what their weights are, though coding was asked for."""
+        shards = self.version.manifest.shards if self.version else ()
+        fallen = {name: reason for shard in shards for name, reason in (shard.fallbacks or {}).items()}
+        return [f"tensor {name!r} is stored lossless: {FALLBACKS.get(why, why)}" for name, why in fallen.items()]
+
 
 def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Manifest:
-    """The manifest cut down to the models of `--only`, with the profile of `--profile`.
+    """The manifest cut down to the models of `--only`, with the profile of `--profile` over all profiles and budgets.
 
     Raises:
         ManifestError: a name that is not in the manifest, or an unknown profile.
@@ -111,15 +133,15 @@ def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Mani
     known = {model.name for model in manifest.models}
     missing = [name for name in wanted if name not in known]
     if missing:
-        raise ManifestError(f"--only {missing[0]}: the manifest has no such model; it has {', '.join(sorted(known))}")
+        raise ManifestError(
+            f"--only: the manifest has no model{suggestion(missing[0], known)}; it has {', '.join(sorted(known))}"
+        )
     if profile is not None and profile not in PROFILES:
-        raise ManifestError(f"--profile {profile}: unknown; known: {', '.join(PROFILES)}")
-    models = tuple(
-        model.model_copy(update={"profile": profile or model.profile})
-        for model in manifest.models
-        if not wanted or model.name in wanted
+        raise ManifestError(f"--profile: unknown profile{suggestion(profile, PROFILES)}; known: {', '.join(PROFILES)}")
+    over = {"profile": profile, "target_ratio": None, "max_bytes": None, "allocation": None} if profile else {}
+    return manifest.cut(
+        model.model_copy(update=over) for model in manifest.models if not wanted or model.name in wanted
     )
-    return manifest.model_copy(update={"models": models})
 
 
 def plan_entry(
@@ -132,9 +154,11 @@ def plan_entry(
 ) -> Planned:
     """Read the header of one model's checkpoint and plan it; `mirror` and `report` as in `fetch.resolve`.
 
-    Raises SourceError, without `download` also for a checkpoint that is still to be downloaded.
+    Raises:
+        SourceError: the checkpoint cannot be read, or without `download` is still to be downloaded.
+        ManifestError: an override of the model matches none of its tensors.
     """
-    profile = PROFILES[entry.profile or manifest.profile]
+    fidelity = manifest.fidelity(entry)
     checkpoint: Checkpoint | fetch.NotDownloaded
     if download:
         checkpoint = fetch.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
@@ -142,8 +166,20 @@ def plan_entry(
         checkpoint = fetch.peek(entry.source, cache=source_cache(), mirror=mirror)
     if isinstance(checkpoint, fetch.NotDownloaded):
         raise SourceError(str(checkpoint))
-    plan = plan_model(entry.name, checkpoint, profile, shard_bytes=manifest.shard_mib * MIB)
-    return Planned(entry=entry, profile=profile, checkpoint=checkpoint, plan=plan)
+    check_matches(entry.overrides, [(entry.name, checkpoint)])
+    own = overrides.resolve(fidelity.rules, checkpoint.tensors, fidelity.profile)
+    plan = plan_model(entry.name, checkpoint, fidelity.profile, shard_bytes=manifest.shard_mib * MIB, overrides=own)
+    return Planned(entry=entry, profile=fidelity.profile, checkpoint=checkpoint, plan=plan, budget=fidelity.budget)
+
+
+def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
+    """Refuse an override of the whole manifest that matches no tensor of any of its models.
+
+    Says nothing where a model was left out, or could not be planned: it may be the one. Raises ManifestError.
+    """
+    found = [(item.entry.name, item.checkpoint) for item in planned if item is not None]
+    if manifest.whole and len(found) == len(manifest.models):
+        check_matches(manifest.overrides, found)
 
 
 def compress(
@@ -166,7 +202,7 @@ def compress(
         WorkerError: no worker could be had.
     """
     clock = _Clock()
-    runs = [ModelRun(name=entry.name, profile=entry.profile or manifest.profile) for entry in manifest.models]
+    runs = [ModelRun(name=entry.name, profile=manifest.fidelity(entry).profile.name) for entry in manifest.models]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # digests are nearly all of it, and leave the GIL
         prepared = [
             pool.submit(
@@ -183,19 +219,22 @@ def compress(
             future.result()
             run.seconds = clock.seconds()
             progress.planned(run.name, run.source_bytes, run.status)
+    check_rules(manifest, [run.planned for run in runs])
     waiting = {run.name: run for run in runs if run.status is None}
     if waiting:
         # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
         with open_run(store), start_executor() as executor:
-            queue = TaskQueue(_tasks(list(waiting.values()), reuse), budget=_budget(manifest))
+            starts = partial(_start, store=store, reuse=reuse, single_publisher=single_publisher, signed=bool(signer))
+            queue = TaskQueue(chain.from_iterable(map(starts, waiting.values())), budget=_in_flight(manifest))
             for outcome in executor.run(queue):
                 run = waiting[outcome.task.model]
                 if run.status is None:
-                    _take(run, outcome, store, single_publisher, signer)
+                    queue.add(_take(run, outcome, store, single_publisher, signer))
                     if run.status == "published" and manifest.keep is not None:
                         retire(store, run.name, manifest.keep)
                     run.seconds = clock.seconds()
-                    progress.advanced(run.name, outcome.task.nbytes, run.status)
+                    counts = run.passes is not None and run.passes.first and not outcome.task.foretell
+                    progress.advanced(run.name, outcome.task.nbytes if counts else 0, run.status)
                 if run.status == "failed":
                     queue.drop(run.name)
     return runs
@@ -211,16 +250,14 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _budget(manifest: Manifest) -> int:
+def _in_flight(manifest: Manifest) -> int:
     """Source bytes that may be at work at any time."""
     if manifest.in_flight_mib is not None:
         return manifest.in_flight_mib * MIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def _prepare(
-    run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Reuse, signer: Signer | None
-) -> None:
+def _prepare(run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Reuse, signer: Signer | None) -> None:
     """Plan one model and find out whether its latest version is what would be made."""
     try:
         run.planned = plan()
@@ -246,46 +283,76 @@ def latest_version(store: Store, model: str) -> Version | None:
 
 def _same(manifest: VersionManifest, run: ModelRun) -> bool:
     """Whether a version was made from the same bytes by the same recipe."""
-    return run.planned is not None and (manifest.source.sha256, manifest.recipe, manifest.code) == (
-        run.source_sha256,
-        run.planned.profile.recipe(),
-        birkhoff.__version__,
-    )
+    same = (manifest.source.sha256, manifest.code) == (run.source_sha256, birkhoff.__version__)
+    return same and run.planned is not None and made_so(manifest, run.planned)
 
 
-def _tasks(runs: list[ModelRun], reuse: Reuse) -> Iterator[ShardTask]:
-    """Shards of all models."""
-    for run in runs:
-        if run.planned is not None:
-            for index, tensors in enumerate(run.planned.plan.shards):
-                yield ShardTask(model=run.name, index=index, tensors=tensors, profile=run.planned.profile, reuse=reuse)
+def made_so(manifest: VersionManifest, planned: Planned) -> bool:
+    """Whether a version has the recipe, budget and overrides of a plan; of a budget, any target that it has led to."""
+    wanted, found = planned.profile.recipe(), manifest.recipe
+    if planned.budget is not None:
+        wanted, found = ({**recipe, "target_db": None} for recipe in (wanted, found))
+    return (found, manifest.budget, manifest.overrides or {}) == (wanted, planned.budget, planned.plan.overrides)
+
+
+def _start(run: ModelRun, store: Store, reuse: Reuse, single_publisher: bool, signed: bool) -> list[ShardTask]:
+    """The first tasks of a model."""
+    planned, terms = run.planned, None
+    assert planned is not None  # only planned models run
+    if planned.budget is not None:
+        hint = run.before.manifest.recipe.get("target_db") if run.before else None
+        terms = Terms(
+            budget=planned.budget,
+            limit=planned.budget.limit(planned.checkpoint.nbytes),
+            pointers=pointer_bytes(store, run.name, single_publisher=single_publisher, signed=signed),
+            hint_db=hint if isinstance(hint, float) else None,
+        )
+    describe = partial(_version_manifest, run, planned)
+    run.passes = Passes(run.name, planned.plan, planned.profile, describe, terms=terms, reuse=reuse)
+    return run.passes.start()
 
 
 def _take(
     run: ModelRun, outcome: Outcome, store: Store, single_publisher: bool, signer: Signer | None
-) -> None:
-    """Account for one outcome; the last one of a model publishes it."""
-    assert run.planned is not None  # only planned models have tasks
+) -> list[ShardTask]:
+    """Account for one outcome; the last one of a model publishes it. Returns the tasks that follow."""
+    assert run.planned is not None
+    assert run.passes is not None  # only started models have tasks
     if outcome.result is None:
         run.fail(outcome.error or BirkhoffError(f"{outcome.task.label}: no result and no error"))
-        return
-    run.records[outcome.task.index] = outcome.result.record
-    run.reused += outcome.result.reused
+        return []
     run.stages.update(outcome.result.stages)
-    if len(run.records) < len(run.planned.plan.shards):
-        return
-    interrupt.check()
     try:
-        if file_state(run.planned.checkpoint) != run.source_state:
-            raise SourceError(f"{run.planned.checkpoint.path}: changed while it was being compressed; run again")
-        manifest = _version_manifest(run, run.planned)
-        run.version = publish(store, manifest, single_publisher=single_publisher, signer=signer)
-        run.status = "published"
+        more = run.passes.take(outcome.task.index, outcome.result)
+        run.records, run.reused = run.passes.records, run.passes.reused
+        if run.passes.whole:
+            interrupt.check()
+            _publish(run, run.planned, store, single_publisher, signer)
+        return more
     except BirkhoffError as error:
         run.fail(error)
+        return []
 
 
-def _version_manifest(run: ModelRun, planned: Planned) -> VersionManifest:
+def _publish(run: ModelRun, planned: Planned, store: Store, single_publisher: bool, signer: Signer | None) -> None:
+    """Publish what a model's passes have come to. Raises BudgetError where others' writes broke the bound."""
+    assert run.passes is not None
+    if file_state(planned.checkpoint) != run.source_state:
+        raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
+    records = [run.records[index] for index in range(len(planned.plan.shards))]
+    manifest = _version_manifest(run, planned, run.passes.profile, records)
+    run.version = publish(store, manifest, single_publisher=single_publisher, signer=signer)
+    if planned.budget is not None and run.version.stored_bytes > planned.budget.limit(planned.checkpoint.nbytes):
+        raise BudgetError(
+            f"published as {run.version.name}, but another publisher moved `latest` meanwhile, and with that history "
+            f"the version takes {run.version.stored_bytes} bytes, more than {planned.budget.label}; run again"
+        )
+    run.status = "published"
+
+
+def _version_manifest(
+    run: ModelRun, planned: Planned, profile: Profile, records: Sequence[ShardRecord]
+) -> VersionManifest:
     checkpoint = planned.checkpoint
     return VersionManifest(
         model=run.name,
@@ -296,10 +363,12 @@ def _version_manifest(run: ModelRun, planned: Planned) -> VersionManifest:
             format=checkpoint.format,
             nesting=checkpoint.nesting,
         ),
-        profile=planned.profile.name,
-        recipe=planned.profile.recipe(),
+        profile=profile.name,
+        recipe=profile.recipe(),
+        budget=planned.budget,
+        overrides=dict(planned.plan.overrides) or None,
         code=birkhoff.__version__,
-        shards=tuple(run.records[index] for index in range(len(planned.plan.shards))),
+        shards=tuple(records),
     )
 
 

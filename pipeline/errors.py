@@ -17,6 +17,7 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── PictureError                a picture, prompt or annotation that cannot be used
 ├── TrustError                  a signature missing or wrong, or an alias that went back
 ├── OutputError                 a file or folder that cannot be written
+├── BudgetError                 a budget that no quality fits into
 ├── ValidationError             an encoded tensor that does not meet its target
 ├── WorkerError                 a worker died or could not be had
 └── PartialError                some models of the manifest were not published
@@ -89,6 +90,10 @@ class OutputError(BirkhoffError):
     """A file or folder that cannot be written."""
 
 
+class BudgetError(BirkhoffError):
+    """A budget that no quality fits into."""
+
+
 class ValidationError(BirkhoffError):
     """An encoded tensor that does not meet its target, or a probe that does not agree."""
 
@@ -123,6 +128,7 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     BuilderError: 18,
     PictureError: 19,
     TrustError: 20,
+    BudgetError: 21,
 }
 
 

@@ -26,7 +26,7 @@ from birkhoff.pipeline.cluster import Cluster
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.seats import Seat, Seats
-from birkhoff.pipeline.shard import ShardResult, ShardTask, compress_shard
+from birkhoff.pipeline.shard import ShardResult, ShardSizes, ShardTask, run_shard
 from birkhoff.pipeline.source_types import first_line
 from birkhoff.pipeline.store import Store, StoreAddress
 
@@ -54,7 +54,7 @@ class Outcome:
     """How a task ended: exactly one of `result` and `error` is set."""
 
     task: ShardTask
-    result: ShardResult | None = None
+    result: ShardResult | ShardSizes | None = None
     error: BirkhoffError | None = None
     out_of_memory: bool = False
     """Whether the error is for want of memory, so that another try by itself may end better."""
@@ -102,7 +102,7 @@ class Worker:
         try:
             # Opened here and not at the start: a store that refuses is the shard's error, not a worker's death.
             self._store = self._store or self._address.open()
-            return Outcome(task=task, result=compress_shard(task, self._store, self._device))
+            return Outcome(task=task, result=run_shard(task, self._store, self._device))
         except BirkhoffError as error:
             return Outcome(task=task, error=error)
         except Exception as error:

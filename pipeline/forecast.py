@@ -1,20 +1,22 @@
 """What a run would do and cost, from headers alone: for `birkhoff plan`.
 
 Sizes follow from the targets: B dB cost about B/6.02 bits a weight, less what the path gains (see `_BITS_ABOVE`, fitted
-to MiniLM-L6 and the demo model). Times and memory are those of CPU workers on the machine that plans; a GPU is faster.
+to MiniLM-L6 and the demo model); a budget's target is the one whose sizes fit. Times and memory are those of CPU
+workers on the machine that plans; a GPU is faster.
 """
 
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from birkhoff.codec.budget import Grid
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.codec.profiles import Profile
+from birkhoff.codec.profiles import Override, Profile
 from birkhoff.pipeline.artifact import VersionManifest
-from birkhoff.pipeline.compress import latest_version, plan_entry
+from birkhoff.pipeline.compress import Planned, check_rules, latest_version, made_so, plan_entry
 from birkhoff.pipeline.digests import recalled_digest
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan import ModelPlan, TensorPlan, dense_bytes
@@ -54,16 +56,20 @@ class Forecast:
     """One model's expected run. Bytes and seconds are estimates but for `shards` and `shared_shards`."""
 
     stored_bytes: int
+    target_db: float | None
     shards: int
     shared_shards: int
     seconds: float
     memory_bytes: int
 
 
-def forecast(plan: ModelPlan, profile: Profile, seen: Counter[object]) -> Forecast:
+def forecast(planned: Planned, seen: Counter[object]) -> Forecast:
     """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one."""
+    plan, profile = planned.plan, planned.profile
+    if planned.budget is not None:
+        profile = replace(profile, target_db=_fitting(planned))
     signatures = [
-        ShardTask(model="", index=index, tensors=shard, profile=profile).signature
+        ShardTask(model="", index=index, tensors=shard, profile=profile, overrides=_own(plan, shard)).signature
         for index, shard in enumerate(plan.shards)
     ]
     shared = [seen[signature] > 0 for signature in signatures]
@@ -72,7 +78,8 @@ def forecast(plan: ModelPlan, profile: Profile, seen: Counter[object]) -> Foreca
     workers = os.cpu_count() or 1
     largest = max((sum(map(dense_bytes, shard)) for shard in plan.shards), default=0)
     return Forecast(
-        stored_bytes=round(sum(_stored_bytes(item, profile) for item in plan.tensors)),
+        stored_bytes=_model_bytes(plan, profile),
+        target_db=profile.target_db,
         shards=len(plan.shards),
         shared_shards=sum(shared),
         seconds=round(_START_SECONDS + weights / _WEIGHTS_PER_SECOND[profile.path] / workers, 1),
@@ -80,24 +87,42 @@ def forecast(plan: ModelPlan, profile: Profile, seen: Counter[object]) -> Foreca
     )
 
 
+def _own(plan: ModelPlan, shard: Iterable[StoredTensor]) -> dict[str, Override]:
+    """The overrides of a shard's tensors."""
+    return {tensor.name: plan.overrides[tensor.name] for tensor in shard if tensor.name in plan.overrides}
+
+
+def _fitting(planned: Planned) -> float:
+    """About the target that a budget will find, dB: the highest whole one whose sizes fit, or the lowest there is."""
+    assert planned.budget is not None
+    limit, profile = planned.budget.limit(planned.checkpoint.nbytes), planned.profile
+    knots = Grid.of(profile).knots
+    sizes = [_model_bytes(planned.plan, replace(profile, target_db=knot)) for knot in knots]
+    return next((knot for knot, size in zip(reversed(knots), reversed(sizes), strict=True) if size <= limit), knots[0])
+
+
 def _weights(tensors: Iterable[StoredTensor]) -> int:
     return sum(prod(tensor.shape) for tensor in tensors)
 
 
-def _stored_bytes(item: TensorPlan, profile: Profile) -> float:
+def _model_bytes(plan: ModelPlan, profile: Profile) -> int:
+    return round(sum(_stored_bytes(item, profile, plan.overrides.get(item.tensor.name)) for item in plan.tensors))
+
+
+def _stored_bytes(item: TensorPlan, profile: Profile, override: Override | None) -> float:
     if item.action == "lossless":
         return dense_bytes(item.tensor) * _LOSSLESS + _ENTRY_BYTES
-    bits = _PAPER_BITS
-    if profile.target_db is not None:
-        bits = profile.target_db / _DB_PER_BIT + _BITS_ABOVE[profile.path]
+    bits, target = _PAPER_BITS, profile.of_tensor(item.tensor.shape, override).target_db
+    if target is not None:
+        bits = target / _DB_PER_BIT + _BITS_ABOVE[profile.path]
     return prod(item.tensor.shape) * bits / 8 + _ENTRY_BYTES
 
 
-def status(manifest: VersionManifest | None, source_sha256: str | None, profile: Profile) -> str:
+def status(manifest: VersionManifest | None, source_sha256: str | None, planned: Planned) -> str:
     """What a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
     if manifest is None:
         return "new"
-    if manifest.recipe != profile.recipe():
+    if not made_so(manifest, planned):
         return "changed"
     if source_sha256 is None:
         return "to be read"
@@ -110,23 +135,40 @@ def plan_rows(manifest: Manifest, store: Store | None, mirror: Path | None) -> l
     A model whose source cannot be read has its `error` and nothing else. Without a store, all models are `new`.
     """
     seen: Counter[object] = Counter()
-    return [_plan_row(manifest, entry, store, mirror, seen) for entry in manifest.models]
+    plans = [_plan(manifest, entry, mirror) for entry in manifest.models]
+    check_rules(manifest, [None if isinstance(found, BirkhoffError) else found for found in plans])
+    return [_plan_row(manifest, entry, found, store, seen) for entry, found in zip(manifest.models, plans, strict=True)]
+
+
+def _plan(manifest: Manifest, entry: ModelEntry, mirror: Path | None) -> Planned | BirkhoffError:
+    try:
+        return plan_entry(manifest, entry, mirror=mirror, download=False)
+    except BirkhoffError as error:
+        return error
 
 
 def _plan_row(
-    manifest: Manifest, entry: ModelEntry, store: Store | None, mirror: Path | None, seen: Counter[object]
+    manifest: Manifest,
+    entry: ModelEntry,
+    planned: Planned | BirkhoffError,
+    store: Store | None,
+    seen: Counter[object],
 ) -> dict[str, object]:
     try:
-        planned = plan_entry(manifest, entry, mirror=mirror, download=False)
+        if isinstance(planned, BirkhoffError):
+            raise planned
         digest = recalled_digest(planned.checkpoint)
     except BirkhoffError as error:
-        return {"model": entry.name, "profile": entry.profile or manifest.profile, "status": "?", "error": str(error)}
-    expected = forecast(planned.plan, planned.profile, seen)
+        profile = manifest.fidelity(entry).profile.name
+        return {"model": entry.name, "profile": profile, "status": "?", "error": str(error)}
+    expected = forecast(planned, seen)
     latest = latest_version(store, entry.name) if store is not None else None
     return {
         "model": entry.name,
         "profile": planned.profile.name,
-        "status": status(latest.manifest if latest else None, digest, planned.profile),
+        "budget_bytes": planned.budget.limit(planned.checkpoint.nbytes) if planned.budget else None,
+        "predicted_target_db": expected.target_db if planned.budget else None,
+        "status": status(latest.manifest if latest else None, digest, planned),
         "source_bytes": planned.checkpoint.nbytes,
         "predicted_stored_bytes": expected.stored_bytes,
         "predicted_ratio": round(planned.checkpoint.nbytes / expected.stored_bytes, 2),
@@ -135,6 +177,7 @@ def _plan_row(
         "predicted_seconds": expected.seconds,
         "predicted_memory_bytes": expected.memory_bytes,
         "skipped": [f"{key} ({kind})" for key, kind in planned.checkpoint.skipped],
+        "overrides": dict(planned.plan.overrides),
         "groups": _groups(planned.plan),
     }
 

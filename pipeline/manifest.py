@@ -10,26 +10,33 @@
         profile: fine
       - name: sam-h
         source: https://example.org/sam_vit_h_4b8939.pth   # `fetch_spec` has every form
+        target_ratio: 7          # instead of a profile; `quality` has budgets and overrides
 
 Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
 """
 
-import difflib
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES
-from birkhoff.pipeline.errors import ManifestError
+from birkhoff.pipeline.errors import ManifestError, printable
 from birkhoff.pipeline.fetch_spec import SourcePart, SourceSpec
+from birkhoff.pipeline.quality import Fidelity, OverrideRule, Quality, resolve, suggestion, wrong
 from birkhoff.pipeline.store import StoreAddress
 
 MAX_MANIFEST_BYTES = 1 << 20
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_UNKNOWN = "extra_forbidden"
+
+_Where = tuple[int | str, ...]
+"""A key path: `("models", 0, "source")`."""
 
 
 def check_name(name: str) -> str:
@@ -39,38 +46,22 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_profile(name: str) -> str:
-    """The name of a known profile."""
-    if name not in PROFILES:
-        raise ValueError(f"unknown profile{_suggestion(name, PROFILES)}; known: {', '.join(PROFILES)}")
-    return name
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelEntry(_Strict):
-    """One model of a manifest."""
+class ModelEntry(Quality):
+    """One model of a manifest; what it says of profile or budget replaces what the manifest says."""
 
     name: str
     """Under this name its versions are published."""
     source: SourceSpec
     """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
-    profile: str | None = None
-    """Name of a profile; the manifest's where left out."""
 
     _name = field_validator("name")(check_name)
-    _profile = field_validator("profile")(lambda name: None if name is None else check_profile(name))
 
 
-class Manifest(_Strict):
+class Manifest(Quality):
     """A whole manifest, as read; `load_manifest` makes its sources absolute."""
 
     store: str | None = None
     """URL of the store: s3://BUCKET/PREFIX, file:///DIR or embedded."""
-    profile: str = DEFAULT_PROFILE
-    """Profile of the models that name none."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
@@ -79,8 +70,22 @@ class Manifest(_Strict):
     """Versions a model keeps; older ones that no alias points at are retired when a new one is published."""
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1, strict=False)]
     """The models, in the order of the result table."""
+    _whole: bool = PrivateAttr(default=True)
 
-    _profile = field_validator("profile")(check_profile)
+    @property
+    def whole(self) -> bool:
+        """Whether no model was left out by `cut`."""
+        return self._whole
+
+    def cut(self, models: Iterable[ModelEntry]) -> "Manifest":
+        """The manifest with these of its models."""
+        cut = self.model_copy(update={"models": tuple(models)})
+        cut._whole = self._whole and len(cut.models) == len(self.models)
+        return cut
+
+    def fidelity(self, entry: ModelEntry) -> Fidelity:
+        """What one of its models is to get."""
+        return resolve(self, entry)
 
     @field_validator("store")
     @classmethod
@@ -94,10 +99,13 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Manifest":
-        names = [model.name for model in self.models]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"model names must differ; used twice: {', '.join(twice)}")
+        first: dict[str, int] = {}
+        for index, model in enumerate(self.models):
+            if first.setdefault(model.name, index) != index:
+                raise wrong(
+                    f"models.{index}.name",
+                    f"model names must differ; models[{first[model.name]}] is {model.name!r} too",
+                )
         return self
 
 
@@ -115,16 +123,35 @@ def load_manifest(path: Path) -> Manifest:
         raise ManifestError(f"{path}: {_one_line(error)}") from None
     except RecursionError:
         raise ManifestError(f"{path}: nested too deeply to be a manifest") from None
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise ManifestError(
+            f"{path}, line 1: manifest: {what}; expected `models:` with a `name` and a `source` for each"
+        )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise ManifestError(_explain(path, root, error)) from None
     base = path.resolve().parent
     models = tuple(
-        model.model_copy(update={"source": tuple(part.absolute(base) for part in model.source)})
-        for model in manifest.models
+        model.model_copy(
+            update={
+                "source": tuple(part.absolute(base) for part in model.source),
+                "overrides": _placed(model, path, root, ("models", index)),
+            }
+        )
+        for index, model in enumerate(manifest.models)
     )
-    return manifest.model_copy(update={"models": models})
+    return manifest.model_copy(update={"models": models, "overrides": _placed(manifest, path, root, ())})
+
+
+def _placed(quality: Quality, path: Path, root: yaml.Node | None, where: _Where) -> tuple[OverrideRule, ...]:
+    """The rules of a mapping, each knowing its file, line and key."""
+    places = [(*where, "overrides", index, "tensors") for index in range(len(quality.overrides))]
+    return tuple(
+        rule.at(f"{path}, line {_line(root, place)}: {_key(place)}")
+        for rule, place in zip(quality.overrides, places, strict=True)
+    )
 
 
 def _read(path: Path) -> str:
@@ -154,6 +181,14 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed in a manifest", mark)
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # The 42nd hour, a number of 5000 digits, `!!int x`: PyYAML's constructors fail as it comes.
+        except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
+            kind, text = node.tag.rpartition(":")[2], str(node.value)[:40]
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no {kind}", node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
@@ -170,22 +205,69 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _explain(path: Path, root: yaml.Node | None, error: ValidationError) -> str:
-    """One line for the first complaint: file, line, key path, what was expected."""
-    # A mistyped key also leaves the right one missing: the typo says more.
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    where = _as_written(root, tuple(part for part in first["loc"] if not str(part).startswith("function-")))
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        fields = Manifest.model_fields
-        if "models" in where[:-1]:
-            fields = SourcePart.model_fields if "source" in where[:-1] else ModelEntry.model_fields
-        message = f"unknown key{_suggestion(str(where[-1]), fields)}; known: {', '.join(fields)}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{path}, line {_line(root, where)}: {key or 'manifest'}: {message}{more}"
+    """One line for the first complaint: file, line, key path, what was expected; and where there are more."""
+    found = sorted(
+        ((complaint, _place(root, complaint)) for complaint in error.errors()), key=lambda pair: _weight(pair[0])
+    )
+    (first, where), *others = found
+    typos = [place[:-1] for complaint, place in found if complaint["type"] == _UNKNOWN]
+    # A mistyped key also leaves the right one missing, and items that are wrong leave their list too short.
+    more = [
+        f"line {_line(root, place)}: {_key(place)}"
+        for complaint, place in others
+        if complaint["type"] != "too_short" and (complaint["type"] != "missing" or place[:-1] not in typos)
+    ]
+    also = f"; wrong too: {', '.join(more[:3])}" + (", ..." if len(more) > 3 else "") if more else ""
+    message = printable(_message(first, where))
+    return f"{path}, line {_line(root, where)}: {_key(where) or 'manifest'}: {message}{also}"
 
 
-def _as_written(node: yaml.Node | None, where: tuple[int | str, ...]) -> tuple[int | str, ...]:
+def _weight(complaint: ErrorDetails) -> int:
+    """Order of complaints: what explains others first."""
+    return {_UNKNOWN: 0, "too_short": 2}.get(complaint["type"], 1)
+
+
+def _place(root: yaml.Node | None, complaint: ErrorDetails) -> _Where:
+    """The key path that a complaint is about."""
+    where = tuple(part for part in complaint["loc"] if not str(part).startswith("function-"))
+    if complaint["type"] == "key":
+        where += tuple(int(part) if part.isdigit() else part for part in complaint["ctx"]["key"].split("."))
+    return _as_written(root, where)
+
+
+def _message(complaint: ErrorDetails, where: _Where) -> str:
+    """What was expected at a key path."""
+    if complaint["type"] == _UNKNOWN:
+        fields = _fields(where[:-1])
+        return f"unknown key{suggestion(str(where[-1]), fields)}; known: {', '.join(fields)}"
+    if complaint["type"].startswith("byte_size"):
+        return f"expected a size such as 64MiB or 1.5GB, or a number of bytes, got {str(complaint['input'])[:40]!r}"
+    if complaint["type"] == "too_short" and where == ("models",):
+        return "the list is empty; give at least one model, with a `name` and a `source`"
+    return complaint["msg"].removeprefix("Value error, ")
+
+
+def _fields(where: _Where) -> Mapping[str, object]:
+    """The keys that there are in the mapping at a key path."""
+    kind: type[BaseModel] = ModelEntry if "models" in where else Manifest
+    if "overrides" in where:
+        kind = OverrideRule
+    elif "source" in where:
+        kind = SourcePart
+    return kind.model_fields
+
+
+def _key(where: _Where) -> str:
+    """`models[0].source` of a key path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in where).lstrip(".")
+
+
+def _shown(key: str) -> str:
+    """A key as it is where it is a plain word, else quoted: on one line, whatever it holds."""
+    return key if _WORD.fullmatch(key) else repr(key[:80])
+
+
+def _as_written(node: yaml.Node | None, where: _Where) -> _Where:
     """The key path without the steps that a short form of `source` leaves out."""
     written: list[int | str] = []
     for part in where:
@@ -198,7 +280,7 @@ def _as_written(node: yaml.Node | None, where: tuple[int | str, ...]) -> tuple[i
     return tuple(written)
 
 
-def _line(node: yaml.Node | None, where: tuple[int | str, ...]) -> int:
+def _line(node: yaml.Node | None, where: _Where) -> int:
     """Line of the node at a key path, or of the last one on the way that exists."""
     line = 1 if node is None else node.start_mark.line + 1
     for part in where:
@@ -212,8 +294,3 @@ def _line(node: yaml.Node | None, where: tuple[int | str, ...]) -> int:
             node = node.value[part]
             line = node.start_mark.line + 1
     return line
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" {name!r}, did you mean {close[0]!r}?" if close else f" {name!r}"

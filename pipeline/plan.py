@@ -5,14 +5,14 @@ worker holds in memory. Cuts depend only on the tensors near them, so that two c
 share its shards, whatever decoder follows.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.dtypes import CODED_DTYPES, dtype_name
-from birkhoff.codec.profiles import Profile
+from birkhoff.codec.profiles import Override, Profile
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.source_types import DTYPES, Checkpoint, StoredTensor
 
@@ -34,26 +34,44 @@ class ModelPlan:
 
     tensors: tuple[TensorPlan, ...]
     shards: tuple[tuple[StoredTensor, ...], ...]
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    """What single tensors get over the profile, by name."""
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """Action by tensor name."""
+        return {plan.tensor.name: plan.action for plan in self.tensors}
 
 
-def plan_model(name: str, checkpoint: Checkpoint, profile: Profile, *, shard_bytes: int) -> ModelPlan:
-    """Decide actions and shards of one model from its header.
+def plan_model(
+    name: str,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    *,
+    shard_bytes: int,
+    overrides: Mapping[str, Override] | None = None,
+) -> ModelPlan:
+    """Decide actions and shards of one model from its header; `overrides` by tensor name, as `overrides.resolve`.
 
     Raises:
         SourceError: the checkpoint holds no tensor of a type that is coded.
     """
-    plans = tuple(
-        TensorPlan(tensor=tensor, action=action, reason=reason)
-        for tensor in checkpoint.tensors
-        for action, reason in [profile.action(tensor.shape, tensor.dtype)]
-    )
+    own = overrides or {}
+    plans = tuple(_plan_tensor(tensor, profile, own.get(tensor.name)) for tensor in checkpoint.tensors)
     if not any(is_float(plan.tensor.dtype) for plan in plans):
         held = ", ".join(sorted({plan.tensor.dtype for plan in plans}))
         raise SourceError(
             f"{checkpoint.path}: the {len(plans)} tensors of model {name!r} are {held}; coded are "
             f"{', '.join(sorted(map(dtype_name, CODED_DTYPES)))}: point `source` at the weights in one of these types"
         )
-    return ModelPlan(tensors=plans, shards=tuple(cut_shards(checkpoint.tensors, shard_bytes)))
+    return ModelPlan(tensors=plans, shards=tuple(cut_shards(checkpoint.tensors, shard_bytes)), overrides=own)
+
+
+def _plan_tensor(tensor: StoredTensor, profile: Profile, override: Override | None) -> TensorPlan:
+    action, reason = profile.of_tensor(tensor.shape, override).action(tensor.shape, tensor.dtype)
+    if action == "coded" and override is not None:
+        reason = f"{override:g} dB by override"
+    return TensorPlan(tensor=tensor, action=action, reason=reason)
 
 
 def cut_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[tuple[StoredTensor, ...]]:

@@ -8,15 +8,18 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import birkhoff.kernels.trellis  # noqa: F401  registers the GPU's search
+from birkhoff.codec.budget import Grid, sizes
 from birkhoff.codec.container import FORMAT_VERSION, serialise
-from birkhoff.codec.profiles import Profile
+from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import encode_tensor
 from birkhoff.pipeline.artifact import ShardRecord, blob_key, read_document, sha256, shard_key
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, PreconditionError
@@ -26,6 +29,9 @@ from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import ShardChecks, validate_shard
 
 log = logging.getLogger("birkhoff.shard")
+
+NONE: Mapping[str, Override] = MappingProxyType({})
+"""No overrides."""
 
 Reuse = Literal["trust", "revalidate", "never"]
 """What to do with a shard that the store has: take it, prove it once more against its source first, or make it anew."""
@@ -40,11 +46,16 @@ class ShardTask:
     tensors: tuple[StoredTensor, ...]
     profile: Profile
     reuse: Reuse = "trust"
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    """Of its tensors, by name."""
+    foretell: bool = False
+    """Only foretell its sizes, for a budget."""
 
     @property
     def signature(self) -> object:
         """Equal for shards that may turn out to be the same: names, dtypes, shapes and recipe."""
-        return tuple((t.name, t.dtype, t.shape) for t in self.tensors), self.profile
+        names = tuple((t.name, t.dtype, t.shape) for t in self.tensors)
+        return names, self.profile, tuple(self.overrides.items()), self.foretell
 
     @property
     def label(self) -> str:
@@ -72,6 +83,14 @@ class ShardResult:
         return sum(self.stages.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSizes:
+    """What comes back of a shard whose sizes were to be foretold: bytes at the knots of its profile's grid, [T]."""
+
+    bytes: tuple[float, ...]
+    stages: dict[str, float]
+
+
 class Stages:
     """Seconds by stage, each from the end of the one before."""
 
@@ -86,6 +105,23 @@ class Stages:
         self._last = now
 
 
+def run_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult | ShardSizes:
+    """Do what a task asks for. Raises as `compress_shard`."""
+    return foretell_shard(task) if task.foretell else compress_shard(task, store, device)
+
+
+def foretell_shard(task: ShardTask) -> ShardSizes:
+    """Foretell what a shard will take at every target, a tensor at a time. Raises SourceError, CodecError."""
+    stages = Stages()
+    total = np.zeros(len(Grid.of(task.profile).knots))
+    for tensor in task.tensors:
+        source = read_tensor(tensor)
+        stages.end("read")
+        total += sizes(tensor.name, source, task.profile, task.overrides.get(tensor.name))
+        stages.end("foretell")
+    return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
+
+
 def compress_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult:
     """Bring one shard into the store, unless it is there.
 
@@ -95,18 +131,18 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     stages = Stages()
     sources = {tensor.name: read_tensor(tensor) for tensor in task.tensors}
     stages.end("read")
-    key = input_key(sources, task.profile)
+    key = input_key(sources, task.profile, task.overrides)
     stages.end("key")
     record = None if task.reuse == "never" else find_record(store, key)
     stages.end("find")
     if record is not None and task.reuse == "revalidate":
-        validate_shard(store.get(blob_key(record.blob)), sources, task.profile, device)
+        validate_shard(store.get(blob_key(record.blob)), sources, task.profile, device, task.overrides)
         stages.end("validate")
     if record is not None:
         return ShardResult(record=record, reused=True, stages=stages.seconds)
-    blob = encode_shard(sources, task.profile, device)
+    blob = encode_shard(sources, task.profile, device, task.overrides)
     stages.end("encode")
-    checks = validate_shard(blob, sources, task.profile, device)
+    checks = validate_shard(blob, sources, task.profile, device, task.overrides)
     stages.end("validate")
     record = make_record(key, sources, blob, checks)
     keep_shard(store, blob, record)
@@ -114,9 +150,12 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     return ShardResult(record=record, reused=False, stages=stages.seconds)
 
 
-def encode_shard(sources: Mapping[str, Tensor], profile: Profile, device: torch.device) -> bytes:
+def encode_shard(
+    sources: Mapping[str, Tensor], profile: Profile, device: torch.device, overrides: Mapping[str, Override] = NONE
+) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
-    return serialise([encode_tensor(name, tensor.to(device), profile).tensor for name, tensor in sources.items()])
+    profiles = {name: profile.of_tensor(tuple(t.shape), overrides.get(name)) for name, t in sources.items()}
+    return serialise([encode_tensor(name, t.to(device), profiles[name]).tensor for name, t in sources.items()])
 
 
 def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks) -> ShardRecord:
@@ -130,6 +169,7 @@ def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: Sh
         sqnr_db=checks.sqnr_db,
         probe_db=checks.probe_db,
         probe_error=checks.probe_error,
+        fallbacks=checks.fallbacks or None,
     )
 
 
@@ -156,11 +196,12 @@ def find_record(store: Store, key: str) -> ShardRecord | None:
     return None
 
 
-def input_key(sources: Mapping[str, Tensor], profile: Profile) -> str:
+def input_key(sources: Mapping[str, Tensor], profile: Profile, overrides: Mapping[str, Override] = NONE) -> str:
     """Key of a shard: everything that decides its bytes, and nothing else."""
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, profile.recipe()], sort_keys=True).encode())
     for name, tensor in sources.items():
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        override = [overrides[name]] if name in overrides else []
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), *override]).encode())
         if tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from birkhoff.codec.container import CodedTensor, parse
+from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.metrics import fidelity, sqnr_db
-from birkhoff.codec.profiles import Profile
-from birkhoff.codec.tensor import decode_tensor, is_matrix, lattice_of
+from birkhoff.codec.profiles import Override, Profile
+from birkhoff.codec.tensor import FALLBACKS, decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.errors import ValidationError
 
@@ -33,6 +34,10 @@ _CLAIM_SLACK_DB = 0.01
 """The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""
 
 
+TARGET_SLACK_DB = 0.0011
+"""A target is stored rounded down to 0.001 dB."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardChecks:
     """What validation measured, in the order of the container."""
@@ -40,14 +45,22 @@ class ShardChecks:
     sqnr_db: tuple[float, ...]
     probe_db: tuple[float, ...]
     probe_error: float
+    fallbacks: dict[str, str]
+    """Tensors that are lossless for what their weights are, and why: keys of `FALLBACKS`."""
 
 
-def validate_shard(blob: bytes, sources: Mapping[str, Tensor], profile: Profile, device: torch.device) -> ShardChecks:
-    """Check a container against its source tensors (by name, in order).
+def validate_shard(
+    blob: bytes,
+    sources: Mapping[str, Tensor],
+    profile: Profile,
+    device: torch.device,
+    overrides: Mapping[str, Override] | None = None,
+) -> ShardChecks:
+    """Check a container against its source tensors (by name, in order), each by its profile or what overrides it.
 
     Raises:
-        ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), or
-            HyperLinear does not compute its product.
+        ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), is coded
+            although it should be lossless or the other way round, or HyperLinear does not compute its product.
         FormatError: the container cannot be read back.
     """
     coded_tensors = parse(blob)
@@ -55,20 +68,25 @@ def validate_shard(blob: bytes, sources: Mapping[str, Tensor], profile: Profile,
         raise ValidationError("the container's tensors are not the shard's tensors: report this as a bug")
     sqnrs: list[float] = []
     probes: list[tuple[float, float]] = []
+    fallbacks: dict[str, str] = {}
     for coded in coded_tensors:
         source = sources[coded.name]
+        own = profile.of_tensor(tuple(source.shape), (overrides or {}).get(coded.name))
         decoded = decode_tensor(coded)
         _check_form(coded.name, source, decoded)
+        _check_action(coded, own)
         if coded.codec in ("raw", "planes"):
             _check_equal(coded.name, source, decoded)
+            fallbacks |= {coded.name: coded.params["reason"]} if "reason" in coded.params else {}
             continue
-        sqnrs.append(_check_coded(coded, source, decoded, profile))
+        sqnrs.append(_check_coded(coded, source, decoded, own))
         if is_matrix(coded):
             probes.append(probe(coded, source, device))
     return ShardChecks(
         sqnr_db=tuple(round(max(value, FLOOR_DB), 2) for value in sqnrs),
         probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
         probe_error=float(f"{max((error for _, error in probes), default=0.0):.2g}"),
+        fallbacks=fallbacks,
     )
 
 
@@ -77,6 +95,17 @@ def _check_form(name: str, source: Tensor, decoded: Tensor) -> None:
         raise ValidationError(
             f"tensor {name!r} came back as {list(decoded.shape)} {decoded.dtype}, "
             f"expected {list(source.shape)} {source.dtype}"
+        )
+
+
+def _check_action(coded: CodedTensor, profile: Profile) -> None:
+    """What its header asks for is what was done, or the tensor says why not."""
+    action, _ = profile.action(coded.shape, dtype_name(dtype_from_code(coded.dtype)))
+    lossless, reason = coded.codec in ("raw", "planes"), coded.params.get("reason")
+    if lossless != (action == "lossless" or reason in FALLBACKS) or (reason is not None and action == "lossless"):
+        raise ValidationError(
+            f"tensor {coded.name!r} should be {action}, it is stored as {coded.codec}, reason {reason}: "
+            "report this as a bug"
         )
 
 
@@ -94,6 +123,9 @@ def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, profile: P
         raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
     # A tensor coded at the published codec's error has a target of its own, stored with it.
     target = float(coded.params["target_db"]) if profile.matches_published else profile.target_db
+    claim = coded.params.get("target_db", "no")
+    if profile.single and (target is None or claim == "no" or abs(float(claim) - target) > TARGET_SLACK_DB):
+        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB as its target, it has {target} dB")
     if target is not None and found.sqnr_db < target:
         raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
     claimed = float(coded.params["sqnr_db"])

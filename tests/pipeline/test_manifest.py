@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from birkhoff.pipeline.artifact import BudgetRecord
 from birkhoff.pipeline.errors import ManifestError
 from birkhoff.pipeline.manifest import load_manifest
 
@@ -88,12 +89,49 @@ BAD = {
     "typo": (GOOD.replace("source: sub", "sauce: sub"), r"line 5: models\[0\].sauce: unknown key 'sauce', .*'source'"),
     "missing": (GOOD.replace("    source: sub/a.pth\n", ""), r"line 4: models\[0\].source: Field required"),
     "profile": (GOOD.replace("fine", "fin"), r"line 2: profile: unknown profile 'fin', did you mean 'fine'"),
-    "twice": (GOOD.replace("name: b", "name: a"), r"line 1: manifest: model names must differ; used twice: a"),
+    "twice": (
+        GOOD.replace("name: b", "name: a"),
+        r"line 6: models\[1\]\.name: model names must differ; models\[0\] is 'a' too$",
+    ),
+    "two budgets": (f"target_ratio: 7\nmax_bytes: 64MiB\n{GOOD}", r"line 2: max_bytes: .* two budgets"),
+    "budget and profile": (f"target_ratio: 7\n{GOOD}", r"line 3: profile: 'fine' \(.*\) and a budget are two qual"),
+    "model's budget and profile": (
+        GOOD + "    max_bytes: 1MiB\n",
+        r"line 8: models\[1\]\.profile: 'small' .* and a budget are two qualities",
+    ),
+    "allocation alone": (f"allocation: size\n{GOOD}", r"line 1: allocation: goes with a budget"),
+    "allocation": (f"allocation: sise\ntarget_ratio: 7\n{GOOD}", r"line 1: allocation: Input should be 'uniform' or"),
+    "ratio": (GOOD + "    target_ratio: 1\n", r"line 9: models\[1\]\.target_ratio: Input should be greater than 1"),
+    "ratio infinite": (f"target_ratio: .inf\n{GOOD}", r"line 1: target_ratio: "),
+    "ratio text": (f"target_ratio: '7'\n{GOOD}", r"line 1: target_ratio: Input should be a valid number"),
+    "size": (f"max_bytes: 64 apples\n{GOOD}", r"line 1: max_bytes: expected a size such as 64MiB .* got '64 apples'"),
+    "no size": (f"max_bytes: 0\n{GOOD}", r"line 1: max_bytes: Input should be greater than 0"),
+    "override of both": (
+        GOOD + "overrides:\n  - {tensors: x, target_db: 36, lossless: true}\n",
+        r"line 10: overrides\[0\]\.tensors: an override says one of",
+    ),
+    "override of nothing": (
+        GOOD + "    overrides:\n      - {tensors: x}\n",
+        r"line 10: models\[1\]\.overrides\[0\]\.tensors: an override says one of",
+    ),
+    "override not lossless": (
+        GOOD + "overrides: [{tensors: x, lossless: false}]",
+        r"overrides\[0\]\.lossless: .* True",
+    ),
+    "override range": (GOOD + "overrides: [{tensors: x, target_db: 60}]", r"overrides\[0\]\.target_db: .* equal to 48"),
+    "override typo": (
+        GOOD + "overrides:\n  - {tensor: x, target_db: 36}\n",
+        r"line 10: overrides\[0\]\.tensor: unknown key 'tensor', did you mean 'tensors'\?; known: tensors, target_db",
+    ),
+    "several": (
+        GOOD.replace("name: a", "nam: a").replace("small", "smal"),
+        r"line 4: models\[0\]\.nam: unknown key .*; wrong too: line 8: models\[1\]\.profile$",
+    ),
     "name": (GOOD.replace("name: b", "name: ../b"), r"line 6: models\[1\].name: a name is 1 to 100"),
     "type": (GOOD.replace("name: b", "name: 7"), r"line 6: models\[1\].name: Input should be a valid string"),
-    "no models": ("models: []\n", r"models: .*at least 1"),
-    "not a mapping": ("- 1\n- 2\n", "manifest: Input should be"),
-    "empty": ("", "manifest: Input should be"),
+    "no models": ("models: []\n", r"line 1: models: the list is empty; give at least one model"),
+    "not a mapping": ("- 1\n- 2\n", "line 1: manifest: holds a list; expected `models:`"),
+    "empty": ("# nothing\n", "line 1: manifest: is empty; expected `models:`"),
     "not yaml": ("models: [", "line 1: expected the node content"),
     "key twice": ("models: []\nmodels: []\n", "line 2: key 'models' given twice"),
     "alias bomb": ("a: &a [x, x]\nmodels: [*a, *a]\n", "line 2: aliases are not allowed"),
@@ -112,6 +150,45 @@ def test_each_mistake_names_file_line_and_key(tmp_path: Path, kind: str) -> None
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert "secret@" not in str(caught.value)
+
+
+QUALITIES = {
+    "nothing": ("", "", ("balanced", None, "uniform")),
+    "the manifest's profile": ("profile: fine", "", ("fine", None, "uniform")),
+    "the model's profile": ("profile: fine", "profile: fast", ("fast", None, "uniform")),
+    "the manifest's budget": ("target_ratio: 7", "", ("ratio 7", BudgetRecord(target_ratio=7), "size")),
+    "the model's budget": ("profile: fine", "max_bytes: 64MiB", ("64.0MiB", BudgetRecord(max_bytes=64 << 20), "size")),
+    "another budget": ("max_bytes: 1GB", "target_ratio: 6.5", ("ratio 6.5", BudgetRecord(target_ratio=6.5), "size")),
+    "a profile over a budget": ("max_bytes: 1GB", "profile: balanced", ("balanced", None, "uniform")),
+    "bytes alone": ("max_bytes: 5000", "", ("4.9KiB", BudgetRecord(max_bytes=5000), "size")),
+    "uniform": ("max_bytes: 1KB\nallocation: uniform", "", ("1000B", BudgetRecord(max_bytes=1000), "uniform")),
+}
+
+
+@pytest.mark.parametrize("kind", QUALITIES)
+def test_what_a_model_says_of_quality_replaces_what_the_manifest_says(tmp_path: Path, kind: str) -> None:
+    whole, model, expected = QUALITIES[kind]
+    text = f"{whole}\nmodels:\n  - name: a\n    source: a.pth\n    {model}\n"
+    manifest = load_manifest(write(tmp_path, text))
+    found = manifest.fidelity(manifest.models[0])
+    assert (found.profile.name, found.budget, found.profile.allocation) == expected
+
+
+def test_a_budget_beside_fast_encodes_fast(tmp_path: Path) -> None:
+    manifest = load_manifest(write(tmp_path, "profile: fast\ntarget_ratio: 7\n" + GOOD.replace("profile: fine\n", "")))
+    assert not manifest.fidelity(manifest.models[0]).profile.path
+
+
+def test_rules_know_their_place_and_the_models_come_last(tmp_path: Path) -> None:
+    text = GOOD + "    overrides: [{tensors: 'x.*', lossless: true}]\noverrides:\n  - {tensors: '*', target_db: 36}\n"
+    path = write(tmp_path, text)
+    manifest = load_manifest(path)
+    assert [rule.override for rule in manifest.fidelity(manifest.models[1]).rules] == [36.0, "lossless"]
+    assert [rule.place for rule in manifest.fidelity(manifest.models[1]).rules] == [
+        f"{path}, line 11: overrides[0].tensors",
+        f"{path}, line 9: models[1].overrides[0].tensors",
+    ]
+    assert [rule.override for rule in manifest.fidelity(manifest.models[0]).rules] == [36.0]
 
 
 def test_a_missing_manifest_names_those_that_are_there(tmp_path: Path) -> None:

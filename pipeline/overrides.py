@@ -1,0 +1,58 @@
+"""From the globs of a manifest to what each tensor gets: pure functions over names and headers."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from birkhoff.codec.profiles import Override, Profile
+from birkhoff.pipeline.errors import ManifestError
+from birkhoff.pipeline.quality import OverrideRule
+from birkhoff.pipeline.source_types import Checkpoint, StoredTensor, shown
+
+
+def resolve(rules: Sequence[OverrideRule], tensors: Iterable[StoredTensor], profile: Profile) -> dict[str, Override]:
+    """What single tensors get, by name, in the order of the checkpoint; the last rule that matches holds.
+
+    Tensors that no rule changes are left out: a target in dB does not make a lossless tensor a coded one, and keeping
+    lossless what is so anyway says nothing.
+    """
+    found: dict[str, Override] = {}
+    for tensor in tensors:
+        override = next((rule.override for rule in reversed(rules) if fnmatchcase(tensor.name, rule.tensors)), None)
+        if override is None:
+            continue
+        before = profile.action(tensor.shape, tensor.dtype)[0]
+        after = profile.of_tensor(tensor.shape, override).action(tensor.shape, tensor.dtype)[0]
+        if after == "coded":
+            found[tensor.name] = override
+        elif before == "coded":
+            found[tensor.name] = "lossless"
+    return found
+
+
+def check_matches(rules: Iterable[OverrideRule], checkpoints: Sequence[tuple[str, Checkpoint]]) -> None:
+    """Refuse a rule that matches no tensor of any of the models, given as (name, checkpoint).
+
+    Raises:
+        ManifestError: names the glob, its place in the manifest, and what there is that is like it.
+    """
+    names = [tensor.name for _, checkpoint in checkpoints for tensor in checkpoint.tensors]
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.tensors) for name in names):
+            models = shown(checkpoints[0][0]) if len(checkpoints) == 1 else f"{len(checkpoints)} models"
+            raise ManifestError(
+                f"{rule.place}: {shown(rule.tensors)} matches none of the {len(names)} tensors of {models}; "
+                f"{_like(rule.tensors, names)}"
+            )
+
+
+def _like(glob: str, names: Sequence[str]) -> str:
+    """Names, and beginnings and endings of names between dots, that are near a glob."""
+    parts: dict[str, None] = {}
+    for name in names:
+        words = name.split(".")
+        for cut in range(1, len(words) + 1):
+            parts |= dict.fromkeys((".".join(words[:cut]), ".".join(words[-cut:])))
+    close = difflib.get_close_matches(glob.strip("*."), parts, n=3)
+    there = close or names[:3]
+    return f"{'near it are' if close else 'they are called'} {shown(', '.join(there), 200)}"

@@ -1,0 +1,159 @@
+"""What a manifest may say of fidelity, for all its models or for one: a profile or a budget, and overrides.
+
+    target_ratio: 7              # a budget: the best there is in a seventh of the source's bytes
+    max_bytes: 64MiB             # or in so many, every byte of the version counted
+    allocation: uniform          # one dB for every tensor; left out: smaller tensors get more (`Profile`)
+    profile: fast                # how to encode; any other profile is a quality of its own, and no budget goes with it
+    overrides:                   # single tensors by glob; the last rule that matches holds, a model's come last
+      - {tensors: "mask_decoder.*", target_db: 36}
+      - {tensors: "*.pos_embed", lossless: true}
+
+What a model says of profile or budget replaces all that the manifest says of them. 1-D and tiny tensors stay lossless
+whatever a rule says of dB.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES, TARGET_DB_RANGE, Allocation, Override, Profile
+from birkhoff.pipeline.artifact import BudgetRecord
+
+DEFAULT_ALLOCATION: Allocation = "size"
+"""Of a budget: at equal bytes the demo model's masks keep closer to the original's than with one dB for all."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` 'nmae', did you mean 'name'?`, or the name alone where nothing known is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" {name!r}, did you mean {close[0]!r}?" if close else f" {name!r}"
+
+
+def check_profile(name: str) -> str:
+    """The name of a known profile. Raises ValueError."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile{suggestion(name, PROFILES)}; known: {', '.join(PROFILES)}")
+    return name
+
+
+def wrong(key: str, message: str) -> PydanticCustomError:
+    """A complaint about one key of a mapping: `manifest` shows its line."""
+    # As context, not as text: pydantic would take braces in it for its own.
+    return PydanticCustomError("key", "{message}", {"key": key, "message": message})
+
+
+class Strict(BaseModel):
+    """A part of a manifest: unknown keys and other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OverrideRule(Strict):
+    """What is said of some tensors, over the profile or the budget."""
+
+    tensors: Annotated[str, Field(min_length=1)]
+    """Glob on tensor names, as of a shell: `*`, `?`, `[abc]`; `*` goes across dots."""
+    target_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
+    """Least SQNR of those of them that are coded, dB."""
+    lossless: Literal[True] | None = None
+    """Keep them bit for bit."""
+    _place: str = PrivateAttr(default="overrides")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.target_db is None) == (self.lossless is None):
+            raise wrong("tensors", "an override says one of `target_db: DB` and `lossless: true`")
+        return self
+
+    @property
+    def place(self) -> str:
+        """File, line and key, for messages."""
+        return self._place
+
+    def at(self, place: str) -> "OverrideRule":
+        """The rule, knowing where it stands."""
+        placed = self.model_copy()
+        placed._place = place
+        return placed
+
+    @property
+    def override(self) -> Override:
+        """What each tensor gets."""
+        return "lossless" if self.target_db is None else self.target_db
+
+
+class Quality(Strict):
+    """The keys that a manifest and each of its models have in common."""
+
+    profile: str | None = None
+    """Name of a profile."""
+    target_ratio: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] | None = None
+    """Budget: source bytes over every byte stored, at least."""
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Budget: every byte stored, at most; a number or a size such as `64MiB`."""
+    allocation: Allocation | None = None
+    """How a budget is shared among tensors."""
+    overrides: Annotated[tuple[OverrideRule, ...], Field(strict=False)] = ()
+    """Single tensors; the last rule that matches holds."""
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, name: str | None) -> str | None:
+        return None if name is None else check_profile(name)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.target_ratio is not None and self.max_bytes is not None:
+            raise wrong("max_bytes", "`target_ratio` and `max_bytes` are two budgets; keep one of them")
+        if self.budget is None:
+            if self.allocation is not None:
+                raise wrong("allocation", "goes with a budget: give `target_ratio` or `max_bytes`, or leave it out")
+        elif self.profile is not None and not is_method(PROFILES[self.profile]):
+            raise wrong(
+                "profile",
+                f"{self.profile!r} ({PROFILES[self.profile].summary}) and a budget are two qualities; keep one of "
+                "them, or say `fast`, which only says how to encode",
+            )
+        return self
+
+    @property
+    def budget(self) -> BudgetRecord | None:
+        """The budget, if there is one."""
+        if self.target_ratio is None and self.max_bytes is None:
+            return None
+        return BudgetRecord(
+            target_ratio=self.target_ratio, max_bytes=None if self.max_bytes is None else int(self.max_bytes)
+        )
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything is said of profile or budget."""
+        return self.profile is not None or self.budget is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """What one model is to get: a profile, whose target a budget still has to find, and rules for single tensors."""
+
+    profile: Profile
+    budget: BudgetRecord | None
+    rules: tuple[OverrideRule, ...]
+
+
+def is_method(profile: Profile) -> bool:
+    """Whether a profile differs from the default in how it encodes, not in what comes out."""
+    default = PROFILES[DEFAULT_PROFILE]
+    return profile != default and replace(profile, name=default.name, path=True, summary=default.summary) == default
+
+
+def resolve(whole: Quality, model: Quality) -> Fidelity:
+    """What a model gets of its own words and those of the manifest."""
+    words = model if model.decides else whole
+    profile, budget = PROFILES[words.profile or DEFAULT_PROFILE], words.budget
+    if budget is not None:
+        profile = replace(profile, name=budget.label, allocation=words.allocation or DEFAULT_ALLOCATION)
+    return Fidelity(profile=profile, budget=budget, rules=(*whole.overrides, *model.overrides))
