@@ -20,7 +20,7 @@ from torch import Tensor
 
 from birkhoff.codec import contexts, rate, rest
 from birkhoff.codec.dtypes import dtype_name
-from birkhoff.codec.metrics import sqnr_db
+from birkhoff.codec.metrics import bulk, sqnr_db
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row, split
 from birkhoff.codec.profiles import TARGET_DB_RANGE, Override, Profile
 from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, PATH_GAIN_BITS, encode_tensor, fallback
@@ -82,7 +82,7 @@ class _Planes:
     """Fine histograms of a sample of both planes: counts [G, B] by plane, bin b lies at (b - B // 2) * `step`.
 
     `sizes` [G] by plane are the symbols of each group of the whole, `spread` [B] by plane those of each bin, `rms` is
-    that of the whole too.
+    that of the whole too, of its bulk.
     """
 
     counts: tuple[Floats, Floats]
@@ -169,7 +169,7 @@ def _histograms(matrix_RK: Tensor) -> _Planes:
     """Weights binned by plane and context group; groups as the encoder would form them at `_LEVELS_DB`."""
     weights = matrix_RK.numel()
     energy = sum(float(part.to(torch.float32).square().sum()) for part in _bands(matrix_RK))
-    rms = math.sqrt(energy / weights)
+    rms = math.sqrt(bulk(matrix_RK, energy).energy / weights)
     levels = _levels(matrix_RK, _step(rms, _LEVELS_DB))
     step = _step(rms, _FINE_DB)
     stride = max(1, min(matrix_RK.shape[0], weights // _SAMPLE))

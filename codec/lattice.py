@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import trellis
+from birkhoff.codec.errors import TargetError
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes, N, nearest, position, reciprocal, theta_from_coordinates
 
@@ -17,6 +18,9 @@ _CHUNK = 1 << 16
 """Weights coded together on a CPU: about ten such float32 buffers stay in a core's cache."""
 
 _CHUNK_GPU = 1 << 26
+
+_FARTHEST = 1 << 22
+"""Steps up to which paths are searched."""
 
 _EscapedPairs = tuple[Tensor, Tensor, Tensor]
 """(flat pair index, I, J) of the escapes of one tile."""
@@ -105,10 +109,18 @@ def quantise_path(weight_RK: Tensor, step: float) -> LatticeTensor:
     """Nodes on the best path of the trellis, for one step: about 1 dB nearer than nodes of twice that step.
 
     The second weights are searched first; the first weights then move by the shear that those decide.
+
+    Raises:
+        TargetError: weights so many steps long that float32 cannot tell even nodes from odd ones.
     """
     planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
     i, j = split(weight_RK, out=planes)
     planes.mul_(reciprocal(step))
+    farthest = max(map(abs, map(float, torch.aminmax(planes)))) if planes.numel() else 0.0
+    if farthest > _FARTHEST:
+        raise TargetError(
+            f"a weight lies {farthest:.3g} steps out, a path is exact up to {_FARTHEST}: use single nodes"
+        )
     trellis.search_(j.view(-1))
     trellis.search_(i.sub_(j, alpha=1 / N).view(-1))
     return _gather(weight_RK, step, lambda row, _column, pair: (i[row, pair], j[row, pair]))

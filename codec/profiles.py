@@ -5,6 +5,7 @@ the shard is another shard.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import log10, prod
 from typing import Literal
@@ -30,10 +31,11 @@ _SIZE_SLOPE_DB = 7.5
 """dB that a tensor of a tenth of the weights gets more: see `Profile`. Of 0, 5, 7.5 and 10 the best on the demo model,
 judged by its masks at equal bytes."""
 
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 """Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
 
 2: the reason goes with a tensor that falls back to lossless.
+3: targets hold for the bulk of the weights where few outliers carry most of the energy.
 """
 
 
@@ -41,11 +43,12 @@ ENCODER_VERSION = 2
 class Profile:
     """How tensors are coded.
 
-    `target_db` is the SQNR (10*log10(sum w^2 / sum (w - w')^2), dB) that every coded tensor must reach. The published
-    codec has none, it holds a mean absolute error; our own without one takes for each tensor what the published codec
-    reaches on it, and 48 dB for what that leaves raw. `path` searches paths of the trellis: some 0.17 bits a
-    weight fewer at the same error, for several times the encoding time on a CPU. Tensors of under `min_weights`
-    weights stay lossless. `single` marks what is said of one tensor only: its target then goes with it.
+    `target_db` is the SQNR (10*log10(sum w^2 / sum (w - w')^2), dB) that every coded tensor must reach, sum w^2 being
+    that of its bulk where few outliers carry most of it (the rule stands in `metrics`). The published codec has none,
+    it holds a mean absolute error; our own without one takes for each tensor what the published codec reaches on it,
+    and 48 dB for what that leaves raw. `path` searches paths of the trellis: some 0.17 bits a weight fewer at the same
+    error, for several times the encoding time on a CPU. Tensors of under `min_weights` weights stay lossless. `single`
+    marks what is said of one tensor only: its target then goes with it.
 
     With `allocation` `size`, `target_db` is that of a tensor of `REFERENCE_WEIGHTS` weights and smaller ones get more.
     Each layer's relative error reaches the output much alike, whatever the layer's size, while a dB costs bits in
@@ -95,6 +98,19 @@ class Profile:
         share = self.target_db - _SIZE_SLOPE_DB * log10(max(1, prod(shape)) / REFERENCE_WEIGHTS)
         low, high = TARGET_DB_RANGE
         return replace(self, target_db=round(min(max(low, share), high), 2), allocation="uniform", single=True)
+
+    @classmethod
+    def of_recipe(cls, name: str, recipe: Mapping[str, str | float | int | None]) -> "Profile":
+        """The profile of a stored recipe; what an older one does not say was not there to be chosen."""
+        target, codec = recipe.get("target_db"), recipe.get("codec", "lattice")
+        return cls(
+            name=name,
+            codec="paper" if codec == "paper" else "lattice",
+            target_db=None if target is None else float(target),
+            path=bool(recipe.get("path", 1)),
+            min_weights=int(recipe.get("min_weights") or 0),
+            allocation="size" if recipe.get("allocation") == "size" else "uniform",
+        )
 
     @property
     def target_range(self) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor, quantise, quantise_path, tiles
-from birkhoff.codec.metrics import Fidelity, fidelity, sqnr_db
+from birkhoff.codec.metrics import Fidelity, bulk, compare, sqnr_db
 from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 
@@ -52,7 +52,7 @@ def encode(weight_RK: Tensor, target_db: float, *, path: bool = False) -> tuple[
 
     Args:
         weight_RK: real and finite, any float dtype and device.
-        target_db: least SQNR.
+        target_db: least SQNR, judged against the bulk of the weights (see `metrics`).
         path: search paths of the trellis instead of single nodes.
 
     Returns:
@@ -63,7 +63,8 @@ def encode(weight_RK: Tensor, target_db: float, *, path: bool = False) -> tuple[
         TargetError: the target is out of range, the weights have no finite energy, or no step meets the target.
     """
     check_target(target_db)
-    goal = _Goal(energy=_energy(weight_RK), target_db=target_db)
+    weights = bulk(weight_RK, _energy(weight_RK))
+    goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
     if not 0 < goal.energy < math.inf:
         raise TargetError(f"the weights' energy is {goal.energy:g}: no relative error exists; store them lossless")
     step = _search(weight_RK, goal)
@@ -81,8 +82,11 @@ def check_target(target_db: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Goal:
+    """A target in dB against the energy of the weights' bulk; `outliers` tells whether that is not all of it."""
+
     energy: float
     target_db: float
+    outliers: bool
 
     def excess(self, error: float) -> float:
         """dB above the target at a summed squared error, limited so that one step of the search stays sane."""
@@ -96,7 +100,7 @@ def _search(weight_RK: Tensor, goal: _Goal) -> float:
     # Quantisation error spreads evenly over a tensor even where its energy does not: scale the error, not the energy.
     scale = weight_RK.numel() / sample.numel()
     for _ in range(_SEARCHES):
-        error = fidelity(sample, quantise(sample, step).decode(sample.dtype)).error * scale
+        error = compare(sample, quantise(sample, step).decode(sample.dtype)).error * scale
         excess = goal.excess(error) - _MARGIN_DB
         step *= 10 ** (excess / 20)
         if abs(excess) < _NEAR_DB:
@@ -115,7 +119,7 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
     below, above = 0.0, math.inf  # greatest step known to meet the target, least known to miss it
     for attempt in range(_TRIES):
         coded = code(weight_RK, step)
-        found = _fidelity(weight_RK, coded)
+        found = _fidelity(weight_RK, coded, goal)
         excess = goal.excess(found.error)
         if excess >= 0 and (best is None or found.error > best[1].error):
             best = coded, found
@@ -132,16 +136,16 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
     return best
 
 
-def _fidelity(weight_RK: Tensor, coded: LatticeTensor) -> Fidelity:
+def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
     """The error of a coded matrix, without ever holding all of it decoded."""
     rows, columns = weight_RK.shape
     height = max(1, (_CHUNK if weight_RK.device.type == "cpu" else _CHUNK_GPU) // columns)
     parts = [
-        fidelity(weight_RK[top : top + height], coded.rows(top, top + height).decode(weight_RK.dtype))
+        compare(weight_RK[top : top + height], coded.rows(top, top + height).decode(weight_RK.dtype))
         for top in range(0, rows, height)
     ]
     return Fidelity(
-        energy=sum(part.energy for part in parts),
+        energy=goal.energy if goal.outliers else sum(part.energy for part in parts),
         error=sum(part.error for part in parts),
         max_abs=max(part.max_abs for part in parts),
         mean_abs=sum(part.mean_abs * weight_RK[k * height : (k + 1) * height].numel() for k, part in enumerate(parts))

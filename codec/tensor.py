@@ -162,7 +162,12 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
 
 def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
     path = path and matrix.numel() >= LEAST_PATH
-    encoded = _encode_matrix(name, tensor, matrix, target_db, path=path)
+    try:
+        encoded = _encode_matrix(name, tensor, matrix, target_db, path=path)
+    except TargetError:
+        if not path:
+            raise
+        return _encode_matrix(name, tensor, matrix, target_db, path=False)
     if path and int(encoded.tensor.params["escapes"]) * ESCAPE_BITS > PATH_GAIN_BITS * matrix.numel():
         single = _encode_matrix(name, tensor, matrix, target_db, path=False)
         encoded = min(encoded, single, key=lambda choice: choice.tensor.nbytes)

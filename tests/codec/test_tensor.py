@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from birkhoff.codec import paper, rate
 from birkhoff.codec.container import CodedTensor, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
-from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.metrics import OUTLIER_RMS, bulk, fidelity
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor, encode_tensor, lattice_of
 
@@ -133,6 +133,53 @@ def test_what_is_said_of_a_single_tensor_goes_with_it() -> None:
     assert 36.0 <= fidelity(source, decode_tensor(*through_bytes(finer.tensor))).sqnr_db <= 36.3
     exact = encode_tensor("w", source, BALANCED.of_tensor((64, 96), "lossless"))
     assert (exact.tensor.codec, exact.reason) == ("planes", "by override")
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(40, 40), (64, 64), (128, 65), (64, 3, 5, 5)]),
+    st.integers(1, 4),
+    st.floats(0.5, 12.0),
+    st.sampled_from(["balanced", "fast", "fine"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_targets_hold_for_the_bulk_whatever_few_outliers_carry(
+    seed: int, shape: tuple[int, ...], outliers: int, size: float, name: str
+) -> None:
+    source, target = normal(shape, seed) * 0.02, PROFILES[name].target_db
+    assert target is not None
+    places = torch.arange(outliers) * (source.numel() // 5)
+    source.view(-1)[places] = 0.02 * 10.0 ** (size + torch.arange(outliers) / 4)
+    (coded,) = through_bytes(encode_tensor("w", source, PROFILES[name]).tensor)
+    decoded = decode_tensor(coded)
+    if coded.codec != "lattice":
+        assert coded.params["reason"] == "target"  # beside weights so great, float32 itself is too coarse
+        assert torch.equal(decoded, source)
+        return
+    assert fidelity(source, decoded).sqnr_db >= target
+    # All but the weights above 16 times the root mean square of the bulk hold at least half of its energy.
+    rms = math.sqrt(bulk(source, float(source.square().sum())).energy / source.numel())
+    inner = source.abs() <= OUTLIER_RMS * rms
+    assert int((~inner).sum()) <= outliers
+    assert fidelity(source[inner], decoded[inner]).sqnr_db >= target - 3.02
+
+
+def test_one_huge_weight_no_longer_zeroes_the_others() -> None:
+    source = normal((64, 64))
+    source[5, 5] = 1e4
+    decoded = decode_tensor(*through_bytes(encode_tensor("w", source, BALANCED).tensor))
+    others = source != 1e4
+    assert fidelity(source[others], decoded[others]).sqnr_db >= 30.0
+    assert abs(decoded[5, 5] - 1e4) < 0.1
+
+
+def test_weights_too_many_steps_out_for_a_path_take_single_nodes() -> None:
+    source = normal((64, 64))
+    for size, path in ((1e4, "1"), (1e7, "0")):
+        source[5, 5] = size
+        encoded = encode_tensor("w", source, BALANCED).tensor
+        assert encoded.params["path"] == path
+        assert fidelity(source, decode_tensor(*through_bytes(encoded))).sqnr_db >= 30.0
 
 
 def test_paths_give_way_to_single_nodes_where_escapes_would_eat_their_gain() -> None:
