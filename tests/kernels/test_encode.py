@@ -84,6 +84,15 @@ def test_encode_of_a_heavy_tail_meets_its_target(device: str) -> None:
     assert 30.0 <= error.sqnr_db <= 30.0 + rate.TOLERANCE_DB
 
 
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e6])
+def test_encode_beside_an_outlier_meets_its_target_for_the_others(size: float, device: str) -> None:
+    weight = torch.randn(40, 128)
+    weight[3, 70] = size
+    code, error = encode.encode(weight.to(device), 30.0)
+    assert 30.0 <= error.sqnr_db <= 30.0 + rate.TOLERANCE_DB
+    assert_same_error(error, fidelity(weight, code.decode().cpu()))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_no_finite_energy_is_refused(value: float, device: str) -> None:
