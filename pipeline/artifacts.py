@@ -9,7 +9,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from birkhoff.codec.container import CodedTensor, header_size, parse, parse_entry, parse_header
 from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError
-from birkhoff.codec.tensor import decode_tensor
+from birkhoff.codec.profiles import Override, Profile
+from birkhoff.codec.tensor import FALLBACKS, decode_tensor
 from birkhoff.pipeline.artifact import ShardRecord, VersionManifest, blob_key, read_document, sha256
 from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.blob_download import Blob
@@ -240,9 +241,11 @@ class TensorRow:
     sqnr_db: float | None
     max_abs_error: float
     target_db: float | None = None
-    """The SQNR it was coded for, where that is its own and not the profile's."""
+    """The SQNR it was coded for."""
     reason: str | None = None
     """Why it is lossless although it was to be coded: a key of `codec.tensor.FALLBACKS`."""
+    why: str = ""
+    """What made it lossless, or gave it a target of its own; empty where it was coded as the profile says."""
 
 
 def inspect(artifact: Artifact) -> list[TensorRow]:
@@ -256,7 +259,20 @@ def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
     if len(head) < header_size(head):
         head = artifact.read_head(shard, header_size(head))
     stored, metadata = parse_header(head[: header_size(head)])
-    return [_row(name, entry, stored[name]) for name, entry in metadata.items()]
+    profile = Profile.of_recipe(artifact.manifest.profile, artifact.manifest.recipe)
+    overrides = artifact.manifest.overrides or {}
+    rows = (_row(name, entry, stored[name]) for name, entry in metadata.items())
+    return [_explained(row, profile, overrides.get(row.name)) for row in rows]
+
+
+def _explained(row: TensorRow, profile: Profile, override: Override | None) -> TensorRow:
+    """The row with what recipe and override say of its tensor."""
+    own = profile.of_tensor(row.shape, override)
+    if row.action in ("raw", "planes"):
+        why = own.action(row.shape, row.dtype)[1]
+        return replace(row, why=why if row.reason is None else FALLBACKS.get(row.reason, row.reason))
+    target = own.target_db if row.target_db is None else row.target_db
+    return replace(row, target_db=target, why="" if override is None else "by override")
 
 
 def _row(name: str, entry: str, stored: object) -> TensorRow:

@@ -142,6 +142,8 @@ def compress(
             )
     show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
+        for warning in run.warnings():
+            warn(f"{run.name}: {warning}")
         if run.error is not None:
             complain(f"{run.name}: {run.error}")
     if record.written and not as_json:

@@ -20,6 +20,7 @@ from birkhoff.pipeline.compress import Planned, check_rules, latest_version, mad
 from birkhoff.pipeline.digests import recalled_digest
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan import ModelPlan, TensorPlan, dense_bytes
+from birkhoff.pipeline.publish import Version
 from birkhoff.pipeline.shard import ShardTask
 from birkhoff.pipeline.source_types import StoredTensor
 from birkhoff.pipeline.store import Store
@@ -167,7 +168,7 @@ def _plan_row(
         "model": entry.name,
         "profile": planned.profile.name,
         "budget_bytes": planned.budget.limit(planned.checkpoint.nbytes) if planned.budget else None,
-        "predicted_target_db": expected.target_db if planned.budget else None,
+        "predicted_target_db": _found(latest, planned) or expected.target_db if planned.budget else None,
         "status": status(latest.manifest if latest else None, digest, planned),
         "source_bytes": planned.checkpoint.nbytes,
         "predicted_stored_bytes": expected.stored_bytes,
@@ -180,6 +181,12 @@ def _plan_row(
         "overrides": dict(planned.plan.overrides),
         "groups": _groups(planned.plan),
     }
+
+
+def _found(latest: Version | None, planned: Planned) -> float | None:
+    """The target in dB that the same budget has led to before, if it has."""
+    target = latest.manifest.recipe.get("target_db") if latest and made_so(latest.manifest, planned) else None
+    return target if isinstance(target, float) else None
 
 
 def _groups(plan: ModelPlan) -> list[dict[str, object]]:

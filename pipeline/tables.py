@@ -78,8 +78,10 @@ TENSOR_COLUMNS = (
     Column(title="dtype", key="dtype"),
     Column(title="codec", key="action"),
     Column(title="bits/weight", key="bits_per_weight", form=fixed(2), right=True),
+    Column(title="target dB", key="target_db", form=fixed(2), right=True),
     Column(title="SQNR dB", key="sqnr_db", form=fixed(2), right=True),
     Column(title="max error", key="max_abs_error", form=lambda value: f"{value:.3g}", right=True),
+    Column(title="why", key="why"),
 )
 PLAN_COLUMNS = (
     Column(title="model", key="model"),
@@ -88,6 +90,7 @@ PLAN_COLUMNS = (
     Column(title="source", key="source_bytes", form=size, right=True),
     Column(title="stored ~", key="predicted_stored_bytes", form=size, right=True),
     Column(title="ratio ~", key="predicted_ratio", form=fixed(1), right=True),
+    Column(title="dB ~", key="predicted_target_db", form=fixed(0), right=True),
     Column(title="shards", key="shards", right=True),
     Column(title="shared", key="shared_shards", right=True),
     Column(title="CPU s ~", key="predicted_seconds", form=fixed(0), right=True),

@@ -34,7 +34,7 @@ _CLAIM_SLACK_DB = 0.01
 """The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""
 
 
-TARGET_SLACK_DB = 0.0011
+_TARGET_SLACK_DB = 0.0011
 """A target is stored rounded down to 0.001 dB."""
 
 
@@ -74,12 +74,12 @@ def validate_shard(
         own = profile.of_tensor(tuple(source.shape), (overrides or {}).get(coded.name))
         decoded = decode_tensor(coded)
         _check_form(coded.name, source, decoded)
-        _check_action(coded, own)
+        target = promise(coded, own)
         if coded.codec in ("raw", "planes"):
             _check_equal(coded.name, source, decoded)
             fallbacks |= {coded.name: coded.params["reason"]} if "reason" in coded.params else {}
             continue
-        sqnrs.append(_check_coded(coded, source, decoded, own))
+        sqnrs.append(_check_coded(coded, source, decoded, target))
         if is_matrix(coded):
             probes.append(probe(coded, source, device))
     return ShardChecks(
@@ -98,15 +98,44 @@ def _check_form(name: str, source: Tensor, decoded: Tensor) -> None:
         )
 
 
-def _check_action(coded: CodedTensor, profile: Profile) -> None:
-    """What its header asks for is what was done, or the tensor says why not."""
+def promise(coded: CodedTensor, profile: Profile, *, reasons: bool = True) -> float | None:
+    """What a stored tensor must reach: the SQNR in dB that its own profile asks for; None if lossless or `paper`.
+
+    `reasons` says that a tensor that is lossless against its profile must carry the reason.
+
+    Raises:
+        ValidationError: it is coded where it should be lossless or the other way round, or claims another target.
+    """
     action, _ = profile.action(coded.shape, dtype_name(dtype_from_code(coded.dtype)))
     lossless, reason = coded.codec in ("raw", "planes"), coded.params.get("reason")
-    if lossless != (action == "lossless" or reason in FALLBACKS) or (reason is not None and action == "lossless"):
+    fell = action == "coded" and lossless and (reason in FALLBACKS or not reasons)
+    if lossless != (action == "lossless" or fell) or (reason is not None and not fell):
         raise ValidationError(
-            f"tensor {coded.name!r} should be {action}, it is stored as {coded.codec}, reason {reason}: "
-            "report this as a bug"
+            f"tensor {coded.name!r} should be {action}, it is stored as {coded.codec}"
+            + (f" for the reason {reason!r}" if reason else "")
+            + "; compress again, and report this as a bug if it is so again"
         )
+    if lossless or profile.codec == "paper":
+        return None
+    claim = claimed(coded, "target_db") if profile.single or profile.matches_published else None
+    if profile.matches_published:  # its target is its own: the published codec's error
+        return claim
+    if profile.target_db is None or (claim is not None and abs(claim - profile.target_db) > _TARGET_SLACK_DB):
+        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB as its target, it has {profile.target_db} dB")
+    return profile.target_db
+
+
+def claimed(coded: CodedTensor, key: str) -> float:
+    """A number that goes with a tensor. Raises ValidationError if it is missing or none."""
+    try:
+        value = float(coded.params[key])
+    except (KeyError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValidationError(
+            f"tensor {coded.name!r} claims {coded.params.get(key)!r} as {key}, expected a number in dB"
+        )
+    return value
 
 
 def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
@@ -116,21 +145,16 @@ def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
         raise ValidationError(f"tensor {name!r} was stored lossless but came back different: report this as a bug")
 
 
-def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, profile: Profile) -> float:
+def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: float | None) -> float:
     """SQNR in dB of a coded tensor that passes."""
     found = fidelity(source, decoded)
     if not math.isfinite(found.error) or not bool(decoded.any()):
         raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
-    # A tensor coded at the published codec's error has a target of its own, stored with it.
-    target = float(coded.params["target_db"]) if profile.matches_published else profile.target_db
-    claim = coded.params.get("target_db", "no")
-    if profile.single and (target is None or claim == "no" or abs(float(claim) - target) > TARGET_SLACK_DB):
-        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB as its target, it has {target} dB")
     if target is not None and found.sqnr_db < target:
         raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
-    claimed = float(coded.params["sqnr_db"])
-    if abs(claimed - found.sqnr_db) > _CLAIM_SLACK_DB:
-        raise ValidationError(f"tensor {coded.name!r} claims {claimed} dB but came back at {found.sqnr_db:.3f} dB")
+    claim = claimed(coded, "sqnr_db")
+    if abs(claim - found.sqnr_db) > _CLAIM_SLACK_DB:
+        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB but came back at {found.sqnr_db:.3f} dB")
     return found.sqnr_db
 
 

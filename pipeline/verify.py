@@ -7,12 +7,17 @@ from pathlib import Path
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.profiles import Profile
 from birkhoff.codec.tensor import decode_tensor
 from birkhoff.pipeline.artifacts import Artifact
 from birkhoff.pipeline.errors import IntegrityError, ValidationError
 from birkhoff.pipeline.source import open_checkpoint, read_tensor
 from birkhoff.pipeline.source_types import StoredTensor
+from birkhoff.pipeline.validate import claimed, promise
 from birkhoff.pipeline.workplace import source_cache
+
+_GIVES_REASONS = 2
+"""`profiles.ENCODER_VERSION` from which a tensor that fell back to lossless says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +36,21 @@ def verify(artifact: Artifact, against: Path | None = None) -> Verification:
 
     Raises:
         IntegrityError: a blob is missing, does not match its digest or cannot be decoded; it is named.
-        ValidationError: a tensor is not finite, or misses its target against the source.
+        ValidationError: a tensor is not finite, was not treated as recipe and overrides say, or misses its target,
+            by what it claims or, with a source, by what is measured.
         SourceError: the source cannot be read.
     """
     sources: dict[str, StoredTensor] | None = None
     if against is not None:
         sources = {tensor.name: tensor for tensor in open_checkpoint(against, cache=source_cache()).tensors}
-    target = artifact.manifest.recipe.get("target_db")
     tensors, measured = 0, []
     for coded in artifact.coded():
         tensors += 1
+        target = _target(artifact, coded)
         found = _check(artifact, coded, None if sources is None else sources.pop(coded.name, None), sources is None)
         if found is not None:
             measured.append(found)
-            if isinstance(target, float) and found < target:
+            if target is not None and found < target:
                 raise ValidationError(f"tensor {coded.name!r} is at {found:.2f} dB, its target is {target:g} dB")
     if sources:
         raise ValidationError(
@@ -58,6 +64,17 @@ def verify(artifact: Artifact, against: Path | None = None) -> Verification:
         compared=tensors if sources is not None else 0,
         sqnr_db=round(min(measured), 2) if measured else None,
     )
+
+
+def _target(artifact: Artifact, coded: CodedTensor) -> float | None:
+    """The SQNR that a tensor must reach, dB, and by its own claim does; None where there is none to reach."""
+    manifest = artifact.manifest
+    profile = Profile.of_recipe(manifest.profile, manifest.recipe)
+    own = profile.of_tensor(coded.shape, (manifest.overrides or {}).get(coded.name))
+    target = promise(coded, own, reasons=int(manifest.recipe.get("encoder") or 1) >= _GIVES_REASONS)
+    if target is not None and claimed(coded, "sqnr_db") < target:
+        raise ValidationError(f"tensor {coded.name!r} claims {coded.params['sqnr_db']} dB, its target is {target:g} dB")
+    return target
 
 
 def _check(artifact: Artifact, coded: CodedTensor, source: StoredTensor | None, alone: bool) -> float | None:
