@@ -28,8 +28,9 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.plan import Plan, Problem
 from birkhoff.kernels.timing import compare
 from birkhoff.kernels.tune import tune
-from tests.benchmarks import kernels_report
+from tests.benchmarks import encoders, kernels_report
 from tests.benchmarks.common import RESULTS, commit, installed
+from tests.benchmarks.encoders import ENCODERS
 
 Result = dict[str, Any]
 
@@ -47,14 +48,6 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "mask decoder": [(256, 256), (128, 256), (256, 128), (2048, 256), (256, 2048), (32, 256), (4, 256)],
 }
 TOKENS = [1, 16, 256, 4096, 8192]
-ENCODERS = {
-    "SAM-B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": 3072,
-              "global_attn_indexes": [2, 5, 8, 11]},
-    "SAM-L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "mlp_dim": 4096,
-              "global_attn_indexes": [5, 11, 17, 23]},
-    "SAM-H": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120,
-              "global_attn_indexes": [7, 15, 23, 31]},
-}  # fmt: skip
 WEIGHTS = 640_000_000
 
 
@@ -242,18 +235,6 @@ def bench_dtypes() -> Result:
     return found
 
 
-def _encoder(name: str) -> nn.Module:
-    from transformers import SamVisionConfig, SamVisionModel
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model: nn.Module = SamVisionModel(SamVisionConfig(**ENCODERS[name])).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    return model
-
-
 def compress(model: nn.Module, target_db: float = 30.0) -> None:
     """Replace every `nn.Linear` by HyperLinear, in place."""
     for parent in list(model.modules()):
@@ -277,10 +258,13 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
     found: Result = {}
     outputs: dict[str, Tensor] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    models = {"bfloat16": _encoder(name).bfloat16(), "ours": _encoder(name).bfloat16()}
+    models = {
+        "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+        "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+    }
     if not compiled:
-        models["float32"] = _encoder(name)
-    decoded = _encoder(name).bfloat16()
+        models["float32"] = encoders.build(ENCODERS[name], "cuda")
+    decoded = encoders.build(ENCODERS[name], "cuda").bfloat16()
     compress(models["ours"])
     for dense, coded in zip(_linears(decoded), _linears(models["ours"]), strict=True):
         dense.weight.data = coded.dense_weight(torch.bfloat16)
@@ -302,7 +286,7 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
     reference = decoded(pixel_values=pixels.bfloat16()).last_hidden_state
     found["ours"]["error_against_decoded"] = relative_error(outputs["ours"], reference)
     found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
-    for label, seconds in _wall(runs).items():
+    for label, seconds in encoders.wall(runs).items():
         found[label]["ms"] = 1e3 * seconds
     return found
 
@@ -312,49 +296,22 @@ def bench_encoder_graphs() -> Result:
     found: Result = {}
     pixels = torch.randn(1, 3, 1024, 1024, device="cuda")
     for name in ENCODERS:
-        models = {"float32": _encoder(name), "bfloat16": _encoder(name).bfloat16(), "ours": _encoder(name).bfloat16()}
+        models = {
+            "float32": encoders.build(ENCODERS[name], "cuda"),
+            "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+            "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+        }
         compress(models["ours"])
         runs: dict[str, list[Callable[[], object]]] = {}
         for label, model in models.items():
-            _keep_positions(model)
+            encoders.keep_positions(model)
             runs[label] = [partial(model, pixel_values=pixels.to(next(model.parameters()).dtype))]
         found[name] = {label: times.median / 1e3 for label, times in compare(runs, rounds=11).items()}
     return found
 
 
-def _keep_positions(model: nn.Module) -> None:
-    """Compute relative positions once: made from indices on the host, they stall every layer and forbid graphs."""
-    for module in model.modules():
-        if hasattr(module, "get_rel_pos"):
-            module.get_rel_pos = _remembering(module.get_rel_pos)
-
-
-def _remembering(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    known: dict[tuple[int, int, int], Tensor] = {}
-
-    def remembered(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
-        key = q_size, k_size, rel_pos.data_ptr()
-        if key not in known:
-            known[key] = function(q_size, k_size, rel_pos)
-        return known[key]
-
-    return remembered
-
-
 def _linears(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, (nn.Linear, HyperLinear))]
-
-
-def _wall(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of a call that ends when the GPU has, taking turns."""
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(rounds):
-        for label, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            seconds[label].append(time.perf_counter() - begin)
-    return {label: sorted(values)[len(values) // 2] for label, values in seconds.items()}
 
 
 def bench_calls() -> Result:

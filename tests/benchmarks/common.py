@@ -16,11 +16,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 
-def conditions(*packages: str) -> dict[str, str]:
-    """Date, commit (with `+` where files differ from it), processor, cores, load and the versions of `packages`."""
+def conditions(*packages: str, commit_hash: str | None = None) -> dict[str, str]:
+    """Date, commit (with `+` where files differ from it), processor, cores, load and the versions of `packages`.
+
+    `commit_hash` stands for the commit where there is no git.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": commit_hash or commit(),
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "load": f"{os.getloadavg()[0]:.1f} processes in the minute before",
         "python": platform.python_version(),

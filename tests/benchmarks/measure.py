@@ -252,11 +252,12 @@ def _peak(weight: Tensor, profile: Profile) -> float:
     encode_tensor("warm up", torch.randn(1024, 256), profile)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     encode_tensor("weight", weight, profile)
-    return 1 + (_status("VmHWM") - before) / weight.nbytes
+    return 1 + (status("VmHWM") - before) / weight.nbytes
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A line of `/proc/self/status` that is in kB, in bytes; Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
