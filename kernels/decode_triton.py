@@ -86,12 +86,13 @@ def decode_planes(i_NP: Tensor, j_NP: Tensor, step: Tensor, columns: int, dtype:
 def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: torch.dtype, *, planes: bool) -> Tensor:
     out = source.new_empty((source.shape[0], columns), dtype=dtype)
     if out.numel():
-        _prepare(source.shape[0], columns, dtype, planes, source.device)(source, other, step, out)
+        prepare(source.shape[0], columns, dtype, source.device, planes=planes)(source, other, step, out)
     return out
 
 
 @lru_cache(1 << 12)
-def _prepare(rows: int, columns: int, dtype: torch.dtype, planes: bool, device: torch.device) -> Prepared:
+def prepare(rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, planes: bool = False) -> Prepared:
+    """The launch for (theta or plane I, theta or plane J, step, out [N, K] of `dtype`), all contiguous, none empty."""
     tail = columns % (2 * HALF)
     if tail == 0:
         rows, columns = 1, rows * columns

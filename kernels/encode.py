@@ -14,7 +14,7 @@ from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import OUTLIER_RMS, Fidelity, bulk, fidelity
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.rate import TOLERANCE_DB
-from birkhoff.codec.trajectory import HIGH, Escapes
+from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels import runtime
 from birkhoff.kernels.decode import TRITON_DTYPES
 
@@ -94,8 +94,8 @@ def _run(weight_RK: Tensor, step: Tensor) -> tuple[LatticeTensor, Fidelity]:
 def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]:
     """Bring the scalars of a pass to the host, and list the escapes if there are any."""
     escapes = Escapes.none(weight_RK.device)
-    energy, error, absolute, greatest, farthest, step = _scalars(coded)
-    if farthest > HIGH + 0.5:
+    energy, error, absolute, greatest, outside, step = _scalars(coded)
+    if outside:
         pair, i, j = encode_triton.take_escapes(weight_RK, coded)
         escapes = Escapes(pair=pair, i=i, j=j)
         energy, error, absolute, greatest, _, step = _scalars(coded)
@@ -107,7 +107,7 @@ def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]
 
 
 def _scalars(coded: "Pass") -> list[float]:
-    """[sum w^2, sum e^2, sum |e|, max |e|, greatest |coordinate + 1/2|, step] in one copy from the device."""
+    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] in one copy from the device."""
     sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
     values: list[float] = torch.cat((sums, greatest, coded.step[None])).tolist()
     return values

@@ -20,14 +20,17 @@ from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.kernels.runtime import power_of_two
 from birkhoff.kernels.triton_ops import INTERPRETED, local_columns, position, rounded
 
-_BLOCK = 512
-"""Pairs a program encodes at once; 4 a thread, so that weights are read 16 bytes at a time and nothing is moved."""
+_THREADS = 128
+"""Threads of a program, where there is work for so many; each takes neighbouring weights, 16 bytes at a time."""
 
-_MOST_TURNS = 16
+_MOST_TURNS = 32
 """Most blocks that a program takes, one after the other, before its sums are added up."""
 
 _LEAST_PROGRAMS = 1024
 """Blocks are not gathered into fewer programs than this: some eight for each multiprocessor."""
+
+_STAGES = 4
+"""Blocks of a program under way at once: the next are read while one is coded."""
 
 ESCAPE_CAPACITY = 4096
 """Escapes that a first listing has room for; where there are more, they are listed again."""
@@ -58,17 +61,26 @@ def _round_even(t):
 
 
 @triton.jit
+def _floor(t):
+    """Greatest whole number not above, of what is below 2^22 in size."""
+    if INTERPRETED:
+        whole = tl.floor(t)
+    else:  # an addition that rounds down; the instruction for it runs at an eighth of the speed
+        whole = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+        )
+        whole -= _MAGIC
+    return whole
+
+
+@triton.jit
 def _nearest(x, y, inverse, EXACT: tl.constexpr):
     """`trajectory.nearest`: (I, J) as float32, not limited to the box.
 
     Without EXACT, they are right below 2^22 in size and about as large as they should be beyond.
     """
     v = y * inverse
-    if EXACT:
-        row = tl.floor(v)
-    else:
-        row = (v + _MAGIC) - _MAGIC
-        row = tl.where(row > v, row - 1.0, row)
+    row = tl.floor(v) if EXACT else _floor(v)
     below = v - row
     t0 = tl.fma(row, -0.00390625, x * inverse)  # the product is exact
     t1 = t0 - 0.00390625
@@ -78,17 +90,35 @@ def _nearest(x, y, inverse, EXACT: tl.constexpr):
         i0, i1 = (t0 + _MAGIC) - _MAGIC, (t1 + _MAGIC) - _MAGIC
     e0 = t0 - i0
     e1 = t1 - i1
-    upper = e1 * e1 + 1.0 - (below + below) < e0 * e0
+    upper = tl.fma(below, -2.0, e1 * e1 + 1.0) < e0 * e0  # the product is exact
     return tl.where(upper, i1, i0), tl.where(upper, row + 1.0, row)
 
 
 @triton.jit
-def _low_byte(whole):
-    """A float32 whole number below 2^22 in size as int8, its low byte.
+def _bits(whole):
+    """Bits of a float32 whole number in the box, offset to 0..255, under those of _MAGIC; others differ above them."""
+    return (whole + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
 
-    Flipping its sign bit, there and back, keeps ptxas from storing the float itself as a byte, saturated.
+
+@triton.jit
+def _low_byte(bits):
+    """The whole number of `_bits` as int8; of one outside the box, its low byte.
+
+    Flipping the sign bit back also keeps ptxas from storing the float itself as a byte, saturated.
     """
-    return ((whole + (_MAGIC + 128.0)).to(tl.int32, bitcast=True) ^ 0x80).to(tl.int8)
+    return (bits ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _beside(seen, bits):
+    """`seen` with the bits added by which those of `_bits` differ from a zero's: in one instruction of three inputs."""
+    if INTERPRETED:
+        seen |= bits ^ 0x4B400000
+    else:
+        seen = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x4B400000, 0xF6;", "=r,r,r", [seen, bits], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return seen
 
 
 @triton.jit
@@ -160,7 +190,7 @@ def _encode_kernel(
     step_ptr,  # float32 []
     i_ptr,  # int8 [R, P]
     j_ptr,
-    stats_ptr,  # float32 [5, B]: sum w^2, sum e^2, sum |e|, max |e|, greatest distance of I or J from -1/2
+    stats_ptr,  # float32 [5, B]: sum w^2, sum e^2, sum |e|, max |e|, 1 where some I or J is outside the box
     rows,
     columns,
     pairs,
@@ -170,30 +200,33 @@ def _encode_kernel(
     TURNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks under way, the one being coded included
 ):
     STORED: tl.constexpr = weight_ptr.dtype.element_ty
     step = tl.load(step_ptr)
     inverse = tl.div_rn(1.0, step)
     pid = tl.program_id(0)
     energy = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
-    squared, absolute, greatest, farthest = energy, energy, energy, energy
-    for block in range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks)):
+    squared, absolute, greatest = energy, energy, energy
+    seen = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.int32)
+    for block in tl.range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks), num_stages=STAGES):
         x, y, place, mask, paired = _load_pairs(
             weight_ptr, block, rows, columns, pairs, TAIL_HALF, EVEN, BLOCK_R, BLOCK_P
         )
         x, y = x.to(tl.float32), y.to(tl.float32)
         i, j = _nearest(x, y, inverse, False)
+        i_bits, j_bits = _bits(i), _bits(j)
+        seen = _beside(_beside(seen, i_bits), j_bits)
         if EVEN:
-            tl.store(i_ptr + place, _low_byte(i))
-            tl.store(j_ptr + place, _low_byte(j))
+            tl.store(i_ptr + place, _low_byte(i_bits))
+            tl.store(j_ptr + place, _low_byte(j_bits))
         else:
-            tl.store(i_ptr + place, _low_byte(i), mask=mask)
-            tl.store(j_ptr + place, _low_byte(j), mask=mask)
+            tl.store(i_ptr + place, _low_byte(i_bits), mask=mask)
+            tl.store(j_ptr + place, _low_byte(j_bits), mask=mask)
         energy = tl.fma(y, y, tl.fma(x, x, energy))
         squared, absolute, greatest = _add_errors(
             x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
         )
-        farthest = tl.maximum(farthest, tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)))
 
     stats = stats_ptr + pid
     programs = tl.num_programs(0)
@@ -201,7 +234,7 @@ def _encode_kernel(
     tl.store(stats + programs, tl.sum(squared))
     tl.store(stats + 2 * programs, tl.sum(absolute))
     tl.store(stats + 3 * programs, tl.max(greatest))
-    tl.store(stats + 4 * programs, tl.max(farthest))
+    tl.store(stats + 4 * programs, tl.max((seen & -256 != 0).to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["capacity", "rows", "blocks"])
@@ -231,7 +264,7 @@ def _escape_kernel(
     pid = tl.program_id(0)
     stats = stats_ptr + pid
     programs = tl.num_programs(0)
-    if tl.load(stats + 4 * programs) > 127.5:  # -128..127 is within 127.5 of -1/2
+    if tl.load(stats + 4 * programs) > 0:
         step = tl.load(step_ptr)
         inverse = tl.div_rn(1.0, step)
         squared = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
@@ -245,7 +278,7 @@ def _escape_kernel(
             squared, absolute, greatest = _add_errors(
                 x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
             )
-            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)
+            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)  # -128..127 is within it
             tl.store(i_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
             tl.store(j_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
             slot = tl.atomic_add(count_ptr + tl.zeros_like(place).to(tl.int32), 1, mask=outside)
@@ -358,7 +391,7 @@ class Pass:
 def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
     """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing.
 
-    Escapes still have whatever their low bytes are: if any stats[4] exceeds 127.5, `take_escapes` must follow.
+    Escapes still have whatever their low bytes are: if any of stats[4] is not 0, `take_escapes` must follow.
     """
     rows, columns = weight_RK.shape
     device = weight_RK.device
@@ -367,8 +400,10 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
     if tail_half == 0:
         rows, columns = 1, rows * columns
     pairs = pairs_per_row(columns)
-    block_p = min(_BLOCK, max(HALF, power_of_two(pairs)))
-    block_r = 1 if tail_half == 0 else min(_BLOCK // block_p, power_of_two(rows))
+    per_thread = 16 // weight_RK.element_size()
+    block = _THREADS * per_thread
+    block_p = min(block, max(HALF, power_of_two(pairs)))
+    block_r = 1 if tail_half == 0 else min(block // block_p, power_of_two(rows))
     blocks = -(-rows // block_r) * -(-pairs // block_p)
     turns = 1
     while turns < _MOST_TURNS and blocks >= 2 * turns * _LEAST_PROGRAMS:
@@ -386,11 +421,13 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
             "TURNS": turns,
             "BLOCK_R": block_r,
             "BLOCK_P": block_p,
-            "num_warps": max(1, block_r * block_p // 128),
+            "num_warps": max(1, block_r * block_p // (32 * per_thread)),
             "enable_fp_fusion": False,
         },
     )
-    _encode_kernel[(programs,)](weight_RK, step, coded.i, coded.j, coded.stats, *coded.numbers, **coded.constants)
+    _encode_kernel[(programs,)](
+        weight_RK, step, coded.i, coded.j, coded.stats, *coded.numbers, **coded.constants, STAGES=_STAGES
+    )
     return coded
 
 

@@ -110,7 +110,7 @@ class HyperLinear(nn.Module):
         """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise KernelError(f"HyperLinear of {self.in_features} features got an input of shape {list(x.shape)}")
-        kind = x.device.type
+        kind = "cuda" if x.is_cuda else x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         held: dict[str, Any] = self._buffers  # attributes of a module cost three times as much

@@ -46,14 +46,20 @@ def fused_kernel(form: Form, escapes: int, *, aligned: bool) -> Run | None:
     return prepare(plan_for(problem, form.device), form)
 
 
-def form_of(x_MK: Tensor, rows: int, *, bias: bool) -> Form:
-    """The form of inputs [M, K] to a weight of `rows` rows."""
+def form_of(x_MK: Tensor, rows: int, bias: Tensor | None) -> Form:
+    """The form of inputs [M, K] to a weight of `rows` rows and its bias [N], if any."""
     (tokens, columns), dtype = x_MK.shape, x_MK.dtype
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return Form(
-        tokens=tokens, rows=rows, columns=columns, stride=x_MK.stride(0), dtype=dtype, tf32=tf32, bias=bias,
+        tokens=tokens,
+        rows=rows,
+        columns=columns,
+        stride=x_MK.stride(0),
+        dtype=dtype,
+        tf32=tf32,
+        bias=None if bias is None else bias.dtype,
         device=x_MK.device,
-    )  # fmt: skip
+    )
 
 
 def plan_for(problem: Problem, device: torch.device) -> Plan:
@@ -74,7 +80,7 @@ def launcher(chosen: Plan) -> Fused | None:
 
 def _launch(chosen: Plan, x_MK: Tensor, theta: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:
     y_MN = x_MK.new_empty((x_MK.shape[0], theta.shape[0]))
-    run = prepare(chosen, form_of(x_MK, theta.shape[0], bias=bias is not None))
+    run = prepare(chosen, form_of(x_MK, theta.shape[0], bias))
     if run is not None:
         run(x_MK, theta, step, bias, y_MN)
     return y_MN
@@ -94,7 +100,12 @@ def prepare(chosen: Plan, form: Form) -> Run | None:
             return linear_few.prepare(form, block_n=chosen.block_n, warps=chosen.warps, unroll=chosen.unroll)
         case "tiles":
             return linear_triton.prepare(
-                form, block_m=chosen.block_m, block_n=chosen.block_n, warps=chosen.warps, stages=chosen.stages
+                form,
+                block_m=chosen.block_m,
+                block_n=chosen.block_n,
+                warps=chosen.warps,
+                stages=chosen.stages,
+                unroll=chosen.unroll,
             )
         case _:
             return None

@@ -25,9 +25,9 @@ from birkhoff.kernels.decode import TRITON_DTYPES, decode_theta
 from birkhoff.kernels.errors import KernelError
 
 if runtime.HAS_TRITON:
-    from birkhoff.kernels import linear_triton
+    from birkhoff.kernels import decode_triton, linear_triton
     from birkhoff.kernels.launch import form_of, fused_kernel
-    from birkhoff.kernels.prepared import Form, Run
+    from birkhoff.kernels.prepared import Form, Prepared, Run
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """The arguments of `hyperlinear` to its result."""
@@ -119,6 +119,7 @@ def _hyperlinear(
         x.shape, x.dtype, x.get_device(), theta.shape, theta.get_device(), step.get_device(), escape_index.shape,
         escape_index.get_device(), None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
         x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32, runtime.is_interpreting(),
+        theta.dtype, step.dtype,
     )  # fmt: skip
     regular = x.is_contiguous() and theta.is_contiguous() and (x.data_ptr() | theta.data_ptr()) % 16 == 0
     if regular and (bias is None or bias.is_contiguous()):
@@ -154,13 +155,16 @@ def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: 
     _check(x, theta)
     _check_rest(x, theta, step, escape_index, bias)
     if x.dtype not in TRITON_DTYPES or not x.numel() or not theta.numel() or not runtime.triton_serves(x.device):
-        return _decode_first
+        return partial(_decode_first, decode_theta)
     x_MK = _matrix(x)
-    form = form_of(x_MK, theta.shape[0], bias=bias is not None)
+    form = form_of(x_MK, theta.shape[0], bias)
     pointers = x_MK.data_ptr() | theta.data_ptr()
     aligned = (pointers | form.stride * x.element_size()) % 16 == 0
     run = fused_kernel(form, escape_index.numel(), aligned=aligned)
-    return _decode_first if run is None else partial(_fused, run, form, (*x.shape[:-1], theta.shape[0]))
+    if run is None:
+        decode = decode_triton.prepare(form.rows, form.columns, form.dtype, form.device)
+        return partial(_decode_first, partial(_decoded, decode))
+    return partial(_fused, run, form, (*x.shape[:-1], theta.shape[0]))
 
 
 def _check_rest(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> None:
@@ -200,18 +204,35 @@ def _fused(
     return y
 
 
+def _decoded(decode: "Prepared", theta: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`decode_theta` where its choices are made."""
+    weight_NK = theta.new_empty((theta.shape[0], columns), dtype=dtype)
+    decode(theta, theta, step, weight_NK)
+    return weight_NK
+
+
 def _decode_first(
-    x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
+    decode: Callable[[Tensor, Tensor, int, torch.dtype], Tensor],
+    x: Tensor,
+    theta: Tensor,
+    step: Tensor,
+    escape_index: Tensor,
+    escape_value: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    weight_NK = _dense_weight(theta, step, escape_index, escape_value, x.shape[-1], x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    x_MK = x.reshape(-1, x.shape[-1])
+    weight_NK = decode(theta, step, x.shape[-1], x.dtype)
+    if escape_index.shape[0]:
+        weight_NK = reference.put_escapes(weight_NK, escape_index, escape_value)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    # As a matrix: cuBLAS adds the bias then, with more dimensions another kernel does.
+    x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):  # the op computes in the dtype it was given
             y_MN = functional.linear(x_MK, weight_NK, bias)
     else:
         y_MN = functional.linear(x_MK, weight_NK, bias)
-    return y_MN.view(*x.shape[:-1], theta.shape[0])
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], theta.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -96,7 +96,7 @@ def prepare(form: Form, *, block_n: int, warps: int, unroll: int) -> Run:
         (-(-form.rows // block_n),),
         (form.tokens, form.rows, form.columns // 2, form.stride, form.columns // 64),
         {
-            "BIAS": form.bias,
+            "BIAS": form.bias is not None,
             "BM": max(8, power_of_two(form.tokens)),
             "BN": block_n,
             "UNROLL": unroll,

@@ -300,7 +300,12 @@ def prepare(form: Form, *, block_m: int, split: bool = True) -> Run:
         _linear_kernel,
         (min(places, items),),
         (items, plan.full, plan.splits, form.rows, blocks),
-        {"BIAS": form.bias, "DEPTH": shape.depth, "MULTIPLYING": shape.multiplying, "LOADING": shape.loading},
+        {
+            "BIAS": form.bias is not None,
+            "DEPTH": shape.depth,
+            "MULTIPLYING": shape.multiplying,
+            "LOADING": shape.loading,
+        },
         {"num_warps": 4, "maxnreg": shape.average, "launch_pdl": overlap},
         device=form.device,
         tiles=(([block_m, 64], wide), ([ROWS.value, 32], narrow), ([block_m, 64], wide)),
@@ -312,7 +317,7 @@ def prepare(form: Form, *, block_m: int, split: bool = True) -> Run:
         _add_parts_kernel,
         (plan.cut * 2 * (block_m // block),),
         (plan.full, plan.splits, form.tokens, form.rows),
-        {"BIAS": form.bias, "BM": block_m, "BLOCK": block},
+        {"BIAS": form.bias is not None, "BM": block_m, "BLOCK": block},
         {"num_warps": 4, "launch_pdl": overlap},
         device=form.device,
     )

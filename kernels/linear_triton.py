@@ -11,7 +11,6 @@ Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = esca
 
 from functools import lru_cache, partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,6 +63,7 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,  # blocks a turn; divides K / 64
     PDL: tl.constexpr,
 ):
     after_the_last(PDL)
@@ -79,10 +79,15 @@ def _linear_kernel(
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_m
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for block in tl.range(0, K // 64, num_stages=STAGES):
+    for block in tl.range(0, K // 64, UNROLL, num_stages=STAGES):
         weights = _weights(tl.load(theta_row + block * 32 + pair), DTYPE)
         x = tl.load(x_row + block * 64 + column)
-        acc = settled(dot(weights, x.T, acc, PRECISION))
+        acc = dot(weights, x.T, acc, PRECISION)
+        for following in tl.static_range(1, UNROLL):
+            weights = _weights(tl.load(theta_row + (block + following) * 32 + pair), DTYPE)
+            x = tl.load(x_row + (block + following) * 64 + column)
+            acc = dot(weights, x.T, acc, PRECISION)
+        acc = settled(acc)
     if TAIL > 0:
         HALF: tl.constexpr = (TAIL + 1) // 2
         theta = tl.load(theta_row + K // 64 * 32 + pair, mask=pair < HALF, other=0x8080)
@@ -134,8 +139,11 @@ def _escape_kernel(
         tl.store(place, rounded(y + total, y_ptr.dtype.element_ty), mask=m < M)
 
 
-def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int = 3) -> Run:
-    """The launch for a form of float32 (exact unless `form.tf32`), bfloat16 or float16."""
+def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int, unroll: int) -> Run:
+    """The launch for a form of float32 (exact unless `form.tf32`), bfloat16 or float16.
+
+    `unroll`: blocks of 64 columns a turn of the loop, where the number of blocks is a multiple of it.
+    """
     overlap = pdl(form.device)
     launch = Prepared(
         _linear_kernel,
@@ -143,11 +151,12 @@ def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int =
         (form.tokens, form.rows, form.columns, form.stride),
         {
             "TAIL": form.columns % 64,
-            "BIAS": form.bias,
+            "BIAS": form.bias is not None,
             "PRECISION": "tf32" if form.tf32 else "ieee",
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "STAGES": stages,
+            "UNROLL": 1 if form.columns // 64 % unroll else unroll,
             "PDL": overlap,
         },
         {"launch_pdl": overlap, "num_warps": warps},
@@ -157,15 +166,13 @@ def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int =
 
 
 @lru_cache(1 << 12)
-def _escapes_launch(tokens: int, rows: int, columns: int, stride: int, escapes: int, device: torch.device) -> Prepared:
-    block_m = min(256, max(16, power_of_two(tokens)))
-    grid = escapes, -(-tokens // block_m)
-    numbers = tokens, rows, columns, escapes, stride
-    return Prepared(_escape_kernel, grid, numbers, {"BLOCK_M": block_m}, {}, device=device)
+def _escapes_launch(form: Form, escapes: int) -> Prepared:
+    block_m = min(256, max(16, power_of_two(form.tokens)))
+    grid = escapes, -(-form.tokens // block_m)
+    numbers = form.tokens, form.rows, form.columns, escapes, form.stride
+    return Prepared(_escape_kernel, grid, numbers, {"BLOCK_M": block_m}, {}, device=form.device)
 
 
 def add_escapes(y: Tensor, x: Tensor, form: Form, index: Tensor, value: Tensor) -> None:
     """Add to `y` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
-    escapes = index.numel()
-    launch = _escapes_launch(form.tokens, form.rows, form.columns, form.stride, escapes, form.device)
-    launch(x, index, value, y)
+    _escapes_launch(form, index.numel())(x, index, value, y)

@@ -30,9 +30,9 @@ DECODE = Plan(path="decode")
 """Dense weight into memory, then cuBLAS."""
 
 
-def tiles(block_m: int, block_n: int, warps: int, stages: int) -> Plan:
+def tiles(block_m: int, block_n: int, warps: int, stages: int, unroll: int = 1) -> Plan:
     """The portable fused kernel, `linear_triton`."""
-    return Plan(path="tiles", block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+    return Plan(path="tiles", block_m=block_m, block_n=block_n, warps=warps, stages=stages, unroll=unroll)
 
 
 def few(block_n: int, warps: int, unroll: int) -> Plan:
@@ -67,6 +67,15 @@ class Problem:
         return min(8192, 1 << max(0, self.tokens - 1).bit_length())
 
 
+_TILES = [
+    *[(16, 32, 4, 4, 1), (16, 32, 4, 4, 2), (16, 64, 4, 4, 1), (16, 64, 4, 4, 2), (16, 64, 4, 3, 4)],
+    *[(32, 64, 4, 4, 1), (32, 64, 4, 4, 2), (32, 64, 4, 3, 4)],
+    *[(64, 64, 4, 4, 1), (64, 64, 4, 4, 2), (64, 64, 4, 2, 4), (128, 32, 4, 3, 1), (128, 64, 4, 2, 1)],
+    *[(128, 64, 4, 3, 1), (128, 128, 8, 3, 1), (256, 64, 8, 2, 1)],
+]
+"""Arguments of `tiles` worth trying."""
+
+
 def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     """Every plan worth measuring for a problem on a GPU where `kernels` ("few", "hopper") run."""
     tokens, whole = problem.tokens, problem.columns % 64 == 0
@@ -75,6 +84,7 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
         if tokens <= 64 and "few" in kernels:
             shapes = [(16, 4, 2), (16, 4, 4), (16, 8, 1), (16, 8, 2), (16, 8, 4)]
             shapes += [(32, 4, 2), (32, 4, 4), (32, 8, 2), (64, 4, 2)]
+            shapes += [(16, 2, 2), (16, 2, 4)]
             found += [few(*shape) for shape in shapes]
         if "hopper" in kernels and problem.rows % 8 == 0:
             sizes = [size for size in (16, 32, 64, 128, 256) if size < 2 * tokens or size == 16]
@@ -82,10 +92,11 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     if not problem.half:
         return [*found, tiles(16, 32, 4, 4)] if tokens <= 64 else found  # float32 sums need the registers
     if tokens <= 64 or not whole or not problem.aligned or tokens * problem.rows <= 1 << 22:
-        shapes4 = [(16, 32, 4, 4), (16, 64, 4, 4), (64, 64, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)]
-        found += [tiles(*shape) for shape in [s for s in shapes4 if s[0] < 2 * tokens or s[0] == 16][-3:]]
+        sizes = [size for size in (16, 32, 64, 128, 256) if size < 2 * tokens or size == 16][-3:]
+        blocks = problem.columns // 64
+        found += [tiles(*shape) for shape in _TILES if shape[0] in sizes and blocks % shape[-1] == 0]
         if problem.rows <= 32 and tokens > 64:
-            found += [tiles(64, 32, 4, 3), tiles(128, 32, 4, 3)]
+            found += [tiles(64, 32, 4, 3)]
     return found
 
 

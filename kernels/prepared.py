@@ -5,13 +5,19 @@ microseconds of host time. A `Prepared` asks once; later calls hand addresses st
 keeps with the compiled kernel.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+_MOST_MAPS = 4096
+"""Addresses of which a launch keeps the encoded descriptors."""
 
 _ALIGNMENT = 16
 """Triton compiles for pointers that are, or are not, multiples of this many bytes."""
@@ -22,7 +28,10 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """All that a launch of a linear layer depends on but addresses: M, N, K, elements between rows of x, and so on."""
+    """All that a launch of a linear layer depends on but addresses: M, N, K, elements between rows of x, and so on.
+
+    `bias` is the dtype of one, None without.
+    """
 
     tokens: int
     rows: int
@@ -30,7 +39,7 @@ class Form:
     stride: int
     dtype: torch.dtype
     tf32: bool
-    bias: bool
+    bias: torch.dtype | None
     device: torch.device
 
 
@@ -76,7 +85,7 @@ class Prepared:
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the current stream of the tensors' device."""
         index, known = self._index, self._known
-        if index is not None and index != torch.cuda.current_device():
+        if index is not None and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 self(*tensors)
             return
@@ -91,24 +100,37 @@ class Prepared:
         if bits % _ALIGNMENT:
             self._launch_and_keep(tensors)
             return
-        for place, template in enumerate(known.templates):
-            pointers[place] = _at(template, tensors[place])
+        if known.maps:
+            pointers = self._mapped(known, pointers, tensors)
         known.run(*known.grid, known.stream_of(index), *known.handles, *pointers, *known.after)
+
+    def _mapped(self, known: "_Known", pointers: list[Any], tensors: tuple[Tensor, ...]) -> list[Any]:
+        """The pointers, the first of them as what descriptors of tensors there come down to."""
+        mapped: list[Any] = []
+        for place, (maps, expand) in enumerate(known.maps):
+            found = maps.get(pointers[place])
+            if found is None:
+                if len(maps) >= _MOST_MAPS:
+                    maps.clear()
+                found = maps[pointers[place]] = expand(_describe(tensors[place], *self._tiles[place]))
+            mapped += found
+        return mapped + pointers[len(known.maps) :]
 
     def _launch_and_keep(self, tensors: tuple[Tensor, ...]) -> None:
         """Launch as Triton does; keep what it compiled if the next call may use it as it is."""
-        described = tuple(_describe(tensor, *tile) for tensor, tile in zip(tensors, self._tiles, strict=False))
+        described = [_describe(tensor, *tile) for tensor, tile in zip(tensors, self._tiles, strict=False)]
         arguments = (*described, *tensors[len(described) :], *self._numbers)
         compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
         if compiled is None or any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors):
             return  # interpreted, or compiled for less than what the others have
         constants = (self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
+        run, expanders = _launcher_of(compiled) if described else (compiled.run, [])
         self._known = _Known(
-            run=compiled.run,
+            run=run,
             handles=(compiled.function, compiled.packed_metadata, None, None, None),  # no metadata, no hooks
             grid=(*self._grid, 1, 1)[:3],
             stream_of=triton.runtime.driver.active.get_current_stream,
-            templates=described,
+            maps=tuple(({}, expand) for expand in expanders),
             after=(*self._numbers, *constants),
         )
 
@@ -121,8 +143,25 @@ class _Known:
     handles: tuple[Any, ...]
     grid: tuple[int, ...]
     stream_of: Callable[[int | None], int]
-    templates: tuple[Any, ...]
+    maps: tuple[tuple[dict[int, list[Any]], "_Expand"], ...]  # of each descriptor: address to what it expands to
     after: tuple[Any, ...]
+
+
+_Expand = Callable[[Any], list[Any]]
+"""A descriptor to the arguments that the launcher proper takes for it."""
+
+
+def _launcher_of(compiled: Any) -> tuple[Callable[..., None], list[_Expand]]:
+    """Triton's launcher of a kernel that takes descriptors, without its wrapper that encodes them at every launch.
+
+    Encoding is half of such a launch's host time, and depends on nothing but the address. The wrapper is a closure
+    over the launcher proper; beside it stands the function that it expands descriptors with.
+    """
+    from triton.backends.nvidia import driver
+
+    plain = copy.copy(compiled.run)
+    plain.launch = inspect.getclosurevars(compiled.run.launch).nonlocals["launcher"]
+    return plain, [partial(driver.make_tensordesc_arg, metadata=each) for each in compiled.metadata.tensordesc_meta]
 
 
 def _describe(tensor: Tensor, block: list[int], layout: Any) -> Any:
@@ -130,13 +169,6 @@ def _describe(tensor: Tensor, block: list[int], layout: Any) -> Any:
 
     matrix = tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
     return TensorDescriptor.from_tensor(matrix, block, layout)
-
-
-def _at(template: Any, tensor: Tensor) -> Any:
-    """The descriptor of a tensor that differs from the template's in its address only; its checks are not repeated."""
-    moved = object.__new__(type(template))
-    moved.__dict__.update(template.__dict__, base=tensor)
-    return moved
 
 
 def run_one(launch: Prepared, x: Tensor, theta: Tensor, step: Tensor, bias: Tensor | None, y: Tensor) -> None:

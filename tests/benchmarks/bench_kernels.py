@@ -161,7 +161,8 @@ def as_code(plan: Plan) -> str:
         case "hopper":
             return f"hopper({plan.block_m}, split=True)" if plan.split else f"hopper({plan.block_m})"
         case "tiles":
-            return f"tiles({plan.block_m}, {plan.block_n}, {plan.warps}, {plan.stages})"
+            unroll = f", {plan.unroll}" if plan.unroll > 1 else ""
+            return f"tiles({plan.block_m}, {plan.block_n}, {plan.warps}, {plan.stages}{unroll})"
         case _:
             return "DECODE"
 
@@ -317,30 +318,52 @@ def _linears(model: nn.Module) -> list[Any]:
 def bench_calls() -> Result:
     """Seconds of the first calls of a process, and microseconds of host time of a later one, beside `nn.Linear`."""
     found: Result = {}
-    layer = random_layer(1280, 1280)
-    twin = dense_twin(layer)
+    layers = {name: random_layer(*shape) for name, shape in SAM_H.items()}
+    twins = {name: dense_twin(layer) for name, layer in layers.items()}
+    small, ragged = random_layer(256, 256), random_layer(144, 144)
+    inputs = {
+        (tokens, columns): torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        for tokens in (4, 16, 256, 4096)
+        for columns in (144, 256, 1280, 5120)
+    }
     for tokens in (16, 256, 4096):
-        x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
-        found[f"first call, {tokens} tokens, s"] = _host_seconds(partial(layer, x), 1)
-    small, wide, large = random_layer(256, 256), random_layer(4096, 64), random_layer(64, 64)
+        found[f"first call, {tokens} tokens, s"] = _call_seconds(partial(layers["proj"], inputs[tokens, 1280]))
+    qkv, proj, lin2 = layers["qkv"], layers["proj"], layers["lin2"]
+    many = inputs[4096, 1280]
+    by_op = torch.ops.birkhoff.hyperlinear.default
+    held = qkv.theta, qkv.step, qkv.escape_index, qkv.escape_value, qkv.bias
     for label, run in {
-        "few tokens": partial(small, torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)),
-        "many tokens": partial(wide, torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)),
-        "decoded first": partial(large, torch.randn(64, 64, device="cuda", dtype=torch.float32)),
-        "nn.Linear": partial(twin, torch.randn(4, 1280, device="cuda", dtype=torch.bfloat16)),
-    }.items():  # fmt: skip
-        run()
-        found[f"host time, {label}, us"] = 1e6 * _host_seconds(run, 500) / 500
+        "few tokens": partial(small, inputs[4, 256]),
+        "portable kernel": partial(ragged, inputs[256, 144]),
+        "Hopper kernel": partial(qkv, many),
+        "Hopper kernel, cut": partial(lin2, inputs[4096, 5120]),
+        "decoded first": partial(proj, many),
+        "Hopper kernel, as an op": partial(by_op, many, *held),
+        "nn.Linear, few tokens": partial(twins["proj"], inputs[4, 1280]),
+        "nn.Linear, many tokens": partial(twins["qkv"], many),
+    }.items():
+        found[f"host time, {label}, us"] = 1e6 * _host_seconds(run)
     return found
 
 
-def _host_seconds(run: Callable[[], object], count: int) -> float:
-    torch.cuda.synchronize()
+def _call_seconds(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
-    for _ in range(count):
-        run()
+    run()
     torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def _host_seconds(run: Callable[[], object], count: int = 100, rounds: int = 15) -> float:
+    """Median of what a call takes until it returns, in runs of fewer calls than fill the queue of launches."""
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            run()
+        seconds.append((time.perf_counter() - begin) / count)
+    torch.cuda.synchronize()
+    return sorted(seconds)[rounds // 2]
 
 
 PARTS: dict[str, Callable[[], Result]] = {

@@ -73,3 +73,48 @@ def test_profilers_hooks_are_called(kernel: Kernel) -> None:
     assert len(kernel.full) == 2
     launch(x, x)
     assert len(kernel.short) == 1
+
+
+class Launcher:
+    """As much of Triton's launcher of a kernel with one descriptor as matters: a wrapper around the one proper."""
+
+    def __init__(self, got: list[tuple[Any, ...]]) -> None:
+        def launcher(*arguments: Any) -> None:
+            got.append(arguments)
+
+        def wrapper(*arguments: Any) -> None:
+            launcher("wrapped", *arguments)
+
+        self.launch = wrapper
+
+    def __call__(self, *arguments: Any) -> None:
+        self.launch(*arguments[9:])
+
+
+def test_descriptors_are_encoded_once_for_each_address(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import driver
+    from triton.experimental.gluon import language as gl
+
+    encoded: list[int] = []
+
+    def encode(descriptor: Any, metadata: str) -> list[Any]:
+        encoded.append(descriptor.base.data_ptr())
+        return [f"{metadata} at {descriptor.base.data_ptr()}", *descriptor.shape]
+
+    got: list[tuple[Any, ...]] = []
+    compiled = SimpleNamespace(
+        run=Launcher(got), function=0, packed_metadata=0, metadata=SimpleNamespace(tensordesc_meta=["map"])
+    )
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *a, **k: self.full.append(a) or compiled)
+    tile = [64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    constants = {"FLAG": True, "SIZE": 64}
+    launch = Prepared(kernel, (3,), (70,), constants, {}, device=torch.device("cpu"), tiles=(tile,))
+    x, other, y = (torch.zeros(2, 64, 64, dtype=torch.bfloat16) for _ in range(3))
+    launch(x, y)
+    assert list(kernel.full[0][0].shape) == [128, 64]
+    for tensor in (x, x, other, x):
+        launch(tensor, y)
+    assert len(kernel.full) == 1
+    assert encoded == [x.data_ptr(), other.data_ptr()]
+    assert got == [(f"map at {t.data_ptr()}", 128, 64, y.data_ptr(), 70, 64, True) for t in (x, x, other, x)]
