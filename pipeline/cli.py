@@ -15,8 +15,11 @@ from rich.console import Console
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.pipeline import interrupt
+from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.errors import exit_code, printable
+from birkhoff.pipeline.logs import LogFormat
+
+log = logging.getLogger("birkhoff.cli")
 
 _PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
@@ -65,6 +68,10 @@ MirrorOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Take sources by their file names from this folder."),
 ]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Standard error: text, or a JSON object for each event."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -99,6 +106,7 @@ def compress(
         bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
     ] = False,
     sign: SignOption = None,
+    log_format: LogFormatOption = LogFormat.TEXT,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
@@ -113,6 +121,8 @@ def compress(
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import VERSION_COLUMNS, show
 
+    if log_format is not LogFormat.TEXT:
+        logs.configure(log_format, debug="--debug" in sys.argv)
     chosen = job.select(load_manifest(manifest), only or [], profile)
     signer = load_signer(sign) if sign else None
     with open_default_store(store or chosen.store) as opened:
@@ -128,7 +138,8 @@ def compress(
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         with (
             Recorder(chosen, opened, executor=executor.value, reuse=reuse, address=address) as record,
-            Progress(notes(), models=len(chosen.models), quiet=as_json) as progress,
+            logs.trace(record.run),
+            Progress(notes(), models=len(chosen.models), quiet=as_json or log_format is LogFormat.JSON) as progress,
         ):
             runs = record.runs = job.compress(
                 chosen,
@@ -146,7 +157,7 @@ def compress(
             warn(f"{run.name}: {warning}")
         if run.error is not None:
             complain(f"{run.name}: {run.error}")
-    if record.written and not as_json:
+    if record.written and not as_json and not logs.as_json():
         notes().print(f"report: birkhoff report {record.run}", highlight=False, markup=False)
     failure = job.failure(runs)
     if failure is not None:
@@ -304,11 +315,17 @@ def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
 
 def warn(message: str) -> None:
     """A line for what works, but not as one may think."""
+    if logs.as_json():
+        log.warning("%s", printable(message))
+        return
     notes().print(f"warning: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def complain(message: str) -> None:
     """The one line of an error."""
+    if logs.as_json():
+        log.error("%s", printable(message))
+        return
     notes().print(f"error: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -341,9 +358,7 @@ def main() -> None:
     """Entry point of the console command."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("botocore", "boto3", "urllib3", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(LogFormat.TEXT, debug=debug)
     interrupt.install()
     sys.exit(run(lambda: app(arguments, prog_name="birkhoff"), debug=debug))
 

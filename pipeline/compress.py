@@ -40,7 +40,7 @@ from birkhoff.pipeline.progress import Progress
 from birkhoff.pipeline.publish import Version, is_signed, is_whole, publish, resolve
 from birkhoff.pipeline.quality import suggestion
 from birkhoff.pipeline.queue import TaskQueue
-from birkhoff.pipeline.shard import Reuse, ShardTask
+from birkhoff.pipeline.shard import Reuse, ShardResult, ShardTask
 from birkhoff.pipeline.signing import Signer
 from birkhoff.pipeline.source import Checkpoint
 from birkhoff.pipeline.store import Store
@@ -218,7 +218,8 @@ def compress(
         for run, future in zip(runs, prepared, strict=True):
             future.result()
             run.seconds = clock.seconds()
-            progress.planned(run.name, run.source_bytes, run.status)
+            shards = len(run.planned.plan.shards) if run.planned else 0
+            progress.planned(run.name, run.source_bytes, run.status, shards=shards)
     check_rules(manifest, [run.planned for run in runs])
     waiting = {run.name: run for run in runs if run.status is None}
     if waiting:
@@ -234,7 +235,9 @@ def compress(
                         retire(store, run.name, manifest.keep)
                     run.seconds = clock.seconds()
                     counts = run.passes is not None and run.passes.first and not outcome.task.foretell
-                    progress.advanced(run.name, outcome.task.nbytes if counts else 0, run.status)
+                    nbytes = outcome.task.nbytes if counts else 0
+                    reused = isinstance(outcome.result, ShardResult) and outcome.result.reused
+                    progress.advanced(run.name, nbytes, run.status, reused=reused)
                 if run.status == "failed":
                     queue.drop(run.name)
     return runs

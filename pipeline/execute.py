@@ -21,9 +21,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.pipeline import interrupt
+from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.cluster import Cluster
 from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.metrics import metrics
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.seats import Seat, Seats
 from birkhoff.pipeline.shard import ShardResult, ShardSizes, ShardTask, run_shard
@@ -92,17 +93,28 @@ class Worker:
     def __init__(self, store: StoreAddress) -> None:
         # Shards are the unit of parallel work; threads inside one would wait for each other at every small operation.
         torch.set_num_threads(1)
+        logs.join_trace()
         self._address = store
         self._store: Store | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._metrics = metrics()
 
     def run(self, task: ShardTask) -> Outcome:
         """Run one task; every error becomes its outcome."""
+        if self._metrics:
+            self._metrics.began(task.nbytes)
+        outcome = self._run(task)
+        if self._metrics:
+            self._metrics.ended(outcome)
+        return outcome
+
+    def _run(self, task: ShardTask) -> Outcome:
         log.info("start %s, %d bytes", task.label, task.nbytes)
         try:
             # Opened here and not at the start: a store that refuses is the shard's error, not a worker's death.
             self._store = self._store or self._address.open()
-            return Outcome(task=task, result=run_shard(task, self._store, self._device))
+            with logs.shard(task.model, task.index):
+                return Outcome(task=task, result=run_shard(task, self._store, self._device))
         except BirkhoffError as error:
             return Outcome(task=task, error=error)
         except Exception as error:
@@ -153,6 +165,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._ray = self._cluster.ray
         try:
             self._gpu, count = self.capacity(workers)
+            self._metrics = metrics()
             self._seats = Seats(self._start, count)
         except BaseException:
             self._cluster.close()
@@ -182,7 +195,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _start(self) -> tuple[Any, Any]:
         """An actor, and the reference that resolves when it runs."""
         # An actor with num_gpus=0 would still see every GPU.
-        environment = {} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        environment = logs.environment() | ({} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""})
         kind = self._ray.remote(self.worker).options(
             num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
         )
@@ -227,6 +240,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         task = seat.ended(reference)
         if found.out_of_memory and not queue.is_alone(task):
             log.warning("%s; trying again, alone", found.error)
+            self._count_retry(task, "out of memory")
             queue.put_back(task, alone=True)
             return
         queue.done(task)
@@ -254,10 +268,13 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _judge(self, task: ShardTask, reason: Exception | str, queue: TaskQueue) -> Outcome | None:
         """Whether the task that a worker died at is tried again (None) or has failed."""
         died, memory = _died(reason), isinstance(reason, Exception) and self._killed_for_memory(reason)
+        if last := logs.last_step(task.model, task.index):
+            died = f"{died} at {last}"
         self._deaths[task.model, task.index] += 1
         deaths = self._deaths[task.model, task.index]
         if not (memory and queue.is_alone(task)) and deaths < TRIES:
             log.warning("%s: its worker %s; trying again", task.label, died)
+            self._count_retry(task, "out of memory" if memory else "worker died")
             queue.put_back(task, alone=memory or deaths == TRIES - 1)
             return None
         queue.done(task)
@@ -267,6 +284,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         if isinstance(reason, str):
             message = f"{task.label}: its worker {died}, {deaths} times; raise shard_seconds if it needs longer"
         return Outcome(task=task, error=WorkerError(f"{message}; lower shard_mib if memory ran out"))
+
+    def _count_retry(self, task: ShardTask, reason: str) -> None:
+        if self._metrics:
+            self._metrics.retried(task.model, reason)
 
     def _killed_for_memory(self, error: Exception) -> bool:
         kinds = self._ray.exceptions

@@ -1,80 +1,87 @@
-"""Progress of a run: bars in a terminal, plain lines elsewhere, on standard error either way."""
+"""Progress of a run: a live view in a terminal, plain lines elsewhere, on standard error; and its events to the log."""
 
+import logging
 import threading
+import time
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
 
-_MARKS = {"published": "[green]published[/]", "up to date": "[dim]up to date[/]", "failed": "[red]failed[/]"}
+from birkhoff.pipeline.progress_state import FleetProgress
+from birkhoff.pipeline.progress_view import FleetView
+
+log = logging.getLogger("birkhoff.run")
+
+LINE_SECONDS = 30.0
+"""Where there is no terminal, a line says how far the fleet is at most this often."""
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """One bar for the fleet and one per model, counted in source bytes."""
+    """Follows a fleet, counted in source bytes and shards. `quiet` shows nothing; the log gets its events all the same.
+
+    `downloaded` may be called from any thread, the other methods from one.
+    """
 
     def __init__(self, console: Console, *, models: int, quiet: bool = False) -> None:
-        self._console, self._models, self._quiet = console, models, quiet
-        self._live = console.is_terminal and not quiet
-        self._bars = Bars(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._downloads: dict[str, TaskID] = {}
+        self._console, self._quiet = console, quiet
+        self.state = FleetProgress(models=models)
+        self._downloads: dict[str, tuple[int, int | None]] = {}
         self._lock = threading.Lock()
-        self._fleet: TaskID | None = None
-        self._done = 0
+        self._live: Live | None = None
+        self._said = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        if self._live:
-            self._bars.start()
-            self._fleet = self._bars.add_task("[bold]fleet", total=0, note=f"0/{self._models} models")
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(console=self._console, get_renderable=self.view, refresh_per_second=6)
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._live:
-            self._bars.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def view(self) -> FleetView:
+        """What the terminal shows now."""
+        with self._lock:
+            return FleetView(self.state, dict(self._downloads))
 
     def downloaded(self, file: str, here: int, total: int | None) -> None:
-        """Of a source file so many bytes are here; may be called from any thread."""
+        """Of a source file so many bytes are here."""
         with self._lock:
             first = file not in self._downloads
-            if self._live:
-                if first:
-                    self._downloads[file] = self._bars.add_task(f"[dim]{file}", total=total, note="download")
-                self._bars.update(self._downloads[file], completed=here, total=total)
-            elif first:
-                self._downloads[file] = TaskID(0)
-                self._line(f"downloading {file}" + (f", {total} bytes" if total else ""))
+            self._downloads[file] = (here, total)
+        if first:
+            log.info("download", extra={"file": file, "bytes": total})
+            self._line(f"downloading {file}" + (f", {total} bytes" if total else ""))
 
-    def planned(self, model: str, nbytes: int, status: str | None) -> None:
+    def planned(self, model: str, nbytes: int, status: str | None, *, shards: int = 0) -> None:
         """A model's header was read; `status` is set if nothing is to be done for it."""
-        if self._live:
-            total = self._bars.tasks[0].total or 0
-            self._bars.update(TaskID(0), total=total + nbytes)
-            self._tasks[model] = self._bars.add_task(model, total=nbytes, note="")
+        self.state.plan(model, nbytes, shards, status)
+        log.info("planned", extra={"model": model, "bytes": nbytes, "shards": shards})
         if status is not None:
-            self.advanced(model, nbytes, status)
+            self._ended(model, status)
 
-    def advanced(self, model: str, nbytes: int, status: str | None) -> None:
+    def advanced(self, model: str, nbytes: int, status: str | None, *, reused: bool = False) -> None:
         """A shard of `nbytes` source bytes ended; `status` is set if its model ended with it."""
-        self._done += status is not None
-        if self._live and self._fleet is not None:
-            self._bars.update(self._tasks[model], advance=nbytes, note=_MARKS.get(status or "", ""))
-            self._bars.update(self._fleet, advance=nbytes, note=f"{self._done}/{self._models} models")
-        elif status is not None:
-            self._line(f"{self._done}/{self._models} {model}: {status}")
+        self.state.advance(model, nbytes, status, reused=reused)
+        log.info("shard", extra={"model": model, "bytes": nbytes, "reused": reused})
+        if status is not None:
+            self._ended(model, status)
+        elif time.monotonic() - self._said > LINE_SECONDS:
+            self._line(self.state.summary())
+
+    def _ended(self, model: str, status: str) -> None:
+        log.info("model", extra={"model": model, "status": status, "seconds": round(self.state.seconds, 2)})
+        self._line(f"{self.state.done}/{self.state.models} {model}: {status}")
 
     def _line(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, highlight=False, markup=False)
+        self._said = time.monotonic()
+        if not self._quiet and self._live is None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Transfer(AbstractContextManager["Transfer"]):

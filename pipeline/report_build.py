@@ -25,6 +25,7 @@ from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.report import LayerRecord, ModelRecord, RunReport, ShardTiming, Totals
 from birkhoff.pipeline.report_changes import changes
 from birkhoff.pipeline.report_store import RunClock, write_report
+from birkhoff.pipeline.shard import ShardSizes
 from birkhoff.pipeline.source_types import first_line
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
@@ -66,6 +67,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._options = {key: value for key, value in options.items() if value is not None}
         self._clock = RunClock()
         self._timings: list[ShardTiming] = []
+        self._made: dict[str, int] = {}
         self.run = self._clock.run
         self.runs: Sequence[ModelRun] | None = None
         self.written = False
@@ -103,7 +105,9 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _broken_off(self, error: str) -> RunReport:
         models = tuple(
-            ModelRecord(name=entry.name, profile=entry.profile or self._manifest.profile, status="failed", seconds=0.0)
+            ModelRecord(
+                name=entry.name, profile=self._manifest.fidelity(entry).profile.name, status="failed", seconds=0.0
+            )
             for entry in self._manifest.models
         )
         totals = Totals(models=len(models), failed=len(models))
@@ -121,6 +125,10 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _note(self, outcome: Outcome) -> None:
         task, result = outcome.task, outcome.result
+        if isinstance(result, ShardSizes):
+            return
+        if result is not None and not result.reused:
+            self._made[result.record.blob] = result.record.bytes
         self._timings.append(
             ShardTiming(
                 model=task.model,
@@ -141,7 +149,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         version = run.version
         shards = version.manifest.shards if version else ()
         published = version is not None and run.status == "published"
-        reused = {timing.index for timing in self._timings if timing.model == run.name and timing.reused}
+        reused = {index for (model, index), taken in self._last().items() if model == run.name and taken}
         return ModelRecord.model_validate(
             {
                 **{key: row[key] for key in _FROM_ROW},
@@ -159,6 +167,10 @@ class Recorder(AbstractContextManager["Recorder"]):
             }
         )
 
+    def _last(self) -> dict[tuple[str, int], bool]:
+        """Whether a shard was taken from the store: a budget encodes it several times, and the last time counts."""
+        return {(timing.model, timing.index): timing.reused for timing in self._timings}
+
     def _totals(self, runs: Sequence[ModelRun]) -> Totals:
         there = [run for run in runs if run.version is not None]
         shards = [shard for run in there if run.version for shard in run.version.manifest.shards]
@@ -172,9 +184,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             source_bytes=sum(run.source_bytes for run in there),
             stored_bytes=sum(run.version.stored_bytes for run in there if run.version),
             unique_bytes=sum({shard.blob: shard.bytes for shard in shards}.values()),
-            new_bytes=sum(timing.stored_bytes or 0 for timing in self._timings if not timing.reused),
+            new_bytes=sum(self._made.values()),
             shards=len(shards),
-            shards_reused=sum(timing.reused for timing in self._timings),
+            shards_reused=sum(self._last().values()),
             sqnr_db_min=least,
             sqnr_db_median=median,
         )

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import birkhoff.kernels.trellis  # noqa: F401  registers the GPU's search
 from birkhoff.codec.budget import Grid, sizes
-from birkhoff.codec.container import FORMAT_VERSION, serialise
+from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import encode_tensor
+from birkhoff.pipeline import logs
 from birkhoff.pipeline.artifact import ShardRecord, blob_key, read_document, sha256, shard_key
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, PreconditionError
 from birkhoff.pipeline.plan import dense_bytes
@@ -115,8 +116,9 @@ def foretell_shard(task: ShardTask) -> ShardSizes:
     stages = Stages()
     total = np.zeros(len(Grid.of(task.profile).knots))
     for tensor in task.tensors:
-        source = read_tensor(tensor)
+        source = _read(tensor)
         stages.end("read")
+        logs.step("foretell", source.nbytes, tensor.name)
         total += sizes(tensor.name, source, task.profile, task.overrides.get(tensor.name))
         stages.end("foretell")
     return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
@@ -129,7 +131,7 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
         SourceError, CodecError, ValidationError, StoreError: with the tensor's or object's name.
     """
     stages = Stages()
-    sources = {tensor.name: read_tensor(tensor) for tensor in task.tensors}
+    sources = {tensor.name: _read(tensor) for tensor in task.tensors}
     stages.end("read")
     key = input_key(sources, task.profile, task.overrides)
     stages.end("key")
@@ -145,6 +147,7 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     checks = validate_shard(blob, sources, task.profile, device, task.overrides)
     stages.end("validate")
     record = make_record(key, sources, blob, checks)
+    logs.step("upload", len(blob))
     keep_shard(store, blob, record)
     stages.end("upload")
     return ShardResult(record=record, reused=False, stages=stages.seconds)
@@ -155,7 +158,17 @@ def encode_shard(
 ) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
     profiles = {name: profile.of_tensor(tuple(t.shape), overrides.get(name)) for name, t in sources.items()}
-    return serialise([encode_tensor(name, t.to(device), profiles[name]).tensor for name, t in sources.items()])
+    return serialise([_encode(name, tensor, profiles[name], device) for name, tensor in sources.items()])
+
+
+def _encode(name: str, tensor: Tensor, profile: Profile, device: torch.device) -> CodedTensor:
+    logs.step("encode", tensor.nbytes, name)
+    return encode_tensor(name, tensor.to(device), profile).tensor
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    logs.step("read", dense_bytes(tensor), tensor.name)
+    return read_tensor(tensor)
 
 
 def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks) -> ShardRecord:

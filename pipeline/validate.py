@@ -19,6 +19,7 @@ from birkhoff.codec.metrics import fidelity, sqnr_db
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import FALLBACKS, decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline import logs
 from birkhoff.pipeline.errors import ValidationError
 
 PROBE_ROWS = 16
@@ -71,6 +72,7 @@ def validate_shard(
     fallbacks: dict[str, str] = {}
     for coded in coded_tensors:
         source = sources[coded.name]
+        logs.step("validate", source.nbytes, coded.name)
         own = profile.of_tensor(tuple(source.shape), (overrides or {}).get(coded.name))
         decoded = decode_tensor(coded)
         _check_form(coded.name, source, decoded)
