@@ -2,14 +2,17 @@
 
 Triton serves CUDA tensors on compute capability 8.0 and above, once a trial decode of all 65536 step numbers has
 given the reference's bits on that very device. Everything else runs eagerly, and says so once in the log
-`birkhoff.kernels`; no op ever changes its result for speed.
+`birkhoff.kernels`: for information where there is no GPU, as a warning where one stands idle. No op ever changes its
+result for speed.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -18,6 +21,9 @@ HAS_TRITON = find_spec("triton") is not None
 
 MINIMUM_CAPABILITY = (8, 0)
 """bfloat16 arithmetic and asynchronous copies begin here."""
+
+_GPU_FILES = (Path("/dev"), "nvidia[0-9]*"), (Path("/dev"), "dxg"), (Path("/dev"), "kfd")
+"""Device files of NVIDIA's driver, of Windows' for Linux guests, and of AMD's."""
 
 _log = logging.getLogger("birkhoff.kernels")
 _interpreting = False
@@ -68,14 +74,27 @@ def _serves(kind: str, index: int | None) -> bool:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     reason = _obstacle(device)
     if reason is not None:
-        _log.warning("kernels on %s run eagerly: %s", device, reason)
+        # Where there is no GPU nothing is amiss; where there is one, it stands idle.
+        level = logging.WARNING if torch.cuda.is_available() or gpu_in_sight() else logging.INFO
+        _log.log(level, "kernels on %s run eagerly: %s", device, reason)
     return reason is None
+
+
+def gpu_in_sight() -> bool:
+    """Whether this machine has a GPU that the process is not told to leave alone, whether or not torch can use it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(next(folder.glob(pattern), None) is not None for folder, pattern in _GPU_FILES)
 
 
 def _obstacle(device: torch.device) -> str | None:
     """Why Triton does not serve `device`, or None."""
     if device.type != "cuda":
-        return "no CUDA device" if not torch.cuda.is_available() else "the tensors are not on the GPU"
+        if torch.cuda.is_available():
+            return "the tensors are not on the GPU"
+        if not gpu_in_sight():
+            return "no CUDA device"
+        return f"there is a GPU, but torch {torch.__version__} cannot use it; see that torch is built for its driver"
     if torch.version.hip is not None:
         return "ROCm is not supported"
     if not HAS_TRITON:

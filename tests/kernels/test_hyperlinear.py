@@ -2,7 +2,9 @@
 
 import copy
 import io
+import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from birkhoff.codec import lattice
-from birkhoff.kernels import runtime
+from birkhoff.kernels import linear, runtime
 from birkhoff.kernels.errors import KernelError
 from birkhoff.kernels.hyperlinear import HyperLinear
 
@@ -158,13 +160,35 @@ def test_wrong_shapes_are_named() -> None:
         HyperLinear.from_lattice(lattice.quantise(weight, 0.002), torch.zeros(8))
 
 
-def test_falling_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def fallbacks(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    """Level and text of what is said over three calls on the CPU."""
     runtime._serves.cache_clear()
+    linear.forget_plans()
     layer, _ = layer_and_weight()
-    for _ in range(3):
-        layer(torch.randn(2, 70))
-    assert [record.getMessage() for record in caplog.records if record.name == "birkhoff.kernels"] == [
-        "kernels on cpu run eagerly: no CUDA device"
-    ]
+    with caplog.at_level(logging.INFO, logger="birkhoff.kernels"):
+        for _ in range(3):
+            layer(torch.randn(2, 70))
+    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "birkhoff.kernels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_falling_back_without_a_gpu_is_said_once_and_no_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtime, "_GPU_FILES", ((tmp_path, "nvidia[0-9]*"),))
+    assert fallbacks(caplog) == [(logging.INFO, "kernels on cpu run eagerly: no CUDA device")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
+def test_a_gpu_that_torch_cannot_use_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(runtime, "_GPU_FILES", ((tmp_path, "nvidia[0-9]*"),))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ((level, said),) = fallbacks(caplog)
+    assert level == logging.WARNING
+    assert said.startswith("kernels on cpu run eagerly: there is a GPU, but torch ")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose, as from a worker that is to have none
+    caplog.clear()
+    assert fallbacks(caplog) == [(logging.INFO, "kernels on cpu run eagerly: no CUDA device")]
