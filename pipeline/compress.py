@@ -112,6 +112,7 @@ class ModelRun:
             "shards_reused": self.reused,
             "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
             "target_db": self.version.manifest.recipe.get("target_db") if self.version else None,
+            "passes": self.passes.count if self.passes else 0,
             "warnings": self.warnings(),
             "error": str(self.error) if self.error else None,
         }

@@ -73,6 +73,11 @@ class Passes:
         """Whether this is the first time that the shards are encoded."""
         return self._search is None or not self._search.passes
 
+    @property
+    def count(self) -> int:
+        """Times that all shards were encoded, or found encoded."""
+        return int(self.whole) if self._search is None else self._search.passes
+
     def start(self) -> list[ShardTask]:
         """The first tasks."""
         return self._tasks(foretell=self._terms is not None)

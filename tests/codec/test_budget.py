@@ -30,6 +30,7 @@ WEIGHTS = {
     "conv": normal((64, 64, 3, 3)),
     "one row": normal((1, 60000)),
     "tailed": normal((256, 256)).sign() * normal((256, 256)).abs() ** 1.6,
+    "outlier": torch.where(torch.arange(512) == 77, 100.0, normal((256, 512))),
     "half": normal((256, 512)).half(),
     "odd": normal((301, 77)),
 }
