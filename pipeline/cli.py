@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.errors import exit_code, printable
 from birkhoff.pipeline.logs import LogFormat
+from birkhoff.pipeline.stores import HTTP_VARIABLE
 
 log = logging.getLogger("birkhoff.cli")
 
@@ -34,7 +36,9 @@ app = typer.Typer(
     help="Compress fleets of vision models, prove every layer, publish versioned artifacts, pull and run them.\n\n"
     "MODEL[@REF]: REF is a version name (v3), a digest or an alias; `latest` where left out.\n\n"
     "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), file:///DIR, or embedded, an S3 server on "
-    "this machine; BIRKHOFF_STORE, then embedded, where left out.",
+    "this machine; BIRKHOFF_STORE, then embedded, where left out.\n\n"
+    "With every command: --debug shows where an error came from; --allow-http lets other machines be reached by "
+    "http://, which can be read and changed on its way.",
 )
 store_app = typer.Typer(no_args_is_help=True, help="The embedded S3 server.")
 app.add_typer(store_app, name="store")
@@ -125,7 +129,7 @@ def compress(
         logs.configure(log_format, debug="--debug" in sys.argv)
     chosen = job.select(load_manifest(manifest), only or [], profile)
     signer = load_signer(sign) if sign else None
-    with open_default_store(store or chosen.store) as opened:
+    with open_default_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
         single = not check_store(opened).conditional_writes
         if single:
             warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
@@ -181,7 +185,7 @@ def plan(
     from birkhoff.pipeline.tables import PLAN_COLUMNS, show
 
     chosen = select(load_manifest(manifest), only or [], profile)
-    with open_existing_store(store or chosen.store) as opened:
+    with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
         rows = plan_rows(chosen, opened, mirror)
     show(output(), PLAN_COLUMNS, rows, as_json=as_json)
     for row in rows:
@@ -217,26 +221,6 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
 
     with open_artifact(reference, store) as artifact:
         show(output(), TENSOR_COLUMNS, [row_json(row) for row in rows_of(artifact)], as_json=as_json)
-
-
-@app.command()
-def pull(
-    reference: ReferenceArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to fetch into.")],
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Fetch a version into a folder, every digest checked; shards already there are kept."""
-    from birkhoff.pipeline.artifacts import StoredArtifact
-    from birkhoff.pipeline.artifacts import pull as fetch
-    from birkhoff.pipeline.publish import resolve
-    from birkhoff.pipeline.stores import open_default_store
-
-    with open_default_store(store) as opened:
-        version = resolve(opened, reference)
-        fetched = fetch(StoredArtifact(opened, version), output)
-    facts = {"model": version.model, "version": version.name, "digest": version.digest, "fetched_bytes": fetched}
-    report({**facts, "output": str(output)}, as_json, "pulled")
 
 
 @app.command()
@@ -357,11 +341,13 @@ def run(command: Callable[[], object], *, debug: bool) -> int:
 def main() -> None:
     """Entry point of the console command."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if "--allow-http" in sys.argv:
+        os.environ[HTTP_VARIABLE] = "1"
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--debug", "--allow-http")]
     logs.configure(LogFormat.TEXT, debug=debug)
     interrupt.install()
     sys.exit(run(lambda: app(arguments, prog_name="birkhoff"), debug=debug))
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_report, cli_use, cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_keys, cli_pull, cli_report, cli_use, cli_versions  # noqa: E402, F401

@@ -161,7 +161,7 @@ def _transport(url: str, part: SourcePart, settings: FetchSettings) -> _Transpor
         return HttpTransport(settings, allow_http=part.allow_http)
     from birkhoff.pipeline.fetch_s3 import S3Transport  # boto3 takes 0.2 s
 
-    return S3Transport(settings)
+    return S3Transport(settings, allow_http=part.allow_http)
 
 
 def _look(url: str, part: SourcePart, settings: FetchSettings) -> Remote:

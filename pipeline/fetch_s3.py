@@ -6,6 +6,7 @@ from birkhoff.pipeline.fetch_cache import Partial, Remote, check_space
 from birkhoff.pipeline.fetch_http import FetchSettings, Report
 from birkhoff.pipeline.fetch_spec import s3_place
 from birkhoff.pipeline.store import Store, StoreAddress, StoreSettings
+from birkhoff.pipeline.stores import http_allowed
 
 _RANGE_BYTES = 16 << 20
 
@@ -13,9 +14,12 @@ _RANGE_BYTES = 16 << 20
 class S3Transport:
     """Reads s3:// addresses; one client for each bucket."""
 
-    def __init__(self, settings: FetchSettings) -> None:
+    def __init__(self, settings: FetchSettings, *, allow_http: bool = False) -> None:
         self._settings = StoreSettings(
-            connect_timeout=settings.connect_timeout, read_timeout=settings.read_timeout, attempts=settings.attempts
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+            attempts=settings.attempts,
+            allow_http=allow_http or http_allowed(),
         )
         self._stores: dict[str, Store] = {}
 

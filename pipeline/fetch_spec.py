@@ -11,7 +11,6 @@
 Nothing here opens a file or a connection.
 """
 
-import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,13 +19,17 @@ from urllib.parse import unquote, urldefrag, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from birkhoff.pipeline.errors import StoreError
-from birkhoff.pipeline.store import StoreAddress
+from birkhoff.pipeline.store import StoreAddress, is_loopback
 from birkhoff.pipeline.store_keys import MAX_COMPONENT_BYTES, check_key
 
 Scheme = Literal["path", "http", "https", "s3"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIGNED_QUERY = re.compile(
+    r"[?&](X-(Amz|Goog)-(Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig)=", re.I
+)
+"""What stands in addresses that carry their own permission: of AWS, Google and Azure."""
 _FORMS = "a path or URL, a mapping with `urls`, or a list of these"
 
 
@@ -135,6 +138,11 @@ def normal_url(url: str) -> str:
             "expected no credentials in the URL; put those of s3:// into the AWS environment or a profile, those of "
             "https:// into ~/.netrc"
         )
+    if _SIGNED_QUERY.search(rest):
+        raise ValueError(
+            "expected no signed URL: whoever reads the manifest could use it; name the object as s3://BUCKET/KEY, "
+            "whose credentials come from the AWS environment, or download it and give its path"
+        )
     normal = f"{scheme}://{rest}" if scheme == "s3" else _web_url(f"{scheme}://{rest}")
     if scheme == "s3":
         s3_place(normal)
@@ -163,7 +171,7 @@ def shown_url(url: str) -> str:
 
 def check_plain_http(url: str, *, allowed: bool) -> None:
     """Refuse an unencrypted address of another machine. Raises ValueError."""
-    if allowed or scheme_of(url) != "http" or _is_loopback(urlsplit(url).hostname or ""):
+    if allowed or scheme_of(url) != "http" or is_loopback(urlsplit(url).hostname or ""):
         return
     raise ValueError(
         f"{shown_url(url)}: plain http can be read and changed on its way; use https, or allow it with allow_http: true"
@@ -195,10 +203,3 @@ def _file_path(rest: str) -> str:
     if not path.startswith(("/", "./", "../")) or "\0" in path:
         raise ValueError(f"expected file:///PATH or a relative file://./PATH, got {'file://' + rest!r}")
     return path
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

@@ -32,6 +32,7 @@ from birkhoff.pipeline.store import StoreAddress
 
 MAX_MANIFEST_BYTES = 1 << 20
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SECRET = re.compile(r"access.?key|secret|token|passw|credential|private.?key|signing.?key|^sign$", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _UNKNOWN = "extra_forbidden"
 
@@ -62,6 +63,8 @@ class Manifest(Quality):
 
     store: str | None = None
     """URL of the store: s3://BUCKET/PREFIX, file:///DIR or embedded."""
+    allow_http: bool = False
+    """Reach the store at an http:// endpoint on another machine, readable and changeable on its way."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
@@ -238,6 +241,11 @@ def _place(root: yaml.Node | None, complaint: ErrorDetails) -> _Where:
 def _message(complaint: ErrorDetails, where: _Where) -> str:
     """What was expected at a key path."""
     if complaint["type"] == _UNKNOWN:
+        if _SECRET.search(str(where[-1])):
+            return (
+                "credentials never stand in a manifest; put them into the AWS environment (AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY) or a profile, and name key files with --sign"
+            )
         fields = _fields(where[:-1])
         return f"unknown key{suggestion(str(where[-1]), fields)}; known: {', '.join(fields)}"
     if complaint["type"].startswith("byte_size"):

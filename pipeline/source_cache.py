@@ -182,7 +182,7 @@ def unpack_checkpoint(path: Path, cache: Path) -> Path:
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     label = f"{path}: packed"
-    members = [info for info in archive.infolist() if not info.is_dir()]
+    members = [info for info in archive.infolist() if not info.filename.endswith("/")]
     members = [info for info in members if not info.filename.startswith(_JUNK_FOLDER)]
     found = [info for info in members if PurePosixPath(info.filename).suffix.lower() in _SUFFIXES]
     if len(found) != 1:

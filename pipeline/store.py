@@ -19,6 +19,7 @@ The contract in short; `Store` has the details:
 """
 
 import contextlib
+import ipaddress
 import re
 import uuid
 from abc import ABC, abstractmethod
@@ -77,6 +78,7 @@ class StoreSettings:
     checksums: `when_required` leaves out the CRC32 that boto3 sends since 1.36, for stores that reject it. None:
         AWS_REQUEST_CHECKSUM_CALCULATION and AWS_RESPONSE_CHECKSUM_VALIDATION; `when_supported` without those.
     anonymous: send unsigned requests, for public buckets.
+    allow_http: talk to another machine without encryption too.
     connect_timeout, read_timeout: seconds, each counted anew for every attempt.
     attempts: tries per request in all, with exponential back-off between them.
     max_connections: size of the connection pool of one client.
@@ -88,6 +90,7 @@ class StoreSettings:
     addressing: Addressing = "auto"
     checksums: Checksums | None = None
     anonymous: bool = False
+    allow_http: bool = False
     connect_timeout: float = 5.0
     read_timeout: float = 60.0
     attempts: int = 4
@@ -323,6 +326,25 @@ def check_endpoint(endpoint: str) -> str:
     if not usable:
         raise StoreError(f"endpoint: expected http://HOST[:PORT] or https://HOST[:PORT], got {endpoint!r}")
     return endpoint
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def check_encryption(endpoint: str, *, allowed: bool) -> None:
+    """Refuse an endpoint on another machine that is reached without TLS. Raises StoreError."""
+    parts = urlsplit(endpoint)
+    if allowed or parts.scheme != "http" or is_loopback(parts.hostname or ""):
+        return
+    raise StoreError(
+        f"endpoint {endpoint}: plain http can be read and changed on its way; use https, or allow it with "
+        "--allow-http, `allow_http: true` in the manifest or BIRKHOFF_ALLOW_HTTP=1"
+    )
 
 
 def _canonical_s3(rest: str) -> str:

@@ -38,6 +38,7 @@ from birkhoff.pipeline.store import (
     Store,
     StoreAddress,
     StoreSettings,
+    check_encryption,
     check_endpoint,
 )
 from birkhoff.pipeline.store_keys import check_key, check_prefix, check_range, is_key
@@ -115,6 +116,7 @@ def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -
     except (aws.BotoCoreError, ValueError) as error:
         raise StoreError(f"S3 client: {_line(error)}; check the AWS_* variables and ~/.aws/config") from error
     check_endpoint(client.meta.endpoint_url)
+    check_encryption(client.meta.endpoint_url, allowed=settings.allow_http)
     return client
 
 

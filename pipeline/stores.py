@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 
 from birkhoff.pipeline.home import birkhoff_home
-from birkhoff.pipeline.store import Store, open_store
+from birkhoff.pipeline.store import Store, StoreSettings, open_store
 
 DEFAULT_STORE = "embedded"
 STORE_VARIABLE = "BIRKHOFF_STORE"
+HTTP_VARIABLE = "BIRKHOFF_ALLOW_HTTP"
 
 
 def default_store_url(url: str | None = None) -> str:
@@ -16,17 +17,22 @@ def default_store_url(url: str | None = None) -> str:
     return url or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
-def open_default_store(url: str | None = None) -> Store:
-    """Open the store that is meant. Raises StoreError."""
-    return open_store(default_store_url(url))
+def http_allowed() -> bool:
+    """Whether BIRKHOFF_ALLOW_HTTP=1 lets other machines be reached without encryption."""
+    return os.environ.get(HTTP_VARIABLE) == "1"
+
+
+def open_default_store(url: str | None = None, *, allow_http: bool = False) -> Store:
+    """Open the store that is meant; `allow_http` as in `StoreSettings`, or by the environment. Raises StoreError."""
+    return open_store(default_store_url(url), StoreSettings(allow_http=allow_http or http_allowed()))
 
 
 @contextlib.contextmanager
-def open_existing_store(url: str | None = None) -> Iterator[Store | None]:
+def open_existing_store(url: str | None = None, *, allow_http: bool = False) -> Iterator[Store | None]:
     """The store that is meant, for reading; None for an embedded one that was never used, so that none is made."""
     meant = default_store_url(url)
     if meant == DEFAULT_STORE and not (birkhoff_home() / "embedded").exists():
         yield None
         return
-    with open_store(meant) as store:
+    with open_default_store(meant, allow_http=allow_http) as store:
         yield store

@@ -470,7 +470,7 @@ def test_an_unreachable_endpoint_fails_in_bounded_time(s3_environment: str) -> N
     refused = f"http://127.0.0.1:{_unused_port()}"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, then says nothing
         mute = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        for endpoint in (refused, mute, "http://no-such-host.invalid"):
+        for endpoint in (refused, mute, "https://no-such-host.invalid"):
             settings = StoreSettings(endpoint=endpoint, connect_timeout=1, read_timeout=0.3, attempts=2)
             started = time.monotonic()
             with open_store(s3_environment, settings) as store:
