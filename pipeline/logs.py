@@ -118,6 +118,7 @@ def shard(model: str, index: int) -> Iterator[None]:
     try:
         yield
     finally:
+        _steps.info("end", extra=dict(_shard))
         _shard.clear()
 
 
@@ -129,18 +130,18 @@ def step(stage: str, nbytes: int, tensor: str | None = None) -> None:
 
 
 def last_step(model: str, index: int) -> str | None:
-    """The last step of a shard in this run's trace, for a message: `encode of blocks.3.weight, 19660800 bytes`.
+    """The step that a shard did not come back from, for a message: `encode of blocks.3.weight, 19660800 bytes`.
 
-    None where nothing is known: no trace, or the worker was on another machine.
+    None where none is known: no trace, the worker was on another machine, or it was at no step of the shard.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
         return None
     found = [line for path in Path(folder).glob("*.jsonl") for line in _tail(path)]
-    steps = [line for line in found if (line.get("model"), line.get("shard")) == (model, index) and "stage" in line]
-    if not steps:
+    steps = [line for line in found if (line.get("model"), line.get("shard")) == (model, index)]
+    last = max(steps, key=lambda line: str(line.get("time")), default={})
+    if "stage" not in last:
         return None
-    last = max(steps, key=lambda line: str(line.get("time")))
     what = f" of {last['tensor']}" if "tensor" in last else ""
     return f"{last['stage']}{what}, {last.get('bytes')} bytes"
 

@@ -74,6 +74,7 @@ def test_the_last_step_of_a_killed_worker_is_known(home: Path) -> None:
         assert logs.environment() == {logs.FOLDER_VARIABLE: str(folder)}
         with logs.shard("net", 3):
             logs.step("read", 7)
+        assert logs.last_step("net", 3) is None  # it came back
         done = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ}, timeout=100)
         assert done.returncode == -signal.SIGKILL
         assert logs.last_step("net", 3) == "encode of b\u2028.weight, 4096 bytes"
