@@ -92,20 +92,14 @@ def places(rows: Bytes, columns: Bytes) -> tuple[npt.NDArray[np.int64], ...]:
     Returns (base, width, row_level, row_rank, column_level, column_rank): symbol (r, p) is number
     `base[row_level[r], column_level[p]] + row_rank[r] * width[column_level[p]] + column_rank[p]`.
     """
-    ends = np.cumsum(group_sizes(rows, columns))
-    free = np.concatenate(([0], ends[:-1]))
-    base = np.zeros((int(rows.max()) + 1, int(columns.max()) + 1), dtype=np.int64)
-    for group, row, column in _tiles(rows, columns):
-        height, span = row.stop - row.start, column.stop - column.start
-        base[_level_at(rows, row.start), _level_at(columns, column.start)] = free[group]
-        free[group] += height * span
-    width = np.bincount(columns).astype(np.int64)
-    return base, width, rows.astype(np.int64), _ranks(rows), columns.astype(np.int64), _ranks(columns)
-
-
-def _level_at(levels_: Bytes, position: int) -> int:
-    """Level of the row or column at a position of the sorted ones."""
-    return int(np.searchsorted(np.cumsum(np.bincount(levels_)), position, side="right"))
+    height, width = np.bincount(rows), np.bincount(columns)
+    tile = np.outer(height, width).reshape(-1)
+    group = group_of_sum(rows, columns)[np.add.outer(np.arange(len(height)), np.arange(len(width)))].reshape(-1)
+    order = np.argsort(group, kind="stable")  # groups follow each other; inside one, tiles stay row level by row level
+    base = np.empty(len(tile), dtype=np.int64)
+    base[order] = np.cumsum(tile[order]) - tile[order]
+    tables = base.reshape(len(height), len(width)), width.astype(np.int64)
+    return *tables, rows.astype(np.int64), _ranks(rows), columns.astype(np.int64), _ranks(columns)
 
 
 def _ranks(levels_: Bytes) -> npt.NDArray[np.int64]:

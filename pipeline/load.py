@@ -1,14 +1,14 @@
 """From an artifact to weights that run: dense tensors, or a model whose linear layers compute on the trajectory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.tensor import decode_tensor, is_matrix
-from birkhoff.pipeline.artifacts import open_artifact
+from birkhoff.pipeline.artifacts import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load_shards import decode_shards
 from birkhoff.pipeline.memory import LayerMaker, Memory
@@ -87,7 +87,8 @@ def load_into(
     trust = Trust.of(require_signature)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
         maker = LayerMaker(memory)
-        loading = _Loading(model, device, dtype, maker)
+        names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
+        loading = _Loading(model, names, device, dtype, maker)
         for _ in decode_shards(artifact, loading.stage):
             pass
         loading.check(artifact.label, strict=strict)
@@ -99,11 +100,18 @@ def load_into(
 class _Loading:
     """What is known about the model and what has been decoded for it; `stage` is for threads."""
 
-    def __init__(self, model: nn.Module, device: Device | None, dtype: torch.dtype | None, make: LayerMaker) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stored_names: Iterable[str],
+        device: Device | None,
+        dtype: torch.dtype | None,
+        make: LayerMaker,
+    ) -> None:
         self._model, self._dtype, self._make = model, dtype, make
         self._device = None if device is None else _indexed(torch.device(device))
         self._wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self._rename = renaming(self._wanted)
+        self._rename = renaming(self._wanted, stored_names)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._layers: dict[str, nn.Module] = {}
         self._dense: dict[str, Tensor] = {}
@@ -166,8 +174,9 @@ class _Loading:
         if isinstance(linear.bias, nn.Parameter):
             old, kind = linear.bias, self._dtype or linear.bias.dtype
             place = next(layer.buffers()).device
-            bias = torch.zeros_like(old, dtype=kind, device=place) if old.is_meta else old.detach().to(place, kind)
-            layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+            # Not zeros_like: of a tensor on the meta device it imports a computer algebra system.
+            fresh = torch.zeros(old.shape, dtype=kind, device=place) if old.is_meta else old.detach().to(place, kind)
+            layer.bias = nn.Parameter(fresh, requires_grad=old.requires_grad)
         layer.train(linear.training)
         parent, _, leaf = name.rpartition(".")
         setattr(self._model.get_submodule(parent), leaf, layer)

@@ -6,13 +6,16 @@ conversion script (models/sam/convert_sam_to_hf.py).
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 Rename = Callable[[str], tuple[str, ...]]
 """From a stored name to the model's names for the same tensor."""
 
 _SAM_MARK = "vision_encoder.patch_embed.projection.weight"
 """In every `SamModel`, in no published checkpoint."""
+
+_PUBLISHED_MARKS, _TRANSFORMERS_MARK = ("image_encoder.", "prompt_encoder.pe_layer."), "vision_encoder."
+"""Beginnings of names by which the two are told apart: single names can mean different tensors in each."""
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _POSITIONS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
@@ -38,15 +41,15 @@ _SAM_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 )
 
 
-def renaming(model_names: Collection[str]) -> Rename:
-    """How stored names become the names of a model that has `model_names`; a name the model has stays as it is."""
-    known = frozenset(model_names)
-    translate = sam_names if _SAM_MARK in known else _same
-
-    def rename(name: str) -> tuple[str, ...]:
-        return (name,) if name in known else translate(name)
-
-    return rename
+def renaming(model_names: Collection[str], stored_names: Iterable[str]) -> Rename:
+    """How the names of an artifact become those of a model; `stored_names` are looked at until they tell."""
+    if _SAM_MARK in model_names:
+        for name in stored_names:
+            if name.startswith(_PUBLISHED_MARKS):
+                return sam_names
+            if name.startswith(_TRANSFORMERS_MARK):
+                break
+    return _same
 
 
 def sam_names(name: str) -> tuple[str, ...]:
