@@ -14,7 +14,7 @@ from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import OUTLIER_RMS, Fidelity, bulk, fidelity
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.rate import TOLERANCE_DB
-from birkhoff.codec.trajectory import Escapes
+from birkhoff.codec.trajectory import LOW, Escapes
 from birkhoff.kernels import runtime
 from birkhoff.kernels.decode import TRITON_DTYPES
 
@@ -101,7 +101,7 @@ def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]
         energy, error, absolute, greatest, _, step = _scalars(coded)
     code = LatticeTensor(i=coded.i, j=coded.j, escapes=escapes, step=step, columns=weight_RK.shape[1])
     mean = absolute / weight_RK.numel()
-    if step * (farthest + 1) > OUTLIER_RMS * math.sqrt(energy / weight_RK.numel()):
+    if outside or step * (1 - LOW) > OUTLIER_RMS * math.sqrt(energy / weight_RK.numel()):
         energy = bulk(weight_RK, energy).energy  # else nothing lies far enough out for it
     return code, Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=mean)
 
