@@ -1,6 +1,6 @@
 """One model's way through the workers: every shard once, or for a budget once to foretell and then until it fits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,7 +111,8 @@ class Passes:
 
     def _begin(self) -> list[ShardTask]:
         assert self._terms is not None  # nothing is foretold without a budget
-        self.records = {index: _unknown(self._plan, index) for index in range(len(self._plan.shards))}
+        coded = {plan.tensor.name for plan in self._plan.tensors if plan.action == "coded"}
+        self.records = {index: _unknown(self._plan, index, coded) for index in range(len(self._plan.shards))}
         beside, sizes = self._count(), [self._sizes[index] for index in range(len(self._sizes))]
         grid, terms = Grid.of(self.profile), self._terms
         self._search = Search.begin(grid, terms.limit, sizes, beside, hint_db=terms.hint_db)
@@ -150,9 +151,9 @@ class Passes:
         )
 
 
-def _unknown(plan: ModelPlan, index: int) -> ShardRecord:
-    """A record of the length that a shard's will have, with a container of no bytes."""
-    coded = [t.shape for t in plan.shards[index] if plan.actions[t.name] == "coded"]
+def _unknown(plan: ModelPlan, index: int, names: Container[str]) -> ShardRecord:
+    """A record of the length that a shard's will have, with a container of no bytes; `names` are coded tensors'."""
+    coded = [t.shape for t in plan.shards[index] if t.name in names]
     matrices = [shape for shape in coded if len(shape) == 2 and shape[1] > 1]
     return ShardRecord(
         key="0" * 64,

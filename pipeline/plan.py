@@ -37,11 +37,6 @@ class ModelPlan:
     overrides: Mapping[str, Override] = field(default_factory=dict)
     """What single tensors get over the profile, by name."""
 
-    @property
-    def actions(self) -> dict[str, str]:
-        """Action by tensor name."""
-        return {plan.tensor.name: plan.action for plan in self.tensors}
-
 
 def plan_model(
     name: str,

@@ -3,17 +3,19 @@
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.codec.profiles import PROFILES
+from birkhoff.codec.profiles import PROFILES, Profile
+from birkhoff.pipeline.artifact import BudgetRecord, ShardRecord, SourceRecord, VersionManifest
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.execute import TRIES, InlineExecutor, RayExecutor
-from birkhoff.pipeline.plan import plan_model
+from birkhoff.pipeline.passes import Passes, Terms
+from birkhoff.pipeline.plan import ModelPlan, plan_model
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import ShardTask
 from birkhoff.pipeline.source import open_checkpoint
@@ -112,3 +114,29 @@ def test_more_workers_than_the_cluster_has_is_refused_not_waited_for(
     with pytest.raises(WorkerError, match="999 workers asked for"):
         executor.capacity(999)
     assert TRIES >= 2
+
+
+def test_a_budget_ends_at_the_same_target_on_workers_as_in_this_process(executor: RayExecutor, tmp_path: Path) -> None:
+    plan_tasks = tasks(tmp_path, 6, seed=7)
+    plan = ModelPlan(tensors=(), shards=tuple(task.tensors for task in plan_tasks))
+
+    def describe(profile: Profile, records: Sequence[ShardRecord]) -> VersionManifest:
+        source = SourceRecord(file="net.safetensors", sha256="0" * 64, bytes=10**6, format="safetensors")
+        recipe = profile.recipe()
+        return VersionManifest(model="net", source=source, profile="p", recipe=recipe, code="0", shards=tuple(records))
+
+    def search(runner: RayExecutor | InlineExecutor) -> Passes:
+        terms = Terms(budget=BudgetRecord(max_bytes=40_000), limit=40_000, pointers=500, hint_db=None)
+        passes = Passes("net", plan, PROFILES["fast"], describe, terms=terms)
+        queue = TaskQueue(passes.start(), budget=1 << 30)
+        for outcome in runner.run(queue):
+            assert outcome.result is not None, outcome.error
+            queue.add(passes.take(outcome.task.index, outcome.result))
+        assert passes.whole
+        return passes
+
+    remote = search(executor)
+    with InlineExecutor(StoreAddress.parse((tmp_path / "other").as_uri())) as inline:
+        here = search(inline)
+    assert remote.profile == here.profile
+    assert {i: record.blob for i, record in remote.records.items()} == {i: r.blob for i, r in here.records.items()}
