@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from birkhoff.codec import paper
+from birkhoff.codec import packed, paper
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.metrics import fidelity, sqnr_db
 from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES
-from birkhoff.codec.tensor import decode_tensor, encode_tensor
+from birkhoff.codec.tensor import decode_tensor, encode_tensor, is_matrix, lattice_of
 from tests.benchmarks import codec_report, common, measure, nnc, peers
 from tests.benchmarks.checkpoints import DEMO, Checkpoint, demo_sam, minilm
 
@@ -61,6 +61,7 @@ def collect(nnc_python: Path | None, nnc_sweep: Path | None) -> dict[str, Any]:
         "peak_memory_of": list(large.shape),
         "large_tensors": large_tensors(language),
         "agreement": agreement(segmenter),
+        "in_memory": [row for model in (language, segmenter) for row in in_memory(model)],
     }
     if nnc_python or (nnc_sweep and nnc_sweep.exists()):
         found = _sweep(language, nnc_python, nnc_sweep)
@@ -77,8 +78,37 @@ def rows(model: Checkpoint) -> list[dict[str, Any]]:
     return [row.record() for row in found]
 
 
-def _is_matrix(model: Checkpoint, name: str) -> bool:
-    return model.tensors[name].dim() == 2
+def in_memory(model: Checkpoint) -> list[dict[str, Any]]:
+    """The packed forms of every matrix that a profile codes: bits, and SQNR against the original and what is stored."""
+    table = []
+    for name, bits in ((name, bits) for name in ("balanced", "fine") for bits in (12, 10)):
+        sums = {"energy": 0.0, "original": 0.0, "stored": 0.0, "bytes": 0, "weights": 0}
+        each: list[float] = []
+        for key, weight in model.tensors.items():
+            stored = encode_tensor(key, weight, PROFILES[name]).tensor
+            if not is_matrix(stored):
+                continue
+            code = lattice_of(stored)
+            form = packed.pack(code, 12 if bits == 12 else 10)
+            original, again = fidelity(weight, form.decode()), fidelity(code.decode(), form.decode())
+            sums["energy"] += original.energy
+            sums["original"] += original.error
+            sums["stored"] += again.error
+            sums["bytes"] += form.nbytes
+            sums["weights"] += weight.numel()
+            each.append(again.sqnr_db)
+        table.append(
+            {
+                "model": model.name,
+                "profile": name,
+                "form": f"packed{bits}",
+                "bits": 8 * sums["bytes"] / sums["weights"],
+                "original_db": sqnr_db(sums["energy"], sums["original"]),
+                "stored_db": sqnr_db(sums["energy"], sums["stored"]),
+                "least_stored_db": min(each),
+            }
+        )
+    return table
 
 
 def large_tensors(model: Checkpoint) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def markdown(results: Result) -> str:
         _agreement(results["agreement"]),
         _cores(results),
         _large(results["large_tensors"]),
+        _in_memory(results["in_memory"]),
         _rate_distortion(results),
     ]
     return "\n\n".join(sections) + "\n"
@@ -132,6 +133,31 @@ def _large(found: Result) -> str:
         f"({found['weights'] / 1e6:.1f} M weights): {found['match-paper']:.3f} bits a weight at the published codec's "
         f"error tensor by tensor, which itself takes {found['paper']:.3f}."
     )
+
+
+def _in_memory(rows: list[Result]) -> str:
+    head = [
+        "model",
+        "profile",
+        "form",
+        "bits/weight",
+        "dB against the original",
+        "against the stored",
+        "least of a matrix",
+    ]
+    cells = [
+        [
+            row["model"], row["profile"], row["form"], f"{row['bits']:.3f}", f"{row['original_db']:.2f}",
+            f"{row['stored_db']:.2f}", f"{row['least_stored_db']:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    note = (
+        "What `load_into(..., memory=...)` holds of the matrices: beside 8 bits a weight, which is exactly what is "
+        "stored, the packed forms, which code it once more. SQNR of all matrices together, and of the worst against "
+        "what is stored."
+    )
+    return f"## In memory\n\n{note}\n\n{table(head, cells)}"
 
 
 def _rate_distortion(results: Result) -> str:
