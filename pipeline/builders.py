@@ -4,8 +4,8 @@ Weights alone do not say what computes on them. In this order:
 
 1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
 2. a transformers configuration beside the weights: `config.json`, or the weights' own name with `.json`;
-3. architectures known by their tensors: the published SAM-B, -L and -H, in segment-anything's names (needs that
-   package) or in transformers'.
+3. architectures known by their tensors: the published SAM-B, -L and -H, in segment-anything's names (built by that
+   package, or by transformers where it is not installed) or in transformers'.
 
 Nothing that a store holds names code to run: a builder is code on this machine that the user named.
 """
@@ -19,11 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
 from birkhoff.pipeline.load import load_into
+from birkhoff.pipeline.name_maps import sam_names
 from birkhoff.pipeline.source import Checkpoint, open_checkpoint, read_tensor
 from birkhoff.pipeline.workplace import source_cache
 
@@ -49,6 +50,9 @@ _TRANSFORMERS_SIZES = {
     },
 }
 """Vision configurations of the published models: facebookresearch/segment-anything, build_sam.py."""
+
+_RELATIVE = {"image_encoder.blocks.0.attn.rel_pos_h", "vision_encoder.layers.0.attn.rel_pos_h"}
+"""Relative positions, which the published encoders have, in the names of both packages."""
 
 
 def compressed_model(
@@ -189,13 +193,13 @@ def from_config(path: Path) -> nn.Module:
 def _known(label: str, shapes: Shapes) -> nn.Module:
     """A model of the published family, known by its tensors. Raises BuilderError."""
     size = _SIZES.get(shapes.get("image_encoder.patch_embed.proj.bias", (0,))[0])
-    if size and "image_encoder.blocks.0.attn.rel_pos_h" in shapes:
+    if size and "image_encoder.blocks.0.attn.rel_pos_h" in shapes and importlib.util.find_spec("segment_anything"):
         package = _package("segment_anything", f"{label} is SAM-{size.upper()} in the names of segment-anything")
         official: nn.Module = package.sam_model_registry[f"vit_{size}"]()
         return official
-    size = _SIZES.get(shapes.get("vision_encoder.patch_embed.projection.bias", (0,))[0])
-    if size and "vision_encoder.layers.0.attn.rel_pos_h" in shapes:
-        transformers = _package("transformers", f"{label} is SAM-{size.upper()} in the names of transformers")
+    size = size or _SIZES.get(shapes.get("vision_encoder.patch_embed.projection.bias", (0,))[0])
+    if size and _RELATIVE & shapes.keys():
+        transformers = _package("transformers", f"{label} is SAM-{size.upper()}")
         theirs: nn.Module = transformers.SamModel(transformers.SamConfig(vision_config=_TRANSFORMERS_SIZES[size]))
         return theirs
     raise BuilderError(
@@ -214,7 +218,12 @@ def _package(name: str, why: str) -> ModuleType:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into a model; names that the model ties need be there once only."""
-    tensors = {tensor.name: read_tensor(tensor) for tensor in checkpoint.tensors}
+    published = any(tensor.name.startswith("image_encoder.") for tensor in checkpoint.tensors)
+    translated = published and hasattr(model, "vision_encoder")  # a published checkpoint in transformers' SamModel
+    tensors: dict[str, Tensor] = {}
+    for tensor in checkpoint.tensors:
+        names = sam_names(tensor.name) if translated else (tensor.name,)
+        tensors |= dict.fromkeys(names, read_tensor(tensor))
     for copy, kept in (getattr(model, "_tied_weights_keys", None) or {}).items():
         for absent, present in ((copy, kept), (kept, copy)):
             if absent not in tensors and present in tensors:

@@ -241,14 +241,24 @@ def published_names(width):
 def test_published_architectures_are_known_by_their_tensors(monkeypatch, tmp_path):
     built = []
     registry = {f"vit_{size}": lambda size=size: built.append(size) or nn.Identity() for size in "blh"}
-    monkeypatch.setitem(sys.modules, "segment_anything", SimpleNamespace(sam_model_registry=registry))
+    package = SimpleNamespace(sam_model_registry=registry, __spec__=object())
+    monkeypatch.setitem(sys.modules, "segment_anything", package)
     for width in (768, 1024, 1280):
         save_file(published_names(width), tmp_path / "sam.safetensors")
         with pytest.raises(ModelMismatchError, match="patch_embed"):
             builders.original_model(tmp_path / "sam.safetensors", device="cpu")
     assert built == ["b", "l", "h"]
     monkeypatch.setitem(sys.modules, "segment_anything", None)
-    with pytest.raises(BuilderError, match=r"SAM-H in the names of segment-anything.*pip install segment-anything"):
+    widths = []
+    package = SimpleNamespace(SamConfig=lambda vision_config: vision_config["hidden_size"])
+    package.SamModel = lambda width: widths.append(width) or nn.Identity()
+    with monkeypatch.context() as patched:
+        patched.setattr(builders, "_package", lambda name, why: {"transformers": package}[name])
+        with pytest.raises(ModelMismatchError, match="does not fit the model"):
+            builders.original_model(tmp_path / "sam.safetensors", device="cpu")
+    assert widths == [1280]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BuilderError, match=r"is SAM-H, and transformers cannot be imported .*pip install transformers"):
         builders.original_model(tmp_path / "sam.safetensors", device="cpu")
 
 
