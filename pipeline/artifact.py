@@ -26,6 +26,7 @@ from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.store import Store
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+VersionName = Annotated[str, Field(pattern=r"^v[1-9][0-9]{0,8}$")]
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
@@ -140,7 +141,7 @@ class NameRecord(Document):
 class NameSignature(Document):
     """One statement of a key: this version was published under this name."""
 
-    version: str
+    version: VersionName
     signed: str
     """UTC, ISO 8601."""
     signature: Annotated[str, Field(max_length=128)]
@@ -166,7 +167,7 @@ class AliasSignature(Document):
 class AliasState(Document):
     """What an alias pointed at, and since when."""
 
-    version: str
+    version: VersionName
     digest: Digest
     gen: Annotated[int, Field(ge=1)]
     """Counts the alias's changes; never goes back."""

@@ -20,7 +20,15 @@ from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import FALLBACKS, decode_tensor
-from birkhoff.pipeline.artifact import ShardRecord, VersionManifest, blob_key, read_document, sha256
+from birkhoff.pipeline.artifact import (
+    MAX_DOCUMENT_BYTES,
+    ShardRecord,
+    VersionManifest,
+    blob_key,
+    check_size,
+    read_document,
+    sha256,
+)
 from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.blob_download import Blob
 from birkhoff.pipeline.blob_fetch import fetch
@@ -93,14 +101,14 @@ class StoredArtifact(Artifact):
         self.label = f"{version.model}@{version.name or version.digest[:12]}"
 
     def read_blob(self, shard: ShardRecord) -> bytes:
-        """Fetch a shard's bytes."""
-        return self._get(shard, None)
+        """Fetch a shard's bytes, and of a longer object one byte more: its digest is then another."""
+        return self._get(shard, shard.bytes + 1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Fetch the start of a shard."""
         return self._get(shard, size)
 
-    def _get(self, shard: ShardRecord, length: int | None) -> bytes:
+    def _get(self, shard: ShardRecord, length: int) -> bytes:
         try:
             return self._store.get(blob_key(shard.blob), length=length)
         except ObjectNotFoundError:
@@ -163,12 +171,16 @@ class PulledArtifact(Artifact):
         """Raises IntegrityError, and TrustError if the folder is not signed as `trust` demands."""
         self._folder = folder
         self.label = str(folder)
-        manifest, version = (self._read(folder / name, None) for name in (MANIFEST_FILE, VERSION_FILE))
+        manifest, version = (
+            self._read(folder / name, MAX_DOCUMENT_BYTES + 1) for name in (MANIFEST_FILE, VERSION_FILE)
+        )
+        check_size(str(folder / MANIFEST_FILE), manifest)
+        check_size(str(folder / VERSION_FILE), version)
         try:
             note = json.loads(version)
             digest, name = note["digest"], note["version"]
             signatures = noted_signatures(note)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError):
             raise IntegrityError(f"{folder / VERSION_FILE} is damaged; pull again") from None
         if sha256(manifest) != digest:
             raise IntegrityError(f"{folder / MANIFEST_FILE} does not match its digest {digest}; pull again")
@@ -177,16 +189,16 @@ class PulledArtifact(Artifact):
 
     def read_blob(self, shard: ShardRecord) -> bytes:
         """Read a shard's file."""
-        return self._read(self._folder / shard_file(self.manifest, shard), None)
+        return self._read(self._folder / shard_file(self.manifest, shard), shard.bytes + 1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Read the start of a shard's file."""
         return self._read(self._folder / shard_file(self.manifest, shard), size)
 
-    def _read(self, path: Path, size: int | None) -> bytes:
+    def _read(self, path: Path, size: int) -> bytes:
         try:
             with path.open("rb") as file:
-                return file.read(-1 if size is None else size)
+                return file.read(size)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; pull again") from None
 

@@ -47,6 +47,7 @@ _SLACK_SECONDS = 2.0
 """Stores give times in whole seconds."""
 
 _POLL_SECONDS = 0.5
+_MAX_LEASE_BYTES = 4096
 _OPEN, _SWEEP = "runs/open/", "runs/sweep/"
 
 
@@ -169,9 +170,9 @@ def _clear(store: Store, now: datetime) -> None:
 def _holder(store: Store, info: ObjectInfo) -> str:
     """Who holds a lease, for people: the body is theirs alone, so anything may be in it."""
     try:
-        held = json.loads(store.get(info.key))
+        held = json.loads(store.get(info.key, length=_MAX_LEASE_BYTES))
         return f"one of them process {held['pid']} on {held['host']}, since {held['started']}"
-    except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+    except (ObjectNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return f"one of them {info.key}"
 
 

@@ -88,7 +88,7 @@ def recall(store: str | None, reference: str, cache: BlobCache, trust: Trust) ->
             manifest=manifest,
             signatures=noted_signatures(note),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IntegrityError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError) as error:
         raise IntegrityError(
             f"cache {cache.folder}: its note of {reference} is damaged ({error}); pull again"
         ) from None
