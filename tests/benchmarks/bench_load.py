@@ -177,7 +177,7 @@ def _report(figures: dict[str, list[dict[str, float]]], stored: dict[str, int], 
                 f"{min(one['load_s'] for one in taken):.2f}",
                 f"{max(one['load_s'] for one in taken):.2f}",
                 f"{middle['start_s']:.2f}",
-                f"{middle['host_bytes'] / 1e6:.0f}",
+                f"{middle['host_bytes'] / 1e6:.0f}" if "host_bytes" in middle else "not measured",
                 f"{middle['model_bytes'] / 1e6:.0f}",
             ]
         )
