@@ -67,3 +67,10 @@ def test_actions_come_with_reasons_and_integers_alone_are_refused(tmp_path: Path
         SourceError, match="the 1 tensors of model 'm' are int64; coded are bfloat16, float16, float32, float64: point"
     ):
         plan_model("m", only_integers, PROFILES["balanced"], shard_bytes=1 << 20)
+
+
+def test_a_checkpoint_of_float8_alone_says_what_could_be_coded(tmp_path: Path) -> None:
+    tensors = (stored("a.weight", (64, 64), "float8_e4m3fn"),)
+    checkpoint = Checkpoint(path=tmp_path, files=(), nbytes=1, format="safetensors", tensors=tensors)
+    with pytest.raises(SourceError, match="of model 'm' are float8_e4m3fn; coded are bfloat16, float16, float32"):
+        plan_model("m", checkpoint, PROFILES["balanced"], shard_bytes=1 << 20)
