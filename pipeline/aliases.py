@@ -99,7 +99,7 @@ def promote(
         StoreError: the store failed.
     """
     _check_alias(alias)
-    digest, publisher = live_name(store, model, name).digest, uuid.uuid4().hex
+    publisher = uuid.uuid4().hex
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
         protected = (before is not None and bool(before.protected)) if protect is None else protect
@@ -110,6 +110,7 @@ def promote(
         return _next(before, name, digest, publisher, protected=protected)
 
     with open_run(store):
+        digest = live_name(store, model, name).digest  # only now it cannot be collected any more
         return _swap(store, model, alias, decide, signer)
 
 
@@ -138,7 +139,7 @@ def rollback(
         known = ", ".join(aliases(store, model)) or "none"
         raise ArtifactNotFoundError(f"{store.url}: model {model!r} has no alias {alias!r}; it has: {known}")
     target = to or _version_before(model, alias, first)
-    digest, publisher = live_name(store, model, target).digest, uuid.uuid4().hex
+    publisher = uuid.uuid4().hex
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
         if before is None or before.version == target:
@@ -152,6 +153,7 @@ def rollback(
         return _next(before, target, digest, publisher, protected=bool(before.protected), back=True)
 
     with open_run(store):
+        digest = live_name(store, model, target).digest  # as above
         return _swap(store, model, alias, decide, signer)
 
 

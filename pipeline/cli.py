@@ -137,7 +137,7 @@ def compress(
         def start() -> Executor:
             if executor is ExecutorName.INLINE:
                 return InlineExecutor(opened.address)
-            return RayExecutor(opened.address, address=address)
+            return RayExecutor(opened.address, address=address, shard_seconds=chosen.shard_seconds)
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         with (

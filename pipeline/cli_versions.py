@@ -124,13 +124,14 @@ def rollback(
 
 @app.command()
 def history(model: ModelArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show the versions of a model and every move of its aliases, oldest first."""
-    from birkhoff.pipeline.history import history_rows
+    """Show the versions of a model and every move of its aliases, oldest first, and the trend of its versions."""
+    from birkhoff.pipeline.history import history_rows, trend
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import show
 
     with open_default_store(store) as opened:
-        show(output(), HISTORY_COLUMNS, history_rows(opened, model), as_json=as_json)
+        rows = history_rows(opened, model)
+    show(output(), HISTORY_COLUMNS, rows, as_json=as_json, title=trend(rows))
 
 
 @app.command()
@@ -162,6 +163,9 @@ def gc(
         int | None,
         typer.Option(min=1, metavar="N", help="Retire versions beyond a model's newest N that no alias points at."),
     ] = None,
+    wait: Annotated[
+        str, typer.Option(metavar="TIME", help="Give open runs so long to end; new ones are held off meanwhile.")
+    ] = "0s",
     keep_runs: Annotated[
         int, typer.Option(min=0, metavar="N", help="Keep the reports of the newest N runs, whatever their age.")
     ] = 100,
@@ -175,7 +179,7 @@ def gc(
 
     limit = duration(grace)
     with open_default_store(store) as opened:
-        found = collect(opened, grace=limit, keep=keep, keep_runs=keep_runs, delete=yes)
+        found = collect(opened, grace=limit, keep=keep, keep_runs=keep_runs, delete=yes, wait=duration(wait))
     show(output(), GC_COLUMNS, found.rows(), as_json=as_json)
     if not as_json:
         freed = size(sum(item.info.size for item in found.garbage))

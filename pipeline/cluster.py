@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import signal
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -70,10 +70,11 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def _start(self) -> None:
         # Sockets lie deep below this folder and a socket's path has at most 107 bytes, so not below TMPDIR.
-        folder = Path(tempfile.mkdtemp(prefix="bf-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), f"bf-ray-{uuid.uuid4().hex[:12]}")
         debug = log.isEnabledFor(logging.DEBUG)
         log.debug("Ray's logs are in %s", folder)
         self._reaper = Reaper(None if debug else folder)
+        folder.mkdir(mode=0o700)  # only now that it is looked after
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve beside anybody else's work
         with self._reaper.covering():
             _quiet_init(

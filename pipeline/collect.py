@@ -132,10 +132,13 @@ def collect(
     keep: int | None = None,
     keep_runs: int = DEFAULT_KEEP_RUNS,
     delete: bool = False,
+    wait: timedelta = timedelta(0),
 ) -> Collection:
     """Retire the versions of every model beyond `keep`, and delete what nothing refers to for longer than `grace`.
 
     Of reports, those beyond the newest `keep_runs` runs go, once they are older than `grace`.
+
+    Runs that are open get the time `wait` to end, and new ones are held off meanwhile.
 
     Without `delete` the store is only read; meant for people: what others do meanwhile may fall between its readings.
 
@@ -148,7 +151,7 @@ def collect(
     if not delete:
         chosen = {(model, name) for model in thinned for name in retirable(store, model, keep or 0)}
         return _Mark(store, datetime.now(UTC), grace, chosen, keep_runs).run(deleted=False)
-    with sweeping(store) as lease:
+    with sweeping(store, wait_seconds=wait.total_seconds()) as lease:
         chosen = {(model, name) for model in thinned for name in retire(store, model, keep or 0)}
         found = _Mark(store, lease.renew(), grace, chosen, keep_runs).run(deleted=True)
         _sweep(store, found.garbage, lease)

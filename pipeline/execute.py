@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.cluster import Cluster
@@ -126,9 +127,10 @@ class Worker:
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
 
     def identity(self) -> dict[str, Any]:
-        """What this process is: its id, whether it sees a GPU, and who owns a top-level `kernels`, if anyone."""
+        """What this process is: id, whether it sees a GPU, where its code is, who owns a top-level `kernels`."""
         spec = importlib.util.find_spec("kernels")
-        return {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "kernels": spec and spec.origin}
+        facts = {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "package": birkhoff.__file__}
+        return {**facts, "kernels": spec and spec.origin}
 
     def trim(self) -> None:
         """Give memory that is kept for later back to the device."""

@@ -4,8 +4,9 @@ A publisher relies on objects that nothing refers to yet: shards of an earlier r
 Garbage collection deletes just those, and no store deletes on a condition. So the two exclude each other:
 
 1. Each announces itself first: an object of its own, `runs/open/<id>.json` or `runs/sweep/<id>.json`.
-2. Only then it looks for the others. A publisher that finds a sweep waits until it is over; a sweep that finds any
-   other lease gives up and has deleted nothing.
+2. Only then it looks for the others. A publisher that finds a sweep takes its lease back, waits until the sweep is over
+   and begins anew; a sweep that finds any other lease gives up and has deleted nothing, or keeps its lease and waits
+   for those that were there before it. Its lease keeps new ones out, so runs that overlap for ever do not starve it.
 
 Listings show every object written before they began, so of two that start together at least one sees the other:
 a publisher at work and a sweep at work never overlap. Publishers do not exclude each other.
@@ -27,8 +28,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from types import MappingProxyType
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.artifact import utc_now
@@ -87,43 +90,87 @@ class Lease:
         return self._renewed is not None and _clock() - self._renewed > LEASE_SECONDS
 
 
+_mine: ContextVar[Mapping[str, Lease]] = ContextVar("birkhoff_open_runs", default=MappingProxyType({}))
+"""Open runs of this thread by the store's URL."""
+
+
 @contextlib.contextmanager
 def open_run(store: Store) -> Iterator[Lease]:
-    """Hold off garbage collection while publishing; waits for one that is under way. Runs may be nested or overlap.
+    """Hold off garbage collection while publishing; waits for one that is under way or asked for.
 
     Whoever looks for stored shards in order to reuse them holds an open run from the first look until the version that
-    refers to them is published.
+    refers to them is published. A run opened inside another one of the same thread is that one: it must not wait for
+    a collection that waits for the outer one. Runs of others may overlap.
 
     Raises:
         StoreError: the store failed.
     """
-    with _held(store, _OPEN) as (lease, now):
-        waited = False
-        while _live(store, _SWEEP, now, lease):
-            if not waited:
-                log.warning("waiting for the garbage collection of %s to end", store.url)
-            waited = True
-            time.sleep(_POLL_SECONDS)
-            now = lease.renew()
-        yield lease
+    outer = _mine.get().get(store.url)
+    if outer is not None:
+        yield outer
+        return
+    waited = False
+    while True:
+        with _held(store, _OPEN) as (lease, now):
+            if not _live(store, _SWEEP, now, lease):
+                token = _mine.set({**_mine.get(), store.url: lease})
+                try:
+                    yield lease
+                finally:
+                    _mine.reset(token)
+                return
+        # Withdrawn while it waits: the sweep may be waiting itself, for the runs it has found.
+        if not waited:
+            log.warning("waiting for the garbage collection of %s to end", store.url)
+        waited = True
+        _wait_for_sweeps(store, now)
 
 
 @contextlib.contextmanager
-def sweeping(store: Store) -> Iterator[Lease]:
+def sweeping(store: Store, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
     """Keep publishers out while deleting.
 
+    Runs that are open get `wait_seconds` to end; none begins meanwhile, so that runs which overlap without a pause do
+    not hold it off for ever.
+
     Raises:
-        StoreError: someone publishes or sweeps there now, or the store failed.
+        StoreError: someone still publishes or sweeps there, or the store failed.
     """
-    with _held(store, _SWEEP) as (lease, now):
-        others = [*_live(store, _OPEN, now, lease), *_live(store, _SWEEP, now, lease)]
-        if others:
+    deadline = _clock() + wait_seconds
+    while True:
+        with _held(store, _SWEEP) as (lease, now):
+            others = _others(store, now, lease)
+            while others and _clock() < deadline and not _yields(lease, others):
+                time.sleep(_POLL_SECONDS)
+                others = _others(store, lease.renew(), lease)
+            if not others:
+                _clear(store, lease.renew())
+                yield lease
+                return
+            holder = _holder(store, others[0])
+        if _clock() >= deadline:
             raise StoreError(
-                f"gc: {store.url} has open runs ({len(others)}, {_holder(store, others[0])}), so nothing was deleted; "
-                f"try again when they have ended (that of a dead process ends after {LEASE_SECONDS:g} s)"
+                f"gc: {store.url} has open runs ({len(others)}, {holder}), so nothing was deleted; try again when they "
+                f"have ended (that of a dead process ends after {LEASE_SECONDS:g} s), or give them time with --wait"
             )
-        _clear(store, now)
-        yield lease
+        time.sleep(_POLL_SECONDS)
+
+
+def _others(store: Store, now: datetime, lease: Lease) -> list[ObjectInfo]:
+    """Whom a sweep has to wait for."""
+    return [*_live(store, _OPEN, now, lease), *_live(store, _SWEEP, now, lease)]
+
+
+def _yields(lease: Lease, others: list[ObjectInfo]) -> bool:
+    """Whether a waiting sweep withdraws: of two that wait for each other the one with the lesser key stays."""
+    return any(info.key.startswith(_SWEEP) and info.key < lease.key for info in others)
+
+
+def _wait_for_sweeps(store: Store, now: datetime) -> None:
+    """Wait until no sweep counts any more; `now` is the store's time at the call."""
+    since = _clock()
+    while any(not _ended(info, now + timedelta(seconds=_clock() - since)) for info in store.list(_SWEEP)):
+        time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager

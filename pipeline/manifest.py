@@ -69,6 +69,8 @@ class Manifest(Quality):
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
     """Source bytes at work at any time, in MiB; an eighth of the machine's memory where left out."""
+    shard_seconds: Annotated[float, Field(gt=0, strict=False)] = 900.0
+    """How long a worker may take for a shard before it counts as hung, is killed, and the shard tried elsewhere."""
     keep: Annotated[int, Field(ge=1)] | None = None
     """Versions a model keeps; older ones that no alias points at are retired when a new one is published."""
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1, strict=False)]

@@ -21,12 +21,15 @@ from pathlib import Path
 
 MARK = "BIRKHOFF_RUN"
 _PATIENCE_SECONDS = 10.0
-_SETTLED_SCANS = 2
-"""Scans in a row that must find nothing: a process may be starting another one while it is being killed."""
+_SCAN_SECONDS = 0.05
+_SETTLED_SECONDS = 3.0
+"""How long nothing may be found after a driver was killed: a process that it was just starting has no mark yet."""
+
+_ORDERLY = b"q"
 
 
 class Reaper:
-    """Looks after processes started inside `covering`, and after `folder`; None to leave a folder alone."""
+    """Looks after processes started inside `covering`, and after `folder` (None for none), which need not exist yet."""
 
     def __init__(self, folder: Path | None) -> None:
         self._mark = uuid.uuid4().hex
@@ -50,21 +53,22 @@ class Reaper:
     def close(self) -> None:
         """End everything now; returns when it is gone."""
         assert self._process.stdin is not None  # a pipe, see above
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # ended already
+            self._process.stdin.write(_ORDERLY)
+            self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(2 * _PATIENCE_SECONDS)
 
 
-def reap(mark: str) -> None:
-    """Kill every process that carries the mark, until there are none."""
-    deadline, quiet = time.monotonic() + _PATIENCE_SECONDS, 0
-    while quiet < _SETTLED_SCANS and time.monotonic() < deadline:
-        found = marked(mark)
-        for pid in found:
+def reap(mark: str, settled_seconds: float) -> None:
+    """Kill every process that carries the mark, until there were none for `settled_seconds`."""
+    start = last = time.monotonic()
+    while time.monotonic() < min(last + settled_seconds, start + _PATIENCE_SECONDS):
+        for pid in marked(mark):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        quiet = 0 if found else quiet + 1
-        time.sleep(0.02)
+            last = time.monotonic()
+        time.sleep(_SCAN_SECONDS)
 
 
 def marked(mark: str) -> list[int]:
@@ -82,11 +86,13 @@ def main(mark: str, folder: str) -> None:
     """Wait for the driver's end, then clean up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    while os.read(0, 1):
-        pass
-    reap(mark)
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    said = b""
+    while byte := os.read(0, 1):
+        said += byte
+    reap(mark, 2 * _SCAN_SECONDS if said == _ORDERLY else _SETTLED_SECONDS)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while folder and Path(folder).exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)  # what was killed may have been writing a moment ago
 
 
 if __name__ == "__main__":

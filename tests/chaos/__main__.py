@@ -55,9 +55,10 @@ def kills(arguments: Sequence[str]) -> int:
             for number in range(options.rounds):
                 found.append(harness.round(number, targets_of(options.target, options.kills, rng)))
                 print(line(found[-1]), flush=True)
+                save(options.out, options.target, record(options.target, options.seed, found))
         finally:
             world.close()
-    save(options.out, options.target, record(options.target, options.seed, found))
+    print((options.out / "kills.md").read_text())
     return 1 if any(one.failed for one in found) else 0
 
 
@@ -99,7 +100,6 @@ def save(folder: Path, target: str, one: dict[str, Any]) -> None:
     ]
     page = f"{PREFACE}\n\n{common.table(HEAD, [_cells(row) for row in records.values()])}\n\n" + "\n".join(facts) + "\n"
     (folder / "kills.md").write_text(page)
-    print(page)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -269,12 +269,73 @@ def test_what_cannot_be_read_stops_a_collection_before_it_deletes(store: Store, 
 
 def test_an_open_run_holds_off_a_sweep(store: Store) -> None:
     keep(store, "a")
-    with open_run(store), open_run(store):
-        with pytest.raises(StoreError, match=r"has open runs \(2, one of them process \d+ on .*nothing was deleted"):
+    with open_run(store) as outer, open_run(store) as inner:
+        assert inner is outer  # of one thread: it must not wait for a sweep that waits for the outer one
+        with pytest.raises(StoreError, match=r"has open runs \(1, one of them process \d+ on .*nothing was deleted"):
             collect(store, grace=NOW, delete=True)
         assert len(collect(store, grace=NOW).garbage) == 2
     assert len(collect(store, grace=NOW, delete=True).garbage) == 2
     assert keys(store) == set()
+
+
+def test_a_sweep_that_waits_is_not_starved_by_runs_that_overlap(store: Store) -> None:
+    """Two publishers so that always one of them is open: without waiting a sweep never finds the store free."""
+    keep(store, "garbage")
+    turn, stop = threading.Semaphore(0), threading.Event()
+    began: list[float] = []
+
+    def publisher(first: bool) -> None:
+        if not first:
+            assert turn.acquire(timeout=60)
+        while not stop.is_set():
+            with open_run(store) as run:
+                began.append(time.monotonic())
+                turn.release()  # the other one opens before this one ends, unless a sweep holds it off
+                turn.acquire(timeout=1)
+                run.check()
+
+    with ThreadPoolExecutor(2) as pool:
+        publishers = [pool.submit(publisher, first) for first in (True, False)]
+        try:
+            while len(began) < 3:
+                time.sleep(0.01)
+            with pytest.raises(StoreError, match="has open runs"):
+                collect(store, grace=NOW, delete=True)
+            found = collect(store, grace=NOW, delete=True, wait=timedelta(seconds=120))
+        finally:
+            stop.set()
+            turn.release(2)
+        for future in publishers:
+            future.result()
+    assert {item.info.key for item in found.garbage} == {
+        shard_key(record_of("garbage").key),
+        blob_key(record_of("garbage").blob),
+    }
+
+
+def test_runs_inside_an_open_run_do_not_wait_for_the_sweep_that_waits_for_it(store: Store) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with open_run(store):
+            waiting = pool.submit(collect, store, grace=NOW, delete=True, wait=timedelta(seconds=120))
+            while not keys(store, "runs/sweep/"):
+                time.sleep(0.01)
+            version = make(store, "net", "a")  # publishes under a run of its own
+            assert not waiting.done()
+        assert waiting.result().garbage == []
+    assert is_whole(store, version.manifest)
+
+
+def test_sweeps_that_wait_for_each_other_take_turns(store: Store) -> None:
+    keep(store, "a")
+    with ThreadPoolExecutor(3) as pool:
+        with open_run(store):
+            sweeps = [
+                pool.submit(collect, store, grace=NOW, delete=True, wait=timedelta(seconds=120)) for _ in range(3)
+            ]
+            while len(keys(store, "runs/sweep/")) < 2:
+                time.sleep(0.005)
+        assert sorted(len(sweep.result().garbage) for sweep in sweeps) == [0, 0, 2]
+    assert keys(store, "runs/") == set()
 
 
 def test_two_sweeps_exclude_each_other(store: Store) -> None:

@@ -69,6 +69,23 @@ def test_put_back_runs_again_and_drop_forgets() -> None:
     assert len(queue) == 0
 
 
+def test_a_task_put_back_as_alone_runs_last_and_by_itself() -> None:
+    queue = TaskQueue([task(0, 30), task(1, 20), task(2, 10)], budget=10**9)
+    first = queue.take()
+    assert first is not None
+    queue.put_back(first, alone=True)
+    others = [queue.take(), queue.take()]
+    assert [other and other.index for other in others] == [1, 2]
+    assert queue.take() is None
+    for other in others:
+        assert other is not None
+        queue.done(other)
+    again = queue.take()
+    assert again == first
+    assert queue.is_alone(first)
+    assert queue.take() is None
+
+
 @given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from("abc")), max_size=25), st.integers(1, 300), st.data())
 @settings(max_examples=100, deadline=None)
 def test_every_task_runs_once_within_the_bounds(items: list[tuple[int, str]], budget: int, data: st.DataObject) -> None:
