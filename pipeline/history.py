@@ -12,6 +12,7 @@ from birkhoff.pipeline.artifacts import StoredArtifact, TensorRow, inspect
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.names import all_names
 from birkhoff.pipeline.publish import resolve
+from birkhoff.pipeline.report_charts import sparkline
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.validate import summary
 
@@ -34,6 +35,17 @@ def history_rows(store: Store, model: str) -> list[Row]:
     rows += [row for alias, record in aliases(store, model).items() for row in _alias_rows(alias, record)]
     # Times are whole seconds: a stable sort keeps each alias's moves in order, after the versions they point at.
     return sorted(rows, key=lambda row: str(row["time"]))
+
+
+def trend(rows: list[Row]) -> str:
+    """Ratio and SQNR of the published versions as sparklines, oldest first; nothing for less than two."""
+    published = [row for row in rows if row["event"] == "published"]
+    said = []
+    for key, title in (("ratio", "ratio"), ("sqnr_db_min", "SQNR min dB"), ("sqnr_db_median", "median dB")):
+        values = [value for row in published if isinstance(value := row[key], float)]
+        if len(values) > 1:
+            said.append(f"{title} {sparkline(values)} {values[0]:.2f} to {values[-1]:.2f}")
+    return ", ".join(said)
 
 
 def _name_rows(store: Store, model: str, name: str, record: NameRecord) -> Iterator[Row]:
