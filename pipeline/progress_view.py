@@ -116,5 +116,5 @@ def _bar(done: int, total: int, width: int) -> ProgressBar:
         width=width,
         complete_style="cyan",
         finished_style="green",
-        style="bright_black",
+        style="grey30",
     )

@@ -82,6 +82,10 @@ def test_the_commands_from_promote_to_gc(place: Place) -> None:
         ("v1", first["digest"]),
         ("v2", second["digest"]),
     ]
+    text = " ".join(place.run("history", "net")[1].split())
+    ratios = [float(str(row["ratio"])) for row in published]
+    shape = "▄▄" if ratios[0] == ratios[1] else "▁█" if ratios[0] < ratios[1] else "█▁"
+    assert f"ratio {shape} {ratios[0]:.2f} to {ratios[1]:.2f}, SQNR min dB " in text
     assert [row["sqnr_db_min"] for row in published] == [first["sqnr_db_min"], second["sqnr_db_min"]]
     assert all(row["ratio"] for row in published)
     assert [row["time"] for row in rows] == sorted(str(row["time"]) for row in rows)
