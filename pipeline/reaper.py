@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "BIRKHOFF_RUN"
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
 _SCAN_SECONDS = 0.05
-_SETTLED_SECONDS = 3.0
-"""How long nothing may be found after a driver was killed: a process that it was just starting has no mark yet."""
+_SETTLED_SECONDS = 10.0
+"""How long nothing may be found after a driver was killed: a process that it was just starting has no mark yet, and on
+a machine under load 3 s were too few."""
 
 _ORDERLY = b"q"
 

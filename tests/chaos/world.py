@@ -27,7 +27,7 @@ MODELS = ("one", "two", "three")
 SHARDS = 6
 """Of each model, 1 MiB each; half of those of `two` are those of `one`."""
 
-GONE_SECONDS = 15.0
+GONE_SECONDS = 40.0
 """Within this time of a driver's death everything that it started must have gone."""
 
 
