@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--max-len", type=int, default=4096, help="bytes of an input")
     parser.add_argument("--merge", action="store_true", help="refresh the committed corpus instead")
-    options = parser.parse_args(arguments)
+    options, inner = parser.parse_known_args(arguments)  # to merge, libFuzzer runs this command with flags of its own
     if options.target == "list":
         print("\n".join(targets()))
         return 0
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     with atheris.instrument_imports(include=["birkhoff", *_instrumented(options.target)]):
         module = load(options.target)
     checked = keeping(module.check, WORK / options.target)
-    atheris.Setup([sys.argv[0], *flags(options.target, module, options)], checked)
+    command = f"{sys.executable} -m tests.fuzz {options.target} --merge" if options.merge else sys.argv[0]
+    atheris.Setup([command, *flags(options.target, module, options), *inner], checked)
     atheris.Fuzz()
     return 0
 
