@@ -72,7 +72,7 @@ def interpreting() -> Iterator[None]:
 @cache
 def _serves(kind: str, index: int | None) -> bool:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    reason = _obstacle(device)
+    reason = obstacle(device)
     if reason is not None:
         # Where there is no GPU nothing is amiss; where there is one, it stands idle.
         level = logging.WARNING if torch.cuda.is_available() or gpu_in_sight() else logging.INFO
@@ -87,7 +87,7 @@ def gpu_in_sight() -> bool:
     return any(next(folder.glob(pattern), None) is not None for folder, pattern in _GPU_FILES)
 
 
-def _obstacle(device: torch.device) -> str | None:
+def obstacle(device: torch.device) -> str | None:
     """Why Triton does not serve `device`, or None."""
     if device.type != "cuda":
         if torch.cuda.is_available():

@@ -16,7 +16,9 @@ whenever a writer dies.
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from statistics import median
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
@@ -122,6 +124,12 @@ class VersionManifest(Document):
     def digest(self) -> str:
         """sha256 of the document, by which the version is known."""
         return sha256(self.to_bytes())
+
+
+def sqnr_summary(shards: Iterable[ShardRecord]) -> tuple[float | None, float | None]:
+    """(least, median) SQNR of the coded tensors of shards, dB; None where there are none."""
+    values = [value for shard in shards for value in shard.sqnr_db]
+    return (min(values), round(median(values), 2)) if values else (None, None)
 
 
 class NameRecord(Document):

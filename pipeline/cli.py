@@ -350,4 +350,4 @@ def main() -> None:
 
 
 # Its commands join the app made above.
-from birkhoff.pipeline import cli_keys, cli_pull, cli_report, cli_use, cli_versions  # noqa: E402, F401
+from birkhoff.pipeline import cli_doctor, cli_keys, cli_pull, cli_report, cli_use, cli_versions  # noqa: E402, F401

@@ -143,7 +143,7 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show which tensors differ between two versions, and what each stores of them."""
-    from birkhoff.pipeline.history import diff as compare
+    from birkhoff.pipeline.diff import diff as compare
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.tables import show
 

@@ -19,7 +19,7 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.codec.tensor import FALLBACKS
 from birkhoff.pipeline import fetch, interrupt, overrides
-from birkhoff.pipeline.artifact import BudgetRecord, ShardRecord, SourceRecord, VersionManifest
+from birkhoff.pipeline.artifact import BudgetRecord, ShardRecord, SourceRecord, VersionManifest, sqnr_summary
 from birkhoff.pipeline.collect import retire
 from birkhoff.pipeline.digests import checkpoint_digest, file_state
 from birkhoff.pipeline.errors import (
@@ -44,7 +44,6 @@ from birkhoff.pipeline.shard import Reuse, ShardResult, ShardTask
 from birkhoff.pipeline.signing import Signer
 from birkhoff.pipeline.source import Checkpoint
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.validate import summary
 from birkhoff.pipeline.workplace import source_cache
 
 Status = Literal["published", "up to date", "failed"]
@@ -92,8 +91,7 @@ class ModelRun:
 
     def row(self) -> dict[str, object]:
         """The model's line of the result table, under the keys of `--json`."""
-        sqnrs = [db for shard in self.version.manifest.shards for db in shard.sqnr_db] if self.version else []
-        least, median = summary(sqnrs)
+        least, median = sqnr_summary(self.version.manifest.shards if self.version else ())
         source = self.source_bytes or None
         stored = self.version.stored_bytes if self.version else None
         return {

@@ -34,10 +34,15 @@ def environment() -> Environment:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         packages={name: found for name in _PACKAGES if (found := _version(name))},
         processor=processor(),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=processors(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=_gpus(),
     )
+
+
+def processors() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -1,12 +1,11 @@
 """Rows of `birkhoff list`."""
 
 from birkhoff.pipeline.aliases import aliases
-from birkhoff.pipeline.artifact import NameRecord
+from birkhoff.pipeline.artifact import NameRecord, sqnr_summary
 from birkhoff.pipeline.errors import ArtifactNotFoundError
 from birkhoff.pipeline.names import names
 from birkhoff.pipeline.publish import Version, models, resolve
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.validate import summary
 
 
 def model_rows(store: Store) -> list[dict[str, object]]:
@@ -30,7 +29,7 @@ def version_rows(store: Store, model: str) -> list[dict[str, object]]:
 
 def _row(store: Store, version: Version, record: NameRecord | None) -> dict[str, object]:
     manifest = version.manifest
-    least, median = summary([db for shard in manifest.shards for db in shard.sqnr_db])
+    least, median = sqnr_summary(manifest.shards)
     return {
         "model": version.model,
         "version": version.name,

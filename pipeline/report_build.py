@@ -14,7 +14,7 @@ from typing import Any
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.tensor import FALLBACKS
-from birkhoff.pipeline.artifact import ShardRecord
+from birkhoff.pipeline.artifact import ShardRecord, sqnr_summary
 from birkhoff.pipeline.artifacts import StoredArtifact, TensorRow, inspect_shard
 from birkhoff.pipeline.compress import ModelRun
 from birkhoff.pipeline.environment import environment
@@ -28,7 +28,6 @@ from birkhoff.pipeline.report_store import RunClock, write_report
 from birkhoff.pipeline.shard import ShardSizes
 from birkhoff.pipeline.source_types import first_line
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.validate import summary
 
 log = logging.getLogger("birkhoff.report")
 
@@ -174,7 +173,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _totals(self, runs: Sequence[ModelRun]) -> Totals:
         there = [run for run in runs if run.version is not None]
         shards = [shard for run in there if run.version for shard in run.version.manifest.shards]
-        least, median = summary([db for shard in shards for db in shard.sqnr_db])
+        least, median = sqnr_summary(shards)
         statuses = [run.status for run in runs]
         return Totals(
             models=len(runs),

@@ -1,11 +1,10 @@
 """What a new version changed against the one before it, at a cost that the change bounds."""
 
-from birkhoff.pipeline.artifact import VersionManifest
-from birkhoff.pipeline.history import diff
+from birkhoff.pipeline.artifact import VersionManifest, sqnr_summary
+from birkhoff.pipeline.diff import diff
 from birkhoff.pipeline.publish import Version
 from birkhoff.pipeline.report import ChangeRecord, TensorChange
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.validate import summary
 
 LISTED = 40
 """Changed tensors that a report names."""
@@ -19,7 +18,7 @@ def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
     old, new = before.manifest, after.manifest
     blobs = {shard.blob for shard in old.shards}
     same = sum(shard.blob in blobs for shard in new.shards)
-    least, median = summary([db for shard in old.shards for db in shard.sqnr_db])
+    least, median = sqnr_summary(old.shards)
     tensors, listed = _tensors(store, before, after) if _differing(old, new) <= _MOST_BYTES else (None, ())
     return ChangeRecord(
         version=before.name,

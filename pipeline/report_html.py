@@ -18,7 +18,7 @@ from birkhoff.pipeline.plan import block_of
 from birkhoff.pipeline.report import LayerRecord, ModelRecord, RunReport
 from birkhoff.pipeline.report_charts import HEIGHT, WIDTH, Chart, charts, share_path
 from birkhoff.pipeline.tables import fixed, shape, short, size
-from birkhoff.pipeline.validate import PROBE_LIMIT, summary
+from birkhoff.pipeline.validate import PROBE_LIMIT
 
 _HERE = Path(__file__).parent
 _OPEN_MODELS = 3
@@ -158,7 +158,7 @@ def _block(name: str, layers: Sequence[LayerRecord]) -> Block:
 
 
 def _least(values: Iterable[float | None]) -> float | None:
-    return summary([value for value in values if value is not None])[0]
+    return min((value for value in values if value is not None), default=None)
 
 
 def skipped(models: Iterable[ModelRecord]) -> list[Skipped]:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from birkhoff.pipeline.artifact import read_document, report_key
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ObjectNotFoundError
 from birkhoff.pipeline.report import PAGE_FILE, REPORT_FILE, RunReport, run_of
-from birkhoff.pipeline.report_html import render
 from birkhoff.pipeline.store import Store
 
 log = logging.getLogger("birkhoff.report")
@@ -36,6 +35,8 @@ class RunClock:
 
 def write_report(store: Store, report: RunReport) -> None:
     """Store the page, then the document. Raises StoreError."""
+    from birkhoff.pipeline.report_html import render  # it needs torch, which reading a report does not
+
     store.create(report_key(report.run, PAGE_FILE), render(report).encode())
     store.create(report_key(report.run, REPORT_FILE), report.to_bytes())
 

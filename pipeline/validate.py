@@ -6,7 +6,7 @@ measured.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,12 +128,12 @@ def promise(coded: CodedTensor, profile: Profile, *, reasons: bool = True) -> fl
 
 
 def claimed(coded: CodedTensor, key: str) -> float:
-    """A number that goes with a tensor. Raises ValidationError if it is missing or none."""
+    """A number that goes with a tensor; -inf is the SQNR of what came out of zeros. Raises ValidationError if none."""
     try:
         value = float(coded.params[key])
     except (KeyError, ValueError):
         value = math.nan
-    if not math.isfinite(value):
+    if not (math.isfinite(value) or (key == "sqnr_db" and value == -math.inf)):
         raise ValidationError(
             f"tensor {coded.name!r} claims {coded.params.get(key)!r} as {key}, expected a number in dB"
         )
@@ -155,7 +155,7 @@ def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: fl
     if target is not None and found.sqnr_db < target:
         raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
     claim = claimed(coded, "sqnr_db")
-    if abs(claim - found.sqnr_db) > _CLAIM_SLACK_DB:
+    if claim != found.sqnr_db and not abs(claim - found.sqnr_db) <= _CLAIM_SLACK_DB:  # -inf is equal to itself alone
         raise ValidationError(f"tensor {coded.name!r} claims {claim} dB but came back at {found.sqnr_db:.3f} dB")
     return found.sqnr_db
 
@@ -184,13 +184,3 @@ def probe(coded: CodedTensor, source: Tensor, device: torch.device) -> tuple[flo
             f"at most {PROBE_LIMIT:g} is allowed"
         )
     return sqnr_db(float(wanted.square().sum()), float((output - wanted).square().sum())), error
-
-
-def summary(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """(least, median) of SQNR values; None where there are none."""
-    if not values:
-        return None, None
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return ordered[0], round(median, 2)
