@@ -1,14 +1,9 @@
-"""Kernels run compiled where there is a GPU, and under Triton's interpreter where there is none."""
+"""Kernels run compiled on a GPU, and under Triton's interpreter where there is none (`tests/conftest.py` sets it)."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read by triton.jit when a kernel's module is imported, so it must stand here, before any of them is.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from birkhoff.kernels import runtime
 

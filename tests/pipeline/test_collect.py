@@ -281,30 +281,33 @@ def test_an_open_run_holds_off_a_sweep(store: Store) -> None:
 def test_a_sweep_that_waits_is_not_starved_by_runs_that_overlap(store: Store) -> None:
     """Two publishers so that always one of them is open: without waiting a sweep never finds the store free."""
     keep(store, "garbage")
-    turn, stop = threading.Semaphore(0), threading.Event()
+    turns, refused, stop = (threading.Semaphore(1), threading.Semaphore(0)), threading.Event(), threading.Event()
     began: list[float] = []
 
-    def publisher(first: bool) -> None:
-        if not first:
-            assert turn.acquire(timeout=60)
+    def publisher(me: int) -> None:
+        assert turns[me].acquire(timeout=60)
         while not stop.is_set():
             with open_run(store) as run:
                 began.append(time.monotonic())
-                turn.release()  # the other one opens before this one ends, unless a sweep holds it off
-                turn.acquire(timeout=1)
+                turns[1 - me].release()  # the other one opens before this one ends, unless a sweep holds it off
+                refused.wait()
+                turns[me].acquire(timeout=1)
                 run.check()
 
     with ThreadPoolExecutor(2) as pool:
-        publishers = [pool.submit(publisher, first) for first in (True, False)]
+        publishers = [pool.submit(publisher, me) for me in (0, 1)]
         try:
-            while len(began) < 3:
+            while len(began) < 2:
                 time.sleep(0.01)
             with pytest.raises(StoreError, match="has open runs"):
                 collect(store, grace=NOW, delete=True)
+            refused.set()
             found = collect(store, grace=NOW, delete=True, wait=timedelta(seconds=120))
         finally:
             stop.set()
-            turn.release(2)
+            refused.set()
+            for turn in turns:
+                turn.release()
         for future in publishers:
             future.result()
     assert {item.info.key for item in found.garbage} == {

@@ -34,5 +34,5 @@ def test_what_the_published_codec_makes_of_zeros_passes_as_what_it_is() -> None:
     checks = validate_shard(serialise([coded]), {"bias": source}, paper, CPU)
     assert checks.sqnr_db == (FLOOR_DB,)
     forged = replace(coded, params={**coded.params, "sqnr_db": "30.0"})
-    with pytest.raises(ValidationError, match="'bias' claims 30.0 dB but came back at -inf dB"):
+    with pytest.raises(ValidationError, match=r"'bias' claims 30\.0 dB but came back at -inf dB"):
         validate_shard(serialise([forged]), {"bias": source}, paper, CPU)
