@@ -2,7 +2,8 @@
 
 The file has its full size from the start, so that ranges go straight to their places; it is locked while someone works
 on it, and moves to its final name once the digest is right. Ranges that were there from an earlier, killed download are
-taken over on trust: the digest decides, and where it is wrong the blob is fetched once more from nothing.
+taken over on trust: the digest decides. Where it is wrong the blob is fetched once more from nothing, as a bit may have
+flipped on the way, too; only what is wrong then is damage in the store.
 
 A range that is next in order is hashed as it arrives; others when their turn comes, from the system's memory of what
 was just written.
@@ -50,6 +51,8 @@ class BlobDownload:
         self._lock = threading.Lock()
         self._opened: bool | None = None
         self._file = -1
+        self._again = False
+        """Whether what arrived first was wrong."""
         self._restart()
 
     def open(self) -> bool:
@@ -218,12 +221,12 @@ class BlobDownload:
             self._ready = True
             self.close()
             return
-        resumed = self._resumed
         self._notes.unlink(missing_ok=True)
         os.ftruncate(self._file, 0)
-        if not resumed:
+        if self._again:
             raise self._damage(f"is damaged: {self.blob.size} bytes with digest {found}")
-        self._restart()  # what was left from earlier was wrong
+        self._again = True
+        self._restart()
         _allocate(self._file, self.blob.size)
         report(-self.blob.size)
         for index in range(self.blob.ranges):

@@ -272,8 +272,8 @@ def check_store(store: Store) -> StoreCapabilities:
     if the store hands out anything but what was written last (a cache in front of it, say).
     """
     key = f"probe/{uuid.uuid4().hex}"
-    first = store.put(key, b"first")
     try:
+        first = store.put(key, b"first")
         _expect(store, key, b"first")
         store.put(key, b"second")
         _expect(store, key, b"second")

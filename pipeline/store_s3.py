@@ -2,8 +2,9 @@
 
 Credentials, profile, region and endpoint come from the standard AWS chain (environment, shared files, instance role)
 unless `StoreSettings` names them. One attempt is bounded by the time-outs, all of them by `attempts`: botocore's
-"standard" retry mode repeats what may pass (time-outs, 5xx, throttling), and this module the two cases botocore leaves
-alone: a body that breaks off after its headers, and 409 from writes that met.
+"standard" retry mode repeats what may pass (time-outs, 5xx, throttling), and this module what botocore leaves alone: a
+body that breaks off after its headers or fails its checksum, 409 from writes that met, and a body that changed on its
+way to the store.
 
 A write repeated after its answer was lost meets its own object and gets 412. So a 412 is a loss only if another body
 is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html (IfMatch, IfNoneMatch).
@@ -11,8 +12,9 @@ is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject
 
 import dataclasses
 import random
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -24,6 +26,7 @@ import botocore.exceptions as aws
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from birkhoff.pipeline.errors import (
     IntegrityError,
@@ -46,8 +49,9 @@ from birkhoff.pipeline.store_s3_direct import DirectReader
 
 MAX_PUT_BYTES = 5 * 2**30  # of one PUT; larger objects would need multipart uploads, which are not conditional
 
-_FAILURES = (aws.BotoCoreError, aws.ClientError, ResponseParserError)
-_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, ResponseParserError)
+# HTTPError: botocore does not wrap what breaks the body of a refusal.
+_FAILURES = (aws.BotoCoreError, aws.ClientError, ResponseParserError, HTTPError)
+_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, ResponseParserError, HTTPError)
 _NO_CREDENTIALS = (
     aws.NoCredentialsError,
     aws.PartialCredentialsError,
@@ -57,6 +61,9 @@ _NO_CREDENTIALS = (
     aws.TokenRetrievalError,
     aws.SSOError,
 )
+_CHANGED = ("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+_SPAN = re.compile(r"bytes (\d+)-(\d+)/")
 _CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _ENDPOINT_HINT = "check the network and AWS_ENDPOINT_URL_S3"
 
@@ -141,16 +148,19 @@ class S3Store(Store):
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """See Store."""
         check_range(key, start, length)
-        if start == 0 and length is None:
-            return self._fetch("get", key)[0]
         if length == 0:
             self.head(key)
             return b""
+        if start == 0:  # asked for whole, as checksums are of whole objects; by range only where it is longer
+            body, response = self._fetch("get", key, at_most=length)
+            if body is not None:
+                return body
         last = "" if length is None else start + length - 1
         try:
             body, response = self._fetch("get", key, Range=f"bytes={start}-{last}")
         except _RangeError:  # starts at or after the end
             return b""
+        body = body or b""
         if "ContentRange" in response:
             return body
         return body[start : None if length is None else start + length]  # a store that ignores ranges
@@ -169,7 +179,7 @@ class S3Store(Store):
     def read(self, key: str) -> tuple[bytes, str]:
         """See Store."""
         body, response = self._fetch("read", key)
-        return body, self._tag("read", key, response)
+        return body or b"", self._tag("read", key, response)
 
     def head(self, key: str) -> ObjectInfo:
         """See Store."""
@@ -190,7 +200,7 @@ class S3Store(Store):
             PaginationConfig={"PageSize": min(self.address.settings.page_size, 1000)},
         )
         try:
-            found = [self._info(entry) for page in pages for entry in page.get("Contents", ())]
+            found = [self._info(entry) for page in pages for entry in self._entries(prefix, page)]
         except _FAILURES as error:
             raise self._store_error("list", prefix, error) from error
         return iter(sorted((info for info in found if is_key(info.key)), key=lambda info: info.key))
@@ -226,7 +236,7 @@ class S3Store(Store):
             try:
                 answer = self._call(operation, "put_object", key, Body=body, **condition)
                 return self._tag(operation, key, answer)
-            except _ConflictError as error:
+            except (_ConflictError, _ChangedError) as error:
                 conflict = error
                 time.sleep(random.uniform(0, 0.1 * 2**attempt))
             except PreconditionError as error:
@@ -251,13 +261,18 @@ class S3Store(Store):
             ) from refusal
         raise PreconditionError(f"{operation} {self.url}/{key}: the object is gone; read it again") from refusal
 
-    def _fetch(self, operation: str, key: str, **arguments: str) -> tuple[bytes, dict[str, Any]]:
-        """GET an object, again if its body breaks off."""
+    def _fetch(
+        self, operation: str, key: str, *, at_most: int | None = None, **arguments: str
+    ) -> tuple[bytes | None, dict[str, Any]]:
+        """GET an object, again if its body breaks off; no body if the object has more than `at_most` bytes."""
         for attempt in range(self._attempts):
             response = self._call(operation, "get_object", key, **arguments)
+            self._tag(operation, key, response)
             try:
                 with closing(response["Body"]) as body:
-                    return body.read(), response
+                    if at_most is not None and response["ContentLength"] > at_most:
+                        return None, response
+                    return _whole(body.read(), response), response
             except aws.BotoCoreError as error:
                 broken = error
                 time.sleep(random.uniform(0, 0.1 * 2**attempt))
@@ -267,12 +282,18 @@ class S3Store(Store):
 
     def _call(self, operation: str, method: str, key: str, **arguments: Any) -> dict[str, Any]:
         full_key = self._prefix + check_key(key)
-        try:
-            response: dict[str, Any] = getattr(self._client, method)(Bucket=self._bucket, Key=full_key, **arguments)
-        except _FAILURES as error:
-            raise self._store_error(operation, key, error) from error
-        self._bucket_seen = True
-        return response
+        for attempt in range(self._attempts):
+            try:
+                response: dict[str, Any] = getattr(self._client, method)(Bucket=self._bucket, Key=full_key, **arguments)
+            except HTTPError as error:
+                broken = error
+                time.sleep(random.uniform(0, 0.1 * 2**attempt))
+                continue
+            except _FAILURES as error:
+                raise self._store_error(operation, key, error) from error
+            self._bucket_seen = True
+            return response
+        raise self._store_error(operation, key, broken) from broken
 
     def _tag(self, operation: str, key: str, response: dict[str, Any]) -> str:
         tag = response.get("ETag")
@@ -282,6 +303,16 @@ class S3Store(Store):
                 f"an object store's; {_ENDPOINT_HINT}"
             )
         return tag
+
+    def _entries(self, prefix: str, page: dict[str, Any]) -> Sequence[dict[str, Any]]:
+        """What a page of a listing holds. A page of something else would pass for an empty one."""
+        if "IsTruncated" not in page:
+            raise StoreUnreachableError(
+                f"list {self.url}/{prefix}: the answer from {self._endpoint} is no listing, so it is not an object "
+                f"store's; {_ENDPOINT_HINT}"
+            )
+        found: Sequence[dict[str, Any]] = page.get("Contents", ())
+        return found
 
     def _info(self, entry: dict[str, Any]) -> ObjectInfo:
         key, modified = entry["Key"].removeprefix(self._prefix), entry["LastModified"].astimezone(UTC)
@@ -332,6 +363,18 @@ class _ConflictError(StoreError):
     """409: another conditional write of the same key was under way."""
 
 
+class _ChangedError(StoreUnreachableError):
+    """400: the bytes that arrived are not those that were sent."""
+
+
+def _whole(body: bytes, response: dict[str, Any]) -> bytes:
+    """The body of an answer whose Content-Range, if it has one, agrees. Raises IncompleteReadError."""
+    span = _SPAN.match(response.get("ContentRange") or "")
+    if span and len(body) != (wanted := int(span[2]) - int(span[1]) + 1):
+        raise aws.IncompleteReadError(actual_bytes=len(body), expected_bytes=wanted)
+    return body
+
+
 def _answered(where: str, error: aws.ClientError) -> StoreError:
     """The error for an answer with status 300 or above."""
     status, code = _status(error), error.response.get("Error", {}).get("Code", "")
@@ -344,6 +387,10 @@ def _answered(where: str, error: aws.ClientError) -> StoreError:
         return _RangeError(text)
     if status == 409 and code in ("ConditionalRequestConflict", "OperationAborted"):
         return _ConflictError(f"{text}; other writers are busy with this key, try again")
+    if code in _CHANGED:
+        return _ChangedError(f"{text}; {_ENDPOINT_HINT}, or try again later")
+    if code in _EXPIRED:
+        return StoreDeniedError(f"{text}; get new credentials, and run the same command again")
     if code == "RequestTimeTooSkewed":
         return StoreDeniedError(f"{text}; set this machine's clock")
     if status in (401, 403):

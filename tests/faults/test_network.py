@@ -1,0 +1,65 @@
+"""The bounded form of the fault suite: each fault in each stage at one depth, chosen so that all depths come by."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from birkhoff.pipeline.embedded import EmbeddedServer
+from birkhoff.pipeline.errors import StoreUnreachableError
+from birkhoff.pipeline.store import StoreSettings, open_store
+from tests.faults.catalogue import FAULTS
+from tests.faults.proxy import Proxy, Rule
+from tests.faults.stages import STAGES
+from tests.faults.suite import DEPTHS, Case, Suite, cases
+
+pytestmark = pytest.mark.faults
+
+EVERY = 13
+"""Of so many cases one is run: a number prime to those of faults, stages and depths."""
+
+
+def _chosen() -> list[Case]:
+    return cases()[::EVERY]
+
+
+def test_the_bounded_form_has_every_fault_stage_and_depth() -> None:
+    chosen = _chosen()
+    assert {case.fault.name for case in chosen} == {fault.name for fault in FAULTS}
+    assert {case.stage.name for case in chosen} == {stage.name for stage in STAGES}
+    assert {case.depth for case in chosen} == set(DEPTHS)
+
+
+def test_faults_lose_and_leak_nothing(embedded_server: EmbeddedServer, s3_environment: str, tmp_path: Path) -> None:
+    found = Suite(embedded_server, tmp_path).run(_chosen(), threads=4, report=lambda _: None)
+    assert [f"{result.case.label}: {text}" for result in found for text in (*result.wrong, *result.leaked)] == []
+    assert sum(result.injected for result in found) > len(found)
+
+
+def test_the_suite_sees_what_is_wrong(embedded_server: EmbeddedServer, s3_environment: str, tmp_path: Path) -> None:
+    """A stage that claims what it did not do, and leaves something, is found out."""
+    lie = next(case for case in cases() if case.stage.name == "name" and case.depth == "first")
+
+    def publishes_nothing(cell: object) -> None:
+        Path(cell.folder, "left.part").touch()  # type: ignore[attr-defined]
+
+    case = replace(lie, stage=replace(lie.stage, act=publishes_nothing))
+    (result,) = Suite(embedded_server, tmp_path).run([case], threads=1, report=lambda _: None)
+    assert result.outcome == "not met"
+    assert result.wrong == ["1 versions, expected 2", "latest is not at the version published"]
+    assert result.leaked == ["left.part"]
+
+
+def test_a_page_is_no_empty_listing(embedded_server: EmbeddedServer, s3_environment: str) -> None:
+    """Where a sign-in page answers for the store, a listing must fail: by an empty one everything would be garbage."""
+    page = next(fault for fault in FAULTS if fault.name == "a page of another server")
+    proxy = Proxy(target=int(embedded_server.endpoint.rsplit(":", 1)[1]))
+    try:
+        with open_store(s3_environment, StoreSettings(endpoint=proxy.endpoint)) as store:
+            store.put("a", b"1")
+            proxy.arm(Rule(fault=page, methods=("LIST",), key=""))
+            with pytest.raises(StoreUnreachableError, match="is no listing"):
+                store.list()
+            assert [info.key for info in store.list()] == ["a"]
+    finally:
+        proxy.close()
