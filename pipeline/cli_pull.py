@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,14 @@ from birkhoff.pipeline.cli_versions import duration
 cache_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="The local cache of pulled blobs.")
 app.add_typer(cache_app, name="cache")
 
+
+class Format(StrEnum):
+    """What a pulled folder is: the artifact as stored, or what `from_pretrained` of transformers reads."""
+
+    BIRKHOFF = "birkhoff"
+    TRANSFORMERS = "transformers"
+
+
 OfflineOption = Annotated[bool, typer.Option("--offline", help="From the cache alone; ask no store.")]
 
 
@@ -30,6 +39,9 @@ def pull(
     reference: ReferenceArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to fetch into.")],
     store: StoreOption = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="As stored, or a folder for from_pretrained of transformers.")
+    ] = Format.BIRKHOFF,
     offline: OfflineOption = False,
     require_signature: SignatureOption = None,
     accept_older: OlderOption = False,
@@ -38,7 +50,6 @@ def pull(
     """Fetch a version into a folder, every digest checked; fetches only what neither folder nor cache holds."""
     from birkhoff.pipeline.blob_cache import BlobCache
     from birkhoff.pipeline.progress import Transfer
-    from birkhoff.pipeline.pull import pull as fetch
     from birkhoff.pipeline.references import find, recall
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.trust import Trust
@@ -47,8 +58,12 @@ def pull(
     with ExitStack() as stack:
         opened = None if offline else stack.enter_context(open_default_store(store))
         found = recall(store, reference, cache, trust) if opened is None else find(opened, reference, cache, trust)
-        total = sum(shard.bytes for shard in found.manifest.shards)
+        total = sum(record.bytes for record in found.manifest.stored)
         bar = stack.enter_context(Transfer(notes(), found.label, total, quiet=as_json))
+        if form is Format.TRANSFORMERS:
+            from birkhoff.pipeline.transformers_folder import pull_folder as fetch
+        else:
+            from birkhoff.pipeline.pull import pull as fetch
         fetched = fetch(found, opened, output, cache, report=bar.advance)
     report({**found.pointer(), "fetched_bytes": fetched, "output": str(output)}, as_json, "pulled")
 

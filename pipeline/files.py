@@ -42,6 +42,37 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds something. Raises OutputError."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder} is not empty; name a new folder")
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a new folder") from None
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name whole, once the block ends well, or not at all.
+
+    Raises:
+        OutputError: there is one of that name that holds something, or it cannot be written.
+    """
+    check_new_folder(folder)
+    target, temporary = folder.absolute(), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_whole(path: Path, body: bytes) -> None:
     """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
     with whole_file(path) as file:

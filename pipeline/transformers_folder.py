@@ -3,70 +3,75 @@
     FOLDER/config.json                          the model's, with `quantization_config` of method `birkhoff`
     FOLDER/model-00001-of-00003.safetensors     a file for each shard, under the model's names
     FOLDER/model.safetensors.index.json         which tensor lies in which file
+    FOLDER/preprocessor_config.json, ...        what else goes with the weights
 
 A linear layer `X` is stored as the buffers of its HyperLinear (`X.theta`, `X.step`, `X.escape_index`,
-`X.escape_value`), 8 bits a weight; all else is dense. Importing this module makes the method known to transformers.
+`X.escape_value`), 8 bits a weight; all else is dense.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.tensor import decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.pipeline.artifacts import Artifact
-from birkhoff.pipeline.errors import ModelMismatchError, OutputError
-from birkhoff.pipeline.files import write_whole
+from birkhoff.pipeline.artifacts import Artifact, CachedArtifact
+from birkhoff.pipeline.blob_cache import BlobCache
+from birkhoff.pipeline.builders import carried_settings, from_settings
+from birkhoff.pipeline.companions import CONFIG_FILE
+from birkhoff.pipeline.errors import BuilderError, ModelMismatchError
+from birkhoff.pipeline.files import check_new_folder, whole_folder
+from birkhoff.pipeline.pull import blobs_of, bring
+from birkhoff.pipeline.references import Found
+from birkhoff.pipeline.store import Store
+from birkhoff.pipeline.transformers_hook import METHOD
 
-METHOD = "birkhoff"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-@register_quantization_config(METHOD)
-class BirkhoffConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a folder: for each linear layer on the trajectory, the number of its escaped weights."""
+def pull_folder(
+    found: Found,
+    store: Store | None,
+    folder: Path,
+    cache: BlobCache,
+    *,
+    report: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Bring a version that carries its configuration into a folder for `from_pretrained`; returns the bytes fetched.
 
-    def __init__(self, layers: dict[str, int] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
-        self.layers = dict(layers or {})
+    One shard in memory at a time; the model is built on the meta device, to tell its linear layers.
 
+    Args:
+        found, store, cache, report: as in `pull`.
+        folder: new or empty.
 
-@register_quantizer(METHOD)
-class BirkhoffQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts HyperLinear layers into the skeleton of a model; transformers then loads their buffers by name."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, escapes in self.quantization_config.layers.items():
-            linear = model.get_submodule(name)
-            if type(linear) is not nn.Linear:
-                raise ModelMismatchError(
-                    f"{name} of {type(model).__name__} is {type(linear).__name__}, the folder's configuration says "
-                    "that it is a linear layer; load it into the class that config.json names"
-                )
-            parent, _, leaf = name.rpartition(".")
-            bias, kind = linear.bias is not None, linear.weight.dtype
-            layer = HyperLinear(linear.in_features, linear.out_features, bias, device="meta", dtype=kind)
-            layer.escape_index = layer.escape_index.new_empty(escapes)
-            layer.escape_value = layer.escape_value.new_empty(escapes)
-            setattr(model.get_submodule(parent), leaf, layer)
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """`save_pretrained` writes such a folder again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The weights are constant."""
-        return False
+    Raises:
+        BuilderError: the version carries no configuration of transformers, or one that it cannot build.
+        OutputError: the folder holds something, or cannot be written.
+        ModelMismatchError: the artifact's tensors are not those of the model.
+        ArtifactNotFoundError, IntegrityError, StoreError: as in `pull`.
+    """
+    check_new_folder(folder)
+    artifact, blobs = CachedArtifact(found, store, cache), blobs_of(found.manifest)
+    files = {record.blob for record in found.manifest.files or ()}
+    fetched = bring(blobs, found, store, cache, only=files, report=report)
+    settings = carried_settings(artifact)
+    if settings is None:
+        raise BuilderError(
+            f"{found.label} carries no {CONFIG_FILE} of transformers; compress a folder that `save_pretrained` wrote, "
+            f"or name the file in the manifest, `files: [{CONFIG_FILE}]`, and compress again"
+        )
+    with torch.device("meta"):
+        model = from_settings(f"{CONFIG_FILE} of {found.label}", settings)
+    fetched += bring(blobs, found, store, cache, only={blob.digest for blob in blobs} - files, report=report)
+    write_folder(artifact, model, settings, folder)
+    return fetched
 
 
 def write_folder(artifact: Artifact, model: nn.Module, config: dict[str, Any], folder: Path) -> None:
@@ -82,23 +87,20 @@ def write_folder(artifact: Artifact, model: nn.Module, config: dict[str, Any], f
         OutputError: the folder holds something, or cannot be written.
         IntegrityError, ModelMismatchError: as in `load_into`.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder} is not empty; name a new folder")
+    with whole_folder(folder) as part:
         shards, places, layers = artifact.manifest.shards, dict[str, str](), dict[str, int]()
         for index, shard in enumerate(shards):
             name = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
             tensors: dict[str, Tensor] = {}
             for coded in artifact.coded_of(shard):
                 tensors |= _stored(coded, model, layers)
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            save_file(tensors, part / name, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, name)
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
-    write_whole(folder / INDEX_FILE, json.dumps({"metadata": {}, "weight_map": places}, indent=1).encode())
-    whole = {**config, "quantization_config": {"quant_method": METHOD, "layers": layers}}
-    write_whole(folder / "config.json", json.dumps(whole, indent=1).encode())
+        for record in artifact.manifest.files or ():
+            (part / record.name).write_bytes(artifact.blob(record))
+        whole = {**config, "quantization_config": {"quant_method": METHOD, "layers": layers}}
+        (part / CONFIG_FILE).write_text(json.dumps(whole, indent=1))
+        (part / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))
 
 
 def _stored(coded: CodedTensor, model: nn.Module, layers: dict[str, int]) -> dict[str, Tensor]:

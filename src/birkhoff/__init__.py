@@ -7,11 +7,15 @@ birkhoff.load_into(model, "demo-sam@stable")              # linear layers comput
 
 from typing import TYPE_CHECKING, Any
 
+from birkhoff.pipeline import transformers_hook
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_into", "load_state_dict"]
 
 if TYPE_CHECKING:
     from birkhoff.pipeline.load import load_into, load_state_dict
+
+transformers_hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,8 @@
 """SamModel -> compress -> folder -> from_pretrained: the masks of load_into."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +10,9 @@ import torch
 
 import birkhoff
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline import cli
 from birkhoff.pipeline.artifacts import open_artifact
-from birkhoff.pipeline.errors import OutputError
+from birkhoff.pipeline.errors import BuilderError, OutputError, exit_code
 from birkhoff.pipeline.store import Store
 from tests.pipeline.publishing import publish_tensors
 from tests.pipeline.test_upstream import drawn, small_config, transformers_masks
@@ -43,3 +47,109 @@ def test_from_pretrained_gives_the_masks_of_load_into(
         transformers_masks(loaded, image, point), transformers_masks(model, image, point), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `save_pretrained` wrote, and the store to which `birkhoff compress` has published it as `sam`."""
+    from transformers import SamModel
+
+    folder = tmp_path_factory.mktemp("published")
+    drawn(SamModel(small_config())).save_pretrained(folder / "source")
+    (folder / "source" / "preprocessor_config.json").write_text('{"size": 128}')
+    store = (folder / "store").as_uri()
+    (folder / "m.yaml").write_text(
+        f"profile: fast\nstore: {store}\nmodels: [{{name: sam, source: source/model.safetensors}}]\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIRKHOFF_HOME", str(folder / "home"))
+        assert command("compress", str(folder / "m.yaml"), "--executor", "inline") == 0
+    return folder, store
+
+
+def command(*arguments: str) -> int:
+    return cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
+
+
+@pytest.fixture
+def pulled(published: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "made" / "folder"
+    assert command("pull", "sam", "-o", str(folder), "--format", "transformers", "--store", published[1]) == 0
+    return folder
+
+
+def test_pull_writes_a_folder_for_from_pretrained(
+    published: tuple[Path, str], pulled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModel, SamModel
+
+    source, store = published
+    assert {path.name for path in pulled.parent.iterdir()} == {"folder"}
+    assert (pulled / "preprocessor_config.json").read_text() == '{"size": 128}'
+    config = json.loads((pulled / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "birkhoff"
+    assert config["vision_config"] == json.loads((source / "source/config.json").read_text())["vision_config"]
+    for name, file in json.loads((pulled / "model.safetensors.index.json").read_text())["weight_map"].items():
+        with safe_open(pulled / file, "pt") as opened:
+            assert opened.get_slice(name).get_shape() is not None
+    loaded = SamModel(small_config()).eval()
+    layers = birkhoff.load_into(loaded, "sam", store)
+    model = AutoModel.from_pretrained(pulled).eval()
+    assert sorted(layers) == sorted(name for name, m in model.named_modules() if isinstance(m, HyperLinear))
+    image, point = torch.randn(1, 3, 128, 128), torch.tensor([50.0, 70.0])
+    assert torch.equal(transformers_masks(loaded, image, point)[0], transformers_masks(model, image, point)[0])
+    words = ["pull", "sam", "--format", "transformers", "--store", store]
+    assert command(*words, "-o", str(pulled)) == exit_code(OutputError(""))
+    assert "is not empty" in capsys.readouterr().err
+    assert command(*words, "-o", str(tmp_path / "again"), "--offline") == 0
+    for path in pulled.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_pull_says_what_is_missing_for_such_a_folder(
+    directory_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    publish_tensors(directory_store, "net", {"a": torch.randn(64, 96)})
+    folder = tmp_path / "folder"
+    code = command("pull", "net", "-o", str(folder), "--format", "transformers", "--store", directory_store.url)
+    assert code == exit_code(BuilderError(""))
+    assert "net@v1 carries no config.json of transformers" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_an_artifact_with_its_configuration_needs_no_builder(published: tuple[Path, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import SamModel
+
+    from birkhoff.pipeline.builders import compressed_model, original_model
+
+    folder, store = published
+    assert isinstance(compressed_model("sam", store, device="cpu"), SamModel)
+    torch.save(load_file(folder / "source" / "model.safetensors"), tmp_path / "bare.pth")
+    original = original_model(tmp_path / "bare.pth", reference="sam", store=store, device="cpu")
+    assert isinstance(original, SamModel)
+    with pytest.raises(BuilderError, match="--builder"):
+        original_model(tmp_path / "bare.pth", device="cpu")
+
+
+ORDERS = {
+    "birkhoff first": "import birkhoff; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); "
+    "from transformers import SamModel",
+    "transformers first": "from transformers import SamModel; import birkhoff",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_importing_birkhoff_is_enough_in_either_order(pulled: Path, order: str) -> None:
+    program = f"""
+import sys
+{ORDERS[order]}
+model = SamModel.from_pretrained({str(pulled)!r})
+assert type(model.vision_encoder.layers[0].attn.qkv).__name__ == "HyperLinear"
+assert not [finder for finder in sys.meta_path if "birkhoff.pipeline" in type(finder).__module__], sys.meta_path
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
