@@ -1,6 +1,6 @@
 """What lies in a store, and under which key.
 
-    blobs/sha256/ab/<hex>                   a shard: a codec container, named by the digest of its bytes
+    blobs/sha256/ab/<hex>                   a shard (a codec container) or a model's small file, named by its digest
     shards/ab/<key>.json                    which blob a shard key has led to, and what its validation measured
     models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
     models/M/versions/<digest>/signatures/<key>.json   under which names a key has signed it (see signing.py)
@@ -16,12 +16,13 @@ whenever a writer dies.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from statistics import median
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from birkhoff.codec.profiles import Override
 from birkhoff.pipeline.errors import IntegrityError
@@ -101,6 +102,35 @@ class BudgetRecord(Document):
         return self.max_bytes or 0
 
 
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.(json|txt|md|ya?ml)")
+MAX_FILE_NAME = 100
+MAX_FILES = 16
+MAX_FILE_BYTES = 8 << 20
+"""More than any tokenizer of a published segmentation model has, which is the largest of such files."""
+
+
+class FileRecord(Document):
+    """A small text file that goes with the weights, such as transformers' `config.json`; stored as a blob."""
+
+    name: Annotated[str, Field(max_length=MAX_FILE_NAME)]
+    blob: Digest
+    """sha256 of its bytes."""
+    bytes: Annotated[int, Field(ge=1, le=MAX_FILE_BYTES)]
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(
+                "expected letters, digits, '.', '_' or '-', and .json, .txt, .md, .yaml or .yml at its end"
+            )
+        return name
+
+
+BlobRecord = ShardRecord | FileRecord
+"""What names a blob, and says how large it is."""
+
+
 class VersionManifest(Document):
     """One immutable version of a model. Its digest is the sha256 of `to_bytes()`."""
 
@@ -119,6 +149,21 @@ class VersionManifest(Document):
     """Version of birkhoff-compression that made it."""
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
     """In the order of the checkpoint."""
+    files: Annotated[tuple[FileRecord, ...] | None, Field(min_length=1, max_length=MAX_FILES)] = None
+    """What goes with the weights, by name."""
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, files: tuple[FileRecord, ...] | None) -> tuple[FileRecord, ...] | None:
+        names = [file.name.lower() for file in files or ()]  # some file systems do not tell A from a
+        if len(set(names)) < len(names):
+            raise ValueError("two files have one name")
+        return files
+
+    @property
+    def stored(self) -> tuple[BlobRecord, ...]:
+        """The record of every blob that the version refers to, shards first."""
+        return (*self.shards, *(self.files or ()))
 
     @property
     def digest(self) -> str:

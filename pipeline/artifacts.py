@@ -22,6 +22,7 @@ from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import FALLBACKS, decode_tensor
 from birkhoff.pipeline.artifact import (
     MAX_DOCUMENT_BYTES,
+    BlobRecord,
     ShardRecord,
     VersionManifest,
     blob_key,
@@ -34,7 +35,7 @@ from birkhoff.pipeline.blob_download import Blob
 from birkhoff.pipeline.blob_fetch import fetch
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.publish import Version, resolve
-from birkhoff.pipeline.pull import MANIFEST_FILE, VERSION_FILE, blobs_of, bring, shard_file
+from birkhoff.pipeline.pull import MANIFEST_FILE, VERSION_FILE, blob_file, bring
 from birkhoff.pipeline.references import Found, find, noted_signatures, recall
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.stores import open_default_store
@@ -52,22 +53,27 @@ class Artifact(ABC):
     """For messages: `demo-sam@v3`, or the folder."""
 
     @abstractmethod
-    def read_blob(self, shard: ShardRecord) -> bytes:
-        """The stored bytes of a shard, unchecked."""
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """The stored bytes of a blob, unchecked."""
 
     @abstractmethod
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """The first `size` bytes of a shard, or fewer where it is shorter."""
 
-    def blob(self, shard: ShardRecord) -> bytes:
-        """The bytes of a shard, checked against its digest. Raises IntegrityError naming the blob."""
-        body = self.read_blob(shard)
-        if sha256(body) != shard.blob:
+    def blob(self, record: BlobRecord) -> bytes:
+        """The bytes of a blob, checked against its digest. Raises IntegrityError naming the blob."""
+        body = self.read_blob(record)
+        if sha256(body) != record.blob:
             raise IntegrityError(
-                f"{self.label}: blob {shard.blob} is damaged: {len(body)} bytes with digest {sha256(body)}; "
+                f"{self.label}: blob {record.blob} is damaged: {len(body)} bytes with digest {sha256(body)}; "
                 "compress again with a fresh store, or restore the object from a backup"
             )
         return body
+
+    def file(self, name: str) -> bytes | None:
+        """One of the files that go with the weights, its digest checked; None where there is none of that name."""
+        record = next((record for record in self.manifest.files or () if record.name == name), None)
+        return None if record is None else self.blob(record)
 
     def arriving(self) -> Iterator[ShardRecord]:
         """All shards, each once, as soon as its bytes can be read without waiting; in whatever order that is."""
@@ -100,19 +106,19 @@ class StoredArtifact(Artifact):
         self.manifest = version.manifest
         self.label = f"{version.model}@{version.name or version.digest[:12]}"
 
-    def read_blob(self, shard: ShardRecord) -> bytes:
-        """Fetch a shard's bytes, and of a longer object one byte more: its digest is then another."""
-        return self._get(shard, shard.bytes + 1)
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Fetch a blob's bytes, and of a longer object one byte more: its digest is then another."""
+        return self._get(record, record.bytes + 1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Fetch the start of a shard."""
         return self._get(shard, size)
 
-    def _get(self, shard: ShardRecord, length: int) -> bytes:
+    def _get(self, record: BlobRecord, length: int) -> bytes:
         try:
-            return self._store.get(blob_key(shard.blob), length=length)
+            return self._store.get(blob_key(record.blob), length=length)
         except ObjectNotFoundError:
-            raise IntegrityError(f"{self.label}: blob {shard.blob} is missing from {self._store.url}") from None
+            raise IntegrityError(f"{self.label}: blob {record.blob} is missing from {self._store.url}") from None
 
 
 class CachedArtifact(Artifact):
@@ -131,23 +137,24 @@ class CachedArtifact(Artifact):
         shards: dict[str, list[ShardRecord]] = {}
         for shard in self.manifest.shards:
             shards.setdefault(shard.blob, []).append(shard)
-        for blob in fetch(self._store, blobs_of(self.manifest), self._cache, label=self.label):
+        blobs = (Blob(digest=shard.blob, size=shard.bytes) for shard in self.manifest.shards)
+        for blob in fetch(self._store, blobs, self._cache, label=self.label):
             yield from shards[blob.digest]
 
-    def blob(self, shard: ShardRecord) -> bytes:
-        """The bytes of a shard, checked; a damaged or missing file of the cache is fetched anew."""
+    def blob(self, record: BlobRecord) -> bytes:
+        """The bytes of a blob, checked; a damaged or missing file of the cache is fetched anew."""
         with contextlib.suppress(OSError):
-            body = self._cache.path(shard.blob).read_bytes()
-            if sha256(body) == shard.blob:
+            body = self._cache.path(record.blob).read_bytes()
+            if sha256(body) == record.blob:
                 return body
-            self._cache.discard(shard.blob)
-        blob = Blob(digest=shard.blob, size=shard.bytes)
-        bring([blob], self._found, self._store, self._cache, only={shard.blob})
-        return super().blob(shard)
+            self._cache.discard(record.blob)
+        blob = Blob(digest=record.blob, size=record.bytes)
+        bring([blob], self._found, self._store, self._cache, only={record.blob})
+        return super().blob(record)
 
-    def read_blob(self, shard: ShardRecord) -> bytes:
-        """Read a shard's file in the cache."""
-        return self._read(shard, -1)
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Read a blob's file in the cache."""
+        return self._read(record, -1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Read the start of a shard's file in the cache, which is fetched if it is not there."""
@@ -155,8 +162,8 @@ class CachedArtifact(Artifact):
             return self.blob(shard)[:size]
         return self._read(shard, size)
 
-    def _read(self, shard: ShardRecord, size: int) -> bytes:
-        path = self._cache.path(shard.blob)
+    def _read(self, record: BlobRecord, size: int) -> bytes:
+        path = self._cache.path(record.blob)
         try:
             with path.open("rb") as file:
                 return file.read(size)
@@ -187,13 +194,13 @@ class PulledArtifact(Artifact):
         self.manifest = read_document(VersionManifest, str(folder / MANIFEST_FILE), manifest)
         check_signatures(self.manifest.model, name, digest, signatures, trust, self.label)
 
-    def read_blob(self, shard: ShardRecord) -> bytes:
-        """Read a shard's file."""
-        return self._read(self._folder / shard_file(self.manifest, shard), shard.bytes + 1)
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Read a blob's file."""
+        return self._read(self._folder / blob_file(self.manifest, record), record.bytes + 1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Read the start of a shard's file."""
-        return self._read(self._folder / shard_file(self.manifest, shard), size)
+        return self._read(self._folder / blob_file(self.manifest, shard), size)
 
     def _read(self, path: Path, size: int) -> bytes:
         try:

@@ -3,7 +3,8 @@
 Weights alone do not say what computes on them. In this order:
 
 1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
-2. a transformers configuration beside the weights: `config.json`, or the weights' own name with `.json`;
+2. the transformers configuration that the artifact carries, or one beside the weights: `config.json`, or the weights'
+   own name with `.json`; of a checkpoint, the one beside it comes first;
 3. architectures known by their tensors: the published SAM-B, -L and -H, in segment-anything's names (built by that
    package, or by transformers where it is not installed) or in transformers'.
 
@@ -12,7 +13,6 @@ Nothing that a store holds names code to run: a builder is code on this machine 
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
+from birkhoff.pipeline.companions import CONFIG_FILE, config_beside, settings_in, settings_of
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
 from birkhoff.pipeline.load import load_into
 from birkhoff.pipeline.name_maps import sam_names
@@ -29,8 +30,9 @@ from birkhoff.pipeline.source import Checkpoint, open_checkpoint, read_tensor
 from birkhoff.pipeline.workplace import source_cache
 
 Shapes = Mapping[str, tuple[int, ...]]
+Settings = dict[str, Any]
+"""What a transformers configuration says."""
 
-CONFIG_FILE = "config.json"
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _SIZES = {768: "b", 1024: "l", 1280: "h"}
 """Width of the image encoder to the published size."""
@@ -72,24 +74,42 @@ def compressed_model(
         ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
     """
     with open_artifact(reference, store) as artifact:
-        model = _built(
-            artifact.label, _artifact_shapes(artifact), builder, [Path(reference), *([near] if near else [])]
-        )
+        shapes = {row.name: row.shape for row in inspect(artifact)}
+        configs = [_carried(artifact), _beside(Path(reference)), _beside(near) if near else None]
+        model = _built(artifact.label, shapes, builder, configs)
     load_into(model, reference, store, device=device)
     return model.to(device).eval()
 
 
-def original_model(source: Path, *, builder: str | None = None, device: str) -> nn.Module:
+def original_model(
+    source: Path,
+    *,
+    builder: str | None = None,
+    reference: str | None = None,
+    store: str | None = None,
+    device: str,
+) -> nn.Module:
     """A model with the weights of a checkpoint file or a transformers folder, in evaluation mode.
+
+    Args:
+        source: the file or folder.
+        builder: as the head of this file says.
+        reference, store: an artifact of the same model, whose configuration is taken where none is beside the weights.
+        device: where the weights go.
 
     Raises:
         BuilderError: nothing here builds it.
         ModelMismatchError: what was built does not have the checkpoint's tensors.
         SourceError: the checkpoint cannot be read.
+        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
     """
     checkpoint = open_checkpoint(weights_file(source), cache=source_cache())
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
-    model = _built(str(source), shapes, builder, [source])
+    configs = [_beside(source)]
+    if builder is None and reference is not None:
+        with open_artifact(reference, store) as artifact:
+            configs.append(_carried(artifact))
+    model = _built(str(source), shapes, builder, configs)
     _fill(model, checkpoint)
     return model.to(device).eval()
 
@@ -104,17 +124,32 @@ def weights_file(source: Path) -> Path:
     raise SourceError(f"{source}: a folder without {' or '.join(_WEIGHT_FILES)}; name the checkpoint's file")
 
 
-def _artifact_shapes(artifact: Artifact) -> Shapes:
-    return {row.name: row.shape for row in inspect(artifact)}
+_Config = tuple[str, Settings]
+"""Where a configuration was found, for messages, and what it says."""
 
 
-def _built(label: str, shapes: Shapes, builder: str | None, places: list[Path]) -> nn.Module:
+def carried_settings(artifact: Artifact) -> Settings | None:
+    """The transformers configuration that an artifact carries; None where it has none. Raises IntegrityError."""
+    body = artifact.file(CONFIG_FILE)
+    return None if body is None else settings_in(body)
+
+
+def _carried(artifact: Artifact) -> _Config | None:
+    settings = carried_settings(artifact)
+    return None if settings is None else (f"{CONFIG_FILE} of {artifact.label}", settings)
+
+
+def _beside(place: Path) -> _Config | None:
+    path = config_beside(place)
+    settings = None if path is None else settings_of(path)
+    return None if settings is None else (str(path), settings)
+
+
+def _built(label: str, shapes: Shapes, builder: str | None, configs: list[_Config | None]) -> nn.Module:
     if builder is not None:
         return _named(builder)
-    for place in places:
-        if (config := _config_beside(place)) is not None:
-            return from_config(config)
-    return _known(label, shapes)
+    found = next(filter(None, configs), None)
+    return _known(label, shapes) if found is None else from_settings(*found)
 
 
 def _named(builder: str) -> nn.Module:
@@ -158,35 +193,22 @@ def _module(place: str) -> ModuleType:
         raise BuilderError(f"--builder {place}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _config_beside(place: Path) -> Path | None:
-    """The transformers configuration of a folder, or of a file's folder; None where there is none."""
-    candidates = [place / CONFIG_FILE] if place.is_dir() else [place.with_suffix(".json"), place.parent / CONFIG_FILE]
-    found = place.exists()
-    return next((path for path in candidates if found and path.is_file() and _model_type(path)), None)
-
-
-def _model_type(path: Path) -> str | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    return kind if isinstance(kind, str) else None
-
-
 def from_config(path: Path) -> nn.Module:
     """An untrained model from a transformers configuration file. Raises BuilderError."""
-    kind = _model_type(path)
-    if kind is None:
+    settings = settings_of(path)
+    if settings is None:
         raise BuilderError(f"{path}: expected a transformers configuration with a model_type")
-    transformers = _package("transformers", f"{path} describes a model of transformers")
+    return from_settings(str(path), settings)
+
+
+def from_settings(label: str, settings: Settings) -> nn.Module:
+    """An untrained model from what a transformers configuration says; `label` for messages. Raises BuilderError."""
+    transformers = _package("transformers", f"{label} describes a model of transformers")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings.pop("quantization_config", None)  # the weights come from the artifact
-        config = transformers.AutoConfig.for_model(**settings)
-        model: nn.Module = transformers.AutoModel.from_config(config)
+        own = {key: value for key, value in settings.items() if key != "quantization_config"}  # the artifact has that
+        model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
     except Exception as error:  # its classes check their settings each in its own way
-        raise BuilderError(f"{path}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
+        raise BuilderError(f"{label}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
     return model
 
 
@@ -203,7 +225,7 @@ def _known(label: str, shapes: Shapes) -> nn.Module:
         theirs: nn.Module = transformers.SamModel(transformers.SamConfig(vision_config=_TRANSFORMERS_SIZES[size]))
         return theirs
     raise BuilderError(
-        f"{label}: no architecture known by these tensors, and no {CONFIG_FILE} beside them; name what builds it: "
+        f"{label}: no architecture known by these tensors, and no {CONFIG_FILE} with them; name what builds it: "
         "--builder module:function, FILE.py:function or a transformers configuration (.json)"
     )
 

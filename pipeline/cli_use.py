@@ -20,7 +20,7 @@ BuilderOption = Annotated[
     typer.Option(
         metavar="B",
         help="What builds the model: module:function, FILE.py:function or a transformers configuration (.json or its "
-        "folder). Left out: the configuration beside the weights, or the published architecture the tensors show.",
+        "folder). Left out: the configuration that goes with the weights, or the architecture of the tensors.",
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
@@ -80,7 +80,8 @@ def segment(
     found = find(segmenter_of(compressed_model(model, store, builder=builder, near=against, device=place)))
     original: Masks | None = None
     if against is not None:
-        original = find(segmenter_of(original_model(against, builder=builder, device=place)))
+        theirs = original_model(against, builder=builder, reference=model, store=store, device=place)
+        original = find(segmenter_of(theirs))
         found = masks.pair_up(original, found) if everything else found
     rows = masks.rows(found, original)
     draw.save(draw.picture(pixels, asked, found, original), out)

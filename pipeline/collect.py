@@ -4,7 +4,7 @@
 
 * every version that a live name or an alias refers to, or a name retired less than the grace period ago;
 * every other version's manifest, shard record and blob written less than the grace period ago;
-* all shard records and blobs of the versions it keeps, and the blobs of the shard records it keeps;
+* all shard records and blobs (also of files) of the versions it keeps, and the blobs of the shard records it keeps;
 * the reports of the newest `keep_runs` runs, and every report written less than the grace period ago.
 
 The rest goes from the top down: tombstones of names, then manifests, then shard records, then blobs, each kind done
@@ -177,7 +177,7 @@ class _Mark:
             by_model.setdefault(info.key.split("/")[1], []).append(info)
         kept = [manifest for model, objects in by_model.items() for manifest in self._versions(model, objects)]
         shards = {shard_key(shard.key) for manifest in kept for shard in manifest.shards}
-        blobs = {blob_key(shard.blob) for manifest in kept for shard in manifest.shards}
+        blobs = {blob_key(record.blob) for manifest in kept for record in manifest.stored}
         stay = self._judge("shard", None, self._store.list("shards/"), shards)
         # Records that no version refers to, too young to go, hold their blobs by themselves.
         blobs |= {blob_key(record.blob) for record in _fetch(self._record, sorted(stay - shards))}

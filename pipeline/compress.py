@@ -18,9 +18,18 @@ import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.codec.tensor import FALLBACKS
-from birkhoff.pipeline import fetch, interrupt, overrides
-from birkhoff.pipeline.artifact import BudgetRecord, ShardRecord, SourceRecord, VersionManifest, sqnr_summary
+from birkhoff.pipeline import companions, fetch, interrupt, overrides
+from birkhoff.pipeline.artifact import (
+    BudgetRecord,
+    FileRecord,
+    ShardRecord,
+    SourceRecord,
+    VersionManifest,
+    blob_key,
+    sqnr_summary,
+)
 from birkhoff.pipeline.collect import retire
+from birkhoff.pipeline.companions import Companion
 from birkhoff.pipeline.digests import checkpoint_digest, file_state
 from birkhoff.pipeline.errors import (
     ArtifactNotFoundError,
@@ -31,6 +40,7 @@ from birkhoff.pipeline.errors import (
     StoreError,
 )
 from birkhoff.pipeline.execute import Executor, Outcome
+from birkhoff.pipeline.fetch_spec import is_remote
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.overrides import check_matches
@@ -58,6 +68,13 @@ class Planned:
     checkpoint: Checkpoint
     plan: ModelPlan
     budget: BudgetRecord | None = None
+    files: tuple[Companion, ...] = ()
+    """What goes with the weights."""
+
+    @property
+    def file_records(self) -> tuple[FileRecord, ...]:
+        """What a manifest says of `files`."""
+        return tuple(companion.record for companion in self.files)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,7 +171,8 @@ def plan_entry(
     """Read the header of one model's checkpoint and plan it; `mirror` and `report` as in `fetch.resolve`.
 
     Raises:
-        SourceError: the checkpoint cannot be read, or without `download` is still to be downloaded.
+        SourceError: the checkpoint, or a file that goes with it, cannot be read, or without `download` is still to be
+            downloaded.
         ManifestError: an override of the model matches none of its tensors.
     """
     fidelity = manifest.fidelity(entry)
@@ -168,7 +186,24 @@ def plan_entry(
     check_matches(entry.overrides, [(entry.name, checkpoint)])
     own = overrides.resolve(fidelity.rules, checkpoint.tensors, fidelity.profile)
     plan = plan_model(entry.name, checkpoint, fidelity.profile, shard_bytes=manifest.shard_mib * MIB, overrides=own)
-    return Planned(entry=entry, profile=fidelity.profile, checkpoint=checkpoint, plan=plan, budget=fidelity.budget)
+    return Planned(
+        entry=entry,
+        profile=fidelity.profile,
+        checkpoint=checkpoint,
+        plan=plan,
+        budget=fidelity.budget,
+        files=_files(entry, checkpoint),
+    )
+
+
+def _files(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Companion, ...]:
+    """What goes with a model's weights, read once: what is stored is what decided that it must be."""
+    if entry.files is not None:
+        return companions.named(entry.files)
+    (first, *others) = entry.source
+    local = any(not is_remote(url) and Path(url) == checkpoint.path for url in first.urls)
+    whole = local and first.whole and not others and checkpoint.format == "safetensors"
+    return companions.beside(checkpoint.path) if whole else ()
 
 
 def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
@@ -290,11 +325,12 @@ def _same(manifest: VersionManifest, run: ModelRun) -> bool:
 
 
 def made_so(manifest: VersionManifest, planned: Planned) -> bool:
-    """Whether a version has the recipe, budget and overrides of a plan; of a budget, any target that it has led to."""
+    """Whether a version has recipe, budget, overrides and files of a plan; of a budget, any target it has led to."""
     wanted, found = planned.profile.recipe(), manifest.recipe
     if planned.budget is not None:
         wanted, found = ({**recipe, "target_db": None} for recipe in (wanted, found))
-    return (found, manifest.budget, manifest.overrides or {}) == (wanted, planned.budget, planned.plan.overrides)
+    terms = found, manifest.budget, manifest.overrides or {}, manifest.files or ()
+    return terms == (wanted, planned.budget, planned.plan.overrides, planned.file_records)
 
 
 def _start(run: ModelRun, store: Store, reuse: Reuse, single_publisher: bool, signed: bool) -> list[ShardTask]:
@@ -343,6 +379,8 @@ def _publish(run: ModelRun, planned: Planned, store: Store, single_publisher: bo
         raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
     records = [run.records[index] for index in range(len(planned.plan.shards))]
     manifest = _version_manifest(run, planned, run.passes.profile, records)
+    for companion in planned.files:
+        store.create(blob_key(companion.record.blob), companion.body)
     run.version = publish(store, manifest, single_publisher=single_publisher, signer=signer)
     if planned.budget is not None and run.version.stored_bytes > planned.budget.limit(planned.checkpoint.nbytes):
         raise BudgetError(
@@ -371,6 +409,7 @@ def _version_manifest(
         overrides=dict(planned.plan.overrides) or None,
         code=birkhoff.__version__,
         shards=tuple(records),
+        files=planned.file_records or None,
     )
 
 

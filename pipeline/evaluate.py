@@ -109,7 +109,8 @@ def evaluate(
         manifest = artifact.manifest
         about = {"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile}
     compressed = segmenter_of(compressed_model(reference, store, builder=builder, near=source, device=device))
-    original = segmenter_of(original_model(source, builder=builder, device=device))
+    theirs = original_model(source, builder=builder, reference=reference, store=store, device=device)
+    original = segmenter_of(theirs)
     found = Evaluation(about={**about, "source": str(source)})
     for number in range(len(data.pictures)):
         case = data.case(number)

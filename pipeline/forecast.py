@@ -79,7 +79,7 @@ def forecast(planned: Planned, seen: Counter[object]) -> Forecast:
     workers = os.cpu_count() or 1
     largest = max((sum(map(dense_bytes, shard)) for shard in plan.shards), default=0)
     return Forecast(
-        stored_bytes=_model_bytes(plan, profile),
+        stored_bytes=_model_bytes(plan, profile) + sum(record.bytes for record in planned.file_records),
         target_db=profile.target_db,
         shards=len(plan.shards),
         shared_shards=sum(shared),

@@ -11,6 +11,7 @@
       - name: sam-h
         source: https://example.org/sam_vit_h_4b8939.pth   # `fetch_spec` has every form
         target_ratio: 7          # instead of a profile; `quality` has budgets and overrides
+        files: [config.json]     # what goes with the weights; left out, what `companions` finds
 
 Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
 """
@@ -25,6 +26,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from pydantic_core import ErrorDetails
 
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline.artifact import FILE_NAME, MAX_FILE_NAME, MAX_FILES
 from birkhoff.pipeline.errors import ManifestError, printable
 from birkhoff.pipeline.fetch_spec import SourcePart, SourceSpec
 from birkhoff.pipeline.quality import Fidelity, OverrideRule, Quality, resolve, suggestion, wrong
@@ -54,8 +56,25 @@ class ModelEntry(Quality):
     """Under this name its versions are published."""
     source: SourceSpec
     """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
+    files: Annotated[tuple[str, ...], Field(max_length=MAX_FILES, strict=False)] | None = None
+    """Small text files that go with the weights; left out, those of transformers beside a local safetensors source."""
 
     _name = field_validator("name")(check_name)
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, paths: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names: set[str] = set()
+        for name in (Path(path).name for path in paths or ()):
+            if not FILE_NAME.fullmatch(name) or len(name) > MAX_FILE_NAME:
+                raise ValueError(
+                    f"{name[:80]!r} cannot go with the weights; expected a path to a .json, .txt, .md, .yaml or .yml "
+                    "file, its name of letters, digits, '.', '_' and '-'"
+                )
+            if name.lower() in names:
+                raise ValueError(f"two files are named {name!r}")
+            names.add(name.lower())
+        return paths
 
 
 class Manifest(Quality):
@@ -142,6 +161,7 @@ def load_manifest(path: Path) -> Manifest:
         model.model_copy(
             update={
                 "source": tuple(part.absolute(base) for part in model.source),
+                "files": model.files and tuple(str(base / Path(path).expanduser()) for path in model.files),
                 "overrides": _placed(model, path, root, ("models", index)),
             }
         )

@@ -138,7 +138,7 @@ class Passes:
         assert self._terms is not None
         records = [self.records[index] for index in range(len(self._plan.shards))]
         manifest = self._describe(self.profile, records)
-        blobs = sum(record.bytes + len(record.to_bytes()) for record in records)
+        blobs = sum(record.bytes for record in manifest.stored) + sum(len(record.to_bytes()) for record in records)
         return blobs + len(manifest.to_bytes()) + self._terms.pointers
 
     def _refusal(self, search: Search) -> BudgetError:

@@ -14,7 +14,7 @@ from birkhoff.pipeline.artifact import (
     ALIAS_LATEST,
     MAX_DOCUMENT_BYTES,
     AliasRecord,
-    ShardRecord,
+    BlobRecord,
     VersionManifest,
     alias_key,
     blob_key,
@@ -104,14 +104,14 @@ def is_signed(store: Store, version: Version, signer: Signer) -> bool:
 def is_whole(store: Store, manifest: VersionManifest) -> bool:
     """Whether every blob of a version is stored in its right size."""
 
-    def present(shard: ShardRecord) -> bool:
+    def present(record: BlobRecord) -> bool:
         try:
-            return store.head(blob_key(shard.blob)).size == shard.bytes
+            return store.head(blob_key(record.blob)).size == record.bytes
         except ObjectNotFoundError:
             return False
 
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return all(pool.map(present, manifest.shards))
+        return all(pool.map(present, manifest.stored))
 
 
 def models(store: Store) -> list[str]:
@@ -183,7 +183,8 @@ def _missing(store: Store, model: str, ref: str) -> str:
 
 
 def _describe(store: Store, model: str, name: str | None, manifest: VersionManifest) -> Version:
-    own = len(manifest.to_bytes()) + sum(shard.bytes + len(shard.to_bytes()) for shard in manifest.shards)
+    own = len(manifest.to_bytes()) + sum(record.bytes for record in manifest.stored)
+    own += sum(len(shard.to_bytes()) for shard in manifest.shards)
     pointers = [alias_key(model, ALIAS_LATEST)] + ([name_key(model, name)] if name else [])
     sizes = [store.head(key).size for key in pointers]
     sizes += [info.size for info in store.list(f"models/{model}/versions/{manifest.digest}/signatures/")]

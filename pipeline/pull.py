@@ -1,6 +1,7 @@
 """Pulling a version into a folder: missing blobs into the cache, then links from the cache into the folder.
 
     FOLDER/shard-00001-of-00099.safetensors   the shards, byte by byte as stored
+    FOLDER/files/config.json                  small files that go with the weights, where the version has any
     FOLDER/version.json                       model, name and digest, and the signatures that were asked for
     FOLDER/manifest.json                      last: a folder with a manifest is whole
 
@@ -8,11 +9,11 @@ Imports no torch: the command is done before that would be loaded.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from birkhoff.pipeline.artifact import ShardRecord, VersionManifest
+from birkhoff.pipeline.artifact import BlobRecord, FileRecord, ShardRecord, VersionManifest
 from birkhoff.pipeline.blob_cache import BlobCache, file_digest
 from birkhoff.pipeline.blob_download import Blob
 from birkhoff.pipeline.blob_fetch import fetch
@@ -23,6 +24,12 @@ from birkhoff.pipeline.store import Store
 
 MANIFEST_FILE = "manifest.json"
 VERSION_FILE = "version.json"
+FILES_FOLDER = "files"
+
+
+def blob_file(manifest: VersionManifest, record: BlobRecord) -> str:
+    """Path of a blob's file in a pulled folder: a shard's, or that of a file that goes with the weights."""
+    return f"{FILES_FOLDER}/{record.name}" if isinstance(record, FileRecord) else shard_file(manifest, record)
 
 
 def shard_file(manifest: VersionManifest, shard: ShardRecord) -> str:
@@ -32,7 +39,7 @@ def shard_file(manifest: VersionManifest, shard: ShardRecord) -> str:
 
 def blobs_of(manifest: VersionManifest) -> list[Blob]:
     """Everything that a version refers to."""
-    return [Blob(digest=shard.blob, size=shard.bytes) for shard in manifest.shards]
+    return [Blob(digest=record.blob, size=record.bytes) for record in manifest.stored]
 
 
 def pull(
@@ -62,17 +69,17 @@ def pull(
     """
     manifest = found.manifest
     _claim(folder)
-    names = {shard_file(manifest, shard): shard for shard in manifest.shards}
-    for stale in [folder / MANIFEST_FILE, *(p for p in folder.glob("shard-*.safetensors") if p.name not in names)]:
-        stale.unlink(missing_ok=True)
+    names = {blob_file(manifest, record): record for record in manifest.stored}
+    _clear(folder, names)
     write_whole(folder / VERSION_FILE, json.dumps(found.note()).encode())
     kept = _intact(folder, names.items())
     report(sum(names[name].bytes for name in kept))
-    missing = {name: shard for name, shard in names.items() if name not in kept}
-    fetched = bring(blobs_of(manifest), found, store, cache, only={s.blob for s in missing.values()}, report=report)
-    for name, shard in missing.items():
+    missing = {name: record for name, record in names.items() if name not in kept}
+    fetched = bring(blobs_of(manifest), found, store, cache, only={r.blob for r in missing.values()}, report=report)
+    for name, record in missing.items():
         try:
-            place(cache.path(shard.blob), folder / name)
+            (folder / name).parent.mkdir(exist_ok=True)
+            place(cache.path(record.blob), folder / name)
         except OSError as error:
             raise OutputError(f"{folder / name}: {error.strerror}; name a folder that can be written") from None
     write_whole(folder / MANIFEST_FILE, manifest.to_bytes())
@@ -115,13 +122,27 @@ def _claim(folder: Path) -> None:
         raise OutputError(f"{folder} holds {held[0]} and was not made by `pull`; name an empty or new folder")
 
 
-def _intact(folder: Path, files: Iterable[tuple[str, ShardRecord]]) -> set[str]:
+def _clear(folder: Path, names: Container[str]) -> None:
+    """Remove the manifest, and what an earlier version left that is not in `names`. Raises OutputError."""
+    files = folder / FILES_FOLDER
+    try:
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        for path in [*folder.glob("shard-*.safetensors"), *files.glob("[!.]*")]:
+            if path.relative_to(folder).as_posix() not in names:
+                path.unlink()
+        if files.is_dir() and not any(files.iterdir()):
+            files.rmdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+
+
+def _intact(folder: Path, files: Iterable[tuple[str, BlobRecord]]) -> set[str]:
     """Names of those files that are there, whole."""
 
-    def check(item: tuple[str, ShardRecord]) -> str | None:
-        name, shard = item
+    def check(item: tuple[str, BlobRecord]) -> str | None:
+        name, record = item
         path = folder / name
-        whole = path.is_file() and path.stat().st_size == shard.bytes and file_digest(path) == shard.blob
+        whole = path.is_file() and path.stat().st_size == record.bytes and file_digest(path) == record.blob
         return name if whole else None
 
     with ThreadPoolExecutor() as pool:

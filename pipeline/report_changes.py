@@ -54,7 +54,14 @@ def _tensors(store: Store, before: Version, after: Version) -> tuple[dict[str, i
 
 
 def _recipe(old: VersionManifest, new: VersionManifest) -> tuple[str, ...]:
-    before = {**old.recipe, "profile": old.profile, "code": old.code}
-    after = {**new.recipe, "profile": new.profile, "code": new.code}
+    before, after = (
+        {
+            **manifest.recipe,
+            "profile": manifest.profile,
+            "code": manifest.code,
+            **{f"files/{file.name}": file.blob[:12] for file in manifest.files or ()},
+        }
+        for manifest in (old, new)
+    )
     keys = sorted({*before, *after})
     return tuple(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key))

@@ -56,10 +56,12 @@ def verify(artifact: Artifact, against: Path | None = None) -> Verification:
         raise ValidationError(
             f"{against} holds {len(sources)} tensors that {artifact.label} lacks: {next(iter(sources))}, ..."
         )
-    shards = artifact.manifest.shards
+    for record in artifact.manifest.files or ():
+        artifact.blob(record)
+    stored = artifact.manifest.stored
     return Verification(
-        blobs=len(shards),
-        bytes=sum(shard.bytes for shard in shards),
+        blobs=len(stored),
+        bytes=sum(record.bytes for record in stored),
         tensors=tensors,
         compared=tensors if sources is not None else 0,
         sqnr_db=round(min(measured), 2) if measured else None,
