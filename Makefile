@@ -6,7 +6,7 @@ ARGS ?=
 # A manifest that is no path is looked up in manifests/.
 MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
 
-.PHONY: help setup compress plan pull verify list test check fix bench fuzz store-up store-down
+.PHONY: help setup compress plan submit pull verify list test check fix bench fuzz store-up store-down
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -26,6 +26,12 @@ needs = $(if $($(1)),,$(error say which: make $@ $(1)=...))
 compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
 	$(call needs,MANIFEST)$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
 
+SUBMIT_ENV = {"env_vars": {"PYTHONPATH": "src"}, "excludes": [".git", "/tests", "/manifests/demo/*.png"]}
+
+submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://HEAD:8265, and wait for its end.
+	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
+		--runtime-env-json '$(SUBMIT_ENV)' -- python -m birkhoff compress $(MANIFEST_PATH) --address auto --scheduled $(ARGS)
+
 plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
 	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
 
@@ -41,10 +47,11 @@ list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 test: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY) ## Report format, lint and type errors; never edits.
+check: $(READY) ## Report format, lint, type and layering errors; never edits.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
 
 fix: $(READY) ## Format, and mend what ruff can mend.
 	$(BIN)/ruff check --fix .

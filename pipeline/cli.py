@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,12 +111,16 @@ def compress(
         bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
     ] = False,
     sign: SignOption = None,
+    scheduled: Annotated[
+        bool, typer.Option("--scheduled", help="Leave it to an earlier such run that is still at work: exit code 22.")
+    ] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
     from birkhoff.pipeline import compress as job
     from birkhoff.pipeline.execute import Executor, InlineExecutor, RayExecutor
+    from birkhoff.pipeline.leases import turn
     from birkhoff.pipeline.manifest import load_manifest
     from birkhoff.pipeline.progress import Progress
     from birkhoff.pipeline.report_build import Recorder
@@ -141,6 +146,7 @@ def compress(
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         with (
+            turn(opened, (model.name for model in chosen.models)) if scheduled else nullcontext(),
             Recorder(chosen, opened, executor=executor.value, reuse=reuse, address=address) as record,
             logs.trace(record.run),
             Progress(notes(), models=len(chosen.models), quiet=as_json or log_format is LogFormat.JSON) as progress,
@@ -163,6 +169,8 @@ def compress(
             complain(f"{run.name}: {run.error}")
     if record.written and not as_json and not logs.as_json():
         notes().print(f"report: birkhoff report {record.run}", highlight=False, markup=False)
+    if all(run.status == "up to date" for run in runs) and not as_json:
+        remark(f"nothing to do: {len(runs)} of {len(runs)} models are up to date")
     failure = job.failure(runs)
     if failure is not None:
         raise typer.Exit(exit_code(failure))
@@ -295,6 +303,14 @@ def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
         return
     shown = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
     typer.echo(f"{verb}: {shown}")
+
+
+def remark(message: str) -> None:
+    """A line for what is worth knowing."""
+    if logs.as_json():
+        log.info("%s", printable(message))
+        return
+    notes().print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:

@@ -19,6 +19,7 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── OutputError                 a file or folder that cannot be written
 ├── BudgetError                 a budget that no quality fits into
 ├── ValidationError             an encoded tensor that does not meet its target
+├── BusyError                   an earlier tick of the same schedule is still at work
 ├── WorkerError                 a worker died or could not be had
 └── PartialError                some models of the manifest were not published
 """
@@ -102,6 +103,10 @@ class WorkerError(BirkhoffError):
     """A worker died, or the cluster cannot give what the plan needs."""
 
 
+class BusyError(BirkhoffError):
+    """An earlier tick of the same schedule is still at work."""
+
+
 class PartialError(BirkhoffError):
     """Some models of the manifest were not published."""
 
@@ -129,6 +134,7 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     PictureError: 19,
     TrustError: 20,
     BudgetError: 21,
+    BusyError: 22,
 }
 
 

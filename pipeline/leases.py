@@ -9,7 +9,8 @@ Garbage collection deletes just those, and no store deletes on a condition. So t
    for those that were there before it. Its lease keeps new ones out, so runs that overlap for ever do not starve it.
 
 Listings show every object written before they began, so of two that start together at least one sees the other:
-a publisher at work and a sweep at work never overlap. Publishers do not exclude each other.
+a publisher at work and a sweep at work never overlap. Publishers do not exclude each other, except the ticks of one
+schedule (`turn`), which announce themselves under `runs/turn/` too.
 
 A lease is renewed by a thread while its holder lives and dies with it: it counts for `LEASE_SECONDS` after its last
 renewal, by the store's own clock (the `modified` time of the object against that of the reader's own lease), so clocks
@@ -21,6 +22,7 @@ after its check; the grace period of the sweep stands between that and an object
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -28,14 +30,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.artifact import utc_now
-from birkhoff.pipeline.errors import ObjectNotFoundError, StoreError
+from birkhoff.pipeline.errors import BusyError, ObjectNotFoundError, StoreError
 from birkhoff.pipeline.store import ObjectInfo, Store
 
 log = logging.getLogger("birkhoff.leases")
@@ -51,7 +53,7 @@ _SLACK_SECONDS = 2.0
 
 _POLL_SECONDS = 0.5
 _MAX_LEASE_BYTES = 4096
-_OPEN, _SWEEP = "runs/open/", "runs/sweep/"
+_OPEN, _SWEEP, _TURN = "runs/open/", "runs/sweep/", "runs/turn/"
 
 
 class Lease:
@@ -144,7 +146,7 @@ def sweeping(store: Store, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
                 time.sleep(_POLL_SECONDS)
                 others = _others(store, lease.renew(), lease)
             if not others:
-                _clear(store, lease.renew())
+                _clear(store, lease.renew(), _OPEN, _SWEEP, _TURN)
                 yield lease
                 return
             holder = _holder(store, others[0])
@@ -154,6 +156,29 @@ def sweeping(store: Store, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
                 f"have ended (that of a dead process ends after {LEASE_SECONDS:g} s), or give them time with --wait"
             )
         time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def turn(store: Store, models: Iterable[str]) -> Iterator[Lease]:
+    """Be the only tick of a schedule of these models; the lease dies with its holder, as all do.
+
+    Of two that begin in the same moment both may give way; the next tick then does the work.
+
+    Raises:
+        BusyError: another one is at work, or was within `LEASE_SECONDS`.
+        StoreError: the store failed.
+    """
+    schedule = hashlib.sha256("\n".join(sorted(models)).encode()).hexdigest()[:16]
+    prefix = f"{_TURN}{schedule}-"
+    with _held(store, prefix) as (lease, now):
+        others = _live(store, prefix, now, lease)
+        if others:
+            raise BusyError(
+                f"{store.url}: an earlier tick of these models is still at work ({_holder(store, others[0])}), so this "
+                f"one did nothing; the next does (that of a dead process ends after {LEASE_SECONDS:g} s)"
+            )
+        _clear(store, now, prefix)
+        yield lease
 
 
 def _others(store: Store, now: datetime, lease: Lease) -> list[ObjectInfo]:
@@ -207,10 +232,10 @@ def _ended(info: ObjectInfo, now: datetime) -> bool:
     return (now - info.modified).total_seconds() > LEASE_SECONDS + _SLACK_SECONDS
 
 
-def _clear(store: Store, now: datetime) -> None:
+def _clear(store: Store, now: datetime, *prefixes: str) -> None:
     """Remove leases whose holders died. Leaves the others be: their own clocks told them first."""
     for info in store.list("runs/"):
-        if info.key.startswith((_OPEN, _SWEEP)) and _ended(info, now):
+        if info.key.startswith(prefixes) and _ended(info, now):
             store.delete(info.key)
 
 

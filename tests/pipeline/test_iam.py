@@ -139,6 +139,7 @@ def test_each_role_does_its_work_and_no_other(world: World, command: Any, tmp_pa
         ("blobs/sha256/ab/cd", "rw-", "r--", "r-d"),
         ("shards/ab/cd.json", "rw-", "---", "r-d"),
         ("runs/open/x.json", "rwd", "r--", "r-d"),
+        ("runs/turn/x.json", "rwd", "r--", "r-d"),
         ("runs/sweep/x.json", "r--", "r--", "rwd"),
         ("runs/20260101T000000/report.json", "rw-", "r--", "r-d"),
         ("probe/x", "rwd", "---", "---"),

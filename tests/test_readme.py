@@ -1,0 +1,252 @@
+"""README.md as a newcomer follows it: every block runs, in order, in a folder like a fresh clone.
+
+A block under `<!-- not run: REASON -->` does not run. `make test` only collects, `evaluate` looks at two pictures, and
+the embedded server stays up between commands; all else is as printed. Each line of the troubleshooting table is
+produced by its command.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import birkhoff
+from birkhoff.pipeline import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A fenced block; `reason` where it is not to run."""
+
+    kind: str
+    text: str
+    reason: str | None
+
+
+BLOCKS = [Block(kind=m["kind"], text=m["text"], reason=m["reason"]) for m in BLOCK.finditer(README)]
+TABLE = re.findall(r"^\| `([^`]+)` \| ", README.split("| it says | do |")[1].split("\n\n")[0], re.M)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with what git tracks, this environment as its `.venv`, and a home, a store and caches of its own."""
+    if importlib.util.find_spec("transformers") is None or not (Path(sys.prefix) / "bin" / "birkhoff").exists():
+        pytest.skip("the README's commands need the environment of `make setup`")
+    folder = tmp_path_factory.mktemp("clone")
+    for name in (
+        "Makefile",
+        "README.md",
+        "codec",
+        "kernels",
+        "manifests",
+        "pipeline",
+        "pyproject.toml",
+        "src",
+        "tests",
+    ):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "constraints.txt").write_bytes((ROOT / "constraints.txt").read_bytes())
+    environment = folder / ".venv"
+    environment.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    (environment / ".ready").touch()  # `make setup` has been here
+    subprocess.run([".venv/bin/birkhoff", "store", "up"], cwd=folder, env=variables(folder), check=True)
+    yield folder
+    subprocess.run([".venv/bin/birkhoff", "store", "down"], cwd=folder, env=variables(folder), check=True)
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """The environment of a newcomer."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "BIRKHOFF_", "MAKE"))}
+    more = {"BIRKHOFF_HOME": str(folder / ".birkhoff"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return kept | more | {"BIRKHOFF_MIRROR": "", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+def shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-ec", script], cwd=folder, env=variables(folder), capture_output=True, text=True, timeout=240
+    )
+
+
+def bounded(script: str) -> str:
+    """A block's commands, those that would take minutes cut short."""
+    script = re.sub(r"^make test$", "make test ARGS='--collect-only -q tests/test_readme.py'", script, flags=re.M)
+    return re.sub(r"(birkhoff evaluate )", r"\1--limit 2 ", script)
+
+
+def test_blocks_are_marked_as_what_they_are() -> None:
+    assert {block.kind for block in BLOCKS} <= {"", "sh", "python", "yaml"}
+    assert all(block.reason is None or len(block.reason) > 10 for block in BLOCKS)
+    assert sum(block.kind == "sh" and block.reason is None for block in BLOCKS) >= 7
+    assert not [
+        block.text for block in BLOCKS if block.kind == "" and re.search(r"^(make|\.venv|birkhoff)", block.text)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_block_runs_in_order(clone: Path) -> None:
+    ran = 0
+    for block in BLOCKS:
+        if block.reason is not None or block.kind not in ("sh", "python") or "segment_anything" in block.text:
+            continue
+        if block.kind == "sh":
+            ended = shell(clone, bounded(block.text))
+        else:
+            imported = "" if "import birkhoff\n" in block.text else "import birkhoff\n"
+            (clone / "snippet.py").write_text(imported + block.text)
+            ended = shell(clone, ".venv/bin/python snippet.py")
+        assert ended.returncode == 0, f"{block.text}\n{ended.stdout}\n{ended.stderr}"
+        ran += 1
+    assert ran >= 10
+    assert (clone / "masks.png").is_file()
+    assert "up to date" in shell(clone, "make compress MANIFEST=demo.yaml").stdout
+
+
+class Sam(nn.Module):
+    """In the place of a published model: what the example needs of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_encoder = nn.Linear(64, 64)
+
+
+def test_the_example_of_segment_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [block for block in BLOCKS if "from segment_anything" in block.text]
+    package = type(birkhoff)("segment_anything")
+    package.sam_model_registry = {"vit_b": Sam}  # type: ignore[attr-defined]
+    package.SamPredictor = lambda sam: ("predictor", sam)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "segment_anything", package)
+    monkeypatch.setenv("BIRKHOFF_STORE", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    torch.manual_seed(0)
+    source = Sam()
+    save_file(source.state_dict(), tmp_path / "sam.safetensors")
+    (tmp_path / "m.yaml").write_text("models: [{name: sam-b, source: sam.safetensors}]\n")
+    assert command(["compress", str(tmp_path / "m.yaml"), "--executor", "inline"]) == 0
+    capsys.readouterr()
+    names: dict[str, object] = {"birkhoff": birkhoff}
+    exec(block.text, names)
+    loaded = names["sam"]
+    assert isinstance(loaded, Sam)
+    assert names["predictor"] == ("predictor", loaded)
+    x = torch.randn(4, 64)
+    assert torch.allclose(loaded.image_encoder(x), source.image_encoder(x), atol=0.2)
+
+
+def command(words: list[str]) -> int:
+    return cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
+
+
+class Trouble:
+    """Small checkpoints and manifests, each wrong in its own way, beside one that is published."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, patch
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        save_file({"a.weight": weight}, folder / "net.safetensors")
+
+    def compress(self, source: str = "net.safetensors", more: str = "", key: str = "source") -> int:
+        path = self.folder / "m.yaml"
+        path.write_text(f"models:\n  - name: net\n    {key}: {source}\n{more}")
+        return command(["compress", str(path), "--executor", "inline"])
+
+    def unsafe(self) -> int:
+        torch.save({"a": _Evil()}, self.folder / "evil.pth")
+        return self.compress("evil.pth")
+
+    def infinite(self) -> int:
+        save_file({"a.weight": torch.full((64, 64), float("nan"))}, self.folder / "nan.safetensors")
+        return self.compress("nan.safetensors")
+
+    def cut(self) -> int:
+        (self.folder / "cut.safetensors").write_bytes((self.folder / "net.safetensors").read_bytes()[:-100])
+        return self.compress("cut.safetensors")
+
+    def s3(self, endpoint: str, *, keys: bool = True) -> int:
+        self.patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if keys else ():
+            self.patch.setenv(name, "x")
+        return command(["list", "--store", "s3://bucket"])
+
+    def damaged(self) -> int:
+        assert self.compress() == 0
+        assert command(["pull", "net", "-o", str(self.folder / "p")]) == 0
+        (blob,) = (self.folder / "p").glob("*.safetensors")
+        body = bytearray(blob.read_bytes())
+        body[300] ^= 1
+        blob.unlink()
+        blob.write_bytes(body)
+        return command(["verify", str(self.folder / "p")])
+
+    def unknown(self) -> int:
+        assert self.compress() == 0
+        return command(["pull", "nett", "-o", str(self.folder / "p")])
+
+    def protected(self) -> int:
+        assert self.compress() == 0
+        assert command(["promote", "net@v1", "stable", "--protect"]) == 0
+        assert self.compress(more="    profile: fast\n") == 0
+        return command(["promote", "net@v2", "stable"])
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("true",)
+
+
+PRODUCED: dict[str, tuple[int, Callable[[Trouble], int]]] = {
+    "unknown key": (3, lambda t: t.compress(key="sorce")),
+    "absent.pth": (4, lambda t: t.compress("absent.pth")),
+    "its pickle": (5, Trouble.unsafe),
+    "holds NaN": (6, Trouble.infinite),
+    "truncated": (4, Trouble.cut),
+    "budget ratio": (21, lambda t: t.compress(more="    target_ratio: 90\n")),
+    "has no model": (10, Trouble.unknown),
+    "Could not connect": (8, lambda t: t.s3("http://127.0.0.1:9")),
+    "Unable to locate": (9, lambda t: t.s3("http://127.0.0.1:9", keys=False)),
+    "plain http": (7, lambda t: t.s3("http://192.0.2.1:9000")),
+    "is damaged": (11, Trouble.damaged),
+    "alias stable": (17, Trouble.protected),
+}
+
+
+def test_every_row_of_the_table_of_errors_has_its_test() -> None:
+    assert [next(start for start in PRODUCED if start in row) for row in TABLE] == list(PRODUCED)
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_the_errors_of_the_table_are_what_the_command_prints(
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "BIRKHOFF_STORE": (tmp_path / "store").as_uri(),
+        "BIRKHOFF_HOME": str(tmp_path / "home"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    expected, produce = next(made for start, made in PRODUCED.items() if start in row)
+    code = produce(Trouble(tmp_path, monkeypatch))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, len(said)) == (expected, 1), said
+    assert row in said[0]
