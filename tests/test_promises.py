@@ -23,7 +23,7 @@ def _tests_in(path: Path) -> set[str]:
 
 def test_every_test_that_a_promise_names_exists() -> None:
     named = [test.split("::", 1) for test in _TEST.findall(PAGE)]
-    assert len(named) == PAGE.count("`tests/") - PAGE.count("`tests/test_promises.py`")
+    assert len(named) == PAGE.count(".py::") > 50  # none is written so that it is not seen
     missing = [f"{file}::{test}" for file, test in named if test not in _tests_in(ROOT / file)]
     assert missing == []
 
