@@ -18,6 +18,7 @@ import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline import interrupt, logs
+from birkhoff.pipeline.completion import references
 from birkhoff.pipeline.errors import exit_code, printable
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.stores import HTTP_VARIABLE
@@ -65,7 +66,7 @@ class ExecutorName(StrEnum):
 
 
 ManifestArgument = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
-ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL[@REF]", show_default=False)]
+ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL[@REF]", show_default=False, autocompletion=references)]
 StoreOption = Annotated[str | None, typer.Option("--store", metavar="URL", help="The store; see above.")]
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
 ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
