@@ -53,12 +53,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "kernels",
         "manifests",
         "pipeline",
-        "pyproject.toml",
         "src",
         "tests",
     ):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "constraints.txt").write_bytes((ROOT / "constraints.txt").read_bytes())
+    for name in ("constraints.txt", "pyproject.toml"):  # copies: an edit meanwhile must not make `make` install anew
+        (folder / name).write_bytes((ROOT / name).read_bytes())
     environment = folder / ".venv"
     environment.mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
