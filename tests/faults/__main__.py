@@ -19,7 +19,7 @@ import torch
 
 from birkhoff.pipeline.embedded import environment, use_embedded
 from tests.benchmarks import common
-from tests.faults import page
+from tests.faults import disks, page
 from tests.faults.suite import Result, Suite, cases
 
 THREADS = 8
@@ -37,7 +37,14 @@ def network(options: argparse.Namespace) -> dict[str, Any]:
     return page.network(found)
 
 
-SECTIONS = {"network": network}
+def local_disks(options: argparse.Namespace) -> dict[str, Any]:
+    """Full and read-only disks below stores, caches and folders."""
+    with tempfile.TemporaryDirectory(prefix="bf-faults-") as folder:
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder, "xdg"))
+        return page.local(disks.rows(Path(folder)), "torch")
+
+
+SECTIONS = {"network": network, "disks": local_disks}
 
 
 def _report(result: Result) -> None:
