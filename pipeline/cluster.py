@@ -10,6 +10,7 @@ file system), since workers read their own ranges.
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -42,6 +43,8 @@ class Cluster(AbstractContextManager["Cluster"]):
 
         self.ray: Any = ray
         self._reaper: Reaper | None = None
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(contextlib.redirect_stdout(_ToLog()))
         try:
             with _signals_kept():
                 if address is None:
@@ -65,7 +68,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         except Exception as error:
             interrupt.check()
             log.warning("Ray did not start (%s); trying once more", first_line(error))
-            self.close()
+            self._end()
             self._start()
 
     def _start(self) -> None:
@@ -87,6 +90,10 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def close(self) -> None:
         """Leave the cluster, or end it."""
+        with self._quiet:
+            self._end()
+
+    def _end(self) -> None:
         try:
             self.ray.shutdown()
         finally:
@@ -95,6 +102,15 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+class _ToLog(io.TextIOBase):
+    """Takes the place of standard output while Ray runs: it prints there what its nodes report, between our JSON."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("Ray: %s", text.strip())
+        return len(text)
 
 
 def _quiet_init(ray: Any, **settings: Any) -> None:

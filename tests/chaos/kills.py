@@ -5,6 +5,7 @@ to its end all the same is followed by one on new weights; what is left is run t
 the store.
 """
 
+import json
 import random
 import subprocess
 import time
@@ -104,7 +105,12 @@ class Harness:
         found.leaks += self._world.leaks()
         self._check(found)
         if process.returncode == 0:
-            self._check_work(found, there, made(rows(output)))
+            try:
+                self._check_work(found, there, made(rows(output)))
+            except json.JSONDecodeError:
+                found.broken.append(
+                    f"{target}: standard output is no JSON: {output[:300]!r}; {errors.strip()[-300:]!r}"
+                )
         return process.returncode == 0
 
     def _kill(self, found: Round, target: Target, process: subprocess.Popen[str]) -> bool:

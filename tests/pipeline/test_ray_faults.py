@@ -1,6 +1,7 @@
 """Workers that hang or lack memory, on a real local cluster: what is tried again, how, and what is said in the end."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -101,6 +102,45 @@ def test_a_shard_that_always_hangs_fails_by_name(executor: FaultyExecutor, tmp_p
     text = rf"hang-always shard 2 \(b\.2\.w\): its worker gave no result within 4 s, {TRIES} times; raise shard_seconds"
     with pytest.raises(type(error), match=text):
         raise error  # type: ignore[misc]
+
+
+RAY_IN_ITS_OWN_PROCESS = """
+import logging, os, pathlib, signal, sys, threading
+from birkhoff.pipeline.execute import RayExecutor, Worker
+from birkhoff.pipeline.store import StoreAddress
+
+class Dying(Worker):
+    def run(self, task):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Executor(RayExecutor):
+    worker = Dying
+
+told = threading.Event()
+
+class Listener(logging.Handler):
+    def emit(self, record):
+        if "A worker died" in record.getMessage():
+            told.set()
+
+logging.getLogger("birkhoff.cluster").setLevel(logging.INFO)
+logging.getLogger("birkhoff.cluster").addHandler(Listener())
+with Executor(StoreAddress.parse(pathlib.Path(sys.argv[1]).as_uri()), workers=1) as executor:
+    executor.workers[0].run.remote(None)
+    assert told.wait(60), "Ray said nothing of the death"
+print("[]")
+"""
+
+
+def test_what_ray_says_of_a_dead_worker_leaves_standard_output_to_us(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_IN_ITS_OWN_PROCESS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_out_of_memory_once_is_tried_again_alone(executor: FaultyExecutor, tmp_path: Path) -> None:
