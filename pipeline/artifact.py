@@ -33,6 +33,9 @@ VersionName = Annotated[str, Field(pattern=r"^v[1-9][0-9]{0,8}$")]
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
+FLOOR_DB = -99.0
+"""Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
+
 MAX_DOCUMENT_BYTES = 16 << 20
 """More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
 

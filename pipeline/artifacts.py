@@ -21,6 +21,7 @@ from birkhoff.codec.errors import FormatError
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import FALLBACKS, decode_tensor
 from birkhoff.pipeline.artifact import (
+    FLOOR_DB,
     MAX_DOCUMENT_BYTES,
     BlobRecord,
     ShardRecord,
@@ -300,7 +301,7 @@ def _row(name: str, entry: str, stored: object) -> TensorRow:
         shape = tuple(int(size) for size in fields["shape"].split(",") if size)
         begin, end = stored["data_offsets"]  # type: ignore[index]
         dtype = dtype_name(dtype_from_code(fields["dtype"]))
-        sqnr = float(fields["sqnr_db"]) if "sqnr_db" in fields else None
+        sqnr = max(float(fields["sqnr_db"]), FLOOR_DB) if "sqnr_db" in fields else None
         error = float(fields.get("max_abs", 0))
         target = float(fields["target_db"]) if "target_db" in fields else None
     except (KeyError, ValueError, TypeError):

@@ -18,7 +18,7 @@ _SETTLED = 5.0
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """`source_digest` of a checkpoint, from memory where its files have not changed. Raises SourceError, OutputError."""
+    """`source_digest` of a checkpoint, remembered where its files have not changed. Raises SourceError, OutputError."""
     state = known_state(checkpoint)
     if state is None:
         return source_digest(checkpoint)

@@ -20,6 +20,7 @@ from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import FALLBACKS, decode_tensor, is_matrix, lattice_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline import logs
+from birkhoff.pipeline.artifact import FLOOR_DB
 from birkhoff.pipeline.errors import ValidationError
 
 PROBE_ROWS = 16
@@ -27,9 +28,6 @@ PROBE_ROWS = 16
 
 PROBE_LIMIT = 1e-5
 """Greatest ||y - y'|| / ||y'|| of HyperLinear's y in float32 against `F.linear` with the decoded weight's y'."""
-
-FLOOR_DB = -99.0
-"""Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
 
 _CLAIM_SLACK_DB = 0.01
 """The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""

@@ -1,5 +1,6 @@
 """What the kill harness kills: a real `birkhoff compress` of three small models, its Ray, and the real S3 server."""
 
+import contextlib
 import json
 import os
 import random
@@ -139,7 +140,8 @@ class World:
         return left + files
 
     def _processes(self) -> list[str]:
-        return [f"process {pid} ({_name(pid)})" for pid in marked(self.mark)]
+        titled = [pid for pid in _titled() if _works_in(pid, self.ray)]  # Ray's agents wipe their environment
+        return [f"process {pid} ({_name(pid)})" for pid in sorted({*marked(self.mark), *titled})]
 
     def _files(self) -> list[str]:
         folders = (self.folder / "tmp", self.ray)
@@ -158,6 +160,23 @@ def rows(output: str) -> list[dict[str, Any]]:
 def made(found: list[Mapping[str, Any]] | list[dict[str, Any]]) -> int:
     """Shards that a run encoded."""
     return sum((row["shards"] or 0) - row["shards_reused"] for row in found)
+
+
+def _titled() -> list[int]:
+    """Processes that gave themselves a title of Ray's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::"):
+                found.append(int(entry.name))
+    return found
+
+
+def _works_in(pid: int, folder: Path) -> bool:
+    """Whether a process has a file below a folder open."""
+    with contextlib.suppress(OSError):
+        return any(str(link.readlink()).startswith(f"{folder}/") for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def _name(pid: int) -> str:

@@ -7,8 +7,9 @@ from birkhoff.codec.container import serialise
 from birkhoff.codec.metrics import compare
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor, encode_tensor
+from birkhoff.pipeline.artifact import FLOOR_DB
 from birkhoff.pipeline.errors import ValidationError
-from birkhoff.pipeline.validate import FLOOR_DB, validate_shard
+from birkhoff.pipeline.validate import validate_shard
 
 BALANCED = PROFILES["balanced"]
 CPU = torch.device("cpu")
