@@ -13,7 +13,9 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -31,6 +33,9 @@ log = logging.getLogger("birkhoff.cluster")
 
 OBJECT_STORE_BYTES = 80 << 20
 """Of a cluster started here: descriptors and records pass through it, never tensors."""
+
+_KNOCK_SECONDS = 15.0
+_HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5})")
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -50,6 +55,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                 if address is None:
                     self._start_patiently()
                 else:
+                    _knock(address)
                     _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
         except BaseException as error:
             self.close()
@@ -102,6 +108,13 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    found = _HOST_PORT.fullmatch(address)
+    if found is not None:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_SECONDS).close()
 
 
 class _ToLog(io.TextIOBase):
