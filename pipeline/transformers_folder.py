@@ -95,6 +95,7 @@ def write_folder(artifact: Artifact, model: nn.Module, config: dict[str, Any], f
             for coded in artifact.coded_of(shard):
                 tensors |= _stored(coded, model, layers)
             save_file(tensors, part / name, metadata={"format": "pt"})
+            (part / name).chmod(0o644)  # safetensors makes files for their owner alone
             places |= dict.fromkeys(tensors, name)
         for record in artifact.manifest.files or ():
             (part / record.name).write_bytes(artifact.blob(record))

@@ -71,7 +71,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def variables(folder: Path) -> dict[str, str]:
     """The environment of a newcomer."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "BIRKHOFF_", "MAKE"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "BIRKHOFF_", "MAKE", "ARGS"))
+    }
     more = {"BIRKHOFF_HOME": str(folder / ".birkhoff"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return kept | more | {"BIRKHOFF_MIRROR": "", "AWS_EC2_METADATA_DISABLED": "true"}
 

@@ -120,7 +120,8 @@ def head(url: str, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray cluster with a dashboard, on loopback: its address, and the environment of its jobs."""
     folder = Path("/tmp", f"bf-head-{uuid.uuid4().hex[:10]}")  # the paths of sockets must be short
     ports = [_free_port() for _ in range(3)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    own = ("RAY_", "MAKE", "ARGS")  # what a `make test ARGS=...` hands down is not for the `make submit` tried here
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs run `python`
     words = ["start", "--head", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true"]
