@@ -31,23 +31,12 @@ torch.library.define("birkhoff::packed_weight", f"({_PLANES}, int columns, Scala
 torch.library.define("birkhoff::packed_linear", f"(Tensor x, {_PLANES}, Tensor? bias) -> Tensor")
 
 
-def packed_weight(
-    low: Tensor,
-    high: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
-    bits: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def packed_weight(planes: Planes, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Decoded weights [N, K] in `dtype`, escapes included.
 
     Args:
-        low, high, scale: uint8 [N, P], [N, H] and [N, G].
-        step: float32 [] on their device.
-        escape_index, escape_value: int64 and float32 [E], by row*K + column.
+        planes: low, high and scale, uint8 [N, P], [N, H] and [N, G]; step, float32 [] on their device; escape_index
+            and escape_value, int64 and float32 [E], by row*K + column.
         bits: 10 or 12 a pair.
         columns: K.
         dtype: float32, bfloat16, float16 or float64.
@@ -55,27 +44,13 @@ def packed_weight(
     Raises:
         KernelError: the planes do not fit together.
     """
-    weight: Tensor = torch.ops.birkhoff.packed_weight.default(
-        low, high, scale, step, escape_index, escape_value, bits, columns, dtype
-    )
+    weight: Tensor = torch.ops.birkhoff.packed_weight.default(*planes, bits, columns, dtype)
     return weight
 
 
-def packed_linear(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
-    bits: int,
-    bias: Tensor | None,
-) -> Tensor:
+def packed_linear(x: Tensor, planes: Planes, bits: int, bias: Tensor | None) -> Tensor:
     """x W^T + b, [..., K] to [..., N] in the dtype of x; the other arguments are those of `packed_weight`."""
-    y: Tensor = torch.ops.birkhoff.packed_linear.default(
-        x, low, high, scale, step, escape_index, escape_value, bits, bias
-    )
+    y: Tensor = torch.ops.birkhoff.packed_linear.default(x, *planes, bits, bias)
     return y
 
 
@@ -159,7 +134,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         planes: Planes = ctx.saved_tensors
-        grad_x = grad @ packed_weight(*planes, ctx.bits, ctx.columns, grad.dtype)
+        grad_x = grad @ packed_weight(planes, ctx.bits, ctx.columns, grad.dtype)
     if ctx.needs_input_grad[8]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, *[None] * 7, grad_bias

@@ -100,4 +100,4 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError, match=r"bias \[7\], got \[8\]"):
         PackedHyperLinear.from_packed(make(7, 70, 12), torch.zeros(8))
     with pytest.raises(KernelError, match=r"pass those of codec\.packed\.pack"):
-        packed_weight(*layer._planes(), 12, 75, torch.float32)
+        packed_weight(layer._planes(), 12, 75, torch.float32)
