@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from birkhoff.pipeline.cli import JsonOption, StoreOption, app, notes, output
-from birkhoff.pipeline.tables import Column, fixed, size
+from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, size
 
 if TYPE_CHECKING:
     from birkhoff.pipeline.report import RunReport
@@ -25,12 +25,7 @@ RUN_COLUMNS = (
 )
 MODEL_COLUMNS = (
     Column(title="model", key="name"),
-    Column(title="version", key="version"),
-    Column(title="status", key="status"),
-    Column(title="source", key="source_bytes", form=size, right=True),
-    Column(title="stored", key="stored_bytes", form=size, right=True),
-    Column(title="ratio", key="ratio", form=fixed(2), right=True),
-    Column(title="SQNR min dB", key="sqnr_db_min", form=fixed(2), right=True),
+    *(column for column in VERSION_COLUMNS if column.key not in ("model", "sqnr_db_median", "seconds", "digest")),
     Column(title="shards", key="shards", right=True),
     Column(title="shared", key="shards_reused", right=True),
     Column(title="lossless", key="lossless", right=True),

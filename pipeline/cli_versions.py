@@ -8,7 +8,7 @@ import typer
 
 from birkhoff.pipeline.artifact import ALIAS_STABLE
 from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, SignOption, StoreOption, app, notes, output, report
-from birkhoff.pipeline.tables import Column, fixed, shape, short, size
+from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, shape, size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
@@ -38,11 +38,11 @@ HISTORY_COLUMNS = (
     Column(title="from", key="from"),
     Column(title="version", key="version"),
     Column(title="profile", key="profile"),
-    Column(title="stored", key="stored_bytes", form=size, right=True),
-    Column(title="ratio", key="ratio", form=fixed(2), right=True),
-    Column(title="SQNR min dB", key="sqnr_db_min", form=fixed(2), right=True),
-    Column(title="median dB", key="sqnr_db_median", form=fixed(2), right=True),
-    Column(title="digest", key="digest", form=short),
+    *(
+        column
+        for column in VERSION_COLUMNS
+        if column.key in ("stored_bytes", "ratio", "sqnr_db_min", "sqnr_db_median", "digest")
+    ),
 )
 DIFF_COLUMNS = (
     Column(title="tensor", key="name"),
