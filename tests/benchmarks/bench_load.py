@@ -37,6 +37,7 @@ from tests.benchmarks.common import ROOT, conditions, table, write
 from tests.benchmarks.family import TensorSpec, layout
 from tests.benchmarks.load_worker import LAYOUT, MODEL, skeleton
 from tests.benchmarks.synthetic import draw
+from tests.pipeline.publishing import unmeasured
 
 SHARD_BYTES = 32 << 20
 CHECKED = 5
@@ -83,18 +84,8 @@ def fill(store: Store, dense: Path, profile: Profile, device: torch.device) -> d
             halves |= {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
             blob = serialise([encode_tensor(key, t.to(device), profile).tensor for key, t in tensors.items()])
             store.put(blob_key(sha256(blob)), blob)
-            records.append(
-                ShardRecord(
-                    key=sha256(blob),
-                    blob=sha256(blob),
-                    bytes=len(blob),
-                    source_bytes=sum(t.nbytes for t in tensors.values()),
-                    tensors=len(tensors),
-                    sqnr_db=(),
-                    probe_db=(),
-                    probe_error=0.0,
-                )
-            )
+            size = sum(t.nbytes for t in tensors.values())
+            records.append(unmeasured(blob, source_bytes=size, tensors=len(tensors)))
     save_file(halves, dense)
     source = SourceRecord(file="drawn", sha256=records[0].blob, bytes=1, format="none")
     manifest = VersionManifest(

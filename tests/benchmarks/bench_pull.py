@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest, blob_key, sha256
+from birkhoff.pipeline.artifact import SourceRecord, VersionManifest, blob_key
 from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.embedded import environment, use_embedded
 from birkhoff.pipeline.publish import publish
@@ -32,6 +32,7 @@ from birkhoff.pipeline.references import find
 from birkhoff.pipeline.store import Store, open_store
 from birkhoff.pipeline.trust import ANY
 from tests.benchmarks.common import conditions, table, write
+from tests.pipeline.publishing import unmeasured
 
 MODEL = "sam-h"
 THREADS = 8
@@ -68,20 +69,8 @@ def fill(store: Store, count: int, mean_mb: float) -> dict[str, int]:
     records = []
     for _ in range(count):
         body = generator.randbytes(int(generator.uniform(0.5, 1.5) * mean_mb * 1e6))
-        digest = sha256(body)
-        store.put(blob_key(digest), body)
-        records.append(
-            ShardRecord(
-                key=digest,
-                blob=digest,
-                bytes=len(body),
-                source_bytes=6 * len(body),
-                tensors=1,
-                sqnr_db=(),
-                probe_db=(),
-                probe_error=0.0,
-            )
-        )
+        records.append(unmeasured(body, source_bytes=6 * len(body), tensors=1))
+        store.put(blob_key(records[-1].blob), body)
     source = SourceRecord(file="random", sha256=records[0].blob, bytes=1, format="none")
     publish(store, VersionManifest(model=MODEL, source=source, profile="none", recipe={}, code="0", shards=records))
     return {record.blob: record.bytes for record in records}

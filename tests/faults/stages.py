@@ -28,6 +28,7 @@ from birkhoff.pipeline.shard import find_record, keep_shard
 from birkhoff.pipeline.store import Store, check_store
 from birkhoff.pipeline.trust import ANY
 from birkhoff.pipeline.verify import verify
+from tests.pipeline.publishing import unmeasured
 
 MODEL = "net"
 PROFILE = "fast"
@@ -50,16 +51,7 @@ def shard(number: int) -> Shard:
     """One of the shards of the tests: 64 KiB of coded weights."""
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(number))
     blob = serialise([encode_tensor(f"layer{number}.weight", weight, PROFILES[PROFILE]).tensor])
-    record = ShardRecord(
-        key=sha256(b"key of " + blob),
-        blob=sha256(blob),
-        bytes=len(blob),
-        source_bytes=weight.nbytes,
-        tensors=1,
-        sqnr_db=(),
-        probe_db=(),
-        probe_error=0.0,
-    )
+    record = unmeasured(blob, source_bytes=weight.nbytes, tensors=1, key=sha256(b"key of " + blob))
     return Shard(blob=blob, record=record)
 
 

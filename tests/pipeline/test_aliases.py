@@ -20,43 +20,15 @@ from birkhoff.pipeline.aliases import (
 from birkhoff.pipeline.artifact import (
     AliasRecord,
     AliasState,
-    ShardRecord,
-    SourceRecord,
-    VersionManifest,
     alias_key,
-    blob_key,
     read_document,
-    sha256,
-    shard_key,
 )
 from birkhoff.pipeline.collect import retire
 from birkhoff.pipeline.errors import ArtifactNotFoundError, PreconditionError
 from birkhoff.pipeline.names import names
 from birkhoff.pipeline.publish import Version, publish, resolve
 from birkhoff.pipeline.store import Store
-
-
-def make(store: Store, model: str, *contents: str) -> Version:
-    """Publish a version of shards with these bytes."""
-    shards = []
-    for content in contents:
-        body = content.encode()
-        record = ShardRecord(
-            key=sha256(b"key of " + body),
-            blob=sha256(body),
-            bytes=len(body),
-            source_bytes=9,
-            tensors=1,
-            sqnr_db=(),
-            probe_db=(),
-            probe_error=0,
-        )
-        store.create(blob_key(record.blob), body)
-        store.create(shard_key(record.key), record.to_bytes())
-        shards.append(record)
-    source = SourceRecord(file="f", sha256=sha256(b"f"), bytes=9, format="test")
-    manifest = VersionManifest(model=model, source=source, profile="p", recipe={}, code="0", shards=tuple(shards))
-    return publish(store, manifest)
+from tests.pipeline.publishing import publish_contents as make
 
 
 def versions(store: Store, count: int) -> list[Version]:

@@ -27,50 +27,19 @@ from birkhoff.pipeline.errors import (
     ArtifactNotFoundError,
     IntegrityError,
     ManifestError,
-    ObjectNotFoundError,
     PreconditionError,
     StoreError,
     StoreUnreachableError,
 )
 from birkhoff.pipeline.leases import Lease, open_run, sweeping
 from birkhoff.pipeline.names import given, names, retire_name
-from birkhoff.pipeline.publish import Version, is_whole, load_version, models, publish, resolve
+from birkhoff.pipeline.publish import is_whole, load_version, models, publish, resolve
 from birkhoff.pipeline.store import Store
+from tests.pipeline.publishing import keep, record_of
+from tests.pipeline.publishing import publish_contents as make
 
 NOW = timedelta(0)
 DAY = timedelta(days=1)
-
-
-def record_of(content: str) -> ShardRecord:
-    body = content.encode()
-    return ShardRecord(
-        key=sha256(b"key of " + body),
-        blob=sha256(body),
-        bytes=len(body),
-        source_bytes=9,
-        tensors=1,
-        sqnr_db=(),
-        probe_db=(),
-        probe_error=0,
-    )
-
-
-def keep(store: Store, content: str) -> ShardRecord:
-    """Store a shard as a worker does: looked up, and made where it is not there."""
-    record = record_of(content)
-    try:
-        store.head(shard_key(record.key))
-        store.head(blob_key(record.blob))
-    except ObjectNotFoundError:
-        store.create(blob_key(record.blob), content.encode())
-        store.create(shard_key(record.key), record.to_bytes())
-    return record
-
-
-def make(store: Store, model: str, *contents: str) -> Version:
-    shards = tuple(keep(store, content) for content in contents)
-    source = SourceRecord(file="f", sha256=sha256(b"f"), bytes=9, format="test")
-    return publish(store, VersionManifest(model=model, source=source, profile="p", recipe={}, code="0", shards=shards))
 
 
 def keys(store: Store, prefix: str = "") -> set[str]:

@@ -11,7 +11,6 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.aliases import promote
 from birkhoff.pipeline.artifact import (
     MAX_DOCUMENT_BYTES,
-    ShardRecord,
     SourceRecord,
     VersionManifest,
     alias_key,
@@ -32,6 +31,7 @@ from birkhoff.pipeline.references import find
 from birkhoff.pipeline.shard import find_record
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.trust import Trust
+from tests.pipeline.publishing import unmeasured
 
 BOMBS = {
     "deep": b'{"a":' * 100_000,
@@ -54,16 +54,7 @@ def store(directory_store: Store) -> Store:
 @pytest.fixture
 def version(store: Store) -> Version:
     """net@v1, of one shard with the bytes `abc`."""
-    shard = ShardRecord(
-        key=sha256(b"key"),
-        blob=sha256(b"abc"),
-        bytes=3,
-        source_bytes=9,
-        tensors=1,
-        sqnr_db=(),
-        probe_db=(),
-        probe_error=0,
-    )
+    shard = unmeasured(b"abc", source_bytes=9, tensors=1, key=sha256(b"key"))
     store.create(blob_key(shard.blob), b"abc")
     store.create(shard_key(shard.key), shard.to_bytes())
     source = SourceRecord(file="f", sha256=sha256(b"f"), bytes=9, format="test")

@@ -1,7 +1,6 @@
 """Pulling: what is fetched, what is taken from the cache, and what is left behind when something breaks."""
 
 import errno
-import hashlib
 import multiprocessing
 import os
 import random
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from birkhoff.pipeline import blob_download, store_s3_direct
-from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest, blob_key
+from birkhoff.pipeline.artifact import SourceRecord, VersionManifest, blob_key
 from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.blob_download import Blob
 from birkhoff.pipeline.blob_fetch import fetch
@@ -27,6 +26,7 @@ from birkhoff.pipeline.pull import bring, pull, shard_file
 from birkhoff.pipeline.references import Found, find, recall
 from birkhoff.pipeline.store import Store, open_store
 from birkhoff.pipeline.trust import ANY
+from tests.pipeline.publishing import unmeasured
 
 RANGE = 64 << 10
 SIZES = (1, 1000, RANGE, RANGE + 1, 5 * RANGE + 17)
@@ -48,23 +48,10 @@ def body(size: int, seed: int = 0) -> bytes:
 
 def release(store: Store, bodies: list[bytes]) -> Found:
     """A published version of these blobs, as `find` gives it."""
-    digests = [hashlib.sha256(data).hexdigest() for data in bodies]
-    for digest, data in zip(digests, bodies, strict=True):
-        store.put(blob_key(digest), data)
-    shards = tuple(
-        ShardRecord(
-            key=digest,
-            blob=digest,
-            bytes=len(data),
-            source_bytes=len(data),
-            tensors=1,
-            sqnr_db=(),
-            probe_db=(),
-            probe_error=0.0,
-        )
-        for digest, data in zip(digests, bodies, strict=True)
-    )
-    source = SourceRecord(file="net.pth", sha256=digests[0], bytes=1, format="torch-zip")
+    shards = tuple(unmeasured(data, source_bytes=len(data), tensors=1) for data in bodies)
+    for shard, data in zip(shards, bodies, strict=True):
+        store.put(blob_key(shard.blob), data)
+    source = SourceRecord(file="net.pth", sha256=shards[0].blob, bytes=1, format="torch-zip")
     manifest = VersionManifest(model="net", source=source, profile="fast", recipe={}, code="0", shards=shards)
     version = publish(store, manifest)
     return Found(model="net", name=version.name, digest=version.digest, manifest=manifest)

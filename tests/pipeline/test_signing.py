@@ -21,7 +21,6 @@ from birkhoff.pipeline.artifact import (
     AliasRecord,
     NameRecord,
     ShardRecord,
-    SourceRecord,
     VersionManifest,
     VersionSignatures,
     alias_key,
@@ -38,12 +37,13 @@ from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.collect import collect
 from birkhoff.pipeline.errors import IntegrityError, OutputError, TrustError, exit_code
 from birkhoff.pipeline.names import take_name
-from birkhoff.pipeline.publish import Version, is_signed, publish, resolve
+from birkhoff.pipeline.publish import Version, is_signed, resolve
 from birkhoff.pipeline.pull import pull
 from birkhoff.pipeline.references import find, recall
 from birkhoff.pipeline.signing import Signer, load_public, load_signer, new_key, sign_version, signed_names
 from birkhoff.pipeline.store import Store, open_store
 from birkhoff.pipeline.trust import Trust, check_version
+from tests.pipeline.publishing import publish_contents
 
 
 @pytest.fixture
@@ -66,22 +66,7 @@ def other(tmp_path: Path) -> Signer:
 
 def make(store: Store, content: str, signer: Signer | None = None, model: str = "net") -> Version:
     """Publish a version of one shard with these bytes."""
-    body = content.encode()
-    shard = ShardRecord(
-        key=sha256(b"key of " + body),
-        blob=sha256(body),
-        bytes=len(body),
-        source_bytes=9,
-        tensors=1,
-        sqnr_db=(),
-        probe_db=(),
-        probe_error=0,
-    )
-    store.create(blob_key(shard.blob), body)
-    store.create(shard_key(shard.key), shard.to_bytes())
-    source = SourceRecord(file="f", sha256=sha256(body), bytes=9, format="test")
-    manifest = VersionManifest(model=model, source=source, profile="p", recipe={}, code="0", shards=(shard,))
-    return publish(store, manifest, signer=signer)
+    return publish_contents(store, model, content, signer=signer)
 
 
 def trusted(store: Store, reference: str, *signers: Signer, accept_older: bool = False) -> str:
