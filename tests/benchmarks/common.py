@@ -64,6 +64,24 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
+def keep(folder: Path, name: str, key: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Put a record into `folder/NAME.json` in the place of its earlier one; returns all that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    records: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    records[key] = record
+    path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    return records
+
+
+def facts(records: dict[str, Any]) -> str:
+    """The conditions of records, a line for each."""
+    return "\n".join(
+        f"- {name}: {', '.join(f'{key} {value}' for key, value in one['conditions'].items())}"
+        for name, one in records.items()
+    )
+
+
 def write(name: str, markdown: str, data: dict[str, Any]) -> None:
     """Store `results/NAME.md` and `.json`, and print the first."""
     RESULTS.mkdir(exist_ok=True)

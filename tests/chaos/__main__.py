@@ -8,7 +8,6 @@ Exit code 1: something was broken, leaked, or made twice. Results of a target re
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -90,15 +89,9 @@ def record(target: str, seed: int, found: Sequence[Round]) -> dict[str, Any]:
 
 def save(folder: Path, target: str, one: dict[str, Any]) -> None:
     """Put a record beside those of other targets, and draw the page anew."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "kills.json"
-    records = json.loads(path.read_text()) if path.is_file() else {}
-    records[target] = one
-    path.write_text(json.dumps(records, indent=1) + "\n")
-    facts = [
-        f"- {name}: {', '.join(f'{k} {v}' for k, v in row['conditions'].items())}" for name, row in records.items()
-    ]
-    page = f"{PREFACE}\n\n{common.table(HEAD, [_cells(row) for row in records.values()])}\n\n" + "\n".join(facts) + "\n"
+    records = common.keep(folder, "kills", target, one)
+    table = common.table(HEAD, [_cells(row) for row in records.values()])
+    page = f"{PREFACE}\n\n{table}\n\n{common.facts(records)}\n"
     (folder / "kills.md").write_text(page)
 
 

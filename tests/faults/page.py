@@ -1,6 +1,5 @@
 """The table of the fault suite: `faults.json`, a record for each section, and `faults.md`, drawn from it."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,12 +63,7 @@ def local(found: Sequence[dict[str, Any]], *packages: str) -> dict[str, Any]:
 
 def save(folder: Path, section: str, record: dict[str, Any]) -> str:
     """Put a section beside the others and draw the page; returns it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{NAME}.json"
-    records: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    records[section] = record
-    path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    page = _page(records)
+    page = _page(common.keep(folder, NAME, section, record))
     (folder / f"{NAME}.md").write_text(page)
     return page
 
@@ -95,10 +89,8 @@ def _summary(records: dict[str, Any]) -> str:
         for name, one in records.items()
     ]
     rows.append(["all", *(str(sum(int(row[place]) for row in rows)) for place in range(1, 5))])
-    facts = [
-        f"- {name}: {', '.join(f'{k} {v}' for k, v in one['conditions'].items())}" for name, one in records.items()
-    ]
-    return common.table(["section", "cases", "faults injected", "wrong", "leaked"], rows) + "\n\n" + "\n".join(facts)
+    table = common.table(["section", "cases", "faults injected", "wrong", "leaked"], rows)
+    return f"{table}\n\n{common.facts(records)}"
 
 
 def _neutral(text: str) -> str:

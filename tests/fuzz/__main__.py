@@ -1,5 +1,9 @@
 """`python -m tests.fuzz TARGET [--seconds N]`: coverage-guided fuzzing of one parser; `list` names the targets.
 
+With `--record` the run's figures go to the page of results (`record.py`); with `--log FILE --commit HASH` beside it
+those of a run elsewhere, FILE being what it printed. The fuzzer itself comes with `pip install -c constraints.txt -e
+'.[fuzz]'`, which `make fuzz` sees to.
+
 A target X is a module `target_X` beside this file with
 
     INSTRUMENT: tuple[str, ...]     packages whose coverage guides the search, beside birkhoff
@@ -67,6 +71,26 @@ def keeping(check: Callable[[bytes], None], folder: Path) -> Callable[[bytes], N
     return checked
 
 
+def recorded(options: argparse.Namespace, inner: Sequence[str]) -> int:
+    """Fuzz in a process of its own, or take the words of one that ended, and enter the figures."""
+    from tests.fuzz import record  # it imports ours, which a process that fuzzes must not have done
+
+    target, code, seconds = options.target, 0, options.seconds
+    if options.log is None:
+        limits = [f"--seconds={options.seconds}", f"--max-len={options.max_len}"]
+        code, text, seconds = record.run([sys.executable, "-m", "tests.fuzz", target, *limits, *inner])
+    else:
+        text = options.log.read_text()
+    inputs = len(list((HERE / "corpus" / target).iterdir())) + sum(1 for _ in load(target).seeds())
+    try:
+        one = record.record(text, seconds=seconds, code=code, inputs=inputs, commit=options.commit)
+    except ValueError as error:
+        print(f"{target}: nothing recorded: {error}", file=sys.stderr)
+        return code or 1
+    print(record.save(options.out, target, one))
+    return code
+
+
 def main(arguments: Sequence[str]) -> int:
     """Fuzz the target named first; ends by the process's exit, which is not 0 after a finding."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
@@ -74,11 +98,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--max-len", type=int, default=4096, help="bytes of an input")
     parser.add_argument("--merge", action="store_true", help="refresh the committed corpus instead")
+    parser.add_argument("--record", action="store_true", help="put the run into the table of results")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="with --record: a run that ended, of --seconds")
+    parser.add_argument("--commit", metavar="HASH", help="with --log: what it ran at")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "benchmarks" / "results", metavar="DIR")
     options, inner = parser.parse_known_args(arguments)  # to merge, libFuzzer runs this command with flags of its own
     if options.target == "list":
         print("\n".join(targets()))
         return 0
-    import atheris
+    if options.record:
+        return recorded(options, inner)
+    try:
+        import atheris
+    except ModuleNotFoundError:
+        print("no atheris here; pip install -c constraints.txt -e '.[fuzz]', or use make fuzz", file=sys.stderr)
+        return 1
 
     # Only what is imported inside is instrumented, so nothing of ours may be imported before.
     with atheris.instrument_imports(include=["birkhoff", *_instrumented(options.target)]):
