@@ -16,23 +16,38 @@ CLUSTER = ROOT / "manifests" / "cluster"
 VERSION = "1.33"
 COMMAND = r"birkhoff compress \S+ .*--scheduled"
 
-# Fields of KubeRay's v1 CRDs that these files use (ray-operator/apis/ray/v1/rayjob_types.go, raycluster_types.go).
-RAY_JOB: dict[str, type] = {
-    "entrypoint": str,
-    "shutdownAfterJobFinishes": bool,
-    "ttlSecondsAfterFinished": int,
-    "backoffLimit": int,
-    "activeDeadlineSeconds": int,
-    "submissionMode": str,
-    "rayClusterSpec": dict,
-}
-GROUP: dict[str, type] = {
-    "groupName": str,
-    "replicas": int,
-    "minReplicas": int,
-    "maxReplicas": int,
-    "rayStartParams": dict,
-    "template": dict,
+# Every field of these types in KubeRay v1.6.2, from the API reference that it generates from the types of its CRDs
+# (github.com/ray-project/kuberay, docs/reference/api.md at 0a9eabde561ab59ab4bbe626072c359da9214484).
+KUBERAY: dict[str, dict[str, type]] = {
+    "RayJobSpec": {
+        **dict.fromkeys(["activeDeadlineSeconds", "backoffLimit", "preRunningDeadlineSeconds"], int),
+        **dict.fromkeys(["entrypoint", "entrypointResources", "jobId", "managedBy", "runtimeEnvYAML"], str),
+        **dict.fromkeys(["clusterSelector", "deletionStrategy", "metadata", "rayClusterSpec"], dict),
+        **dict.fromkeys(["submitterConfig", "submitterPodTemplate"], dict),
+        **dict.fromkeys(["entrypointNumCpus", "entrypointNumGpus"], float),
+        **dict.fromkeys(["shutdownAfterJobFinishes", "suspend"], bool),
+        "submissionMode": str,
+        "ttlSecondsAfterFinished": int,
+    },
+    "RayClusterSpec": {
+        **dict.fromkeys(["authOptions", "autoscalerOptions", "gcsFaultToleranceOptions", "headGroupSpec"], dict),
+        **dict.fromkeys(["headServiceAnnotations", "upgradeStrategy"], dict),
+        **dict.fromkeys(["enableInTreeAutoscaling", "suspend"], bool),
+        **dict.fromkeys(["managedBy", "rayVersion"], str),
+        "workerGroupSpecs": list,
+    },
+    "AuthOptions": {"enableK8sTokenAuth": bool, "mode": str, "secretName": str},
+    "HeadGroupSpec": {
+        **dict.fromkeys(["headService", "labels", "rayStartParams", "resources", "template"], dict),
+        "enableIngress": bool,
+        "serviceType": str,
+    },
+    "WorkerGroupSpec": {
+        **dict.fromkeys(["labels", "rayStartParams", "resources", "scaleStrategy", "template"], dict),
+        **dict.fromkeys(["idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "replicas"], int),
+        "groupName": str,
+        "suspend": bool,
+    },
 }
 
 
@@ -40,10 +55,11 @@ def documents(name: str) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all((CLUSTER / name).read_text()) if document]
 
 
-def check_fields(found: dict[str, Any], known: dict[str, type]) -> None:
-    assert set(found) <= set(known)
+def check_fields(found: dict[str, Any], kind: str) -> None:
+    known = KUBERAY[kind]
+    assert set(found) <= set(known), kind
     for key, value in found.items():
-        assert type(value) is known[key], f"{key}: {value!r}"
+        assert type(value) is known[key], f"{kind}.{key}: {value!r}"
 
 
 def test_the_cron_job_keeps_the_schema_and_never_overlaps() -> None:
@@ -65,19 +81,63 @@ def test_the_cron_job_keeps_the_schema_and_never_overlaps() -> None:
 def test_the_ray_job_has_only_fields_that_kuberay_knows_and_pods_that_kubernetes_takes() -> None:
     (job,) = documents("rayjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    check_fields(job["spec"], RAY_JOB)
+    check_fields(job["spec"], "RayJobSpec")
+    assert job["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     assert re.search(COMMAND, job["spec"]["entrypoint"])
     cluster = job["spec"]["rayClusterSpec"]
-    assert set(cluster) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    check_fields(cluster, "RayClusterSpec")
+    check_fields(cluster["authOptions"], "AuthOptions")
+    assert cluster["authOptions"]["mode"] == "token"
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned is not None
     assert cluster["rayVersion"] == pinned[1]
     assert f"rayproject/ray:{pinned[1]}-" in (CLUSTER / "Dockerfile").read_text()
+    check_fields(cluster["headGroupSpec"], "HeadGroupSpec")
+    for group in cluster["workerGroupSpecs"]:
+        check_fields(group, "WorkerGroupSpec")
+        assert {"groupName", "minReplicas", "maxReplicas"} <= set(group)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        check_fields(group, GROUP)
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
         kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_a_field_that_kuberay_lacks_is_found() -> None:
+    with pytest.raises(AssertionError, match="RayJobSpec"):
+        check_fields({"entrypoint": "true", "deletionPolicy": "DeleteSelf"}, "RayJobSpec")  # of KubeRay 1.3
+    with pytest.raises(AssertionError, match="backoffLimit"):
+        check_fields({"backoffLimit": "0"}, "RayJobSpec")
+
+
+@pytest.mark.parametrize(
+    ("deployment", "status", "code"),
+    [
+        ("Complete", "SUCCEEDED", 0),
+        ("Failed", "FAILED", 1),
+        ("Failed", "RUNNING", 1),  # DeadlineExceeded
+        ("Failed", "", 1),  # SubmissionFailed
+        ("ValidationFailed", "", 1),
+    ],
+)
+def test_the_cron_job_ends_as_its_ray_job_does(deployment: str, status: str, code: int, tmp_path: Path) -> None:
+    (container,) = documents("cronjob.yaml")[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    answers = {
+        "kubectl": f"""case "$*" in
+            create*) echo rayjob.ray.io/x ;;
+            *jobDeploymentStatus*) [ -e asked ] && printf {deployment}; touch asked ;;
+            *jobStatus*) printf '{status}' ;;
+            *message*) echo why ;;
+        esac""",
+        "sleep": "echo slept",
+    }
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ended = subprocess.run(
+        [*container["command"], *container["args"]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout.split()) == (code, ["rayjob.ray.io/x", "slept", "why"]), ended.stderr
 
 
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
