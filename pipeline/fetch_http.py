@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -20,6 +20,7 @@ import birkhoff
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch_cache import Partial, Remote, check_space
 from birkhoff.pipeline.fetch_spec import check_plain_http, file_name, scheme_of, shown_url
+from birkhoff.pipeline.pace import pace_pools
 from birkhoff.pipeline.source_types import first_line
 
 Report = Callable[[str, int, int | None], None]
@@ -41,16 +42,13 @@ class FetchSettings:
     """How patient a download is. All times in seconds.
 
     connect_timeout: for the connection and its TLS handshake.
-    read_timeout: between two bytes.
-    slow_seconds, slow_bytes: a stretch of so many seconds that brings fewer bytes counts as a break.
+    read_timeout: between two bytes; and a stretch of so long that brings next to nothing counts as a break (`pace`).
     attempts: tries in a row that bring nothing, in all.
     backoff: wait before the second try; doubled for every further one, and shortened by chance to a half.
     """
 
     connect_timeout: float = 10.0
     read_timeout: float = 60.0
-    slow_seconds: float = 60.0
-    slow_bytes: int = 64 << 10
     attempts: int = 5
     backoff: float = 0.5
 
@@ -63,6 +61,28 @@ class PassingError(Exception):
         self.wait = wait
 
 
+class _PacedAdapter(requests.adapters.HTTPAdapter):
+    """Connections, also by way of proxies, whose answers are held to their pace."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, **options)
+        self._pace(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **options)
+        return manager if known else self._pace(manager)
+
+    def _pace(self, manager: Any) -> Any:
+        manager.pool_classes_by_scheme = dict(manager.pool_classes_by_scheme)  # the library's own is everybody's
+        pace_pools(manager.pool_classes_by_scheme, self._seconds)
+        return manager
+
+
 class HttpTransport:
     """Reads http(s) addresses. Not to be shared by threads."""
 
@@ -70,6 +90,8 @@ class HttpTransport:
         self._settings = settings
         self._allow_http = allow_http
         self._session = requests.Session()
+        for scheme in ("https://", "http://"):
+            self._session.mount(scheme, _PacedAdapter(settings.read_timeout))
         # Encoded bytes have another length, digest and ETag than the file.
         self._session.headers.update(
             {"Accept-Encoding": "identity", "User-Agent": f"birkhoff-compression/{birkhoff.__version__}"}
@@ -131,18 +153,13 @@ class HttpTransport:
     ) -> None:
         """Append the body to `file`."""
         name, done = file_name(url), file.tell()
-        mark, since = done, time.monotonic()
         try:
-            # read1 comes back with what is there: read would sit out a crawl until the chunk is full.
+            # read1 comes back with what is there, so that what came before a break is kept.
             while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 done += len(chunk)
                 if report is not None:
                     report(name, done, remote.size)
-                if (passed := time.monotonic() - since) > self._settings.slow_seconds:
-                    if done - mark < self._settings.slow_bytes:
-                        raise PassingError(f"{shown_url(url)}: only {done - mark} bytes came in {passed:.0f} s")
-                    mark, since = done, time.monotonic()
         except HTTPError as error:
             size = "?" if remote.size is None else remote.size
             raise PassingError(

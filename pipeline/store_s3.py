@@ -1,10 +1,10 @@
-"""Any S3 service as a store, through boto3.
+"""Any S3 service as a store, through botocore, the part of boto3 that makes the calls.
 
 Credentials, profile, region and endpoint come from the standard AWS chain (environment, shared files, instance role)
-unless `StoreSettings` names them. One attempt is bounded by the time-outs, all of them by `attempts`: botocore's
-"standard" retry mode repeats what may pass (time-outs, 5xx, throttling), and this module what botocore leaves alone: a
-body that breaks off after its headers or fails its checksum, 409 from writes that met, and a body that changed on its
-way to the store.
+unless `StoreSettings` names them. One attempt is bounded by the time-outs and a least speed (`pace`), all
+of them by `attempts`: botocore's "standard" retry mode repeats what may pass (time-outs, 5xx, throttling), and this
+module what botocore leaves alone: a body that breaks off after its headers or fails its checksum, 409 from writes that
+met, and a body that changed on its way to the store.
 
 A write repeated after its answer was lost meets its own object and gets 412. So a 412 is a loss only if another body
 is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html (IfMatch, IfNoneMatch).
@@ -21,11 +21,11 @@ from datetime import UTC
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 import botocore.exceptions as aws
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from botocore.session import get_session
 from urllib3.exceptions import HTTPError
 
 from birkhoff.pipeline.errors import (
@@ -36,6 +36,7 @@ from birkhoff.pipeline.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from birkhoff.pipeline.pace import pace_pools, slowness
 from birkhoff.pipeline.store import (
     ObjectInfo,
     Store,
@@ -87,20 +88,15 @@ def open_s3(address: StoreAddress, bucket: str, prefix: str) -> "S3Store":
 
 
 def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -> Any:
-    """A boto3 client for `settings`. With `credentials` the AWS chain is not asked, nor is any proxy used.
+    """A botocore client for `settings`. With `credentials` the AWS chain is not asked, nor is any proxy used.
 
     Raises StoreDeniedError for a profile that does not exist, StoreError for other broken AWS settings.
     """
-    keys = {}
-    if credentials:
-        keys = {
-            "aws_access_key_id": credentials.access_key,
-            "aws_secret_access_key": credentials.secret_key,
-        }
     try:
-        # A session of its own: boto3's default one is not safe to share between threads.
-        session = boto3.session.Session(**keys)
-        region = settings.region or session.region_name or "us-east-1"
+        session = get_session()  # of its own: one is not safe to share between threads
+        if credentials:
+            session.set_credentials(credentials.access_key, credentials.secret_key)
+        region = settings.region or session.get_config_variable("region") or "us-east-1"
         style = "path" if settings.addressing == "auto" else settings.addressing
         config = Config(
             # Named, as botocore would sign addresses (see store_s3_direct) in the form before this one.
@@ -114,14 +110,16 @@ def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -
             response_checksum_validation=settings.checksums,
             proxies={} if credentials else None,
         )
-        client = session.client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
+        client = session.create_client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
         if settings.addressing == "auto" and is_aws(client.meta.endpoint_url):
             config = config.merge(Config(s3={"addressing_style": "auto"}))
-            client = session.client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
+            client = session.create_client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
     except _NO_CREDENTIALS as error:
         raise StoreDeniedError(f"S3 client: {_line(error)}; {_CREDENTIALS_HINT}") from error
     except (aws.BotoCoreError, ValueError) as error:
         raise StoreError(f"S3 client: {_line(error)}; check the AWS_* variables and ~/.aws/config") from error
+    # No door of botocore's leads to its connections; both managers, that of proxies too, look their pools up here.
+    pace_pools(client._endpoint.http_session._pool_classes_by_scheme, settings.read_timeout)
     check_endpoint(client.meta.endpoint_url)
     check_encryption(client.meta.endpoint_url, allowed=settings.allow_http)
     return client
@@ -134,7 +132,7 @@ def is_aws(endpoint: str) -> bool:
 
 
 class S3Store(Store):
-    """The objects of `bucket` below `prefix`, through a boto3 client that this store then owns."""
+    """The objects of `bucket` below `prefix`, through a botocore client that this store then owns."""
 
     def __init__(self, address: StoreAddress, client: Any, bucket: str, prefix: str) -> None:
         super().__init__(address)
@@ -350,6 +348,8 @@ class S3Store(Store):
             return _answered(where, error)
         if isinstance(error, _NO_CREDENTIALS):
             return StoreDeniedError(f"{where}: {_line(error)}; {_CREDENTIALS_HINT}")
+        if slow := slowness(error):
+            return StoreUnreachableError(f"{where}: {slow}; {_ENDPOINT_HINT}, or try again later")
         if isinstance(error, _UNREACHABLE):
             return StoreUnreachableError(f"{where}: {_line(error)}; {_ENDPOINT_HINT}")
         return StoreError(f"{where}: {_line(error)}; check the AWS_* variables and ~/.aws/config")

@@ -14,15 +14,18 @@ import socket
 import ssl
 import struct
 import threading
+import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions as aws
 
+from birkhoff.pipeline.pace import PacedResponse
 from birkhoff.pipeline.store import StoreSettings
 
 _HEAD_BYTES = 1 << 16
@@ -32,7 +35,7 @@ _Sink = Callable[[memoryview], object]
 
 
 class DirectReader:
-    """Ranged reads with the address, credentials and time-outs of a boto3 client. May be shared by threads."""
+    """Ranged reads with the address, credentials and time-outs of a botocore client. May be shared by threads."""
 
     def __init__(self, client: Any, settings: StoreSettings) -> None:
         self._client = client
@@ -76,7 +79,7 @@ class DirectReader:
 
     def _ask(
         self, request: dict[str, str], start: int, length: int
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse | None]:
+    ) -> tuple[http.client.HTTPConnection, PacedResponse | None]:
         """The connection, and the answer if it is just the bytes asked for."""
         url = urlsplit(self._client.generate_presigned_url("get_object", Params=request))
         if _proxied(url.scheme, url.hostname or ""):
@@ -89,6 +92,7 @@ class DirectReader:
             span = f"bytes={start}-{start + length - 1}"
             connection.request("GET", f"{url.path}?{url.query}" if url.query else url.path, headers={"Range": span})
             response = connection.getresponse()
+            assert isinstance(response, PacedResponse)  # by _connect
         except BaseException:
             connection.close()
             raise
@@ -98,17 +102,19 @@ class DirectReader:
         return connection, response if response.status == 206 and served and fits and not coded else None
 
     def _connect(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
-        """A new connection; each call on it is bounded by the read time-out."""
+        """A new connection; each call on it is bounded by the read time-out, its answers are held to their pace."""
         settings = self._settings
         connection: http.client.HTTPConnection
         if scheme == "https":
             context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
             connection = http.client.HTTPSConnection(host, port, timeout=settings.connect_timeout, context=context)
-            connection.connect()
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=settings.connect_timeout)
+        connection.response_class = partial(PacedResponse, seconds=settings.read_timeout)  # type: ignore[assignment]
+        connection.connect()
+        if scheme == "https":
             connection.sock.settimeout(settings.read_timeout)
             return connection
-        connection = http.client.HTTPConnection(host, port, timeout=settings.connect_timeout)
-        connection.connect()
         # Python's own time-outs make a socket non-blocking, and each wait for it two calls. The kernel's do not.
         connection.sock.settimeout(None)
         seconds, rest = divmod(settings.read_timeout, 1)
@@ -126,7 +132,7 @@ class DirectReader:
 
 def _drain(
     connection: http.client.HTTPConnection,
-    response: http.client.HTTPResponse,
+    response: PacedResponse,
     buffer: memoryview,
     sink: _Sink,
     length: int,
@@ -142,8 +148,10 @@ def _drain(
     flags = 0 if isinstance(connection.sock, ssl.SSLSocket) else socket.MSG_WAITALL
     while done < total:
         wanted = min(len(buffer), total - done)
+        since = time.monotonic()
         try:
             count = connection.sock.recv_into(buffer[:wanted], wanted, flags)
+            response.pace.took(count, time.monotonic() - since)
         except OSError:
             break
         if not count:

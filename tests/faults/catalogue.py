@@ -13,8 +13,10 @@ from typing import Literal
 
 Outcome = Literal["completes", "fails", "either"]
 
-TRICKLE_PIECES = 20
+TRICKLE_PIECES = 8
 TRICKLE_SECONDS = 0.02
+DRIP_SECONDS = 0.2
+"""Between the bytes of an answer that never ends: within the read time-out of the suite's clients."""
 
 
 class Break(Exception):  # noqa: N818 - it is how a fault ends a connection
@@ -45,6 +47,8 @@ class Answer:
     declared: int | None = None
     """Content-Length, where it differs from the body's."""
     pieces: int = 1
+    pause: float = TRICKLE_SECONDS
+    """Seconds after each of several pieces."""
     then: Callable[[], None] | None = None
 
     def send(self, client: socket.socket, *, bodiless: bool) -> None:
@@ -60,7 +64,7 @@ class Answer:
         for place in range(0, len(body), step):
             client.sendall(body[place : place + step])
             if self.pieces > 1:
-                time.sleep(TRICKLE_SECONDS)
+                time.sleep(self.pause)
         if self.then is not None:
             self.then()
 
@@ -178,6 +182,10 @@ def _trickle(answer: Answer, _: threading.Event) -> None:
     answer.pieces = TRICKLE_PIECES
 
 
+def _drip(answer: Answer, _: threading.Event) -> None:
+    answer.pieces, answer.pause = len(answer.body), DRIP_SECONDS
+
+
 def _other_clock(answer: Answer, _: threading.Event) -> None:
     then = format_datetime(datetime.now(UTC) + timedelta(hours=7), usegmt=True)
     answer.headers = [(name, then if name.lower() == "date" else text) for name, text in answer.headers]
@@ -206,6 +214,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(name="body cut off, length agrees", methods=_READS, after=_shorten, exceptions=_MADE_ANEW),
     Fault(name="stall in the middle of the answer", methods=_READS, after=_stall_midway),
     Fault(name="slow trickle", methods=_READS, after=_trickle, lasting="completes"),
+    Fault(name="a few bytes a second, for ever", methods=_READS, after=_drip),
     Fault(name="wrong byte, checksum sent", methods=("GET",), after=_flip, exceptions=_MADE_ANEW),
     Fault(
         name="wrong byte, no checksum", methods=("GET",), after=_flip_unnoticed, once="either", exceptions=_MADE_ANEW

@@ -7,7 +7,7 @@ import pytest
 
 from birkhoff.pipeline.embedded import EmbeddedServer
 from birkhoff.pipeline.errors import StoreUnreachableError
-from birkhoff.pipeline.store import StoreSettings, open_store
+from birkhoff.pipeline.store import Store, StoreSettings, open_store
 from tests.faults.catalogue import FAULTS
 from tests.faults.proxy import Proxy, Rule
 from tests.faults.stages import STAGES
@@ -48,6 +48,31 @@ def test_the_suite_sees_what_is_wrong(embedded_server: EmbeddedServer, s3_enviro
     assert result.outcome == "not met"
     assert result.wrong == ["1 versions, expected 2", "latest is not at the version published"]
     assert result.leaked == ["left.part"]
+
+
+def test_an_endless_trickle_is_one_line_with_address_and_speed(
+    embedded_server: EmbeddedServer, s3_environment: str
+) -> None:
+    """A store that sends a few bytes a second keeps the read time-out quiet, and would hold a puller for days."""
+    drip = next(fault for fault in FAULTS if fault.name == "a few bytes a second, for ever")
+    proxy = Proxy(target=int(embedded_server.endpoint.rsplit(":", 1)[1]))
+    try:
+        with open_store(s3_environment, StoreSettings(endpoint=proxy.endpoint, read_timeout=1.0, attempts=2)) as store:
+            store.put("blob", bytes(1 << 20))
+            for read in (lambda: store.get("blob"), lambda: list(store.list()), lambda: _copied(store, "blob")):
+                proxy.arm(Rule(fault=drip, methods=("GET", "LIST"), key="", times=1000))
+                with pytest.raises(StoreUnreachableError, match="bytes a second where 1024 are the least") as caught:
+                    read()
+                assert proxy.endpoint in str(caught.value)
+                assert "\n" not in str(caught.value)
+            proxy.arm(None)
+            assert store.get("blob") == bytes(1 << 20)
+    finally:
+        proxy.close()
+
+
+def _copied(store: Store, key: str) -> int:
+    return store.copy_range(key, memoryview(bytearray(1 << 16)), lambda _: None, start=0, length=1 << 20)
 
 
 def test_a_page_is_no_empty_listing(embedded_server: EmbeddedServer, s3_environment: str) -> None:

@@ -29,7 +29,7 @@ from birkhoff.pipeline.manifest import Manifest
 from birkhoff.pipeline.source import Checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.store import Store
 
-QUICK = FetchSettings(connect_timeout=2, read_timeout=0.5, slow_seconds=0.3, attempts=3, backoff=0.01)
+QUICK = FetchSettings(connect_timeout=2, read_timeout=0.5, attempts=3, backoff=0.01)
 WEIGHTS = {"image_encoder.w": torch.arange(60_000.0).reshape(300, 200), "mask_decoder.w": torch.ones(4, 4)}
 BODY = save(WEIGHTS)
 OTHER = save({name: tensor + 1 for name, tensor in WEIGHTS.items()})  # as many bytes
@@ -322,11 +322,8 @@ class TestDownload:
             handler.close_connection = True
 
         origin = serve(faults=[trickle])
-        start = time.monotonic()
-        refused(
-            part(origin.url), match="only .* bytes came in 0 s", settings=FetchSettings(attempts=1, slow_seconds=0.2)
-        )
-        assert time.monotonic() - start < 0.7
+        crawl = r"net.safetensors: broke off .*only \d+ bytes came in 0.\d s, \d+ bytes a second where 1024 are"
+        refused(part(origin.url), match=crawl, settings=FetchSettings(attempts=1, read_timeout=0.2))
 
     def test_a_crawl_then_a_good_link_is_resumed(self, serve: Callable[..., Origin]) -> None:
         def stall(handler: Handler) -> None:
