@@ -205,7 +205,7 @@ def parse_entry(name: str, entry: str) -> dict[str, str]:
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = text.split(",") if text else []
     if not all(number.isascii() and number.isdigit() and len(number) <= 18 for number in numbers):
-        raise ValueError(text)
+        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is a stranger's
     return tuple(map(int, numbers))
 
 
