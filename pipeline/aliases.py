@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from birkhoff.pipeline.artifact import (
-    ALIAS_LATEST,
-    ALIAS_STABLE,
     AliasRecord,
     AliasState,
     alias_key,
@@ -33,10 +31,10 @@ from birkhoff.pipeline.errors import (
     StoreError,
 )
 from birkhoff.pipeline.leases import open_run
-from birkhoff.pipeline.manifest import NAME_PATTERN
 from birkhoff.pipeline.names import RACES, VERSION_NAME, live_name, number, read_name, revive_name
 from birkhoff.pipeline.signing import Signer, alias_signed_by, sign_alias
 from birkhoff.pipeline.store import Store
+from birkhoff.pipeline.store_keys import ALIAS_LATEST, ALIAS_STABLE, NAME_PATTERN
 
 log = logging.getLogger("birkhoff.aliases")
 

@@ -30,8 +30,6 @@ from birkhoff.pipeline.store import Store
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, Field(pattern=r"^v[1-9][0-9]{0,8}$")]
-ALIAS_LATEST = "latest"
-ALIAS_STABLE = "stable"
 
 FLOOR_DB = -99.0
 """Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""

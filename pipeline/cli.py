@@ -9,10 +9,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
@@ -22,6 +21,9 @@ from birkhoff.pipeline.completion import references
 from birkhoff.pipeline.errors import exit_code, printable
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.stores import HTTP_VARIABLE
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger("birkhoff.cli")
 
@@ -81,13 +83,17 @@ LogFormatOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def output() -> Console:
+def output() -> "Console":
     """Where tables go: standard output, wide when it is no terminal."""
+    from rich.console import Console  # in functions: a command that prints no table does not wait for it
+
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def notes() -> Console:
+def notes() -> "Console":
     """Where everything else goes: standard error."""
+    from rich.console import Console
+
     return Console(stderr=True)
 
 

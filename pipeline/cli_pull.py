@@ -1,6 +1,8 @@
 """Commands of whoever uses artifacts: pull and the cache. Registered on the app of `cli`."""
 
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -49,7 +51,6 @@ def pull(
 ) -> None:
     """Fetch a version into a folder, every digest checked; fetches only what neither folder nor cache holds."""
     from birkhoff.pipeline.blob_cache import BlobCache
-    from birkhoff.pipeline.progress import Transfer
     from birkhoff.pipeline.references import find, recall
     from birkhoff.pipeline.stores import open_default_store
     from birkhoff.pipeline.trust import Trust
@@ -59,13 +60,38 @@ def pull(
         opened = None if offline else stack.enter_context(open_default_store(store))
         found = recall(store, reference, cache, trust) if opened is None else find(opened, reference, cache, trust)
         total = sum(record.bytes for record in found.manifest.stored)
-        bar = stack.enter_context(Transfer(notes(), found.label, total, quiet=as_json))
+        advance = stack.enter_context(transferring(found.label, total, quiet=as_json))
         if form is Format.TRANSFORMERS:
             from birkhoff.pipeline.transformers_folder import pull_folder as fetch
         else:
             from birkhoff.pipeline.pull import pull as fetch
-        fetched = fetch(found, opened, output, cache, report=bar.advance)
+        fetched = fetch(found, opened, output, cache, report=advance)
     report({**found.pointer(), "fetched_bytes": fetched, "output": str(output)}, as_json, "pulled")
+
+
+@contextmanager
+def transferring(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar for bytes on a terminal's standard error; what it gives may be called from any thread."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(TextColumn("{task.description}"), *columns, console=notes()) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(nbytes: int) -> None:
+            bar.update(task, advance=nbytes)
+
+        yield advance
 
 
 @cache_app.callback()

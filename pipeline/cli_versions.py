@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from birkhoff.pipeline.artifact import ALIAS_STABLE
 from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, SignOption, StoreOption, app, notes, output, report
+from birkhoff.pipeline.store_keys import ALIAS_STABLE
 from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, shape, size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

@@ -192,9 +192,9 @@ def _opened(store: Store, shown: str) -> Iterator[Finding]:
 
 def _credentials() -> Finding:
     """Where the AWS chain found credentials; whether they are right shows only at the store."""
-    import boto3
+    from botocore.session import get_session
 
-    found = boto3.session.Session().get_credentials()
+    found = get_session().get_credentials()
     if found is None:
         raise StoreDeniedError("no AWS credentials were found")
     return Finding(check="credentials", state="ok", found=f"from the AWS chain: {found.method}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from birkhoff.pipeline.artifact import Document
 
-_PACKAGES = ("birkhoff-compression", "torch", "ray", "triton", "numpy", "boto3", "safetensors")
+_PACKAGES = ("birkhoff-compression", "torch", "ray", "triton", "numpy", "botocore", "safetensors")
 
 
 class Environment(Document):

@@ -159,7 +159,7 @@ class _Transport(Protocol):
 def _transport(url: str, part: SourcePart, settings: FetchSettings) -> _Transport:
     if scheme_of(url) != "s3":
         return HttpTransport(settings, allow_http=part.allow_http)
-    from birkhoff.pipeline.fetch_s3 import S3Transport  # boto3 takes 0.2 s
+    from birkhoff.pipeline.fetch_s3 import S3Transport  # botocore takes 0.2 s
 
     return S3Transport(settings, allow_http=part.allow_http)
 

@@ -23,7 +23,6 @@ from typing import Any
 from pythonjsonlogger.json import JsonFormatter
 
 from birkhoff.pipeline.home import birkhoff_home
-from birkhoff.pipeline.report import run_of
 
 FOLDER_VARIABLE = "BIRKHOFF_RUN_LOG"
 """Tells worker processes the folder of the run's trace."""
@@ -182,6 +181,8 @@ def _json() -> JsonFormatter:
 
 def _prune(parent: Path) -> None:
     """Leave room for one more trace."""
+    from birkhoff.pipeline.report import run_of  # pydantic takes 0.1 s, and every command imports this module
+
     runs = sorted(path for path in parent.glob("*") if run_of(f"runs/{path.name}/x"))
     for path in runs[: max(0, len(runs) - KEPT_TRACES + 1)]:
         shutil.rmtree(path, ignore_errors=True)

@@ -31,9 +31,9 @@ from birkhoff.pipeline.errors import ManifestError, printable
 from birkhoff.pipeline.fetch_spec import SourcePart, SourceSpec
 from birkhoff.pipeline.quality import Fidelity, OverrideRule, Quality, resolve, suggestion, wrong
 from birkhoff.pipeline.store import StoreAddress
+from birkhoff.pipeline.store_keys import NAME_PATTERN
 
 MAX_MANIFEST_BYTES = 1 << 20
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SECRET = re.compile(r"access.?key|secret|token|passw|credential|private.?key|signing.?key|^sign$", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _UNKNOWN = "extra_forbidden"

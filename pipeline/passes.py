@@ -8,7 +8,6 @@ import numpy as np
 from birkhoff.codec.budget import Floats, Grid
 from birkhoff.codec.profiles import Profile
 from birkhoff.pipeline.artifact import (
-    ALIAS_LATEST,
     AliasRecord,
     AliasState,
     BudgetRecord,
@@ -23,6 +22,7 @@ from birkhoff.pipeline.errors import BudgetError, ObjectNotFoundError
 from birkhoff.pipeline.plan import ModelPlan
 from birkhoff.pipeline.shard import Reuse, ShardResult, ShardSizes, ShardTask
 from birkhoff.pipeline.store import Store
+from birkhoff.pipeline.store_keys import ALIAS_LATEST
 from birkhoff.pipeline.tables import size
 
 _SIGNATURE_BYTES = 700

@@ -8,8 +8,6 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bars
 
 from birkhoff.pipeline.progress_state import FleetProgress
 from birkhoff.pipeline.progress_view import FleetView
@@ -82,32 +80,3 @@ class Progress(AbstractContextManager["Progress"]):
         self._said = time.monotonic()
         if not self._quiet and self._live is None:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class Transfer(AbstractContextManager["Transfer"]):
-    """One bar for bytes on their way; nothing where there is no terminal."""
-
-    def __init__(self, console: Console, label: str, total: int, *, quiet: bool = False) -> None:
-        self._console, self._label, self._total = console, label, total
-        self._live = console.is_terminal and not quiet
-        self._lock = threading.Lock()
-        self._bar: Bars | None = None
-        self._task = TaskID(0)
-
-    def __enter__(self) -> "Transfer":
-        if self._live:
-            columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-            self._bar = Bars(TextColumn("{task.description}"), *columns, console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._total)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more are here, or fewer where negative; may be called from any thread."""
-        if self._bar is not None:
-            with self._lock:
-                self._bar.update(self._task, advance=nbytes)

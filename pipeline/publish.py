@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from birkhoff.pipeline.aliases import advance, aliases
 from birkhoff.pipeline.artifact import (
-    ALIAS_LATEST,
     MAX_DOCUMENT_BYTES,
     AliasRecord,
     BlobRecord,
@@ -33,10 +32,10 @@ from birkhoff.pipeline.errors import (
     printable,
 )
 from birkhoff.pipeline.leases import open_run
-from birkhoff.pipeline.manifest import NAME_PATTERN
 from birkhoff.pipeline.names import VERSION_NAME, names, read_name, take_name
 from birkhoff.pipeline.signing import Signer, alias_signed_by, read_signatures, sign_version, signed_names
 from birkhoff.pipeline.store import Store
+from birkhoff.pipeline.store_keys import ALIAS_LATEST, NAME_PATTERN
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -16,17 +16,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from typing import TYPE_CHECKING
 
 from birkhoff.pipeline.artifact import (
     AliasRecord,
@@ -42,6 +32,9 @@ from birkhoff.pipeline.artifact import (
 from birkhoff.pipeline.errors import ObjectNotFoundError, OutputError, PreconditionError, StoreError, TrustError
 from birkhoff.pipeline.store import Store
 
+if TYPE_CHECKING:  # imported by the functions that need it: readers that ask for no signature do without
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 PUBLIC_SUFFIX = ".pub"
 KEPT_NAMES = 64
 """Names under which one version can be signed by one key; the oldest go."""
@@ -56,10 +49,12 @@ class PublicKey:
     """A key that signatures are checked with. `id` is the sha256 of its 32 bytes in hex."""
 
     id: str
-    key: Ed25519PublicKey = field(repr=False)
+    key: "Ed25519PublicKey" = field(repr=False)
 
     def holds(self, signature: str, statement: bytes) -> bool:
         """Whether `signature` (base64) is of these bytes."""
+        from cryptography.exceptions import InvalidSignature
+
         try:
             self.key.verify(base64.b64decode(signature, validate=True), statement)
         except (InvalidSignature, binascii.Error, ValueError):
@@ -72,7 +67,7 @@ class Signer:
     """A private key, for the process that publishes; never sent to workers or written anywhere."""
 
     public: PublicKey
-    key: Ed25519PrivateKey = field(repr=False)
+    key: "Ed25519PrivateKey" = field(repr=False)
 
     def sign(self, statement: bytes) -> str:
         """The signature in base64."""
@@ -85,6 +80,9 @@ def new_key(path: Path) -> PublicKey:
     Raises:
         OutputError: one of the files exists, or cannot be written.
     """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
     key = Ed25519PrivateKey.generate()
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -100,6 +98,10 @@ def new_key(path: Path) -> PublicKey:
 
 def load_signer(path: Path) -> Signer:
     """Read a private key file. Raises TrustError, also for a file that others can read."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     body = _read(path)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
@@ -115,6 +117,10 @@ def load_signer(path: Path) -> Signer:
 
 def load_public(path: Path) -> PublicKey:
     """Read a public key file. Raises TrustError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     body = _read(path)
     try:
         key = load_pem_public_key(body)
@@ -206,8 +212,8 @@ def _statement(kind: str, facts: dict[str, object]) -> bytes:
     return f"birkhoff {kind} signature 1\n{body}".encode()
 
 
-def _public(key: Ed25519PublicKey) -> PublicKey:
-    return PublicKey(id=sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)), key=key)
+def _public(key: "Ed25519PublicKey") -> PublicKey:
+    return PublicKey(id=sha256(key.public_bytes_raw()), key=key)
 
 
 def _read(path: Path) -> bytes:

@@ -231,7 +231,7 @@ class StoreAddress:
     def open(self, *, start: bool = False) -> Store:
         """Open the store. Workers leave `start` off: only the driver starts and stops the embedded server."""
         scheme, _, rest = self.url.partition("://")
-        # Imported here: boto3 takes 0.2 s, and the implementations import this module.
+        # Imported here: botocore takes 0.2 s, and the implementations import this module.
         if scheme == "file":
             from birkhoff.pipeline.store_directory import DirectoryStore
 

@@ -1,5 +1,9 @@
-"""What every store accepts as a key: a relative POSIX path that S3 and common file systems can both hold."""
+"""What every store accepts as a key: a relative POSIX path that S3 and common file systems can both hold.
 
+And the names in keys that readers of all kinds must agree on.
+"""
+
+import re
 import unicodedata
 
 from birkhoff.pipeline.errors import StoreError
@@ -7,6 +11,11 @@ from birkhoff.pipeline.errors import StoreError
 MAX_KEY_BYTES = 1024  # of S3
 MAX_COMPONENT_BYTES = 255  # of the common file systems
 RESERVED = ".store"  # where a directory store keeps its locks and temporary files
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a model or an alias can be called."""
+ALIAS_LATEST = "latest"
+ALIAS_STABLE = "stable"
 
 
 def check_key(key: str) -> str:

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = Mapping[str, Any]
 
@@ -99,11 +98,14 @@ PLAN_COLUMNS = (
 )
 
 
-def show(console: Console, columns: Sequence[Column], rows: Sequence[Row], *, as_json: bool, title: str = "") -> None:
+def show(console: "Console", columns: Sequence[Column], rows: Sequence[Row], *, as_json: bool, title: str = "") -> None:
     """Print rows as a table, or as one JSON list."""
     if as_json:
         console.file.write(json.dumps(rows, indent=2, default=str) + "\n")
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
         table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from birkhoff.pipeline.errors import ManifestError
-from birkhoff.pipeline.manifest import NAME_PATTERN, load_manifest
+from birkhoff.pipeline.manifest import load_manifest
+from birkhoff.pipeline.store_keys import NAME_PATTERN
 
 INSTRUMENT = ("yaml",)
 TOKENS = (

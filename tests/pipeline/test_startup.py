@@ -1,0 +1,83 @@
+"""What commands import: a pull, a listing or a page of help waits for no library that it does not use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from birkhoff.pipeline.store import open_store
+from tests.pipeline.publishing import publish_tensors
+
+PROGRAM = (
+    "import atexit, json, sys\n"
+    "atexit.register(lambda: print('LOADED', json.dumps(sorted({name.partition('.')[0] for name in sys.modules}))))\n"
+    "from birkhoff.__main__ import main\n"
+    "main()\n"
+)
+HEAVY = {"boto3", "botocore", "cryptography", "numpy", "pydantic", "ray", "rich", "torch", "yaml"}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    with open_store((tmp_path / "store").as_uri()) as store:
+        publish_tensors(store, "net", {"w": torch.randn(64, 64)})
+        return {**os.environ, "BIRKHOFF_HOME": str(tmp_path / "home"), "BIRKHOFF_STORE": store.url}
+
+
+def loaded(environment: dict[str, str], *arguments: str) -> set[str]:
+    """Which of the heavy libraries a command has imported by its end."""
+    program = [sys.executable, "-c", PROGRAM, *arguments]
+    ran = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("LOADED "))
+    return HEAVY & set(json.loads(line.removeprefix("LOADED ")))
+
+
+def test_help_needs_no_library_but_the_parser(environment: dict[str, str]) -> None:
+    assert loaded(environment, "--help") == set()
+    assert loaded(environment, "pull", "--help") <= {"pydantic"}  # with which the parser checks arguments
+
+
+def test_a_pull_needs_the_documents_and_no_more(environment: dict[str, str], tmp_path: Path) -> None:
+    assert loaded(environment, "pull", "net", "-o", str(tmp_path / "out")) == {"pydantic"}
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_a_listing_adds_its_table(environment: dict[str, str]) -> None:
+    assert loaded(environment, "list") == {"pydantic", "rich"}
+
+
+def test_s3_needs_botocore_and_not_all_of_boto3(environment: dict[str, str]) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    program = (
+        "import sys\nfrom birkhoff.pipeline.store import StoreSettings, open_store\n"
+        "open_store('s3://bucket', StoreSettings(endpoint='http://127.0.0.1:9')).close()\n"
+        "print(*{'boto3', 's3transfer', 'botocore'} & set(sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment | keys, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["botocore"]
+
+
+def test_a_pull_draws_its_bar_on_a_terminal_only(environment: dict[str, str], tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "birkhoff", "pull", "net", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=environment | {"TERM": "xterm"}, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:  # the other side is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert b"net@v1" in shown
+    assert b"KiB" in shown
+    plain = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert plain.stderr == b""
