@@ -36,7 +36,7 @@ from birkhoff.pipeline.blob_download import Blob
 from birkhoff.pipeline.blob_fetch import fetch
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.publish import Version, resolve
-from birkhoff.pipeline.pull import MANIFEST_FILE, VERSION_FILE, blob_file, bring
+from birkhoff.pipeline.pull import MANIFEST_FILE, ROUNDS, VERSION_FILE, blob_file, bring
 from birkhoff.pipeline.references import Found, find, noted_signatures, recall
 from birkhoff.pipeline.store import Store
 from birkhoff.pipeline.stores import open_default_store
@@ -144,13 +144,11 @@ class CachedArtifact(Artifact):
 
     def blob(self, record: BlobRecord) -> bytes:
         """The bytes of a blob, checked; a damaged or missing file of the cache is fetched anew."""
-        with contextlib.suppress(OSError):
-            body = self._cache.path(record.blob).read_bytes()
-            if sha256(body) == record.blob:
-                return body
-            self._cache.discard(record.blob)
         blob = Blob(digest=record.blob, size=record.bytes)
-        bring([blob], self._found, self._store, self._cache, only={record.blob})
+        for _ in range(ROUNDS):
+            if (body := self._cache.read(record.blob)) is not None:
+                return body
+            bring([blob], self._found, self._store, self._cache, only={record.blob})
         return super().blob(record)
 
     def read_blob(self, record: BlobRecord) -> bytes:

@@ -92,22 +92,41 @@ class BlobCache:
 
     def _checked(self, blob: tuple[str, int]) -> str | None:
         digest, size = blob
-        path = self.find(digest, size)
-        if path is None or file_digest(path) != digest:
-            self.discard(digest)
+        path = self.path(digest)
+        try:
+            seen = path.stat()
+        except OSError:
             return None
-        return digest
+        if self.find(digest, size) is not None and file_digest(path) == digest:
+            return digest
+        self._discard(path, seen)
+        return None
 
-    def discard(self, digest: str) -> None:
-        """Remove a blob that is not what it should be, if it is here. Raises OutputError."""
-        with disk_errors(self.folder):
-            self.path(digest).unlink(missing_ok=True)
+    def read(self, digest: str) -> bytes | None:
+        """The bytes of a blob if it is here and they are right; a file of others is removed. Raises OutputError."""
+        path = self.path(digest)
+        try:
+            with path.open("rb") as file:
+                body, seen = file.read(), os.fstat(file.fileno())
+        except OSError:
+            return None
+        if hashlib.sha256(body).hexdigest() == digest:
+            return body
+        self._discard(path, seen)
+        return None
+
+    def _discard(self, path: Path, seen: os.stat_result) -> None:
+        """Remove a file that was seen to be damaged, but not one that another process has put in its place since."""
+        with disk_errors(self.folder), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), seen):
+                path.unlink()
 
     def adopt(self, digest: str, partial: Path) -> None:
         """Make a file that was just hashed a blob. Raises OSError."""
         path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.chmod(0o444)
+        os.utime(partial)  # its time of use: the file may have been begun long ago
         partial.replace(path)
 
     def remember(self, reference: str, body: bytes) -> None:
@@ -211,6 +230,8 @@ def _prune_partial(path: Path, *, dry_run: bool) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return False  # finished, and moved away, meanwhile; what is there now is another one's
         if not dry_run:
             path.with_suffix(".done").unlink(missing_ok=True)
             path.unlink(missing_ok=True)

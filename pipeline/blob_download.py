@@ -216,8 +216,8 @@ class BlobDownload:
     def _finish(self, report: Callable[[int], None]) -> None:
         found = self._sha.hexdigest()
         if found == self.blob.digest:
+            self._notes.unlink(missing_ok=True)  # first: after the move, notes there are another download's
             self._cache.adopt(self.blob.digest, self._cache.partial_path(self.blob.digest))
-            self._notes.unlink(missing_ok=True)
             self._ready = True
             self.close()
             return

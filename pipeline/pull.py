@@ -26,6 +26,9 @@ MANIFEST_FILE = "manifest.json"
 VERSION_FILE = "version.json"
 FILES_FOLDER = "files"
 
+ROUNDS = 5
+"""Times that a blob is brought into the cache, should another process remove it before it is used."""
+
 
 def blob_file(manifest: VersionManifest, record: BlobRecord) -> str:
     """Path of a blob's file in a pulled folder: a shard's, or that of a file that goes with the weights."""
@@ -75,15 +78,44 @@ def pull(
     kept = _intact(folder, names.items())
     report(sum(names[name].bytes for name in kept))
     missing = {name: record for name, record in names.items() if name not in kept}
-    fetched = bring(blobs_of(manifest), found, store, cache, only={r.blob for r in missing.values()}, report=report)
-    for name, record in missing.items():
-        try:
-            (folder / name).parent.mkdir(exist_ok=True)
-            place(cache.path(record.blob), folder / name)
-        except OSError as error:
-            raise OutputError(f"{folder / name}: {error.strerror}; name a folder that can be written") from None
+    fetched = _fill(folder, missing, found, store, cache, report)
     write_whole(folder / MANIFEST_FILE, manifest.to_bytes())
     return fetched
+
+
+def _fill(
+    folder: Path,
+    missing: dict[str, BlobRecord],
+    found: Found,
+    store: Store | None,
+    cache: BlobCache,
+    report: Callable[[int], None],
+) -> int:
+    """Bring files into the folder; returns the bytes fetched. What leaves the cache meanwhile is fetched once more."""
+    fetched = 0
+    for _ in range(ROUNDS):
+        wanted = {record.blob for record in missing.values()}
+        fetched += bring(blobs_of(found.manifest), found, store, cache, only=wanted, report=report)
+        missing = {name: r for name, r in missing.items() if not _placed(cache.path(r.blob), folder / name)}
+        if not missing:
+            return fetched
+        report(-sum(record.bytes for record in missing.values()))
+    raise OutputError(
+        f"cache {cache.folder}: files left it {ROUNDS} times while they were pulled; stop what removes them "
+        "(`birkhoff cache prune`, or a cleaner of temporary files) and pull again"
+    )
+
+
+def _placed(source: Path, target: Path) -> bool:
+    """Put a file of the cache into a folder; False where it left the cache meanwhile. Raises OutputError."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        place(source, target)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not source.exists():
+            return False
+        raise OutputError(f"{target}: {error.strerror}; name a folder that can be written") from None
+    return True
 
 
 def bring(

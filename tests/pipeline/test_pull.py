@@ -231,7 +231,7 @@ def test_a_blob_that_someone_else_fetches_is_waited_for(directory_store: Store, 
     assert next(arriving) == blobs[0]
     assert [*arriving] == []
     # One that is given up is taken over.
-    cache.discard(blobs[0].digest)
+    cache.path(blobs[0].digest).unlink()
     other = blob_download.BlobDownload(blobs[0], directory_store, cache, label="other")
     assert other.open()
     arriving = fetch(directory_store, blobs, cache, label="net")
