@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from birkhoff.codec.packed import GROUP, PackedTensor, high_bytes
 from birkhoff.codec.pairs import pairs_per_row
 from birkhoff.kernels import reference, runtime
 from birkhoff.kernels.decode import TRITON_DTYPES
 from birkhoff.kernels.errors import KernelError
+from birkhoff.kernels.linear import dense_linear, is_watched
 
 if runtime.HAS_TRITON:
     from birkhoff.kernels import decode_packed_triton
@@ -50,8 +50,10 @@ def packed_weight(planes: Planes, bits: int, columns: int, dtype: torch.dtype) -
 
 def packed_linear(x: Tensor, planes: Planes, bits: int, bias: Tensor | None) -> Tensor:
     """x W^T + b, [..., K] to [..., N] in the dtype of x; the other arguments are those of `packed_weight`."""
-    y: Tensor = torch.ops.birkhoff.packed_linear.default(x, *planes, bits, bias)
-    return y
+    if torch.compiler.is_compiling() or is_watched(x, planes[0], bias):
+        y: Tensor = torch.ops.birkhoff.packed_linear.default(x, *planes, bits, bias)
+        return y
+    return _packed_linear(x, *planes, bits, bias)
 
 
 def _packed_weight(
@@ -109,9 +111,7 @@ def _packed_linear(
     bias: Tensor | None,
 ) -> Tensor:
     weight = _packed_weight(low, high, scale, step, escape_index, escape_value, bits, x.shape[-1], x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # the op computes in the dtype it was given
-        return functional.linear(x, weight, bias)
+    return dense_linear(x, weight, bias)
 
 
 def _packed_weight_fake(low: Tensor, *rest: Any) -> Tensor:

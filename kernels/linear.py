@@ -75,7 +75,7 @@ def hyperlinear(
     Raises:
         KernelError: x has not the columns that theta has.
     """
-    if torch.compiler.is_compiling() or _is_watched(x, theta, bias):
+    if torch.compiler.is_compiling() or is_watched(x, theta, bias):
         y: Tensor = torch.ops.birkhoff.hyperlinear.default(x, theta, step, escape_index, escape_value, bias)
         return y
     return _hyperlinear(x, theta, step, escape_index, escape_value, bias)
@@ -86,11 +86,11 @@ def forget_plans() -> None:
     _calls.clear()
 
 
-def _is_watched(x: Tensor, theta: Tensor, bias: Tensor | None) -> bool:
+def is_watched(x: Tensor, code: Tensor, bias: Tensor | None) -> bool:
     """Whether the call must be an op: gradients, transforms, tracing, modes, subclasses, devices without memory."""
     return (
         type(x) is not Tensor
-        or type(theta) is not Tensor
+        or type(code) is not Tensor
         or not (x.is_cuda or x.is_cpu)
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         or has_torch_function_unary(x)  # true within a function mode, too
@@ -223,6 +223,11 @@ def _decode_first(
     weight_NK = decode(theta, step, x.shape[-1], x.dtype)
     if escape_index.shape[0]:
         weight_NK = reference.put_escapes(weight_NK, escape_index, escape_value)
+    return dense_linear(x, weight_NK, bias)
+
+
+def dense_linear(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, [..., K] to [..., N], in the dtype of x and the weight; the bias may have another."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     # As a matrix: cuBLAS adds the bias then, with more dimensions another kernel does.
@@ -232,7 +237,7 @@ def _decode_first(
             y_MN = functional.linear(x_MK, weight_NK, bias)
     else:
         y_MN = functional.linear(x_MK, weight_NK, bias)
-    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], theta.shape[0])
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -6,8 +6,10 @@ from torch.nn import functional
 
 from birkhoff.codec import lattice
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.kernels import decode, encode, launch, plan, reference
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import dense_weight
 from birkhoff.kernels.plan import Problem
 
@@ -28,6 +30,30 @@ def random_layer(rows: int, columns: int, *, bias: bool = True) -> HyperLinear:
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias)
     return layer
+
+
+def random_packed(rows: int, columns: int, bits: Bits) -> PackedHyperLinear:
+    layer = PackedHyperLinear(columns, rows, bits=bits, device="cuda")
+    for plane in (layer.low, layer.high, layer.scale):
+        plane.random_(0, 256)
+    layer.step = torch.tensor(0.06 / rows_of(bits), device="cuda")
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def decoded(layer: PackedHyperLinear, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a layer without escapes, as the codec decodes them."""
+    return PackedTensor(
+        bits=layer.bits,
+        low=layer.low[rows],
+        high=layer.high[rows],
+        scale=layer.scale[rows],
+        step=float(layer.step),
+        columns=layer.in_features,
+        escape_index=layer.escape_index,
+        escape_value=layer.escape_value,
+    ).decode(dtype)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -173,3 +199,47 @@ def test_dense_weight_equals_the_reference() -> None:
     for dtype in TOLERANCES:
         got = dense_weight(layer.theta, layer.step, layer.escape_index, layer.escape_value, 1280, dtype)
         assert torch.equal(got, reference.decode(layer.theta, layer.step, 1280, dtype))
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (2304, 576), (40000, 2048)])
+def test_packed_weights_have_the_codecs_bits(rows: int, columns: int, dtype: torch.dtype, bits: Bits) -> None:
+    layer = random_packed(rows, columns, bits)
+    for _ in range(2):  # the second launch takes the short way of `prepared`
+        assert torch.equal(layer.dense_weight(dtype), decoded(layer, slice(None), dtype))
+    x = torch.randn(5, 3, columns, device="cuda", dtype=dtype)
+    assert layer.bias is not None
+    expected = functional.linear(x.double(), layer.dense_weight(torch.float32).double(), layer.bias.double())
+    assert relative_error(layer(x), expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("columns", [4096 + 128, 4096 + 64])
+@pytest.mark.parametrize("bits", [10, 12])
+def test_packed_past_two_to_the_31(columns: int, bits: Bits) -> None:
+    need_memory(15)
+    layer = random_packed((1 << 19) + 3, columns, bits)
+    dense = layer.dense_weight(torch.bfloat16)
+    assert dense.numel() > 1 << 31
+    for rows in (slice(-5, None), slice(5)):
+        assert torch.equal(dense[rows], decoded(layer, rows, torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_packed_layers_in_graphs_and_compiled(bits: Bits) -> None:
+    layer = random_packed(640, 320, bits)
+    x = torch.randn(300, 320, device="cuda")
+    with torch.inference_mode():
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        y.fill_(torch.nan)
+        graph.replay()
+    torch.testing.assert_close(y, expected)
+    model = torch.compile(torch.nn.Sequential(torch.nn.GELU(), layer), fullgraph=True)
+    x.requires_grad_(True)
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, functional.linear(functional.gelu(x), layer.weight, layer.bias), atol=2e-4, rtol=2e-4)
+    assert x.grad is not None

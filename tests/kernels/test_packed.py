@@ -62,6 +62,24 @@ def test_forward_is_the_linear_layer_of_the_decoded_weight(dtype: torch.dtype) -
         assert torch.equal(layer(x), functional.linear(x, weight.to(dtype), layer.bias.to(dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [10, 12])
+def test_the_op_and_the_call_that_nobody_watches_agree(bits: int, dtype: torch.dtype, device: str) -> None:
+    layer = layer_and_weight(bits)[0].to(device).requires_grad_(False)
+    op = torch.ops.birkhoff.packed_linear.default
+    wide = torch.randn(4, 3, 78, device=device).to(dtype)
+    for x in (wide[..., :70].contiguous(), wide[..., 3:73], wide[:, 0, 8:], wide[0, 0, 1:71], wide[:0, :, :70]):
+        assert torch.equal(layer(x), op(x, *layer._planes(), bits, layer.bias))
+
+
+def test_calls_that_nobody_watches_are_no_ops() -> None:
+    layer, _ = layer_and_weight()
+    for watched in (True, False):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            layer.requires_grad_(watched)(torch.randn(2, 70))
+        assert ("birkhoff::packed_linear" in {event.key for event in profile.key_averages()}) is watched
+
+
 def test_gradients_reach_the_input_and_the_bias() -> None:
     layer, weight = layer_and_weight()
     x = torch.randn(5, 70, requires_grad=True)

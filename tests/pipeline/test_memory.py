@@ -49,6 +49,17 @@ def test_layers_take_the_memory_of_their_form_and_keep_its_fidelity(
     assert fidelity(decode_tensor(tensor), layer.dense_weight(torch.float32)).sqnr_db > least  # type: ignore[operator]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory", ["uint16", "packed12", "packed10"])
+@pytest.mark.parametrize("spikes", [0, 1])
+def test_a_gpu_gets_the_weights_that_a_cpu_gets(memory: Memory, spikes: int) -> None:
+    tensor, gpu = coded(spikes), torch.device("cuda", 0)
+    there, here = (LayerMaker(memory)(tensor, bias=None, device=d, dtype=torch.bfloat16) for d in (gpu, CPU))
+    assert {buffer.device for buffer in there.buffers()} == {gpu}
+    assert torch.equal(there.dense_weight(torch.float32).cpu(), here.dense_weight(torch.float32))  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("spikes", "target_db", "why"),
     [(1, 30.0, r"w \(2[0-3]\.\d dB, 6\.06 bits"), (1, 46.0, r"w \(\d+\.\d dB, 9\.06 bits")],
