@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.metrics import fidelity
-from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.timing import compare
 from tests.benchmarks import common, encoders, inference_report
 from tests.benchmarks.checkpoints import DEMO, demo_sam
@@ -75,8 +75,8 @@ def measure(name: str, device: str, profiles: Sequence[str], work: Path, rounds:
     outputs: dict[str, Tensor] = {}
     made = forms(device, skeleton, profiles)
     for form in made:
-        folder = work / name / form.name.replace(" ", "-")
-        folder.mkdir(parents=True)
+        folder = work / name / (form.shares or form.name).replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=form.shares is not None)
         try:
             row, model, output = _one(form, state, pixels, folder, skeleton, outputs)
         except Exception as error:  # whatever another package raises on this machine
@@ -131,7 +131,7 @@ def _checked(
     measured = fidelity(original, output).sqnr_db
     if measured < form.least_db:
         raise WrongResultError(f"inference: {form.name} is at {measured:.1f} dB, expected {form.least_db:g} at least")
-    if any(isinstance(module, HyperLinear) for module in model.modules()):
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
         _check_decoded(form, model, output, values, skeleton)
     return None if math.isinf(measured) else measured
 
@@ -144,7 +144,7 @@ def _check_decoded(
     kept = dict(model.state_dict())
     for name, _ in linears(twin):
         layer = model.get_submodule(name)
-        if isinstance(layer, HyperLinear):
+        if isinstance(layer, CompressedLinear):
             kept[f"{name}.weight"] = layer.dense_weight(form.dtype)
     twin.load_state_dict({key: kept[key] for key in twin.state_dict()}, assign=True)
     same = fidelity(twin(pixel_values=values).last_hidden_state.float(), output).sqnr_db

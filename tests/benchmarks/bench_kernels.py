@@ -9,6 +9,7 @@ and 80th percentiles in the JSON. Results of the parts that ran replace theirs i
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,11 @@ from torch.nn import functional
 
 from birkhoff.codec import lattice
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.kernels import decode, encode, encode_triton, launch
+from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.plan import Plan, Problem
 from birkhoff.kernels.timing import compare
 from birkhoff.kernels.tune import tune
@@ -49,6 +53,8 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 TOKENS = [1, 16, 256, 4096, 8192]
 WEIGHTS = 640_000_000
+BITS: tuple[Bits, ...] = (12, 10)
+"""Packed forms, by bits a pair."""
 
 
 def random_layer(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> HyperLinear:
@@ -61,7 +67,31 @@ def random_layer(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -
     return layer
 
 
-def dense_twin(layer: HyperLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+def random_packed(rows: int, columns: int, bits: Bits, dtype: torch.dtype = torch.bfloat16) -> PackedHyperLinear:
+    """The same in the packed form: random bytes, the scales of groups within a factor of four."""
+    layer = PackedHyperLinear(columns, rows, bits=bits, device="cuda", dtype=dtype)
+    for plane, least in ((layer.low, 0), (layer.high, 0), (layer.scale, 224)):
+        plane.random_(least, 256)
+    layer.step = torch.tensor(columns**-0.5 * 3 / rows_of(bits), device="cuda")
+    return layer
+
+
+def packed_tensor(layer: PackedHyperLinear, rows: slice) -> PackedTensor:
+    """Rows of the layer as the codec knows them; a random layer has no escapes."""
+    low, high, scale = (plane[rows].cpu() for plane in (layer.low, layer.high, layer.scale))
+    return PackedTensor(
+        bits=layer.bits,
+        low=low,
+        high=high,
+        scale=scale,
+        step=float(layer.step),
+        columns=layer.in_features,
+        escape_index=layer.escape_index.cpu(),
+        escape_value=layer.escape_value.cpu(),
+    )
+
+
+def dense_twin(layer: CompressedLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
     """An `nn.Linear` of the layer's decoded weight."""
     twin = nn.Linear(layer.in_features, layer.out_features, device="meta", dtype=dtype)
     twin.weight = nn.Parameter(layer.dense_weight(dtype), requires_grad=False)
@@ -83,7 +113,7 @@ def require(right: bool, otherwise: str) -> None:
         raise SystemExit(f"kernels: {otherwise}")
 
 
-def check_layer(layer: HyperLinear, x: Tensor, limit: float) -> float:
+def check_layer(layer: CompressedLinear, x: Tensor, limit: float) -> float:
     """Relative error against the decoded float32 weight in float64, first rows; stops above `limit`."""
     weight = layer.dense_weight(torch.float32).double()
     error = relative_error(layer(x)[:300].detach(), functional.linear(x[:300].double(), weight))
@@ -92,7 +122,7 @@ def check_layer(layer: HyperLinear, x: Tensor, limit: float) -> float:
 
 
 def bench_encode() -> Result:
-    """Encode and decode 640 M weights: bytes moved over time, against a copy of the same size."""
+    """Encode and decode 640 M weights: bytes moved over time, against a copy of the same size in float32."""
     weight = torch.randn(WEIGHTS // 1280, 1280, device="cuda") * 0.03
     step = torch.tensor(0.0033, device="cuda")
     code, error = encode.quantise(weight, float(step))
@@ -102,18 +132,33 @@ def bench_encode() -> Result:
     require(close(error.error, fidelity(weight, code.decode()).error), "the error measured in passing is wrong")
     theta = code.theta()
     half = weight.to(torch.bfloat16)
-    calls: dict[str, tuple[Callable[[], object], int]] = {
+    calls: dict[str, tuple[Callable[[], object], float]] = {
         "copy": (weight.clone, 8),
         "encode float32": (partial(encode_triton.encode_pass, weight, step), 5),
         "encode bfloat16": (partial(encode_triton.encode_pass, half, step), 3),
         "decode to bfloat16": (partial(decode.decode_theta, theta, step, 1280, torch.bfloat16), 3),
         "decode to float32": (partial(decode.decode_theta, theta, step, 1280, torch.float32), 5),
+        **_packed_decodes(),
     }
     times = compare({name: [call] for name, (call, _) in calls.items()}, rounds=20)
     rates = {name: WEIGHTS * size / times[name].median / 1e6 for name, (_, size) in calls.items()}
     return {
         name: {**asdict(times[name]), "tb_per_s": rates[name], "of_copy": rates[name] / rates["copy"]} for name in calls
     }
+
+
+def _packed_decodes() -> dict[str, tuple[Callable[[], object], float]]:
+    """Decoding 640 M packed weights: calls, and bytes a weight that they move."""
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for bits in BITS:
+        layer = random_packed(WEIGHTS // 1280, 1280, bits)
+        last = packed_tensor(layer, slice(-4096, None))
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"decode packed{bits} to {str(dtype).removeprefix('torch.')}"
+            same = torch.equal(layer.dense_weight(dtype)[-4096:].cpu(), last.decode(dtype))
+            require(same, f"{name}: other weights than the codec's")
+            calls[name] = partial(layer.dense_weight, dtype), bits / 16 + 1 / 128 + dtype.itemsize
+    return calls
 
 
 def bench_search() -> Result:
@@ -209,6 +254,32 @@ def bench_chain() -> Result:
         times = compare(calls, rounds=15)
         found[str(tokens)] = {name: asdict(value) for name, value in times.items()}
         found[str(tokens)]["ratio"] = times["ours"].median / times["cublas"].median
+    return found
+
+
+def bench_packed() -> Result:
+    """PackedHyperLinear beside HyperLinear and cuBLAS in bfloat16: each shape of SAM-H, and all 128 layers in a row."""
+    makers: dict[str, Callable[[int, int], CompressedLinear]] = {
+        "ours": random_layer,
+        **{f"packed{bits}": partial(random_packed, bits=bits) for bits in BITS},
+    }
+    found: Result = {}
+    for name, shapes in {**{name: [shape] for name, shape in SAM_H.items()}, "all": list(SAM_H.values())}.items():
+        repeats = 32 if name == "all" else (256 << 20) // math.prod(shapes[0])
+        layers: dict[str, list[CompressedLinear]] = {
+            kind: [make(*shape) for _ in range(repeats) for shape in shapes] for kind, make in makers.items()
+        }
+        twins = [dense_twin(layer) for layer in layers["ours"]]
+        for tokens in TOKENS:
+            xs = {k: torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
+            for chain in layers.values():
+                for layer in chain[: len(shapes)]:
+                    check_layer(layer, xs[layer.in_features], 5e-3)
+            calls = {
+                kind: [partial(layer, xs[layer.in_features]) for layer in chain]
+                for kind, chain in {"cublas": twins, **layers}.items()
+            }
+            found[f"{name} {tokens}"] = {kind: asdict(times) for kind, times in compare(calls, rounds=9).items()}
     return found
 
 
@@ -329,6 +400,7 @@ def bench_calls() -> Result:
     for tokens in (16, 256, 4096):
         found[f"first call, {tokens} tokens, s"] = _call_seconds(partial(layers["proj"], inputs[tokens, 1280]))
     qkv, proj, lin2 = layers["qkv"], layers["proj"], layers["lin2"]
+    packed = random_packed(*SAM_H["proj"], 12)
     many = inputs[4096, 1280]
     by_op = torch.ops.birkhoff.hyperlinear.default
     held = qkv.theta, qkv.step, qkv.escape_index, qkv.escape_value, qkv.bias
@@ -338,6 +410,7 @@ def bench_calls() -> Result:
         "Hopper kernel": partial(qkv, many),
         "Hopper kernel, cut": partial(lin2, inputs[4096, 5120]),
         "decoded first": partial(proj, many),
+        "packed": partial(packed, many),
         "Hopper kernel, as an op": partial(by_op, many, *held),
         "nn.Linear, few tokens": partial(twins["proj"], inputs[4, 1280]),
         "nn.Linear, many tokens": partial(twins["qkv"], many),
@@ -373,6 +446,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
+    "packed": bench_packed,
     "dtypes": bench_dtypes,
     "encoders": bench_encoders,
     "encoder_graphs": bench_encoder_graphs,
@@ -383,7 +457,9 @@ PARTS: dict[str, Callable[[], Result]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
-    parser.add_argument("--parts", default="calls,encode,search,layers,chain,dtypes,encoders,encoder_graphs,compiled")
+    parser.add_argument(
+        "--parts", default="calls,encode,search,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """From a stored SAM-H to a model that is ready: empty cache, warm cache, and the dense file for comparison.
 
-    python -m tests.benchmarks load [--device cuda] [--repeats 5] [--profile balanced] [--work DIR] [--out DIR]
+    python -m tests.benchmarks load [--device cuda] [--repeats 5] [--profile balanced] [--work DIR]
 
 Writes a SAM-H of drawn weights into a store in a directory (its size is a result, its ratio is none), loads it into a
 model on the meta device, and checks layers against the eager decoder before anything is timed. Each load runs in a
@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", default="balanced", choices=sorted(PROFILES))
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--commit", help="what to record where there is no git")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)
@@ -156,7 +157,7 @@ def _measure(work: Path, what: str, device: str, *, cold: bool) -> dict[str, flo
 
 
 def _report(figures: dict[str, list[dict[str, float]]], stored: dict[str, int], options: argparse.Namespace) -> None:
-    facts = conditions("torch", "zstandard", "safetensors")
+    facts = conditions("torch", "zstandard", "safetensors", commit_hash=options.commit)
     place = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
     rows = []
     for run, taken in figures.items():

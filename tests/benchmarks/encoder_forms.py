@@ -6,7 +6,8 @@ dtype. What it stores is what its own layer gives to be stored, in one `torch.sa
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ from birkhoff.pipeline.compress import compress
 from birkhoff.pipeline.execute import InlineExecutor
 from birkhoff.pipeline.load import load_into
 from birkhoff.pipeline.manifest import Manifest
+from birkhoff.pipeline.memory import Memory
 from birkhoff.pipeline.progress import Progress
+from birkhoff.pipeline.publish import resolve
 from birkhoff.pipeline.store import open_store
+
+_PACKED: tuple[Memory, ...] = ("packed12", "packed10")
+_MODEL = "encoder"
+_REFERENCE = f"{_MODEL}@latest"
 
 State = dict[str, Tensor]
 Skeleton = Callable[[], nn.Module]
@@ -46,6 +53,8 @@ class Form:
     captured: bool = True
     foreign: bool = False
     """Whether another package computes: where that fails it is left out, and the page says why."""
+    shares: str | None = None
+    """The form, earlier in the list, whose folder this one takes, and loads what lies there."""
 
 
 def forms(device: str, skeleton: Skeleton, profiles: Sequence[str]) -> list[Form]:
@@ -53,7 +62,8 @@ def forms(device: str, skeleton: Skeleton, profiles: Sequence[str]) -> list[Form
     half = torch.bfloat16
     run = half if device.startswith("cuda") else torch.float32
     found = [_dense("original float32", torch.float32, 80.0), _dense("original bfloat16", half, 15.0)]
-    found += [_ours(name, run) for name in profiles]
+    ours = [_ours(name, run) for name in profiles]
+    found += [*ours, *(_packed(form, memory) for form in ours[:1] for memory in _PACKED)]
     for peer in (_torchao(), _hqq(), _bnb_int8(), _bnb_nf4()):
         if peer is not None:
             found.append(_peer(peer, run, device, skeleton))
@@ -79,7 +89,7 @@ def _ours(profile: str, dtype: torch.dtype) -> Form:
     def store(state: State, folder: Path) -> int:
         source = folder / "source.safetensors"
         save_file(state, source)
-        manifest = Manifest.model_validate({"profile": profile, "models": [{"name": "encoder", "source": str(source)}]})
+        manifest = Manifest.model_validate({"profile": profile, "models": [{"name": _MODEL, "source": str(source)}]})
         threads = torch.get_num_threads()
         with open_store(_url(folder)) as opened, Progress(Console(quiet=True), models=1, quiet=True) as progress:
             (run,) = compress(manifest, opened, lambda: InlineExecutor(opened.address), progress)
@@ -89,13 +99,33 @@ def _ours(profile: str, dtype: torch.dtype) -> Form:
             raise SystemExit(f"inference: {run.error}")
         return run.version.stored_bytes
 
-    def load(folder: Path, skeleton: Skeleton, device: str) -> nn.Module:
-        model = skeleton()
-        load_into(model, "encoder@latest", _url(folder), device=device)
-        return model.to(dtype)
-
     about = f"{PROFILES[profile].summary}; artifact in a store"
+    load = partial(_load_ours, dtype, "uint16")
     return Form(name=f"ours, {profile}", about=about, dtype=dtype, store=store, load=load, least_db=15.0)
+
+
+def _packed(form: Form, memory: Memory) -> Form:
+    """What one of ours has stored, coded once more as it is loaded."""
+
+    def stored(_state: State, folder: Path) -> int:
+        with open_store(_url(folder)) as opened:
+            return resolve(opened, _REFERENCE).stored_bytes
+
+    return replace(
+        form,
+        name=f"{form.name}, {memory}",
+        about=f"{form.about}, loaded with memory={memory!r}",
+        store=stored,
+        load=partial(_load_ours, form.dtype, memory),
+        least_db=10.0,
+        shares=form.name,
+    )
+
+
+def _load_ours(dtype: torch.dtype, memory: Memory, folder: Path, skeleton: Skeleton, device: str) -> nn.Module:
+    model = skeleton()
+    load_into(model, _REFERENCE, _url(folder), device=device, memory=memory)
+    return model.to(dtype)
 
 
 def _url(folder: Path) -> str:
