@@ -124,3 +124,24 @@ def alias(state: Alias, op: Op) -> Alias | None:
     else:
         after = (gen + 1, trail[:-1])
     return after if op.answer == (after[0], after[1][-1]) else None
+
+
+def lifetime(state: str, op: Op) -> str | None:
+    """One version name: absent, live, retired. `publish`, `retire`, and `read` -> "whole", "no", or what never may be.
+
+    A version that is live is whole: any other answer of a reader, such as "broken", has no state that explains it.
+    """
+    if op.name == "publish":
+        return "live" if state == "absent" else None
+    if op.name == "retire":
+        return "retired" if state == "live" else None
+    if op.answer == "whole":
+        return state if state == "live" else None
+    return state if op.answer == "no" and state != "live" else None
+
+
+def highest(state: int, op: Op) -> int | None:
+    """The alias `latest`: `publish` of a number moves it there unless it is further on; `latest` -> the number."""
+    if op.name == "latest":
+        return state if op.answer == state else None
+    return max(state, op.answer) if isinstance(op.answer, int) else None
