@@ -1,16 +1,18 @@
 """Back to a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
 
 import json
+import pickle
 import struct
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, UntypedStorage, serialization
 
 from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS
-from birkhoff.pipeline.artifacts import Artifact, inspect
-from birkhoff.pipeline.errors import OutputError
+from birkhoff.pipeline.artifacts import Artifact, TensorRow, inspect
+from birkhoff.pipeline.errors import IntegrityError, OutputError
 from birkhoff.pipeline.files import whole_file
 from birkhoff.pipeline.source_types import DTYPES
 
@@ -25,7 +27,7 @@ def export(artifact: Artifact, path: Path) -> int:
     A model that was made of several files, or of several state dicts of one, comes back as one file: nested as they
     were where they agree, else flat, under the names that the manifest gave.
 
-    A `.safetensors` file is written tensor by tensor; a `.pth` file holds the dense model in memory once.
+    Written tensor by tensor: one shard and one dense tensor are in memory at a time.
 
     Raises:
         OutputError: the suffix names no format, or the file cannot be written.
@@ -39,10 +41,40 @@ def export(artifact: Artifact, path: Path) -> int:
 
 
 def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
-    nested: dict[str, Any] = dict(artifact.tensors())
+    """What `torch.save` writes, byte by byte: it gets tensors whose memory is never touched, and `_Records` their data.
+
+    `torch.save` itself asks for all tensors at once; the function below it takes whatever writes records.
+    """
+    rows = inspect(artifact)
+    nested: dict[str, Any] = {row.name: torch.empty(row.shape, dtype=DTYPES[row.dtype]) for row in rows}
     for key in reversed(artifact.manifest.source.nesting):
         nested = {key: nested}
-    torch.save(nested, file)  # given a path, torch would make its name part of the bytes
+    with serialization._open_zipfile_writer(file) as writer:  # given a path, its name would be part of the bytes
+        serialization._save(nested, _Records(writer, artifact, rows), pickle, serialization.DEFAULT_PROTOCOL, False)
+
+
+class _Records:
+    """A writer of records for torch, which puts the artifact's data in the place of a storage's own."""
+
+    def __init__(self, writer: Any, artifact: Artifact, rows: list[TensorRow]) -> None:
+        self._writer, self._label = writer, artifact.label
+        self._tensors = zip(rows, artifact.tensors(), strict=True)
+
+    def write_record(self, name: str, data: object, size: int) -> None:
+        """Write a record of `size` bytes; storages, named `data/0`, `data/1`, ..., come in the order of the tensors."""
+        if name.startswith("data/"):
+            row, (stored, tensor) = next(self._tensors)
+            if (stored, tuple(tensor.shape), tensor.dtype) != (row.name, tuple(row.shape), DTYPES[row.dtype]):
+                raise IntegrityError(f"{self._label}: header and body disagree about {row.name}; publish it again")
+            data = _storage(tensor)
+        self._writer.write_record(name, data, size)
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    """The storage of this tensor alone, never a part of a larger one."""
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return (tensor if whole else tensor.clone()).untyped_storage()
 
 
 def _write_safetensors(artifact: Artifact, file: BinaryIO) -> None:
