@@ -84,7 +84,7 @@ class SourceRecord(Document):
 
 
 class BudgetRecord(Document):
-    """A budget, one of both: the least ratio of the source's bytes to every byte stored, or the most of these."""
+    """A budget, one of both: the least ratio of source bytes to the version's `stored_bytes`, or the most of them."""
 
     target_ratio: float | None = None
     max_bytes: int | None = None
@@ -165,6 +165,20 @@ class VersionManifest(Document):
     def stored(self) -> tuple[BlobRecord, ...]:
         """The record of every blob that the version refers to, shards first."""
         return (*self.shards, *(self.files or ()))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Every byte that the digest stands for: this document, blobs, shard records.
+
+        Names, aliases and signatures, some hundred bytes each, point at a version and change while it does not.
+        """
+        records = sum(len(shard.to_bytes()) for shard in self.shards)
+        return len(self.to_bytes()) + sum(record.bytes for record in self.stored) + records
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the source over `stored_bytes`."""
+        return round(self.source.bytes / self.stored_bytes, 3)
 
     @property
     def digest(self) -> str:

@@ -178,7 +178,7 @@ def compress(
         notes().print(f"report: birkhoff report {record.run}", highlight=False, markup=False)
     if all(run.status == "up to date" for run in runs) and not as_json:
         remark(f"nothing to do: {len(runs)} of {len(runs)} models are up to date")
-    failure = job.failure(runs)
+    failure = job.failure([run.error for run in runs])
     if failure is not None:
         raise typer.Exit(exit_code(failure))
 
@@ -193,7 +193,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
-    from birkhoff.pipeline.compress import select
+    from birkhoff.pipeline.compress import failure, select
     from birkhoff.pipeline.forecast import plan_rows
     from birkhoff.pipeline.manifest import load_manifest
     from birkhoff.pipeline.stores import open_existing_store
@@ -201,11 +201,17 @@ def plan(
 
     chosen = select(load_manifest(manifest), only or [], profile)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows = plan_rows(chosen, opened, mirror)
-    show(output(), PLAN_COLUMNS, rows, as_json=as_json)
+        rows, errors = plan_rows(chosen, opened, mirror)
+    columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    show(output(), columns, rows, as_json=as_json)
     for row in rows:
+        if "note" in row:
+            remark(f"{row['model']}: {row['note']}")
         if "error" in row:
             complain(f"{row['model']}: {row['error']}")
+    failed = failure(errors)
+    if failed is not None:
+        raise typer.Exit(exit_code(failed))
 
 
 @app.command("list")
@@ -232,10 +238,13 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
     """Show every tensor of a version: shape, codec, bits a weight, SQNR, greatest error."""
     from birkhoff.pipeline.artifacts import inspect as rows_of
     from birkhoff.pipeline.artifacts import open_artifact, row_json
-    from birkhoff.pipeline.tables import TENSOR_COLUMNS, show
+    from birkhoff.pipeline.tables import TENSOR_COLUMNS, show, size
 
     with open_artifact(reference, store) as artifact:
-        show(output(), TENSOR_COLUMNS, [row_json(row) for row in rows_of(artifact)], as_json=as_json)
+        rows, manifest = [row_json(row) for row in rows_of(artifact)], artifact.manifest
+    sizes = f"{size(manifest.source.bytes)} to {size(manifest.stored_bytes)}, ratio {manifest.ratio:.2f}"
+    title = f"{artifact.label} ({manifest.profile}): {len(rows)} tensors, {sizes}"
+    show(output(), TENSOR_COLUMNS, rows, as_json=as_json, title=title)
 
 
 @app.command()

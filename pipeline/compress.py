@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +32,6 @@ from birkhoff.pipeline.companions import Companion
 from birkhoff.pipeline.digests import checkpoint_digest, file_state
 from birkhoff.pipeline.errors import (
     ArtifactNotFoundError,
-    BudgetError,
     ManifestError,
     PartialError,
     SourceError,
@@ -44,7 +42,7 @@ from birkhoff.pipeline.fetch_spec import is_remote
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.overrides import check_matches
-from birkhoff.pipeline.passes import Passes, Terms, pointer_bytes
+from birkhoff.pipeline.passes import Passes, Terms
 from birkhoff.pipeline.plan import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.progress import Progress
 from birkhoff.pipeline.publish import Version, is_signed, is_whole, publish, resolve
@@ -166,23 +164,25 @@ def plan_entry(
     *,
     mirror: Path | None = None,
     report: fetch.Report | None = None,
-    download: bool = True,
 ) -> Planned:
-    """Read the header of one model's checkpoint and plan it; `mirror` and `report` as in `fetch.resolve`.
+    """Bring one model's checkpoint here and plan it; `mirror` and `report` as in `fetch.resolve`.
 
     Raises:
-        SourceError: the checkpoint, or a file that goes with it, cannot be read, or without `download` is still to be
-            downloaded.
+        SourceError: the checkpoint cannot be had.
+        SourceError, ManifestError: as `plan_checkpoint`.
+    """
+    checkpoint = fetch.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
+    return plan_checkpoint(manifest, entry, checkpoint)
+
+
+def plan_checkpoint(manifest: Manifest, entry: ModelEntry, checkpoint: Checkpoint) -> Planned:
+    """Plan one model from the header of its checkpoint.
+
+    Raises:
+        SourceError: no tensor of it is coded, or a file that goes with it cannot be read.
         ManifestError: an override of the model matches none of its tensors.
     """
     fidelity = manifest.fidelity(entry)
-    checkpoint: Checkpoint | fetch.NotDownloaded
-    if download:
-        checkpoint = fetch.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
-    else:
-        checkpoint = fetch.peek(entry.source, cache=source_cache(), mirror=mirror)
-    if isinstance(checkpoint, fetch.NotDownloaded):
-        raise SourceError(str(checkpoint))
     check_matches(entry.overrides, [(entry.name, checkpoint)])
     own = overrides.resolve(fidelity.rules, checkpoint.tensors, fidelity.profile)
     plan = plan_model(entry.name, checkpoint, fidelity.profile, shard_bytes=manifest.shard_mib * MIB, overrides=own)
@@ -259,8 +259,8 @@ def compress(
     if waiting:
         # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
         with open_run(store), start_executor() as executor:
-            starts = partial(_start, store=store, reuse=reuse, single_publisher=single_publisher, signed=bool(signer))
-            queue = TaskQueue(chain.from_iterable(map(starts, waiting.values())), budget=_in_flight(manifest))
+            starts = (task for run in waiting.values() for task in _start(run, reuse))
+            queue = TaskQueue(starts, budget=_in_flight(manifest))
             for outcome in executor.run(queue):
                 run = waiting[outcome.task.model]
                 if run.status is None:
@@ -333,7 +333,7 @@ def made_so(manifest: VersionManifest, planned: Planned) -> bool:
     return terms == (wanted, planned.budget, planned.plan.overrides, planned.file_records)
 
 
-def _start(run: ModelRun, store: Store, reuse: Reuse, single_publisher: bool, signed: bool) -> list[ShardTask]:
+def _start(run: ModelRun, reuse: Reuse) -> list[ShardTask]:
     """The first tasks of a model."""
     planned, terms = run.planned, None
     assert planned is not None  # only planned models run
@@ -342,7 +342,6 @@ def _start(run: ModelRun, store: Store, reuse: Reuse, single_publisher: bool, si
         terms = Terms(
             budget=planned.budget,
             limit=planned.budget.limit(planned.checkpoint.nbytes),
-            pointers=pointer_bytes(store, run.name, single_publisher=single_publisher, signed=signed),
             hint_db=hint if isinstance(hint, float) else None,
         )
     describe = partial(_version_manifest, run, planned)
@@ -373,7 +372,7 @@ def _take(
 
 
 def _publish(run: ModelRun, planned: Planned, store: Store, single_publisher: bool, signer: Signer | None) -> None:
-    """Publish what a model's passes have come to. Raises BudgetError where others' writes broke the bound."""
+    """Publish what a model's passes have come to."""
     assert run.passes is not None
     if file_state(planned.checkpoint) != run.source_state:
         raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
@@ -382,11 +381,6 @@ def _publish(run: ModelRun, planned: Planned, store: Store, single_publisher: bo
     for companion in planned.files:
         store.create(blob_key(companion.record.blob), companion.body)
     run.version = publish(store, manifest, single_publisher=single_publisher, signer=signer)
-    if planned.budget is not None and run.version.stored_bytes > planned.budget.limit(planned.checkpoint.nbytes):
-        raise BudgetError(
-            f"published as {run.version.name}, but another publisher moved `latest` meanwhile, and with that history "
-            f"the version takes {run.version.stored_bytes} bytes, more than {planned.budget.label}; run again"
-        )
     run.status = "published"
 
 
@@ -413,11 +407,11 @@ def _version_manifest(
     )
 
 
-def failure(runs: list[ModelRun]) -> BirkhoffError | None:
-    """What a run that published less than everything ends with: the one kind of error there was, or PartialError."""
-    failed = [run.error for run in runs if run.error is not None]
+def failure(errors: Sequence[BirkhoffError | None]) -> BirkhoffError | None:
+    """What the models of a run, one entry for each, make it end with: their one kind of error, or PartialError."""
+    failed = [error for error in errors if error is not None]
     if not failed:
         return None
-    if len(failed) == len(runs) and len({type(error) for error in failed}) == 1:
+    if len(failed) == len(errors) and len({type(error) for error in failed}) == 1:
         return failed[0]
-    return PartialError(f"{len(failed)} of {len(runs)} models were not published")
+    return PartialError(f"{len(failed)} of {len(errors)} models failed")

@@ -43,10 +43,10 @@ class NotDownloaded:
     nbytes: int | None
     """What that is in bytes, as the servers say; None where one does not."""
     problem: str = ""
-    """Why no size could be had; empty if it was."""
+    """What the servers said instead, if a file can be had from none of them now."""
 
     def __str__(self) -> str:
-        size = f"{self.nbytes} bytes" if self.nbytes is not None else f"size unknown: {self.problem}"
+        size = f"{self.nbytes} bytes" if self.nbytes is not None else "the server does not say how large"
         return f"{', '.join(map(shown_url, self.missing))}: not downloaded yet ({size}); `birkhoff compress` will"
 
 
@@ -150,7 +150,7 @@ def _not_downloaded(parts: Sequence[SourcePart], settings: FetchSettings) -> Not
         return NotDownloaded(missing=missing, nbytes=None, problem=str(error))
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
-        return NotDownloaded(missing=missing, nbytes=None, problem="the server does not say")
+        return NotDownloaded(missing=missing, nbytes=None)
     return NotDownloaded(missing=missing, nbytes=sum(known))
 
 

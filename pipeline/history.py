@@ -49,7 +49,7 @@ def _name_rows(store: Store, model: str, name: str, record: NameRecord) -> Itera
         metrics = {
             "profile": version.manifest.profile,
             "stored_bytes": version.stored_bytes,
-            "ratio": round(version.manifest.source.bytes / version.stored_bytes, 3),
+            "ratio": version.manifest.ratio,
             "sqnr_db_min": least,
             "sqnr_db_median": median,
         }

@@ -8,25 +8,15 @@ import numpy as np
 from birkhoff.codec.budget import Floats, Grid
 from birkhoff.codec.profiles import Profile
 from birkhoff.pipeline.artifact import (
-    AliasRecord,
-    AliasState,
     BudgetRecord,
-    NameRecord,
     ShardRecord,
     VersionManifest,
-    alias_key,
-    utc_now,
 )
 from birkhoff.pipeline.budget import Search, Trial
-from birkhoff.pipeline.errors import BudgetError, ObjectNotFoundError
+from birkhoff.pipeline.errors import BudgetError
 from birkhoff.pipeline.plan import ModelPlan
 from birkhoff.pipeline.shard import Reuse, ShardResult, ShardSizes, ShardTask
-from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.store_keys import ALIAS_LATEST
 from birkhoff.pipeline.tables import size
-
-_SIGNATURE_BYTES = 700
-"""What signing adds at most: a document of one signature, and the alias's own."""
 
 Describe = Callable[[Profile, Sequence[ShardRecord]], VersionManifest]
 """The manifest of the version that shards make, by the profile with the target that they were coded for."""
@@ -34,11 +24,10 @@ Describe = Callable[[Profile, Sequence[ShardRecord]], VersionManifest]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a budget has to go by: most bytes, what comes to the manifest and its shards, and a target worth a try."""
+    """What a budget has to go by: most bytes, and a target worth a try."""
 
     budget: BudgetRecord
     limit: int
-    pointers: int
     hint_db: float | None
 
 
@@ -135,11 +124,8 @@ class Passes:
 
     def _count(self) -> int:
         """Every byte of the version that the present records make."""
-        assert self._terms is not None
         records = [self.records[index] for index in range(len(self._plan.shards))]
-        manifest = self._describe(self.profile, records)
-        blobs = sum(record.bytes for record in manifest.stored) + sum(len(record.to_bytes()) for record in records)
-        return blobs + len(manifest.to_bytes()) + self._terms.pointers
+        return self._describe(self.profile, records).stored_bytes
 
     def _refusal(self, search: Search) -> BudgetError:
         assert self._terms is not None
@@ -165,18 +151,3 @@ def _unknown(plan: ModelPlan, index: int, names: Container[str]) -> ShardRecord:
         probe_db=(30.01,) * len(matrices),
         probe_error=1.2e-07,
     )
-
-
-def pointer_bytes(store: Store, model: str, *, single_publisher: bool = False, signed: bool = False) -> int:
-    """Bytes of the name and of alias `latest` that a model has once one more version is published, at most.
-
-    Raises StoreError.
-    """
-    digest, time, publisher = "0" * 64, utc_now(), "0" * 32
-    name = NameRecord(digest=digest, created=time, publisher=publisher, single_publisher=single_publisher or None)
-    state = AliasState(version="v99999", digest=digest, gen=99999, moved=time, back=True, protected=True)
-    try:
-        alias = store.head(alias_key(model, ALIAS_LATEST)).size + len(state.to_bytes())
-    except ObjectNotFoundError:
-        alias = len(AliasRecord(version="v1", digest=digest, gen=1, moved=time, publisher=publisher).to_bytes())
-    return len(name.to_bytes()) + alias + (_SIGNATURE_BYTES if signed else 0)

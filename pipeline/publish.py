@@ -19,7 +19,6 @@ from birkhoff.pipeline.artifact import (
     blob_key,
     check_size,
     fetch_document,
-    name_key,
     read_document,
     sha256,
     version_key,
@@ -49,12 +48,15 @@ class Version:
     """Human name, such as `v3`; None when it was asked for by digest and no name was looked up."""
     digest: str
     manifest: VersionManifest
-    stored_bytes: int
-    """Every byte the store holds for it: blobs, shard records, manifest, signatures, name and `latest`."""
     alias: str | None = None
     """The alias by which it was asked for, if it was."""
     pointer: AliasRecord | None = None
     """The state of that alias."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """As `VersionManifest.stored_bytes`: the same whenever and however it is asked for."""
+        return self.manifest.stored_bytes
 
 
 def publish(
@@ -88,7 +90,7 @@ def publish(
             name = take_name(store, model, digest, publisher, single_publisher=single_publisher, announce=sign)
         run.check()
         advance(store, model, name, digest, publisher, signer=signer)
-        return _describe(store, model, name, manifest)
+        return Version(model=model, name=name, digest=digest, manifest=manifest)
 
 
 def is_signed(store: Store, version: Version, signer: Signer) -> bool:
@@ -130,7 +132,7 @@ def resolve(store: Store, reference: str) -> Version:
     if not NAME_PATTERN.fullmatch(model) or (ref and not NAME_PATTERN.fullmatch(ref)):
         raise ArtifactNotFoundError(f"{reference!r} is no MODEL[@VERSION|ALIAS|DIGEST]")
     name, digest, pointer = _find(store, model, ref or ALIAS_LATEST)
-    version = _describe(store, model, name, load_version(store, model, digest))
+    version = Version(model=model, name=name, digest=digest, manifest=load_version(store, model, digest))
     return version if pointer is None else replace(version, alias=ref or ALIAS_LATEST, pointer=pointer)
 
 
@@ -179,12 +181,3 @@ def _missing(store: Store, model: str, ref: str) -> str:
         return f"{store.url} has no model {model!r}; it has: {there}"
     there = ", ".join([*aliases(store, model), *known[-5:]])
     return f"{store.url}: model {model!r} has no version or alias {ref!r}; it has: {there}"
-
-
-def _describe(store: Store, model: str, name: str | None, manifest: VersionManifest) -> Version:
-    own = len(manifest.to_bytes()) + sum(record.bytes for record in manifest.stored)
-    own += sum(len(shard.to_bytes()) for shard in manifest.shards)
-    pointers = [alias_key(model, ALIAS_LATEST)] + ([name_key(model, name)] if name else [])
-    sizes = [store.head(key).size for key in pointers]
-    sizes += [info.size for info in store.list(f"models/{model}/versions/{manifest.digest}/signatures/")]
-    return Version(model=model, name=name, digest=manifest.digest, manifest=manifest, stored_bytes=own + sum(sizes))

@@ -24,7 +24,7 @@ def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
         version=before.name,
         digest=before.digest,
         stored_bytes=before.stored_bytes,
-        ratio=round(old.source.bytes / before.stored_bytes, 3),
+        ratio=old.ratio,
         sqnr_db_min=least,
         sqnr_db_median=median,
         recipe=_recipe(old, new),

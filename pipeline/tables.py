@@ -46,6 +46,11 @@ def shape(dims: Sequence[int]) -> str:
     return "x".join(map(str, dims)) or "scalar"
 
 
+def span(form: Callable[[Any], str]) -> Callable[[Sequence[Any]], str]:
+    """Two values as `5.7 to 6.4`, or as one where they read alike."""
+    return lambda ends: " to ".join(dict.fromkeys(map(form, ends)))
+
+
 def groups(rows: Sequence[Row]) -> str:
     """Tensors by action, and why: one line a group."""
     return "\n".join(
@@ -87,9 +92,9 @@ PLAN_COLUMNS = (
     Column(title="profile", key="profile"),
     Column(title="status", key="status"),
     Column(title="source", key="source_bytes", form=size, right=True),
-    Column(title="stored ~", key="predicted_stored_bytes", form=size, right=True),
-    Column(title="ratio ~", key="predicted_ratio", form=fixed(1), right=True),
-    Column(title="dB ~", key="predicted_target_db", form=fixed(0), right=True),
+    Column(title="stored ~", key="predicted_stored_bytes_range", form=span(size), right=True),
+    Column(title="ratio ~", key="predicted_ratio_range", form=span(fixed(2)), right=True),
+    Column(title="dB of tensors ~", key="predicted_tensor_db", form=span(fixed(0)), right=True),
     Column(title="shards", key="shards", right=True),
     Column(title="shared", key="shared_shards", right=True),
     Column(title="CPU s ~", key="predicted_seconds", form=fixed(0), right=True),

@@ -25,6 +25,7 @@ from birkhoff.pipeline.digests import checkpoint_digest
 from birkhoff.pipeline.errors import PartialError, SourceError, exit_code
 from birkhoff.pipeline.fetch import FetchSettings, NotDownloaded
 from birkhoff.pipeline.fetch_spec import SourcePart
+from birkhoff.pipeline.forecast import plan_rows
 from birkhoff.pipeline.manifest import Manifest
 from birkhoff.pipeline.source import Checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.store import Store
@@ -627,11 +628,21 @@ class TestPeek:
     def test_planning_downloads_nothing(self, serve: Callable[..., Origin]) -> None:
         origin = serve()
         manifest = Manifest(models=[{"name": "net", "source": origin.url}])
-        with pytest.raises(SourceError, match=f"not downloaded yet .{len(BODY)} bytes."):
-            plan_entry(manifest, manifest.models[0], download=False)
+        (row,), (error,) = plan_rows(manifest, None, None)
+        assert (row["status"], error) == ("to be downloaded", None)
+        assert f"not downloaded yet ({len(BODY)} bytes)" in str(row["note"])
         assert origin.log == ["HEAD"]
-        planned = plan_entry(manifest, manifest.models[0])
-        assert plan_entry(manifest, manifest.models[0], download=False) == planned
+        plan_entry(manifest, manifest.models[0])
+        (row,), (error,) = plan_rows(manifest, None, None)
+        assert (row["status"], row["source_bytes"], error) == ("new", len(BODY), None)
+
+    def test_what_no_server_has_is_an_error_of_the_plan(self, serve: Callable[..., Origin]) -> None:
+        gone = serve(faults=[status(404)] * 2, head=404)
+        manifest = Manifest(models=[{"name": "net", "source": gone.url}])
+        (row,), (error,) = plan_rows(manifest, None, None)
+        assert row["status"] == "failed"
+        assert isinstance(error, SourceError)
+        assert f"cannot be downloaded: {gone.url}: 404" in str(row["error"])
 
 
 class TestS3:

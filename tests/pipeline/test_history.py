@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.pipeline import cli
+from birkhoff.pipeline.signing import new_key
 
 
 class Place:
@@ -136,6 +137,29 @@ def test_diff_tells_what_was_added_removed_changed_and_recoded(place: Place) -> 
     code, out, _ = place.run("diff", "net@v1", "net@v2")
     assert (code, "net@v1 (A) and net@v2 (B): 2 same, 1 changed, 1 added, 1 removed" in out) == (0, True)
     place.refused(10, "'v9'", "diff", "net@v1", "net@v9")
+
+
+def test_all_commands_agree_on_what_a_version_takes(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("birkhoff.pipeline.digests._SETTLED", 0.0)  # the digest of a file just written is recalled too
+    first = place.compress()
+    place.tensors["b.weight"] = place.tensors["b.weight"] * 1.5
+    second = place.compress()
+    new_key(tmp_path / "k")
+    place.json("promote", "net@v1", "--sign", str(tmp_path / "k"))
+    assert place.compress("--sign", str(tmp_path / "k"))["stored_bytes"] == second["stored_bytes"]
+    for row, version in ((first, "v1"), (second, "v2")):
+        want = row["stored_bytes"], row["ratio"]
+        listed = [each for each in place.json("list", "net") if each["version"] == version]
+        history = [each for each in place.json("history", "net") if each["version"] == version and each["ratio"]]
+        assert [(each["stored_bytes"], each["ratio"]) for each in (*listed, *history)] == [want] * 2
+    assert [row["stored_bytes"] for row in place.json("list")] == [second["stored_bytes"]]
+    (plan,) = place.json("plan", str(tmp_path / "m.yaml"))
+    assert (plan["status"], plan["predicted_stored_bytes"]) == ("up to date", second["stored_bytes"])
+    (report,) = place.json("report")
+    assert [model["stored_bytes"] for model in report["models"]] == [second["stored_bytes"]]
+    assert f"ratio {second['ratio']:.2f}" in place.run("inspect", "net")[1]
 
 
 def test_tables_and_refusals_are_for_people(place: Place) -> None:

@@ -126,7 +126,7 @@ def test_a_budget_ends_at_the_same_target_on_workers_as_in_this_process(executor
         return VersionManifest(model="net", source=source, profile="p", recipe=recipe, code="0", shards=tuple(records))
 
     def search(runner: RayExecutor | InlineExecutor) -> Passes:
-        terms = Terms(budget=BudgetRecord(max_bytes=40_000), limit=40_000, pointers=500, hint_db=None)
+        terms = Terms(budget=BudgetRecord(max_bytes=40_000), limit=39_500, hint_db=None)
         passes = Passes("net", plan, PROFILES["fast"], describe, terms=terms)
         queue = TaskQueue(passes.start(), budget=1 << 30)
         for outcome in runner.run(queue):

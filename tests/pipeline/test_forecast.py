@@ -1,0 +1,42 @@
+"""The forecast of `birkhoff plan`: ranges that hold what a run comes to."""
+
+from pathlib import Path
+
+import pytest
+
+from birkhoff.pipeline.compress import select
+from birkhoff.pipeline.forecast import plan_rows
+from birkhoff.pipeline.manifest import load_manifest
+
+DEMO = Path(__file__).parents[2] / "manifests" / "demo.yaml"
+BUDGET = DEMO.with_name("demo_budget.yaml")
+
+STORED = {"small": 850372, "balanced": 933528, "fine": 1128638, "fast": 945192, "match-paper": 793836, "paper": 1203985}
+"""What `birkhoff compress manifests/demo.yaml --profile P` stores of the demo model."""
+
+
+@pytest.mark.parametrize("profile", STORED)
+def test_the_range_holds_what_a_run_stores_and_is_no_wider_than_it_must_be(profile: str) -> None:
+    (row,), _ = plan_rows(select(load_manifest(DEMO), [], profile), None, None)
+    low, high = row["predicted_stored_bytes_range"]  # type: ignore[misc]
+    assert low <= STORED[profile] <= high
+    assert high / low < (1.6 if "paper" in profile else 1.2)
+    assert low <= row["predicted_stored_bytes"] <= high  # type: ignore[operator]
+    source = row["source_bytes"]
+    assert row["predicted_ratio_range"] == (round(source / high, 2), round(source / low, 2))  # type: ignore[operator]
+
+
+def test_targets_are_those_of_tensors() -> None:
+    (row,), _ = plan_rows(load_manifest(DEMO), None, None)
+    assert row["predicted_tensor_db"] == (30.0, 30.0)
+    (row,), _ = plan_rows(select(load_manifest(DEMO), [], "paper"), None, None)
+    assert row["predicted_tensor_db"] is None
+
+
+def test_a_budget_bounds_the_range_and_gives_small_tensors_more() -> None:
+    rows, _ = plan_rows(load_manifest(BUDGET), None, None)
+    for row in rows:
+        low, high = row["predicted_stored_bytes_range"]  # type: ignore[misc]
+        least, most = row["predicted_tensor_db"]  # type: ignore[misc]
+        assert low < high <= row["budget_bytes"]
+        assert 20 < least < 30 < most < 40
