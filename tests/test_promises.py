@@ -33,9 +33,3 @@ def test_every_promise_names_a_test() -> None:
     numbers, texts = parts[1::2], parts[2::2]
     assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
     assert [number for number, text in zip(numbers, texts, strict=True) if not _TEST.search(text)] == []
-
-
-def test_links_lead_somewhere() -> None:
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", PAGE)]
-    assert [link for link in links if not (ROOT / link).exists()] == []
-    assert "(PROMISES.md)" in (ROOT / "README.md").read_text()

@@ -1,17 +1,12 @@
-"""README.md as a newcomer follows it: every block runs, in order, in a folder like a fresh clone.
+"""README.md's example of a published package, and its table of errors; `test_pages` runs its blocks.
 
-A block under `<!-- not run: REASON -->` does not run. `make test` only collects, `evaluate` looks at two pictures,
-`birkhoff compress` runs inline after `make compress` ran on Ray, and the embedded server stays up between commands;
-all else is as printed. Each line of the troubleshooting table is produced by its command.
+Each line of the troubleshooting table is produced by its command.
 """
 
-import importlib.util
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,103 +16,10 @@ from torch import nn
 
 import birkhoff
 from birkhoff.pipeline import cli
+from tests.pages import read
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A fenced block; `reason` where it is not to run."""
-
-    kind: str
-    text: str
-    reason: str | None
-
-
-BLOCKS = [Block(kind=m["kind"], text=m["text"], reason=m["reason"]) for m in BLOCK.finditer(README)]
-TABLE = re.findall(r"^\| `([^`]+)` \| ", README.split("| it says | do |")[1].split("\n\n")[0], re.M)
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what git tracks, this environment as its `.venv`, and a home, a store and caches of its own."""
-    if importlib.util.find_spec("transformers") is None or not (Path(sys.prefix) / "bin" / "birkhoff").exists():
-        pytest.skip("the README's commands need the environment of `make setup`")
-    folder = tmp_path_factory.mktemp("clone")
-    for name in (
-        "Makefile",
-        "README.md",
-        "codec",
-        "kernels",
-        "manifests",
-        "pipeline",
-        "src",
-        "tests",
-    ):
-        (folder / name).symlink_to(ROOT / name)
-    for name in ("constraints.txt", "pyproject.toml"):  # copies: an edit meanwhile must not make `make` install anew
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    environment = folder / ".venv"
-    environment.mkdir()
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (environment / name).symlink_to(Path(sys.prefix) / name)
-    (environment / ".ready").touch()  # `make setup` has been here
-    subprocess.run([".venv/bin/birkhoff", "store", "up"], cwd=folder, env=variables(folder), check=True)
-    yield folder
-    subprocess.run([".venv/bin/birkhoff", "store", "down"], cwd=folder, env=variables(folder), check=True)
-
-
-def variables(folder: Path) -> dict[str, str]:
-    """The environment of a newcomer."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "BIRKHOFF_", "MAKE", "ARGS"))
-    }
-    more = {"BIRKHOFF_HOME": str(folder / ".birkhoff"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return kept | more | {"BIRKHOFF_MIRROR": "", "AWS_EC2_METADATA_DISABLED": "true"}
-
-
-def shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["sh", "-ec", script], cwd=folder, env=variables(folder), capture_output=True, text=True, timeout=240
-    )
-
-
-def bounded(script: str) -> str:
-    """A block's commands, those that would take minutes cut short."""
-    script = re.sub(r"^make test$", "make test ARGS='--collect-only -q tests/test_readme.py'", script, flags=re.M)
-    script = re.sub(r"(birkhoff compress )", r"\1--executor inline ", script)  # Ray has run for `make compress`
-    return re.sub(r"(birkhoff evaluate )", r"\1--limit 2 ", script)
-
-
-def test_blocks_are_marked_as_what_they_are() -> None:
-    assert {block.kind for block in BLOCKS} <= {"", "sh", "python", "yaml"}
-    assert all(block.reason is None or len(block.reason) > 10 for block in BLOCKS)
-    assert sum(block.kind == "sh" and block.reason is None for block in BLOCKS) >= 7
-    assert not [
-        block.text for block in BLOCKS if block.kind == "" and re.search(r"^(make|\.venv|birkhoff)", block.text)
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_block_runs_in_order(clone: Path) -> None:
-    ran = 0
-    for block in BLOCKS:
-        if block.reason is not None or block.kind not in ("sh", "python") or "segment_anything" in block.text:
-            continue
-        if block.kind == "sh":
-            ended = shell(clone, bounded(block.text))
-        else:
-            imported = "" if "import birkhoff\n" in block.text else "import birkhoff\n"
-            (clone / "snippet.py").write_text(imported + block.text)
-            ended = shell(clone, ".venv/bin/python snippet.py")
-        assert ended.returncode == 0, f"{block.text}\n{ended.stdout}\n{ended.stderr}"
-        ran += 1
-    assert ran >= 10
-    assert (clone / "masks.png").is_file()
-    assert "up to date" in shell(clone, "make compress MANIFEST=demo.yaml").stdout
+README = read("README.md")
+TABLE = re.findall(r"^\| `([^`]+)` \| ", README.text.split("| it says | do |")[1].split("\n\n")[0], re.M)
 
 
 class Sam(nn.Module):
@@ -131,7 +33,7 @@ class Sam(nn.Module):
 def test_the_example_of_segment_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = [block for block in BLOCKS if "from segment_anything" in block.text]
+    (block,) = [block for block in README.blocks if "from segment_anything" in block.text]
     package = type(birkhoff)("segment_anything")
     package.sam_model_registry = {"vit_b": Sam}  # type: ignore[attr-defined]
     package.SamPredictor = lambda sam: ("predictor", sam)  # type: ignore[attr-defined]
