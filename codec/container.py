@@ -24,6 +24,9 @@ MAX_EXPANSION = 1 << 16
 """Bound on the weights that a stored byte stands for, so that few bytes cannot ask for much memory; zstd makes at most
 2^17 bytes of four."""
 
+LOSSLESS_CODECS = ("raw", "planes")
+"""Codecs that give every bit back."""
+
 MAX_DIMENSIONS = 32
 MAX_PARTS = 128
 
@@ -47,6 +50,11 @@ class CodedTensor:
     def weights(self) -> int:
         """Number of weights of the original tensor."""
         return prod(self.shape)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it decodes to the very bits of the original."""
+        return self.codec in LOSSLESS_CODECS
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from birkhoff.codec.container import CodedTensor, header_size, parse, parse_entry, parse_header
+from birkhoff.codec.container import LOSSLESS_CODECS, CodedTensor, header_size, parse, parse_entry, parse_header
 from birkhoff.codec.dtypes import dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.profiles import Override, Profile
@@ -265,6 +265,11 @@ class TensorRow:
     why: str = ""
     """What made it lossless, or gave it a target of its own; empty where it was coded as the profile says."""
 
+    @property
+    def lossless(self) -> bool:
+        """Whether it decodes to the very bits of the original."""
+        return self.action in LOSSLESS_CODECS
+
 
 def inspect(artifact: Artifact) -> list[TensorRow]:
     """All tensors of an artifact, from the headers of its shards alone."""
@@ -286,7 +291,7 @@ def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
 def _explained(row: TensorRow, profile: Profile, override: Override | None) -> TensorRow:
     """The row with what recipe and override say of its tensor."""
     own = profile.of_tensor(row.shape, override)
-    if row.action in ("raw", "planes"):
+    if row.lossless:
         why = own.action(row.shape, row.dtype)[1]
         return replace(row, why=why if row.reason is None else FALLBACKS.get(row.reason, row.reason))
     target = own.target_db if row.target_db is None else row.target_db

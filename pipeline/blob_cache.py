@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from birkhoff.pipeline.errors import OutputError
-from birkhoff.pipeline.files import SPARE_BYTES, write_whole
+from birkhoff.pipeline.files import SPARE_BYTES, file_sha256, write_whole
 from birkhoff.pipeline.home import cache_folder
 
 BUFFER_BYTES = 1 << 20
@@ -192,15 +192,11 @@ class BlobCache:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex. Empty for one that cannot be read, which matches no digest."""
-    sha, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    """`file_sha256`, or empty for a file that cannot be read, which matches no digest."""
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                sha.update(buffer[:count])
+        return file_sha256(path)
     except OSError:
         return ""
-    return sha.hexdigest()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import typer
 
 from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, SignOption, StoreOption, app, notes, output, report
 from birkhoff.pipeline.store_keys import ALIAS_STABLE
-from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, shape, size
+from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, shape, significant, size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
@@ -25,10 +25,6 @@ def duration(text: str) -> timedelta:
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
 AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move the alias although it is protected.")]
-
-
-def _error_size(value: float) -> str:
-    return f"{value:.3g}"
 
 
 HISTORY_COLUMNS = (
@@ -53,7 +49,7 @@ DIFF_COLUMNS = (
         for title, key, form in (
             ("bits/weight", "bits_per_weight", fixed(2)),
             ("SQNR dB", "sqnr_db", fixed(2)),
-            ("max error", "max_abs_error", _error_size),
+            ("max error", "max_abs_error", significant(3)),
         )
         for side in ("a", "b")
     ),

@@ -32,8 +32,8 @@ from birkhoff.pipeline.artifact import (
     ShardRecord,
     VersionManifest,
     blob_key,
+    fetch_document,
     name_key,
-    read_document,
     shard_key,
     version_key,
 )
@@ -180,7 +180,8 @@ class _Mark:
         blobs = {blob_key(record.blob) for manifest in kept for record in manifest.stored}
         stay = self._judge("shard", None, self._store.list("shards/"), shards)
         # Records that no version refers to, too young to go, hold their blobs by themselves.
-        blobs |= {blob_key(record.blob) for record in _fetch(self._record, sorted(stay - shards))}
+        records = _fetch(lambda key: fetch_document(self._store, ShardRecord, key), sorted(stay - shards))
+        blobs |= {blob_key(record.blob) for record in records}
         self._judge("blob", None, self._store.list("blobs/"), blobs)
         self._reports()
         return found
@@ -241,9 +242,6 @@ class _Mark:
                 self._found.garbage.append(Garbage(kind=kind, model=model, info=info))
         self._found.kept[kind, model] = len(stay)
         return stay
-
-    def _record(self, key: str) -> ShardRecord:
-        return read_document(ShardRecord, key, self._store.get(key))
 
 
 def _name(model: str, key: str) -> str | None:

@@ -29,7 +29,7 @@ from birkhoff.pipeline.artifact import (
 )
 from birkhoff.pipeline.collect import retire
 from birkhoff.pipeline.companions import Companion
-from birkhoff.pipeline.digests import checkpoint_digest, file_state
+from birkhoff.pipeline.digests import checkpoint_digest, checkpoint_state
 from birkhoff.pipeline.errors import (
     ArtifactNotFoundError,
     ManifestError,
@@ -83,7 +83,7 @@ class ModelRun:
     profile: str
     planned: Planned | None = None
     source_sha256: str = ""
-    source_state: list[list[object]] = field(default_factory=list)
+    source_state: dict[str, list[int]] = field(default_factory=dict)
     status: Status | None = None
     error: BirkhoffError | None = None
     version: Version | None = None
@@ -298,7 +298,7 @@ def _prepare(run: ModelRun, plan: Callable[[], Planned], store: Store, reuse: Re
     """Plan one model and find out whether its latest version is what would be made."""
     try:
         run.planned = plan()
-        run.source_state = file_state(run.planned.checkpoint)
+        run.source_state = checkpoint_state(run.planned.checkpoint)
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         latest = run.before = latest_version(store, run.name)
         same = reuse == "trust" and latest is not None and _same(latest.manifest, run)
@@ -374,7 +374,7 @@ def _take(
 def _publish(run: ModelRun, planned: Planned, store: Store, single_publisher: bool, signer: Signer | None) -> None:
     """Publish what a model's passes have come to."""
     assert run.passes is not None
-    if file_state(planned.checkpoint) != run.source_state:
+    if checkpoint_state(planned.checkpoint) != run.source_state:
         raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
     records = [run.records[index] for index in range(len(planned.plan.shards))]
     manifest = _version_manifest(run, planned, run.passes.profile, records)

@@ -5,16 +5,12 @@ A file changed within the last seconds is not remembered: a second change in the
 
 import hashlib
 import json
-import time
 from pathlib import Path
 
 from birkhoff.pipeline.errors import OutputError, SourceError
-from birkhoff.pipeline.files import write_whole
+from birkhoff.pipeline.files import file_state, is_settled, write_whole
 from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.source import Checkpoint, source_digest
-
-_SETTLED = 5.0
-"""Seconds after which a file's times tell its states apart."""
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
@@ -36,23 +32,21 @@ def recalled_digest(checkpoint: Checkpoint) -> str | None:
     return None if state is None else _recall(checkpoint.path, state)
 
 
-def file_state(checkpoint: Checkpoint) -> list[list[object]]:
-    """What tells the states of a checkpoint's files apart without reading them. Raises SourceError."""
-    state: list[list[object]] = []
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """`file_state` of a checkpoint's files, by their paths. Raises SourceError."""
+    state = {}
     for file in checkpoint.files:
         try:
-            stat = Path(file).stat()
+            state[str(file)] = file_state(file)
         except OSError as error:
             raise SourceError(f"{file}: {error.strerror}; put it back and run again") from None
-        state.append([str(file), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
     return state
 
 
-def known_state(checkpoint: Checkpoint) -> list[list[object]] | None:
-    """`file_state`, or None while a later change might not show in it."""
-    state = file_state(checkpoint)
-    latest = max((max(int(str(m)), int(str(c))) for *_, m, c in state), default=0)
-    return None if time.time() - latest / 1e9 < _SETTLED else state
+def known_state(checkpoint: Checkpoint) -> dict[str, list[int]] | None:
+    """`checkpoint_state`, or None while a later change might not show in it. Raises SourceError."""
+    state = checkpoint_state(checkpoint)
+    return state if all(map(is_settled, state.values())) else None
 
 
 def _remember(note: Path, facts: dict[str, object]) -> None:
@@ -69,7 +63,7 @@ def _note(path: Path) -> Path:
     return birkhoff_home() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
 
 
-def _recall(path: Path, state: list[list[object]]) -> str | None:
+def _recall(path: Path, state: dict[str, list[int]]) -> str | None:
     try:
         note = json.loads(_note(path).read_bytes())
         return str(note["sha256"]) if note["state"] == state else None

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,11 +25,7 @@ from typing import Self
 
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch_spec import shown_url
-from birkhoff.pipeline.files import SPARE_BYTES
-from birkhoff.pipeline.source_cache import file_sha256
-
-# A file changed twice within one tick of its clock looks unchanged: digests of younger files are not remembered.
-_SETTLED_SECONDS = 5.0
+from birkhoff.pipeline.files import SPARE_BYTES, file_sha256, file_state, is_settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,14 +145,13 @@ class DownloadCache:
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a local file outside the cache, remembered while its size and times stand. Raises OSError."""
-        state, note = _state(path), self.sight_file(path.as_uri())
+        state, note = file_state(path), self.sight_file(path.as_uri())
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # else it is taken anew
             known = json.loads(note.read_bytes())
             if known["state"] == state:
                 return str(known["sha256"])
         found = file_sha256(path)
-        facts = path.stat()
-        if _state(path) == state and time.time() - max(facts.st_mtime, facts.st_ctime) > _SETTLED_SECONDS:
+        if file_state(path) == state and is_settled(state):
             write_json(note, {"path": str(path), "state": state, "sha256": found})
         return found
 
@@ -244,11 +238,6 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def _state(path: Path) -> list[int]:
-    facts = path.stat()
-    return [facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def _sync(path: Path) -> None:

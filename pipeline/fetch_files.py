@@ -11,7 +11,7 @@ from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch_cache import DownloadCache, Partial, Remote, Sight
 from birkhoff.pipeline.fetch_http import FetchSettings, HttpTransport, Report
 from birkhoff.pipeline.fetch_spec import SourcePart, file_name, is_remote, scheme_of, shown_url
-from birkhoff.pipeline.source_cache import file_sha256
+from birkhoff.pipeline.files import file_sha256
 from birkhoff.pipeline.source_content import sniff
 
 log = logging.getLogger("birkhoff.fetch")

@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all, and links to files that others share."""
+"""Files that appear whole or not at all, links to files that others share, and what tells a file's states apart."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +15,9 @@ from birkhoff.pipeline.errors import OutputError
 
 SPARE_BYTES = 256 << 20
 """Left free on the disk for everything else that runs there."""
+
+_SETTLED_SECONDS = 5.0
+"""Age from which a file's times tell its states apart."""
 
 _FICLONE = 0x40049409
 """ioctl of Linux (linux/fs.h): share the blocks of another file until one of the two changes."""
@@ -71,6 +76,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex, in constant memory. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_state(path: Path) -> list[int]:
+    """What tells the states of a file apart without reading it: size, inode, and its times in ns. Raises OSError."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def is_settled(state: list[int]) -> bool:
+    """Whether a change after `file_state` will show: a file changed twice within one tick of its clock would not."""
+    return time.time() - max(state[2:]) / 1e9 > _SETTLED_SECONDS
 
 
 def write_whole(path: Path, body: bytes) -> None:

@@ -37,7 +37,6 @@ SLOWEST = 20
 _THREADS = 8
 """Headers read at a time."""
 
-_LOSSLESS = ("raw", "planes")
 _FROM_ROW = (
     "profile",
     "version",
@@ -240,7 +239,6 @@ def _probed(shard: ShardRecord, rows: list[TensorRow]) -> Iterator[tuple[TensorR
 
 
 def _layer(row: TensorRow, shard: int, probe: float | None, target: float | None, planned: str) -> LayerRecord:
-    lossless = row.action in _LOSSLESS
     return LayerRecord(
         name=row.name,
         shape=row.shape,
@@ -249,10 +247,10 @@ def _layer(row: TensorRow, shard: int, probe: float | None, target: float | None
         shard=shard,
         bits_per_weight=row.bits_per_weight,
         sqnr_db=row.sqnr_db,
-        target_db=None if lossless else row.target_db or target,
+        target_db=None if row.lossless else row.target_db or target,
         max_abs_error=row.max_abs_error,
         probe_db=probe,
-        reason=(planned or FALLBACKS.get(row.reason or "", "left lossless by the encoder")) if lossless else None,
+        reason=(planned or FALLBACKS.get(row.reason or "", "left lossless by the encoder")) if row.lossless else None,
     )
 
 

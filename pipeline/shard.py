@@ -22,7 +22,7 @@ from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.codec.tensor import encode_tensor
 from birkhoff.pipeline import logs
-from birkhoff.pipeline.artifact import ShardRecord, blob_key, read_document, sha256, shard_key
+from birkhoff.pipeline.artifact import ShardRecord, blob_key, fetch_document, sha256, shard_key
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, PreconditionError
 from birkhoff.pipeline.plan import dense_bytes
 from birkhoff.pipeline.source import StoredTensor, read_tensor
@@ -198,7 +198,7 @@ def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
 def find_record(store: Store, key: str) -> ShardRecord | None:
     """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest."""
     try:
-        record = read_document(ShardRecord, shard_key(key), store.get(shard_key(key)))
+        record = fetch_document(store, ShardRecord, shard_key(key))
         if record.key == key and sha256(store.get(blob_key(record.blob))) == record.blob:
             return record
         log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)

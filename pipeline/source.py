@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from birkhoff.pipeline.errors import SourceError
-from birkhoff.pipeline.source_cache import file_sha256, open_legacy, unpack_checkpoint, vet_legacy
+from birkhoff.pipeline.files import file_sha256
+from birkhoff.pipeline.source_cache import open_legacy, unpack_checkpoint, vet_legacy
 from birkhoff.pipeline.source_content import Content, sniff, suffix_remark
 from birkhoff.pipeline.source_safetensors import open_safetensors, open_sharded
 from birkhoff.pipeline.source_torch import is_torch_zip, open_torch_zip

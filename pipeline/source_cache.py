@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.pipeline.errors import OutputError, SourceError
-from birkhoff.pipeline.files import SPARE_BYTES
+from birkhoff.pipeline.files import SPARE_BYTES, file_sha256
 from birkhoff.pipeline.source_content import LEGACY_MAGIC
 from birkhoff.pipeline.source_pickle import MAX_PICKLE_BYTES, StateDict, find_state_dict, vet_pickle
 from birkhoff.pipeline.source_safetensors import read_header
@@ -40,12 +40,6 @@ _JUNK_FOLDER = "__MACOSX/"
 # Trained weights deflate to 90 %; only filler reaches a hundredth.
 _MAX_RATIO = 100
 _CHUNK_BYTES = 1 << 20
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes in hex, in constant memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_legacy(path: Path, cache: Path, under: str | None = None) -> Checkpoint:

@@ -41,6 +41,11 @@ def fixed(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:.{digits}f}"
 
 
+def significant(digits: int) -> Callable[[float], str]:
+    """A number with so many digits that count."""
+    return lambda value: f"{value:.{digits}g}"
+
+
 def shape(dims: Sequence[int]) -> str:
     """`768x768`; `scalar` for no dimensions."""
     return "x".join(map(str, dims)) or "scalar"
@@ -84,7 +89,7 @@ TENSOR_COLUMNS = (
     Column(title="bits/weight", key="bits_per_weight", form=fixed(2), right=True),
     Column(title="target dB", key="target_db", form=fixed(2), right=True),
     Column(title="SQNR dB", key="sqnr_db", form=fixed(2), right=True),
-    Column(title="max error", key="max_abs_error", form=lambda value: f"{value:.3g}", right=True),
+    Column(title="max error", key="max_abs_error", form=significant(3), right=True),
     Column(title="why", key="why"),
 )
 PLAN_COLUMNS = (

@@ -95,7 +95,7 @@ def _check(artifact: Artifact, coded: CodedTensor, source: StoredTensor | None, 
     if (original.shape, original.dtype) != (decoded.shape, decoded.dtype):
         raise ValidationError(f"tensor {coded.name!r} is {list(decoded.shape)} {decoded.dtype}, the source differs")
     found = fidelity(original, decoded).sqnr_db
-    if coded.codec in ("raw", "planes"):
+    if coded.lossless:
         if not math.isinf(found):
             raise ValidationError(f"tensor {coded.name!r} was stored lossless but differs from the source")
         return None

@@ -448,10 +448,10 @@ def test_models_that_share_tensors_share_their_shards(place: Place, net: Net) ->
 def test_an_unchanged_source_is_not_read_again(published: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from birkhoff.pipeline import digests
+    from birkhoff.pipeline import digests, files
 
     source = published.folder / "net.pth"
-    monkeypatch.setattr(digests, "_SETTLED", -1.0)
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
     assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"
     monkeypatch.setattr(digests, "source_digest", lambda checkpoint: pytest.fail("the source was read again"))
     assert json.loads(published.compress("--json")[1])[0]["status"] == "up to date"

@@ -536,7 +536,7 @@ class TestDigests:
     def test_digests_of_settled_local_files_are_remembered(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("birkhoff.pipeline.fetch_cache._SETTLED_SECONDS", -1.0)
+        monkeypatch.setattr("birkhoff.pipeline.files._SETTLED_SECONDS", -1.0)
         path = tmp_path / "net.safetensors"
         path.write_bytes(BODY)
         pinned = part(str(path), sha256=sha256(BODY))
