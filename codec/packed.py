@@ -104,7 +104,7 @@ def scales(code: Tensor, step: float | Tensor) -> Tensor:
 
 
 def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
-    """The packed form of a coded matrix, on its device. Lossy: compare `decode()` of both.
+    """The packed form of a coded matrix, on its device, the same on each. Lossy: compare `decode()` of both.
 
     Raises:
         CodecError: `bits` is neither 10 nor 12.
@@ -209,10 +209,11 @@ def _grouped(plane_RP: Tensor) -> Tensor:
 def _best_scale(x: Tensor, y: Tensor, step: float, n: int) -> Tensor:
     """The scale byte [R, G] of least squared error among the candidates, the shear of the trajectory left out."""
     greatest = torch.maximum(x.abs().amax(-1), y.abs().amax(-1))
-    wanted = greatest / ((n / 2 - 0.5) * step)
+    # A product: a GPU divides by a number as by its reciprocal, and rounds otherwise.
+    wanted = (greatest.to(torch.float64) * (1 / ((n / 2 - 0.5) * step))).to(torch.float32)
     least = (wanted.view(torch.int32) >> 19) - (_EXPONENT << 4) + 1  # the float's bits, cut after c's, plus one
     best = torch.zeros_like(least)
-    smallest = torch.full_like(greatest, torch.inf)
+    smallest = torch.full_like(greatest, torch.inf, dtype=torch.float64)
     for offset in _CANDIDATES:
         candidate = (least + offset).clamp_(0, 255)
         s = scales(candidate, step)
@@ -223,8 +224,8 @@ def _best_scale(x: Tensor, y: Tensor, step: float, n: int) -> Tensor:
 
 
 def _rounding(u: Tensor, n: int) -> Tensor:
-    """Squared error of rounding to -n/2..n/2-1, summed over a group."""
-    return u.sub_(u.round().clamp_(-n // 2, n // 2 - 1)).square_().sum(-1)
+    """Squared error of rounding to -n/2..n/2-1, summed over a group; the same in whatever order a device adds."""
+    return u.sub_(u.round().clamp_(-n // 2, n // 2 - 1)).square_().sum(-1, dtype=torch.float64)
 
 
 def _nearest(x: Tensor, y: Tensor, s: Tensor, n: int) -> Tensor:

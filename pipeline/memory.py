@@ -45,7 +45,7 @@ class LayerMaker:
         self, coded: CodedTensor, *, bias: torch.Tensor | None, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
         """The layer of a coded matrix, its weight on `device`; `dtype` and `bias` are those of the linear layer."""
-        code = lattice_of(coded, device if self._memory == "uint16" else "cpu")
+        code = lattice_of(coded, device)
         make: Callable[..., nn.Module] = HyperLinear.from_lattice
         held: object = code
         if self._memory != "uint16":
