@@ -180,6 +180,17 @@ class VersionManifest(Document):
         """Bytes of the source over `stored_bytes`."""
         return round(self.source.bytes / self.stored_bytes, 3)
 
+    def figures(self) -> dict[str, int | float | None]:
+        """Its sizes in bytes, their ratio, and its SQNR in dB, under the keys of every `--json`."""
+        least, median = sqnr_summary(self.shards)
+        return {
+            "source_bytes": self.source.bytes,
+            "stored_bytes": self.stored_bytes,
+            "ratio": self.ratio,
+            "sqnr_db_min": least,
+            "sqnr_db_median": median,
+        }
+
     @property
     def digest(self) -> str:
         """sha256 of the document, by which the version is known."""

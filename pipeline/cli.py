@@ -125,10 +125,12 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
-    from birkhoff.pipeline import compress as job
+    from birkhoff.pipeline.compress import compress as run_all
     from birkhoff.pipeline.execute import Executor, InlineExecutor, RayExecutor
     from birkhoff.pipeline.leases import turn
     from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.model_run import failure
+    from birkhoff.pipeline.planned import select
     from birkhoff.pipeline.progress import Progress
     from birkhoff.pipeline.report_build import Recorder
     from birkhoff.pipeline.shard import Reuse
@@ -139,7 +141,7 @@ def compress(
 
     if log_format is not LogFormat.TEXT:
         logs.configure(log_format, debug="--debug" in sys.argv)
-    chosen = job.select(load_manifest(manifest), only or [], profile)
+    chosen = select(load_manifest(manifest), only or [], profile)
     signer = load_signer(sign) if sign else None
     with open_default_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
         single = not check_store(opened).conditional_writes
@@ -158,7 +160,7 @@ def compress(
             logs.trace(record.run),
             Progress(notes(), models=len(chosen.models), quiet=as_json or log_format is LogFormat.JSON) as progress,
         ):
-            runs = record.runs = job.compress(
+            runs = record.runs = run_all(
                 chosen,
                 opened,
                 lambda: record.watch(start()),
@@ -178,9 +180,9 @@ def compress(
         notes().print(f"report: birkhoff report {record.run}", highlight=False, markup=False)
     if all(run.status == "up to date" for run in runs) and not as_json:
         remark(f"nothing to do: {len(runs)} of {len(runs)} models are up to date")
-    failure = job.failure([run.error for run in runs])
-    if failure is not None:
-        raise typer.Exit(exit_code(failure))
+    failed = failure([run.error for run in runs])
+    if failed is not None:
+        raise typer.Exit(exit_code(failed))
 
 
 @app.command()
@@ -193,9 +195,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
-    from birkhoff.pipeline.compress import failure, select
     from birkhoff.pipeline.forecast import plan_rows
     from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.model_run import failure
+    from birkhoff.pipeline.planned import select
     from birkhoff.pipeline.stores import open_existing_store
     from birkhoff.pipeline.tables import PLAN_COLUMNS, show
 

@@ -18,13 +18,13 @@ from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import Override, Profile
 from birkhoff.pipeline.artifact import VersionManifest
-from birkhoff.pipeline.compress import Planned, check_rules, latest_version, made_so, plan_checkpoint
 from birkhoff.pipeline.digests import recalled_digest
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch import NotDownloaded, peek
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan import ModelPlan, TensorPlan, dense_bytes
-from birkhoff.pipeline.publish import Version
+from birkhoff.pipeline.planned import Planned, check_rules, made_so, plan_checkpoint
+from birkhoff.pipeline.publish import Version, latest_version
 from birkhoff.pipeline.shard import ShardTask
 from birkhoff.pipeline.source_types import StoredTensor
 from birkhoff.pipeline.store import Store

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from birkhoff.pipeline.aliases import aliases
-from birkhoff.pipeline.artifact import AliasRecord, AliasState, NameRecord, sqnr_summary
+from birkhoff.pipeline.artifact import AliasRecord, AliasState, NameRecord
 from birkhoff.pipeline.names import all_names
 from birkhoff.pipeline.publish import resolve
 from birkhoff.pipeline.report_charts import sparkline
@@ -44,15 +44,8 @@ def trend(rows: list[Row]) -> str:
 def _name_rows(store: Store, model: str, name: str, record: NameRecord) -> Iterator[Row]:
     metrics: Row = {}
     if record.retired is None:
-        version = resolve(store, f"{model}@{name}")
-        least, median = sqnr_summary(version.manifest.shards)
-        metrics = {
-            "profile": version.manifest.profile,
-            "stored_bytes": version.stored_bytes,
-            "ratio": version.manifest.ratio,
-            "sqnr_db_min": least,
-            "sqnr_db_median": median,
-        }
+        manifest = resolve(store, f"{model}@{name}").manifest
+        metrics = {"profile": manifest.profile, **manifest.figures()}
     yield _event(record.created, "published", name, record.digest, **metrics)
     if record.retired is not None:
         yield _event(record.retired, "retired", name, record.digest)
@@ -74,6 +67,7 @@ def _alias_rows(alias: str, record: AliasRecord) -> Iterator[Row]:
 
 def _event(time: str, event: str, version: str, digest: str, **more: object) -> Row:
     empty = dict.fromkeys(
-        ("alias", "from", "gen", "profile", "stored_bytes", "ratio", "sqnr_db_min", "sqnr_db_median"), None
+        ("alias", "from", "gen", "profile", "source_bytes", "stored_bytes", "ratio", "sqnr_db_min", "sqnr_db_median"),
+        None,
     )
     return {"time": time, "event": event, "version": version, "digest": digest, **empty, **more}

@@ -1,7 +1,7 @@
 """Rows of `birkhoff list`."""
 
 from birkhoff.pipeline.aliases import aliases
-from birkhoff.pipeline.artifact import NameRecord, sqnr_summary
+from birkhoff.pipeline.artifact import NameRecord
 from birkhoff.pipeline.errors import ArtifactNotFoundError
 from birkhoff.pipeline.names import names
 from birkhoff.pipeline.publish import Version, models, resolve
@@ -29,17 +29,12 @@ def version_rows(store: Store, model: str) -> list[dict[str, object]]:
 
 def _row(store: Store, version: Version, record: NameRecord | None) -> dict[str, object]:
     manifest = version.manifest
-    least, median = sqnr_summary(manifest.shards)
     return {
         "model": version.model,
         "version": version.name,
         "digest": version.digest,
         "aliases": sorted(a for a, alias in aliases(store, version.model).items() if alias.digest == version.digest),
         "profile": manifest.profile,
-        "source_bytes": manifest.source.bytes,
-        "stored_bytes": version.stored_bytes,
-        "ratio": manifest.ratio,
-        "sqnr_db_min": least,
-        "sqnr_db_median": median,
+        **manifest.figures(),
         "created": record.created if record else None,
     }

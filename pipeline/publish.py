@@ -156,6 +156,14 @@ def _named(store: Store, model: str, name: str) -> str:
     return record.digest
 
 
+def latest_version(store: Store, model: str) -> Version | None:
+    """The version that `latest` points at, if there is one."""
+    try:
+        return resolve(store, model)
+    except ArtifactNotFoundError:
+        return None
+
+
 def load_version(store: Store, model: str, digest: str) -> VersionManifest:
     """The manifest of a version, checked against its digest. Raises as `resolve`."""
     key = version_key(model, digest)

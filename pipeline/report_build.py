@@ -16,11 +16,11 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.tensor import FALLBACKS
 from birkhoff.pipeline.artifact import ShardRecord, sqnr_summary
 from birkhoff.pipeline.artifacts import StoredArtifact, TensorRow, inspect_shard
-from birkhoff.pipeline.compress import ModelRun
 from birkhoff.pipeline.environment import environment
 from birkhoff.pipeline.errors import StoreError
 from birkhoff.pipeline.execute import Executor, Outcome
 from birkhoff.pipeline.manifest import Manifest
+from birkhoff.pipeline.model_run import ModelRun
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.report import LayerRecord, ModelRecord, RunReport, ShardTiming, Totals
 from birkhoff.pipeline.report_changes import changes

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from birkhoff.pipeline.artifacts import StoredArtifact
-from birkhoff.pipeline.compress import ModelRun, compress
+from birkhoff.pipeline.compress import compress
 from birkhoff.pipeline.execute import InlineExecutor
 from birkhoff.pipeline.manifest import load_manifest
+from birkhoff.pipeline.model_run import ModelRun
 from birkhoff.pipeline.progress import Progress
 from birkhoff.pipeline.store import Store, open_store
 from tests.benchmarks import common

@@ -72,9 +72,10 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a directory store that holds the demo model, compressed as its manifest says, only faster."""
     from rich.console import Console
 
-    from birkhoff.pipeline.compress import compress, select
+    from birkhoff.pipeline.compress import compress
     from birkhoff.pipeline.execute import InlineExecutor
     from birkhoff.pipeline.manifest import load_manifest
+    from birkhoff.pipeline.planned import select
     from birkhoff.pipeline.progress import Progress
 
     url = (tmp_path_factory.mktemp("demo") / "store").as_uri()

@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save, save_file
 
 from birkhoff.pipeline import cli, fetch
-from birkhoff.pipeline.compress import plan_entry
 from birkhoff.pipeline.digests import checkpoint_digest
 from birkhoff.pipeline.errors import PartialError, SourceError, exit_code
 from birkhoff.pipeline.fetch import FetchSettings, NotDownloaded
 from birkhoff.pipeline.fetch_spec import SourcePart
 from birkhoff.pipeline.forecast import plan_rows
 from birkhoff.pipeline.manifest import Manifest
+from birkhoff.pipeline.planned import plan_entry
 from birkhoff.pipeline.source import Checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.store import Store
 

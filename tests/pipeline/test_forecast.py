@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from birkhoff.pipeline.compress import select
 from birkhoff.pipeline.forecast import plan_rows
 from birkhoff.pipeline.manifest import load_manifest
+from birkhoff.pipeline.planned import select
 
 DEMO = Path(__file__).parents[2] / "manifests" / "demo.yaml"
 BUDGET = DEMO.with_name("demo_budget.yaml")

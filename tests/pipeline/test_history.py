@@ -142,7 +142,9 @@ def test_diff_tells_what_was_added_removed_changed_and_recoded(place: Place) -> 
 def test_all_commands_agree_on_what_a_version_takes(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("birkhoff.pipeline.digests._SETTLED", 0.0)  # the digest of a file just written is recalled too
+    monkeypatch.setattr(
+        "birkhoff.pipeline.files._SETTLED_SECONDS", -1.0
+    )  # the digest of a file just written is recalled too
     first = place.compress()
     place.tensors["b.weight"] = place.tensors["b.weight"] * 1.5
     second = place.compress()
