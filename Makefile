@@ -14,14 +14,27 @@ help: ## Show the targets.
 
 setup: $(READY) ## Make .venv with the tested versions (idempotent; the other targets run it when needed).
 
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation sam2==1.1.0
-	@touch $@
+# On a terminal pip shows its progress; elsewhere the steps are enough.
+INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check
 
-needs = $(if $($(1)),,$(error say which: make $@ $(1)=...))
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "setup: making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+	@echo "setup 1/3: torch, by far the largest download"
+	@$(INSTALL) --constraint constraints.txt torch
+	@echo "setup 2/3: this package, what it needs and what its tests need"
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@echo "setup 3/3: sam2, for the tests of published models"
+	@SAM2_BUILD_CUDA=0 $(INSTALL) --no-deps --no-build-isolation sam2==1.1.0
+	@touch $@
+	@echo "setup done: $(BIN)/birkhoff --help"
+
+EXAMPLE_compress = MANIFEST=demo.yaml
+EXAMPLE_plan = MANIFEST=demo.yaml
+EXAMPLE_submit = ADDRESS=http://HEAD:8265 MANIFEST=demo.yaml
+EXAMPLE_pull = MODEL=demo-sam
+EXAMPLE_verify = MODEL=demo-sam
+EXAMPLE_fuzz = TARGET=manifest
+needs = $(if $($(1)),,$(error $(1) is not set; say, for example: make $@ $(EXAMPLE_$@)))
 
 compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
 	$(call needs,MANIFEST)$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
@@ -61,7 +74,7 @@ bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
 	$(BIN)/python -m tests.benchmarks $(PART) $(ARGS)
 
 fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.
-	$(call needs,TARGET)$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	@$(call needs,TARGET)$(INSTALL) --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),60) $(ARGS)
 
 store-up: $(READY) ## Start the embedded S3 server and leave it running.

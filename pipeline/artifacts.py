@@ -232,19 +232,45 @@ def open_artifact(
         yield PulledArtifact(folder, trust)
         return
     if isinstance(reference, os.PathLike) or folder.is_dir():
-        raise ArtifactNotFoundError(f"{folder} holds no {MANIFEST_FILE}: not a folder of `birkhoff pull`")
+        raise ArtifactNotFoundError(_no_folder(folder))
+    if "/" in reference.partition("@")[0] or reference.startswith((".", "~")):  # no model is called so
+        raise ArtifactNotFoundError(_no_folder(folder))
+    reference = str(reference)
     if offline:
         cache = BlobCache()
-        yield CachedArtifact(recall(store, str(reference), cache, trust), None, cache)
+        with _nor_a_folder(reference):
+            found = recall(store, reference, cache, trust)
+        yield CachedArtifact(found, None, cache)
         return
     with open_default_store(store) as opened:
         if cached:
             cache = BlobCache()
-            yield CachedArtifact(find(opened, str(reference), cache, trust), opened, cache)
+            with _nor_a_folder(reference):
+                found = find(opened, reference, cache, trust)
+            yield CachedArtifact(found, opened, cache)
         else:
-            version = resolve(opened, str(reference))
+            with _nor_a_folder(reference):
+                version = resolve(opened, reference)
             check_version(opened, version, trust)
             yield StoredArtifact(opened, version)
+
+
+@contextlib.contextmanager
+def _nor_a_folder(reference: str) -> Iterator[None]:
+    """Says of a model that is not there that it is no folder either, where it might have been meant as one."""
+    try:
+        yield
+    except ArtifactNotFoundError as error:
+        if "@" in reference:
+            raise
+        raise ArtifactNotFoundError(f"{error}; nor is there a folder {reference!r} here") from None
+
+
+def _no_folder(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} holds no {MANIFEST_FILE}: not a folder of `birkhoff pull`; pull into it, or name MODEL[@REF]"
+    what = "is no folder" if folder.exists() else "no such folder"
+    return f"{folder}: {what}; name one that `birkhoff pull` wrote, or a model: MODEL[@REF]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

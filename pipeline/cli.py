@@ -21,6 +21,7 @@ from birkhoff.pipeline.completion import references
 from birkhoff.pipeline.errors import exit_code, printable
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.stores import HTTP_VARIABLE
+from birkhoff.pipeline.tables import short, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,10 +99,22 @@ def notes() -> "Console":
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    store: StoreOption = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         typer.echo(f"birkhoff {birkhoff.__version__}")
         raise typer.Exit
+    name = context.invoked_subcommand
+    if store is not None and name is not None:
+        command = getattr(context.command, "commands", {}).get(name)
+        if command is not None and all(parameter.name != "store" for parameter in command.params):
+            raise typer.BadParameter(f"`birkhoff {name}` takes none", param_hint="--store")
+        context.default_map = {name: {"store": store}}
+    elif store is not None:
+        raise typer.BadParameter("expected a command: birkhoff list --store URL", param_hint="--store")
 
 
 @app.command()
@@ -143,7 +156,7 @@ def compress(
         logs.configure(log_format, debug="--debug" in sys.argv)
     chosen = select(load_manifest(manifest), only or [], profile)
     signer = load_signer(sign) if sign else None
-    with open_default_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
+    with open_default_store(store or chosen.store, allow_http=chosen.allow_http, create=True) as opened:
         single = not check_store(opened).conditional_writes
         if single:
             warn(f"{opened.url} ignores conditional writes: make sure that nobody else publishes to it now")
@@ -170,7 +183,8 @@ def compress(
                 single_publisher=single,
                 signer=signer,
             )
-    show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
+    if as_json or any(run.version for run in runs):
+        show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
         for warning in run.warnings():
             warn(f"{run.name}: {warning}")
@@ -206,7 +220,8 @@ def plan(
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
         rows, errors = plan_rows(chosen, opened, mirror)
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
-    show(output(), columns, rows, as_json=as_json)
+    if as_json or any(row["status"] != "failed" for row in rows):
+        show(output(), columns, rows, as_json=as_json)
     for row in rows:
         if "note" in row:
             remark(f"{row['model']}: {row['note']}")
@@ -241,7 +256,7 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
     """Show every tensor of a version: shape, codec, bits a weight, SQNR, greatest error."""
     from birkhoff.pipeline.artifacts import inspect as rows_of
     from birkhoff.pipeline.artifacts import open_artifact, row_json
-    from birkhoff.pipeline.tables import TENSOR_COLUMNS, show, size
+    from birkhoff.pipeline.tables import TENSOR_COLUMNS, show
 
     with open_artifact(reference, store) as artifact:
         rows, manifest = [row_json(row) for row in rows_of(artifact)], artifact.manifest
@@ -320,8 +335,20 @@ def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    shown = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-    typer.echo(f"{verb}: {shown}")
+    shown = [text for key, value in facts.items() if (text := _said(key, value))]
+    typer.echo(f"{verb}: {', '.join(shown)}")
+
+
+def _said(key: str, value: object) -> str:
+    """A fact for people; nothing for what there is none of."""
+    name = key.replace("_", " ")
+    if value is None or value is False or (value == 0 and not name.endswith("bytes")):
+        return ""
+    if value is True:
+        return name
+    if name.endswith("bytes") and isinstance(value, int):
+        return f"{name.removesuffix('bytes').strip()} {size(value)}".strip()
+    return f"{name} {short(str(value)) if key == 'digest' else value}"
 
 
 def remark(message: str) -> None:

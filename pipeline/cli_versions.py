@@ -2,13 +2,16 @@
 
 import re
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, SignOption, StoreOption, app, notes, output, report
 from birkhoff.pipeline.store_keys import ALIAS_STABLE
 from birkhoff.pipeline.tables import VERSION_COLUMNS, Column, fixed, shape, significant, size
+
+if TYPE_CHECKING:
+    from birkhoff.pipeline.collect import Collection
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
@@ -176,14 +179,28 @@ def gc(
     limit = duration(grace)
     with open_default_store(store) as opened:
         found = collect(opened, grace=limit, keep=keep, keep_runs=keep_runs, delete=yes, wait=duration(wait))
-    show(output(), GC_COLUMNS, found.rows(), as_json=as_json)
+    rows = found.rows()
     if not as_json:
-        freed = size(sum(item.info.size for item in found.garbage))
-        what = f"deleted {len(found.garbage)} objects, {freed}" if yes else f"--yes frees {freed}; nothing was deleted"
-        notes().print(what, highlight=False, markup=False)
+        rows = [row for row in rows if row["objects"] or row["retired"]]
+    if rows or as_json:
+        show(output(), GC_COLUMNS, rows, as_json=as_json)
+    if not as_json:
+        notes().print(_collected(found), highlight=False, markup=False)
+
+
+def _collected(found: "Collection") -> str:
+    """What a collection came to, in one line."""
+    if not found.garbage and not found.retired:
+        return f"nothing to delete: {sum(found.kept.values())} objects are in use or too young to go"
+    freed = size(sum(item.info.size for item in found.garbage))
+    if found.deleted:
+        return f"deleted {len(found.garbage)} objects, {freed}"
+    return f"--yes frees {freed}; nothing was deleted"
 
 
 def _show_move(facts: dict[str, Any], as_json: bool, verb: str) -> None:
-    if not as_json and not facts["changed"]:
-        verb = "nothing to do"
+    if not as_json:
+        unsaid = {"changed"} if facts["changed"] else {"changed", "from"}
+        verb = verb if facts["changed"] else "nothing to do"
+        facts = {key: value for key, value in facts.items() if key not in unsaid}
     report(facts, as_json, verb)

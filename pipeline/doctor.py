@@ -167,7 +167,7 @@ def _store(url: str) -> Iterator[Finding]:
     try:
         with tempfile.TemporaryDirectory(prefix="birkhoff-doctor-", ignore_cleanup_errors=True) as trial:
             unused = url == DEFAULT_STORE and not (birkhoff_home() / "embedded").exists()
-            with open_default_store(f"embedded://{trial}" if unused else url) as opened:
+            with open_default_store(f"embedded://{trial}" if unused else url, create=True) as opened:
                 shown = f"embedded, not used yet; a trial in {trial} worked" if unused else opened.url
                 yield from _opened(opened, shown)
     except BirkhoffError as error:

@@ -24,6 +24,8 @@ BirkhoffError                   (birkhoff.codec.errors)
 └── PartialError                some models of the manifest were not published
 """
 
+from collections.abc import Iterable, Sequence
+
 from birkhoff.codec.errors import BirkhoffError, CodecError, FormatError
 
 
@@ -141,6 +143,25 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
 def printable(text: str) -> str:
     """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """What was probably meant by a name that is not known."""
+    import difflib  # on the way to an error only
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` 'nmae', did you mean 'name'?`, or the name alone where nothing known is near."""
+    close = nearest(name, known)
+    return f" {name!r}" if close is None else f" {name!r}, did you mean {close!r}?"
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """`a, b, c and 4 more`; `none` for no names."""
+    shown = ", ".join(names[:most]) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def exit_code(error: BirkhoffError) -> int:

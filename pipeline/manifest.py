@@ -27,9 +27,9 @@ from pydantic_core import ErrorDetails
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.artifact import FILE_NAME, MAX_FILE_NAME, MAX_FILES
-from birkhoff.pipeline.errors import ManifestError, printable
+from birkhoff.pipeline.errors import ManifestError, nearest, printable, some, suggestion
 from birkhoff.pipeline.fetch_spec import SourcePart, SourceSpec
-from birkhoff.pipeline.quality import Fidelity, OverrideRule, Quality, resolve, suggestion, wrong
+from birkhoff.pipeline.quality import Fidelity, OverrideRule, Quality, resolve, wrong
 from birkhoff.pipeline.store import StoreAddress
 from birkhoff.pipeline.store_keys import NAME_PATTERN
 
@@ -185,16 +185,23 @@ def _read(path: Path) -> str:
             raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ManifestError(f"{path}: no such manifest{_nearby(path)}") from None
+        raise ManifestError(_absent(path)) from None
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ManifestError(f"{path}: not UTF-8 text, so not a manifest") from None
 
 
-def _nearby(path: Path) -> str:
-    found = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    return f"; {path.parent} has {', '.join(found[:5])}" if found else ""
+def _absent(path: Path) -> str:
+    """What to say of a manifest that is not there: what is, and which of it may be meant."""
+    if not path.parent.is_dir():
+        return f"{path}: no such manifest: there is no folder {path.parent}; name a YAML file"
+    found = sorted(entry.name for entry in path.parent.glob("*.y*ml"))
+    if not found:
+        return f"{path}: no such manifest; {path.parent} has no YAML file: name one, or write it (manifests/README.md)"
+    near = nearest(path.stem, (name.rpartition(".")[0] for name in found))
+    hint = next((f", did you mean {name}?" for name in found if near == name.rpartition(".")[0]), "")
+    return f"{path}: no such manifest{hint}; {path.parent} has {some(found)}"
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -47,12 +47,13 @@ def check_matches(rules: Iterable[OverrideRule], checkpoints: Sequence[tuple[str
 
 
 def _like(glob: str, names: Sequence[str]) -> str:
-    """Names, and beginnings and endings of names between dots, that are near a glob."""
-    parts: dict[str, None] = {}
+    """Globs that are near one and match something: names, and their beginnings and endings between dots."""
+    globs: dict[str, None] = {}
     for name in names:
         words = name.split(".")
-        for cut in range(1, len(words) + 1):
-            parts |= dict.fromkeys((".".join(words[:cut]), ".".join(words[-cut:])))
-    close = difflib.get_close_matches(glob.strip("*."), parts, n=3)
-    there = close or names[:3]
-    return f"{'near it are' if close else 'they are called'} {shown(', '.join(there), 200)}"
+        globs[name] = None
+        for cut in range(1, len(words)):
+            globs |= dict.fromkeys((".".join(words[:cut]) + ".*", "*." + ".".join(words[-cut:])))
+    close = difflib.get_close_matches(glob, globs, n=3)
+    there = [shown(found, 100) for found in close or names[:3]]
+    return f"{'near it are' if close else 'they are called'} {', '.join(there)}"

@@ -8,12 +8,11 @@ from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.pipeline import companions, fetch, overrides
 from birkhoff.pipeline.artifact import BudgetRecord, FileRecord, VersionManifest
 from birkhoff.pipeline.companions import Companion
-from birkhoff.pipeline.errors import ManifestError
+from birkhoff.pipeline.errors import ManifestError, suggestion
 from birkhoff.pipeline.fetch_spec import is_remote
 from birkhoff.pipeline.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.overrides import check_matches
 from birkhoff.pipeline.plan import MIB, ModelPlan, plan_model
-from birkhoff.pipeline.quality import suggestion
 from birkhoff.pipeline.source import Checkpoint
 from birkhoff.pipeline.workplace import source_cache
 

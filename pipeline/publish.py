@@ -29,6 +29,8 @@ from birkhoff.pipeline.errors import (
     ObjectNotFoundError,
     StoreError,
     printable,
+    some,
+    suggestion,
 )
 from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.names import VERSION_NAME, names, read_name, take_name
@@ -184,8 +186,14 @@ def load_version(store: Store, model: str, digest: str) -> VersionManifest:
 
 def _missing(store: Store, model: str, ref: str) -> str:
     known = [name for name, _ in names(store, model)]
-    if not known:
-        there = ", ".join(models(store)[:10]) or "none"
-        return f"{store.url} has no model {model!r}; it has: {there}"
-    there = ", ".join([*aliases(store, model), *known[-5:]])
-    return f"{store.url}: model {model!r} has no version or alias {ref!r}; it has: {there}"
+    if known:
+        named = list(aliases(store, model))
+        there = [*named, *reversed(known)]  # newest first
+        return f"{store.url}: model {model!r} has no version or alias{suggestion(ref, named)}; it has: {some(there)}"
+    there = models(store)
+    if there:
+        return f"{store.url} has no model{suggestion(model, there)}; it has: {some(there)}"
+    return (
+        f"{store.url} has no model {model!r}, nor any other: check --store and BIRKHOFF_STORE, or publish one with "
+        "`birkhoff compress`"
+    )

@@ -12,8 +12,6 @@ What a model says of profile or budget replaces all that the manifest says of th
 whatever a rule says of dB.
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
@@ -22,15 +20,10 @@ from pydantic_core import PydanticCustomError
 
 from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES, TARGET_DB_RANGE, Allocation, Override, Profile
 from birkhoff.pipeline.artifact import BudgetRecord
+from birkhoff.pipeline.errors import suggestion
 
 DEFAULT_ALLOCATION: Allocation = "size"
 """Of a budget: at equal bytes the demo model's masks keep closer to the original's than with one dB for all."""
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """` 'nmae', did you mean 'name'?`, or the name alone where nothing known is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" {name!r}, did you mean {close[0]!r}?" if close else f" {name!r}"
 
 
 def check_profile(name: str) -> str:

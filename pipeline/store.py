@@ -246,6 +246,12 @@ class StoreAddress:
         return open_s3(self, bucket, prefix)
 
 
+def store_folder(url: str) -> Path | None:
+    """The folder of a canonical file:// URL; None for other stores."""
+    scheme, _, rest = url.partition("://")
+    return Path(unquote(rest)) if scheme == "file" else None
+
+
 def open_store(url: str, settings: StoreSettings | None = None) -> Store:
     """Open the store at `url` (see the module's docstring), starting the embedded server if that is the one.
 

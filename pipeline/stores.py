@@ -4,8 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from birkhoff.pipeline.errors import StoreError
 from birkhoff.pipeline.home import birkhoff_home
-from birkhoff.pipeline.store import Store, StoreSettings, open_store
+from birkhoff.pipeline.store import Store, StoreAddress, StoreSettings, open_store, store_folder
 
 DEFAULT_STORE = "embedded"
 STORE_VARIABLE = "BIRKHOFF_STORE"
@@ -22,16 +23,28 @@ def http_allowed() -> bool:
     return os.environ.get(HTTP_VARIABLE) == "1"
 
 
-def open_default_store(url: str | None = None, *, allow_http: bool = False) -> Store:
-    """Open the store that is meant; `allow_http` as in `StoreSettings`, or by the environment. Raises StoreError."""
-    return open_store(default_store_url(url), StoreSettings(allow_http=allow_http or http_allowed()))
+def open_default_store(url: str | None = None, *, allow_http: bool = False, create: bool = False) -> Store:
+    """Open the store that is meant; `allow_http` as in `StoreSettings`, or by the environment.
+
+    Raises:
+        StoreError: also for a folder that is not there, unless `create` says that the first write shall make it.
+    """
+    store = open_store(default_store_url(url), StoreSettings(allow_http=allow_http or http_allowed()))
+    folder = store_folder(store.url)
+    if folder is not None and not create and not folder.exists():
+        raise StoreError(
+            f"{store.url}: there is no folder {folder}; check --store and BIRKHOFF_STORE, or publish there with "
+            "`birkhoff compress`, which makes it"
+        )
+    return store
 
 
 @contextlib.contextmanager
 def open_existing_store(url: str | None = None, *, allow_http: bool = False) -> Iterator[Store | None]:
-    """The store that is meant, for reading; None for an embedded one that was never used, so that none is made."""
-    meant = default_store_url(url)
-    if meant == DEFAULT_STORE and not (birkhoff_home() / "embedded").exists():
+    """The store that is meant, for reading; None for one on this machine that was never used, so that none is made."""
+    meant = StoreAddress.parse(default_store_url(url)).url
+    folder = birkhoff_home() / "embedded" if meant == StoreAddress.parse(DEFAULT_STORE).url else store_folder(meant)
+    if folder is not None and not folder.exists():
         yield None
         return
     with open_default_store(meant, allow_http=allow_http) as store:

@@ -1,5 +1,6 @@
 """From globs to what each tensor gets."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,10 @@ def checkpoint(*tensors: StoredTensor) -> Checkpoint:
 @pytest.mark.parametrize(
     ("glob", "hint"),
     [
-        ("mask_decodr.*", "near it are 'mask_decoder"),
-        ("*.pos_embd", "near it are 'pos_embed"),
+        ("mask_decodr.*", "near it are 'mask_decoder.*'"),
+        ("*.pos_embd", "near it are '*.pos_embed'"),
         ("image_encoder.blocks.0.qkv.wieght", "image_encoder.blocks.0.qkv.weight"),
-        ("zzz", "they are called 'image_encoder.pos_embed"),
+        ("zzz", "they are called 'image_encoder.pos_embed', 'image_encoder.blocks.0.qkv.weight', '"),
     ],
 )
 def test_a_glob_that_matches_nothing_names_its_place_and_what_is_near(glob: str, hint: str) -> None:
@@ -74,6 +75,8 @@ def test_a_glob_that_matches_nothing_names_its_place_and_what_is_near(glob: str,
     text = str(caught.value)
     assert text.startswith(f"m.yaml, line 7: overrides[0].tensors: {glob!r} matches none of the 5 tensors of 'sam'")
     assert hint in text
+    for found in re.findall("'([^']+)'", text.split("; ")[-1]):  # each can be pasted
+        check_matches([lossless(found)], [("sam", checkpoint(*TENSORS))])
 
 
 def test_one_of_several_models_is_enough() -> None:
