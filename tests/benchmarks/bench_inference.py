@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.models.split(","):
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.work) as work:
             rows = measure(name, options.device, options.profiles.split(","), Path(work), options.rounds)
-        made_on = common.conditions(*PACKAGES, commit_hash=options.commit)
+        made_on = common.conditions(*PACKAGES, commit_hash=options.commit) | {"calls timed": str(options.rounds)}
         if kind == "cuda":
             made_on["gpu"] = torch.cuda.get_device_name()
             torch.cuda.empty_cache()
