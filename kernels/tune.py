@@ -3,8 +3,9 @@
     from birkhoff.kernels.tune import tune_model
     tune_model(model, tokens=[1, 4096])
 
-Results go to `~/.cache/birkhoff/plans.json` (or `$BIRKHOFF_CACHE/plans.json`) under the GPU's name and the versions
-that made them; a new GPU or version starts anew. Nothing tunes by itself: a first call costs one compilation, no more.
+Results go to `plans.json` in the cache folder (`~/.cache/birkhoff`, or `cache` below BIRKHOFF_HOME) under the GPU's
+name and the versions that made them; a new GPU or version starts anew. Nothing tunes by itself: a first call costs one
+compilation, no more.
 
 Shapes: N = out features, K = in features, P = pairs a row.
 """

@@ -76,7 +76,10 @@ def fields(plan: Plan) -> dict[str, Any]:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("BIRKHOFF_CACHE") or Path.home() / ".cache" / "birkhoff") / "plans.json"
+    # The folder of pipeline.home.cache_folder, which may not be imported here.
+    home, caches = os.environ.get("BIRKHOFF_HOME"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "cache" if home else Path(caches) / "birkhoff"
+    return folder.absolute() / "plans.json"
 
 
 @cache

@@ -24,15 +24,6 @@ import shapes
 import train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At this size threads mostly wait for each other, the more so on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def demo():
     return model.load()

@@ -149,13 +149,19 @@ def unknown(words: list[str]) -> str | None:
 
 def _unknown_option(command: click.Command, words: list[str]) -> str | None:
     """The first subcommand or option that the command line does not have."""
-    for index, word in enumerate(words):
+    options = {option: p for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    left = iter(words)
+    for word in left:
+        option, value, _ = word.partition("=")
         if word.startswith("-"):
-            known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-            if word.split("=")[0] not in known | GLOBAL:
+            if option not in options and option not in GLOBAL:
                 return word
+            if option in options and not value and not getattr(options[option], "is_flag", True):
+                next(left, None)
         elif children := getattr(command, "commands", {}):
-            return _unknown_option(children[word], words[index + 1 :]) if word in children else word
+            if word.isupper():  # COMMAND, say
+                return None
+            return _unknown_option(children[word], [*left]) if word in children else word
     return None
 
 

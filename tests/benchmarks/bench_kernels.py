@@ -316,10 +316,6 @@ def compress(model: nn.Module, target_db: float = 30.0) -> None:
                 setattr(parent, name, HyperLinear.from_lattice(code, child.bias, dtype=child.weight.dtype))
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-
-
 def bench_encoders(compiled: Sequence[str] = ()) -> Result:
     """Image encoders at 1024 x 1024, batch 1: eager, or compiled by torch with its default settings."""
     return {name: _bench_encoder(name, compiled=bool(compiled)) for name in (compiled or ENCODERS)}

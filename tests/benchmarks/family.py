@@ -54,13 +54,11 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A model of the family, and the published figures where there are any: MiB, seconds of encoding, ratio."""
+    """A model of the family, and its published size in MiB where there is one."""
 
     name: str
     files: tuple[str, ...]
     original_mib: float | None = None
-    paper_seconds: float | None = None
-    paper_ratio: float | None = None
 
 
 @cache

@@ -17,8 +17,8 @@ PREFACE = """# Fuzzing, parser by parser
 Drawn by `python -m tests.fuzz TARGET --seconds N --record` from `fuzz.json`. Coverage guides the search (atheris, of
 libFuzzer), which starts from the committed corpus and the valid inputs that a target makes. *Inputs*: both of these,
 counted when the run was entered; *new*: what the run found that reaches code which nothing before it did. *Peak* is
-the whole process with its libraries. A run above 1024 MiB, an input above 20 s, or any error but a refusal of ours in one
-line is a finding, and ends the run."""
+the whole process with its libraries. A run above 1024 MiB, an input above 20 s, or any error but a refusal of ours in
+one line is a finding, and ends the run."""
 
 HEAD = [
     "target", "seconds", "executions", "inputs", "new", "slowest input, s", "peak, MiB", "findings", "commit",

@@ -9,6 +9,7 @@ import torch
 
 from birkhoff.kernels import tuned
 from birkhoff.kernels.plan import DECODE, Problem, by_rule, candidates, few, hopper, tiles
+from birkhoff.pipeline.home import cache_folder
 
 ALL = frozenset({"few", "hopper"})
 NONE: frozenset[str] = frozenset()
@@ -20,12 +21,20 @@ def problem(tokens: int, rows: int = 3840, columns: int = 1280, dtype: torch.dty
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("BIRKHOFF_CACHE", str(tmp_path))
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path))
     tuned.user_table.cache_clear()
     tuned.choose.cache_clear()
-    yield tmp_path / "plans.json"
+    (tmp_path / "cache").mkdir()
+    yield tmp_path / "cache" / "plans.json"
     tuned.user_table.cache_clear()
     tuned.choose.cache_clear()
+
+
+def test_plans_lie_in_the_cache_folder_of_the_pipeline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuned._path() == cache == cache_folder() / "plans.json"
+    monkeypatch.delenv("BIRKHOFF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "xdg"))
+    assert tuned._path().parent == cache_folder() == cache.parent / "xdg" / "birkhoff"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
