@@ -94,6 +94,20 @@ class Cluster(AbstractContextManager["Cluster"]):
                 _temp_dir=str(folder),
             )
 
+    def lost(self) -> bool:
+        """Whether the node that was started here has died. The nodes of a joined cluster are looked after there."""
+        return self._reaper is not None and not any(node["Alive"] for node in self.ray.nodes())
+
+    def restart(self) -> None:
+        """End what is left of the cluster that was started here, and start another one. Raises WorkerError."""
+        try:
+            with _signals_kept():
+                self._end()
+                self._start_patiently()
+        except Exception as error:
+            interrupt.check()
+            raise WorkerError(f"cannot start Ray on this machine again: {first_line(error)}") from None
+
     def close(self) -> None:
         """Leave the cluster, or end it."""
         with self._quiet:

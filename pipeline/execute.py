@@ -43,6 +43,9 @@ WORKERS_PER_GPU = 12
 SHARD_SECONDS = 900.0
 """A shard that takes longer has hung; the largest take some 20 s on one slow core."""
 
+RESTARTS = 2
+"""Times that Ray is started anew on this machine when its node dies in the middle of a run."""
+
 POLL_SECONDS = 1.0
 """How often time limits and Ctrl-C are looked at while nothing ends."""
 
@@ -163,6 +166,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     ) -> None:
         self._store, self._limit = store, shard_seconds
         self._deaths: Counter[tuple[str, int]] = Counter()
+        self._restarts = 0
         self._cluster = Cluster(address)
         self._ray = self._cluster.ray
         try:
@@ -217,6 +221,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 ended, _ = self._ray.wait(list(waited), num_returns=1, timeout=POLL_SECONDS)
             for reference in ended:
                 yield from self._take(waited[reference], reference, queue)
+            if not ended and self._cluster.lost():
+                yield from self._restart(queue)
             for seat in self._seats.overdue(self._limit):
                 yield from self._lose(seat, f"gave no result within {self._limit:g} s", queue)
 
@@ -251,6 +257,29 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _lose(self, seat: Seat, reason: Exception | str, queue: TaskQueue) -> Iterator[Outcome]:
         """A worker is dead or hangs: another one takes its place. What it had ended counts; the next was at work."""
         self._seats.replace(seat)
+        yield from self._ended_tasks(seat, queue)
+        self._ray.kill(seat.actor, no_restart=True)  # a hung one, or one that only its node's network has lost
+        yield from self._return_tasks(seat, reason, queue)
+
+    def _restart(self, queue: TaskQueue) -> Iterator[Outcome]:
+        """Ray's node on this machine has died and all workers with it: start it anew and go on. Raises WorkerError."""
+        self._restarts += 1
+        if self._restarts > RESTARTS:
+            raise WorkerError(
+                f"Ray's node on this machine died {self._restarts} times; see by `dmesg` whether memory ran out; "
+                "the same command goes on where this one ended, also with --executor inline"
+            )
+        log.warning("Ray's node on this machine died; starting it again")
+        seats = list(self._seats)
+        for seat in seats:
+            yield from self._ended_tasks(seat, queue)
+        self._cluster.restart()
+        self._seats = Seats(self._start, len(seats))
+        for seat in seats:
+            yield from self._return_tasks(seat, WorkerError("Ray's node did"), queue)
+
+    def _ended_tasks(self, seat: Seat, queue: TaskQueue) -> Iterator[Outcome]:
+        """What a worker that is lost had ended before."""
         for reference in list(seat.tasks):
             if not self._ray.wait([reference], timeout=0)[0]:
                 break
@@ -260,7 +289,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 break
             queue.done(seat.ended(reference))
             yield outcome
-        self._ray.kill(seat.actor, no_restart=True)  # a hung one, or one that only its node's network has lost
+
+    def _return_tasks(self, seat: Seat, reason: Exception | str, queue: TaskQueue) -> Iterator[Outcome]:
+        """What a worker that is lost was at, and what it was still to do, goes back or has failed."""
         for place, task in enumerate(seat.tasks.values()):
             if place:
                 queue.put_back(task)

@@ -147,6 +147,8 @@ def role(pid: int, root: int) -> Role:
     words = _read(pid, "cmdline").replace(b"\0", b" ")
     if words.split(b" ")[0].endswith(b"/raylet"):  # its arguments hold the command of a worker
         return "ray"
+    if words.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")):
+        return "ray"
     if words.startswith(b"ray::") or b"default_worker.py" in words:
         return "worker"
     if b"/ray/" in words or b"ray-dashboard" in words:

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos kills`: kill -9 of the driver, a worker or the store at random moments, and a table.
+"""`python -m tests.chaos kills`: kill -9 of the driver, a worker, the store or Ray at random moments, and a table.
 
     python -m tests.chaos kills --target driver --rounds 20
     python -m tests.chaos kills --target random --rounds 25 --kills 4     # a hundred
@@ -31,9 +31,10 @@ Drawn by `python -m tests.chaos kills` from `kills.json`. Three models of six sh
 shared with the first. A run is killed at a random moment, checked and started again; one that comes to its end all the
 same is followed by one on new weights; at the end of a round nobody disturbs what is left. *Broken*:
 a reader of its own saw a name or alias whose version did not verify down to every blob, or a run ended otherwise than
-it should, or the next one did not complete. *Leaked*: processes, temporary files, multipart uploads. *Made again*:
-shards encoded although they were in the store when the run was killed; *rewritten*: their objects written once more.
-A kill comes too late when the run has ended before its moment."""
+it should, or not within 400 s, or the next one did not complete. *Leaked*: processes, temporary files, multipart
+uploads. *Made again*: shards encoded although they were in the store when the run was killed; *rewritten*: their
+objects written once more. *ray* is the raylet or one of its agents, with which it ends. A kill comes too late when the
+run has ended before its moment."""
 
 
 def kills(arguments: Sequence[str]) -> int:

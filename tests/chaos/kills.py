@@ -6,7 +6,9 @@ the store.
 """
 
 import json
+import os
 import random
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -20,8 +22,12 @@ DISTINCT = len(MODELS) * SHARDS - SHARDS // 2
 """Shards of a generation that differ."""
 
 LIMIT_SECONDS = 400.0
+"""A run that takes longer hangs; an undisturbed one takes some ten."""
+
 STORE_CODES = (0, 7, 8, 14)
 """How a run may end whose store was killed: well, with a store error, or with some models failed for it."""
+RAY_CODES = (0, 1)
+"""How a run may end whose Ray was killed: well, or by Ray itself, which ends a driver that is just connecting to it."""
 
 
 @dataclass(slots=True)
@@ -96,10 +102,16 @@ class Harness:
         there = {key: state for key, state in self._world.reader().shards().items() if key not in self._older}
         process = self._world.start_run()
         killed = target is not None and self._kill(found, target, process)
-        output, errors = process.communicate(timeout=LIMIT_SECONDS)
+        try:
+            output, errors = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            errors = process.communicate()[1]
+            found.broken.append(f"{target}: the run did not end within {LIMIT_SECONDS:g} s: {errors.strip()[-300:]}")
+            return False
         expected: tuple[int, ...] = (0,)
         if killed:
-            expected = {"driver": (-9,), "store": STORE_CODES, "worker": (0,)}[str(target)]
+            expected = {"driver": (-9,), "store": STORE_CODES, "worker": (0,), "ray": RAY_CODES}[str(target)]
         if process.returncode not in expected:
             found.broken.append(f"{target}: the run ended with {process.returncode}: {errors.strip()[-300:]}")
         found.leaks += self._world.leaks()

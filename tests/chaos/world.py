@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from tests.benchmarks.process_tree import MARK, marked, role
 from tests.chaos.reader import Reader, connect
 
-Target = Literal["driver", "worker", "store"]
-TARGETS: tuple[Target, ...] = ("driver", "worker", "store")
+Target = Literal["driver", "worker", "store", "ray"]
+TARGETS: tuple[Target, ...] = ("driver", "worker", "store", "ray")
+"""`ray` is the raylet of the run or an agent of it, with which the raylet ends."""
 
 MODELS = ("one", "two", "three")
 SHARDS = 6
@@ -115,20 +116,28 @@ class World:
         elif target == "store":
             pid = self.store_pid()
         else:
-            pid = self._worker(driver, rng)
+            pid = self._waited_for(self._workers if target == "worker" else self._raylets, driver, rng)
         if pid is None:
             return False
         os.kill(pid, signal.SIGKILL)
         return True
 
-    def _worker(self, driver: subprocess.Popen[str], rng: random.Random) -> int | None:
-        """One of Ray's workers at random, waited for until the driver has ended."""
+    def _waited_for(
+        self, find: Callable[[int], list[int]], driver: subprocess.Popen[str], rng: random.Random
+    ) -> int | None:
+        """One of the driver's processes at random, waited for until there is one or the driver has ended."""
         while driver.poll() is None:
-            found = [pid for pid in marked(self.mark) if role(pid, driver.pid) == "worker"]
-            if found:
+            if found := find(driver.pid):
                 return rng.choice(found)
             time.sleep(0.05)
         return None
+
+    def _workers(self, driver: int) -> list[int]:
+        return [pid for pid in marked(self.mark) if role(pid, driver) == "worker"]
+
+    def _raylets(self, driver: int) -> list[int]:
+        raylets = [pid for pid in marked(self.mark) if "/raylet --" in _name(pid, 500)]
+        return raylets + [pid for pid in self._titled_here() if role(pid, driver) == "ray"]
 
     def leaks(self) -> list[str]:
         """What a run that has ended left: processes, temporary files, half-written files."""
@@ -140,8 +149,11 @@ class World:
         return left + files
 
     def _processes(self) -> list[str]:
-        titled = [pid for pid in _titled() if _works_in(pid, self.ray)]  # Ray's agents wipe their environment
-        return [f"process {pid} ({_name(pid)})" for pid in sorted({*marked(self.mark), *titled})]
+        return [f"process {pid} ({_name(pid)})" for pid in sorted({*marked(self.mark), *self._titled_here()})]
+
+    def _titled_here(self) -> list[int]:
+        """Ray's titled processes of this world; its agents wipe their environment, and the mark with it."""
+        return [pid for pid in _titled() if _works_in(pid, self.ray)]
 
     def _files(self) -> list[str]:
         folders = (self.folder / "tmp", self.ray)
@@ -179,9 +191,9 @@ def _works_in(pid: int, folder: Path) -> bool:
     return False
 
 
-def _name(pid: int) -> str:
+def _name(pid: int, length: int = 60) -> str:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
     except OSError:
         return "ended"
-    return words[:60].decode(errors="replace")
+    return words[:length].decode(errors="replace")

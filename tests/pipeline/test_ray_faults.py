@@ -1,6 +1,8 @@
 """Workers that hang or lack memory, on a real local cluster: what is tried again, how, and what is said in the end."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.codec.profiles import PROFILES
+from birkhoff.pipeline.cluster import Cluster
+from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.execute import TRIES, Outcome, RayExecutor, Worker
 from birkhoff.pipeline.plan import plan_model
 from birkhoff.pipeline.queue import TaskQueue
@@ -46,6 +50,9 @@ class FaultyWorker(Worker):
             if how == "always" or not before:
                 if fault == "hang":
                     time.sleep(600)
+                elif fault == "node":
+                    os.kill(os.getppid(), signal.SIGKILL)  # the raylet, which started this process
+                    time.sleep(600)
                 elif fault == "memory":
                     self._store, self._address = None, NoRoom()  # type: ignore[assignment]
         else:
@@ -70,8 +77,10 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyExecuto
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     store = StoreAddress.parse(tmp_path_factory.mktemp("store").as_uri())
-    with FaultyExecutor(store, workers=2, shard_seconds=LIMIT) as executor:
-        yield executor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_health_check_period_ms", "1000")  # so that a dead node is seen in 5 s and not in 25
+        with FaultyExecutor(store, workers=2, shard_seconds=LIMIT) as executor:
+            yield executor
 
 
 def outcomes(executor: RayExecutor, folder: Path, model: str, seed: int) -> dict[int, Outcome]:
@@ -159,3 +168,20 @@ def test_out_of_memory_alone_fails_with_the_names_and_the_remedy(executor: Fault
     text = r"memory-always shard 2 \(b\.2\.w\): out of memory .*MemoryError: no room.*lower shard_mib"
     with pytest.raises(type(error), match=text):
         raise error  # type: ignore[misc]
+
+
+def test_shards_run_on_when_ray_itself_has_died_on_this_machine(executor: FaultyExecutor, tmp_path: Path) -> None:
+    found = outcomes(executor, tmp_path, "node", 5)
+    assert found[BAD].error is None
+    assert (tmp_path / "tries").read_text() == "2"
+    # By now Ray's node is known to be dead, if it was not yet when the last shard ended.
+    assert outcomes(executor, tmp_path, "sound", 6)[BAD].error is None
+
+
+def test_ray_that_dies_again_and_again_ends_the_run_with_what_to_do(
+    executor: FaultyExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "lost", lambda self: True)
+    monkeypatch.setattr(Cluster, "restart", lambda self: None)
+    with pytest.raises(WorkerError, match=r"Ray's node on this machine died 3 times; .*the same command goes on"):
+        outcomes(executor, tmp_path, "hang-always", 8)
