@@ -11,6 +11,7 @@ from torch import Tensor
 
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
+from birkhoff.codec.metrics import to_host
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes, N, nearest, position, reciprocal, theta_from_coordinates
 
@@ -39,6 +40,10 @@ class LatticeTensor:
     def theta(self) -> Tensor:
         """Step numbers, uint16 [R, P]; the in-memory form."""
         return theta_from_coordinates(self.i, self.j)
+
+    def to(self, device: torch.device | str) -> "LatticeTensor":
+        """The same matrix on another device."""
+        return replace(self, i=self.i.to(device), j=self.j.to(device), escapes=self.escapes.to(device))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights [R, K] in `dtype`, on the device of the coordinates."""
@@ -116,7 +121,7 @@ def quantise_path(weight_RK: Tensor, step: float) -> LatticeTensor:
     planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
     i, j = split(weight_RK, out=planes)
     planes.mul_(reciprocal(step))
-    farthest = max(map(abs, map(float, torch.aminmax(planes)))) if planes.numel() else 0.0
+    farthest = max(map(abs, to_host(*torch.aminmax(planes)))) if planes.numel() else 0.0
     if farthest > _FARTHEST:
         raise TargetError(
             f"a weight lies {farthest:.3g} steps out, a path is exact up to {_FARTHEST}: use single nodes"
@@ -136,8 +141,8 @@ def _gather(
     escaped: list[_EscapedPairs] = []
     for row, column, pair in tiles(rows, columns, weight_RK.device):
         found = coordinates(row, column, pair)
-        low, high = zip(*(torch.aminmax(c) for c in found), strict=True)
-        if min(map(float, low)) < LOW or max(map(float, high)) > HIGH:
+        bounds = to_host(*(bound for c in found for bound in torch.aminmax(c)))
+        if min(bounds) < LOW or max(bounds) > HIGH:
             escaped.append(_take_escapes(*found, first_row=row.start, first_pair=pair.start, count=count))
         for plane, c in zip(planes, found, strict=True):
             plane[row, pair] = c.to(torch.int8)

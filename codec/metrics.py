@@ -66,7 +66,7 @@ def bulk(weight: Tensor, energy: float) -> Bulk:
     found = Bulk(energy=energy, limit=math.inf)
     if not 0 < energy < math.inf:
         return found
-    greatest = max(map(abs, map(float, torch.aminmax(weight))))
+    greatest = max(map(abs, to_host(*torch.aminmax(weight))))
     while True:
         limit = OUTLIER_RMS * math.sqrt(found.energy / weight.numel())
         inner = _energy(weight, limit) if greatest > limit else found.energy
@@ -77,10 +77,12 @@ def bulk(weight: Tensor, energy: float) -> Bulk:
 
 def _energy(weight: Tensor, limit: float) -> float:
     """Sum of squares of the weights up to a limit."""
-    flat, energy = weight.reshape(-1), 0.0
+    flat, energies, energy = weight.reshape(-1), [], 0.0
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(_wide(weight))
-        energy += float(w.masked_fill(w.abs() > limit, 0).square_().sum())
+        energies.append(w.masked_fill(w.abs() > limit, 0).square_().sum())
+    for part in to_host(*energies):  # not by `sum`: Python 3.12 rounds it otherwise than earlier ones
+        energy += part
     return energy
 
 
@@ -97,13 +99,23 @@ def fidelity(source: Tensor, decoded: Tensor) -> Fidelity:
 def compare(source: Tensor, decoded: Tensor) -> Fidelity:
     """`fidelity` with the energy of all weights, outliers too: what can be summed over the parts of a tensor."""
     energy = error = absolute = greatest = 0.0
+    found: list[Tensor] = []
     wide = _wide(source)
     flat, other = source.reshape(-1), decoded.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(wide)
         d = other[start : start + _CHUNK].to(wide).sub(w).abs_()
-        energy += float(w.square().sum())
-        absolute += float(d.sum())
-        greatest = max(greatest, float(d.max()))
-        error += float(d.square_().sum())
+        found += w.square().sum(), d.sum(), d.max(), d.square_().sum()
+    numbers = iter(to_host(*found))
+    for energy_, absolute_, greatest_, error_ in zip(numbers, numbers, numbers, numbers, strict=True):
+        energy, absolute, error = energy + energy_, absolute + absolute_, error + error_
+        greatest = max(greatest, greatest_)
     return Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=absolute / max(1, flat.numel()))
+
+
+def to_host(*scalars: Tensor) -> list[float]:
+    """The values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
+    if not scalars or scalars[0].device.type == "cpu":
+        return list(map(float, scalars))
+    values: list[float] = torch.stack(scalars).tolist()
+    return values

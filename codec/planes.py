@@ -18,6 +18,7 @@ from birkhoff.codec import contexts, trellis
 from birkhoff.codec.contexts import Bytes, Plane
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.metrics import to_host
 from birkhoff.codec.rest import compress, decompress, pack_escapes, unpack_escapes
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
@@ -33,6 +34,7 @@ def pack(code: LatticeTensor, *, path: bool) -> tuple[bytes, ...]:
 
     Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on a trellis path.
     """
+    code = code.to("cpu")
     escapes = code.escapes
     planes = [
         _symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))
@@ -92,14 +94,14 @@ def _join_on(device: torch.device, groups: list[Plane], rows: Bytes, columns: By
 
 
 def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: bool) -> Plane:
-    """The symbols int8 [R, P] of a coordinate plane; `true` holds the coordinates of the escapes, at `pair`."""
-    coordinates = plane.cpu().numpy()
+    """The symbols int8 [R, P] of a plane; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
+    coordinates = plane.numpy()
     symbols = coordinates >> 1 if path else coordinates
     if len(pair):
         symbols = symbols if path else symbols.copy()
-        escaped = true.cpu().numpy() >> 1 if path else true.cpu().numpy()
+        escaped = true.numpy() >> 1 if path else true.numpy()
         outside = (escaped < LOW) | (escaped > HIGH)
-        symbols.reshape(-1)[pair.cpu().numpy()] = np.where(outside, escaped & 1 if path else 0, escaped)
+        symbols.reshape(-1)[pair.numpy()] = np.where(outside, escaped & 1 if path else 0, escaped)
     return symbols
 
 
@@ -112,7 +114,7 @@ def _numbers(symbols: Plane, *, path: bool) -> Tensor:
 def _in_box(numbers: list[Tensor], escapes: Escapes, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     for plane in numbers:
         plane[escapes.pair] = 0
-        low, high = torch.aminmax(plane) if plane.numel() else (torch.zeros(()), torch.zeros(()))
+        low, high = to_host(*torch.aminmax(plane)) if plane.numel() else (0.0, 0.0)
         if low < LOW or high > HIGH:
             raise FormatError("a coordinate outside -128..127 has no escape")
     i, j = (plane.to(torch.int8).view(shape) for plane in numbers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor, quantise, quantise_path, tiles
-from birkhoff.codec.metrics import Fidelity, bulk, compare, sqnr_db
+from birkhoff.codec.metrics import Fidelity, bulk, compare, sqnr_db, to_host
 from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 
@@ -161,7 +161,7 @@ def _round(step: float) -> float:
 def _energy(weight_RK: Tensor) -> float:
     rows, columns = weight_RK.shape
     parts = tiles(rows, columns, weight_RK.device)
-    return sum(float(weight_RK[row, column].to(torch.float32).square().sum()) for row, column, _ in parts)
+    return sum(to_host(*(weight_RK[row, column].to(torch.float32).square().sum() for row, column, _ in parts)))
 
 
 def _sample(weight_RK: Tensor) -> Tensor:

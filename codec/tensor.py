@@ -12,7 +12,7 @@ from birkhoff.codec import lattice, paper, planes, rate, rest
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError, TargetError, TensorError
-from birkhoff.codec.metrics import Fidelity, fidelity
+from birkhoff.codec.metrics import Fidelity, fidelity, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import TARGET_DB_RANGE, Profile
 
@@ -74,10 +74,22 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
     Raises:
         FormatError: the streams are not what the entry declares.
     """
+    return decode_with_code(coded, device, device)[0]
+
+
+def decode_with_code(
+    coded: CodedTensor, device: torch.device | str, streams_on: torch.device | str = "cpu"
+) -> tuple[Tensor, lattice.LatticeTensor | None]:
+    """`decode_tensor`, and the coordinates that a `lattice` tensor was decoded from, on `device` too; else None.
+
+    The streams are read on another device only if asked for: on the CPU that is as FORMAT.md writes it down, step by
+    step. Raises as `decode_tensor`.
+    """
     try:
         if coded.codec == "lattice":
-            return _decode_lattice(coded, device)
-        return _DECODERS[coded.codec](coded).to(device)
+            dtype, code = _float_dtype(coded), lattice_of(coded, streams_on).to(device)
+            return code.decode(dtype).view(coded.shape), code
+        return _DECODERS[coded.codec](coded).to(device), None
     except KeyError:
         raise FormatError(
             f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
@@ -90,8 +102,7 @@ def _finite(tensor: Tensor) -> bool:
     # min and max propagate NaN, and need no mask of the tensor's size.
     if not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low) and math.isfinite(high)
+    return all(map(math.isfinite, to_host(*torch.aminmax(tensor))))
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -135,7 +146,7 @@ def _decode_planes(coded: CodedTensor) -> Tensor:
 
 def fallback(matrix: Tensor) -> str | None:
     """Why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`; None where they can."""
-    low, high = (float(bound) for bound in torch.aminmax(matrix))
+    low, high = to_host(*torch.aminmax(matrix))
     if low == high:
         return "constant"
     return None if 2.0**-60 < max(-low, high) < 2.0**60 else "range"
@@ -243,11 +254,6 @@ def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattic
 def is_matrix(coded: CodedTensor) -> bool:
     """Whether a stored tensor is a coded matrix [N, K] in rows of K: what HyperLinear can be built from."""
     return coded.codec == "lattice" and len(coded.shape) == 2 and coded.params.get("columns") == str(coded.shape[1])
-
-
-def _decode_lattice(coded: CodedTensor, device: torch.device | str) -> Tensor:
-    dtype = _float_dtype(coded)
-    return lattice_of(coded, device).decode(dtype).view(coded.shape)
 
 
 def _encode_paper(name: str, tensor: Tensor) -> Encoded:

@@ -165,31 +165,30 @@ def numbers(k: Tensor) -> Tensor:
     run = steps(k.numel())
     lanes = -(-k.numel() // run)
     k_TL = torch.nn.functional.pad(k, (0, run * lanes - k.numel())).view(run, lanes)
-    o_TL = (_parities_by_step if k.device.type == "cpu" else _parities_by_doubling)((k_TL & 1).to(torch.uint8))
+    o_TL = _parities((k_TL & 1).to(torch.uint8), doublings=1 if k.device.type == "cpu" else MAX_STEPS)
     n_TL = k_TL.to(torch.int16).mul_(2)
     n_TL[1:] += o_TL[:-1]
     return n_TL.reshape(-1)[: k.numel()]
 
 
-def _parities_by_step(b_TL: Tensor) -> Tensor:
-    """o_t = b_t xor o_(t-2) xor o_(t-3), in place of b: one short operation after the other, in a core's cache."""
-    for t in range(2, len(b_TL)):
-        b_TL[t].bitwise_xor_(b_TL[t - 2])
-        if t > 2:
-            b_TL[t].bitwise_xor_(b_TL[t - 3])
-    return b_TL
-
-
-def _parities_by_doubling(b_TL: Tensor) -> Tensor:
-    """The same in log2(T) passes over everything, for devices where each operation has a price.
+def _parities(b_TL: Tensor, doublings: int) -> Tensor:
+    """o_t = b_t xor o_(t-2) xor o_(t-3), by at most so many `doublings`, then block by block; b may be changed.
 
     With D the delay by a step, o = b / p(D), p = 1 + D^2 + D^3. Over two elements p(D)^2 = p(D^2), so that
-    1 / p(D) = p(D) p(D^2) p(D^4) ... up to powers of D that lie beyond the run.
+    1 / p(D) = p(D) p(D^2) ... p(D^(d/2)) / p(D^d). Each factor is a pass over everything and doubles d; then 2d steps
+    at once follow from those before them, o_t = b_t xor o_(t-2d) xor o_(t-3d). Where each operation has a price the
+    passes alone do it, until nothing lies 2d steps back; on a CPU few steps at a time stay in a core's cache.
     """
-    delay = 1
-    while 2 * delay < len(b_TL):
+    run, delay = len(b_TL), 1
+    while doublings and 2 * delay < run:
         passed = b_TL.clone()
         passed[2 * delay :] ^= b_TL[: -2 * delay]
-        passed[3 * delay :] ^= b_TL[: max(0, len(b_TL) - 3 * delay)]
-        b_TL, delay = passed, 2 * delay
+        passed[3 * delay :] ^= b_TL[: max(0, run - 3 * delay)]
+        b_TL, delay, doublings = passed, 2 * delay, doublings - 1
+    for start in range(2 * delay, run, 2 * delay):
+        block = b_TL[start : start + 2 * delay]
+        block.bitwise_xor_(b_TL[start - 2 * delay : start][: len(block)])
+        first = max(start, 3 * delay)
+        later = block[first - start :]
+        later.bitwise_xor_(b_TL[first - 3 * delay :][: len(later)])
     return b_TL

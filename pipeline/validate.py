@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 
 from birkhoff.codec.container import CodedTensor, parse
 from birkhoff.codec.dtypes import dtype_from_code, dtype_name
-from birkhoff.codec.metrics import fidelity, sqnr_db
+from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
 from birkhoff.codec.profiles import Override, Profile
-from birkhoff.codec.tensor import FALLBACKS, decode_tensor, is_matrix, lattice_of
+from birkhoff.codec.tensor import FALLBACKS, decode_with_code, is_matrix
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline import logs
 from birkhoff.pipeline.artifact import FLOOR_DB
@@ -72,16 +73,17 @@ def validate_shard(
         source = sources[coded.name]
         logs.step("validate", source.nbytes, coded.name)
         own = profile.of_tensor(tuple(source.shape), (overrides or {}).get(coded.name))
-        decoded = decode_tensor(coded)
+        decoded, code = decode_with_code(coded, "cpu" if coded.lossless else device)
         _check_form(coded.name, source, decoded)
         target = promise(coded, own)
-        if coded.codec in ("raw", "planes"):
+        if coded.lossless:
             _check_equal(coded.name, source, decoded)
             fallbacks |= {coded.name: coded.params["reason"]} if "reason" in coded.params else {}
             continue
+        source = source.to(device)
         sqnrs.append(_check_coded(coded, source, decoded, target))
-        if is_matrix(coded):
-            probes.append(probe(coded, source, device))
+        if code is not None and is_matrix(coded):
+            probes.append(probe(coded.name, code, source, decoded))
     return ShardChecks(
         sqnr_db=tuple(round(max(value, FLOOR_DB), 2) for value in sqnrs),
         probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
@@ -107,7 +109,7 @@ def promise(coded: CodedTensor, profile: Profile, *, reasons: bool = True) -> fl
         ValidationError: it is coded where it should be lossless or the other way round, or claims another target.
     """
     action, _ = profile.action(coded.shape, dtype_name(dtype_from_code(coded.dtype)))
-    lossless, reason = coded.codec in ("raw", "planes"), coded.params.get("reason")
+    lossless, reason = coded.lossless, coded.params.get("reason")
     fell = action == "coded" and lossless and (reason in FALLBACKS or not reasons)
     if lossless != (action == "lossless" or fell) or (reason is not None and not fell):
         raise ValidationError(
@@ -148,7 +150,7 @@ def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
 def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: float | None) -> float:
     """SQNR in dB of a coded tensor that passes."""
     found = fidelity(source, decoded)
-    if not math.isfinite(found.error) or not bool(decoded.any()):
+    if not math.isfinite(found.error) or not any(to_host(*torch.aminmax(decoded))):
         raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
     if target is not None and found.sqnr_db < target:
         raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
@@ -158,8 +160,8 @@ def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: fl
     return found.sqnr_db
 
 
-def probe(coded: CodedTensor, source: Tensor, device: torch.device) -> tuple[float, float]:
-    """Run HyperLinear on random float32 inputs.
+def probe(name: str, code: LatticeTensor, source: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """Run HyperLinear on random float32 inputs, where the code, its source and its decoded weight [N, K] are.
 
     Returns:
         Output SQNR in dB against the source weight, and the norm of the error against the weight decoded to float32
@@ -168,17 +170,18 @@ def probe(coded: CodedTensor, source: Tensor, device: torch.device) -> tuple[flo
     Raises:
         ValidationError: that error exceeds `PROBE_LIMIT`.
     """
-    seed = int.from_bytes(hashlib.sha256(coded.name.encode()).digest()[:8], "little") >> 1
-    inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+    inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(source.device)
     with torch.inference_mode():
-        code = lattice_of(coded)
-        output = HyperLinear.from_lattice(code, device=device)(inputs)
-        exact = linear(inputs, code.decode(torch.float32).to(device))
-        wanted = linear(inputs, source.to(device, torch.float32))
-    error = float((output - exact).norm() / exact.norm())
+        output = HyperLinear.from_lattice(code)(inputs)
+        exact = linear(inputs, decoded if decoded.dtype == torch.float32 else code.decode(torch.float32))
+        wanted = linear(inputs, source.to(torch.float32))
+    error, energy, lost = to_host(
+        (output - exact).norm() / exact.norm(), wanted.square().sum(), (output - wanted).square().sum()
+    )
     if not error <= PROBE_LIMIT:
         raise ValidationError(
-            f"tensor {coded.name!r}: HyperLinear differs by {error:.2g} from F.linear with the decoded weight; "
+            f"tensor {name!r}: HyperLinear differs by {error:.2g} from F.linear with the decoded weight; "
             f"at most {PROBE_LIMIT:g} is allowed"
         )
-    return sqnr_db(float(wanted.square().sum()), float((output - wanted).square().sum())), error
+    return sqnr_db(energy, lost), error

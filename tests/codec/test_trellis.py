@@ -30,10 +30,21 @@ def test_symbols_give_the_path_back(count: int, seed: int) -> None:
     assert (u - n).abs().max() <= 4
 
 
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 200, 5000, 100_003, 1 << 20])
-def test_parities_by_doubling_are_those_step_by_step(count: int) -> None:
-    bits = torch.randint(0, 2, (trellis.steps(count), -(-count // trellis.steps(count))), dtype=torch.uint8)
-    assert torch.equal(trellis._parities_by_doubling(bits), trellis._parities_by_step(bits.clone()))
+def parities(bits: torch.Tensor) -> torch.Tensor:
+    """The rule of the docstring, step by step."""
+    o = bits.clone()
+    for t in range(2, len(o)):
+        o[t] ^= o[t - 2]
+        if t > 2:
+            o[t] ^= o[t - 3]
+    return o
+
+
+@pytest.mark.parametrize("doublings", [0, 1, 2, trellis.MAX_STEPS])
+def test_parities_by_doubling_and_by_blocks_are_those_step_by_step(doublings: int) -> None:
+    for run in (*range(1, 40), 64, 100, 255, trellis.MAX_STEPS):
+        bits = torch.randint(0, 2, (run, 7), dtype=torch.uint8)
+        assert torch.equal(trellis._parities(bits.clone(), doublings), parities(bits))
 
 
 def test_the_search_finds_the_best_of_all_paths() -> None:
