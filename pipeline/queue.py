@@ -1,14 +1,26 @@
 """Which shard next: a pure decision over tasks, sizes and what is running; Ray only carries it out.
 
-Largest first, so that no long shard is left alone at the end. Within a byte budget, so that memory is bounded by the
+Longest first, so that no long shard is left alone at the end. Within a byte budget, so that memory is bounded by the
 machine and not by the fleet. And never two possible twins at once: shards of equal names, shapes and recipe (a frozen
 encoder in two models) probably hold equal bytes, so the second waits for the first and then finds it in the store.
+Shards that are made anew in any case look for nothing there, and do not wait.
 """
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from birkhoff.pipeline.shard import ShardTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A task, and what is asked of it again and again: effort, bytes, and a number that it shares with its twins."""
+
+    task: ShardTask
+    effort: int
+    nbytes: int
+    kind: int
 
 
 class TaskQueue:
@@ -19,12 +31,15 @@ class TaskQueue:
     """
 
     def __init__(self, tasks: Iterable[ShardTask], *, budget: int) -> None:
-        self._waiting = sorted(tasks, key=lambda task: -task.nbytes)
+        self._kinds: dict[object, int] = {}
+        self._waiting: list[_Entry] = []
         self._budget = budget
-        self._running: Counter[object] = Counter()
+        self._running: Counter[int] = Counter()
+        self._count = 0
         self._in_flight = 0
         self._alone: set[tuple[str, int]] = set()
         self._exclusive = False
+        self.add(tasks)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -36,14 +51,16 @@ class TaskQueue:
 
     def take(self) -> ShardTask | None:
         """The next task to start, or None if all that wait must wait on."""
-        idle = not self._running.total()
-        for index, task in enumerate(self._waiting):
-            fits = idle or (not self._exclusive and self._in_flight + task.nbytes <= self._budget)
-            if fits and (idle or not self.is_alone(task)) and not self._running[task.signature]:
-                self._running[task.signature] += 1
-                self._in_flight += task.nbytes
-                self._exclusive = self.is_alone(task)
-                return self._waiting.pop(index)
+        idle = not self._count
+        if self._exclusive and not idle:
+            return None
+        room = self._budget - self._in_flight
+        for index, entry in enumerate(self._waiting):
+            fits = entry.nbytes <= room and not self._running[entry.kind]
+            if idle or (fits and not self.is_alone(entry.task)):
+                self._count_running(entry, 1)
+                self._exclusive = self.is_alone(entry.task)
+                return self._waiting.pop(index).task
         return None
 
     def is_alone(self, task: ShardTask) -> bool:
@@ -52,22 +69,32 @@ class TaskQueue:
 
     def done(self, task: ShardTask) -> None:
         """A task that was taken has ended, well or badly."""
-        self._running[task.signature] -= 1
-        self._in_flight -= task.nbytes
+        self._count_running(self._entry(task), -1)
 
     def put_back(self, task: ShardTask, *, alone: bool = False) -> None:
         """A task that was taken has to run again, by itself if `alone`: then after all that can run beside others."""
         self.done(task)
         if alone:
             self._alone.add((task.model, task.index))
-            self._waiting.append(task)
+            self._waiting.append(self._entry(task))
         else:
-            self._waiting.insert(0, task)
+            self._waiting.insert(0, self._entry(task))
 
     def add(self, tasks: Iterable[ShardTask]) -> None:
         """More tasks, found necessary while others ran."""
-        self._waiting = sorted([*self._waiting, *tasks], key=lambda task: -task.nbytes)
+        if more := list(map(self._entry, tasks)):
+            self._waiting = sorted([*self._waiting, *more], key=lambda entry: -entry.effort)
 
     def drop(self, model: str) -> None:
         """Forget the waiting tasks of a model that failed."""
-        self._waiting = [task for task in self._waiting if task.model != model]
+        self._waiting = [entry for entry in self._waiting if entry.task.model != model]
+
+    def _entry(self, task: ShardTask) -> _Entry:
+        twins = (task.model, task.index) if task.reuse == "never" else task.signature
+        kind = self._kinds.setdefault(twins, len(self._kinds))
+        return _Entry(task=task, effort=task.effort, nbytes=task.nbytes, kind=kind)
+
+    def _count_running(self, entry: _Entry, change: int) -> None:
+        self._running[entry.kind] += change
+        self._count += change
+        self._in_flight += change * entry.nbytes

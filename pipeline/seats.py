@@ -13,7 +13,8 @@ from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.shard import ShardTask
 
 QUEUED_PER_WORKER = 2
-"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver."""
+"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver. With the last tasks it waits:
+none is to lie ready behind another one while a worker has nothing to do."""
 
 START_SECONDS = 300.0
 """Within this time one worker must have started where none runs."""
@@ -63,9 +64,10 @@ class Seats:
         found = {seat.starting: seat for seat in self._all if seat.starting is not None}
         return found | {reference: seat for seat in self._all for reference in seat.tasks}
 
-    def free(self) -> Seat | None:
-        """The ready worker with the fewest tasks, if one can take more."""
-        ready = [seat for seat in self._all if seat.starting is None and len(seat.tasks) < QUEUED_PER_WORKER]
+    def free(self, waiting: int) -> Seat | None:
+        """The ready worker with the fewest tasks, if one can take more while so many tasks wait."""
+        most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
+        ready = [seat for seat in self._all if seat.starting is None and len(seat.tasks) < most]
         return min(ready, key=lambda seat: len(seat.tasks), default=None)
 
     def replace(self, seat: Seat) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,12 @@ def test_largest_first() -> None:
     queue = TaskQueue([task(0, 10), task(1, 30), task(2, 20)], budget=10**9)
     assert [queue.take().index for _ in range(3)] == [1, 2, 0]  # type: ignore[union-attr]
     assert queue.take() is None
+
+
+def test_many_small_tensors_go_before_few_larger_ones() -> None:
+    decoder = replace(task(0, 10), tensors=task(0, 10).tensors * 100)
+    queue = TaskQueue([task(1, 8 << 20), decoder], budget=10**9)
+    assert queue.take() == decoder
 
 
 def test_the_budget_holds_and_smaller_tasks_fill_it() -> None:
@@ -56,6 +64,12 @@ def test_twins_wait_for_each_other_and_others_overtake() -> None:
     assert queue.take() is None
     queue.done(first)
     assert queue.take() == twins[1]
+
+
+def test_twins_that_are_made_anew_in_any_case_do_not_wait() -> None:
+    twins = [replace(task(0, 50, model=model, name="enc"), reuse="never") for model in "ab"]
+    queue = TaskQueue(twins, budget=10**9)
+    assert [queue.take(), queue.take()] == twins
 
 
 def test_put_back_runs_again_and_drop_forgets() -> None:
