@@ -4,8 +4,12 @@
     python -m tests.benchmarks scaling --cpu                          # workers on CPUs instead, for trying it out
 
 Each count runs in a process of its own that sees so many GPUs, in turns. A first pass over all shards starts workers,
-CUDA and kernels, and its blobs must be the same for every count; then the same shards are made anew several times, and
+CUDA and kernels, and its blobs must be the same for every count; then the same shards are made anew, more often, and
 timed from the first task to the last result: reading, encoding, validating and writing, all of `compress_shard`.
+
+What a lesser gain is due to, the page shows too: how much of the time workers were busy, how long the last tasks took
+(fewer than there are workers), what each stage took of the workers' time, and of it the processors', in the program and
+in the kernel, with the pages that the kernel had to map.
 Results go to `results/scaling.json` and `scaling.md`. Exit code 1: blobs that differ, or no such GPUs.
 """
 
@@ -13,34 +17,69 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.pipeline.execute import RayExecutor
+from birkhoff.pipeline.execute import RayExecutor, Worker
 from birkhoff.pipeline.plan import MIB, plan_model
 from birkhoff.pipeline.queue import TaskQueue
-from birkhoff.pipeline.shard import ShardTask
+from birkhoff.pipeline.shard import ShardResult, ShardTask
 from birkhoff.pipeline.source import open_checkpoint
 from birkhoff.pipeline.store import StoreAddress
 from tests.benchmarks import common, family, synthetic
 
 MODEL = "SAM-H"
 SHARD_MIB = 32
+FIRST_COPIES = 3
+"""Times the model is made in the first pass: enough for each worker to meet each kind of shard."""
+
 BUDGET = 64 << 30
 """Bytes in flight: no limit here."""
 
 LIMIT = 1.8
 """Times the speed of one GPU that two must reach."""
+
+
+class MeasuredWorker(Worker):
+    """A worker that tells what it has used."""
+
+    def usage(self) -> Counter[str]:
+        """Seconds of processors so far, in the program and in the kernel, and pages mapped."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return Counter(user_s=used.ru_utime, system_s=used.ru_stime, pages=used.ru_minflt)
+
+
+class MeasuredExecutor(RayExecutor):
+    """An executor of such workers."""
+
+    worker = MeasuredWorker
+
+    def usage(self) -> Counter[str]:
+        """What all of them have used."""
+        return sum(self._ray.get([worker.usage.remote() for worker in self.workers]), Counter())
+
+
+@dataclass(slots=True, kw_only=True)
+class Pass:
+    """What a pass over tasks has brought: blob digests by shard, worker seconds by stage, when each task had ended."""
+
+    blobs: dict[int, str] = field(default_factory=dict)
+    stages: Counter[str] = field(default_factory=Counter)
+    ended: list[float] = field(default_factory=list)
+    """Seconds from the start, rising."""
 
 
 def tasks(checkpoint: Path, copies: int) -> Iterator[ShardTask]:
@@ -52,38 +91,43 @@ def tasks(checkpoint: Path, copies: int) -> Iterator[ShardTask]:
             yield ShardTask(model=f"copy-{copy}", index=index, tensors=tensors, profile=profile, reuse="never")
 
 
-def run(executor: RayExecutor, work: Sequence[ShardTask]) -> tuple[dict[int, str], Counter[str]]:
-    """Run tasks to their end; blob digests by shard, and worker seconds by stage. Raises the first error."""
-    blobs, stages = {}, Counter[str]()
+def run(executor: RayExecutor, work: Sequence[ShardTask]) -> Pass:
+    """Run tasks to their end. Raises the first error."""
+    found = Pass()
+    start = time.perf_counter()
     for outcome in executor.run(TaskQueue(work, budget=BUDGET)):
-        if outcome.error is not None:
-            raise outcome.error
-        blobs[outcome.task.index] = outcome.result.record.blob
-        stages.update(outcome.result.stages)
-    return blobs, stages
+        if not isinstance(outcome.result, ShardResult):
+            raise outcome.error or RuntimeError(f"{outcome.task.label}: no result")
+        found.ended.append(time.perf_counter() - start)
+        found.blobs[outcome.task.index] = outcome.result.record.blob
+        found.stages.update(outcome.result.stages)
+    return found
 
 
 def measure(checkpoint: Path, store: Path, copies: int, workers: int | None) -> dict[str, Any]:
     """One count of GPUs, in this process: worker and GPU counts, seconds and bytes of the timed pass, blobs' digest."""
     address = StoreAddress.parse(store.as_uri())
-    with RayExecutor(address, workers=workers) as executor:
-        blobs, _ = run(executor, list(tasks(checkpoint, 1)))
-        work = list(tasks(checkpoint, copies))
-        start = time.perf_counter()
-        again, stages = run(executor, work)
-        seconds = time.perf_counter() - start
+    work = list(tasks(checkpoint, copies))
+    with MeasuredExecutor(address, workers=workers) as executor:
+        first, before = run(executor, list(tasks(checkpoint, min(copies, FIRST_COPIES)))), executor.usage()
+        timed, after = run(executor, work), executor.usage()
         count = len(executor.workers)
-    if again != blobs:
+    if timed.blobs != first.blobs:
         raise RuntimeError("the timed pass made other blobs than the first one")
+    seconds = timed.ended[-1]
     return {
         "gpus": torch.cuda.device_count(),
         "workers": count,
         "shards": len(work),
         "cores": len(os.sched_getaffinity(0)),
+        "first_pass_s": round(first.ended[-1], 3),
         "seconds": seconds,
-        "stages_worker_s": {name: round(value, 2) for name, value in stages.items()},
+        "tail_s": round(seconds - timed.ended[-count], 3) if len(work) >= count else seconds,
+        "busy": round(timed.stages.total() / (count * seconds), 4),
+        "stages_worker_s": {name: round(value, 2) for name, value in timed.stages.items()},
+        "used": {name: round(after[name] - before[name], 2) for name in after},
         "bytes": sum(task.nbytes for task in work),
-        "blobs": hashlib.sha256("".join(blobs[index] for index in sorted(blobs)).encode()).hexdigest(),
+        "blobs": hashlib.sha256("".join(first.blobs[index] for index in sorted(first.blobs)).encode()).hexdigest(),
     }
 
 
@@ -104,40 +148,79 @@ def in_own_process(options: argparse.Namespace, checkpoint: Path, store: Path, c
 
 def report(options: argparse.Namespace, found: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """The page and its data."""
-    unit = "workers" if options.cpu else "GPUs"
-    rates = {
-        count: [one["bytes"] / one["seconds"] / 1e6 for one in found if one["asked"] == count] for count in options.gpus
-    }
-    base = statistics.median(rates[options.gpus[0]])
-    rows = []
-    for count, values in rates.items():
-        one = next(one for one in found if one["asked"] == count)
-        median = statistics.median(values)
-        spread = f"{min(values):.0f}-{max(values):.0f}"
-        rows.append(
-            [
-                str(count),
-                str(one["cores"]),
-                str(one["workers"]),
-                str(one["shards"]),
-                f"{median:.0f}",
-                spread,
-                f"{median / base:.2f}",
-            ]
-        )
-    conditions = common.conditions("torch", "triton", "ray")
+    by_count = {count: [one for one in found if one["asked"] == count] for count in options.gpus}
+    conditions = common.conditions("torch", "triton", "ray", commit_hash=options.commit)
     if not options.cpu:
         conditions["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    head = [unit, "cores", "workers", "shards", "MB/s, median", "range", "times the first"]
     facts = ", ".join(f"{name} {value}" for name, value in conditions.items())
     page = (
         "# The encode stage on more GPUs\n\n"
         f"`python -m tests.benchmarks scaling`: {MODEL}'s tensors with drawn weights, {options.copies} times over, "
         f"sources and store in memory, {len(found) // len(options.gpus)} runs of each in turns; MB of source a second. "
-        f"Every count made the same blobs. Two are to reach {LIMIT} times the first.\n\n"
-        f"{common.table(head, rows)}\n\n{facts}\n"
+        f"Every count made the same blobs. Two are to reach {LIMIT} times the first. Workers are busy from a shard's "
+        "reading to its record; the tail begins when as many tasks are left as there are workers.\n\n"
+        f"{_speeds(by_count, 'workers' if options.cpu else 'GPUs')}\n\n"
+        "## Where workers spend their time\n\n"
+        "Seconds of all workers together, medians, and thousands of pages that the kernel mapped for them; a stage "
+        "that more GPUs do not slow down takes as long with each count.\n\n"
+        f"{_times(by_count)}\n\n{facts}\n"
     )
     return page, {"conditions": conditions, "runs": list(found)}
+
+
+def _median(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+    return statistics.median(map(value, runs))
+
+
+def _rate(one: dict[str, Any]) -> float:
+    """MB of source a second."""
+    return float(one["bytes"]) / float(one["seconds"]) / 1e6
+
+
+def _speeds(by_count: dict[int, list[dict[str, Any]]], unit: str) -> str:
+    """A row for each count."""
+    base, rows = _median(next(iter(by_count.values())), _rate), []
+    for count, runs in by_count.items():
+        rate, rates = _median(runs, _rate), list(map(_rate, runs))
+        rows.append(
+            [
+                str(count),
+                str(runs[0]["cores"]),
+                str(runs[0]["workers"]),
+                str(runs[0]["shards"]),
+                f"{_median(runs, lambda one: one['seconds']):.2f}",
+                f"{rate:.0f}",
+                f"{min(rates):.0f}-{max(rates):.0f}",
+                f"{rate / base:.2f}",
+                f"{_median(runs, lambda one: one['busy']):.0%}",
+                f"{_median(runs, lambda one: one['tail_s']):.2f}",
+            ]
+        )
+    head = [unit, "cores", "workers", "shards", "s", "MB/s", "range", "times the first", "busy", "tail s"]
+    return common.table(head, rows)
+
+
+def _stage(name: str, one: dict[str, Any]) -> float:
+    """Seconds of all workers in a stage."""
+    return float(one["stages_worker_s"][name])
+
+
+def _times(by_count: dict[int, list[dict[str, Any]]]) -> str:
+    """A row for each stage, and for what processors did."""
+    first = next(iter(by_count.values()))
+    values: dict[str, Callable[[dict[str, Any]], float]] = {
+        name: partial(_stage, name) for name in first[0]["stages_worker_s"]
+    }
+    values["all stages"] = lambda one: sum(one["stages_worker_s"].values())
+    values["processors, program"] = lambda one: one["used"]["user_s"]
+    values["processors, kernel"] = lambda one: one["used"]["system_s"]
+    values["pages mapped, thousands"] = lambda one: one["used"]["pages"] / 1000
+    rows = []
+    for name, value in values.items():
+        medians = [_median(runs, value) for runs in by_count.values()]
+        share = f"{medians[-1] / medians[0]:.2f}" if medians[0] > 0.05 else ""
+        rows.append([name, *(f"{median:.1f}" for median in medians), share])
+    return common.table(["", *map(str, by_count), "last to first"], rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,12 +229,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--gpus", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2], metavar="1,2")
     add("--repeats", type=int, default=2, help="runs of each count")
-    add("--copies", type=int, default=3, help="times the model is made in the timed pass")
+    add("--copies", type=int, default=6, help="times the model is made in the timed pass: 6 are as much as the fleet")
     add("--workers", type=int, default=12, help="to a GPU")
     add("--cores", type=int, metavar="N", help="to a GPU: what a host with fewer GPUs would have; all where left out")
     add("--cpu", action="store_true", help="workers on CPUs in the place of GPUs")
     add("--scale", type=float, default=1.0, help="of the drawn checkpoint")
     add("--memory", type=Path, default=Path("/dev/shm"), metavar="DIR", help="parent of the temporary folder")
+    add("--commit", metavar="HASH", help="what is measured, where there is no git")
     add("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
