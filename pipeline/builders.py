@@ -5,8 +5,8 @@ Weights alone do not say what computes on them. In this order:
 1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
 2. the transformers configuration that the artifact carries, or one beside the weights: `config.json`, or the weights'
    own name with `.json`; of a checkpoint, the one beside it comes first;
-3. architectures known by their tensors: the published SAM-B, -L and -H, in segment-anything's names (built by that
-   package, or by transformers where it is not installed) or in transformers'.
+3. architectures known by their tensors (`architectures`): the published SAM and SAM 2, in the names of their packages
+   or of transformers.
 
 Nothing that a store holds names code to run: a builder is code on this machine that the user named.
 """
@@ -14,47 +14,26 @@ Nothing that a store holds names code to run: a builder is code on this machine 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from birkhoff.pipeline.architectures import Shapes, known, package
 from birkhoff.pipeline.artifacts import Artifact, inspect, open_artifact
 from birkhoff.pipeline.companions import CONFIG_FILE, config_beside, settings_in, settings_of
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
 from birkhoff.pipeline.load import load_into
-from birkhoff.pipeline.name_maps import sam_names
+from birkhoff.pipeline.name_maps import joined, renaming
 from birkhoff.pipeline.source import Checkpoint, open_checkpoint, read_tensor
 from birkhoff.pipeline.workplace import source_cache
 
-Shapes = Mapping[str, tuple[int, ...]]
 Settings = dict[str, Any]
 """What a transformers configuration says."""
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-_SIZES = {768: "b", 1024: "l", 1280: "h"}
-"""Width of the image encoder to the published size."""
-_TRANSFORMERS_SIZES = {
-    "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
-    "l": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "global_attn_indexes": [5, 11, 17, 23],
-    },
-    "h": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "global_attn_indexes": [7, 15, 23, 31],
-    },
-}
-"""Vision configurations of the published models: facebookresearch/segment-anything, build_sam.py."""
-
-_RELATIVE = {"image_encoder.blocks.0.attn.rel_pos_h", "vision_encoder.layers.0.attn.rel_pos_h"}
-"""Relative positions, which the published encoders have, in the names of both packages."""
 
 
 def compressed_model(
@@ -149,7 +128,7 @@ def _built(label: str, shapes: Shapes, builder: str | None, configs: list[_Confi
     if builder is not None:
         return _named(builder)
     found = next(filter(None, configs), None)
-    return _known(label, shapes) if found is None else from_settings(*found)
+    return known(label, shapes) if found is None else from_settings(*found)
 
 
 def _named(builder: str) -> nn.Module:
@@ -203,7 +182,7 @@ def from_config(path: Path) -> nn.Module:
 
 def from_settings(label: str, settings: Settings) -> nn.Module:
     """An untrained model from what a transformers configuration says; `label` for messages. Raises BuilderError."""
-    transformers = _package("transformers", f"{label} describes a model of transformers")
+    transformers = package("transformers", f"{label} describes a model of transformers")
     try:
         own = {key: value for key, value in settings.items() if key != "quantization_config"}  # the artifact has that
         model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
@@ -212,40 +191,14 @@ def from_settings(label: str, settings: Settings) -> nn.Module:
     return model
 
 
-def _known(label: str, shapes: Shapes) -> nn.Module:
-    """A model of the published family, known by its tensors. Raises BuilderError."""
-    size = _SIZES.get(shapes.get("image_encoder.patch_embed.proj.bias", (0,))[0])
-    if size and "image_encoder.blocks.0.attn.rel_pos_h" in shapes and importlib.util.find_spec("segment_anything"):
-        package = _package("segment_anything", f"{label} is SAM-{size.upper()} in the names of segment-anything")
-        official: nn.Module = package.sam_model_registry[f"vit_{size}"]()
-        return official
-    size = size or _SIZES.get(shapes.get("vision_encoder.patch_embed.projection.bias", (0,))[0])
-    if size and _RELATIVE & shapes.keys():
-        transformers = _package("transformers", f"{label} is SAM-{size.upper()}")
-        theirs: nn.Module = transformers.SamModel(transformers.SamConfig(vision_config=_TRANSFORMERS_SIZES[size]))
-        return theirs
-    raise BuilderError(
-        f"{label}: no architecture known by these tensors, and no {CONFIG_FILE} with them; name what builds it: "
-        "--builder module:function, FILE.py:function or a transformers configuration (.json)"
-    )
-
-
-def _package(name: str, why: str) -> ModuleType:
-    wheel = name.replace("_", "-")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BuilderError(f"{why}, and {wheel} cannot be imported ({error}): pip install {wheel}") from None
-
-
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into a model; names that the model ties need be there once only."""
-    published = any(tensor.name.startswith("image_encoder.") for tensor in checkpoint.tensors)
-    translated = published and hasattr(model, "vision_encoder")  # a published checkpoint in transformers' SamModel
+    rename = renaming(model.state_dict().keys(), [tensor.name for tensor in checkpoint.tensors])
     tensors: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors:
-        names = sam_names(tensor.name) if translated else (tensor.name,)
-        tensors |= dict.fromkeys(names, read_tensor(tensor))
+        if names := rename(tensor.name):
+            tensors |= dict.fromkeys(names, read_tensor(tensor))
+    tensors = joined(tensors)
     for copy, kept in (getattr(model, "_tied_weights_keys", None) or {}).items():
         for absent, present in ((copy, kept), (kept, copy)):
             if absent not in tensors and present in tensors:

@@ -12,7 +12,7 @@ from birkhoff.pipeline.artifacts import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load_shards import decode_shards
 from birkhoff.pipeline.memory import LayerMaker, Memory
-from birkhoff.pipeline.name_maps import renaming
+from birkhoff.pipeline.name_maps import joined, owner, renaming
 from birkhoff.pipeline.trust import Trust
 
 _SHOWN = 5
@@ -68,8 +68,8 @@ def load_into(
     once, or not at all. Modules on the meta device are filled in. Host memory beside the model: the compressed model.
 
     Args:
-        model: any module whose state-dict names are those of the artifact; or transformers' `SamModel` for an artifact
-            of a published SAM checkpoint (see `name_maps`).
+        model: any module whose state-dict names are those of the artifact; or transformers' `SamModel` or
+            `Sam2Model` for an artifact of a published SAM or SAM 2 checkpoint (see `name_maps`).
         ref_or_dir, store, offline, require_signature: as in `load_state_dict`.
         device: where the model goes; each parameter's own device (CPU for meta) where left out.
         dtype: float type of the loaded weights, and of what HyperLinear computes in; the model's own where left out.
@@ -117,27 +117,42 @@ class _Loading:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._layers: dict[str, nn.Module] = {}
         self._dense: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
 
     def stage(self, coded: CodedTensor) -> None:
         """Decode a tensor for its place, if the model has one of its shape."""
         names = self._rename(coded.name)
-        self._shapes |= dict.fromkeys(names, coded.shape)
+        if not names:
+            return
         name = names[0]
+        if name not in self._wanted and owner(name) in self._wanted:
+            self._rows[name] = self._placed(coded, self._wanted[owner(name)])
+            return
+        self._shapes |= dict.fromkeys(names, coded.shape)
         present = self._wanted.get(name)
         if present is None or tuple(present.shape) != coded.shape:
             return
-        place = self._device or (torch.device("cpu") if present.is_meta else present.device)
-        owner, _, leaf = name.rpartition(".")
-        if type(self._model.get_submodule(owner)) is nn.Linear and leaf == "weight" and is_matrix(coded):
-            self._layers[owner] = self._make(coded, bias=None, device=place, dtype=self._dtype or present.dtype)
+        module, _, leaf = name.rpartition(".")
+        if type(self._model.get_submodule(module)) is nn.Linear and leaf == "weight" and is_matrix(coded):
+            place, kind = self._place(present), self._dtype or present.dtype
+            self._layers[module] = self._make(coded, bias=None, device=place, dtype=kind)
             return
-        tensor = decode_tensor(coded, place)
+        self._dense |= dict.fromkeys(names, self._placed(coded, present))
+
+    def _place(self, present: Tensor) -> torch.device:
+        return self._device or (torch.device("cpu") if present.is_meta else present.device)
+
+    def _placed(self, coded: CodedTensor, present: Tensor) -> Tensor:
+        """A tensor decoded where `present` is to be, in its type."""
+        tensor = decode_tensor(coded, self._place(present))
         kind = tensor.dtype if present.is_meta else present.dtype
-        tensor = tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
-        self._dense |= dict.fromkeys(names, tensor)
+        return tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
 
     def check(self, label: str, *, strict: bool) -> None:
-        """Raises ModelMismatchError, naming what does not fit."""
+        """Once all are staged; raises ModelMismatchError, naming what does not fit."""
+        rows = joined(self._rows)
+        self._shapes |= {name: tuple(tensor.shape) for name, tensor in rows.items()}
+        self._dense |= rows
         wrong = [
             f"{name} is {list(shape)}, the model wants {list(self._wanted[name].shape)}"
             for name, shape in self._shapes.items()
@@ -185,8 +200,8 @@ class _Loading:
 
     def _fill(self, name: str, tensor: Tensor, fresh: dict[int, Tensor]) -> None:
         """Put a dense tensor into its place; `fresh` holds new parameters, so that tied ones stay tied."""
-        owner, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(owner)
+        parent, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(parent)
         present = getattr(module, leaf)
         if not present.is_meta and (present.device, present.dtype) == (tensor.device, tensor.dtype):
             with torch.no_grad():

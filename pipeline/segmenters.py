@@ -1,8 +1,8 @@
 """Segment Anything models behind one interface: pictures in, masks out, whichever package a model comes from.
 
-Both packages do the same: the longer side of a picture is resized to the model's, the rest padded, the picture embedded
-once, and each prompt decoded into masks at a quarter of the model's resolution (A. Kirillov et al., "Segment Anything",
-arXiv 2304.02643).
+A picture is fitted to the model's square and embedded once; each prompt is decoded into masks at a quarter of the
+model's resolution. SAM (A. Kirillov et al., "Segment Anything", arXiv 2304.02643) resizes the longer side and pads the
+rest; SAM 2 (N. Ravi et al., arXiv 2408.00714) resizes both sides, and its decoder also sees two finer maps of features.
 
 Legend: B pictures of one size, K prompts for each, M masks a prompt, H x W a picture, S the side of the model's input.
 """
@@ -30,19 +30,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """Pictures as a model has seen them: embedding [B, C, h, w], their size (H, W), and that size inside the model."""
+    """Pictures as a model has seen them: maps of features, their size (H, W), and that size inside the model.
 
-    embedding: Tensor
+    features: what the mask decoder gets, each [B, C, h, w], finest first.
+    """
+
+    features: tuple[Tensor, ...]
     size: tuple[int, int]
     fitted: tuple[int, int]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The coarsest map, which prompts attend to."""
+        return self.features[-1]
 
 
 class Segmenter(ABC):
     """A model that segments.
 
-    `side` is S in pixels; `blocks` are the layers of its image encoder by their names in the model, in order.
+    `side` is S in pixels; `blocks` are the layers of its image encoder by their names in the model, in order. Pictures
+    are stretched to the square, or fitted with their proportions, the rest padding.
     """
 
+    stretches: bool = False
     side: int
     blocks: dict[str, nn.Module]
 
@@ -51,24 +61,34 @@ class Segmenter(ABC):
         self._mean, self._std = tuple(mean), tuple(std)
 
     @abstractmethod
-    def _embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, S, S] to embeddings [B, C, h, w]."""
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Normalised pixels [B, 3, S, S] to the features of a `View`."""
 
     @abstractmethod
-    def _decode(self, embedding: Tensor, kind: PromptKind, prompts: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
         """Prompts in model pixels ([B, K, 4] or [B, K, 2]) to logits [B, K, M, s, s] and predicted IoU [B, K, M]."""
+
+    def _enlarge(self, low: Tensor, view: View) -> Tensor:
+        """Logits [N, M, s, s] of the whole square at full resolution, [N, M, H, W]: the padding goes."""
+        full = functional.interpolate(low, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        full = full[..., : view.fitted[0], : view.fitted[1]]
+        if view.size == view.fitted:
+            return full
+        return functional.interpolate(full, size=view.size, mode="bilinear", align_corners=False)
 
     @torch.no_grad()
     def look(self, pixels: Tensor) -> View:
         """Embed pictures: uint8 RGB [B, 3, H, W]."""
         size = int(pixels.shape[-2]), int(pixels.shape[-1])
-        fitted = fitted_size(size, self.side)
+        fitted = (self.side, self.side) if self.stretches else fitted_size(size, self.side)
         parameter = next(self.model.parameters())
         values = resized(pixels, fitted).to(parameter.device, torch.float32)
         mean, std = (torch.tensor(v, device=values.device).view(3, 1, 1) * 255 for v in (self._mean, self._std))
         padding = (0, self.side - fitted[1], 0, self.side - fitted[0])
         values = functional.pad((values - mean) / std, padding).to(parameter.dtype)
-        return View(embedding=self._embed(values), size=size, fitted=fitted)
+        return View(features=self._embed(values), size=size, fitted=fitted)
 
     @torch.no_grad()
     def logits(
@@ -81,13 +101,8 @@ class Segmenter(ABC):
         """
         (height, width), (h, w) = view.size, view.fitted
         scale = torch.tensor((w / width, h / height) * (2 if kind == "box" else 1), device=view.embedding.device)
-        low, quality = self._decode(view.embedding, kind, prompts.to(scale.device, torch.float32) * scale, multimask)
-        flat = low.flatten(0, 1).float()
-        full = functional.interpolate(flat, size=(self.side, self.side), mode="bilinear", align_corners=False)
-        full = full[..., :h, :w]
-        if view.size != view.fitted:
-            full = functional.interpolate(full, size=view.size, mode="bilinear", align_corners=False)
-        return full.unflatten(0, low.shape[:2]), quality.float()
+        low, quality = self._decode(view.features, kind, prompts.to(scale.device, torch.float32) * scale, multimask)
+        return self._enlarge(low.flatten(0, 1).float(), view).unflatten(0, low.shape[:2]), quality.float()
 
     def masks(self, view: View, kind: PromptKind, prompts: Tensor) -> Tensor:
         """The model's single mask for every prompt, bool [B, K, H, W]; `prompts` as in `logits`."""
@@ -106,13 +121,14 @@ class TransformersSam(Segmenter):
         self.side = config.vision_config.image_size
         self.blocks = _numbered("vision_encoder.layers", self.model.vision_encoder.layers)
 
-    def _embed(self, pixels: Tensor) -> Tensor:
-        embedding: Tensor = self.model.get_image_embeddings(pixels)
-        return embedding
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return (self.model.get_image_embeddings(pixels),)
 
-    def _decode(self, embedding: Tensor, kind: PromptKind, prompts: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
         given = {"input_boxes": prompts} if kind == "box" else {"input_points": prompts[:, :, None]}
-        found = self.model(image_embeddings=embedding, multimask_output=multimask, **given)
+        found = self.model(image_embeddings=features[0], multimask_output=multimask, **given)
         return found.pred_masks, found.iou_scores
 
 
@@ -126,13 +142,14 @@ class OfficialSam(Segmenter):
         self.side = self.model.image_encoder.img_size
         self.blocks = _numbered("image_encoder.blocks", self.model.image_encoder.blocks)
 
-    def _embed(self, pixels: Tensor) -> Tensor:
-        embedding: Tensor = self.model.image_encoder(pixels)
-        return embedding
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return (self.model.image_encoder(pixels),)
 
-    def _decode(self, embedding: Tensor, kind: PromptKind, prompts: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
         encoder, found = self.model.prompt_encoder, []
-        for picture, asked in zip(embedding, prompts, strict=True):
+        for picture, asked in zip(features[0], prompts, strict=True):
             points = None if kind == "box" else (asked[:, None], torch.ones(len(asked), 1, device=asked.device))
             sparse, dense = encoder(points=points, boxes=asked if kind == "box" else None, masks=None)
             found.append(
@@ -147,6 +164,76 @@ class OfficialSam(Segmenter):
         return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
 
 
+class _Sam2(Segmenter):
+    """What both packages of SAM 2 share: pictures are stretched to the square, and logits back to the picture."""
+
+    stretches = True
+    model: Any
+
+    def __init__(self, model: nn.Module, side: int, blocks: dict[str, nn.Module]) -> None:
+        super().__init__(model, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        self.side, self.blocks = side, blocks
+
+    def _enlarge(self, low: Tensor, view: View) -> Tensor:
+        return functional.interpolate(low, size=view.size, mode="bilinear", align_corners=False)
+
+
+class TransformersSam2(_Sam2):
+    """transformers' Sam2Model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        sam: Any = model
+        blocks = _numbered("vision_encoder.backbone.blocks", sam.vision_encoder.backbone.blocks)
+        super().__init__(model, sam.prompt_encoder.input_image_size, blocks)
+
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.get_image_embeddings(pixels))
+
+    def _decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        given = {"input_boxes": prompts} if kind == "box" else {"input_points": prompts[:, :, None]}
+        found = self.model(image_embeddings=list(features), multimask_output=multimask, **given)
+        return found.pred_masks, found.iou_scores
+
+
+class OfficialSam2(_Sam2):
+    """`SAM2Base` of the sam2 package and its predictors of videos, on single pictures: memory takes no part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        sam: Any = model
+        blocks = _numbered("image_encoder.trunk.blocks", sam.image_encoder.trunk.blocks)
+        super().__init__(model, sam.image_size, blocks)
+
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        maps = self.model.forward_image(pixels)["backbone_fpn"][-self.model.num_feature_levels :]
+        if self.model.directly_add_no_mem_embed:
+            maps[-1] = maps[-1] + self.model.no_mem_embed.reshape(1, -1, 1, 1)
+        return tuple(maps)
+
+    def _decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        encoder, found = self.model.sam_prompt_encoder, []
+        corners = [2, 3] if kind == "box" else [1]  # labels: a box's first and last corner, or a point of the object
+        for number, asked in enumerate(prompts):
+            points = asked.reshape(len(asked), len(corners), 2)
+            labels = torch.tensor([corners], dtype=torch.int, device=asked.device).expand(len(asked), -1)
+            sparse, dense = encoder(points=(points, labels), boxes=None, masks=None)
+            *fine, coarse = (level[number][None] for level in features)
+            logits, quality, *_ = self.model.sam_mask_decoder(
+                image_embeddings=coarse,
+                image_pe=encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask,
+                repeat_image=True,
+                high_res_features=fine if self.model.use_high_res_features_in_sam else None,
+            )
+            found.append((logits, quality))
+        return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
+
+
 def segmenter_of(model: nn.Module) -> Segmenter:
     """The adapter of a model.
 
@@ -158,9 +245,13 @@ def segmenter_of(model: nn.Module) -> Segmenter:
         return TransformersSam(model)
     if {"image_encoder", "prompt_encoder", "mask_decoder"} <= parts and hasattr(model, "mask_threshold"):
         return OfficialSam(model)
+    if {"vision_encoder", "prompt_encoder", "mask_decoder"} <= parts and type(model).__name__ == "Sam2Model":
+        return TransformersSam2(model)
+    if {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder"} <= parts:
+        return OfficialSam2(model)
     raise BuilderError(
-        f"{type(model).__module__}.{type(model).__name__}: expected transformers' SamModel or segment-anything's Sam; "
-        "load_into takes any model, segment and evaluate these two"
+        f"{type(model).__module__}.{type(model).__name__}: expected transformers' SamModel or Sam2Model, or Sam of "
+        "segment-anything or sam2's SAM2Base; load_into takes any model, segment and evaluate these four"
     )
 
 

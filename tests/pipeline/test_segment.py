@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from birkhoff.pipeline import builders, cli, segment_draw
+from birkhoff.pipeline import architectures, builders, cli, segment_draw
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, PictureError, exit_code
 from birkhoff.pipeline.segment import Masks, distinct, everything, pair_up, prompted
 from birkhoff.pipeline.segment_input import Prompts, box_grid, boxes_of, parse_prompts, point_grid, read_picture
@@ -143,7 +143,7 @@ def test_the_model_sees_what_it_was_trained_on(original, drawn):
         expected = load()(
             pixel_values=pixel_values(drawn.pixels), input_boxes=drawn.boxes, multimask_output=False
         ).pred_masks
-        found, _ = original._decode(original.look(drawn.pixels).embedding, "box", drawn.boxes, False)
+        found, _ = original._decode(original.look(drawn.pixels).features, "box", drawn.boxes, False)
     assert torch.allclose(found, expected, atol=1e-3)
 
 
@@ -253,7 +253,7 @@ def test_published_architectures_are_known_by_their_tensors(monkeypatch, tmp_pat
     package = SimpleNamespace(SamConfig=lambda vision_config: vision_config["hidden_size"])
     package.SamModel = lambda width: widths.append(width) or nn.Identity()
     with monkeypatch.context() as patched:
-        patched.setattr(builders, "_package", lambda name, why: {"transformers": package}[name])
+        patched.setattr(architectures, "package", lambda name, why: {"transformers": package}[name])
         with pytest.raises(ModelMismatchError, match="does not fit the model"):
             builders.original_model(tmp_path / "sam.safetensors", device="cpu")
     assert widths == [1280]

@@ -14,7 +14,7 @@ from birkhoff.pipeline.artifacts import open_artifact
 from birkhoff.pipeline.export import export
 from birkhoff.pipeline.store import Store, open_store
 from tests.pipeline.publishing import publish_tensors
-from tests.pipeline.upstream import upstream
+from tests.pipeline.upstream import drawn, upstream
 
 SMALL = {"depth": 2, "width": 64, "heads": 2, "image": 128}
 
@@ -26,18 +26,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         patch.setenv("BIRKHOFF_HOME", str(folder / "home"))
         patch.setenv("BIRKHOFF_STORE", opened.url)
         yield opened
-
-
-def drawn(model: nn.Module) -> nn.Module:
-    """Random weights everywhere: what a module sets to zero or one would hide a tensor in a wrong place."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                draw = torch.randn(tensor.shape, generator=generator)
-                scale = 0.05 if tensor.dim() > 1 else 0.02
-                tensor.copy_(draw * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return model.eval()
 
 
 def small_sam() -> nn.Module:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
 
 _NAMES = {
     "torchvision": (),
@@ -26,6 +28,18 @@ def upstream(name: str) -> ModuleType:
     """A module of a published package; skips the test where the package is not installed."""
     with _torchvision():
         return pytest.importorskip(name)
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Random weights everywhere: what a module sets to zero or one would hide a tensor in a wrong place."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                draw = torch.randn(tensor.shape, generator=generator)
+                scale = 0.05 if tensor.dim() > 1 else 0.02
+                tensor.copy_(draw * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return model.eval()
 
 
 @contextmanager
