@@ -176,6 +176,27 @@ def advance(store: Store, model: str, name: str, digest: str, publisher: str, *,
     _swap(store, model, ALIAS_LATEST, decide, signer)
 
 
+def sign(store: Store, model: str, alias: str, name: str, signer: Signer) -> Move:
+    """Sign the state that an alias is in; `gen`, time and history stay what they are.
+
+    Raises:
+        ArtifactNotFoundError: no such alias.
+        PreconditionError: it has left the version `name` meanwhile.
+        StoreError: the store failed.
+    """
+
+    def decide(before: AliasRecord | None) -> AliasRecord | None:
+        if before is None or _is_signed(before, model, alias, signer):
+            return None
+        if before.version != name:
+            raise PreconditionError(
+                f"{store.url}: alias {alias} of {model} moved to {before.version} meanwhile; look at it and sign again"
+            )
+        return before.model_copy(update={"signature": None})
+
+    return _swap(store, model, alias, decide, signer)
+
+
 def trail(record: AliasRecord) -> list[str]:
     """The versions by which an alias came to where it is, with what was rolled back cut off; the present one last."""
     found: list[str] = []

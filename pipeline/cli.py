@@ -186,6 +186,9 @@ def compress(
     if as_json or any(run.version for run in runs):
         show(output(), VERSION_COLUMNS, [run.row() for run in runs], as_json=as_json)
     for run in runs:
+        if run.version is not None and run.version.same_as is not None and not as_json:
+            same = run.version.same_as
+            remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
         for warning in run.warnings():
             warn(f"{run.name}: {warning}")
         if run.error is not None:

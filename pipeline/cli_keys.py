@@ -1,11 +1,11 @@
-"""Commands about signing keys. Registered on the app of `cli`."""
+"""Commands about signing keys, and `sign`. Registered on the app of `cli`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from birkhoff.pipeline.cli import JsonOption, app, report
+from birkhoff.pipeline.cli import JsonOption, ReferenceArgument, StoreOption, app, report
 
 key_app = typer.Typer(no_args_is_help=True, help="Signing keys (Ed25519).")
 app.add_typer(key_app, name="key")
@@ -31,3 +31,22 @@ def show(
     from birkhoff.pipeline.signing import load_public
 
     report({"key": load_public(file).id, "public": str(file)}, as_json, "key")
+
+
+@app.command()
+def sign(
+    reference: ReferenceArgument,
+    key: Annotated[Path, typer.Option("--key", metavar="KEYFILE", help="A private key of `birkhoff key new`.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a version that is published already, and the alias that it is named by; changes nothing else."""
+    from birkhoff.pipeline.publish import sign_published
+    from birkhoff.pipeline.signing import load_signer
+    from birkhoff.pipeline.stores import open_default_store
+
+    signer = load_signer(key)
+    with open_default_store(store) as opened:
+        version = sign_published(opened, reference, signer)
+    facts = {"model": version.model, "version": version.name, "digest": version.digest, "alias": version.alias}
+    report({**facts, "key": signer.public.id}, as_json, "signed")

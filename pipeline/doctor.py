@@ -19,10 +19,10 @@ from typing import Literal
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.environment import processors
-from birkhoff.pipeline.errors import StoreDeniedError, StoreUnreachableError, exit_code
+from birkhoff.pipeline.errors import StoreDeniedError, StoreError, StoreUnreachableError, exit_code
 from birkhoff.pipeline.files import SPARE_BYTES
 from birkhoff.pipeline.home import birkhoff_home, cache_folder
-from birkhoff.pipeline.store import Store, check_store
+from birkhoff.pipeline.store import Store, check_store, store_folder
 from birkhoff.pipeline.stores import DEFAULT_STORE, default_store_url, open_default_store
 from birkhoff.pipeline.tables import size
 
@@ -177,7 +177,11 @@ def _store(url: str) -> Iterator[Finding]:
 def _opened(store: Store, shown: str) -> Iterator[Finding]:
     if store.url.startswith("s3://"):
         yield _credentials()
-    capabilities = check_store(store)
+    try:
+        capabilities = check_store(store)
+    except StoreDeniedError as refusal:
+        yield _read_only(store, refusal)
+        return
     yield Finding(check="store", state="ok", found=f"{shown}: written, read, replaced, deleted")
     if capabilities.conditional_writes:
         yield Finding(check="conditional writes", state="ok", found="honoured: several publishers are safe")
@@ -188,6 +192,26 @@ def _opened(store: Store, shown: str) -> Iterator[Finding]:
             found="ignored by this store",
             advice="let one machine publish, one run at a time, or use another store",
         )
+
+
+def _read_only(store: Store, refusal: StoreDeniedError) -> Finding:
+    """A store that may be read, though not written. Raises the refusal where it may not be read either."""
+    try:
+        first = next(iter(store.list("models/")), None)
+        if first is not None:
+            store.get(first.key, length=1)
+    except StoreError:
+        raise refusal from None
+    folder = store_folder(store.url)
+    if folder is not None and not folder.is_dir():
+        raise refusal
+    publishing = "the policy manifests/iam/publisher.json (`gc --yes`: collector.json)"
+    return Finding(
+        check="store",
+        state="note",
+        found=f"{store.url}: may be read, may not be written: `pull`, `verify` and loading work",
+        advice=f"nothing to do for pulling; publishing needs {'write access to it' if folder else publishing}",
+    )
 
 
 def _credentials() -> Finding:

@@ -52,6 +52,7 @@ class ModelRun:
             "profile": self.profile,
             "version": self.version.name if self.version else None,
             "digest": self.version.digest if self.version else None,
+            "same_as": self.version.same_as if self.version else None,
             "status": self.status,
             **(manifest.figures() if manifest else {"source_bytes": self.source_bytes or None, **unknown}),
             "seconds": round(self.seconds, 2),

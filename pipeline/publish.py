@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from birkhoff.pipeline.aliases import advance, aliases
+from birkhoff.pipeline.aliases import sign as sign_alias
 from birkhoff.pipeline.artifact import (
     MAX_DOCUMENT_BYTES,
     AliasRecord,
@@ -54,6 +55,8 @@ class Version:
     """The alias by which it was asked for, if it was."""
     pointer: AliasRecord | None = None
     """The state of that alias."""
+    same_as: str | None = None
+    """The newest of its older names, where it was just published under one more."""
 
     @property
     def stored_bytes(self) -> int:
@@ -84,15 +87,42 @@ def publish(
         store.create(version_key(model, digest), manifest.to_bytes())
         run.check()
         # Names tell what was published when: content that was there before and comes back gets a new one.
-        newest = [name for name, record in [*names(store, model)][-1:] if record.digest == digest]
-        if newest:
-            name = newest[0]
+        # `latest` goes forward only, so it could not go back to an old name.
+        held = [(name, record.digest == digest) for name, record in names(store, model)]
+        older = next((name for name, same in reversed(held) if same), None)
+        if older is not None and held[-1][0] == older:
+            name, older = older, None
             sign(name, None)
         else:
             name = take_name(store, model, digest, publisher, single_publisher=single_publisher, announce=sign)
         run.check()
         advance(store, model, name, digest, publisher, signer=signer)
-        return Version(model=model, name=name, digest=digest, manifest=manifest)
+        return Version(model=model, name=name, digest=digest, manifest=manifest, same_as=older)
+
+
+def sign_published(store: Store, reference: str, signer: Signer) -> Version:
+    """Sign a version that is there, under its name, or all its names where it was asked for by digest; and the alias.
+
+    Nothing else changes: no name is given, no alias moved. May be called twice.
+
+    Raises:
+        ArtifactNotFoundError: no such version, or one without a name, which is what a signature is about.
+        PreconditionError: the alias moved meanwhile.
+        StoreError, IntegrityError: the store failed.
+    """
+    with open_run(store):
+        version = resolve(store, reference)
+        model, digest = version.model, version.digest
+        if version.name is None:
+            raise ArtifactNotFoundError(f"{reference} has no name (any more); compress its source again to publish it")
+        held = [version.name]
+        if reference.endswith(f"@{digest}"):
+            held = [name for name, record in names(store, model) if record.digest == digest]
+        for name in held:
+            sign_version(store, signer, model, name, digest)
+        if version.alias is not None:
+            sign_alias(store, model, version.alias, version.name, signer)
+        return version
 
 
 def is_signed(store: Store, version: Version, signer: Signer) -> bool:

@@ -88,7 +88,10 @@ def check_signatures(
             f"{label}: its signature by {_ids(trust)} does not hold for model {model} and digest {digest}; "
             "do not use it, and ask its publisher"
         )
-    raise TrustError(f"{label}: not signed by {_ids(trust)}; publish it with --sign, or name the key it is signed with")
+    raise TrustError(
+        f"{label}: not signed by {_ids(trust)}; its publisher signs it with `birkhoff sign`, or name the key it is "
+        "signed with"
+    )
 
 
 def _check_alias_signature(store: Store, model: str, alias: str, record: AliasRecord, trust: Trust) -> None:
@@ -103,7 +106,7 @@ def _check_alias_signature(store: Store, model: str, alias: str, record: AliasRe
         what = f"is signed by {found.key[:16]}"
     raise TrustError(
         f"{store.url}: alias {alias} of {model} at gen {record.gen} ({record.version}) {what}, expected {_ids(trust)}; "
-        f"move it with --sign, or pull {model}@{record.version} by its name"
+        f"its publisher signs it with `birkhoff sign {model}@{alias}`, or pull {model}@{record.version} by its name"
     )
 
 

@@ -1,9 +1,11 @@
 """The forecast of `birkhoff plan`: ranges that hold what a run comes to."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.forecast import plan_rows
 from birkhoff.pipeline.manifest import load_manifest
 from birkhoff.pipeline.planned import select
@@ -24,6 +26,15 @@ def test_the_range_holds_what_a_run_stores_and_is_no_wider_than_it_must_be(profi
     assert low <= row["predicted_stored_bytes"] <= high  # type: ignore[operator]
     source = row["source_bytes"]
     assert row["predicted_ratio_range"] == (round(source / high, 2), round(source / low, 2))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("page", ["README.md", "manifests/README.md"])
+def test_the_tables_of_profiles_name_them_all_with_their_ratios(page: str) -> None:
+    text = (DEMO.parents[1] / page).read_text().split("| profile | each coded tensor |")[1].split("\n\n")[0]
+    found = dict(re.findall(r"^\| `([a-z-]+)`[^|]*\|[^|]*\| ([0-9.]+) \|", text, re.M))
+    source = DEMO.parent.joinpath("demo", "demo_sam.safetensors").stat().st_size
+    assert found == {name: f"{source / stored:.2f}" for name, stored in STORED.items()}
+    assert found.keys() == PROFILES.keys()
 
 
 def test_targets_are_those_of_tensors() -> None:

@@ -129,6 +129,25 @@ def test_each_role_does_its_work_and_no_other(world: World, command: Any, tmp_pa
     allowed("puller", "verify", "net@v2")
 
 
+def test_doctor_tells_who_may_only_read_from_who_may_not(world: World, command: Any, tmp_path: Path) -> None:
+    def found(role: str) -> tuple[int, dict[str, Any]]:
+        code, out, _ = command(role, "doctor", "--json")
+        return code, {row["check"]: row for row in json.loads(out)}
+
+    assert command("publisher", "compress", _manifest(tmp_path, 3), "--executor", "inline")[0] == 0
+    for role in ("puller", "collector"):
+        code, rows = found(role)
+        assert (code, rows["credentials"]["state"], rows["store"]["state"]) == (0, "ok", "note")
+        assert "may be read, may not be written: `pull`" in rows["store"]["found"]
+        assert "manifests/iam/publisher.json" in rows["store"]["advice"]
+        assert "conditional writes" not in rows
+    code, rows = found("publisher")
+    assert (code, rows["store"]["state"], rows["conditional writes"]["state"]) == (0, "ok", "ok")
+    world.pairs["stranger"] = (world.pairs["puller"][0], "x" * 40)
+    code, rows = found("stranger")
+    assert (code, rows["credentials"]["state"], "store" in rows) == (9, "fails", False)
+
+
 @pytest.mark.parametrize(
     ("key", "publisher", "puller", "collector"),
     [

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import names as names_module
+from birkhoff.pipeline import publish as publish_module
 from birkhoff.pipeline.aliases import aliases, promote, rollback
 from birkhoff.pipeline.artifact import (
     AliasRecord,
@@ -35,9 +36,9 @@ from birkhoff.pipeline.artifact import (
 from birkhoff.pipeline.artifacts import open_artifact
 from birkhoff.pipeline.blob_cache import BlobCache
 from birkhoff.pipeline.collect import collect
-from birkhoff.pipeline.errors import IntegrityError, OutputError, TrustError, exit_code
+from birkhoff.pipeline.errors import IntegrityError, OutputError, PreconditionError, TrustError, exit_code
 from birkhoff.pipeline.names import take_name
-from birkhoff.pipeline.publish import Version, is_signed, resolve
+from birkhoff.pipeline.publish import Version, is_signed, resolve, sign_published
 from birkhoff.pipeline.pull import pull
 from birkhoff.pipeline.references import find, recall
 from birkhoff.pipeline.signing import Signer, load_public, load_signer, new_key, sign_version, signed_names
@@ -101,7 +102,12 @@ class TestSignedVersions:
 
     def test_missing(self, store: Store, signer: Signer) -> None:
         make(store, "one")
-        refused(store, "net@v1", r"net@v1: not signed by key [0-9a-f]{16}; publish it with --sign", signer)
+        refused(
+            store,
+            "net@v1",
+            r"net@v1: not signed by key [0-9a-f]{16}; its publisher signs it with `birk",
+            signer,
+        )
 
     def test_wrong_key(self, store: Store, signer: Signer, other: Signer) -> None:
         make(store, "one", other)
@@ -144,6 +150,57 @@ class TestSignedVersions:
         again = make(store, "one", signer)
         assert again.name == "v3"
         assert trusted(store, "net@v1", signer) == trusted(store, "net@v3", signer) == first.digest
+
+    def test_content_that_comes_back_says_under_which_name_it_was_there(self, store: Store) -> None:
+        assert [make(store, content).same_as for content in ("one", "one", "two", "one", "two", "two")] == [
+            None,
+            None,
+            None,
+            "v1",
+            "v2",
+            None,
+        ]
+
+    def test_what_is_published_is_signed_in_place(self, store: Store, signer: Signer, other: Signer) -> None:
+        first, second = make(store, "one"), make(store, "two")
+        promote(store, "net", "v1", protect=True)
+        before = {info.key: store.get(info.key) for info in store.list("models/")}
+        assert sign_published(store, "net@v1", signer).digest == first.digest
+        assert trusted(store, "net@v1", signer) == first.digest
+        refused(store, "net@stable", "alias stable .* is not signed, .* `birkhoff sign net@stable`", signer)
+        for _ in range(2):
+            assert sign_published(store, "net@stable", signer).alias == "stable"
+        assert trusted(store, "net@stable", signer) == first.digest
+        sign_published(store, "net", signer)
+        assert trusted(store, "net", signer) == second.digest
+        after = {info.key: store.get(info.key) for info in store.list("models/")}
+        new = {key for key, body in after.items() if before.get(key) != body}
+        assert new == {
+            *(signatures_key("net", digest, signer.public.id) for digest in (first.digest, second.digest)),
+            *(alias_key("net", alias) for alias in ("stable", "latest")),
+        }
+        states = {alias: record.model_dump(exclude={"signature"}) for alias, record in aliases(store, "net").items()}
+        assert states == {
+            alias: read_document(AliasRecord, alias, before[alias_key("net", alias)]).model_dump(exclude={"signature"})
+            for alias in states
+        }
+        sign_published(store, "net@stable", other)
+        assert trusted(store, "net@stable", other) == first.digest
+
+    def test_a_digest_is_signed_under_each_of_its_names(self, store: Store, signer: Signer) -> None:
+        first, _ = make(store, "one"), make(store, "two")
+        make(store, "one")
+        sign_published(store, f"net@{first.digest}", signer)
+        assert trusted(store, "net@v1", signer) == trusted(store, "net@v3", signer) == first.digest
+
+    def test_an_alias_that_moves_while_it_is_signed(
+        self, store: Store, signer: Signer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make(store, "one")
+        usual = publish_module.sign_version
+        monkeypatch.setattr(publish_module, "sign_version", lambda *given: (usual(*given), make(store, "two")))
+        with pytest.raises(PreconditionError, match="alias latest of net moved to v2 meanwhile"):
+            sign_published(store, "net", signer)
 
     def test_two_keys_sign_one_version(self, store: Store, signer: Signer, other: Signer) -> None:
         make(store, "one", signer)
@@ -222,7 +279,10 @@ class TestSignedAliases:
     def test_an_unsigned_move(self, store: Store, signer: Signer, two: tuple[Version, Version]) -> None:
         rollback(store, "net")
         refused(
-            store, "net@stable", r"alias stable of net at gen 3 \(v1\) is not signed, expected .*move it with", signer
+            store,
+            "net@stable",
+            r"alias stable of net at gen 3 \(v1\) is not signed, expected .*signs it with `birk",
+            signer,
         )
         promote(store, "net", "v1", signer=signer)  # signs what is there
         assert trusted(store, "net@stable", signer) == two[0].digest
