@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import zstandard
 
 from birkhoff.codec.container import parse
 from birkhoff.codec.errors import FormatError, VersionError
-from birkhoff.codec.rest import compress
+from birkhoff.codec.rest import compress, decompress
 from birkhoff.codec.tensor import decode_tensor
 
 Header = dict[str, Any]
@@ -79,6 +80,64 @@ def test_declarations_out_of_bounds(kind: str) -> None:
     entry, streams, message = ENTRIES[kind]
     with pytest.raises(FormatError, match=message):
         parse(coded(entry, *[b"\0" * 1000] * streams))
+
+
+def pair(first: object, second: object, data: bytes = b"abcd") -> bytes:
+    """Two raw tensors of two bytes that lie where these offsets say."""
+    entry = "codec=raw dtype=U8 shape=2 parts=2"
+    stored = {
+        name: {"dtype": "U8", "shape": [2], "data_offsets": place} for name, place in (("v", first), ("w", second))
+    }
+    text = json.dumps({"__metadata__": {"__birkhoff__": "1", "v": entry, "w": entry}, **stored})
+    return container(text.encode(), data)
+
+
+OFFSETS = {
+    "overlap": (pair([0, 2], [1, 3]), "a hole or an overlap at byte 1"),
+    "hole": (pair([0, 2], [3, 5], b"abcde"), "a hole or an overlap at byte 2"),
+    "both in one place": (pair([0, 2], [0, 2], b"ab"), "a hole or an overlap at byte 0"),
+    "negative": (pair([-2, 0], [0, 2], b"ab"), r"'v': offsets \[-2, 0\] do not lie inside 2 bytes"),
+    "backwards": (pair([2, 0], [2, 4]), r"'v': offsets \[2, 0\] do not lie inside 4 bytes"),
+    "past the end": (pair([0, 2], [2, 4], b"abc"), r"'w': offsets \[2, 4\] do not lie inside 3 bytes"),
+    "huge": (pair([0, 2], [2, 1 << 70]), r"'w': offsets \[2, 1180591620717411303424\] do not lie inside"),
+    "no numbers": (pair([0, 2], [True, 4]), r"'w': offsets \[True, 4\] do not lie"),
+    "longer than its parts": (pair([0, 2], [2, 5], b"abcde"), "'w': 3 bytes stored, its parts add up to 2"),
+    "bytes of nobody": (pair([0, 2], [2, 4], b"abcde"), "holds 5 bytes of data, its tensors take 4"),
+}
+
+
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_places_that_lie(kind: str) -> None:
+    blob, message = OFFSETS[kind]
+    with pytest.raises(FormatError, match=message):
+        parse(blob)
+
+
+def test_two_tensors_that_lie_where_they_should_are_read() -> None:
+    assert [decode_tensor(tensor).tolist() for tensor in parse(pair([2, 4], [0, 2]))] == [[99, 100], [97, 98]]
+
+
+def test_what_a_forger_wrote_is_quoted_in_one_line() -> None:
+    with pytest.raises(FormatError) as caught:
+        parse(container(json.dumps(header("codec=raw dtype=U8 shape=\r9\n parts=2", 2)).encode(), b"ab"))
+    assert str(caught.value) == r"tensor 'w': metadata lacks or garbles '\r9\n'"
+
+
+@pytest.mark.parametrize(
+    ("size", "frame", "message"),
+    [
+        (40, compress(bytes(1 << 20)), "stream declares 1048576 bytes where 40 were expected"),
+        (1 << 20, compress(bytes(40)), "stream declares 40 bytes where 1048576 were expected"),
+        # A frame that does not say what it holds: a megabyte of zeros in some fifty bytes.
+        (40, zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20)), "declares -1 bytes"),
+        (40, compress(bytes(40)) + b"more", "corrupt"),
+        (40, compress(bytes(range(40)))[:-1], "corrupt"),
+    ],
+)
+def test_ratios_that_lie(size: int, frame: bytes, message: str) -> None:
+    """What a frame declares is compared with what the shape needs before anything is unpacked."""
+    with pytest.raises(FormatError, match=message):
+        decompress(frame, size)
 
 
 LATTICE = "codec=lattice dtype={} shape={} path={} columns=4 step=3d000000 escapes=0"
