@@ -243,7 +243,7 @@ def segmenter_of(model: nn.Module) -> Segmenter:
     parts = {name for name, _ in model.named_children()}
     if {"vision_encoder", "prompt_encoder", "mask_decoder"} <= parts and type(model).__name__ == "SamModel":
         return TransformersSam(model)
-    if {"image_encoder", "prompt_encoder", "mask_decoder"} <= parts and hasattr(model, "mask_threshold"):
+    if {"image_encoder", "prompt_encoder", "mask_decoder"} <= parts and _is_published(model):
         return OfficialSam(model)
     if {"vision_encoder", "prompt_encoder", "mask_decoder"} <= parts and type(model).__name__ == "Sam2Model":
         return TransformersSam2(model)
@@ -253,6 +253,12 @@ def segmenter_of(model: nn.Module) -> Segmenter:
         f"{type(model).__module__}.{type(model).__name__}: expected transformers' SamModel or Sam2Model, or Sam of "
         "segment-anything or sam2's SAM2Base; load_into takes any model, segment and evaluate these four"
     )
+
+
+def _is_published(model: Any) -> bool:
+    """Whether it is the published `Sam`: SAM-HQ's has another decoder, MobileSAM's an encoder without blocks."""
+    decoder, encoder = model.mask_decoder, model.image_encoder
+    return hasattr(model, "mask_threshold") and type(decoder).__name__ == "MaskDecoder" and hasattr(encoder, "blocks")
 
 
 def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,25 +31,40 @@ class Sam(nn.Module):
         self.image_encoder = nn.Linear(64, 64)
 
 
-def test_the_example_of_segment_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def predictor(sam: nn.Module) -> tuple[str, nn.Module]:
+    return "predictor", sam
+
+
+STANDINS: dict[str, dict[str, dict[str, object]]] = {
+    "sam-b": {"segment_anything": {"sam_model_registry": {"vit_b": Sam}, "SamPredictor": predictor}},
+    "sam2.1-t": {
+        "sam2": {},
+        "sam2.build_sam": {"build_sam2": lambda _config, device: Sam().to(device)},
+        "sam2.sam2_image_predictor": {"SAM2ImagePredictor": predictor},
+    },
+}
+"""What the examples import, by the model that they load."""
+
+
+@pytest.mark.parametrize("model", STANDINS)
+def test_the_examples_of_published_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
-    (block,) = [block for block in README.blocks if "from segment_anything" in block.text]
-    package = type(birkhoff)("segment_anything")
-    package.sam_model_registry = {"vit_b": Sam}  # type: ignore[attr-defined]
-    package.SamPredictor = lambda sam: ("predictor", sam)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "segment_anything", package)
+    (block,) = [block for block in README.blocks if f'"{model}@latest"' in block.text]
+    for name, members in STANDINS[model].items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(members)
     monkeypatch.setenv("BIRKHOFF_STORE", (tmp_path / "store").as_uri())
     monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
     torch.manual_seed(0)
     source = Sam()
     save_file(source.state_dict(), tmp_path / "sam.safetensors")
-    (tmp_path / "m.yaml").write_text("models: [{name: sam-b, source: sam.safetensors}]\n")
+    (tmp_path / "m.yaml").write_text(f"models: [{{name: {model}, source: sam.safetensors}}]\n")
     assert command(["compress", str(tmp_path / "m.yaml"), "--executor", "inline"]) == 0
     capsys.readouterr()
     names: dict[str, object] = {"birkhoff": birkhoff}
     exec(block.text, names)
-    loaded = names["sam"]
+    loaded = names["sam2" if "sam2" in model else "sam"]
     assert isinstance(loaded, Sam)
     assert names["predictor"] == ("predictor", loaded)
     x = torch.randn(4, 64)

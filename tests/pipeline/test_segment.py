@@ -280,6 +280,17 @@ def test_a_builder_may_be_a_script(tmp_path):
         segmenter_of(model)
 
 
+@pytest.mark.parametrize(("decoder", "layers"), [("MaskDecoderHQ", "blocks"), ("MaskDecoder", "layers")])
+def test_relatives_of_the_published_model_are_refused(decoder, layers):
+    """SAM-HQ and MobileSAM by what tells them from SAM: they would fail inside."""
+    model = nn.ModuleDict({name: nn.Module() for name in ("image_encoder", "prompt_encoder")})
+    model["mask_decoder"] = type(decoder, (nn.Module,), {})()
+    model["image_encoder"].add_module(layers, nn.ModuleList())
+    model.mask_threshold = 0.0
+    with pytest.raises(BuilderError, match="segment and evaluate these four"):
+        segmenter_of(model)
+
+
 def test_panels_show_what_differs():
     pixels = torch.full((3, 64, 96), 120, dtype=torch.uint8)
     first, second = torch.zeros(2, 1, 64, 96, dtype=torch.bool).unbind(0)
