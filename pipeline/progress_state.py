@@ -10,6 +10,9 @@ from birkhoff.pipeline.tables import size
 _WINDOW_SECONDS = 30.0
 """Speed is taken over this long."""
 
+_TELLING_SHARE = 0.01
+"""Of the work: the first small shard, seconds after the start, says nothing of the speed to come."""
+
 
 @dataclass(slots=True, kw_only=True)
 class ModelProgress:
@@ -77,7 +80,10 @@ class FleetProgress:
         self._recent.append((self.clock(), nbytes))
 
     def speed(self) -> float | None:
-        """Source bytes a second over the last while; None before anything has ended."""
+        """Source bytes a second over the last while; None before `_TELLING_SHARE` of the work has ended."""
+        worked = sum(model.done_bytes for model in self.planned.values())
+        if worked < _TELLING_SHARE * (worked + self.nbytes - self.done_bytes):
+            return None
         now = self.clock()
         while self._recent and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.popleft()

@@ -64,6 +64,18 @@ def drawn(state: FleetProgress, *, width: int = 110, height: int = 40, downloads
     return file.getvalue().splitlines()
 
 
+def test_one_small_shard_says_nothing_of_speed_or_time_left() -> None:
+    clock = Clock()
+    state = FleetProgress(models=1, clock=clock)
+    state.plan("a", 1000 * MIB, 4, None)
+    clock.now += 20
+    state.advance("a", 1 * MIB, None, reused=False)
+    assert (state.speed(), state.left()) == (None, None)
+    assert state.summary() == "0/1 models, 1/4 shards, 1.0 MiB of 1000.0 MiB"
+    state.advance("a", 19 * MIB, None, reused=False)
+    assert (state.speed(), state.left()) == (1 * MIB, 980.0)
+
+
 def test_the_view_shows_models_shards_speed_and_time_left() -> None:
     state, clock = fleet()
     clock.now += 10
