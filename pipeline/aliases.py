@@ -10,7 +10,6 @@ whoever does makes the name live again. Movers hold an open run (`leases`), so n
 """
 
 import logging
-import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,14 +33,12 @@ from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.names import RACES, VERSION_NAME, live_name, number, read_name, revive_name
 from birkhoff.pipeline.signing import Signer, alias_signed_by, sign_alias
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.store_keys import ALIAS_LATEST, ALIAS_STABLE, NAME_PATTERN
+from birkhoff.pipeline.store_keys import ALIAS_LATEST, ALIAS_STABLE, DIGEST, NAME_PATTERN
 
 log = logging.getLogger("birkhoff.aliases")
 
 KEPT_STATES = 50
 """States an alias remembers: about 200 bytes each."""
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +279,7 @@ def _read(store: Store, model: str, alias: str) -> tuple[AliasRecord | None, str
 
 
 def _check_alias(alias: str) -> None:
-    if not NAME_PATTERN.fullmatch(alias) or VERSION_NAME.fullmatch(alias) or _DIGEST.fullmatch(alias):
+    if not NAME_PATTERN.fullmatch(alias) or VERSION_NAME.fullmatch(alias) or DIGEST.fullmatch(alias):
         raise AliasError(
             f"alias {alias[:80]!r}: expected 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or "
             "digit, and neither a version such as v3 nor a digest"

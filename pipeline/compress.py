@@ -18,6 +18,7 @@ from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest, blob_key
 from birkhoff.pipeline.collect import retire
 from birkhoff.pipeline.digests import checkpoint_digest, checkpoint_state
+from birkhoff.pipeline.environment import memory_bytes
 from birkhoff.pipeline.errors import SourceError, StoreError
 from birkhoff.pipeline.execute import Executor, Outcome
 from birkhoff.pipeline.leases import open_run
@@ -156,7 +157,7 @@ def _in_flight(manifest: Manifest) -> int:
     """Source bytes that may be at work at any time."""
     if manifest.in_flight_mib is not None:
         return manifest.in_flight_mib * MIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return memory_bytes() // 8
 
 
 def _start(run: ModelRun, reuse: Reuse) -> list[ShardTask]:

@@ -32,6 +32,7 @@ from typing import IO, Literal, Self
 
 from birkhoff.pipeline.embedded_process import BUCKET, HOST, find_ports, spawn, start_time, terminate
 from birkhoff.pipeline.errors import StoreError, StoreUnreachableError
+from birkhoff.pipeline.files import appearing
 from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.store import Store, StoreAddress, StoreSettings
 from birkhoff.pipeline.store_s3 import S3Credentials, S3Store, connect
@@ -306,9 +307,5 @@ def _open_lock(path: Path) -> IO[str]:
 
 def _write_private(path: Path, text: str) -> None:
     """Write a file that appears whole and that only this user can read."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with appearing(path, mode=0o600) as file:
+        file.write(text.encode())

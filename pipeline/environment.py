@@ -35,9 +35,14 @@ def environment() -> Environment:
         packages={name: found for name in _PACKAGES if (found := _version(name))},
         processor=processor(),
         cpus=processors(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         gpus=_gpus(),
     )
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def processors() -> int:

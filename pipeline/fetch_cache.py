@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Self
 
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.fetch_spec import shown_url
-from birkhoff.pipeline.files import SPARE_BYTES, file_sha256, file_state, is_settled
+from birkhoff.pipeline.files import SPARE_BYTES, appearing, file_sha256, file_state, is_settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,7 @@ class DownloadCache:
         """A cached file with this digest from whatever address; it is hashed. Raises OSError."""
         with suppress(FileNotFoundError):
             for path in sorted((self.folder / sha256).iterdir()):
-                if not path.name.startswith(".partial-") and file_sha256(path) == sha256:
+                if file_sha256(path) == sha256:
                     return path
         return None
 
@@ -217,15 +216,10 @@ def check_space(folder: Path, nbytes: int, label: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a small file so that it appears whole."""
+    """Write a small file so that it appears whole. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        fresh.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with appearing(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def _key(url: str) -> str:

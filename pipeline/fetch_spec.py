@@ -20,12 +20,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from birkhoff.pipeline.errors import StoreError
 from birkhoff.pipeline.store import StoreAddress, is_loopback
-from birkhoff.pipeline.store_keys import MAX_COMPONENT_BYTES, check_key
+from birkhoff.pipeline.store_keys import DIGEST, MAX_COMPONENT_BYTES, check_key
 
 Scheme = Literal["path", "http", "https", "s3"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIGNED_QUERY = re.compile(
     r"[?&](X-(Amz|Goog)-(Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig)=", re.I
 )
@@ -59,7 +58,7 @@ class SourcePart(BaseModel):
     @field_validator("sha256")
     @classmethod
     def _check_sha256(cls, digest: str | None) -> str | None:
-        if digest is not None and not _SHA256.fullmatch(digest.lower()):
+        if digest is not None and not DIGEST.fullmatch(digest.lower()):
             raise ValueError(f"expected 64 hex digits as sha256sum prints them, got {digest[:80]!r}")
         return None if digest is None else digest.lower()
 

@@ -24,27 +24,36 @@ _FICLONE = 0x40049409
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name whole, once the block ends well, or not at all.
+def appearing(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name whole, durable and with `mode`, once the block ends well, or never.
 
-    Raises:
-        OutputError: it cannot be written.
+    Raises OSError.
     """
-    temporary: Path | None = None
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    temporary = Path(name)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """`appearing`, whose errors are those of an output.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with appearing(path) as file:
+            yield file
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}; name a place that can be written") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: Path) -> None:

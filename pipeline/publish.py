@@ -4,7 +4,6 @@ Order of writes: blobs and shard records (by the workers), then the version's ma
 `latest`. A crash between two of them leaves objects that nothing refers to yet, and the next run goes on from there.
 """
 
-import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,9 +36,7 @@ from birkhoff.pipeline.leases import open_run
 from birkhoff.pipeline.names import VERSION_NAME, names, read_name, take_name
 from birkhoff.pipeline.signing import Signer, alias_signed_by, read_signatures, sign_version, signed_names
 from birkhoff.pipeline.store import Store
-from birkhoff.pipeline.store_keys import ALIAS_LATEST, NAME_PATTERN
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+from birkhoff.pipeline.store_keys import ALIAS_LATEST, DIGEST, NAME_PATTERN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +168,7 @@ def resolve(store: Store, reference: str) -> Version:
 def _find(store: Store, model: str, ref: str) -> tuple[str | None, str, AliasRecord | None]:
     """Name, digest, and the alias that led to them."""
     try:
-        if _DIGEST.fullmatch(ref):
+        if DIGEST.fullmatch(ref):
             return next((name for name, record in names(store, model) if record.digest == ref), None), ref, None
         if VERSION_NAME.fullmatch(ref):
             return ref, _named(store, model, ref), None

@@ -14,6 +14,8 @@ RESERVED = ".store"  # where a directory store keeps its locks and temporary fil
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a model or an alias can be called."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""A SHA-256 in hex, by which blobs and versions are named."""
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 

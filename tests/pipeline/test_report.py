@@ -142,6 +142,7 @@ def test_a_report_that_cannot_be_written_fails_nothing(
 
 
 def test_reports_are_found_by_id_start_and_age(fleet: Fleet) -> None:
+    (fleet.folder / "store").mkdir()
     code, _, err = fleet.run("report")
     assert (code, "has no reports yet" in err) == (10, True)
     fleet.compress("--only", "net")
