@@ -105,7 +105,7 @@ def _stored_width(tensor: CodedTensor) -> int:
 
 
 def header_size(start: bytes) -> int:
-    """Bytes of the whole header (length field included) of a container, from its first 8 bytes."""
+    """Bytes of the whole header (length field included) of a container, from its first 8 bytes. Raises FormatError."""
     if len(start) < 8:
         raise FormatError(f"container is truncated: {len(start)} bytes are no header")
     size = int(struct.unpack("<Q", start[:8])[0])
@@ -131,7 +131,12 @@ def parse(blob: bytes | memoryview) -> list[CodedTensor]:
 
 
 def parse_header(head: bytes) -> tuple[dict[str, object], dict[str, str]]:
-    """(stored tensors by name, metadata by name without the version) of the first `header_size` bytes."""
+    """(stored tensors by name, metadata by name without the version) of the first `header_size` bytes.
+
+    Raises:
+        FormatError: not a header of this format.
+        VersionError: of a version that this code does not read.
+    """
     if len(head) < header_size(head):
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {header_size(head)}")
     try:
@@ -203,7 +208,7 @@ def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> 
 
 
 def parse_entry(name: str, entry: str) -> dict[str, str]:
-    """The `key=value` tokens of a metadata entry."""
+    """The `key=value` tokens of a metadata entry. Raises FormatError."""
     try:
         return _unique([tuple(token.split("=", 1)) for token in entry.split(" ")])  # type: ignore[misc,return-value]
     except ValueError:

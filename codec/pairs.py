@@ -81,7 +81,7 @@ def join(x_RP: Tensor, y_RP: Tensor, columns: int, out: Tensor | None = None) ->
 
 
 def columns_of_pairs(pair: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Columns (of x, of y) of pair numbers 0..P-1; the y of a pair without partner is `columns` or beyond."""
+    """Columns (of x, of y) of pair numbers 0..P-1 of any shape; y of a pair without partner is `columns` or beyond."""
     block = pair // HALF
     half = ((columns - block * 2 * HALF + 1) // 2).clamp(max=HALF)
     first = block * 2 * HALF + pair % HALF

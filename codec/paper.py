@@ -213,6 +213,7 @@ def pack_bits(index: np.ndarray[Any, Any], bits: int) -> bytes:
     """Pack integers [P] below 2**bits, bits = 1..32, as one big-endian bit string with zero bits in front.
 
     Toy: 1, 2, 3 in 3 bits are 001 010 011; with 7 bits in front, the bytes 00 53.
+    Raises CodecError for integers that do not fit.
     """
     if not 1 <= bits <= 32:
         raise CodecError(f"pack_bits: expected 1..32 bits, got {bits}")

@@ -58,7 +58,7 @@ def pack_bytes(data: bytes, width: int) -> bytes:
 
 
 def unpack_bytes(frame: bytes | memoryview, size: int, width: int) -> bytes:
-    """The `size` bytes of `pack_bytes`."""
+    """The `size` bytes of `pack_bytes`. Raises FormatError."""
     if not size:
         return _nothing(frame)
     if size % width:
@@ -68,7 +68,11 @@ def unpack_bytes(frame: bytes | memoryview, size: int, width: int) -> bytes:
 
 
 def pack_escapes(escapes: Escapes) -> bytes:
-    """Escapes as int32 [3, E]: gaps between pair indices (the first from 0), then I, then J; byte planes of 4."""
+    """Escapes as int32 [3, E]: gaps between pair indices (the first from 0), then I, then J; byte planes of 4.
+
+    Raises:
+        FormatError: a gap that no int32 holds.
+    """
     if not len(escapes):
         return b""
     pair = escapes.pair.cpu().numpy()

@@ -99,19 +99,9 @@ def _check(low: Tensor, high: Tensor, scale: Tensor, bits: int, columns: int) ->
         )
 
 
-def _packed_linear(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
-    bits: int,
-    bias: Tensor | None,
-) -> Tensor:
-    weight = _packed_weight(low, high, scale, step, escape_index, escape_value, bits, x.shape[-1], x.dtype)
-    return dense_linear(x, weight, bias)
+def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
+    *planes, bits, bias = rest
+    return dense_linear(x, _packed_weight(*planes, bits, x.shape[-1], x.dtype), bias)
 
 
 def _packed_weight_fake(low: Tensor, *rest: Any) -> Tensor:

@@ -81,19 +81,19 @@ class Artifact(ABC):
         yield from self.manifest.shards
 
     def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
-        """The stored tensors of a shard. May be called from any thread."""
+        """The stored tensors of a shard. May be called from any thread. Raises IntegrityError naming the blob."""
         try:
             return parse(self.blob(shard))
         except FormatError as error:
             raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None
 
     def coded(self) -> Iterator[CodedTensor]:
-        """Every stored tensor in the checkpoint's order, one shard in memory at a time."""
+        """Every stored tensor in the checkpoint's order, one shard in memory at a time. Raises as `coded_of`."""
         for shard in self.manifest.shards:
             yield from self.coded_of(shard)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, dense CPU tensor) in the checkpoint's order."""
+        """(name, dense CPU tensor) in the checkpoint's order. Raises IntegrityError, FormatError."""
         for coded in self.coded():
             yield coded.name, decode_tensor(coded)
 
@@ -298,7 +298,7 @@ class TensorRow:
 
 
 def inspect(artifact: Artifact) -> list[TensorRow]:
-    """All tensors of an artifact, from the headers of its shards alone."""
+    """All tensors of an artifact, from the headers of its shards alone. Raises FormatError, StoreError."""
     return [row for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard)]
 
 
