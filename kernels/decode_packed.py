@@ -100,8 +100,8 @@ def _check(low: Tensor, high: Tensor, scale: Tensor, bits: int, columns: int) ->
 
 
 def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
-    *planes, bits, bias = rest
-    return dense_linear(x, _packed_weight(*planes, bits, x.shape[-1], x.dtype), bias)
+    low, high, scale, step, index, value, bits, bias = rest
+    return dense_linear(x, _packed_weight(low, high, scale, step, index, value, bits, x.shape[-1], x.dtype), bias)
 
 
 def _packed_weight_fake(low: Tensor, *rest: Any) -> Tensor:
