@@ -13,6 +13,7 @@ def main() -> None:
         sys.stderr.write("error: interrupted before anything was done\n")
         sys.exit(130)
     gc.freeze()
+    gc.set_threshold(10_000)  # objects; what commands import later is most of what they make
     gc.enable()
     try:
         command()
