@@ -14,7 +14,7 @@ Nothing here opens a file or a connection.
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urldefrag, urlsplit
+from urllib.parse import parse_qsl, unquote, urldefrag, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -25,10 +25,12 @@ from birkhoff.pipeline.store_keys import DIGEST, MAX_COMPONENT_BYTES, check_key
 Scheme = Literal["path", "http", "https", "s3"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SIGNED_QUERY = re.compile(
-    r"[?&](X-(Amz|Goog)-(Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig)=", re.I
+_PERMISSIONS = re.compile(
+    r"X-(Amz|Goog)-(Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig"
+    r"|((access|auth|api|private|session)[-_]?)?token|(api|access|secret)[-_]?key|password|passwd|secret",
+    re.I,
 )
-"""What stands in addresses that carry their own permission: of AWS, Google and Azure."""
+"""Names of what stands in the query of addresses that carry their own permission: of AWS, Google, Azure, and tokens."""
 _FORMS = "a path or URL, a mapping with `urls`, or a list of these"
 
 
@@ -137,10 +139,11 @@ def normal_url(url: str) -> str:
             "expected no credentials in the URL; put those of s3:// into the AWS environment or a profile, those of "
             "https:// into ~/.netrc"
         )
-    if _SIGNED_QUERY.search(rest):
+    query = parse_qsl(rest.partition("?")[2].partition("#")[0], keep_blank_values=True)
+    if any(_PERMISSIONS.fullmatch(name) for name, _ in query):
         raise ValueError(
-            "expected no signed URL: whoever reads the manifest could use it; name the object as s3://BUCKET/KEY, "
-            "whose credentials come from the AWS environment, or download it and give its path"
+            "expected no signed URL and no token in it: whoever reads the manifest could use it; name the object as "
+            "s3://BUCKET/KEY, whose credentials come from the AWS environment, or download it and give its path"
         )
     normal = f"{scheme}://{rest}" if scheme == "s3" else _web_url(f"{scheme}://{rest}")
     if scheme == "s3":

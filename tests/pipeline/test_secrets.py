@@ -57,6 +57,11 @@ class TestManifests:
             "https://b.s3.amazonaws.com/x.pth?AWSAccessKeyId=CANARY&Expires=1&Signature=CANARY",
             "https://storage.googleapis.com/b/x.pth?x-goog-signature=CANARY",
             "https://a.blob.core.windows.net/b/x.pth?sv=1&sig=CANARY",
+            "https://a.blob.core.windows.net/b/x.pth?sv=1&%73ig=CANARY",
+            "https://example.org/x.pth?token=CANARY",
+            "https://example.org/x.pth?download=1&access_token=CANARY",
+            "https://example.org/x.pth?api-key=CANARY",
+            "https://[example.org/x.pth?token=CANARY",
         ],
     )
     def test_addresses_that_carry_credentials(self, tmp_path: Path, source: str) -> None:
