@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Row = Mapping[str, Any]
+
+_ANY_WIDTH = 10_000
+"""No terminal is wider."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +113,23 @@ PLAN_COLUMNS = (
 
 
 def show(console: "Console", columns: Sequence[Column], rows: Sequence[Row], *, as_json: bool, title: str = "") -> None:
-    """Print rows as a table, or as one JSON list."""
+    """Print rows as a table, on a terminal too narrow for it as one block of lines a row, or as one JSON list."""
     if as_json:
         console.file.write(json.dumps(rows, indent=2, default=str) + "\n")
         return
+    from rich.measure import Measurement
+
+    table = _table(columns, rows, title)
+    wide = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).maximum > console.width
+    if not wide:
+        console.print(table)
+        return
+    if title:
+        console.print(title, highlight=False, markup=False)
+    console.print(_blocks(columns, rows))
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row], title: str) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
@@ -120,6 +137,27 @@ def show(console: "Console", columns: Sequence[Column], rows: Sequence[Row], *, 
     for column in columns:
         table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
     for row in rows:
-        values = (row.get(column.key) for column in columns)
-        table.add_row(*(Text("" if v is None else c.form(v)) for c, v in zip(columns, values, strict=True)))
-    console.print(table)
+        table.add_row(*(Text(_value(column, row)) for column in columns))
+    return table
+
+
+def _blocks(columns: Sequence[Column], rows: Sequence[Row]) -> "Table":
+    """What the table says, every row below the other, without what is not there."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for index, row in enumerate(rows):
+        if index:
+            grid.add_row()
+        for column in columns:
+            if value := _value(column, row):
+                grid.add_row(Text(column.title), Text(value))
+    return grid
+
+
+def _value(column: Column, row: Row) -> str:
+    value = row.get(column.key)
+    return "" if value is None else column.form(value)
