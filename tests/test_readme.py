@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import birkhoff
-from birkhoff.pipeline import cli
 from tests.pages import read
+from tests.pipeline.command import execute
 
 README = read("README.md")
 TABLE = re.findall(r"^\| `([^`]+)` \| ", README.text.split("| it says | do |")[1].split("\n\n")[0], re.M)
@@ -72,7 +72,7 @@ def test_the_examples_of_published_packages(
 
 
 def command(words: list[str]) -> int:
-    return cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
+    return execute(*words)
 
 
 class Trouble:

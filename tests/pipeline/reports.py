@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.environment import environment
 from birkhoff.pipeline.report import LayerRecord, ModelRecord, RunReport, ShardTiming, Totals
 from birkhoff.pipeline.report_store import read_report, runs
 from birkhoff.pipeline.store import Store, open_store
 from tests.benchmarks import family
+from tests.pipeline.command import captured
 
 HOSTILE = "<script>alert(1)</script>.\U0001f600\"'&weight"
 """A tensor's name that would run code in a page that does not escape it; beyond the 16-bit characters of scripts."""
@@ -37,11 +37,8 @@ class Fleet:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of a command."""
-        self._capsys.readouterr()
         command = [*arguments, "--store", self.url]
-        code = cli.run(lambda: cli.app(command, standalone_mode=False), debug=False)
-        out, err = self._capsys.readouterr()
-        return code, out, err
+        return captured(self._capsys, *command)
 
     def compress(self, *arguments: str, missing: bool = False) -> tuple[int, str, str]:
         save_file(self.tensors, self.folder / "net.safetensors")

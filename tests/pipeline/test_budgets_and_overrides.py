@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from birkhoff.codec.container import parse
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import encode_tensor
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.artifact import ShardRecord, VersionManifest, read_document, sha256
 from birkhoff.pipeline.artifacts import StoredArtifact
 from birkhoff.pipeline.errors import ValidationError
@@ -20,6 +19,7 @@ from birkhoff.pipeline.publish import resolve
 from birkhoff.pipeline.store import open_store
 from birkhoff.pipeline.validate import validate_shard
 from birkhoff.pipeline.verify import verify
+from tests.pipeline.command import captured
 
 
 def weights(width: int = 192) -> dict[str, torch.Tensor]:
@@ -40,9 +40,7 @@ class Place:
         self.folder, self.store, self._capsys = folder, folder / "store", capsys
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        self._capsys.readouterr()
-        code = cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
-        return code, *self._capsys.readouterr()
+        return captured(self._capsys, *arguments)
 
     def describe(self, text: str, model: str = "") -> None:
         lines = [f"store: {self.store.as_uri()}", "shard_mib: 1", text, "models:"]

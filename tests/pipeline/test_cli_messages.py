@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import birkhoff
 from birkhoff.pipeline import cli
 from birkhoff.pipeline.errors import ArtifactNotFoundError, some, suggestion
+from tests.pipeline.command import captured
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -25,10 +26,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return captured(capsys, *arguments)
 
 
 def manifest(folder: Path, source: str = "net.safetensors") -> str:

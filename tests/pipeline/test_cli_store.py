@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.embedded import EmbeddedServer
+from tests.pipeline.command import captured
 
 
 @pytest.fixture
@@ -24,9 +24,7 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return captured(capsys, *arguments)
 
 
 def test_s3_from_compress_to_export(s3_environment: str, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:

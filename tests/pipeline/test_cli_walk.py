@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from birkhoff.pipeline import cli, completion
+from tests.pipeline.command import execute
 
 FACTLESS = {"store up", "store down", "store env"}
 """They print an address, a word, and lines for a shell."""
@@ -61,7 +62,7 @@ def test_rows_have_the_keys_that_stay(
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
     line = [*words.split(), "--json", "--store", demo_store]
-    assert cli.run(lambda: cli.app(line, standalone_mode=False), debug=False) == 0
+    assert execute(*line) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows
     assert all(KEYS[words] <= set(row) for row in rows)

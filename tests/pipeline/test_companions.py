@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli, companions
+from birkhoff.pipeline import companions
 from birkhoff.pipeline.artifact import MAX_FILE_BYTES, FileRecord, VersionManifest, blob_key, read_document
 from birkhoff.pipeline.artifacts import open_artifact
 from birkhoff.pipeline.collect import collect
@@ -17,6 +17,7 @@ from birkhoff.pipeline.errors import IntegrityError, ManifestError, exit_code
 from birkhoff.pipeline.manifest import load_manifest
 from birkhoff.pipeline.publish import resolve
 from birkhoff.pipeline.store import Store
+from tests.pipeline.command import captured
 from tests.pipeline.publishing import publish_tensors
 
 CONFIG = {"model_type": "sam", "auto_map": {"AutoModel": "evil.Model"}, "vision_config": {"attn_implementation": "a/b"}}
@@ -48,10 +49,8 @@ class Place:
         return row
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        self._capsys.readouterr()
         words = [*arguments, "--store", self.store.url]
-        code = cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
-        return (code, *self._capsys.readouterr())
+        return captured(self._capsys, *words)
 
     def names(self) -> list[str]:
         return [record.name for record in resolve(self.store, "net").manifest.files or ()]

@@ -15,8 +15,8 @@ import birkhoff
 from birkhoff.codec.metrics import fidelity
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.errors import IntegrityError, ModelMismatchError
+from tests.pipeline.command import captured
 
 
 class Net(nn.Module):
@@ -52,10 +52,7 @@ class Place:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """(exit code, standard output, standard error) of a command."""
-        self._capsys.readouterr()
-        code = cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
-        out, err = self._capsys.readouterr()
-        return code, out, err
+        return captured(self._capsys, *arguments)
 
     def compress(self, *arguments: str) -> tuple[int, str, str]:
         return self.run("compress", str(self.manifest), "--executor", "inline", *arguments)

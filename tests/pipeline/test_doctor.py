@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from birkhoff.kernels import runtime
-from birkhoff.pipeline import cli, doctor
+from birkhoff.pipeline import doctor
 from birkhoff.pipeline.doctor import Finding, examine
 from birkhoff.pipeline.store import StoreCapabilities
+from tests.pipeline.command import execute
 
 Capture = pytest.CaptureFixture[str]
 
@@ -30,7 +31,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capsys: Capture, *arguments: str) -> tuple[int, dict[str, Finding]]:
-    code = cli.run(lambda: cli.app(["doctor", "--json", *arguments], standalone_mode=False), debug=False)
+    code = execute("doctor", "--json", *arguments)
     rows = json.loads(capsys.readouterr().out)
     return code, {row["check"]: Finding(**row) for row in rows}
 

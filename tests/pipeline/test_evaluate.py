@@ -14,11 +14,12 @@ from pycocotools import mask as coco
 sys.path.append(str(Path(__file__).parents[2] / "manifests" / "demo"))
 
 from birkhoff.codec.metrics import fidelity
-from birkhoff.pipeline import builders, cli
+from birkhoff.pipeline import builders
 from birkhoff.pipeline.errors import PictureError
 from birkhoff.pipeline.evaluate import EMBEDDING, Evaluation, compare
 from birkhoff.pipeline.evaluate_data import open_dataset
 from birkhoff.pipeline.segmenters import ious, segmenter_of
+from tests.pipeline.command import execute
 
 import evaluate as demo
 import held_out
@@ -211,7 +212,7 @@ def test_the_command_prints_what_it_measured(folder, demo_store, tmp_path, capsy
     words = ["evaluate", "demo-sam", "--against", str(demo_model.WEIGHTS), "--images", str(folder)]
     words += ["--annotations", str(folder / "annotations.json"), "--store", demo_store, "--limit", "3"]
     capsys.readouterr()
-    assert cli.run(lambda: cli.app([*words, "--json", "-o", str(out)], standalone_mode=False), debug=False) == 0
+    assert execute(*words, "--json", "-o", str(out)) == 0
     found = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == found
     assert list(found) == ["model", "digest", "profile", "source", "images", "prompts", "blocks", "per_image"]
@@ -226,7 +227,7 @@ def test_the_command_prints_what_it_measured(folder, demo_store, tmp_path, capsy
     compressed = builders.compressed_model("demo-sam", demo_store, near=demo_model.WEIGHTS, device="cpu")
     again = measured(original, compressed, open_dataset(folder, folder / "annotations.json", limit=3))
     assert again["prompts"] == found["prompts"]
-    assert cli.run(lambda: cli.app(words, standalone_mode=False), debug=False) == 0
+    assert execute(*words) == 0
     text = capsys.readouterr().out
     assert "agreement, worst" in text
     assert "vision_encoder.layers.5" in text

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from birkhoff.pipeline import cli, fetch
+from birkhoff.pipeline import fetch
 from birkhoff.pipeline.digests import checkpoint_digest
 from birkhoff.pipeline.errors import PartialError, SourceError, exit_code
 from birkhoff.pipeline.fetch import FetchSettings, NotDownloaded
@@ -29,6 +29,7 @@ from birkhoff.pipeline.manifest import Manifest
 from birkhoff.pipeline.planned import plan_entry
 from birkhoff.pipeline.source import Checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.store import Store
+from tests.pipeline.command import execute
 
 QUICK = FetchSettings(connect_timeout=2, read_timeout=0.5, attempts=3, backoff=0.01)
 WEIGHTS = {"image_encoder.w": torch.arange(60_000.0).reshape(300, 200), "mask_decoder.w": torch.ones(4, 4)}
@@ -809,7 +810,7 @@ def test_one_unreachable_model_leaves_the_others(
 
     def compress() -> tuple[int, dict[str, dict[str, Any]], str]:
         words = ["compress", str(manifest), "--executor", "inline", "--json"]
-        code = cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
+        code = execute(*words)
         out, err = capsys.readouterr()
         return code, {row["model"]: row for row in json.loads(out)}, err
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.signing import new_key
+from tests.pipeline.command import captured
 
 
 class Place:
@@ -23,10 +23,7 @@ class Place:
         (folder / "m.yaml").write_text("models: [{name: net, source: net.safetensors}]\n")
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        self._capsys.readouterr()
-        code = cli.run(lambda: cli.app([*arguments, "--store", self._store], standalone_mode=False), debug=False)
-        out, err = self._capsys.readouterr()
-        return code, out, err
+        return captured(self._capsys, *arguments, "--store", self._store)
 
     def json(self, *arguments: str) -> list[dict[str, object]]:
         code, out, err = self.run(*arguments, "--json")

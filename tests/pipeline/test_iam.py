@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli, embedded_process
+from birkhoff.pipeline import embedded_process
 from birkhoff.pipeline.embedded import EmbeddedServer, use_embedded
+from tests.pipeline.command import execute
 
 POLICIES = Path(__file__).parents[2] / "manifests/iam"
 PREFIX = "fleet"
@@ -74,7 +75,7 @@ def command(
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
         capsys.readouterr()
-        code = cli.run(lambda: cli.app([*map(str, arguments)], standalone_mode=False), debug=False)
+        code = execute(*map(str, arguments))
         out, err = capsys.readouterr()
         assert secret not in out + err
         return code, out, err

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import birkhoff
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.architectures import hiera_settings, known
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError
 from birkhoff.pipeline.name_maps import VIDEO_MEMORY, joined, renaming, sam2_names
 from birkhoff.pipeline.segmenters import IMAGENET_MEAN, IMAGENET_STD, segmenter_of
 from birkhoff.pipeline.store import Store, open_store
 from tests.benchmarks import family
+from tests.pipeline.command import execute
 from tests.pipeline.publishing import publish_tensors
 from tests.pipeline.upstream import drawn, upstream
 
@@ -227,7 +227,7 @@ def test_the_commands_run_it(
     def run(*words: object) -> Any:
         capsys.readouterr()
         arguments = [*map(str, words), *common]
-        assert cli.run(lambda: cli.app(arguments, standalone_mode=False), debug=False) == 0, capsys.readouterr().err
+        assert execute(*arguments) == 0, capsys.readouterr().err
         return json.loads(capsys.readouterr().out)
 
     out = ("--model", "small", "-o", tmp_path / "out.png")

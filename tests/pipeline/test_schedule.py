@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.errors import BusyError
 from birkhoff.pipeline.leases import LEASE_SECONDS, turn
 from birkhoff.pipeline.reaper import MARK, Reaper
 from birkhoff.pipeline.store import Store, open_store
+from tests.pipeline.command import execute
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -48,7 +48,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def tick(manifest: Path, *more: str) -> int:
     words = ["compress", str(manifest), "--scheduled", "--executor", "inline", *more]
-    return cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
+    return execute(*words)
 
 
 def contents(url: str) -> dict[str, str]:

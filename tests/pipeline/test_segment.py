@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from birkhoff.pipeline import architectures, builders, cli, segment_draw
+from birkhoff.pipeline import architectures, builders, segment_draw
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, PictureError, exit_code
 from birkhoff.pipeline.segment import Masks, distinct, everything, pair_up, prompted
 from birkhoff.pipeline.segment_input import Prompts, box_grid, boxes_of, parse_prompts, point_grid, read_picture
 from birkhoff.pipeline.segmenters import fitted_size, ious, resized, segmenter_of
+from tests.pipeline.command import captured
 
 # The demo's files are scripts beside their manifest, not a package.
 sys.path.append(str(Path(__file__).parents[2] / "manifests" / "demo"))
@@ -51,10 +52,8 @@ def run(demo_store, capsys):
     """Run `birkhoff segment` on the demo model: (exit code, standard output, standard error)."""
 
     def command(*arguments):
-        capsys.readouterr()
         words = ["segment", *map(str, arguments), "--store", demo_store]
-        code = cli.run(lambda: cli.app(words, standalone_mode=False), debug=False)
-        return code, *capsys.readouterr()
+        return captured(capsys, *words)
 
     return command
 

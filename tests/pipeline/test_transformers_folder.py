@@ -10,10 +10,10 @@ import torch
 
 import birkhoff
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.pipeline import cli
 from birkhoff.pipeline.artifacts import open_artifact
 from birkhoff.pipeline.errors import BuilderError, OutputError, exit_code
 from birkhoff.pipeline.store import Store
+from tests.pipeline.command import execute
 from tests.pipeline.publishing import publish_tensors
 from tests.pipeline.test_upstream import drawn, small_config, transformers_masks
 
@@ -68,7 +68,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def command(*arguments: str) -> int:
-    return cli.run(lambda: cli.app(list(arguments), standalone_mode=False), debug=False)
+    return execute(*arguments)
 
 
 @pytest.fixture
