@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks scaling [--gpus 1,2] [--repeats N]     # needs as many GPUs
     python -m tests.benchmarks scaling --cpu                          # workers on CPUs instead, for trying it out
+    python -m tests.benchmarks scaling --draw                         # only the page, from the results there are
 
 Each count runs in a process of its own that sees so many GPUs, in turns. A first pass over all shards starts workers,
 CUDA and kernels, and its blobs must be the same for every count; then the same shards are made anew, more often, and
@@ -9,7 +10,8 @@ timed from the first task to the last result: reading, encoding, validating and 
 
 What a lesser gain is due to, the page shows too: how much of the time workers were busy, how long the last tasks took
 (fewer than there are workers), what each stage took of the workers' time, and of it the processors', in the program and
-in the kernel, with the pages that the kernel had to map.
+in the kernel, with the pages that the kernel had to map. And what the host itself can give: as many runs as GPUs, one
+GPU each and processors of its own, at the same time, which share nothing else.
 Results go to `results/scaling.json` and `scaling.md`. Exit code 1: blobs that differ, or no such GPUs.
 """
 
@@ -24,9 +26,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.shard import ShardResult, ShardTask
 from birkhoff.pipeline.source import open_checkpoint
 from birkhoff.pipeline.store import StoreAddress
-from tests.benchmarks import common, family, synthetic
+from tests.benchmarks import common, family, scaling_report, synthetic
 
 MODEL = "SAM-H"
 SHARD_MIB = 32
@@ -49,8 +51,8 @@ FIRST_COPIES = 3
 BUDGET = 64 << 30
 """Bytes in flight: no limit here."""
 
-LIMIT = 1.8
-"""Times the speed of one GPU that two must reach."""
+MEET_SECONDS = 120.0
+"""How long runs side by side wait for each other."""
 
 
 class MeasuredWorker(Worker):
@@ -69,7 +71,10 @@ class MeasuredExecutor(RayExecutor):
 
     def usage(self) -> Counter[str]:
         """What all of them have used."""
-        return sum(self._ray.get([worker.usage.remote() for worker in self.workers]), Counter())
+        total = Counter[str]()
+        for used in self._ray.get([worker.usage.remote() for worker in self.workers]):
+            total.update(used)
+        return total
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,12 +109,19 @@ def run(executor: RayExecutor, work: Sequence[ShardTask]) -> Pass:
     return found
 
 
-def measure(checkpoint: Path, store: Path, copies: int, workers: int | None) -> dict[str, Any]:
-    """One count of GPUs, in this process: worker and GPU counts, seconds and bytes of the timed pass, blobs' digest."""
+def measure(
+    checkpoint: Path, store: Path, copies: int, workers: int | None, together: tuple[Path, int] | None = None
+) -> dict[str, Any]:
+    """One count of GPUs, in this process: worker and GPU counts, seconds and bytes of the timed pass, blobs' digest.
+
+    `together` is a folder and how many processes meet there before the timed pass.
+    """
     address = StoreAddress.parse(store.as_uri())
     work = list(tasks(checkpoint, copies))
     with MeasuredExecutor(address, workers=workers) as executor:
         first, before = run(executor, list(tasks(checkpoint, min(copies, FIRST_COPIES)))), executor.usage()
+        if together is not None:
+            meet(*together)
         timed, after = run(executor, work), executor.usage()
         count = len(executor.workers)
     if timed.blobs != first.blobs:
@@ -131,96 +143,59 @@ def measure(checkpoint: Path, store: Path, copies: int, workers: int | None) -> 
     }
 
 
-def in_own_process(options: argparse.Namespace, checkpoint: Path, store: Path, count: int) -> dict[str, Any]:
-    """`measure` in a process that sees `count` GPUs, or has `count` workers on CPUs."""
-    visible = "" if options.cpu else ",".join(map(str, range(count)))
+def meet(folder: Path, count: int) -> None:
+    """Wait until so many processes have come here. Raises TimeoutError where they do not."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + MEET_SECONDS
+    while len(list(folder.iterdir())) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"fewer than {count} processes came to {folder}")
+        time.sleep(0.01)
+
+
+def in_own_process(
+    options: argparse.Namespace, checkpoint: Path, store: Path, gpus: Sequence[int], together: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`measure` in a process that sees these GPUs, or has as many workers on CPUs."""
+    count = len(gpus)
     command = [sys.executable, "-m", "tests.benchmarks.bench_scaling", "--child", str(checkpoint), str(store)]
     command += ["--copies", str(options.copies), "--workers", str(count if options.cpu else options.workers * count)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if options.cpu else ",".join(map(str, gpus))}
     if options.cores:
-        command = ["taskset", "-c", f"0-{options.cores * count - 1}", *command]
-    found = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, check=False)
+        cores = f"{options.cores * gpus[0]}-{options.cores * (gpus[-1] + 1) - 1}"
+        command = ["taskset", "-c", cores, *command]
+    found = subprocess.run(
+        [*command, *together], cwd=common.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if found.returncode:
         raise RuntimeError(f"{count} GPUs: {' | '.join(found.stderr.strip().splitlines()[-3:])}")
     result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-    return {"asked": count, **result}
+    return {"asked": str(count), **result}
 
 
-def report(options: argparse.Namespace, found: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """The page and its data."""
-    by_count = {count: [one for one in found if one["asked"] == count] for count in options.gpus}
-    conditions = common.conditions("torch", "triton", "ray", commit_hash=options.commit)
-    if not options.cpu:
-        conditions["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    facts = ", ".join(f"{name} {value}" for name, value in conditions.items())
-    page = (
-        "# The encode stage on more GPUs\n\n"
-        f"`python -m tests.benchmarks scaling`: {MODEL}'s tensors with drawn weights, {options.copies} times over, "
-        f"sources and store in memory, {len(found) // len(options.gpus)} runs of each in turns; MB of source a second. "
-        f"Every count made the same blobs. Two are to reach {LIMIT} times the first. Workers are busy from a shard's "
-        "reading to its record; the tail begins when as many tasks are left as there are workers.\n\n"
-        f"{_speeds(by_count, 'workers' if options.cpu else 'GPUs')}\n\n"
-        "## Where workers spend their time\n\n"
-        "Seconds of all workers together, medians, and thousands of pages that the kernel mapped for them; a stage "
-        "that more GPUs do not slow down takes as long with each count.\n\n"
-        f"{_times(by_count)}\n\n{facts}\n"
-    )
-    return page, {"conditions": conditions, "runs": list(found)}
-
-
-def _median(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
-    return statistics.median(map(value, runs))
-
-
-def _rate(one: dict[str, Any]) -> float:
-    """MB of source a second."""
-    return float(one["bytes"]) / float(one["seconds"]) / 1e6
-
-
-def _speeds(by_count: dict[int, list[dict[str, Any]]], unit: str) -> str:
-    """A row for each count."""
-    base, rows = _median(next(iter(by_count.values())), _rate), []
-    for count, runs in by_count.items():
-        rate, rates = _median(runs, _rate), list(map(_rate, runs))
-        rows.append(
-            [
-                str(count),
-                str(runs[0]["cores"]),
-                str(runs[0]["workers"]),
-                str(runs[0]["shards"]),
-                f"{_median(runs, lambda one: one['seconds']):.2f}",
-                f"{rate:.0f}",
-                f"{min(rates):.0f}-{max(rates):.0f}",
-                f"{rate / base:.2f}",
-                f"{_median(runs, lambda one: one['busy']):.0%}",
-                f"{_median(runs, lambda one: one['tail_s']):.2f}",
-            ]
-        )
-    head = [unit, "cores", "workers", "shards", "s", "MB/s", "range", "times the first", "busy", "tail s"]
-    return common.table(head, rows)
-
-
-def _stage(name: str, one: dict[str, Any]) -> float:
-    """Seconds of all workers in a stage."""
-    return float(one["stages_worker_s"][name])
-
-
-def _times(by_count: dict[int, list[dict[str, Any]]]) -> str:
-    """A row for each stage, and for what processors did."""
-    first = next(iter(by_count.values()))
-    values: dict[str, Callable[[dict[str, Any]], float]] = {
-        name: partial(_stage, name) for name in first[0]["stages_worker_s"]
+def side_by_side(options: argparse.Namespace, checkpoint: Path, work: Path, count: int) -> dict[str, Any]:
+    """As many runs of one GPU each, at the same time; their figures as those of one run."""
+    with tempfile.TemporaryDirectory(dir=work) as name, ThreadPoolExecutor(count) as pool:
+        together = ["--together", name, str(count)]
+        futures = [
+            pool.submit(in_own_process, options, checkpoint, work / f"store-{gpu}", [gpu], together)
+            for gpu in range(count)
+        ]
+        parts = [future.result() for future in futures]
+    if len({part["blobs"] for part in parts}) > 1:
+        raise RuntimeError("runs side by side made different blobs")
+    total = {key: sum(part[key] for part in parts) for key in ("gpus", "workers", "shards", "cores", "bytes")}
+    if not options.cores:
+        total["cores"] = parts[0]["cores"]  # which they share
+    rate = sum(part["bytes"] / part["seconds"] for part in parts)
+    mean = {key: statistics.mean(part[key] for part in parts) for key in ("first_pass_s", "tail_s", "busy")}
+    sums = {
+        key: {name: sum(part[key][name] for part in parts) for name in parts[0][key]}
+        for key in ("stages_worker_s", "used")
     }
-    values["all stages"] = lambda one: sum(one["stages_worker_s"].values())
-    values["processors, program"] = lambda one: one["used"]["user_s"]
-    values["processors, kernel"] = lambda one: one["used"]["system_s"]
-    values["pages mapped, thousands"] = lambda one: one["used"]["pages"] / 1000
-    rows = []
-    for name, value in values.items():
-        medians = [_median(runs, value) for runs in by_count.values()]
-        share = f"{medians[-1] / medians[0]:.2f}" if medians[0] > 0.05 else ""
-        rows.append([name, *(f"{median:.1f}" for median in medians), share])
-    return common.table(["", *map(str, by_count), "last to first"], rows)
+    label = " + ".join("1" * count)
+    return {"asked": label, **total, **mean, **sums, "seconds": total["bytes"] / rate, "blobs": parts[0]["blobs"]}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -236,6 +211,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scale", type=float, default=1.0, help="of the drawn checkpoint")
     add("--memory", type=Path, default=Path("/dev/shm"), metavar="DIR", help="parent of the temporary folder")
     add("--commit", metavar="HASH", help="what is measured, where there is no git")
+    add("--draw", action="store_true", help="only draw the page, from the results there are")
+    add("--together", nargs=2, metavar=("DIR", "N"), help=argparse.SUPPRESS)
     add("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -244,7 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m tests.benchmarks scaling`."""
     options = parse(argv)
     if options.child:
-        print(json.dumps(measure(*options.child, options.copies, options.workers)))
+        together = (Path(options.together[0]), int(options.together[1])) if options.together else None
+        print(json.dumps(measure(*options.child, options.copies, options.workers, together)))
+        return 0
+    if options.draw:
+        data = json.loads((common.RESULTS / "scaling.json").read_text())
+        common.write("scaling", scaling_report.page(data), data)
         return 0
     if not options.cpu and torch.cuda.device_count() < max(options.gpus):
         print(f"scaling: {torch.cuda.device_count()} GPUs here, {max(options.gpus)} asked for", file=sys.stderr)
@@ -255,16 +237,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = []
         for _ in range(options.repeats):
             for count in options.gpus:
-                found.append(in_own_process(options, checkpoint, Path(name) / "store", count))
+                found.append(in_own_process(options, checkpoint, Path(name) / "store", range(count)))
                 print(json.dumps(found[-1]), flush=True)
+            found.append(side_by_side(options, checkpoint, Path(name), max(options.gpus)))
+            print(json.dumps(found[-1]), flush=True)
     if len({one["blobs"] for one in found}) > 1:
         print("scaling: the counts made different blobs", file=sys.stderr)
         return 1
-    page, data = report(options, found)
+    conditions = common.conditions("torch", "triton", "ray", commit_hash=options.commit)
+    if not options.cpu:
+        conditions["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    data = {"model": MODEL, "copies": options.copies, "conditions": conditions, "runs": found}
     if options.scale == 1.0 and not options.cpu:
-        common.write("scaling", page, data)
+        common.write("scaling", scaling_report.page(data), data)
     else:
-        print(page)
+        print(scaling_report.page(data))
     return 0
 
 
