@@ -37,7 +37,7 @@ from birkhoff.pipeline.home import birkhoff_home
 from birkhoff.pipeline.store import Store, StoreAddress, StoreSettings
 from birkhoff.pipeline.store_s3 import S3Credentials, S3Store, connect
 
-READY_SECONDS = 30.0  # a start takes 0.5 s, and some more on a loaded machine or after a crash
+READY_SECONDS = 120.0  # a start takes 0.5 s; with ten processes waiting for each processor 30 s were too few
 LOG_LINES = 5
 
 
@@ -248,7 +248,9 @@ def _wait_ready(folder: Path, server: EmbeddedServer, state: _State) -> None:
                 break
             time.sleep(0.05)
     how = f"does not answer after {READY_SECONDS:.0f} s" if state.alive else "ended by itself"
-    raise StoreUnreachableError(f"embedded server: process {state.pid} {how}; {_log_end(folder)}") from problem
+    raise StoreUnreachableError(
+        f"embedded server: process {state.pid} {how}; run again, or use --store file:///DIR; {_log_end(folder)}"
+    ) from problem
 
 
 def _log_end(folder: Path) -> str:
