@@ -25,6 +25,7 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.cluster import Cluster
 from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.manifest import SHARD_SECONDS
 from birkhoff.pipeline.metrics import metrics
 from birkhoff.pipeline.queue import TaskQueue
 from birkhoff.pipeline.seats import Seat, Seats
@@ -39,9 +40,6 @@ TRIES = 3
 
 WORKERS_PER_GPU = 12
 """Reading, entropy coding and validation keep CPUs busy while the GPU waits; each worker costs it 0.5 GB."""
-
-SHARD_SECONDS = 900.0
-"""A shard that takes longer has hung; the largest take some 20 s on one slow core."""
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's settings for workers: buffers go back to the heap and serve the next tensor. By default the kernel gets them

@@ -38,6 +38,9 @@ _SECRET = re.compile(r"access.?key|secret|token|passw|credential|private.?key|si
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _UNKNOWN = "extra_forbidden"
 
+SHARD_SECONDS = 900.0
+"""A shard that takes longer has hung; the largest take some 20 s on one slow core."""
+
 _Where = tuple[int | str, ...]
 """A key path: `("models", 0, "source")`."""
 
@@ -88,7 +91,7 @@ class Manifest(Quality):
     """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
     """Source bytes at work at any time, in MiB; an eighth of the machine's memory where left out."""
-    shard_seconds: Annotated[float, Field(gt=0, strict=False)] = 900.0
+    shard_seconds: Annotated[float, Field(gt=0, strict=False)] = SHARD_SECONDS
     """How long a worker may take for a shard before it counts as hung, is killed, and the shard tried elsewhere."""
     keep: Annotated[int, Field(ge=1)] | None = None
     """Versions a model keeps; older ones that no alias points at are retired when a new one is published."""

@@ -30,6 +30,7 @@ from birkhoff.pipeline.artifact import (
     utc_now,
 )
 from birkhoff.pipeline.errors import ObjectNotFoundError, OutputError, PreconditionError, StoreError, TrustError
+from birkhoff.pipeline.names import RACES
 from birkhoff.pipeline.store import Store
 
 if TYPE_CHECKING:  # imported by the functions that need it: readers that ask for no signature do without
@@ -40,7 +41,6 @@ KEPT_NAMES = 64
 """Names under which one version can be signed by one key; the oldest go."""
 
 _MAX_KEY_BYTES = 4096
-_RACES = 100
 _REMEDY = "make one with `birkhoff key new FILE`"
 
 
@@ -165,7 +165,7 @@ def sign_version(
     Written before the name exists, so that no reader meets an unsigned one. Raises StoreError, IntegrityError.
     """
     key = signatures_key(model, digest, signer.public.id)
-    for _ in range(_RACES):
+    for _ in range(RACES):
         try:
             body, tag = store.read(key)
             held = parse_bounded(VersionSignatures, key, body).names
@@ -185,7 +185,7 @@ def sign_version(
         except PreconditionError:
             continue
         return
-    raise StoreError(f"{store.url}: {key} changed under {_RACES} tries to sign")
+    raise StoreError(f"{store.url}: {key} changed under {RACES} tries to sign")
 
 
 def read_signatures(store: Store, model: str, digest: str, key: PublicKey) -> VersionSignatures | None:
