@@ -36,7 +36,7 @@ def test_the_checker_tells_pulls_apart(good: bool, answer: tuple[str, ...], dama
 
 
 def test_pullers_that_are_killed_on_a_cache_that_is_pruned_and_damaged(directory_store: Store, tmp_path: Path) -> None:
-    race = CacheRace(store=directory_store, folder=tmp_path / "race")
+    race = CacheRace(store=directory_store, folder=tmp_path / "race", prunes=3, harm=3, kills=1)
     race.folder.mkdir()
     assert race.run() == []
     assert race.pruned >= race.prunes
