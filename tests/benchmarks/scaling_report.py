@@ -1,7 +1,7 @@
 """The page of the benchmark `scaling`, from its data."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,15 @@ def page(data: dict[str, Any]) -> str:
     by_count: dict[str, list[dict[str, Any]]] = {}
     for one in data["runs"]:
         by_count.setdefault(str(one["asked"]), []).append(one)
-    first = data["runs"][0]
+    counts, first = _counts(by_count), data["runs"][0]
     facts = ", ".join(f"{name} {value}" for name, value in data["conditions"].items())
     return (
         "# The encode stage on more GPUs\n\n"
         f"`python -m tests.benchmarks scaling`: {data['model']}'s tensors with drawn weights, {data['copies']} times "
         f"over, sources and store in memory, {len(next(iter(by_count.values())))} runs of each in turns; MB of source "
         f"a second. Every run made the same blobs. Two are to reach {LIMIT} times the first. Workers are busy from a "
-        "shard's reading to its record; the tail begins when as many tasks are left as there are workers. Runs of one "
-        "GPU each (1 + 1) are at work at the same time and share nothing but the host.\n\n"
+        "shard's reading to its record; the tail begins when as many tasks are left as there are workers."
+        f"{' Runs of one GPU each (1 + 1) share nothing but the host.' if len(by_count) > len(counts) else ''}\n\n"
         f"{_speeds(by_count, 'workers' if not first['gpus'] else 'GPUs')}\n\n"
         "## Where workers spend their time\n\n"
         "Seconds of all workers together, medians, and thousands of pages that the kernel mapped for them.\n\n"
@@ -32,9 +32,14 @@ def page(data: dict[str, Any]) -> str:
     )
 
 
+def _counts(by_count: Iterable[str]) -> list[str]:
+    """The counts of GPUs in one run; what is left are runs side by side."""
+    return [count for count in by_count if "+" not in count]
+
+
 def _bound(by_count: dict[str, list[dict[str, Any]]]) -> str:
     """What processors alone allow."""
-    counts = [count for count in by_count if "+" not in count]
+    counts = _counts(by_count)
     before, after = (_median(by_count[count], partial(_stage, "key")) for count in (counts[0], counts[-1]))
     times = int(counts[-1]) / int(counts[0])
     return (
