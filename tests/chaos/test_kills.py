@@ -1,10 +1,12 @@
-"""The bounded form of the kill harness: one round with a kill of the driver and one of the store."""
+"""The bounded form of the kill harness: a kill of the driver and one of the store, and a worker at its birth."""
+
+import random
 
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.kills import Harness
+from tests.chaos.kills import LIMIT_SECONDS, Harness
 from tests.chaos.world import World
 
 
@@ -22,3 +24,17 @@ def test_kills_of_driver_and_store_break_and_leak_nothing(tmp_path: Path) -> Non
     assert (found.made_again, found.rewritten) == (0, 0)
     assert found.polls > 0
     assert found.kills.total() + found.missed == 2
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_worker_is_killed_while_it_starts_completes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    try:
+        world.start_store()
+        world.write_checkpoints(0)
+        run = world.start_run()
+        assert world.kill("worker", run, random.Random(0))  # Ray answers no driver that waits for such a worker
+        _, errors = run.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        world.close()
+    assert run.returncode == 0, errors
