@@ -84,8 +84,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         log.debug("Ray's logs are in %s", folder)
         self._reaper = Reaper(None if debug else folder)
         folder.mkdir(mode=0o700)  # only now that it is looked after
-        # Ours have environments of their own, so that what Ray starts beforehand serves nobody; and if one of those dies
-        # while it starts, the raylet answers the driver never.
+        # Our workers have environments of their own, so what Ray starts beforehand serves nobody; and if one of those
+        # dies while it starts, the raylet never answers the driver.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve beside anybody else's work

@@ -1,7 +1,6 @@
 """The bounded form of the kill harness: a kill of the driver and one of the store, and a worker at its birth."""
 
 import random
-
 from pathlib import Path
 
 import pytest
