@@ -216,10 +216,10 @@ class TestDownload:
 
     def test_the_query_is_sent_and_kept_to_ourselves(self, serve: Callable[..., Origin], home: Path) -> None:
         origin = serve()
-        resolve(part(f"{origin.url}?token=geheim"))
+        resolve(part(f"{origin.url}?part=geheim"))
         assert not [path for path in home.rglob("*") if path.is_file() and b"geheim" in path.read_bytes()]
         origin.faults = [status(404)]
-        assert "geheim" not in refused(part(f"{origin.url}?token=geheim2"), match="404")
+        assert "geheim" not in refused(part(f"{origin.url}?part=geheim2"), match="404")
 
     def test_a_broken_link_is_resumed(self, serve: Callable[..., Origin]) -> None:
         origin = serve(faults=[cut(100_000), cut(50_000)])
