@@ -47,9 +47,14 @@ class Cluster(AbstractContextManager["Cluster"]):
         import ray
 
         self.ray: Any = ray
+        self._address = address
         self._reaper: Reaper | None = None
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(contextlib.redirect_stdout(_ToLog()))
+        self._open()
+
+    def _open(self) -> None:
+        ray, address = self.ray, self._address
         try:
             with _signals_kept():
                 if address is None:
@@ -100,17 +105,12 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def lost(self) -> bool:
         """Whether the node that was started here has died. The nodes of a joined cluster are looked after there."""
-        return self._reaper is not None and not any(node["Alive"] for node in self.ray.nodes())
+        return self._address is None and not any(node["Alive"] for node in self.ray.nodes())
 
     def restart(self) -> None:
         """End what is left of the cluster that was started here, and start another one. Raises WorkerError."""
-        try:
-            with _signals_kept():
-                self._end()
-                self._start_patiently()
-        except Exception as error:
-            interrupt.check()
-            raise WorkerError(f"cannot start Ray on this machine again: {first_line(error)}") from None
+        self._end()
+        self._open()
 
     def close(self) -> None:
         """Leave the cluster, or end it."""
@@ -121,8 +121,9 @@ class Cluster(AbstractContextManager["Cluster"]):
         try:
             self.ray.shutdown()
         finally:
-            if self._reaper is not None:
-                self._reaper.close()
+            reaper, self._reaper = self._reaper, None
+            if reaper is not None:
+                reaper.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()

@@ -35,7 +35,6 @@ class TaskQueue:
         self._waiting: list[_Entry] = []
         self._budget = budget
         self._running: Counter[int] = Counter()
-        self._count = 0
         self._in_flight = 0
         self._alone: set[tuple[str, int]] = set()
         self._exclusive = False
@@ -51,7 +50,7 @@ class TaskQueue:
 
     def take(self) -> ShardTask | None:
         """The next task to start, or None if all that wait must wait on."""
-        idle = not self._count
+        idle = not self._running.total()
         if self._exclusive and not idle:
             return None
         room = self._budget - self._in_flight
@@ -96,5 +95,4 @@ class TaskQueue:
 
     def _count_running(self, entry: _Entry, change: int) -> None:
         self._running[entry.kind] += change
-        self._count += change
         self._in_flight += change * entry.nbytes

@@ -155,10 +155,7 @@ def test_outputs_past_two_to_the_31() -> None:
     assert relative_error(y[-300:], expected) < 5e-3
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 3000])
-def test_cuda_graphs(tokens: int) -> None:
-    layer = random_layer(1280, 1280)
-    x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
+def assert_same_in_a_graph(layer: torch.nn.Module, x: torch.Tensor) -> None:
     with torch.inference_mode():
         expected = layer(x)
         graph = torch.cuda.CUDAGraph()
@@ -167,6 +164,13 @@ def test_cuda_graphs(tokens: int) -> None:
         y.fill_(torch.nan)
         graph.replay()
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_cuda_graphs(tokens: int) -> None:
+    layer = random_layer(1280, 1280)
+    x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
+    assert_same_in_a_graph(layer, x)
 
 
 def test_compiles_with_inductor() -> None:
@@ -229,14 +233,7 @@ def test_packed_past_two_to_the_31(columns: int, bits: Bits) -> None:
 def test_packed_layers_in_graphs_and_compiled(bits: Bits) -> None:
     layer = random_packed(640, 320, bits)
     x = torch.randn(300, 320, device="cuda")
-    with torch.inference_mode():
-        expected = layer(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
-        y.fill_(torch.nan)
-        graph.replay()
-    torch.testing.assert_close(y, expected)
+    assert_same_in_a_graph(layer, x)
     model = torch.compile(torch.nn.Sequential(torch.nn.GELU(), layer), fullgraph=True)
     x.requires_grad_(True)
     y = model(x)

@@ -15,3 +15,15 @@ def test_an_address_where_nobody_listens_is_refused_at_once(form: str) -> None:
             Cluster(address)
     assert str(raised.value).startswith(f"cannot reach the Ray cluster at {address}: ")
     assert str(raised.value).endswith("; try --executor inline")
+
+
+@pytest.mark.slow
+def test_a_restart_that_fails_is_one_line_and_leaves_nothing_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Cluster) -> None:
+        raise RuntimeError("no room")
+
+    with Cluster(None) as cluster:  # closed once more at the end
+        assert not cluster.lost()
+        monkeypatch.setattr(Cluster, "_start", fail)
+        with pytest.raises(WorkerError, match=r"cannot reach Ray on this machine: .*no room; try --executor inline"):
+            cluster.restart()
