@@ -104,7 +104,8 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     head = ["budget, allocation", "bytes", "target dB", "SQNR min / median", "box", "click", "box, truth", "passes"]
     note = (
-        "The demo model under `target_ratio`, every byte counted. `box` and `click`: mean IoU of its masks with the\n"
-        "original model's, by prompt; `truth`: with the true masks. `passes`: times it was encoded until it fitted."
+        "`python -m tests.benchmarks budget`: the demo model under `target_ratio`, every byte counted. `box` and\n"
+        "`click`: mean IoU of its masks with the original model's, by prompt; `truth`: with the true masks. `passes`:\n"
+        "times it was encoded until it fitted."
     )
     return "\n\n".join(("# Budgets", "\n".join(lines), note, common.table(head, cells))) + "\n"
