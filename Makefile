@@ -6,7 +6,7 @@ ARGS ?=
 # A manifest that is no path is looked up in manifests/.
 MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
 
-.PHONY: help setup compress plan submit pull verify list test check fix bench fuzz store-up store-down
+.PHONY: help setup setup-family test-family compress plan submit pull verify list test check fix bench fuzz store-up store-down
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -14,10 +14,10 @@ help: ## Show the targets.
 
 setup: $(READY) ## Make .venv with the tested versions (idempotent; the other targets run it when needed).
 
-# On a terminal pip shows its progress; elsewhere the steps are enough.
-INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check
+# On a terminal pip draws its progress; elsewhere it says in plain lines what it downloads, and how large that is.
+INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --progress-bar off) --disable-pip-version-check
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt codec/native/native.c
 	@test -x $(BIN)/python || { echo "setup: making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
 	@echo "setup 1/3: torch, by far the largest download"
 	@$(INSTALL) --constraint constraints.txt torch
@@ -27,6 +27,25 @@ $(READY): pyproject.toml constraints.txt
 	@SAM2_BUILD_CUDA=0 $(INSTALL) --no-deps --no-build-isolation sam2==1.1.0
 	@touch $@
 	@echo "setup done: $(BIN)/birkhoff --help"
+
+FAMILY := .venv-family
+
+setup-family: $(FAMILY)/.ready ## Make .venv-family with the packages of the family's publishers (several GB).
+
+# Its torch is another one than the constraints name: the one that torchvision's wheel belongs to.
+$(FAMILY)/.ready: tests/family/requirements.txt pyproject.toml constraints.txt
+	@test -x $(FAMILY)/bin/python || { echo "setup-family: making $(FAMILY) with $(PYTHON)"; $(PYTHON) -m venv $(FAMILY); }
+	@grep -vE '^(torch|triton|torchao|bitsandbytes)==' constraints.txt > $(FAMILY)/constraints.txt
+	@echo "setup-family 1/2: torch, torchvision and the publishers' packages"
+	@$(FAMILY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(FAMILY)/constraints.txt \
+		--requirement tests/family/requirements.txt
+	@echo "setup-family 2/2: this package and what its tests need"
+	@$(FAMILY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(FAMILY)/constraints.txt --editable '.[eval]' pytest pytest-timeout
+	@SAM2_BUILD_CUDA=0 $(FAMILY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation sam2==1.1.0
+	@touch $@
+
+test-family: $(FAMILY)/.ready ## Hold every adapter to its publishers' own predictor (UPSTREAM= a folder of clones).
+	BIRKHOFF_UPSTREAM=$(or $(UPSTREAM),upstream) $(FAMILY)/bin/python -m pytest tests/family $(ARGS)
 
 EXAMPLE_compress = MANIFEST=demo.yaml
 EXAMPLE_plan = MANIFEST=demo.yaml
@@ -57,8 +76,8 @@ verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)
 
-test: $(READY) ## Run the tests.
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Run the tests, a file at a time on each of up to four processors (ARGS='-n 0': on one).
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## Report format, lint, type and layering errors; never edits.
 	$(BIN)/ruff format --check .
@@ -71,11 +90,11 @@ fix: $(READY) ## Format, and mend what ruff can mend.
 	$(BIN)/ruff format .
 
 bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
-	$(BIN)/python -m tests.benchmarks $(PART) $(ARGS)
+	$(BIN)/python -m tests.harness.benchmarks $(PART) $(ARGS)
 
 fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.
 	@$(call needs,TARGET)$(INSTALL) --constraint constraints.txt --editable '.[fuzz]'
-	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),60) $(ARGS)
+	$(BIN)/python -m tests.harness.fuzz $(TARGET) --seconds $(or $(SECONDS),60) $(ARGS)
 
 store-up: $(READY) ## Start the embedded S3 server and leave it running.
 	$(BIN)/birkhoff store up

@@ -1,4 +1,4 @@
-"""What a tensor will take at every target, foretold from one look at its weights: what a budget is solved with.
+"""What a tensor will take at every target, estimated from one look at its weights: what a budget is solved with.
 
 One fine histogram of the weights per context group (see `contexts`) holds all of it. For a step h its bins are merged
 to the symbols round(w / h), which gives the error, the entropy and the escapes of that step at once, and so a curve of
@@ -11,7 +11,7 @@ Shapes: R = rows, K = columns, P = pairs a row, G = groups, B = fine bins, S = s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import contexts, rate, rest
-from birkhoff.codec.dtypes import dtype_name
+from birkhoff.codec.entropy import rans
 from birkhoff.codec.metrics import bulk, sqnr_db
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row, split
-from birkhoff.codec.profiles import TARGET_DB_RANGE, Override, Profile
-from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, PATH_GAIN_BITS, encode_tensor, fallback
+from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision, Profile
+from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, MOST_ESCAPED, encode_tensor, fallback
 from birkhoff.codec.trajectory import HIGH
 
 Floats = npt.NDArray[np.float64]
@@ -46,26 +46,19 @@ _STEPS_DB: Floats = np.arange(TARGET_DB_RANGE[0] - 4.5, TARGET_DB_RANGE[1] + 3, 
 _EXCESS_DB = 0.03
 """What the encoder stays above its target on average."""
 
-_ENTROPY_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 8.0)
-_EXTRA_BITS = {
-    1 << 14: (0.0, 0.53, 0.76, 0.70, 0.63, 0.53, 0.38, 0.20, 0.08, 0.04, 0.03),
-    1 << 18: (0.0, 0.52, 0.73, 0.67, 0.59, 0.46, 0.25, 0.08, 0.045, 0.047, 0.05),
-    1 << 62: (0.0, 0.52, 0.71, 0.63, 0.55, 0.37, 0.16, 0.04, 0.047, 0.05, 0.05),
-}
-"""What zstd level 1 takes a symbol above its entropy, in frames of up to so many symbols (its parameters change there):
-measured on Gaussian and Laplacian planes. Where symbols are few in kind it finds repeats that do not pay."""
+_ENTROPY_BITS = (0.0, 2.5, 3.0, 5.0, 6.0, 8.0)
+_EXTRA_BITS = (0.001, 0.0015, 0.002, 0.0065, 0.009, 0.009)
+"""What a stream takes a symbol above its entropy, because frequencies are rounded to 4096ths: measured on Gaussian and
+Laplacian planes."""
 
-_BLOCK = 1 << 17
-"""Symbols to which zstd gives a code table of its own."""
-
-_TABLE_BYTES = (25.0, 0.5)
+_TABLE_BYTES = (6.0, 0.35)
 """Of a code table, and of each symbol in it."""
 
-_FRAME_BYTES = 20.0
-"""Of a frame, its length in the header included."""
+_STREAM_BYTES = 5.0
+"""Of a stream besides, its length in the index included."""
 
-_ENTRY_BYTES = 250
-"""A tensor's two entries in the container's header, without its name."""
+_ENTRY_BYTES = 15
+"""A tensor's entry in the packed index."""
 
 _SAMPLE = 1 << 18
 """Weights that are binned, in whole rows spread over the matrix."""
@@ -79,15 +72,15 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Planes:
-    """Fine histograms of a sample of both planes: counts [G, B] by plane, bin b lies at (b - B // 2) * `step`.
+    """Fine histograms of a sample of both planes: counts [G, B], bin b lies at (b - B // 2) * `step`.
 
-    `sizes` [G] by plane are the symbols of each group of the whole, `spread` [B] by plane those of each bin, `rms` is
-    that of the whole too, of its bulk.
+    `sizes` [G] are the symbols of each group of the whole, `spread` [B] those of each bin, `rms` is that of the whole
+    too, of its bulk.
     """
 
-    counts: tuple[Floats, Floats]
-    sizes: tuple[Floats, Floats]
-    spread: tuple[Floats, Floats]
+    counts: Floats
+    sizes: Floats
+    spread: Floats
     step: float
     rms: float
     levels_bytes: int
@@ -97,7 +90,7 @@ class _Planes:
 class Grid:
     """The targets that a budget can choose from: every `GRID_DB` from `low` to `high`, whole numbers of dB.
 
-    Sizes are foretold at the whole dB, the `knots` [T], and are as good as straight between them.
+    Sizes are estimated at the whole dB, the `knots` [T], and are as good as straight between them.
     """
 
     low: float
@@ -111,7 +104,7 @@ class Grid:
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Targets at which `sizes` are foretold, dB."""
+        """Targets at which `sizes` are estimated, dB."""
         return tuple(np.arange(self.low, self.high + 1).tolist())
 
     def target(self, step: int) -> float:
@@ -141,28 +134,24 @@ def highest(sizes: Floats, limit: float) -> int | None:
     return int(np.searchsorted(sizes, sizes[last]))
 
 
-def sizes(name: str, tensor: Tensor, profile: Profile, override: Override | None = None) -> Floats:
-    """Bytes of a stored tensor at each knot of the profile's grid, its entry in the header included: [T].
+def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[float]) -> Floats:
+    """Bytes of a stored tensor at each of some targets in dB, its entry in the header included: [T].
 
-    Lossless tensors are measured, not foretold. An override takes the tensor out of the profile's hands: all its sizes
-    are then the same.
+    Lossless tensors are measured, not estimated: all their sizes are the same.
 
     Args:
         tensor: of any shape and stored dtype, on the CPU.
-        profile: of codec `lattice`; its own target is ignored.
+        decision: for codec `lattice`, or lossless; its own target is ignored.
 
     Raises:
         TensorError: as `encode_tensor`.
     """
-    shape = tuple(tensor.shape)
-    shares = [replace(profile, target_db=db).of_tensor(shape, override) for db in Grid.of(profile).knots]
-    entry = _ENTRY_BYTES + 2 * len(name.encode())
-    coded = shares[0].action(shape, dtype_name(tensor.dtype))[0] == "coded"
-    matrix = tensor.detach().reshape(matrix_shape(shape))
-    if not coded or fallback(matrix) is not None:
-        return np.full(len(shares), encode_tensor(name, tensor, shares[0]).tensor.nbytes + entry, dtype=np.float64)
-    targets = [share.target_db or 0.0 for share in shares]
-    return _curve(_histograms(matrix), targets, matrix, path=profile.path) + entry
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    if decision.action == "lossless" or fallback(matrix) is not None:
+        return np.full(
+            len(targets_db), encode_tensor(name, tensor, decision).tensor.nbytes + _ENTRY_BYTES, dtype=np.float64
+        )
+    return _curve(_histograms(matrix), targets_db, matrix, path=decision.path) + _ENTRY_BYTES
 
 
 def _histograms(matrix_RK: Tensor) -> _Planes:
@@ -175,24 +164,21 @@ def _histograms(matrix_RK: Tensor) -> _Planes:
     stride = max(1, min(matrix_RK.shape[0], weights // _SAMPLE))
     sample = matrix_RK[::stride].to(torch.float32)
     bins = min(_MOST_BINS, math.ceil(float(sample.abs().max()) / step) + 1)
-    rows = levels[0].astype(np.int64)
-    counts = []
-    for plane, columns in zip(split(sample), levels[1:], strict=True):
-        group = contexts.group_of_sum(levels[0], columns)
-        index = np.clip(np.rint(plane.numpy() * np.float32(1 / step)), -bins, bins).astype(np.int64) + bins
-        index += group[rows[::stride, None] + columns] * (2 * bins + 1)
-        count = np.bincount(index.reshape(-1), minlength=int(group[-1] + 1) * (2 * bins + 1))
-        counts.append(count.reshape(-1, 2 * bins + 1).astype(np.float64))
-    packed = sum(len(rest.compress(level.tobytes())) for level in levels if level.any())
-    sizes = [np.array(contexts.group_sizes(levels[0], columns), dtype=np.float64) for columns in levels[1:]]
-    first, second = ((n / np.maximum(1, c.sum(axis=1))) @ c for c, n in zip(counts, sizes, strict=True))
+    rows, columns = levels
+    both = torch.cat(split(sample), dim=1).numpy()
+    group = contexts.group_of_sum(rows, columns)
+    index = np.clip(np.rint(both * np.float32(1 / step)), -bins, bins).astype(np.int64) + bins
+    index += group[rows[::stride, None].astype(np.int64) + columns] * (2 * bins + 1)
+    flat = np.bincount(index.reshape(-1), minlength=int(group[-1] + 1) * (2 * bins + 1))
+    counts = flat.reshape(-1, 2 * bins + 1).astype(np.float64)
+    sizes = np.array(contexts.group_sizes(rows, columns), dtype=np.float64)
     return _Planes(
-        counts=(counts[0], counts[1]),
-        sizes=(sizes[0], sizes[1]),
-        spread=(first, second),
+        counts=counts,
+        sizes=sizes,
+        spread=(sizes / np.maximum(1, counts.sum(axis=1))) @ counts,
         step=step,
         rms=rms,
-        levels_bytes=packed,
+        levels_bytes=len(rest.pack(np.concatenate(levels))) if len(sizes) > 1 else 0,
     )
 
 
@@ -206,18 +192,18 @@ def _step(rms: float, db: float) -> float:
     return math.sqrt(12) * rms * 10 ** (-db / 20)
 
 
-def _levels(matrix_RK: Tensor, step: float) -> tuple[contexts.Bytes, ...]:
+def _levels(matrix_RK: Tensor, step: float) -> tuple[contexts.Bytes, contexts.Bytes]:
     """Levels of the rows, and of the columns of both planes, from the mean squares of their symbols."""
     rows, pairs = matrix_RK.shape[0], pairs_per_row(matrix_RK.shape[1])
     if rows < _LEAST_ROWS:
-        return tuple(np.zeros(count, dtype=np.uint8) for count in (rows, pairs, pairs))
+        return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8)
     by_row, by_column = [], torch.zeros(2, pairs, dtype=torch.float64)
     for part in _bands(matrix_RK):
         squares = torch.stack(split(part.to(torch.float32))).div_(step).square_()
         by_row.append(squares.mean(dim=(0, 2)))
         by_column += squares.sum(dim=1)
-    means = (torch.cat(by_row), *(by_column / rows).to(torch.float32))
-    return tuple(contexts.levels(mean.add_(1 / 12).numpy()) for mean in means)
+    by_rows, by_columns = torch.cat(by_row).double(), by_column.view(-1) / rows
+    return contexts.levels(by_rows.add_(1 / 12).numpy()), contexts.levels(by_columns.add_(1 / 12).numpy())
 
 
 def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, path: bool) -> Floats:
@@ -235,41 +221,38 @@ def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, p
     single = at(coded, wanted) + at(escapes[0], wanted) * ESCAPE_BITS / 8
     if not path or weights < LEAST_PATH:
         return single
-    symbol = wanted - math.log(2 * rate.path_step(matrix_RK.shape[0] * pairs_per_row(matrix_RK.shape[1])))
-    escaped = at(escapes[1], symbol)
-    paths = at(coded, symbol) + escaped * ESCAPE_BITS / 8
-    return np.where(escaped * ESCAPE_BITS > PATH_GAIN_BITS * weights, np.minimum(single, paths), paths)
+    pairs = matrix_RK.shape[0] * pairs_per_row(matrix_RK.shape[1])
+    symbol = wanted - math.log(2 * rate.path_step(pairs))
+    paths = at(coded, symbol) + at(escapes[0], symbol) * ESCAPE_BITS / 8
+    escaped = np.expm1(at(np.log1p(escapes[1]), symbol))  # by orders of magnitude: straight between them it is too many
+    return np.where(escaped > MOST_ESCAPED * pairs, single, paths)
 
 
 def _at_step(planes: _Planes, step: float) -> tuple[float, float, float, float]:
-    """(SQNR of single nodes in dB, bytes of the symbols, escapes of single nodes, of a path) at a step of symbols."""
-    error = grouped = flat = 0.0
-    escapes = [0.0, 0.0]
-    for counts, sizes, spread in zip(planes.counts, planes.sizes, planes.spread, strict=True):
-        half = counts.shape[1] // 2
-        fine = np.arange(-half, half + 1) * planes.step
-        symbol = np.rint(fine / step)
-        error += float(spread @ ((fine - symbol * step) ** 2 + planes.step**2 / 12))
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(symbol)) + 1))
-        merged, size = np.add.reduceat(counts, starts, axis=1), np.abs(symbol[starts])
-        outside = np.add.reduceat(spread, starts)
-        escapes = [n + float(outside[size > most].sum()) for n, most in zip(escapes, (HIGH, HIGH // 2), strict=True)]
-        merged = merged[:, size <= HIGH]
-        grouped += sum(map(_frame_bytes, merged, sizes))
-        flat += _frame_bytes(merged.sum(axis=0), float(sizes.sum()))
-    energy = planes.rms**2 * sum(float(sizes.sum()) for sizes in planes.sizes)
-    return sqnr_db(energy, error), min(flat, grouped + planes.levels_bytes), escapes[0], escapes[1]
+    """(SQNR of single nodes in dB, bytes of the symbols, those outside them, outside half of them) at a step."""
+    half = planes.counts.shape[1] // 2
+    fine = np.arange(-half, half + 1) * planes.step
+    symbol = np.rint(fine / step)
+    error = float(planes.spread @ ((fine - symbol * step) ** 2 + planes.step**2 / 12))
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(symbol)) + 1))
+    merged, size = np.add.reduceat(planes.counts, starts, axis=1), np.abs(symbol[starts])
+    outside = np.add.reduceat(planes.spread, starts)
+    escapes = [float(outside[size > most].sum()) for most in (HIGH, HIGH // 2)]
+    merged = merged[:, size <= HIGH]
+    grouped = sum(map(_stream_bytes, merged, planes.sizes)) + planes.levels_bytes
+    flat = _stream_bytes(merged.sum(axis=0), float(planes.sizes.sum()))
+    energy = planes.rms**2 * float(planes.sizes.sum())
+    return sqnr_db(energy, error), min(flat, grouped), escapes[0], escapes[1]
 
 
-def _frame_bytes(counts: Floats, symbols: float) -> float:
-    """Bytes of a frame of so many symbols, `counts` being the histogram of a sample: entropy, and zstd's excess."""
+def _stream_bytes(counts: Floats, symbols: float) -> float:
+    """Bytes of a stream of so many symbols, `counts` being the histogram of a sample: entropy and the code's excess."""
     used = counts[counts > 0]
     sampled = float(used.sum())
     if not sampled:
         return 0.0
     bits = math.log2(sampled) - float(used @ np.log2(used)) / sampled
     bits += (len(used) - 1) / (2 * sampled * math.log(2))  # what a histogram of few samples lacks (Miller and Madow)
-    extra = next(extra for size, extra in _EXTRA_BITS.items() if symbols <= size)
-    bits += float(np.interp(bits, _ENTROPY_BITS, extra))
-    tables = math.ceil(symbols / _BLOCK) * (_TABLE_BYTES[0] + _TABLE_BYTES[1] * len(used))
-    return min(symbols * bits / 8 + tables, symbols) + _FRAME_BYTES
+    bits += float(np.interp(bits, _ENTROPY_BITS, _EXTRA_BITS))
+    table = _TABLE_BYTES[0] + _TABLE_BYTES[1] * len(used) + rans.encoded_bytes(round(symbols))
+    return min(symbols * bits / 8 + table, symbols) + _STREAM_BYTES

@@ -1,22 +1,40 @@
-"""The artifact container: a safetensors file whose metadata says how each tensor is coded (see FORMAT.md).
+"""The artifact container: a safetensors file whose index says how each tensor is coded (see FORMAT.md).
 
-Every tensor of the source has one entry in the file's metadata, in the source's order, and one stored tensor of the
-same name: its coded streams as bytes (U8), or for `raw` the tensor itself, which any safetensors reader can open.
+Every tensor of the source has one entry in the index, in the source's order. Version 2 keeps the index as one zstd
+frame and all streams behind it, in the same order; version 1, which is read for ever and written no more, has the
+entries in the file's metadata and a stored tensor for each.
 """
 
 import json
+import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
-from birkhoff.codec.dtypes import dtype_from_code
+import zstandard
+
+from birkhoff.codec import strict_json
+from birkhoff.codec.dtype_names import width_of_code
 from birkhoff.codec.errors import FormatError, VersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written; every version up to it is read."""
+
 VERSION_KEY = "__birkhoff__"
 
 MAX_HEADER_BYTES = 64 << 20
+"""Bound on the text of the entries, as stored (version 1) or unpacked (version 2)."""
+
+MAX_INDEX_EXPANSION = 1 << 10
+"""Bound on the bytes of entries that a byte of a packed index stands for."""
+
+INDEX, DATA = "index", "data"
+"""Version 2's stored tensors."""
+
+_INDEX_LEVEL = 19
+
 MAX_WEIGHTS = 1 << 36
 """Bound on the weights that one tensor may declare: checked before anything is allocated."""
 
@@ -32,19 +50,141 @@ MAX_PARTS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodedTensor:
-    """One tensor as it is stored.
+class LatticeParams:
+    """What codec `lattice` needs besides shape and dtype."""
 
-    `codec` names the coding, `dtype` is a safetensors code, `shape` the original one, `params` what the codec needs
-    besides, as text without spaces, and `parts` its streams.
+    path: int
+    """Whether the symbols are steps of paths through the trellis: 0 no, 1 through the rows, 2 down the columns (since
+    version 2)."""
+    columns: int
+    """Of the matrix that the weights fill row by row."""
+    step: float
+    """Of the lattice, in the weights' unit; a float32."""
+    escapes: int
+    """Pairs whose coordinates are stored apart."""
+
+    @classmethod
+    def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "LatticeParams":
+        """From the tokens of an entry. Raises FormatError."""
+        (step,) = _floats(tokens, "step", 1)
+        if step <= 0:
+            raise FormatError(f"parameter step is {step}, not a positive number")
+        return cls(
+            path=_one_of(tokens, "path", ("0", "1") if version == 1 else ("0", "1", "2")),
+            columns=_number(tokens, "columns"),
+            step=step,
+            escapes=_number(tokens, "escapes"),
+        )
+
+    def tokens(self) -> dict[str, str]:
+        """As an entry holds it."""
+        return {
+            "path": str(int(self.path)),
+            "columns": str(self.columns),
+            "step": _hex(self.step),
+            "escapes": str(self.escapes),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperParams:
+    """What codec `paper` needs besides shape and dtype, by the names of the published code; points are float32."""
+
+    per_row: bool
+    """Whether pairs keep to their rows."""
+    U: int
+    K: int
+    bits: int
+    """Of a code."""
+    centre: tuple[float, float]
+    far: tuple[float, float]
+
+    @classmethod
+    def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "PaperParams":  # noqa: ARG003
+        """From the tokens of an entry. Raises FormatError."""
+        (x, y), (far_x, far_y) = (_floats(tokens, key, 2) for key in ("centre", "far"))
+        return cls(
+            per_row=bool(_one_of(tokens, "per_row", ("0", "1"))),
+            U=_number(tokens, "U"),
+            K=_number(tokens, "K"),
+            bits=_number(tokens, "bits"),
+            centre=(x, y),
+            far=(far_x, far_y),
+        )
+
+    def tokens(self) -> dict[str, str]:
+        """As an entry holds it."""
+        return {
+            "per_row": str(int(self.per_row)),
+            "U": str(self.U),
+            "K": str(self.K),
+            "bits": str(self.bits),
+            "centre": _hex(*self.centre),
+            "far": _hex(*self.far),
+        }
+
+
+Params = LatticeParams | PaperParams | None
+"""What a codec needs besides shape and dtype; None for those that need nothing."""
+
+_PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
+    "lattice": LatticeParams.parse,
+    "raw": lambda _tokens, _version: None,
+    "planes": lambda _tokens, _version: None,
+    "paper": PaperParams.parse,
+}
+"""Every codec, and how its parameters are read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What the encoder says of a tensor. Decoding ignores it: one that is no number is NaN, which checks refuse."""
+
+    sqnr_db: float | None = None
+    max_abs: float | None = None
+    """Greatest error of a weight."""
+    mean_abs: float | None = None
+    """Mean error of a weight."""
+    target_db: float | None = None
+    """The SQNR it had to reach, where its profile alone does not tell."""
+    reason: str | None = None
+    """Why it is lossless though its header asked for coding: a key of `profiles.FALLBACKS`."""
+
+    @classmethod
+    def parse(cls, tokens: Mapping[str, str]) -> "Claims":
+        """From the tokens of an entry."""
+        return cls(**{key: _claim(tokens, key) for key in _CLAIM_FORMATS}, reason=tokens.get("reason"))
+
+    def tokens(self) -> dict[str, str]:
+        """As an entry holds it: what is there, rounded."""
+        numbers = {key: getattr(self, key) for key in _CLAIM_FORMATS}
+        said = {key: format(value, _CLAIM_FORMATS[key]) for key, value in numbers.items() if value is not None}
+        return said if self.reason is None else {**said, "reason": self.reason}
+
+    def rounded(self) -> "Claims":
+        """As it will be read back."""
+        return Claims.parse(self.tokens())
+
+
+_CLAIM_FORMATS = {"sqnr_db": ".3f", "max_abs": ".4g", "mean_abs": ".4g", "target_db": ".3f"}
+"""Numbers among the claims, in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What the metadata says of one tensor, but for the lengths of its streams.
+
+    `codec` names the coding, `dtype` is a safetensors code, `shape` the original one.
     """
 
     name: str
     codec: str
     dtype: str
     shape: tuple[int, ...]
-    params: Mapping[str, str]
-    parts: tuple[bytes | memoryview, ...]
+    params: Params = None
+    claims: Claims = field(default_factory=Claims)
+    version: int = FORMAT_VERSION
+    """Of the format that its streams are written in."""
 
     @property
     def weights(self) -> int:
@@ -55,6 +195,13 @@ class CodedTensor:
     def lossless(self) -> bool:
         """Whether it decodes to the very bits of the original."""
         return self.codec in LOSSLESS_CODECS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedTensor(Entry):
+    """One tensor as it is stored: its entry, and its streams as `parts`."""
+
+    parts: tuple[bytes | memoryview, ...]
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +215,8 @@ class CodedTensor:
             "dtype": self.dtype,
             "shape": ",".join(map(str, self.shape)),
             "parts": ",".join(str(len(part)) for part in self.parts),
-            **self.params,
+            **(self.params.tokens() if self.params else {}),
+            **self.claims.tokens(),
         }
         return " ".join(f"{key}={value}" for key, value in fields.items())
 
@@ -77,41 +225,62 @@ def serialise(tensors: list[CodedTensor]) -> bytes:
     """A container holding `tensors`, byte for byte a function of them.
 
     Raises:
-        FormatError: two tensors share a name, or a name is reserved.
+        FormatError: two tensors share a name, or one's streams are of an older version (see `tensor.recode`).
     """
-    metadata = {VERSION_KEY: str(FORMAT_VERSION)}
+    entries: dict[str, str] = {}
     for tensor in tensors:
-        if tensor.name in metadata or tensor.name in (VERSION_KEY, "__metadata__"):
-            raise FormatError(f"tensor name {tensor.name!r} is reserved or appears twice")
-        metadata[tensor.name] = tensor.entry()
-    header: dict[str, object] = {"__metadata__": metadata}
-    # Wide elements first, so that a raw tensor is aligned for readers that map the file.
-    stored = sorted(tensors, key=lambda tensor: -_stored_width(tensor))
-    offset = 0
-    for tensor in stored:
-        header[tensor.name] = {
-            "dtype": tensor.dtype if tensor.codec == "raw" else "U8",
-            "shape": list(tensor.shape) if tensor.codec == "raw" else [tensor.nbytes],
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, *(part for tensor in stored for part in tensor.parts)))
+        if tensor.name in entries:
+            raise FormatError(f"tensor name {tensor.name!r} appears twice")
+        if tensor.version != FORMAT_VERSION:
+            raise FormatError(f"tensor {tensor.name!r} is of format version {tensor.version}: recode it first")
+        entries[tensor.name] = tensor.entry()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    index = zstandard.ZstdCompressor(level=_INDEX_LEVEL, write_content_size=True).compress(text)
+    end = len(index) + sum(tensor.nbytes for tensor in tensors)
+    header = {
+        "__metadata__": {VERSION_KEY: str(FORMAT_VERSION)},
+        INDEX: _stored_bytes(0, len(index)),
+        DATA: _stored_bytes(len(index), end),
+    }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    streams = (part for tensor in tensors for part in tensor.parts)
+    return b"".join((struct.pack("<Q", len(head)), head, index, *streams))
 
 
-def _stored_width(tensor: CodedTensor) -> int:
-    return dtype_from_code(tensor.dtype).itemsize if tensor.codec == "raw" else 1
+def _stored_bytes(begin: int, end: int) -> dict[str, object]:
+    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
 
 
-def header_size(start: bytes) -> int:
-    """Bytes of the whole header (length field included) of a container, from its first 8 bytes. Raises FormatError."""
-    if len(start) < 8:
-        raise FormatError(f"container is truncated: {len(start)} bytes are no header")
-    size = int(struct.unpack("<Q", start[:8])[0])
-    if not 2 <= size <= MAX_HEADER_BYTES:
-        raise FormatError(f"container header declares {size} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
-    return 8 + size
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a container says before its streams: its tensors in the source's order, with the lengths of their streams.
+
+    `begins` are the offsets of the tensors' streams from the start of the file, `size` is the whole container's.
+    """
+
+    version: int
+    entries: tuple[Entry, ...]
+    parts: tuple[tuple[int, ...], ...]
+    begins: tuple[int, ...]
+    size: int
+
+    def tensor(self, number: int, blob: memoryview) -> CodedTensor:
+        """A tensor as it is stored, its streams as views of the container."""
+        entry, at, parts = self.entries[number], self.begins[number], []
+        for size in self.parts[number]:
+            parts.append(blob[at : at + size])
+            at += size
+        return CodedTensor(
+            name=entry.name,
+            codec=entry.codec,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            params=entry.params,
+            claims=entry.claims,
+            version=entry.version,
+            parts=tuple(parts),
+        )
 
 
 def parse(blob: bytes | memoryview) -> list[CodedTensor]:
@@ -122,32 +291,63 @@ def parse(blob: bytes | memoryview) -> list[CodedTensor]:
         VersionError: written in a version that this code does not read.
     """
     view = memoryview(blob)
-    data_start = header_size(bytes(view[:8]))
-    header, metadata = parse_header(bytes(view[:data_start]))
-    data = view[data_start:]
-    tensors = [_read_entry(name, entry, header, data) for name, entry in metadata.items()]
-    _check_coverage(header, len(data))
-    return tensors
+    size = _json_end(view)
+    head = parse_head(bytes(view[: head_size(bytes(view[:size]))]))
+    if head.size != len(view):
+        raise FormatError(f"container has {len(view)} bytes, its header declares {head.size}")
+    return [head.tensor(number, view) for number in range(len(head.entries))]
 
 
-def parse_header(head: bytes) -> tuple[dict[str, object], dict[str, str]]:
-    """(stored tensors by name, metadata by name without the version) of the first `header_size` bytes.
+def _json_end(start: bytes | memoryview) -> int:
+    """Bytes of the length field and the JSON behind it. Raises FormatError."""
+    if len(start) < 8:
+        raise FormatError(f"container is truncated: {len(start)} bytes are no header")
+    size = int(struct.unpack("<Q", start[:8])[0])
+    if not 2 <= size <= MAX_HEADER_BYTES:
+        raise FormatError(f"container header declares {size} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
+    return 8 + size
+
+
+def head_size(start: bytes) -> int:
+    """How many of a container's first bytes `parse_head` needs, as far as those at hand (at least 8) tell.
+
+    Where that is more than there are at hand, ask again with so many: version 2 says it in its header.
+
+    Raises:
+        FormatError: not a container's start.
+    """
+    size = _json_end(start)
+    if len(start) < size:
+        return size
+    header, version = _parse_json(start[:size])
+    return size if version == 1 else size + _extent(header, INDEX)[1]
+
+
+def parse_head(head: bytes) -> Head:
+    """What stands before the streams, of at least the first `head_size` bytes.
 
     Raises:
         FormatError: not a header of this format.
         VersionError: of a version that this code does not read.
     """
-    if len(head) < header_size(head):
-        raise FormatError(f"container is truncated: {len(head)} bytes of a header of {header_size(head)}")
+    size = _json_end(head)
+    if len(head) < size:
+        raise FormatError(f"container is truncated: {len(head)} bytes of a header of {size}")
+    header, version = _parse_json(head[:size])
+    return _head_1(header, size) if version == 1 else _head_2(header, head[size:], size)
+
+
+def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
+    """(header, version) of a length field and the JSON behind it."""
     try:
-        # Of bytes, the module would guess among encodings.
-        header = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_unique)
+        header = strict_json.parse(text[8:])
+        "".join(header if isinstance(header, dict) else ()).encode()  # JSON can name lone surrogates, which are no text
     except (ValueError, RecursionError) as error:
         raise FormatError(f"container header is no JSON: {error}") from None
-    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("container header has no metadata of strings: not a birkhoff container")
-    version = metadata.pop(VERSION_KEY, None)
+    version = metadata.get(VERSION_KEY)
     if version is None or not (version.isascii() and version.isdigit() and len(version) < 10 and version[0] != "0"):
         raise FormatError(f"container does not say its format version: {VERSION_KEY} is {version!r}")
     if not 1 <= int(version) <= FORMAT_VERSION:
@@ -155,44 +355,98 @@ def parse_header(head: bytes) -> tuple[dict[str, object], dict[str, str]]:
             f"container has format version {version}; this code reads 1 to {FORMAT_VERSION}: "
             "upgrade birkhoff-compression to read it"
         )
+    return header, int(version)
+
+
+def _head_2(header: dict[str, object], rest: bytes, start: int) -> Head:
+    """Version 2: an index and the streams as two stored tensors."""
+    metadata = header.pop("__metadata__")
+    if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: "2"}:
+        raise FormatError(f"container holds {sorted(header)[:3]!r}, version 2 has {INDEX!r} and {DATA!r} alone")
+    (begin, end), (data, last) = _extent(header, INDEX), _extent(header, DATA)
+    if begin != 0 or data != end:
+        raise FormatError(f"container's index and data lie at bytes {begin} and {data}, expected 0 and {end}")
+    texts = _unpack_index(rest[:end])
+    read = [parse_entry(name, text, version=2) for name, text in texts.items()]
+    ends = list(accumulate((sum(parts) for _, parts in read), initial=start + data))
+    if ends[-1] != start + last:
+        raise FormatError(f"container holds {last - data} bytes of data, its tensors take {ends[-1] - start - data}")
+    return Head(
+        version=2,
+        entries=tuple(entry for entry, _ in read),
+        parts=tuple(parts for _, parts in read),
+        begins=tuple(ends[:-1]),
+        size=start + last,
+    )
+
+
+def _extent(header: dict[str, object], key: str) -> tuple[int, int]:
+    """Where one of version 2's stored tensors begins and ends. Raises FormatError."""
+    stored = header.get(key)
+    offsets = stored.get("data_offsets") if isinstance(stored, dict) else None
+    begin, end = _offsets(key, offsets, _MAX_FILE_BYTES)
+    if stored != _stored_bytes(begin, end) or any(type(size) is not int for size in stored["shape"]):
+        raise FormatError(f"tensor {key!r}: stored as {stored!r}, expected {_stored_bytes(begin, end)!r}")
+    return begin, end
+
+
+_MAX_FILE_BYTES = 1 << 62
+
+
+def _unpack_index(frame: bytes) -> dict[str, str]:
+    try:
+        size = zstandard.frame_content_size(frame) if len(frame) else -1
+        most = min(MAX_HEADER_BYTES, MAX_INDEX_EXPANSION * len(frame))
+        if not 2 <= size <= most:
+            raise FormatError(f"container's index declares {size} bytes in {len(frame)}; 2 to {most} are allowed")
+        text: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        if len(text) != size:
+            raise FormatError(f"container's index has {len(text)} bytes where {size} were declared")
+        entries = strict_json.parse(text)
+        "".join(entries if isinstance(entries, dict) else ()).encode()
+    except zstandard.ZstdError as error:
+        raise FormatError(f"container's index is corrupt: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"container's index is no JSON: {error}") from None
+    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        raise FormatError("container's index is no object of strings")
+    return entries
+
+
+def _head_1(header: dict[str, object], start: int) -> Head:
+    """Version 1: an entry of the metadata and a stored tensor for each tensor."""
+    metadata: dict[str, str] = header.pop("__metadata__")  # type: ignore[assignment]
+    del metadata[VERSION_KEY]
     if header.keys() != metadata.keys():
         odd = sorted(header.keys() ^ metadata.keys())[:3]
         raise FormatError(f"container's tensors and its metadata disagree: {', '.join(map(repr, odd))}")
-    return header, metadata
+    read = [(*parse_entry(name, text, version=1), header[name]) for name, text in metadata.items()]
+    spans = [_span_1(entry, sizes, stored) for entry, sizes, stored in read]
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise FormatError(f"container data has a hole or an overlap at byte {min(begin, position)}")
+        position = end
+    return Head(
+        version=1,
+        entries=tuple(entry for entry, _, _ in read),
+        parts=tuple(sizes for _, sizes, _ in read),
+        begins=tuple(start + begin for begin, _ in spans),
+        size=start + position,
+    )
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
-    "".join(result).encode()  # JSON can name lone surrogates, which are no text
-    return result
-
-
-def _read_entry(name: str, entry: str, header: dict[str, object], data: memoryview) -> CodedTensor:
-    params = parse_entry(name, entry)
-    try:
-        codec, dtype = params.pop("codec"), params.pop("dtype")
-        shape, sizes = _numbers(params.pop("shape")), _numbers(params.pop("parts"))
-    except (KeyError, ValueError) as error:
-        raise FormatError(f"tensor {name!r}: metadata lacks or garbles {error}") from None
-    dtype_from_code(dtype)
-    _check_bounds(name, shape, sizes)
-    stored = header[name]
+def _span_1(entry: Entry, sizes: tuple[int, ...], stored: object) -> tuple[int, int]:
     wanted = {
-        "dtype": dtype if codec == "raw" else "U8",
-        "shape": list(shape) if codec == "raw" else [sum(sizes)],
+        "dtype": entry.dtype if entry.codec == "raw" else "U8",
+        "shape": list(entry.shape) if entry.codec == "raw" else [sum(sizes)],
     }
     if not isinstance(stored, dict) or {key: stored.get(key) for key in wanted} != wanted or len(stored) != 3:
-        raise FormatError(f"tensor {name!r}: stored as {stored!r}, its metadata wants {wanted!r}")
-    begin, end = _offsets(name, stored.get("data_offsets"), len(data))
+        raise FormatError(f"tensor {entry.name!r}: stored as {stored!r}, its metadata wants {wanted!r}")
+    begin, end = _offsets(entry.name, stored.get("data_offsets"), _MAX_FILE_BYTES)
     if end - begin != sum(sizes):
-        raise FormatError(f"tensor {name!r}: {end - begin} bytes stored, its parts add up to {sum(sizes)}")
-    parts = []
-    for size in sizes:
-        parts.append(data[begin : begin + size])
-        begin += size
-    return CodedTensor(name=name, codec=codec, dtype=dtype, shape=shape, params=params, parts=tuple(parts))
+        raise FormatError(f"tensor {entry.name!r}: {end - begin} bytes stored, its parts add up to {sum(sizes)}")
+    return begin, end
 
 
 def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
@@ -207,12 +461,27 @@ def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> 
         )
 
 
-def parse_entry(name: str, entry: str) -> dict[str, str]:
-    """The `key=value` tokens of a metadata entry. Raises FormatError."""
+def parse_entry(name: str, text: str, *, version: int = FORMAT_VERSION) -> tuple[Entry, tuple[int, ...]]:
+    """An entry of the index, and the byte lengths of its streams. Raises FormatError."""
     try:
-        return _unique([tuple(token.split("=", 1)) for token in entry.split(" ")])  # type: ignore[misc,return-value]
+        tokens = strict_json.unique_keys([tuple(token.split("=", 1)) for token in text.split(" ")])  # type: ignore[misc]
     except ValueError:
-        raise FormatError(f"tensor {name!r}: metadata {entry[:80]!r} is not a list of key=value") from None
+        raise FormatError(f"tensor {name!r}: metadata {text[:80]!r} is not a list of key=value") from None
+    try:
+        codec, dtype = tokens["codec"], tokens["dtype"]
+        shape, sizes = _numbers(tokens["shape"]), _numbers(tokens["parts"])
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"tensor {name!r}: metadata lacks or garbles {error}") from None
+    width_of_code(dtype)
+    _check_bounds(name, shape, sizes)
+    if codec not in _PARAMS:
+        raise FormatError(f"tensor {name!r}: unknown codec {codec!r}; known: {', '.join(_PARAMS)}")
+    try:
+        params = _PARAMS[codec](tokens, version)
+    except FormatError as error:
+        raise FormatError(f"tensor {name!r}: {error}") from None
+    claims = Claims.parse(tokens)
+    return Entry(name=name, codec=codec, dtype=dtype, shape=shape, params=params, claims=claims, version=version), sizes
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -227,16 +496,39 @@ def _offsets(name: str, offsets: object, size: int) -> tuple[int, int]:
         begin, end = offsets
         if 0 <= begin <= end <= size:
             return begin, end
-    raise FormatError(f"tensor {name!r}: offsets {offsets!r} do not lie inside {size} bytes of data")
+    raise FormatError(f"tensor {name!r}: offsets {offsets!r} are no place in a file")
 
 
-def _check_coverage(header: dict[str, object], size: int) -> None:
-    """Every byte of the data belongs to exactly one tensor."""
-    spans = sorted(tuple(stored["data_offsets"]) for stored in header.values())  # type: ignore[index]
-    position = 0
-    for begin, end in spans:
-        if begin != position:
-            raise FormatError(f"container data has a hole or an overlap at byte {min(begin, position)}")
-        position = end
-    if position != size:
-        raise FormatError(f"container holds {size} bytes of data, its tensors take {position}")
+def _number(tokens: Mapping[str, str], key: str) -> int:
+    text = tokens.get(key, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise FormatError(f"parameter {key} is {text!r}, not a number")
+    return int(text)
+
+
+def _one_of(tokens: Mapping[str, str], key: str, allowed: tuple[str, ...]) -> int:
+    text = tokens.get(key, "")
+    if text not in allowed:
+        raise FormatError(f"parameter {key} is {text!r}, not {', '.join(allowed[:-1])} or {allowed[-1]}")
+    return int(text)
+
+
+def _hex(*values: float) -> str:
+    return struct.pack(f">{len(values)}f", *values).hex()
+
+
+def _floats(tokens: Mapping[str, str], key: str, count: int) -> tuple[float, ...]:
+    try:
+        values: tuple[float, ...] = struct.unpack(f">{count}f", bytes.fromhex(tokens.get(key, "")))
+    except (ValueError, struct.error):
+        raise FormatError(f"parameter {key} is {tokens.get(key)!r}, not {count} float32 in hex") from None
+    if not all(map(math.isfinite, values)):
+        raise FormatError(f"parameter {key} is {values}, not finite")
+    return values
+
+
+def _claim(tokens: Mapping[str, str], key: str) -> float | None:
+    try:
+        return float(tokens[key]) if key in tokens else None
+    except ValueError:
+        return math.nan

@@ -3,7 +3,8 @@
 Rows and columns of a weight matrix differ in scale. Every row r and every column p of a plane [R, P] has a level (a
 byte, `STEPS` an octave of root mean square); symbols are grouped by the sum of the two levels, neighbouring sums
 together until a group is large enough to pay for its code table. The grouping is a function of the levels alone, so a
-reader rebuilds it.
+reader rebuilds it. Version 2 of the format groups both coordinates together, as the columns of one plane; version 1
+grouped each for itself, by another rule.
 
 Order of the symbols in a group: rows sorted by level, columns sorted by level (both stable) cut the plane into tiles of
 one level each; a group is its tiles, row levels outside, column levels inside, each tile row by row.
@@ -16,22 +17,66 @@ Shapes: R = rows, P = columns of the plane, G = groups.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-STEPS = 4
-MAX_LEVEL = 63
-LEAST_GROUP = 1 << 14
-"""Symbols that a group needs: its code table costs about 100 bytes."""
+from birkhoff.codec.native.library import native, pointer
 
-MAX_GROUPS = 32
+STEPS = 3
+MAX_LEVEL = 63
 
 Bytes = npt.NDArray[np.uint8]
-Plane = npt.NDArray[np.int8]
+Integers = npt.NDArray[np.int64]
 
 
-def levels(mean_square: npt.NDArray[np.float32]) -> Bytes:
+class Rule(NamedTuple):
+    """When a group ends: at `least` symbols, if as many are left and fewer than `most` groups are begun."""
+
+    least: int
+    most: int
+
+
+RULE_1 = Rule(least=1 << 14, most=32)
+"""Of version 1, whose code tables took about 100 bytes."""
+
+LEAST_BITS = (8, 24)
+"""Range of log2 of the least group, which version 2 stores."""
+
+SMALL_BITS, USUAL_BITS = 10, 12
+"""Those that the encoder tries: a group costs about 50 bytes, table and states."""
+
+
+def rule_2(least_bits: int) -> Rule:
+    """The rule of version 2."""
+    return Rule(least=1 << least_bits, most=64)
+
+
+RULE_2 = rule_2(USUAL_BITS)
+
+
+def mean_squares(plane: Bytes) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean squares of the rows and of the columns of symbols stored as n + 128, from exact sums."""
+    rows, columns = plane.shape
+    by_row, by_column = np.empty(rows, dtype=np.int64), np.zeros(columns, dtype=np.int64)
+    library = native()
+    if library is not None:
+        library.birkhoff_squares(pointer(plane), rows, columns, pointer(by_row), pointer(by_column))
+        return by_row / columns, by_column / rows
+    height = max(1, _CHUNK // columns)
+    for top in range(0, rows, height):
+        square = np.square(plane[top : top + height].astype(np.int32) - 128)
+        square.sum(axis=1, out=by_row[top : top + height], dtype=np.int64)
+        by_column += square.sum(axis=0, dtype=np.int64)
+    return by_row / columns, by_column / rows
+
+
+_CHUNK = 1 << 16
+"""Symbols squared together: they stay in a core's cache."""
+
+
+def levels(mean_square: npt.NDArray[np.float64]) -> Bytes:
     """Levels of rows or columns from the mean squares of their symbols; the smallest is 0."""
     octaves = 0.5 * np.log2(mean_square + 0.05)  # symbols are whole: below this floor all is zero anyway
     level = np.rint(STEPS * octaves).astype(np.int64)
@@ -39,7 +84,7 @@ def levels(mean_square: npt.NDArray[np.float32]) -> Bytes:
     return result
 
 
-def group_of_sum(rows: Bytes, columns: Bytes) -> npt.NDArray[np.int64]:
+def group_of_sum(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Integers:
     """Group of each possible sum of a row's and a column's level; groups are numbered from 0 without gaps."""
     count = np.convolve(np.bincount(rows), np.bincount(columns))
     group = np.zeros(len(count), dtype=np.int64)
@@ -48,20 +93,20 @@ def group_of_sum(rows: Bytes, columns: Bytes) -> npt.NDArray[np.int64]:
         group[total] = current
         held += int(symbols)
         left -= int(symbols)
-        if held >= LEAST_GROUP and left >= LEAST_GROUP and current < MAX_GROUPS - 1:
+        if held >= rule.least and left >= rule.least and current < rule.most - 1:
             current, held = current + 1, 0
     return group
 
 
-def group_sizes(rows: Bytes, columns: Bytes) -> list[int]:
+def group_sizes(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[int]:
     """Symbols in each group."""
     count = np.convolve(np.bincount(rows), np.bincount(columns))
-    return [int(size) for size in np.bincount(group_of_sum(rows, columns), weights=count)]
+    return [int(size) for size in np.bincount(group_of_sum(rows, columns, rule), weights=count)]
 
 
-def _tiles(rows: Bytes, columns: Bytes) -> Iterator[tuple[int, slice, slice]]:
+def _tiles(rows: Bytes, columns: Bytes, rule: Rule) -> Iterator[tuple[int, slice, slice]]:
     """(group, rows, columns) of every tile of the sorted plane, in the order of the format."""
-    group = group_of_sum(rows, columns)
+    group = group_of_sum(rows, columns, rule)
     row_ends, column_ends = (np.cumsum(np.bincount(level)) for level in (rows, columns))
     top = 0
     for row_level, bottom in enumerate(row_ends):
@@ -73,20 +118,75 @@ def _tiles(rows: Bytes, columns: Bytes) -> Iterator[tuple[int, slice, slice]]:
         top = bottom
 
 
-def split(plane: Plane, rows: Bytes, columns: Bytes) -> list[Plane]:
+def split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:
     """The groups of a plane [R, P], each a flat array."""
     if not rows.any() and not columns.any():
         return [plane.reshape(-1)]
+    if native() is None:
+        return reference_split(plane, rows, columns, rule)
+    sizes = group_sizes(rows, columns, rule)
+    flat = np.empty(plane.size, dtype=np.uint8)
+    _regroup(plane, flat, rows, columns, rule, into=True)
+    return np.split(flat, np.cumsum(sizes)[:-1])
+
+
+def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Bytes:
+    """The plane [R, P] of the groups of `split`, which follow each other in `flat`."""
+    shape = len(rows), len(columns)
+    if not rows.any() and not columns.any():
+        return flat.reshape(shape)
+    if native() is None:
+        return reference_join(flat, rows, columns, rule)
+    plane = np.empty(shape, dtype=np.uint8)
+    _regroup(plane, flat, rows, columns, rule, into=False)
+    return plane
+
+
+def _regroup(plane: Bytes, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule, *, into: bool) -> None:
+    library = native()
+    assert library is not None
+    base, width, row, row_rank, _, _ = places(rows, columns, rule)
+    order = np.argsort(columns, kind="stable")
+    scratch = np.empty(len(columns), dtype=np.uint8)
+    library.birkhoff_regroup(
+        pointer(plane),
+        *plane.shape,
+        pointer(flat),
+        len(width),
+        *map(pointer, (base, width, row, row_rank, order, scratch)),
+        int(into),
+    )
+
+
+def reference_split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:
+    """`split` in numpy."""
     ordered = plane[np.argsort(rows, kind="stable")]
     if columns.any():
         ordered = np.take(ordered, np.argsort(columns, kind="stable"), axis=1)
-    groups: list[list[Plane]] = [[] for _ in group_sizes(rows, columns)]
-    for group, row, column in _tiles(rows, columns):
+    groups: list[list[Bytes]] = [[] for _ in group_sizes(rows, columns, rule)]
+    for group, row, column in _tiles(rows, columns, rule):
         groups[group].append(ordered[row, column].reshape(-1))
     return [np.concatenate(tiles) for tiles in groups]
 
 
-def places(rows: Bytes, columns: Bytes) -> tuple[npt.NDArray[np.int64], ...]:
+def reference_join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Bytes:
+    """`join` in numpy."""
+    sizes = group_sizes(rows, columns, rule)
+    ordered = np.empty((len(rows), len(columns)), dtype=np.uint8)
+    taken = [sum(sizes[:group]) for group in range(len(sizes))]
+    for group, row, column in _tiles(rows, columns, rule):
+        tile = ordered[row, column]
+        tile[...] = flat[taken[group] : taken[group] + tile.size].reshape(tile.shape)
+        taken[group] += tile.size
+    plane = np.empty_like(ordered)
+    if columns.any():
+        by_column = np.argsort(np.argsort(columns, kind="stable"), kind="stable")
+        ordered = np.take(ordered, by_column, axis=1)
+    plane[np.argsort(rows, kind="stable")] = ordered
+    return plane
+
+
+def places(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, ...]:
     """Where each symbol (r, p) lies in the groups, one after the other, as sums of small tables.
 
     Returns (base, width, row_level, row_rank, column_level, column_rank): symbol (r, p) is number
@@ -94,7 +194,7 @@ def places(rows: Bytes, columns: Bytes) -> tuple[npt.NDArray[np.int64], ...]:
     """
     height, width = np.bincount(rows), np.bincount(columns)
     tile = np.outer(height, width).reshape(-1)
-    group = group_of_sum(rows, columns)[np.add.outer(np.arange(len(height)), np.arange(len(width)))].reshape(-1)
+    group = group_of_sum(rows, columns, rule)[np.add.outer(np.arange(len(height)), np.arange(len(width)))].reshape(-1)
     order = np.argsort(group, kind="stable")  # groups follow each other; inside one, tiles stay row level by row level
     base = np.empty(len(tile), dtype=np.int64)
     base[order] = np.cumsum(tile[order]) - tile[order]
@@ -102,29 +202,10 @@ def places(rows: Bytes, columns: Bytes) -> tuple[npt.NDArray[np.int64], ...]:
     return *tables, rows.astype(np.int64), _ranks(rows), columns.astype(np.int64), _ranks(columns)
 
 
-def _ranks(levels_: Bytes) -> npt.NDArray[np.int64]:
+def _ranks(levels_: Bytes) -> Integers:
     """Number of each row or column among those of its level."""
     order = np.argsort(levels_, kind="stable")
     counts = np.bincount(levels_)
     ranks = np.empty(len(levels_), dtype=np.int64)
     ranks[order] = np.arange(len(levels_)) - np.repeat(np.cumsum(counts) - counts, counts)
     return ranks
-
-
-def join(groups: list[Plane], rows: Bytes, columns: Bytes) -> Plane:
-    """The plane [R, P] of `split`; the groups must have the sizes of `group_sizes`."""
-    shape = len(rows), len(columns)
-    if not rows.any() and not columns.any():
-        return groups[0].reshape(shape)
-    ordered = np.empty(shape, dtype=np.int8)
-    taken = [0] * len(groups)
-    for group, row, column in _tiles(rows, columns):
-        tile = ordered[row, column]
-        tile[...] = groups[group][taken[group] : taken[group] + tile.size].reshape(tile.shape)
-        taken[group] += tile.size
-    plane = np.empty(shape, dtype=np.int8)
-    if columns.any():
-        by_column = np.argsort(np.argsort(columns, kind="stable"), kind="stable")
-        ordered = np.take(ordered, by_column, axis=1)
-    plane[np.argsort(rows, kind="stable")] = ordered
-    return plane

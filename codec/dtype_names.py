@@ -1,5 +1,34 @@
 """Names of element types, without torch: what headers and manifests are judged by."""
 
+import re
+
+from birkhoff.codec.errors import FormatError
+
+NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+"""torch's name of every safetensors code: the dense real types, which are what a weight can be."""
+
+OUTSIDE_CONTAINERS = ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+"""Codes that version 1 of the container's format does not list."""
+
 CODED_NAMES = ("float16", "bfloat16", "float32", "float64")
 """Types that the lossy codecs take; all others are stored lossless."""
 
@@ -7,3 +36,18 @@ CODED_NAMES = ("float16", "bfloat16", "float32", "float64")
 def is_float(name: str) -> bool:
     """Whether a torch dtype name is one that the lossy codecs take."""
     return name in CODED_NAMES
+
+
+def name_of_code(code: str) -> str:
+    """`float32` of `F32`. Raises FormatError for a code that no container can hold."""
+    if code not in NAMES or code in OUTSIDE_CONTAINERS:
+        known = ", ".join(known for known in NAMES if known not in OUTSIDE_CONTAINERS)
+        raise FormatError(f"unknown element type {code!r}; known: {known}")
+    return NAMES[code]
+
+
+def width_of_code(code: str) -> int:
+    """Bytes of an element: 4 of `F32`. Raises FormatError for a code that no container can hold."""
+    name_of_code(code)
+    bits = re.search("[0-9]+", code)  # the first number of a code counts them; BOOL has none
+    return 1 if bits is None else int(bits[0]) // 8

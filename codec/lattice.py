@@ -12,6 +12,7 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.metrics import to_host
+from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes, N, nearest, position, reciprocal, theta_from_coordinates
 
@@ -22,6 +23,9 @@ _CHUNK_GPU = 1 << 26
 
 _FARTHEST = 1 << 22
 """Steps up to which paths are searched."""
+
+_ROOM = 1 << 12
+"""Coordinates outside the box that are expected at most."""
 
 _EscapedPairs = tuple[Tensor, Tensor, Tensor]
 """(flat pair index, I, J) of the escapes of one tile."""
@@ -49,13 +53,28 @@ class LatticeTensor:
         """Weights [R, K] in `dtype`, on the device of the coordinates."""
         rows = self.i.shape[0]
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.i.device)
-        for row, column, pair in tiles(rows, self.columns, self.i.device):
-            x, y = position(self.i[row, pair], self.j[row, pair], self.step)
-            join(x, y, column.stop - column.start, out=out[row, column])
+        library = native() if out.device.type == "cpu" and dtype == torch.float32 else None
+        if library is not None and self.i.is_contiguous() and self.j.is_contiguous():
+            planes = self.i.data_ptr(), self.j.data_ptr()
+            library.birkhoff_positions(*planes, rows, self.columns, self.step, out.data_ptr())
+        else:
+            self.decode_into(out)
         if len(self.escapes):
             index, value = self.escaped_weights()
             out.view(-1)[index] = value.to(dtype)
         return out
+
+    def decode_into(self, out: Tensor) -> None:
+        """Weights [R, K] in the dtype of `out`, but for those of escapes: the reference of what is faster."""
+        for row, column, pair in tiles(self.i.shape[0], self.columns, self.i.device):
+            x, y = position(self.i[row, pair], self.j[row, pair], self.step)
+            join(x, y, column.stop - column.start, out=out[row, column])
+
+    def equals(self, other: "LatticeTensor") -> bool:
+        """Whether both are the same coordinates, for the same step."""
+        mine, theirs = self.escapes, other.escapes
+        same = ((self.i, other.i), (self.j, other.j), (mine.pair, theirs.pair), (mine.i, theirs.i), (mine.j, theirs.j))
+        return (self.step, self.columns) == (other.step, other.columns) and all(torch.equal(a, b) for a, b in same)
 
     def rows(self, start: int, stop: int) -> "LatticeTensor":
         """Rows start..stop-1 as a matrix of their own; its planes are views."""
@@ -107,46 +126,79 @@ def quantise(weight_RK: Tensor, step: float) -> LatticeTensor:
         x, y = split(weight_RK[row, column].to(torch.float32))
         return nearest(x, y, step)
 
-    return _gather(weight_RK, step, coordinates)
+    return _gather((weight_RK.shape[0], weight_RK.shape[1]), weight_RK.device, step, coordinates)
 
 
-def quantise_path(weight_RK: Tensor, step: float) -> LatticeTensor:
-    """Nodes on the best path of the trellis, for one step: about 1 dB nearer than nodes of twice that step.
+def quantise_path(weight_RK: Tensor, step: float, path: int = 1) -> LatticeTensor:
+    """Nodes on the best paths of the trellis, for one step: about 1 dB nearer than nodes of twice that step.
 
-    The second weights are searched first; the first weights then move by the shear that those decide.
+    The second weights are searched first; the first weights then move by the shear that those decide. `path` is 1 for
+    paths through the rows, 2 for paths down the columns (see `trellis`).
 
     Raises:
         TargetError: weights so many steps long that float32 cannot tell even nodes from odd ones.
     """
     planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
-    i, j = split(weight_RK, out=planes)
-    planes.mul_(reciprocal(step))
-    farthest = max(map(abs, to_host(*torch.aminmax(planes)))) if planes.numel() else 0.0
+    library = native() if weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 else None
+    if library is not None and weight_RK.is_contiguous():
+        i, j = planes
+        rows, columns = weight_RK.shape
+        places = weight_RK.data_ptr(), i.data_ptr(), j.data_ptr()
+        farthest = library.birkhoff_split(places[0], rows, columns, reciprocal(step), *places[1:])
+    else:
+        i, j = split(weight_RK, out=planes)
+        planes.mul_(reciprocal(step))
+        farthest = max(map(abs, to_host(*torch.aminmax(planes)))) if planes.numel() else 0.0
     if farthest > _FARTHEST:
         raise TargetError(
             f"a weight lies {farthest:.3g} steps out, a path is exact up to {_FARTHEST}: use single nodes"
         )
-    trellis.search_(j.view(-1))
-    trellis.search_(i.sub_(j, alpha=1 / N).view(-1))
-    return _gather(weight_RK, step, lambda row, _column, pair: (i[row, pair], j[row, pair]))
+    lanes = trellis.lanes_of(i.shape[0], i.shape[1], path)
+    trellis.search_(j.view(-1), lanes)
+    trellis.search_(i.sub_(j, alpha=1 / N).view(-1), lanes)
+    return of_coordinates(i, j, step, weight_RK.shape[1])
+
+
+def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTensor:
+    """A matrix of given coordinates, float32 whole numbers [R, P] each, for one step; both are changed."""
+    library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
+    if library is not None:
+        planes = torch.empty(2, *i.shape, dtype=torch.int8)
+        outside = []
+        for c, plane in zip((i, j), planes, strict=True):
+            index = torch.empty(_ROOM, dtype=torch.int64)
+            size, places = c.numel(), (c.data_ptr(), plane.data_ptr())
+            found = library.birkhoff_narrow(places[0], size, places[1], index.data_ptr(), len(index))
+            if found > len(index):
+                index = torch.empty(found, dtype=torch.int64)
+                library.birkhoff_narrow(places[0], size, places[1], index.data_ptr(), found)
+            outside.append(index[:found])
+        pair = torch.unique(torch.cat(outside))
+        escapes = Escapes(pair=pair, i=i.view(-1)[pair].to(torch.int32), j=j.view(-1)[pair].to(torch.int32))
+        planes.view(2, -1)[:, pair] = 0
+        return LatticeTensor(i=planes[0], j=planes[1], escapes=escapes, step=step, columns=columns)
+    return _gather((i.shape[0], columns), i.device, step, lambda row, _column, pair: (i[row, pair], j[row, pair]))
 
 
 def _gather(
-    weight_RK: Tensor, step: float, coordinates: Callable[[slice, slice, slice], tuple[Tensor, Tensor]]
+    shape: tuple[int, int],
+    device: torch.device,
+    step: float,
+    coordinates: Callable[[slice, slice, slice], tuple[Tensor, Tensor]],
 ) -> LatticeTensor:
-    """The coordinates of all tiles, float32 whole numbers (changed in place), as int8 planes and escapes."""
-    rows, columns = weight_RK.shape
+    """The coordinates of all tiles of [R, K], float32 whole numbers (changed in place), as int8 planes and escapes."""
+    rows, columns = shape
     count = pairs_per_row(columns)
-    planes = torch.empty(2, rows, count, dtype=torch.int8, device=weight_RK.device)
+    planes = torch.empty(2, rows, count, dtype=torch.int8, device=device)
     escaped: list[_EscapedPairs] = []
-    for row, column, pair in tiles(rows, columns, weight_RK.device):
+    for row, column, pair in tiles(rows, columns, device):
         found = coordinates(row, column, pair)
         bounds = to_host(*(bound for c in found for bound in torch.aminmax(c)))
         if min(bounds) < LOW or max(bounds) > HIGH:
             escaped.append(_take_escapes(*found, first_row=row.start, first_pair=pair.start, count=count))
         for plane, c in zip(planes, found, strict=True):
             plane[row, pair] = c.to(torch.int8)
-    escapes = _gather_escapes(escaped, weight_RK.device)
+    escapes = _gather_escapes(escaped, device)
     return LatticeTensor(i=planes[0], j=planes[1], escapes=escapes, step=step, columns=columns)
 
 

@@ -44,10 +44,10 @@ class Fidelity:
 
 
 def sqnr_db(energy: float, error: float) -> float:
-    """10*log10(energy / error), infinite for no error."""
+    """10*log10(energy / error), infinite for no error, -infinite for an error without end or against no energy."""
     if error == 0:
         return math.inf
-    return 10 * math.log10(energy / error) if energy > 0 else -math.inf
+    return 10 * math.log10(energy / error) if energy > 0 and error < math.inf else -math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,9 @@ def _energy(weight: Tensor, limit: float) -> float:
     flat, energies, energy = weight.reshape(-1), [], 0.0
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(_wide(weight))
-        energies.append(w.masked_fill(w.abs() > limit, 0).square_().sum())
+        if max(map(abs, to_host(*torch.aminmax(w)))) > limit:  # most chunks have no outlier
+            w = w.masked_fill(w.abs() > limit, 0)
+        energies.append(w.square().sum())
     for part in to_host(*energies):  # not by `sum`: Python 3.12 rounds it otherwise than earlier ones
         energy += part
     return energy

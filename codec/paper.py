@@ -33,13 +33,14 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec.errors import CodecError, FormatError, TensorError
-from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.metrics import fidelity, to_host
+from birkhoff.codec.profiles import PUBLISHED_ERROR_LIMIT
 
 BOX_SIDE = 0.1  # l, in the weights' own unit, whatever their scale
 MAX_RINGS = 3
 ERROR_GOAL = 0.001  # mean absolute error at which the search for U and K stops
-ERROR_LIMIT = 0.006  # mean absolute error above which a tensor stays raw
 MIN_ELEMENTS = 10  # smaller tensors stay raw
+_FARTHEST = 2.0**60  # from here on squared distances leave float32's range
 
 STEP = {
     1225: (8.163265738403425e-05, 0.002857143059372902),
@@ -130,7 +131,7 @@ def encode(weight: Tensor, *, per_row: bool) -> PaperCode | None:
     pairs are consecutive elements in row-major order. Odd counts are filled with the mean second coordinate
     of the whole pairs. (Per row the published code means to do so too, but stops with a TypeError.) Raw stay
     tensors under 10 elements, those with a mean error above 0.006, and `per_row` matrices of one column,
-    which have no such mean.
+    which have no such mean; weights from 2**60, too, where nodes and rings leave float32's range.
 
     Raises TensorError for NaN or Inf, CodecError for a dtype or rank that it does not take.
     """
@@ -143,10 +144,12 @@ def encode(weight: Tensor, *, per_row: bool) -> PaperCode | None:
         return None
     if not weight.isfinite().all():
         raise TensorError(f"paper codec: weight {shape} holds NaN or Inf; repair the checkpoint")
+    if max(map(abs, to_host(*torch.aminmax(weight)))) >= _FARTHEST:
+        return None
     pair_P2 = _pairs(weight.detach().float(), per_row=per_row)
     box = _Box.around(pair_P2)
     trial = _search(pair_P2, box)
-    if trial.error > ERROR_LIMIT:
+    if trial.error > PUBLISHED_ERROR_LIMIT:
         return None
     return PaperCode(
         index=trial.index,

@@ -1,48 +1,98 @@
-"""The two forms of one lattice tensor: int8 coordinates in memory, grouped and entropy-coded symbol planes at rest.
+"""The two forms of one lattice tensor: int8 coordinates in memory, grouped and entropy-coded symbols at rest.
 
-At rest a plane holds a symbol for every pair: the coordinate n itself, or k = n >> 1 where the coordinates lie on a
-path of the trellis. A symbol outside -128..127 is written as k & 1 (so that the path goes on), or as 0 off the trellis,
-and every pair that is an escape in memory has its coordinates in the escape stream, which has the last word.
+At rest each coordinate n is a symbol: n itself, or k = n >> 1 where the coordinates lie on paths of the trellis. Both
+coordinates' symbols make one plane [R, 2P], I before J, which is grouped by levels of its rows and columns (see
+`contexts`); symbols are stored as a byte, symbol + 128.
+
+A symbol outside -128..127 is written as k & 1 (so that the path goes on), or as 0 off the trellis, and the pair's
+coordinates are in the escape stream, which has the last word. In memory more pairs are escapes: those whose coordinates
+lie outside -128..127 though their symbols, of paths, do not.
 
 Shapes: R = rows, P = pairs a row, G = groups (see `contexts`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from birkhoff.codec import contexts, trellis
-from birkhoff.codec.contexts import Bytes, Plane
+from birkhoff.codec import contexts, rest, trellis
+from birkhoff.codec.contexts import RULE_1, RULE_2, Bytes, Rule
+from birkhoff.codec.entropy import tables
+from birkhoff.codec.entropy.tables import Table
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import to_host
-from birkhoff.codec.rest import compress, decompress, pack_escapes, unpack_escapes
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
-_CHUNK = 1 << 16
-"""Symbols squared together: they stay in a core's cache."""
-
 Stream = bytes | memoryview
-Floats = npt.NDArray[np.float32]
+
+_SMALL = 1 << 16
+"""Symbols up to which more ways of grouping are tried."""
 
 
-def pack(code: LatticeTensor, *, path: bool) -> tuple[bytes, ...]:
-    """Streams: row levels, column levels of i and of j, groups of i, groups of j, escapes.
+def pack(code: LatticeTensor, *, path: int) -> tuple[tuple[bytes, ...], int]:
+    """Streams: levels of the rows and columns, groups, escapes; and the number of escapes stored.
 
-    Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on a trellis path.
+    Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on trellis paths, 1 for
+    those through the rows and 2 for those down the columns.
     """
     code = code.to("cpu")
     escapes = code.escapes
-    planes = [
-        _symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))
-    ]
-    levels = _levels(planes)
-    flat = tuple(np.zeros_like(level) for level in levels)
-    fewest = min((_pack_grouped(planes, choice) for choice in (flat, levels)), key=lambda parts: sum(map(len, parts)))
-    return (*fewest, pack_escapes(escapes))
+    both = np.concatenate(
+        [_symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))],
+        axis=1,
+    )
+    best = min(_groupings(both), key=lambda grouping: grouping.bytes)
+    stored = _explicit(escapes, path=path)
+    streams = [rest.pack(group, table) for group, table in zip(best.groups, best.fits, strict=True)]
+    return (best.levels, *streams, rest.pack_escapes(stored)), len(stored)
+
+
+class _Grouping(NamedTuple):
+    """The stream of the levels, the groups that it makes, their histograms and tables, and about the bytes of all."""
+
+    levels: bytes
+    groups: list[Bytes]
+    counts: list[tables.Counts]
+    fits: list[Table | None]
+    bytes: float
+
+
+def _groupings(both: Bytes) -> Iterator[_Grouping]:
+    """The plane of all symbols as one group, and grouped by levels of rows and columns; small planes by columns too."""
+    rows, columns = map(contexts.levels, contexts.mean_squares(both))
+    first = _grouping(both, rows, columns, contexts.USUAL_BITS)
+    counts = np.sum(first.counts, axis=0)
+    fits = [tables.fit(counts)]
+    yield _Grouping(b"", [both.reshape(-1)], [counts], fits, rest.estimate(both.size, fits[0]))
+    if len(first.groups) > 1:
+        yield first
+    if both.size <= _SMALL:
+        for row, bits in (
+            (rows, contexts.SMALL_BITS),
+            (0 * rows, contexts.SMALL_BITS),
+            (0 * rows, contexts.USUAL_BITS),
+        ):
+            grouping = _grouping(both, row, columns, bits)
+            if len(grouping.groups) > 1:
+                yield grouping
+
+
+def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
+    groups = contexts.split(both, rows, columns, contexts.rule_2(bits))
+    counts = list(map(tables.histogram, groups))
+    if len(groups) == 1:  # which needs no levels
+        return _Grouping(b"", groups, counts, [], math.inf)
+    fits = list(map(tables.fit, counts))
+    levels = rest.pack(np.concatenate(([bits], rows, columns)).astype(np.uint8))
+    sizes = (rest.estimate(len(group), table) for group, table in zip(groups, fits, strict=True))
+    return _Grouping(levels, groups, counts, fits, len(levels) + sum(sizes))
 
 
 def unpack(
@@ -50,7 +100,7 @@ def unpack(
     shape: tuple[int, int],
     escapes: int,
     *,
-    path: bool,
+    path: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Escapes]:
     """(i, j, escapes) in memory: int8 [R, P] each, from the streams of `pack`.
@@ -61,108 +111,207 @@ def unpack(
         FormatError: there are more or fewer streams than the levels ask for, or one is not what it should be.
     """
     rows, pairs = shape
+    if len(streams) < 3:
+        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
+    row, column, rule = _unpack_levels(streams[0], rows, pairs)
+    sizes = contexts.group_sizes(row, column, rule)
+    if len(streams) != 2 + len(sizes):
+        raise FormatError(f"{len(streams)} streams stored where {2 + len(sizes)} were expected")
+    flat = np.empty(2 * rows * pairs, dtype=np.uint8)
+    start = 0
+    for stream, size in zip(streams[1:-1], sizes, strict=True):
+        rest.unpack(stream, size, flat[start : start + size])
+        start += size
+    place = torch.device(device)
+    stored = rest.unpack_escapes(streams[-1], escapes, rows * pairs, reach=2 if path else 1).to(place)
+    if place.type == "cpu":
+        joined = contexts.join(flat, row, column, rule)
+        if path and native() is not None:
+            return _paths_of(joined, path, stored)
+        plane = torch.from_numpy(joined)
+    else:
+        plane = _join_on(place, flat, row, column, rule)
+    found = [_coordinates(half, path) for half in (plane[:, :pairs], plane[:, pairs:])]
+    return _in_memory(found, stored)
+
+
+def _unpack_levels(stream: Stream, rows: int, pairs: int) -> tuple[Bytes, Bytes, Rule]:
+    """Levels of the rows, of the columns of both planes, and the rule that groups them."""
+    if not len(stream):
+        return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8), RULE_2
+    found = rest.unpack(stream, 1 + rows + 2 * pairs)
+    least, most = contexts.LEAST_BITS
+    if not least <= found[0] <= most:
+        raise FormatError(f"least group of 2^{found[0]} symbols; 2^{least} to 2^{most} are allowed")
+    levels = _check_levels(found[1:])
+    return levels[:rows], levels[rows:], contexts.rule_2(int(found[0]))
+
+
+def unpack_1(
+    streams: Sequence[Stream],
+    shape: tuple[int, int],
+    escapes: int,
+    *,
+    path: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Escapes]:
+    """`unpack` for version 1 of the format. Raises FormatError."""
+    planes, stored = _planes_1(streams, shape, escapes, torch.device(device))
+    found = [_coordinates(plane, path) for plane in planes]
+    for coordinates in found:
+        coordinates.view(-1)[stored.pair] = 0
+        low, high = to_host(*torch.aminmax(coordinates)) if coordinates.numel() else (0.0, 0.0)
+        if low < LOW or high > HIGH:
+            raise FormatError("a coordinate outside -128..127 has no escape")
+    return _in_memory(found, stored)
+
+
+def _planes_1(
+    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, place: torch.device
+) -> tuple[list[Tensor], Escapes]:
+    """Both planes of version 1's symbols, as bytes symbol + 128, and its escapes."""
+    rows, pairs = shape
     if len(streams) < 4:
         raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 4")
-    levels = [_unpack_levels(stream, count) for stream, count in zip(streams, (rows, pairs, pairs), strict=False)]
-    sizes = [contexts.group_sizes(levels[0], columns) for columns in levels[1:]]
+    levels = [_levels_1(stream, count) for stream, count in zip(streams, (rows, pairs, pairs), strict=False)]
+    sizes = [contexts.group_sizes(levels[0], columns, RULE_1) for columns in levels[1:]]
     if len(streams) != 4 + len(sizes[0]) + len(sizes[1]):
         raise FormatError(f"{len(streams)} streams stored where {4 + len(sizes[0]) + len(sizes[1])} were expected")
     groups = iter(streams[3:-1])
-    numbers = []
-    place = torch.device(device)
+    planes = []
     for columns, wanted in zip(levels[1:], sizes, strict=True):
-        symbols = [_unpack_group(next(groups), size) for size in wanted]
+        data = b"".join(rest.decompress(next(groups), size) for size in wanted)
+        flat: Bytes = np.frombuffer(data, dtype=np.uint8) ^ np.uint8(128)
         if place.type == "cpu":
-            numbers.append(_numbers(contexts.join(symbols, levels[0], columns), path=path))
+            planes.append(torch.from_numpy(contexts.join(flat, levels[0], columns, RULE_1)))
         else:
-            plane = _join_on(place, symbols, levels[0], columns)
-            numbers.append(trellis.numbers(plane) if path else plane)
-    found = unpack_escapes(streams[-1], escapes, rows * pairs).to(place)
-    return (*_in_box(numbers, found, shape), found)
+            planes.append(_join_on(place, flat, levels[0], columns, RULE_1))
+    return planes, rest.unpack_escapes(streams[-1], escapes, rows * pairs, version=1).to(place)
 
 
-def _join_on(device: torch.device, groups: list[Plane], rows: Bytes, columns: Bytes) -> Tensor:
-    """`contexts.join` on a device: int8 [S]."""
-    symbols = torch.from_numpy(np.concatenate(groups)).to(device)
-    if not rows.any() and not columns.any():
-        return symbols
-    base, width, row, row_rank, column, column_rank = (
-        torch.from_numpy(table).to(device) for table in contexts.places(rows, columns)
-    )
-    index = base[row[:, None], column] + row_rank[:, None] * width[column] + column_rank
-    return symbols[index.view(-1)]
-
-
-def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: bool) -> Plane:
-    """The symbols int8 [R, P] of a plane; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
-    coordinates = plane.numpy()
-    symbols = coordinates >> 1 if path else coordinates
-    if len(pair):
-        symbols = symbols if path else symbols.copy()
-        escaped = true.numpy() >> 1 if path else true.numpy()
-        outside = (escaped < LOW) | (escaped > HIGH)
-        symbols.reshape(-1)[pair.numpy()] = np.where(outside, escaped & 1 if path else 0, escaped)
-    return symbols
-
-
-def _numbers(symbols: Plane, *, path: bool) -> Tensor:
-    """Coordinates, int16 [S] or int8 [S], of a plane of symbols."""
-    flat = torch.from_numpy(np.require(symbols, requirements=["C", "W"])).reshape(-1)
-    return trellis.numbers(flat) if path else flat
-
-
-def _in_box(numbers: list[Tensor], escapes: Escapes, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    for plane in numbers:
-        plane[escapes.pair] = 0
-        low, high = to_host(*torch.aminmax(plane)) if plane.numel() else (0.0, 0.0)
-        if low < LOW or high > HIGH:
-            raise FormatError("a coordinate outside -128..127 has no escape")
-    i, j = (plane.to(torch.int8).view(shape) for plane in numbers)
-    return i, j
-
-
-def _levels(planes: Sequence[Plane]) -> tuple[Bytes, ...]:
-    """Levels of the rows, and of each plane's columns."""
-    rows, columns = zip(*map(_mean_squares, planes), strict=True)
-    return contexts.levels(np.mean(rows, axis=0)), *map(contexts.levels, columns)
-
-
-def _mean_squares(plane: Plane) -> tuple[Floats, Floats]:
-    """Mean squares of the rows and of the columns."""
-    rows, columns = np.empty(plane.shape[0], dtype=np.float32), np.zeros(plane.shape[1], dtype=np.float64)
-    height = max(1, _CHUNK // plane.shape[1])
-    for top in range(0, len(plane), height):
-        square = np.square(plane[top : top + height], dtype=np.float32)
-        square.mean(axis=1, out=rows[top : top + height])
-        columns += square.sum(axis=0)
-    return rows, (columns / len(plane)).astype(np.float32)
-
-
-def _pack_grouped(planes: Sequence[Plane], levels: Sequence[Bytes]) -> tuple[bytes, ...]:
-    """Streams of the levels and of the planes grouped by them."""
-    rows, *columns = levels
-    groups = (
-        group for plane, level in zip(planes, columns, strict=True) for group in contexts.split(plane, rows, level)
-    )
-    return *map(_pack_levels, levels), *map(_pack_group, groups)
-
-
-def _pack_levels(levels: Bytes) -> bytes:
-    return compress(levels.tobytes()) if levels.any() else b""
-
-
-def _unpack_levels(stream: Stream, count: int) -> Bytes:
+def _levels_1(stream: Stream, count: int) -> Bytes:
     if not len(stream):
         return np.zeros(count, dtype=np.uint8)
-    levels = np.frombuffer(decompress(stream, count), dtype=np.uint8)
-    if levels.max() > contexts.MAX_LEVEL:
+    return _check_levels(np.frombuffer(rest.decompress(stream, count), dtype=np.uint8))
+
+
+def _check_levels(levels: Bytes) -> Bytes:
+    if levels.max(initial=0) > contexts.MAX_LEVEL:
         raise FormatError(f"level {levels.max()} is above {contexts.MAX_LEVEL}")
     return levels
 
 
-def _pack_group(symbols: Plane) -> bytes:
-    return compress(symbols.data.cast("B"))
+def _join_on(device: torch.device, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule) -> Tensor:
+    """`contexts.join` on a device."""
+    symbols = torch.from_numpy(flat).to(device)
+    if rows.any() or columns.any():
+        base, width, row, row_rank, column, column_rank = (
+            torch.from_numpy(table).to(device) for table in contexts.places(rows, columns, rule)
+        )
+        symbols = symbols[(base[row[:, None], column] + row_rank[:, None] * width[column] + column_rank).view(-1)]
+    return symbols.view(len(rows), len(columns))
 
 
-def _unpack_group(stream: Stream, size: int) -> Plane:
-    return np.frombuffer(decompress(stream, size), dtype=np.int8)
+def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
+    """The symbols [R, P] of a plane, + 128; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
+    coordinates: npt.NDArray[np.int8] = plane.numpy()
+    symbols: Bytes = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
+    if len(pair):
+        escaped = true.numpy() >> 1 if path else true.numpy()
+        outside = (escaped < LOW) | (escaped > HIGH)
+        symbols.reshape(-1)[pair.numpy()] = np.where(outside, escaped & 1 if path else 0, escaped) + 128
+    return symbols
+
+
+def _explicit(escapes: Escapes, *, path: int) -> Escapes:
+    """The escapes that symbols do not tell."""
+    if not path or not len(escapes):
+        return escapes
+    outside = torch.zeros(len(escapes), dtype=torch.bool)
+    for true in (escapes.i, escapes.j):
+        outside |= ((true >> 1) < LOW) | ((true >> 1) > HIGH)
+    return Escapes(pair=escapes.pair[outside], i=escapes.i[outside], j=escapes.j[outside])
+
+
+def _coordinates(symbols: Tensor, path: int) -> Tensor:
+    """Coordinates [R, P], int16 of paths and else int8, of symbols + 128, which may be a view."""
+    k = (symbols ^ 128).contiguous().view(torch.int8)
+    return trellis.numbers(k.view(-1), trellis.lanes_of(k.shape[0], k.shape[1], path)).view(k.shape) if path else k
+
+
+def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
+    """`_coordinates` of both planes of symbols + 128 and `_in_memory`, natively."""
+    library = native()
+    assert library is not None
+    rows, pairs = both.shape[0], both.shape[1] // 2
+    lanes = trellis.lanes_of(rows, pairs, path)
+    planes: list[Tensor] = []
+    outside: list[tuple[Tensor, Tensor]] = []
+    for half in range(2):
+        coordinates: npt.NDArray[np.int8] = np.empty((rows, pairs), dtype=np.int8)
+        room = _ROOM
+        while True:
+            delays = np.zeros(3 * lanes, dtype=np.uint8)
+            index, value = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
+            found = library.birkhoff_path_numbers(
+                pointer(both) + half * pairs,
+                rows,
+                pairs,
+                2 * pairs,
+                lanes,
+                *map(pointer, (delays, coordinates, index, value)),
+                room,
+            )
+            if found <= room:
+                break
+            room = found
+        planes.append(torch.from_numpy(coordinates))
+        outside.append((torch.from_numpy(index[:found]), torch.from_numpy(value[:found])))
+    i, j = planes
+    pair = torch.unique(torch.cat([index for index, _ in outside]))
+    pair = pair[torch.isin(pair, stored.pair, invert=True)]
+    true = []
+    for plane, (at, wide) in zip(planes, outside, strict=True):
+        exact = plane.view(-1)[pair].to(torch.int32)
+        if len(at):
+            place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
+            exact = torch.where(at[place] == pair, wide[place], exact)
+        true.append(exact)
+        plane.view(-1)[pair] = 0
+        plane.view(-1)[stored.pair] = 0
+    return i, j, _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
+
+
+_ROOM = 1 << 12
+"""Coordinates outside the box that are expected at most."""
+
+
+def _merged(a: Escapes, b: Escapes) -> Escapes:
+    """Escapes of both, by rising index."""
+    if not len(b):
+        return a
+    pair = torch.cat((a.pair, b.pair))
+    order = torch.argsort(pair)
+    return Escapes(pair=pair[order], i=torch.cat((a.i, b.i))[order], j=torch.cat((a.j, b.j))[order])
+
+
+def _in_memory(coordinates: list[Tensor], stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
+    """int8 planes, 0 at every escape, and all escapes: those stored, and others outside the box."""
+    for plane in coordinates:
+        plane.view(-1)[stored.pair] = 0
+    i, j = coordinates
+    found = stored
+    if i.dtype != torch.int8 and i.numel():
+        bounds = to_host(*(bound for plane in coordinates for bound in torch.aminmax(plane)))
+        if min(bounds) < LOW or max(bounds) > HIGH:
+            found = _take_out(i.view(-1), j.view(-1), stored)
+    return i.to(torch.int8), j.to(torch.int8), found
+
+
+def _take_out(i: Tensor, j: Tensor, stored: Escapes) -> Escapes:
+    """Move the pairs outside the box, which become 0, behind those stored; all by rising index."""
+    pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
+    taken = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
+    i[pair] = 0
+    j[pair] = 0
+    return _merged(stored, taken)

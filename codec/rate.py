@@ -8,6 +8,7 @@ and again only if the sample misled.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,13 +48,13 @@ _CHUNK_GPU = 1 << 26
 Quantise = Callable[[Tensor, float], LatticeTensor]
 
 
-def encode(weight_RK: Tensor, target_db: float, *, path: bool = False) -> tuple[LatticeTensor, Fidelity]:
+def encode(weight_RK: Tensor, target_db: float, *, path: int = 0) -> tuple[LatticeTensor, Fidelity]:
     """Code a matrix at the least fidelity that meets `target_db` (SQNR in dB, in `TARGET_DB_RANGE`).
 
     Args:
         weight_RK: real and finite, any float dtype and device.
         target_db: least SQNR, judged against the bulk of the weights (see `metrics`).
-        path: search paths of the trellis instead of single nodes.
+        path: search paths of the trellis instead of single nodes: 1 through the rows, 2 down the columns.
 
     Returns:
         The coded matrix and its measured error. The SQNR lies within 0.3 dB above the target wherever the weights
@@ -70,7 +71,18 @@ def encode(weight_RK: Tensor, target_db: float, *, path: bool = False) -> tuple[
     step = _search(weight_RK, goal)
     if path:
         step *= path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1]))
-    return _settle(weight_RK, goal, quantise_path if path else quantise, _round(step))
+    code: Quantise = partial(quantise_path, path=path) if path else quantise
+    return _settle(weight_RK, goal, code, _round(step))
+
+
+class RangeError(TargetError):
+    """Weights so near the end of their type's range that they leave it when decoded."""
+
+
+def check_error(error: float) -> None:
+    """Refuse an error that is not finite. Raises RangeError."""
+    if not error < math.inf:
+        raise RangeError("decoded, weights would leave the range of their type: store the tensor lossless")
 
 
 def check_target(target_db: float) -> None:
@@ -89,7 +101,11 @@ class _Goal:
     outliers: bool
 
     def excess(self, error: float) -> float:
-        """dB above the target at a summed squared error, limited so that one step of the search stays sane."""
+        """dB above the target at a summed squared error, limited so that one step of the search stays sane.
+
+        Raises RangeError where a weight was rounded out of its type's range: float16 ends at 65504.
+        """
+        check_error(error)
         return min(sqnr_db(self.energy, error) - self.target_db, 20.0)
 
 
@@ -109,8 +125,13 @@ def _search(weight_RK: Tensor, goal: _Goal) -> float:
 
 
 def path_step(symbols: int) -> float:
-    """Step of a path over the step of single nodes at equal error; the gain was measured for runs of 64 to 256."""
-    return 0.5 * 10 ** ((1.085 - 7.3 / trellis.steps(symbols)) / 20)
+    """Step of a path through rows over the step of single nodes at equal error."""
+    return step_of_run(trellis.steps(symbols))
+
+
+def step_of_run(steps: int) -> float:
+    """The same for runs of so many steps; the gain was measured for 64 to 256."""
+    return 0.5 * 10 ** ((1.085 - 7.3 / steps) / 20)
 
 
 def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tuple[LatticeTensor, Fidelity]:
@@ -120,6 +141,8 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
     for attempt in range(_TRIES):
         coded = code(weight_RK, step)
         found = _fidelity(weight_RK, coded, goal)
+        if best is not None and not found.error < math.inf:
+            break  # the one before is good
         excess = goal.excess(found.error)
         if excess >= 0 and (best is None or found.error > best[1].error):
             best = coded, found

@@ -1,25 +1,105 @@
-"""At rest: planes of bytes under zstd level 1, which for such planes is a Huffman coder.
+"""At rest: bytes as one stream, raw, under zstd or coded by a table, whichever is smallest.
 
-The two symbol planes of a lattice tensor, or the byte planes of a lossless one, are streams of independent symbols, so
-an entropy coder is all there is to gain; higher zstd levels look for repeats that are not there. Interleaved (theta as
-uint16), the same bytes cost over a bit a weight more.
+The symbols of a lattice tensor and the byte planes of a lossless one are independent of each other, so an entropy coder
+is all there is to gain: rANS by a table of its own for each stream (see `entropy`). A search for repeats finds chance
+ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do pay. A stream's first byte says which:
+
+    0   the bytes as they are
+    1   one zstd frame that declares its content size
+    2   a byte log2 N, a code table (`entropy.tables`), blocks of N lanes (`entropy.rans`)
+
+No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import zstandard
 
+from birkhoff.codec.entropy import rans, tables
+from birkhoff.codec.entropy.tables import DamagedError, Table
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
+Bytes = npt.NDArray[np.uint8]
+
+RAW, ZSTD, ANS = range(3)
+
 _LEVEL = 1
+_PROBE = 1 << 13
+"""Bytes that are searched for repeats first: the rest follows only if these come out smaller than by a table."""
+
+_LEAST_TABLE = 32
+"""Bytes below which a table is not tried."""
 
 
-def compress(data: bytes | memoryview) -> bytes:
-    """One zstd frame that carries its content size; no bytes for no bytes."""
-    if not len(data):
+def pack(data: Bytes, table: Table | None = None) -> bytes:
+    """The smallest stream of bytes; `table`, if given, is the one that `tables.fit` made for them."""
+    if not data.size:
         return b""
-    frame: bytes = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(data)
+    coded = _by_table(data, table)
+    found = coded if coded is not None and len(coded) <= data.size else bytes([RAW]) + data.tobytes()
+    head = data[:_PROBE]
+    frame = _searched(head)
+    if len(frame) * data.size < len(found) * head.size:
+        frame = frame if head.size == data.size else _searched(data)
+        found = min(found, bytes([ZSTD]) + frame, key=len)
+    return found
+
+
+def _by_table(data: Bytes, table: Table | None) -> bytes | None:
+    if data.size < _LEAST_TABLE:
+        return None
+    table = table or tables.fit(tables.histogram(data))
+    if table is None or table.bits >= 8 * data.size:
+        return None
+    lanes = rans.lanes(data.size)
+    return bytes([ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
+
+
+def estimate(size: int, table: Table | None) -> float:
+    """About the bytes that `pack` makes of `size` bytes with this table."""
+    if table is None:
+        return min(size + 1, 32)
+    return min(size + 1, 2 + table.bits / 8 + rans.encoded_bytes(size))
+
+
+def unpack(stream: bytes | memoryview, size: int, out: Bytes | None = None) -> Bytes:
+    """The `size` bytes of a stream, into `out` if given. Raises FormatError."""
+    out = np.empty(size, dtype=np.uint8) if out is None else out
+    if not size:
+        _nothing(stream)
+        return out
+    kind = stream[0] if len(stream) else -1
+    body = memoryview(stream)[1:]
+    if kind == RAW:
+        if len(body) != size:
+            raise FormatError(f"{len(body)} bytes stored raw where {size} were expected")
+        out[:] = np.frombuffer(body, np.uint8)
+    elif kind == ZSTD:
+        out[:] = np.frombuffer(decompress(body, size), np.uint8)
+    elif kind == ANS:
+        _from_table(body, size, out)
+    else:
+        raise FormatError(f"stream of kind {kind}; known are 0, 1 and 2" if kind >= 0 else "stream is missing")
+    return out
+
+
+def _from_table(body: memoryview, size: int, out: Bytes) -> None:
+    lanes = 1 << body[0] if len(body) and body[0] <= 5 else 0
+    if not lanes:
+        raise FormatError(
+            f"coded stream has {body[0] if len(body) else 'no'} as log2 of its lanes; at most 5 is allowed"
+        )
+    try:
+        frequency, used = tables.parse(body[1:])
+        rans.decode(body[1 + used :], size, frequency, lanes, out)
+    except DamagedError as error:
+        raise FormatError(f"coded stream is corrupt: {error}") from None
+
+
+def _searched(data: Bytes) -> bytes:
+    frame: bytes = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(data.data)
     return frame
 
 
@@ -49,16 +129,24 @@ def _nothing(frame: bytes | memoryview) -> bytes:
     return b""
 
 
-def pack_bytes(data: bytes, width: int) -> bytes:
-    """Elements of `width` bytes, their bytes regrouped into `width` planes (all first bytes, ...), compressed."""
-    if not data:
-        return b""
-    planes = np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T
-    return compress(np.ascontiguousarray(planes).data)
+def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
+    """Elements of `width` bytes as planes (all first bytes, ...): one stream of all, or one for each, the smaller."""
+    planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T)
+    together, apart = (pack(planes.reshape(-1)),), tuple(map(pack, planes))
+    return min(together, apart, key=lambda streams: sum(map(len, streams)))
 
 
-def unpack_bytes(frame: bytes | memoryview, size: int, width: int) -> bytes:
-    """The `size` bytes of `pack_bytes`. Raises FormatError."""
+def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: int) -> bytes:
+    """The `size` bytes of `pack_elements`. Raises FormatError."""
+    if len(streams) not in (1, width) or size % width:
+        raise FormatError(f"{len(streams)} streams of {size} bytes stored, expected 1 or {width} of whole elements")
+    share = size // len(streams)
+    planes = np.concatenate([unpack(stream, share) for stream in streams])
+    return planes.reshape(width, -1).T.tobytes()
+
+
+def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes:
+    """The `size` bytes of planes in one frame, as version 1 has them. Raises FormatError."""
     if not size:
         return _nothing(frame)
     if size % width:
@@ -80,21 +168,24 @@ def pack_escapes(escapes: Escapes) -> bytes:
     if gaps.max() > np.iinfo(np.int32).max:
         raise FormatError("escapes lie more than 2^31 pairs apart")
     rows = np.stack((gaps.astype(np.int32), escapes.i.cpu().numpy(), escapes.j.cpu().numpy()))
-    return pack_bytes(rows.astype("<i4").tobytes(), 4)
+    elements = np.frombuffer(rows.astype("<i4").tobytes(), np.uint8).reshape(-1, 4)
+    return pack(np.ascontiguousarray(elements.T).reshape(-1))
 
 
-def unpack_escapes(frame: bytes | memoryview, count: int, pairs: int) -> Escapes:
-    """The `count` escapes of a tensor of `pairs` pairs.
+def unpack_escapes(stream: bytes | memoryview, count: int, pairs: int, *, reach: int = 1, version: int = 2) -> Escapes:
+    """The `count` escapes of a tensor of `pairs` pairs; symbols reach `reach` times as far as -128..127.
 
     Raises:
         FormatError: indices not increasing or outside the tensor, or a coordinate that needed no escape.
     """
     if not count:
-        _nothing(frame)
+        _nothing(stream)
         return Escapes.none()
-    rows = np.frombuffer(unpack_bytes(frame, 12 * count, 4), dtype="<i4").reshape(3, count)
+    size = 12 * count
+    data = unpack_elements_1(stream, size, 4) if version == 1 else unpack_elements((stream,), size, 4)
+    rows = np.frombuffer(data, dtype="<i4").reshape(3, count)
     pair = np.cumsum(rows[0], dtype=np.int64)
-    inside = (rows[1:] >= LOW) & (rows[1:] <= HIGH)
+    inside = (rows[1:] >= reach * LOW) & (rows[1:] < reach * (HIGH + 1))
     if rows[0, 0] < 0 or (rows[0, 1:] <= 0).any() or pair[-1] >= pairs or inside.all(axis=0).any():
         raise FormatError(f"escapes are not {count} increasing indices below {pairs} with outlying coordinates")
     return Escapes(

@@ -1,20 +1,27 @@
 """One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
 
 import math
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from birkhoff.codec import lattice, paper, planes, rate, rest
-from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.container import (
+    FORMAT_VERSION,
+    MAX_EXPANSION,
+    Claims,
+    CodedTensor,
+    LatticeParams,
+    PaperParams,
+    Params,
+)
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
 from birkhoff.codec.errors import FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
-from birkhoff.codec.profiles import TARGET_DB_RANGE, Profile
+from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
 
 LEAST_PATH = 1 << 12
 """Weights from which a path is searched: the start of a run costs what it gains on fewer."""
@@ -22,17 +29,15 @@ LEAST_PATH = 1 << 12
 ESCAPE_BITS = 40
 """About what an escape takes."""
 
-PATH_GAIN_BITS = 0.17
-"""What a path saves a weight. Its steps are half as long and its box half as wide: above 37 dB, escapes eat that."""
+MOST_ESCAPED = 1 / 40
+"""Share of a path's pairs that may be escapes in memory, where its coordinates reach half as far as single nodes; at
+rest they cost no more. Above 39 dB there are more of them, and HyperLinear adds each by itself."""
 
 
-FALLBACKS = {
-    "constant": "all its weights are equal",
-    "range": "its weights leave float32's range when squared",
-    "target": "no step meets its target",
-    "published": f"the published codec leaves it raw: its mean error would exceed {paper.ERROR_LIMIT}",
-}
-"""Why a tensor that its header sends to coding is lossless all the same, by the `reason` stored with it."""
+_LARGEST_INTEGER = 1 << 24
+"""Beyond, float32 holds nothing but whole numbers."""
+
+_LOOK = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,28 +49,33 @@ class Encoded:
     fidelity: Fidelity | None
 
 
-def encode_tensor(name: str, tensor: Tensor, profile: Profile) -> Encoded:
-    """Code one tensor (any shape, any stored dtype, CPU or GPU) as `profile` says.
+def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
+    """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
+
+    Under a nominal target `output.encode` does.
 
     Raises:
         TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
-        TargetError: the profile's target is out of range.
+        TargetError: the target is out of range.
     """
+    check_storable(name, tensor)
+    if decision.action == "lossless":
+        store = _encode_raw if decision.codec == "raw" else _encode_lossless
+        return Encoded(tensor=store(name, tensor), reason=decision.reason, fidelity=None)
+    if decision.codec == "paper":
+        return _encode_paper(name, tensor)
+    if decision.target_db is None:
+        return _encode_match(name, tensor, path=decision.path)
+    encoded = _encode_lattice(name, tensor, decision.target_db, path=decision.path)
+    return _with_target(encoded, decision.target_db) if decision.states_target else encoded
+
+
+def check_storable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that holds NaN or Inf, or has a dtype that cannot be stored. Raises TensorError."""
     if tensor.dtype not in TORCH_TO_SAFETENSORS:
         raise TensorError(f"tensor {name!r}: dtype {tensor.dtype} cannot be stored")
     if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
         raise TensorError(f"tensor {name!r} holds NaN or Inf: repair or retrain the checkpoint before compressing it")
-    profile = profile.of_tensor(tuple(tensor.shape))
-    action, reason = profile.action(tuple(tensor.shape), dtype_name(tensor.dtype))
-    if action == "lossless":
-        store = _encode_raw if profile.codec == "paper" else _encode_lossless
-        return Encoded(tensor=store(name, tensor), reason=reason, fidelity=None)
-    if profile.codec == "paper":
-        return _encode_paper(name, tensor)
-    if profile.target_db is None:
-        return _encode_match(name, tensor, path=profile.path)
-    encoded = _encode_lattice(name, tensor, profile.target_db, path=profile.path)
-    return _with_target(encoded, profile.target_db) if profile.single else encoded
 
 
 def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Tensor:
@@ -116,20 +126,35 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def _stored(name: str, tensor: Tensor, codec: str, parts: tuple[bytes, ...], **params: str) -> CodedTensor:
-    dtype = TORCH_TO_SAFETENSORS[tensor.dtype]
-    return CodedTensor(name=name, codec=codec, dtype=dtype, shape=tuple(tensor.shape), params=params, parts=parts)
+def _stored(
+    name: str, tensor: Tensor, codec: str, *parts: bytes, params: Params = None, error: Fidelity | None = None
+) -> CodedTensor:
+    """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
+    claims = Claims()
+    if error is not None:
+        claims = Claims(sqnr_db=error.sqnr_db, max_abs=error.max_abs, mean_abs=error.mean_abs).rounded()
+    return CodedTensor(
+        name=name,
+        codec=codec,
+        dtype=TORCH_TO_SAFETENSORS[tensor.dtype],
+        shape=tuple(tensor.shape),
+        params=params,
+        claims=claims,
+        parts=parts,
+    )
 
 
 def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
-    return _stored(name, tensor, "raw", (_bytes_of(tensor),))
+    return _stored(name, tensor, "raw", _bytes_of(tensor))
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
     """Byte planes where they are smaller; else the elements as they are."""
-    packed = rest.pack_bytes(_bytes_of(tensor), tensor.dtype.itemsize)
-    if len(packed) < tensor.nbytes:
-        return _stored(name, tensor, "planes", (packed,))
+    data = _bytes_of(tensor)
+    packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
+    # Few bytes may stand for so many weights: see `container.MAX_EXPANSION`.
+    if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
+        return _stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
 
 
@@ -140,8 +165,12 @@ def _decode_raw(coded: CodedTensor) -> Tensor:
 
 def _decode_planes(coded: CodedTensor) -> Tensor:
     dtype = dtype_from_code(coded.dtype)
-    (frame,) = _parts(coded, 1)
-    return _from_bytes(rest.unpack_bytes(frame, coded.weights * dtype.itemsize, dtype.itemsize), dtype, coded.shape)
+    size = coded.weights * dtype.itemsize
+    if coded.version == 1:
+        data = rest.unpack_elements_1(_parts(coded, 1)[0], size, dtype.itemsize)
+    else:
+        data = rest.unpack_elements(coded.parts, size, dtype.itemsize)
+    return _from_bytes(data, dtype, coded.shape)
 
 
 def fallback(matrix: Tensor) -> str | None:
@@ -149,13 +178,21 @@ def fallback(matrix: Tensor) -> str | None:
     low, high = to_host(*torch.aminmax(matrix))
     if low == high:
         return "constant"
-    return None if 2.0**-60 < max(-low, high) < 2.0**60 else "range"
+    if not 2.0**-60 < max(-low, high) < 2.0**60:
+        return "range"
+    return "integers" if max(-low, high) <= _LARGEST_INTEGER and _whole(matrix) else None
 
 
-def _fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> Encoded:
-    """A tensor kept lossless although its header asked for coding; the reason goes with it."""
+def _whole(matrix: Tensor) -> bool:
+    """Whether all weights are whole numbers; those of most layers end it at the first look."""
+    flat = matrix.reshape(-1)
+    return all(torch.equal(part, part.round()) for part in (flat[:_LOOK], flat))
+
+
+def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> Encoded:
+    """A tensor kept lossless although its header asked for coding; the reason, a key of `FALLBACKS`, goes with it."""
     coded = (_encode_raw if raw else _encode_lossless)(name, tensor)
-    coded = replace(coded, params={**coded.params, "reason": reason})
+    coded = replace(coded, claims=Claims(reason=reason))
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
 
 
@@ -164,40 +201,33 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     reason = fallback(matrix)
     if reason is not None:
-        return _fall_back(name, tensor, reason)
+        return fall_back(name, tensor, reason)
     try:
         return _encode_code(name, tensor, matrix, target_db, path=path)
+    except rate.RangeError:
+        return fall_back(name, tensor, "range")
     except TargetError:
-        return _fall_back(name, tensor, "target")
+        return fall_back(name, tensor, "target")
 
 
 def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
-    path = path and matrix.numel() >= LEAST_PATH
-    try:
-        encoded = _encode_matrix(name, tensor, matrix, target_db, path=path)
-    except TargetError:
-        if not path:
-            raise
-        return _encode_matrix(name, tensor, matrix, target_db, path=False)
-    if path and int(encoded.tensor.params["escapes"]) * ESCAPE_BITS > PATH_GAIN_BITS * matrix.numel():
-        single = _encode_matrix(name, tensor, matrix, target_db, path=False)
-        encoded = min(encoded, single, key=lambda choice: choice.tensor.nbytes)
-    return encoded
+    if path and matrix.numel() >= LEAST_PATH:
+        try:
+            code, error = rate.encode(matrix, target_db, path=1)
+        except TargetError:
+            pass
+        else:
+            if len(code.escapes) <= MOST_ESCAPED * code.i.numel():
+                return encoded_code(name, tensor, code, error, path=1)
+    return encoded_code(name, tensor, *rate.encode(matrix, target_db), path=0)
 
 
-def _encode_matrix(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
-    code, error = rate.encode(matrix, target_db, path=path)
-    coded = _stored(
-        name,
-        tensor,
-        "lattice",
-        planes.pack(code, path=path),
-        path=str(int(path)),
-        columns=str(code.columns),
-        step=_hex(code.step),
-        escapes=str(len(code.escapes)),
-        **_claims(error),
-    )
+def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: Fidelity, *, path: int) -> Encoded:
+    """A tensor as the coordinates that were found for it; `path` says that they lie on paths of the trellis, 1 for
+    those through the rows and 2 for those down the columns."""
+    streams, escapes = planes.pack(code, path=path)
+    params = LatticeParams(path=int(path), columns=code.columns, step=code.step, escapes=escapes)
+    coded = _stored(name, tensor, "lattice", *streams, params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 
@@ -217,17 +247,8 @@ def _with_target(encoded: Encoded, target_db: float) -> Encoded:
     """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
     if encoded.fidelity is None:
         return encoded
-    params = {**encoded.tensor.params, "target_db": f"{math.floor(target_db * 1000) / 1000:.3f}"}
-    return replace(encoded, tensor=replace(encoded.tensor, params=params))
-
-
-def _claims(error: Fidelity) -> dict[str, str]:
-    """What the encoder measured, stored with the tensor so that metrics travel with the artifact."""
-    return {
-        "sqnr_db": f"{error.sqnr_db:.3f}",
-        "max_abs": f"{error.max_abs:.4g}",
-        "mean_abs": f"{error.mean_abs:.4g}",
-    }
+    claims = replace(encoded.tensor.claims, target_db=math.floor(target_db * 1000) / 1000)
+    return replace(encoded, tensor=replace(encoded.tensor, claims=claims))
 
 
 def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattice.LatticeTensor:
@@ -236,61 +257,81 @@ def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattic
     Raises:
         FormatError: the streams are not what the entry declares.
     """
-    columns, escapes = _number(coded.params, "columns"), _number(coded.params, "escapes")
-    rows = coded.weights // columns if columns else 0
-    if rows * columns != coded.weights or not rows:
-        raise FormatError(f"{coded.weights} weights are not whole rows of {columns}")
-    (step,) = _floats(coded.params, "step", 1)
-    if step <= 0:
-        raise FormatError(f"parameter step is {step}, not a positive number")
-    shape = rows, pairs_per_row(columns)
-    if escapes > shape[0] * shape[1]:
-        raise FormatError(f"{escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    path = _flag(coded.params, "path")
-    i, j, escaped = planes.unpack(coded.parts, shape, escapes, path=path, device=device)
-    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=step, columns=columns)
+    params = _lattice_params(coded)
+    rows = coded.weights // params.columns if params.columns else 0
+    if rows * params.columns != coded.weights or not rows:
+        raise FormatError(f"{coded.weights} weights are not whole rows of {params.columns}")
+    shape = rows, pairs_per_row(params.columns)
+    if params.escapes > shape[0] * shape[1]:
+        raise FormatError(f"{params.escapes} escapes declared among {shape[0] * shape[1]} pairs")
+    unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
+    i, j, escaped = unpack(coded.parts, shape, params.escapes, path=params.path, device=device)
+    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=params.step, columns=params.columns)
+
+
+def _lattice_params(coded: CodedTensor) -> LatticeParams:
+    if not isinstance(coded.params, LatticeParams):
+        raise FormatError(f"codec {coded.codec} holds no coordinates")
+    return coded.params
+
+
+def recode(coded: CodedTensor) -> CodedTensor:
+    """A stored tensor in the present version of the format: the same coordinates or bits, and the same claims.
+
+    Raises:
+        FormatError: the streams are not what the entry declares.
+    """
+    if coded.version == FORMAT_VERSION:
+        return coded
+    params = coded.params
+    if coded.codec == "planes":
+        return replace(_encode_lossless(coded.name, decode_tensor(coded)), claims=coded.claims)
+    if isinstance(params, LatticeParams):
+        code = lattice_of(coded)
+        for path in dict.fromkeys((params.path, 0)):  # a writer may have left the path at its escapes
+            streams, escapes = planes.pack(code, path=path)
+            found = replace(
+                coded, parts=streams, params=replace(params, path=path, escapes=escapes), version=FORMAT_VERSION
+            )
+            if lattice_of(found).equals(code):
+                return found
+        raise FormatError(f"tensor {coded.name!r}: its coordinates cannot be written in version {FORMAT_VERSION}")
+    return replace(coded, version=FORMAT_VERSION)
 
 
 def is_matrix(coded: CodedTensor) -> bool:
     """Whether a stored tensor is a coded matrix [N, K] in rows of K: what HyperLinear can be built from."""
-    return coded.codec == "lattice" and len(coded.shape) == 2 and coded.params.get("columns") == str(coded.shape[1])
+    params = coded.params
+    return isinstance(params, LatticeParams) and len(coded.shape) == 2 and params.columns == coded.shape[1]
 
 
 def _encode_paper(name: str, tensor: Tensor) -> Encoded:
     code = paper.encode(tensor, per_row=tensor.dim() == 2)
     if code is None:
-        return _fall_back(name, tensor, "published", raw=True)
+        return fall_back(name, tensor, "published", raw=True)
     error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
-    coded = _stored(
-        name,
-        tensor,
-        "paper",
-        (code.packed(),),
-        per_row=str(int(code.per_row)),
-        U=str(code.U),
-        K=str(code.K),
-        bits=str(code.bits),
-        centre=_hex(*code.centre.tolist()),
-        far=_hex(*code.far.tolist()),
-        **_claims(error),
-    )
+    (x, y), (far_x, far_y) = code.centre.tolist(), code.far.tolist()
+    params = PaperParams(per_row=code.per_row, U=code.U, K=code.K, bits=code.bits, centre=(x, y), far=(far_x, far_y))
+    coded = _stored(name, tensor, "paper", code.packed(), params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 
 def _decode_paper(coded: CodedTensor) -> Tensor:
-    dtype = _float_dtype(coded)
+    dtype, params = _float_dtype(coded), coded.params
     (data,) = _parts(coded, 1)
+    if not isinstance(params, PaperParams):
+        raise FormatError(f"codec {coded.codec} holds no pairs of the published code")
     if not coded.weights:
         raise FormatError("codec paper takes no tensor without weights")
     code = paper.PaperCode.from_packed(
         bytes(data),
-        U=_number(coded.params, "U"),
-        K=_number(coded.params, "K"),
-        bits=_number(coded.params, "bits"),
-        centre=torch.tensor(_floats(coded.params, "centre", 2)),
-        far=torch.tensor(_floats(coded.params, "far", 2)),
+        U=params.U,
+        K=params.K,
+        bits=params.bits,
+        centre=torch.tensor(params.centre),
+        far=torch.tensor(params.far),
         shape=coded.shape,
-        per_row=_flag(coded.params, "per_row"),
+        per_row=params.per_row,
     )
     return paper.decode(code).to(dtype)
 
@@ -306,34 +347,6 @@ def _float_dtype(coded: CodedTensor) -> torch.dtype:
     if dtype not in CODED_DTYPES:
         raise FormatError(f"codec {coded.codec} holds no {dtype_name(dtype)}")
     return dtype
-
-
-def _number(params: Mapping[str, str], key: str) -> int:
-    text = params.get(key, "")
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise FormatError(f"parameter {key} is {text!r}, not a number")
-    return int(text)
-
-
-def _flag(params: Mapping[str, str], key: str) -> bool:
-    text = params.get(key, "")
-    if text not in ("0", "1"):
-        raise FormatError(f"parameter {key} is {text!r}, not 0 or 1")
-    return text == "1"
-
-
-def _hex(*values: float) -> str:
-    return struct.pack(f">{len(values)}f", *values).hex()
-
-
-def _floats(params: Mapping[str, str], key: str, count: int) -> list[float]:
-    try:
-        values = struct.unpack(f">{count}f", bytes.fromhex(params.get(key, "")))
-    except (ValueError, struct.error):
-        raise FormatError(f"parameter {key} is {params.get(key)!r}, not {count} float32 in hex") from None
-    if not all(map(math.isfinite, values)):
-        raise FormatError(f"parameter {key} is {values}, not finite")
-    return list(values)
 
 
 _DECODERS: dict[str, Callable[[CodedTensor], Tensor]] = {

@@ -14,8 +14,14 @@ next state is 2q + o with o = [c != q] xor [s >= 4].
 Worked example: k = (1, 1, -1, 2) has b = (1, 1, 1, 0), so o = (1, 1, 1 xor 1 = 0, 0 xor 1 xor 1 = 0) and
 n = (2+0, 2+1, -2+1, 4+0) = (2, 3, -1, 4).
 
-A plane of S symbols, flat, is T runs side by side: with L = ceil(S / T) lanes, symbol t*L + l is step t of lane l.
-Every step is then one vector operation over the lanes, when encoding as when decoding.
+A plane of S symbols, flat, is L lanes side by side: symbol t*L + l is step t of lane l. Every step is then one vector
+operation over the lanes, when encoding as when decoding. With T(S) about the steps that a run should have,
+
+    path 1, through the rows:     L = ceil(S / T)
+    path 2, down the columns:     L = P * ceil(R / T), for a plane [R, P]
+
+By the second, lane l holds the rows l // P, l // P + L/P, ... of column l mod P alone, whatever R: a column can be
+searched when all columns before it are known, which feedback of errors between columns needs.
 
 Source: T. R. Fischer, M. Wang, "Entropy-constrained trellis-coded quantization", IEEE Trans. Inf. Theory 38 (1992);
 H.266 and MPEG NNC use the idea with other tables under the name of dependent quantisation.
@@ -25,11 +31,16 @@ Shapes: S = symbols, T = steps of a run, B = steps of a block, L = lanes, 8 = st
 
 from collections.abc import Callable
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from birkhoff.codec.native.library import native, pointer
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 MAX_STEPS = 256
 MIN_STEPS = 64
@@ -50,15 +61,36 @@ def steps(symbols: int) -> int:
     return max(MIN_STEPS, min(MAX_STEPS, symbols // 2048))
 
 
-def search(u: Tensor) -> Tensor:
-    """The path nearest to `u`: float32 [S] of any device to float32 whole numbers [S], the same on every device."""
-    return search_(u.clone())
+def lanes_of(rows: int, pairs: int, path: int) -> int:
+    """L, the lanes of a plane [R, P] of that kind of path, 1 or 2."""
+    run = steps(rows * pairs)
+    return pairs * -(-rows // run) if path == 2 else -(-rows * pairs // run)
 
 
-def search_(u: Tensor) -> Tensor:
+def search(u: Tensor, lanes: int | None = None) -> Tensor:
+    """The paths nearest to `u`: float32 [S] of any device to float32 whole numbers [S], the same on every device.
+
+    `lanes` is L, that of path 1 if not given.
+    """
+    return search_(u.clone(), lanes)
+
+
+def search_(u: Tensor, lanes: int | None = None) -> Tensor:
     """`search` in place of contiguous values; needs memory for some lanes only."""
-    run = steps(u.numel())
-    lanes = -(-u.numel() // run)
+    if not u.numel():
+        return u
+    lanes = lanes or lanes_of(1, u.numel(), 1)
+    run = -(-u.numel() // lanes)
+    if u.device.type == "cpu" and (library := native()) is not None:
+        scratch = np.empty(8 * run, dtype=np.int32)
+        library.birkhoff_viterbi(u.data_ptr(), u.numel(), lanes, pointer(scratch))
+        return u
+    return reference_search_(u, lanes)
+
+
+def reference_search_(u: Tensor, lanes: int) -> Tensor:
+    """`search_` in torch, by the search of the device."""
+    run = -(-u.numel() // lanes)
     whole = u.numel() // lanes  # steps that every lane has; the first lanes have one more, the rest is zeros
     u_TL, rest = u[: whole * lanes].view(whole, lanes), u[whole * lanes :]
     # On a CPU not through the operator: its first call imports the whole compiler.
@@ -100,8 +132,8 @@ def eager_viterbi(u_TL: Tensor) -> Tensor:
     return _trace_back(u_TL, decisions, last.argmin(0).to(torch.uint8))
 
 
-viterbi = torch.library.custom_op("birkhoff::viterbi", eager_viterbi, mutates_args=())
-"""`eager_viterbi` as an operator, so that `birkhoff.kernels.trellis` can register a faster kernel for a device."""
+viterbi: "CustomOpDef" = torch.library.custom_op("birkhoff::viterbi", eager_viterbi, mutates_args=())
+"""`eager_viterbi` as an operator, so that `birkhoff.kernels.trellis.op` can register a faster kernel for a device."""
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -160,10 +192,15 @@ def symbols(n: Tensor) -> Tensor:
     return torch.floor(n * 0.5)
 
 
-def numbers(k: Tensor) -> Tensor:
-    """The whole numbers int16 [S] of a plane of symbols k (any integer type, [S]), following the automaton."""
-    run = steps(k.numel())
-    lanes = -(-k.numel() // run)
+def numbers(k: Tensor, lanes: int | None = None) -> Tensor:
+    """The whole numbers int16 [S] of a plane of symbols k (any integer type, [S]), following the automaton.
+
+    `lanes` is L, that of path 1 if not given.
+    """
+    if not k.numel():
+        return k.to(torch.int16)
+    lanes = lanes or lanes_of(1, k.numel(), 1)
+    run = -(-k.numel() // lanes)
     k_TL = torch.nn.functional.pad(k, (0, run * lanes - k.numel())).view(run, lanes)
     o_TL = _parities((k_TL & 1).to(torch.uint8), doublings=1 if k.device.type == "cpu" else MAX_STEPS)
     n_TL = k_TL.to(torch.int16).mul_(2)

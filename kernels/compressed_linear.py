@@ -1,44 +1,56 @@
 """What the layers that compute on compressed weights share: bias, escapes, dtypes, checks."""
 
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from birkhoff.kernels.errors import KernelError
+from birkhoff.kernels.runtime.errors import KernelError
 
-_FLOAT32 = ("step", "escape_value")
-"""Buffers that keep float32 whatever dtype the module is moved to."""
+Kept = tuple[tuple[int, ...], tuple[Tensor, ...], tuple[object, ...]]
+
+_ADDRESS = Tensor.data_ptr
 
 
 class CompressedLinear(nn.Module):
-    """y = x W^T + b with a constant weight in buffers; a layer of one kind adds those of its code before the rest.
+    """y = x W^T + b with a constant weight in buffers; a layer of one kind adds those of its code.
 
     Buffers (N = out features, K = in features, E = escaped weights):
-        step: float32 [], in the weights' unit.
-        escape_index, escape_value: int64 and float32 [E], weights kept beside the code, by row*K + column.
+        step_bits: int32 [], the bits of the float32 `step`, in the weights' unit.
+        escape_index: int64 [E], places of the weights kept beside the code, by row*K + column, increasing.
+        escape_bits: int32 [E], the bits of the float32 `escape_value`, those weights.
 
-    They keep their dtypes under `.to(dtype)`, `.half()` and so on; the result has the dtype of the input, or
-    autocast's. Gradients reach the input and the bias.
+    All are of integer types that NCCL and gloo move, so that DistributedDataParallel can broadcast them, and that no
+    cast changes: neither `.to(dtype)` nor FSDP's mixed precision. `step` and `escape_value` show the values; state
+    dicts that hold these instead load too. The result has the dtype of the input, or autocast's. Gradients reach the
+    input and the bias.
     """
 
-    step: Tensor
+    _CODE: ClassVar[tuple[tuple[str, torch.dtype | None], ...]]
+    """Buffers in the order of the op's arguments, and the type of their values where that is not the buffer's."""
+
+    step_bits: Tensor
     escape_index: Tensor
-    escape_value: Tensor
+    escape_bits: Tensor
     _like: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self._kept: Kept | None = None
 
     def _register_rest(
         self, step: float, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         """Register step, escapes and bias, empty: to load a state dict into."""
-        self.register_buffer("step", torch.full((), step, dtype=torch.float32, device=device))
+        self.register_buffer("step_bits", torch.full((), step, dtype=torch.float32, device=device).view(torch.int32))
         self.register_buffer("escape_index", torch.empty(0, dtype=torch.int64, device=device))
-        self.register_buffer("escape_value", torch.empty(0, dtype=torch.float32, device=device))
+        self.register_buffer("escape_bits", torch.empty(0, dtype=torch.int32, device=device))
         # Follows `.to(dtype)`, so that a layer without bias knows its dtype too.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         zeros = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
@@ -57,6 +69,24 @@ class CompressedLinear(nn.Module):
         return self
 
     @property
+    def step(self) -> Tensor:
+        """float32 [], in the weights' unit; a view of `step_bits`."""
+        return self.step_bits.view(torch.float32)
+
+    @step.setter
+    def step(self, value: Tensor) -> None:
+        self.step_bits = as_bits("step", value)
+
+    @property
+    def escape_value(self) -> Tensor:
+        """float32 [E], the weights at `escape_index`; a view of `escape_bits`."""
+        return self.escape_bits.view(torch.float32)
+
+    @escape_value.setter
+    def escape_value(self, value: Tensor) -> None:
+        self.escape_bits = as_bits("escape_value", value)
+
+    @property
     def weight(self) -> Tensor:
         """The decoded weight in the layer's dtype, made anew on every access; see `dense_weight`."""
         return self.dense_weight()
@@ -65,15 +95,65 @@ class CompressedLinear(nn.Module):
         """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
         raise NotImplementedError
 
+    def code(self) -> tuple[Tensor, ...]:
+        """The constant tensors of the op, in its order: views of the buffers in the types of their values."""
+        held: dict[str, Any] = self._buffers
+        return tuple(held[name] if kind is None else held[name].view(kind) for name, kind in self._CODE)
+
+    def _keep_code(self) -> "Kept":
+        """(addresses of the buffers, `code`, form of the code), kept between calls while every buffer stays in place.
+
+        Views, and looking at them, cost the host microseconds.
+        """
+        pointers = tuple(map(_ADDRESS, self._buffers.values()))  # type: ignore[arg-type]
+        kept = self._kept
+        if kept is None or kept[0] != pointers:
+            with _disable_current_modes(), _untraced():  # modes and tracers see the op, not what it is handed
+                code = self.code()
+                kept = pointers, code, self._code_form(code)
+            self.__dict__["_kept"] = kept  # past the module's `__setattr__`
+        return kept
+
+    def _code_form(self, code: tuple[Tensor, ...]) -> tuple[object, ...]:  # noqa: ARG002
+        """What the op would otherwise ask the code at every call."""
+        return ()
+
+    def _watched_code(self) -> tuple[Tensor, ...]:
+        """`code` for the op: made anew where the buffers have no addresses, or a compiler is to see what is made."""
+        plain = not (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or any(type(part) is not Tensor for part in self._buffers.values())
+        )
+        return self._keep_code()[1] if plain else self.code()
+
+    def _own_bias(self) -> Tensor | None:
+        try:
+            return self._parameters["bias"]  # attributes of a module cost three times as much
+        except KeyError:
+            return self.bias  # FSDP puts a plain attribute in the parameter's place
+
     def _checked(self, x: Tensor) -> Tensor:
-        """The input in autocast's dtype, if that is on. Raises KernelError if its last dimension is not K."""
+        """The input in autocast's dtype, if that is on.
+
+        Raises:
+            KernelError: its last dimension is not K, or the layer is being exported to ONNX.
+        """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             name = type(self).__name__
             raise KernelError(f"{name} of {self.in_features} features got an input of shape {list(x.shape)}")
         kind = "cuda" if x.is_cuda else x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         return x
+
+    def _refuse_onnx(self) -> None:
+        exporting = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+        if exporting and torch.onnx.is_in_onnx_export():
+            raise KernelError(
+                f"ONNX has no operator for {type(self).__name__}: export the plain model instead, after "
+                "model.load_state_dict(birkhoff.load_state_dict(REFERENCE))"
+            )
 
     def extra_repr(self) -> str:
         """The shape, as `nn.Linear` prints it, and the escapes if any."""
@@ -86,20 +166,57 @@ class CompressedLinear(nn.Module):
         return ""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        kept = {name: getattr(self, name) for name in _FLOAT32}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype != torch.float32:
-                setattr(self, name, before.to(after.device))
-        return self
+        self._kept = None  # it would hold what was moved away from
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("escape_index", "escape_value"):
+        _to_bits(state_dict, prefix)
+        for name in ("escape_index", "escape_bits"):
             stored = state_dict.get(prefix + name)
             if stored is not None and stored.shape != getattr(self, name).shape:
                 setattr(self, name, getattr(self, name).new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_kept", None)
+        _to_bits(self._buffers, "")
+
+
+BITS: dict[str, tuple[str, torch.dtype, torch.dtype]] = {
+    "theta": ("theta_bytes", torch.uint16, torch.uint8),
+    "step": ("step_bits", torch.float32, torch.int32),
+    "escape_value": ("escape_bits", torch.float32, torch.int32),
+}
+"""What layers held before by name: the buffer that holds it now, the type of its values, and that of the buffer."""
+
+
+def as_bits(name: str, value: Tensor) -> Tensor:
+    """The buffer that holds these values of `theta`, `step` or `escape_value`: a view where they have their type."""
+    _, kind, held = BITS[name]
+    # The only other form that theta came in is int16, of the same bits.
+    return (value.view(kind) if name == "theta" else value.to(kind)).view(held)
+
+
+def _to_bits(state: dict[str, Any], prefix: str) -> None:
+    """Turn what layers held before into what they hold now, in place."""
+    for name, (now, _, _) in BITS.items():
+        if prefix + name in state:
+            state[prefix + now] = as_bits(name, state.pop(prefix + name))
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Let `torch.jit.trace` take what is computed meanwhile for a constant."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def layer_dtype(rows: int, bias: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:

@@ -7,26 +7,30 @@ from torch import Tensor
 
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.pairs import pairs_per_row
-from birkhoff.kernels.compressed_linear import CompressedLinear, layer_dtype
-from birkhoff.kernels.linear import dense_weight, hyperlinear
+from birkhoff.kernels.compressed_linear import CompressedLinear, as_bits, layer_dtype
+from birkhoff.kernels.linear.op import code_form, dense_weight, direct_hyperlinear, is_watched, watched_hyperlinear
 
-_ORIGIN = 0x8080 - 0x10000
-"""The step number of the weight 0, as int16: not every device fills uint16."""
+_ORIGIN = 0x80
+"""Both bytes of 0x8080, the step number of the weight 0."""
 
 
 class HyperLinear(CompressedLinear):
     """y = x W^T + b, the weight decoded on the fly.
 
-    Buffers (N = out features, K = in features, P = ceil(K/2) pairs a row, E = escaped weights):
-        theta: uint16 [N, P], step numbers of the trajectory.
-        step: float32 [], the trajectory's step in the weights' unit.
-        escape_index, escape_value: int64 and float32 [E], weights outside the trajectory's box, by row*K + column.
+    Buffers (N = out features, K = in features, P = ceil(K/2) pairs a row), beside those of `CompressedLinear`:
+        theta_bytes: uint8 [N, 2P], the bytes of `theta`, uint16 [N, P], the step numbers of the trajectory.
 
-    They keep their dtypes under `.to(dtype)`, `.half()` and so on; the result has the dtype of the input, or
-    autocast's. The weight is constant: gradients reach the input and the bias.
+    The escapes are weights outside the trajectory's box. The weight is constant.
     """
 
-    theta: Tensor
+    _CODE = (
+        ("theta_bytes", torch.uint16),
+        ("step_bits", torch.float32),
+        ("escape_index", None),
+        ("escape_bits", torch.float32),
+    )
+
+    theta_bytes: Tensor
 
     def __init__(
         self,
@@ -39,8 +43,8 @@ class HyperLinear(CompressedLinear):
     ) -> None:
         """A layer of zeros, to load a state dict into; `dtype` is the bias's."""
         super().__init__(in_features, out_features)
-        shape = out_features, pairs_per_row(in_features)
-        self.register_buffer("theta", torch.full(shape, _ORIGIN, dtype=torch.int16, device=device).view(torch.uint16))
+        shape = out_features, 2 * pairs_per_row(in_features)
+        self.register_buffer("theta_bytes", torch.full(shape, _ORIGIN, dtype=torch.uint8, device=device))
         self._register_rest(1.0, bias, device, dtype)
 
     @classmethod
@@ -66,27 +70,35 @@ class HyperLinear(CompressedLinear):
         layer.theta = code.theta().contiguous().to(device)
         return layer._take_rest(code.step, code.escaped_weights(), bias, device)
 
+    @property
+    def theta(self) -> Tensor:
+        """uint16 [N, P], step numbers of the trajectory; a view of `theta_bytes`."""
+        return self.theta_bytes.view(torch.uint16)
+
+    @theta.setter
+    def theta(self, value: Tensor) -> None:
+        self.theta_bytes = as_bits("theta", value)
+
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
-        return dense_weight(
-            self.theta, self.step, self.escape_index, self.escape_value, self.in_features, dtype or self._like.dtype
-        )
+        theta, step, escape_index, escape_value = self.code()
+        return dense_weight(theta, step, escape_index, escape_value, self.in_features, dtype or self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N].
 
         Raises:
-            KernelError: the last dimension of `x` is not K.
+            KernelError: the last dimension of `x` is not K, or the layer is being exported to ONNX.
         """
-        x = self._checked(x)
-        held: dict[str, Any] = self._buffers  # attributes of a module cost three times as much
-        bias = self._parameters["bias"]
-        return hyperlinear(x, held["theta"], held["step"], held["escape_index"], held["escape_value"], bias)
+        x, bias = self._checked(x), self._own_bias()
+        held: dict[str, Any] = self._buffers
+        if torch.compiler.is_compiling() or is_watched(x, held["theta_bytes"], bias):
+            self._refuse_onnx()
+            theta, step, escape_index, escape_value = self._watched_code()
+            return watched_hyperlinear(x, theta, step, escape_index, escape_value, bias)
+        _, (theta, step, escape_index, escape_value), form = self._keep_code()
+        return direct_hyperlinear(x, theta, step, escape_index, escape_value, bias, form)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Plain pickle (Ray's too) cannot carry uint16 tensors; their bits can go as int16.
-        return {**self.__dict__, "_buffers": {**self._buffers, "theta": self.theta.view(torch.int16)}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.theta = self.theta.view(torch.uint16)
+    def _code_form(self, code: tuple[Tensor, ...]) -> tuple[object, ...]:
+        theta, step, escape_index, _ = code
+        return code_form(theta, step, escape_index)

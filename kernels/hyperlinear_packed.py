@@ -6,20 +6,28 @@ from torch import Tensor
 from birkhoff.codec.packed import GROUP, Bits, PackedTensor, high_bytes
 from birkhoff.codec.pairs import pairs_per_row
 from birkhoff.kernels.compressed_linear import CompressedLinear, layer_dtype
-from birkhoff.kernels.decode_packed import Planes, packed_linear, packed_weight
+from birkhoff.kernels.linear.op import is_watched
+from birkhoff.kernels.packed.op import Planes, direct_packed_linear, packed_weight, watched_packed_linear
 
 
 class PackedHyperLinear(CompressedLinear):
     """y = x W^T + b, the weight decoded for every call; less memory than HyperLinear and less fidelity.
 
-    Buffers (N = out features, K = in features, P, H, G as in `birkhoff.codec.packed`, E = escaped weights):
+    Buffers (N = out features, K = in features, P, H, G as in `birkhoff.codec.packed`), beside those of
+    `CompressedLinear`:
         low, high, scale: uint8 [N, P], [N, H], [N, G].
-        step: float32 [], in the weights' unit.
-        escape_index, escape_value: int64 and float32 [E], weights kept as they are, by row*K + column.
 
-    They keep their dtypes under `.to(dtype)`; the result has the dtype of the input, or autocast's. The weight is
-    constant: gradients reach the input and the bias.
+    The weight is constant.
     """
+
+    _CODE = (
+        ("low", None),
+        ("high", None),
+        ("scale", None),
+        ("step_bits", torch.float32),
+        ("escape_index", None),
+        ("escape_bits", torch.float32),
+    )
 
     low: Tensor
     high: Tensor
@@ -75,12 +83,16 @@ class PackedHyperLinear(CompressedLinear):
         """x [..., K] to [..., N].
 
         Raises:
-            KernelError: the last dimension of `x` is not K.
+            KernelError: the last dimension of `x` is not K, or the layer is being exported to ONNX.
         """
-        return packed_linear(self._checked(x), self._planes(), self.bits, self.bias)
+        x, bias = self._checked(x), self._own_bias()
+        if torch.compiler.is_compiling() or is_watched(x, self.low, bias):
+            self._refuse_onnx()
+            return watched_packed_linear(x, self._watched_code(), self.bits, bias)
+        return direct_packed_linear(x, *self._keep_code()[1], self.bits, bias)
 
     def _form(self) -> str:
         return f", bits={self.bits}"
 
     def _planes(self) -> Planes:
-        return self.low, self.high, self.scale, self.step, self.escape_index, self.escape_value
+        return self.code()

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from birkhoff.codec.pairs import pairs_per_row
-from birkhoff.kernels import plan, tuned
-from birkhoff.kernels.decode import decode_theta
+from birkhoff.kernels.decode.op import decode_theta
 from birkhoff.kernels.hyperlinear import HyperLinear
-from birkhoff.kernels.launch import gpu_of, launcher
-from birkhoff.kernels.linear import forget_plans
-from birkhoff.kernels.plan import Plan, Problem
-from birkhoff.kernels.timing import Times, compare, copies
+from birkhoff.kernels.linear import plan, tuned
+from birkhoff.kernels.linear.launch import gpu_of, launcher
+from birkhoff.kernels.linear.op import forget_plans
+from birkhoff.kernels.linear.plan import Plan, Problem
+from birkhoff.kernels.runtime.timing import Times, compare, copies
 
 _log = logging.getLogger("birkhoff.kernels")
 

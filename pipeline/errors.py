@@ -3,14 +3,19 @@
 BirkhoffError                   (birkhoff.codec.errors)
 ├── ManifestError               a manifest that does not say what it should
 ├── SourceError                 a checkpoint that is missing, truncated, corrupt or of an unknown kind
+│   ├── SourceGoneError         there is no such file at its address
 │   └── UnsafeSourceError       a pickle that would run code
 ├── StoreError                  the object store did not do what was asked
 │   ├── StoreUnreachableError   no answer, or not the answer of an object store
 │   ├── StoreDeniedError        wrong key, missing permission, read-only
 │   ├── ObjectNotFoundError     no such object
+│   ├── PermitEndedError        a deletion came after its permit had ended; nothing was deleted
+│   ├── StoreConflictError      another writer was at the same object in the same moment
+│   ├── ConditionsError         the store has no conditional writes
 │   └── PreconditionError       a conditional write lost: the object exists already, or has changed
 ├── ArtifactNotFoundError       no such model, version, alias or digest
 ├── AliasError                  an alias that cannot be called so, cannot go back, or is protected
+├── LabelError                  a label that cannot be one, or one too many
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
 ├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
 ├── BuilderError                a model whose code is not here, or that `segment` cannot drive
@@ -19,14 +24,18 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── OutputError                 a file or folder that cannot be written
 ├── BudgetError                 a budget that no quality fits into
 ├── ValidationError             an encoded tensor that does not meet its target
+│   └── ProofError              a model whose outputs do not agree with the original's, or cannot be proven to
 ├── BusyError                   an earlier tick of the same schedule is still at work
 ├── WorkerError                 a worker died or could not be had
-└── PartialError                some models of the manifest were not published
+│   └── ClusterError            no Ray cluster could be started, or reached
+└── PartialError                some models of several failed
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 
 from birkhoff.codec.errors import BirkhoffError, CodecError, FormatError
+from birkhoff.pipeline.text import printable
 
 
 class ManifestError(BirkhoffError):
@@ -35,6 +44,10 @@ class ManifestError(BirkhoffError):
 
 class SourceError(BirkhoffError):
     """A checkpoint that is missing, truncated, corrupt or of an unknown kind."""
+
+
+class SourceGoneError(SourceError):
+    """There is no such file at its address: asking again will not help."""
 
 
 class UnsafeSourceError(SourceError):
@@ -46,7 +59,14 @@ class StoreError(BirkhoffError):
 
 
 class StoreUnreachableError(StoreError):
-    """No answer from the store, or not the answer of an object store."""
+    """No answer from the store, or not the answer of an object store.
+
+    `retry_after` is what the store asks to wait before the next try, in seconds; None where it says nothing.
+    """
+
+    def __init__(self, *arguments: object, retry_after: float | None = None) -> None:
+        super().__init__(*arguments)
+        self.retry_after = retry_after
 
 
 class StoreDeniedError(StoreError):
@@ -55,6 +75,28 @@ class StoreDeniedError(StoreError):
 
 class ObjectNotFoundError(StoreError):
     """No object under that key."""
+
+
+class StoreConflictError(StoreError):
+    """The store could not decide between two writers that met, and did neither's bidding."""
+
+
+class ConditionsError(StoreError):
+    """The store refuses conditional writes, or has tags that no condition ever matches.
+
+    `finding` says which, in words that go on from the store's name: "answers If-Match with 501 NotImplemented".
+    """
+
+    def __init__(self, message: str, finding: str) -> None:
+        super().__init__(message, finding)
+        self.finding = finding
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PermitEndedError(StoreError):
+    """The store refused a deletion, because its permit had ended by then."""
 
 
 class PreconditionError(StoreError):
@@ -67,6 +109,10 @@ class ArtifactNotFoundError(BirkhoffError):
 
 class AliasError(BirkhoffError):
     """An alias that cannot be called so, cannot go back, or is protected."""
+
+
+class LabelError(BirkhoffError):
+    """A label that cannot be one, or one too many."""
 
 
 class IntegrityError(BirkhoffError):
@@ -101,16 +147,37 @@ class ValidationError(BirkhoffError):
     """An encoded tensor that does not meet its target, or a probe that does not agree."""
 
 
+class ProofError(ValidationError):
+    """A compressed model whose outputs are too far from the original's, or a proof of it that is none."""
+
+
 class WorkerError(BirkhoffError):
     """A worker died, or the cluster cannot give what the plan needs."""
 
 
+class ClusterError(WorkerError):
+    """No Ray cluster could be started on this machine, or reached elsewhere. `reason` says why, without a remedy."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"cannot reach {where}: {reason}; try --executor inline")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return WorkerError, (str(self),)
+
+
 class BusyError(BirkhoffError):
-    """An earlier tick of the same schedule is still at work."""
+    """An earlier run of the same models is still at work: `holder` for people, its `host` and `pid` if it said them."""
+
+    def __init__(self, message: str, *, holder: str = "", host: str | None = None, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.holder: str = holder
+        self.host: str | None = host
+        self.pid: int | None = pid
 
 
 class PartialError(BirkhoffError):
-    """Some models of the manifest were not published."""
+    """Some models of several failed, or they failed for different reasons."""
 
 
 EXIT_CODES: dict[type[BirkhoffError], int] = {
@@ -137,33 +204,35 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
     TrustError: 20,
     BudgetError: 21,
     BusyError: 22,
+    LabelError: 23,
 }
-
-
-def printable(text: str) -> str:
-    """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """What was probably meant by a name that is not known."""
-    import difflib  # on the way to an error only
-
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """` 'nmae', did you mean 'name'?`, or the name alone where nothing known is near."""
-    close = nearest(name, known)
-    return f" {name!r}" if close is None else f" {name!r}, did you mean {close!r}?"
-
-
-def some(names: Sequence[str], most: int = 10) -> str:
-    """`a, b, c and 4 more`; `none` for no names."""
-    shown = ", ".join(names[:most]) or "none"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def exit_code(error: BirkhoffError) -> int:
     """Exit code of the nearest listed ancestor of `error`'s class."""
     return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
+
+
+def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
+    """An error for machines: its class, its exit code, its line, and what that line advises.
+
+    Error lines say what, where and, as their last clause, what to do next.
+    """
+    line = printable(message)
+    clauses = re.split("; (?!nor )", line)
+    return {"kind": kind, "code": code, "message": line, "remedy": clauses[-1] if len(clauses) > 1 else None}
+
+
+def failure_of(error: BirkhoffError) -> dict[str, object]:
+    """The same of an error of ours."""
+    return failure_facts(type(error).__name__, exit_code(error), str(error))
+
+
+def failure(errors: Sequence[BirkhoffError | None]) -> BirkhoffError | None:
+    """What models, one entry for each, make a command end with: their one kind of error, or PartialError."""
+    failed = [error for error in errors if error is not None]
+    if not failed:
+        return None
+    if len(failed) == len(errors) and len({type(error) for error in failed}) == 1:
+        return failed[0]
+    return PartialError(f"{len(failed)} of {len(errors)} models failed")

@@ -1,17 +1,22 @@
 """Files that appear whole or not at all, links to files that others share, and what tells a file's states apart."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from birkhoff.pipeline.errors import OutputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk that is full, by what is on it or by what its user may have."""
 
 SPARE_BYTES = 256 << 20
 """Left free on the disk for everything else that runs there."""
@@ -24,36 +29,69 @@ _FICLONE = 0x40049409
 
 
 @contextlib.contextmanager
-def appearing(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name whole, durable and with `mode`, once the block ends well, or never.
+def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """An empty file to fill, which appears as `path` whole, durable and with `mode` once the block ends well, or never.
 
     Raises OSError.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    os.close(handle)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """`appearing`, whose errors are those of an output.
+def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """`atomic_path`, open for writing. Raises OSError."""
+    with atomic_path(path, mode=mode) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[BinaryIO]:
+    """`atomic_file` in a folder that is made if there is none, with the errors of an output.
 
     Raises:
         OutputError: it cannot be written.
     """
     try:
-        with appearing(path) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
             yield file
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}; name a place that can be written") from None
+        remedy = "free some space, or name another disk" if error.errno in FULL else "name a place that can be written"
+        raise OutputError(f"{path}: {error.strerror}; {remedy}") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable, where its file system can. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
+
+
+def shortage(folder: Path, nbytes: int) -> str | None:
+    """What a folder's disk lacks for `nbytes` more and `SPARE_BYTES` on top, for a message; None if there is room.
+
+    Raises OSError.
+    """
+    free = shutil.disk_usage(folder).free
+    if nbytes + SPARE_BYTES <= free:
+        return None
+    return f"needs {nbytes} bytes in {folder} and {SPARE_BYTES} to spare, {free} are free"
 
 
 def check_new_folder(folder: Path) -> None:
@@ -66,7 +104,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that appears under its name whole, once the block ends well, or not at all.
 
     Raises:
@@ -104,9 +142,39 @@ def is_settled(state: list[int]) -> bool:
     return time.time() - max(state[2:]) / 1e9 > _SETTLED_SECONDS
 
 
-def write_whole(path: Path, body: bytes) -> None:
+State = Mapping[str, list[int]]
+"""`file_state` of some files, by their paths."""
+
+
+def remembered_digest(note: Path, state: Callable[[], State], take: Callable[[], str]) -> str:
+    """The digest of files, taken anew only if they have changed since the file `note` was written.
+
+    It is noted if the files stayed as they were while it was taken, and a later change would show in their state.
+    Raises OSError, and what `state` and `take` raise.
+    """
+    before = state()
+    found = recalled_digest(note, before)
+    if found is None:
+        found = take()
+        if state() == before and all(map(is_settled, before.values())):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(note) as file:
+                file.write(json.dumps({"state": before, "sha256": found}).encode())
+    return found
+
+
+def recalled_digest(note: Path, state: State) -> str | None:
+    """The digest that was noted for files in this state, None where there is none; reads nothing of the files."""
+    try:
+        known = json.loads(note.read_bytes())
+        return str(known["sha256"]) if known["state"] == state else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def atomic_write(path: Path, body: bytes) -> None:
     """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
-    with whole_file(path) as file:
+    with atomic_output(path) as file:
         file.write(body)
 
 

@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
     def __init__(self) -> None:
         super().__init__()
-        self.exit_code = 128 + _number
+        self.exit_code: int = 128 + _number
 
 
 def install() -> None:

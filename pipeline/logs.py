@@ -22,7 +22,8 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
-from birkhoff.pipeline.home import birkhoff_home
+from birkhoff.pipeline.paths import birkhoff_home
+from birkhoff.pipeline.text import printable
 
 FOLDER_VARIABLE = "BIRKHOFF_RUN_LOG"
 """Tells worker processes the folder of the run's trace."""
@@ -40,6 +41,14 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class _Lines(logging.Formatter):
+    """Lines for people: what a stranger wrote into a message is `printable`, a traceback has lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """The line, without traceback."""
+        return printable(super().formatMessage(record))
+
+
 _package = logging.getLogger("birkhoff")
 _steps = logging.getLogger("birkhoff.step")
 _shard: dict[str, Any] = {}
@@ -53,7 +62,7 @@ def configure(form: LogFormat, *, debug: bool) -> None:
         handler.setFormatter(_json())
         handler.setLevel(logging.DEBUG if debug else logging.INFO)
     else:
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Lines("%(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.DEBUG if debug else logging.WARNING)
     handler.addFilter(lambda record: debug or record.name != _steps.name)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
@@ -160,10 +169,18 @@ def _tail(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
+class _TraceFile(logging.FileHandler):
+    """A file of a trace. The first line that cannot be written is a warning, and the rest goes nowhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's)
+        _package.removeHandler(self)
+        _package.warning("no more trace of this run: %s: %s", self.baseFilename, sys.exc_info()[1])
+
+
 def _file(folder: Path, kind: str) -> logging.Handler:
     folder.mkdir(parents=True, exist_ok=True)
     # Unbuffered below the handler's own flush: a line is with the kernel before the step begins.
-    handler = logging.FileHandler(folder / f"{kind}-{os.getpid()}.jsonl", encoding="utf-8", errors="backslashreplace")
+    handler = _TraceFile(folder / f"{kind}-{os.getpid()}.jsonl", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_json())
     _package.addHandler(handler)
     if _package.getEffectiveLevel() > logging.INFO:
@@ -181,7 +198,7 @@ def _json() -> JsonFormatter:
 
 def _prune(parent: Path) -> None:
     """Leave room for one more trace."""
-    from birkhoff.pipeline.report import run_of  # pydantic takes 0.1 s, and every command imports this module
+    from birkhoff.pipeline.run_ids import run_of  # pydantic takes 0.1 s, and every command imports this module
 
     runs = sorted(path for path in parent.glob("*") if run_of(f"runs/{path.name}/x"))
     for path in runs[: max(0, len(runs) - KEPT_TRACES + 1)]:

@@ -1,6 +1,7 @@
 """One thread for torch in every test (threads that wait for each other cost more than they give on two cores), Triton's
 interpreter where there is no GPU, and a cache of pulled blobs that is the run's own."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -22,3 +23,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first: side by side with others, it would be waited for at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pages.py")
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """What a command sets for its process, such as BIRKHOFF_ALLOW_HTTP, ends with its test.
+
+    So do handlers of the root logger: `logging.info` makes one, as sam2's predictor calls it, over the test's stderr.
+    """
+    before = dict(os.environ)
+    yield
+    for handler in [handler for handler in logging.root.handlers if type(handler) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value

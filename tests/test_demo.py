@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from birkhoff.pipeline.errors import SourceError
-from birkhoff.pipeline.segment_input import boxes_of
+from birkhoff.pipeline.segment.prompts import boxes_of
 
 # The demo's files are scripts beside their manifest, not a package.
 sys.path.append(str(Path(__file__).parents[1] / "manifests" / "demo"))

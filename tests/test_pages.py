@@ -17,9 +17,9 @@ import click
 import pytest
 import typer.main
 
-from birkhoff.pipeline import cli
-from birkhoff.pipeline.manifest import Manifest, ModelEntry, load_manifest
-from tests.benchmarks.__main__ import parts
+from birkhoff.pipeline.cli import main
+from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry, load_manifest
+from tests.harness.benchmarks.__main__ import parts
 from tests.pages import ROOMS, ROOT, Page, pages
 
 PAGES = pages()
@@ -28,7 +28,7 @@ RUN = [
     *(
         name
         for name, page in PAGES.items()
-        if name != "README.md" and {"sh", "python"} & {block.kind for block in page.blocks}
+        if name != "README.md" and {"sh", "python"} & {block.kind for block in page.blocks if block.reason is None}
     ),
 ]
 LEAVES = {"README.md": ["masks.png", "report.html"], "manifests/demo/README.md": ["dense.safetensors"]}
@@ -140,13 +140,19 @@ def unknown(words: list[str]) -> str | None:
     """What a command names that does not exist; None where all of it does."""
     program, *rest = words
     if program == "birkhoff":
-        return _unknown_option(typer.main.get_command(cli.app), rest)
+        return _unknown_option(typer.main.get_command(main.app), rest)
     if program == "make":
         return _unknown_target(rest)
     if rest[0] == "-m":
         module, part = rest[1], (rest[2:] or ["-"])[0]
         missing = not (ROOT / module.replace(".", "/")).is_dir() and not importlib.util.find_spec(module)
-        return module if missing else part if module == "tests.benchmarks" and part not in ["-", *parts()] else None
+        return (
+            module
+            if missing
+            else part
+            if module == "tests.harness.benchmarks" and part not in ["-", *parts()]
+            else None
+        )
     return None if (ROOT / rest[0]).is_file() or rest[0].startswith("-") else rest[0]
 
 
@@ -229,6 +235,6 @@ def test_every_page_is_reached_from_the_first() -> None:
             folder = (ROOT / name).parent
             linked = [link.split("#")[0] for link in PAGES[name].links if "://" not in link]
             waiting += [os.path.relpath((folder / link).resolve(), ROOT) for link in linked]
-    results = "tests/benchmarks/results"
+    results = "tests/harness/benchmarks/results"
     assert results in PAGES["README.md"].links
     assert [name for name in PAGES if name not in reached and not name.startswith(results)] == []

@@ -5,6 +5,7 @@ Each line of the troubleshooting table is produced by its command.
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import birkhoff
+from birkhoff.pipeline.store.open import open_store
 from tests.pages import read
 from tests.pipeline.command import execute
+from tests.pipeline.publishing import publish_tensors
 
 README = read("README.md")
 TABLE = re.findall(r"^\| `([^`]+)` \| ", README.text.split("| it says | do |")[1].split("\n\n")[0], re.M)
@@ -45,6 +47,9 @@ STANDINS: dict[str, dict[str, dict[str, object]]] = {
 }
 """What the examples import, by the model that they load."""
 
+PACKAGES = {"sam-b": "segment_anything", "sam2.1-t": "sam2"}
+PREDICTORS = {"sam-b": "SamPredictor", "sam2.1-t": "SAM2ImagePredictor"}
+
 
 @pytest.mark.parametrize("model", STANDINS)
 def test_the_examples_of_published_packages(
@@ -62,13 +67,38 @@ def test_the_examples_of_published_packages(
     (tmp_path / "m.yaml").write_text(f"models: [{{name: {model}, source: sam.safetensors}}]\n")
     assert command(["compress", str(tmp_path / "m.yaml"), "--executor", "inline"]) == 0
     capsys.readouterr()
-    names: dict[str, object] = {"birkhoff": birkhoff}
+    names: dict[str, object] = {}
     exec(block.text, names)
     loaded = names["sam2" if "sam2" in model else "sam"]
     assert isinstance(loaded, Sam)
     assert names["predictor"] == ("predictor", loaded)
     x = torch.randn(4, 64)
     assert torch.allclose(loaded.image_encoder(x), source.image_encoder(x), atol=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", STANDINS)
+def test_the_examples_with_the_packages_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Each block alone in a process of its own, word for word, on the model's own names and shapes."""
+    (block,) = [block for block in README.blocks if f'"{model}@latest"' in block.text]
+    for package in ("torchvision", PACKAGES[model]):
+        ran = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
+        if ran.returncode:
+            pytest.skip(f"{package} cannot be imported: {ran.stderr.splitlines()[-1]}")
+    monkeypatch.setenv("BIRKHOFF_STORE", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    *built, _, _ = [line for line in block.text.splitlines() if line]
+    variable = "sam2" if "sam2" in model else "sam"
+    (tmp_path / "source.py").write_text(
+        "\n".join([*built, "import sys, torch", f"torch.save({variable}.state_dict(), sys.argv[1])"])
+    )
+    subprocess.run([sys.executable, tmp_path / "source.py", tmp_path / "sam.pth"], check=True)
+    with open_store((tmp_path / "store").as_uri()) as store:
+        publish_tensors(store, model, torch.load(tmp_path / "sam.pth", weights_only=True), shard_weights=1 << 24)
+    (tmp_path / "block.py").write_text(f"{block.text}print(type(predictor).__name__)\n")
+    ran = subprocess.run([sys.executable, tmp_path / "block.py"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.split()[-1:]) == (0, [PREDICTORS[model]]), ran.stderr
 
 
 def command(words: list[str]) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import SamModel
 
-from birkhoff.pipeline.segmenters import PromptKind, TransformersSam, ious
+from birkhoff.pipeline.segment.adapters.base import PromptKind, ious
+from birkhoff.pipeline.segment.adapters.families import segmenter_of
 
 from shapes import SIDE, Pictures, draw
 
@@ -27,7 +28,7 @@ def held_out(count: int = 256, *, objects: int = 3, seed: int = HELD_OUT_SEED) -
 
 def predict_masks(model: SamModel, pictures: Pictures, *, prompt: PromptKind = "box", batch: int = 64) -> Tensor:
     """The model's single mask for every object of `pictures`: bool [B, K, 128, 128] on the model's device."""
-    segmenter = TransformersSam(model)
+    segmenter = segmenter_of(model)
     masks = []
     for part in pictures.batches(batch):
         prompts = part.boxes if prompt == "box" else part.clicks[:, :, 0]

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import SamModel
 
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.pipeline import segment_draw
-from birkhoff.pipeline.segment_draw import Panel
-from birkhoff.pipeline.segment_input import Prompts
-from birkhoff.pipeline.segmenters import PromptKind, ious
+from birkhoff.pipeline.segment import draw as segment_draw
+from birkhoff.pipeline.segment.adapters.base import PromptKind, ious
+from birkhoff.pipeline.segment.draw import Panel
+from birkhoff.pipeline.segment.prompts import Prompts
 
 import shapes
 from evaluate import HELD_OUT_SEED, predict_masks

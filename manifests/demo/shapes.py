@@ -15,7 +15,7 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from birkhoff.pipeline.segment_input import boxes_of
+from birkhoff.pipeline.segment.prompts import boxes_of
 
 SIDE = 128
 """Height and width of a picture in pixels."""

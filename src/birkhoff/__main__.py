@@ -8,7 +8,10 @@ def main() -> None:
     """Run the command line; never shows a traceback for Ctrl-C, also while torch is still being imported."""
     gc.disable()  # importing makes no garbage, yet the collector would look through all of it again and again
     try:
-        from birkhoff.pipeline.cli import main as command
+        from birkhoff.pipeline import streams
+
+        streams.guard()
+        from birkhoff.pipeline.cli.main import main as command
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted before anything was done\n")
         sys.exit(130)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.benchmarks import bench_inference, encoder_forms, encoders, inference_report
+from tests.harness.benchmarks import bench_inference, encoder_forms, encoders, inference_report
 
 TINY = {
     "image_size": 64, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -21,6 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(inference_report, "_MODELS", ("tiny",))
 
 
+@pytest.mark.timeout(1800)  # it runs some ten packages; how long each takes on a busy machine is no part of the test
 def test_every_form_here_is_verified_and_timed(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
     out = tmp_path / "out"
@@ -35,7 +36,7 @@ def test_every_form_here_is_verified_and_timed(tiny, tmp_path, monkeypatch):
     assert rows["ours, balanced"]["disk_bytes"] < rows["original bfloat16"]["disk_bytes"]
     assert rows["ours, balanced, packed12"]["disk_bytes"] == rows["ours, balanced"]["disk_bytes"]
     assert 12 < rows["ours, balanced, packed10"]["output_sqnr_db"] < rows["ours, balanced"]["output_sqnr_db"]
-    ran = [row for row in rows.values() if "error" not in row]  # a peer may refuse so small a model
+    ran = [row for row in rows.values() if "error" not in row]  # a baseline may refuse so small a model
     assert all(row["latency_ms"] > 0 and row["peak_bytes"] >= row["weights_bytes"] > 0 for row in ran)
     assert "| ours, balanced |" in (out / "inference.md").read_text()
 
@@ -69,6 +70,6 @@ def test_a_wrong_result_is_not_timed(tiny, tmp_path):
 
 
 def test_what_did_not_run_is_said():
-    entry = {"made_on": {"gpu": "G"}, "rows": [{"model": "demo", "form": "peer", "error": "OSError('no library')"}]}
+    entry = {"made_on": {"gpu": "G"}, "rows": [{"model": "demo", "form": "baseline", "error": "OSError('no library')"}]}
     page = inference_report.markdown({"cuda demo": entry})
-    assert "Did not run there:\n\n- peer: `OSError('no library')`" in page
+    assert "Did not run there:\n\n- baseline: `OSError('no library')`" in page

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.kills import LIMIT_SECONDS, Harness
-from tests.chaos.world import World
+from tests.harness.chaos.kills import LIMIT_SECONDS, Harness
+from tests.harness.chaos.world import World
 
 
 @pytest.mark.slow

@@ -17,7 +17,76 @@ def unplane(data: bytes, width: int) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(width, -1).T.tobytes()
 
 
-def groups_of(rows: np.ndarray, columns: np.ndarray) -> dict[int, int]:
+def read_table(data: bytes) -> tuple[dict[int, int], int]:
+    """(frequency by value, bytes of the table) of what begins with a table."""
+    low, count, fine, rice = data[0], data[1] + 1, data[2] % 8, data[2] // 8
+    at, field, weight = 24, 0, {}
+
+    def bit() -> int:
+        nonlocal at
+        at += 1
+        return data[(at - 1) // 8] >> (at - 1) % 8 & 1
+
+    for value in range(low, low + count):
+        ones = 0
+        while bit():
+            ones += 1
+        z = 2**rice * ones + sum(bit() << k for k in range(rice))
+        field += z // 2 if z % 2 == 0 else -(z + 1) // 2
+        m = field - 1
+        weight[value] = (2**fine + m % 2**fine) * 2 ** (m // 2**fine) if field else 0
+    total = sum(weight.values())
+    frequency = {value: max(1, 4096 * v // total) if v else 0 for value, v in weight.items()}
+    greatest = max(frequency, key=lambda value: frequency[value])
+    frequency[greatest] += 4096 - sum(frequency.values())
+    return frequency, -(-at // 8)
+
+
+def read_blocks(data: bytes, size: int, frequency: dict[int, int], lanes: int) -> bytes:
+    blocks = -(-size // 131072)
+    words = [int.from_bytes(data[4 * b : 4 * b + 4], "little") for b in range(blocks - 1)]
+    data = data[4 * (blocks - 1) :]
+    slots, below = [], 0
+    for value, f in sorted(frequency.items()):
+        slots += [(value, f, below)] * f
+        below += f
+    out = bytearray()
+    for block in range(blocks):
+        count = words[block] if block < blocks - 1 else (len(data) - 4 * lanes) // 2
+        state = [int.from_bytes(data[4 * lane : 4 * lane + 4], "little") for lane in range(lanes)]
+        row = [int.from_bytes(data[4 * lanes + 2 * w : 4 * lanes + 2 * w + 2], "little") for w in range(count)]
+        data = data[4 * lanes + 2 * count :]
+        assert min(state) >= 65536
+        for i in range(min(131072, size - len(out))):
+            x = state[i % lanes]
+            value, f, c = slots[x % 4096]
+            x = f * (x // 4096) + x % 4096 - c
+            state[i % lanes] = 65536 * x + row.pop(0) if x < 65536 else x
+            out.append(value)
+        assert not row
+        assert set(state) == {65536}
+    assert not data
+    return bytes(out)
+
+
+def stream(data: bytes, size: int) -> bytes:
+    if not size:
+        assert not data
+        return b""
+    kind, data = data[0], data[1:]
+    if kind == 0:
+        found = data
+    elif kind == 1:
+        found = frame(data)
+    else:
+        assert kind == 2
+        frequency, used = read_table(data[1:])
+        found = read_blocks(data[1 + used :], size, frequency, 2 ** data[0])
+    assert len(found) == size
+    return found
+
+
+def groups_of(rows: np.ndarray, columns: np.ndarray, least: int, most: int) -> dict[int, int]:
     counts = [0] * 127
     for a in rows:
         for b in columns:
@@ -27,18 +96,14 @@ def groups_of(rows: np.ndarray, columns: np.ndarray) -> dict[int, int]:
         result[total] = group
         held += count
         left -= count
-        if held >= 16384 and left >= 16384 and group < 31:
+        if held >= least and left >= least and group < most:
             group, held = group + 1, 0
     return result
 
 
-def read_plane(streams: list[bytes], rows: np.ndarray, columns: np.ndarray, path: bool) -> np.ndarray:
-    """Takes its groups from the front of `streams`."""
-    group = groups_of(rows, columns)
-    used = max(group[int(a) + int(b)] for a in set(rows) for b in set(columns)) + 1
-    symbols = [list(np.frombuffer(frame(streams.pop(0)), np.int8)) for _ in range(used)]
+def read_groups(rows: np.ndarray, columns: np.ndarray, group: dict[int, int], symbols: list[np.ndarray]) -> np.ndarray:
     plane = np.zeros((len(rows), len(columns)), np.int64)
-    taken = [0] * used
+    taken = [0] * len(symbols)
     for a in sorted(set(rows)):
         for b in sorted(set(columns)):
             g = group[int(a) + int(b)]
@@ -47,11 +112,19 @@ def read_plane(streams: list[bytes], rows: np.ndarray, columns: np.ndarray, path
                     plane[r, p] = symbols[g][taken[g]]
                     taken[g] += 1
     assert taken == [len(held) for held in symbols]
-    if not path:
-        return plane
+    return plane
+
+
+def number_of_groups(rows: np.ndarray, columns: np.ndarray, group: dict[int, int]) -> int:
+    return max(group[int(a) + int(b)] for a in set(rows) for b in set(columns)) + 1
+
+
+def read_path(plane: np.ndarray, path: int) -> np.ndarray:
+    rows, pairs = plane.shape
     flat = plane.reshape(-1)
     steps = max(64, min(256, len(flat) // 2048))
-    lanes = -(-len(flat) // steps)
+    lanes = -(-len(flat) // steps) if path == 1 else pairs * -(-rows // steps)
+    steps = -(-len(flat) // lanes)
     o = np.zeros((steps + 3, lanes), np.int64)
     number = np.zeros_like(flat)
     for t in range(steps):
@@ -63,17 +136,44 @@ def read_plane(streams: list[bytes], rows: np.ndarray, columns: np.ndarray, path
     return number.reshape(plane.shape)
 
 
-def read_lattice(entry: dict[str, str], streams: list[bytes], shape: list[int]) -> np.ndarray:
+def symbols_1(streams: list[bytes], rows: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both planes of symbols, from the front of version 1's streams."""
+    levels, planes = [], []
+    for count in (rows, pairs, pairs):
+        held = frame(streams.pop(0))
+        levels.append(np.frombuffer(held, np.uint8) if held else np.zeros(count, np.uint8))
+    for columns in levels[1:]:
+        group = groups_of(levels[0], columns, 16384, 31)
+        used = number_of_groups(levels[0], columns, group)
+        symbols = [np.frombuffer(frame(streams.pop(0)), np.int8) for _ in range(used)]
+        planes.append(read_groups(levels[0], columns, group, symbols))
+    return planes[0], planes[1]
+
+
+def symbols_2(streams: list[bytes], rows: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    held = streams.pop(0)
+    count = 1 + rows + 2 * pairs
+    levels = np.frombuffer(stream(held, count), np.uint8) if held else np.array([12] + [0] * (count - 1), np.uint8)
+    row, column = levels[1 : 1 + rows], levels[1 + rows :]
+    group = groups_of(row, column, 2 ** int(levels[0]), 63)
+    symbols = []
+    for g in range(number_of_groups(row, column, group)):
+        size = sum(group[int(a) + int(b)] == g for a in row for b in column)
+        symbols.append(np.frombuffer(stream(streams.pop(0), size), np.uint8).astype(np.int64) - 128)
+    both = read_groups(row, column, group, symbols)
+    return both[:, :pairs], both[:, pairs:]
+
+
+def read_lattice(entry: dict[str, str], streams: list[bytes], shape: list[int], version: int) -> np.ndarray:
     columns = int(entry["columns"])
     rows, pairs = int(np.prod(shape)) // columns, (columns + 1) // 2
-    levels = []
-    for count in (rows, pairs, pairs):
-        stream = frame(streams.pop(0))
-        levels.append(np.frombuffer(stream, np.uint8) if stream else np.zeros(count, np.uint8))
-    path = entry["path"] == "1"
-    i = read_plane(streams, levels[0], levels[1], path)
-    j = read_plane(streams, levels[0], levels[2], path)
-    escapes = np.frombuffer(unplane(frame(streams.pop(0)), 4), "<i4").reshape(3, int(entry["escapes"]))
+    i, j = (symbols_1 if version == 1 else symbols_2)(streams, rows, pairs)
+    path = int(entry["path"])
+    i, j = (read_path(plane, path) if path else plane.copy() for plane in (i, j))
+    size, held = 12 * int(entry["escapes"]), streams.pop(0)
+    held = frame(held) if version == 1 else stream(held, size)
+    escapes = np.frombuffer(unplane(held, 4), "<i4").reshape(3, -1)
+    assert len(held) == size
     assert not streams
     index = np.cumsum(escapes[0])
     i.reshape(-1)[index], j.reshape(-1)[index] = escapes[1], escapes[2]
@@ -107,30 +207,42 @@ def read_paper(entry: dict[str, str], data: bytes, shape: list[int]) -> np.ndarr
     return pair.reshape(rows, -1)[:, :columns].reshape(shape).astype(DTYPES[entry["dtype"]])
 
 
+def read_planes(streams: list[bytes], size: int, width: int, version: int) -> bytes:
+    share = size // len(streams)
+    return unplane(frame(streams[0]) if version == 1 else b"".join(stream(data, share) for data in streams), width)
+
+
 def read(blob: bytes) -> dict[str, np.ndarray]:
     """The tensors of a container; takes correct containers only."""
     (length,) = struct.unpack("<Q", blob[:8])
     header, data = json.loads(blob[8 : 8 + length]), blob[8 + length :]
     metadata = header.pop("__metadata__")
-    assert metadata.pop("__birkhoff__") == "1"
+    version = int(metadata.pop("__birkhoff__"))
+    if version == 2:
+        entries = json.loads(frame(data[: header["index"]["data_offsets"][1]]))
+        at = header["data"]["data_offsets"][0]
+    else:
+        entries = metadata
     tensors = {}
-    for name, text in metadata.items():
+    for name, text in entries.items():
         entry = dict(token.split("=", 1) for token in text.split(" "))
         shape = [int(size) for size in entry["shape"].split(",") if size]
-        begin, end = header[name]["data_offsets"]
+        begin = at if version == 2 else header[name]["data_offsets"][0]
         streams = []
         for size in map(int, entry["parts"].split(",")):
             streams.append(data[begin : begin + size])
             begin += size
-        assert begin == end
+        at = begin
         dtype = np.dtype(DTYPES[entry["dtype"]])
         if entry["codec"] == "raw":
             tensors[name] = np.frombuffer(streams[0], dtype).reshape(shape)
         elif entry["codec"] == "planes":
-            tensors[name] = np.frombuffer(unplane(frame(streams[0]), dtype.itemsize), dtype).reshape(shape)
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            tensors[name] = np.frombuffer(read_planes(streams, size, dtype.itemsize, version), dtype).reshape(shape)
         elif entry["codec"] == "lattice":
-            tensors[name] = read_lattice(entry, streams, shape)
+            tensors[name] = read_lattice(entry, streams, shape, version)
         else:
             assert entry["codec"] == "paper"
             tensors[name] = read_paper(entry, streams[0], shape)
+    assert at == len(data) or version == 1
     return tensors

@@ -5,15 +5,22 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
-from birkhoff.codec.container import parse
+from birkhoff.codec.container import head_size, parse, parse_head
+from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.errors import FormatError, VersionError
-from birkhoff.codec.rest import compress, decompress
+from birkhoff.codec.rest import decompress, unpack
 from birkhoff.codec.tensor import decode_tensor
 
 Header = dict[str, Any]
+
+
+def compress(data: bytes) -> bytes:
+    """A frame, as version 1 has them for streams."""
+    return zstandard.ZstdCompressor(level=1).compress(data)
 
 
 def container(text: bytes, data: bytes = b"") -> bytes:
@@ -60,8 +67,8 @@ def test_headers_that_are_not_the_pages(kind: str) -> None:
         parse(container(make(), b"ab"))
 
 
-def test_version_zero_is_no_version_and_two_is_newer() -> None:
-    for version, error in (("0", FormatError), ("2", VersionError)):
+def test_version_zero_is_no_version_and_three_is_newer() -> None:
+    for version, error in (("0", FormatError), ("3", VersionError)):
         with pytest.raises(error):
             parse(container(json.dumps(RAW).replace('": "1"', f'": "{version}"').encode(), b"ab"))
 
@@ -96,13 +103,13 @@ OFFSETS = {
     "overlap": (pair([0, 2], [1, 3]), "a hole or an overlap at byte 1"),
     "hole": (pair([0, 2], [3, 5], b"abcde"), "a hole or an overlap at byte 2"),
     "both in one place": (pair([0, 2], [0, 2], b"ab"), "a hole or an overlap at byte 0"),
-    "negative": (pair([-2, 0], [0, 2], b"ab"), r"'v': offsets \[-2, 0\] do not lie inside 2 bytes"),
-    "backwards": (pair([2, 0], [2, 4]), r"'v': offsets \[2, 0\] do not lie inside 4 bytes"),
-    "past the end": (pair([0, 2], [2, 4], b"abc"), r"'w': offsets \[2, 4\] do not lie inside 3 bytes"),
-    "huge": (pair([0, 2], [2, 1 << 70]), r"'w': offsets \[2, 1180591620717411303424\] do not lie inside"),
-    "no numbers": (pair([0, 2], [True, 4]), r"'w': offsets \[True, 4\] do not lie"),
+    "negative": (pair([-2, 0], [0, 2], b"ab"), r"'v': offsets \[-2, 0\] are no place"),
+    "backwards": (pair([2, 0], [2, 4]), r"'v': offsets \[2, 0\] are no place"),
+    "past the end": (pair([0, 2], [2, 4], b"abc"), r"has \d+ bytes, its header declares \d+"),
+    "huge": (pair([0, 2], [2, 1 << 70]), r"'w': offsets \[2, 1180591620717411303424\] are no place"),
+    "no numbers": (pair([0, 2], [True, 4]), r"'w': offsets \[True, 4\] are no place"),
     "longer than its parts": (pair([0, 2], [2, 5], b"abcde"), "'w': 3 bytes stored, its parts add up to 2"),
-    "bytes of nobody": (pair([0, 2], [2, 4], b"abcde"), "holds 5 bytes of data, its tensors take 4"),
+    "bytes of nobody": (pair([0, 2], [2, 4], b"abcde"), r"has \d+ bytes, its header declares \d+"),
 }
 
 
@@ -156,9 +163,8 @@ TENSORS = {
 @pytest.mark.parametrize("kind", TENSORS)
 def test_streams_that_no_encoder_writes(kind: str) -> None:
     entry, parts, message = TENSORS[kind]
-    (tensor,) = parse(coded(entry, *parts))
     with pytest.raises(FormatError, match=message):
-        decode_tensor(tensor)
+        decode_tensor(*parse(coded(entry, *parts)))
 
 
 def test_the_streams_that_the_others_are_made_from_are_read() -> None:
@@ -168,3 +174,122 @@ def test_the_streams_that_the_others_are_made_from_are_read() -> None:
     ):
         (tensor,) = parse(coded(entry, *parts))
         assert decode_tensor(tensor).shape == tensor.shape
+
+
+def two(index: bytes, streams: bytes = b"", begin: int = 0, **other: object) -> bytes:
+    """A container of version 2 with this packed index."""
+    end = begin + len(index)
+    stored: Header = {
+        "__metadata__": {"__birkhoff__": "2"},
+        "index": {"dtype": "U8", "shape": [len(index)], "data_offsets": [begin, end]},
+        "data": {"dtype": "U8", "shape": [len(streams)], "data_offsets": [end, end + len(streams)]},
+        **other,
+    }
+    return container(json.dumps(stored).encode(), index + streams)
+
+
+def packed(entries: object, *, declare: bool = True) -> bytes:
+    text = json.dumps(entries).encode()
+    return zstandard.ZstdCompressor(write_content_size=declare).compress(text)
+
+
+ENTRY = {"w": "codec=raw dtype=U8 shape=2 parts=2"}
+AB = packed(ENTRY)
+BOMB = zstandard.ZstdCompressor(level=19).compress(b'{"w":"' + b" " * (32 << 20) + b'"}')
+
+INDEXES = {
+    "bomb": (two(BOMB), r"index declares 33554440 bytes in \d+; 2 to \d+ are allowed"),
+    "no content size": (two(packed(ENTRY, declare=False), b"ab"), "index declares -1 bytes"),
+    "empty": (two(b""), "index declares -1 bytes"),
+    "more behind": (two(AB + b"!", b"ab"), "index is corrupt"),
+    "truncated": (two(AB[:-1], b"ab"), "index is corrupt"),
+    "no frame": (two(b"not zstd", b"ab"), "index is corrupt"),
+    "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is no JSON"),
+    "a list": (two(packed([1]), b"ab"), "no object of strings"),
+    "numbers": (two(packed({"w": 2}), b"ab"), "no object of strings"),
+    "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "no JSON"),
+    "begins late": (two(AB, b"ab", begin=1), "lie at bytes 1 and"),
+    "too few streams' bytes": (two(AB, b"abc"), "holds 3 bytes of data, its tensors take 2"),
+    "a third stored tensor": (two(AB, b"ab", x={}), "version 2 has 'index' and 'data' alone"),
+    "data missing": (two(AB, b"ab", data=None), "offsets None are no place"),
+    "other metadata": (two(AB, b"ab", __metadata__={"__birkhoff__": "2", "x": "y"}), "alone"),
+    "of another type": (
+        two(AB, b"ab", data={"dtype": "I8", "shape": [2], "data_offsets": [len(AB), len(AB) + 2]}),
+        "'data': stored as",
+    ),
+    "a true shape": (
+        two(AB, b"a", data={"dtype": "U8", "shape": [True], "data_offsets": [len(AB), len(AB) + 1]}),
+        "'data': stored as",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_indexes_that_no_encoder_writes(kind: str) -> None:
+    blob, message = INDEXES[kind]
+    with pytest.raises(FormatError, match=message):
+        parse(blob)
+
+
+def test_the_index_that_the_others_are_made_from_is_read_from_the_containers_start_alone() -> None:
+    blob = two(AB, b"ab")
+    (tensor,) = parse(blob)
+    assert decode_tensor(tensor).tolist() == [97, 98]
+    size = head_size(blob[:8])
+    assert head_size(blob[:size]) == len(blob) - 2
+    head = parse_head(blob[:-2])
+    assert (head.version, head.size, head.begins, head.parts) == (2, len(blob), (len(blob) - 2,), ((2,),))
+
+
+def ans(table: str, *rest: bytes) -> bytes:
+    return b"\x02" + bytes.fromhex(table) + b"".join(rest)
+
+
+STATE = (1 << 16).to_bytes(4, "little")
+EVEN = "00 00 01 08 01"
+"""log2 N = 0, then the table of two equally frequent bytes 0 and 1."""
+
+CODED = {
+    "unknown kind": (b"\x03ab", "stream of kind 3"),
+    "nothing": (b"", "stream is missing"),
+    "raw, too long": (b"\x00" + bytes(9), "9 bytes stored raw where 8"),
+    "no lanes": (b"\x02", "has no as log2"),
+    "64 lanes": (b"\x02\x06" + bytes(300), "has 6 as log2"),
+    "no table": (ans("00"), "truncated|damaged"),
+    "values beyond 255": (ans("00 ff 01 08 01", STATE), "out of bounds|damaged"),
+    "r of 5": (ans("00 00 01 0d 01", STATE), "out of bounds|damaged"),
+    "k of 8": (ans("00 00 01 40 01", STATE), "out of bounds|damaged"),
+    "endless ones": (ans("00 00 01 08", b"\xff" * 40), "damaged|out of bounds|truncated"),
+    "a field below 0": (ans("00 00 01 00 01", STATE), "out of bounds|damaged"),
+    "one value": (ans("00 00 00 08 01", STATE), "fewer than two|damaged"),
+    "no value": (ans("00 00 01 00 00", STATE), "fewer than two|damaged"),
+    "bits behind the table": (ans("00 00 01 08 41", STATE), "not filled|damaged"),
+    "no states": (ans(EVEN), "truncated|damaged"),
+    "a state below 2^16": (ans(EVEN, b"\0\0\0\0"), "below|damaged"),
+    "half a word": (ans(EVEN, STATE, b"\0"), "truncated|damaged"),
+    "words to spare": (ans(EVEN, STATE, b"\0" * 40), "should|damaged"),
+    "another end": (ans(EVEN, b"\xff\xff\xff\xff"), "should|damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("native", [True, False])
+def test_streams_that_lie(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(tables, "native", lambda: None)
+        monkeypatch.setattr(rans, "native", lambda: None)
+    stream, message = CODED[kind]
+    with pytest.raises(FormatError, match=message):
+        unpack(stream, 8)
+
+
+def test_a_directory_of_blocks_that_lies_is_refused() -> None:
+    data = np.tile(np.arange(2, dtype=np.uint8), 100_000)
+    table = tables.fit(tables.histogram(data))
+    assert table is not None
+    good = rans.encode(data, table.frequency, 4)
+    for words in (0, 1, (1 << 32) - 1, int.from_bytes(good[:4], "little") + 1):
+        bad = words.to_bytes(4, "little") + good[4:]
+        for decode in (rans.decode, rans.reference_decode):
+            with pytest.raises(tables.DamagedError):
+                decode(bad, len(data), table.frequency, 4)

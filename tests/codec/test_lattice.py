@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from birkhoff.codec import lattice, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import columns_of_pairs, join, matrix_shape, pairs_per_row, split
 
 SHAPES = [(1, 2), (3, 1), (5, 3), (7, 64), (4, 65), (33, 127), (2, 128), (1, 70001), (300, 77)]
@@ -112,3 +113,28 @@ def test_gpu_gives_the_same_indices() -> None:
     assert torch.equal(code.i, other.i.cpu())
     assert torch.equal(code.j, other.j.cpu())
     assert torch.equal(code.decode(), other.decode().cpu())
+
+
+@pytest.mark.parametrize("vectors", [1, 0])
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 131, 320])
+def test_the_native_library_decodes_and_narrows_as_the_references_do(columns: int, vectors: int) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the native library is not built here")
+    library.birkhoff_native_vectors(vectors)
+    weight = torch.randn(37, columns, generator=torch.Generator().manual_seed(columns)) * 60
+    weight[3, 0] = 400.0
+    try:
+        code = lattice.quantise_path(weight, 0.77)
+        exact = torch.empty(37, columns)
+        code.decode_into(exact)
+        exact.view(-1)[code.escaped_weights()[0]] = code.escaped_weights()[1]
+        assert torch.equal(code.decode(), exact)
+        planes = [plane.float() for plane in (code.i, code.j)]
+        for plane, true in zip(planes, (code.escapes.i, code.escapes.j), strict=True):
+            plane.view(-1)[code.escapes.pair] = true.float()
+        again = lattice._gather((37, columns), weight.device, 0.77, lambda r, _c, p: (planes[0][r, p], planes[1][r, p]))
+        assert len(code.escapes) > 0
+        assert again.equals(code)
+    finally:
+        library.birkhoff_native_vectors(1)

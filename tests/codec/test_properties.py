@@ -13,8 +13,9 @@ from birkhoff.codec.dtypes import SAFETENSORS_TO_TORCH
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.codec.tensor import decode_tensor, encode_tensor, lattice_of
+from birkhoff.codec.tensor import decode_tensor, lattice_of
 from birkhoff.codec.trajectory import coordinates_from_theta
+from tests.codec.by_profile import encode_tensor
 
 DISTRIBUTIONS = ("normal", "heavy", "sparse", "few values", "constant", "rows", "outlier", "zeros")
 PROFILES_OF_OURS = [profile for profile in PROFILES.values() if profile.target_db]

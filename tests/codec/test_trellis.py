@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec import trellis
+from birkhoff.codec.native.library import native
 
 
 def uniform(count: int, seed: int = 0, width: float = 100.0) -> torch.Tensor:
@@ -78,3 +79,40 @@ def test_gpu_takes_the_same_path() -> None:
     assert torch.equal(trellis.search(u.cuda()).cpu(), n)
     k = trellis.symbols(n).to(torch.int8)
     assert torch.equal(trellis.numbers(k.cuda()).cpu(), trellis.numbers(k))
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(1, 5), (63, 4), (64, 3), (65, 7), (300, 33), (700, 40)])
+def test_paths_down_the_columns_are_each_columns_own(rows: int, pairs: int) -> None:
+    """So that a column can be searched before those behind it are known."""
+    u = torch.randn(rows, pairs, generator=torch.Generator().manual_seed(rows)) * 4
+    lanes = trellis.lanes_of(rows, pairs, 2)
+    assert lanes % pairs == 0
+    n = trellis.search(u.view(-1), lanes).view(rows, pairs)
+    one_by_one = [trellis.search(u[:, p].contiguous(), lanes // pairs) for p in range(pairs)]
+    assert torch.equal(n, torch.stack(one_by_one, dim=1))
+    k = trellis.symbols(n).to(torch.int8)
+    assert torch.equal(trellis.numbers(k.view(-1), lanes).view(rows, pairs).float(), n)
+
+
+def test_both_kinds_of_paths_are_one_where_runs_fill_the_columns() -> None:
+    assert trellis.lanes_of(640, 320, 1) != trellis.lanes_of(640, 320, 2)
+    assert trellis.lanes_of(768, 1024, 1) == trellis.lanes_of(768, 1024, 2) == 3 * 1024
+
+
+@given(
+    st.integers(1, 5000), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([0.3, 4.0, 3000.0]), st.booleans()
+)
+@settings(max_examples=60, deadline=None)
+def test_the_native_search_takes_the_references_paths(
+    count: int, lanes: int, seed: int, width: float, tied: bool
+) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the native library is not built here")
+    u = torch.randn(count, generator=torch.Generator().manual_seed(seed)) * width
+    u = (u * 2).round() / 2 if tied else u
+    wanted = trellis.reference_search_(u.clone(), lanes)
+    for vectors in (1, 0):
+        library.birkhoff_native_vectors(vectors)
+        assert torch.equal(trellis.search(u, lanes), wanted)
+    library.birkhoff_native_vectors(1)

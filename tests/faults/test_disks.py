@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import disks
+from tests.harness.faults import disks
 
 pytestmark = pytest.mark.faults
 

@@ -8,17 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from birkhoff.pipeline.aliases import aliases, promote, rollback
-from birkhoff.pipeline.embedded import EmbeddedServer
 from birkhoff.pipeline.errors import AliasError, PreconditionError, StoreUnreachableError
-from birkhoff.pipeline.names import given
-from birkhoff.pipeline.publish import is_whole, load_version, publish, resolve
-from birkhoff.pipeline.shard import keep_shard
-from birkhoff.pipeline.store import Store, StoreSettings, open_store
-from tests.faults.catalogue import FAULTS
-from tests.faults.history import Log, Op, alias, linearizable, names, register
-from tests.faults.proxy import Proxy, Rule
-from tests.faults.stages import MODEL, shard, version
+from birkhoff.pipeline.registry.aliases import aliases, promote, rollback
+from birkhoff.pipeline.registry.names import given
+from birkhoff.pipeline.registry.versions import is_whole, load_version, publish, resolve
+from birkhoff.pipeline.shard.run import keep_shard
+from birkhoff.pipeline.store.base import Store, StoreSettings
+from birkhoff.pipeline.store.open import open_store
+from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
+from tests.harness.faults.catalogue import FAULTS
+from tests.harness.faults.history import Log, Op, alias, linearizable, names, register
+from tests.harness.faults.proxy import Proxy, Rule
+from tests.harness.faults.stages import MODEL, shard, version
 
 pytestmark = pytest.mark.faults
 

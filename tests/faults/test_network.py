@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from birkhoff.pipeline.embedded import EmbeddedServer
 from birkhoff.pipeline.errors import StoreUnreachableError
-from birkhoff.pipeline.store import Store, StoreSettings, open_store
-from tests.faults.catalogue import FAULTS
-from tests.faults.proxy import Proxy, Rule
-from tests.faults.stages import STAGES
-from tests.faults.suite import DEPTHS, Case, Suite, cases
+from birkhoff.pipeline.store.base import Store, StoreSettings
+from birkhoff.pipeline.store.open import open_store
+from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
+from tests.harness.faults.catalogue import FAULTS
+from tests.harness.faults.proxy import Proxy, Rule
+from tests.harness.faults.stages import STAGES
+from tests.harness.faults.suite import DEPTHS, Case, Suite, cases
 
 pytestmark = pytest.mark.faults
 
@@ -80,7 +81,7 @@ def test_a_page_is_no_empty_listing(embedded_server: EmbeddedServer, s3_environm
     page = next(fault for fault in FAULTS if fault.name == "a page of another server")
     proxy = Proxy(target=int(embedded_server.endpoint.rsplit(":", 1)[1]))
     try:
-        with open_store(s3_environment, StoreSettings(endpoint=proxy.endpoint)) as store:
+        with open_store(s3_environment, StoreSettings(endpoint=proxy.endpoint, attempts=1)) as store:
             store.put("a", b"1")
             proxy.arm(Rule(fault=page, methods=("LIST",), key=""))
             with pytest.raises(StoreUnreachableError, match="is no listing"):

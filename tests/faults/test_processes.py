@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.processes import STRIKES, rows
+from tests.harness.faults.processes import STRIKES, rows
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -1,12 +1,12 @@
-"""Many pullers on one cache, judged by what each wrote down; longer by `python -m tests.faults races`."""
+"""Many pullers on one cache, judged by what each wrote down; longer by `python -m tests.harness.faults races`."""
 
 from pathlib import Path
 
 import pytest
 
-from birkhoff.pipeline.store import Store
-from tests.faults.history import Op
-from tests.faults.race_caches import CacheRace, explained
+from birkhoff.pipeline.store.base import Store
+from tests.harness.faults.history import Op
+from tests.harness.faults.race_caches import CacheRace, explained
 from tests.pipeline.conftest import directory_store
 
 __all__ = ["directory_store"]

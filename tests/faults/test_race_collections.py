@@ -1,16 +1,16 @@
-"""Publishers against collections, judged by the history checker; longer by `python -m tests.faults races`."""
+"""Publishers against collections, judged by the history checker; longer by `python -m tests.harness.faults races`."""
 
 from datetime import timedelta
 
 import pytest
 
-from birkhoff.pipeline import leases
-from birkhoff.pipeline.store import Store
-from tests.faults.history import Op, highest, lifetime, linearizable
-from tests.faults.race_collections import CollectionRace
-from tests.pipeline.conftest import directory_store, s3_store, store
+from birkhoff.pipeline.registry import leases
+from birkhoff.pipeline.store.base import Store
+from tests.harness.faults.history import Op, highest, lifetime, linearizable
+from tests.harness.faults.race_collections import CollectionRace
+from tests.pipeline.conftest import directory_store, memory_store, s3_store, store
 
-__all__ = ["directory_store", "s3_store", "store"]
+__all__ = ["directory_store", "memory_store", "s3_store", "store"]
 
 pytestmark = pytest.mark.faults
 
@@ -49,7 +49,7 @@ def test_the_checker_tells_moves_of_latest_apart(good: bool, ops: list[Op]) -> N
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(leases, "POLL_SECONDS", 0.02)
 
 
 def test_publishers_against_a_collector_without_grace(store: Store, impatient: None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.__main__ import main
+from tests.harness.fuzz.__main__ import main
 
 STATS = """stat::number_of_executed_units: 123456
 stat::average_exec_per_sec:     68

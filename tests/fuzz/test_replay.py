@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.__main__ import HERE, load, targets
+from tests.harness.fuzz.__main__ import HERE, load, targets
 
 
 def _inputs(target: str) -> list[bytes]:

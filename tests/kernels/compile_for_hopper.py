@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-from birkhoff.kernels import linear_few, linear_hopper
+from birkhoff.kernels.linear import hopper as linear_hopper
+from birkhoff.kernels.linear import small_m as linear_few
 
 
 class HopperOnPaper:
@@ -32,7 +33,7 @@ class HopperOnPaper:
         return 0
 
 
-def few(block_n: int, warps: int, unroll: int, tokens: int) -> Any:
+def small_m(block_n: int, warps: int, unroll: int, tokens: int) -> Any:
     x, theta, y, step, bias = tensors(tokens, 256, 1280)
     constants = {"BIAS": True, "BM": max(8, tokens), "BN": block_n, "UNROLL": unroll, "WARPS": warps}
     return linear_few._linear_kernel.warmup(
@@ -74,5 +75,5 @@ def verdict(kernel: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     driver.set_active(HopperOnPaper())
-    compiled = {"few": few(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
+    compiled = {"small_m": small_m(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
     print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))

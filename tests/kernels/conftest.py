@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from birkhoff.kernels import runtime
+from birkhoff.kernels.runtime import device as runtime
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from birkhoff.codec import lattice
-from birkhoff.kernels import decode
-from birkhoff.kernels.errors import KernelError
+from birkhoff.kernels.decode import op as decode
+from birkhoff.kernels.runtime.errors import KernelError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from birkhoff.codec import lattice, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import Fidelity, fidelity
-from birkhoff.kernels import encode
+from birkhoff.kernels.encode import op as encode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

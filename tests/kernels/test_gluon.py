@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from birkhoff.kernels.linear_hopper import Schedule
+from birkhoff.kernels.linear.hopper import Schedule
 
 
 def test_they_compile_for_hopper_as_meant(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from birkhoff.codec import lattice
+from birkhoff.codec import lattice, reference
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
-from birkhoff.kernels import decode, encode, launch, plan, reference
+from birkhoff.kernels.decode import op as decode
+from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
-from birkhoff.kernels.linear import dense_weight
-from birkhoff.kernels.plan import Problem
+from birkhoff.kernels.linear import launch, plan
+from birkhoff.kernels.linear.op import dense_weight
+from birkhoff.kernels.linear.plan import Problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -88,7 +90,7 @@ def test_every_plan(rows: int, columns: int, tokens: int, dtype: torch.dtype) ->
 def test_hopper_gpus_run_the_hopper_kernel() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
-    assert launch.gpu_of(torch.device("cuda", 0)).kernels == {"few", "hopper"}
+    assert launch.gpu_of(torch.device("cuda", 0)).kernels == {"small_m", "hopper"}
 
 
 @pytest.mark.parametrize("tokens", [3, 600])

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from birkhoff.codec import lattice
-from birkhoff.kernels import linear, runtime
-from birkhoff.kernels.errors import KernelError
+from birkhoff.kernels.decode import serving
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.linear import op as linear
+from birkhoff.kernels.runtime import device as runtime
+from birkhoff.kernels.runtime.errors import KernelError
 
 
 def layer_and_weight(rows: int = 7, columns: int = 70, *, bias: bool = True) -> tuple[HyperLinear, torch.Tensor]:
@@ -162,7 +164,7 @@ def test_wrong_shapes_are_named() -> None:
 
 def fallbacks(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     """Level and text of what is said over three calls on the CPU."""
-    runtime._serves.cache_clear()
+    serving._serves.cache_clear()
     linear.forget_plans()
     layer, _ = layer_and_weight()
     with caplog.at_level(logging.INFO, logger="birkhoff.kernels"):

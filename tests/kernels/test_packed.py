@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from birkhoff.codec import lattice, packed
-from birkhoff.kernels.decode_packed import packed_weight
-from birkhoff.kernels.errors import KernelError
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
+from birkhoff.kernels.packed.op import packed_weight
+from birkhoff.kernels.runtime.errors import KernelError
 
 # whole groups, one block over, ragged, odd, narrower than a block, one column, more than one program
 SHAPES = [(3, 256), (5, 192), (37, 131), (5, 200), (70, 33), (2, 2), (3, 1), (1, 9000), (2, 4224)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from birkhoff.kernels import tuned
-from birkhoff.kernels.plan import DECODE, Problem, by_rule, candidates, few, hopper, tiles
-from birkhoff.pipeline.home import cache_folder
+from birkhoff.kernels.linear import tuned
+from birkhoff.kernels.linear.plan import DECODE, Problem, by_rule, candidates, hopper, small_m, tiles
+from birkhoff.pipeline.paths import cache_folder
 
-ALL = frozenset({"few", "hopper"})
+ALL = frozenset({"small_m", "hopper"})
 NONE: frozenset[str] = frozenset()
 
 
@@ -48,7 +48,7 @@ def test_rules_keep_to_what_runs(tokens: int, columns: int, dtype: torch.dtype, 
             assert plan.path in kernels
             assert columns % 64 == 0
             assert asked.half
-        if plan.path == "few":
+        if plan.path == "small_m":
             assert tokens <= 64
     assert DECODE in candidates(asked, kernels)
 
@@ -80,7 +80,7 @@ def test_shipped_plans_can_all_be_launched() -> None:
 
 
 def test_own_plans_are_kept_and_come_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuned.SHIPPED, "Some GPU", {(3840, 1280): {16: few(16, 4, 2)}})
+    monkeypatch.setitem(tuned.SHIPPED, "Some GPU", {(3840, 1280): {16: small_m(16, 4, 2)}})
     tuned.save({tuned.key("Some GPU", problem(16)): tiles(16, 64, 4, 4)})
     tuned.save({tuned.key("Some GPU", problem(1)): hopper(16, split=True)})
     assert tuned.choose(problem(16), "Some GPU", ALL) == tiles(16, 64, 4, 4)
@@ -88,7 +88,7 @@ def test_own_plans_are_kept_and_come_first(cache: Path, monkeypatch: pytest.Monk
     assert cache.exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": {"path": "few", "speed": 9}}', '{"a": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": {"path": "small_m", "speed": 9}}', '{"a": 3}'])
 def test_a_damaged_file_is_named_and_left_alone(content: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text(content)
     with caplog.at_level(logging.WARNING, logger="birkhoff.kernels"):

@@ -8,7 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from birkhoff.kernels.prepared import Prepared  # noqa: E402
+from birkhoff.kernels.runtime.prepared import Prepared  # noqa: E402
 
 
 class Kernel:

@@ -9,7 +9,7 @@ from birkhoff.codec import trellis
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (24, 70)])
 @pytest.mark.parametrize("width", [1.0, 30.0, 3e5])
 def test_same_path_as_the_eager_search(device: str, shape: tuple[int, int], width: float) -> None:
-    from birkhoff.kernels import trellis_triton
+    from birkhoff.kernels.trellis import triton as trellis_triton
 
     u = torch.randn(shape) * width
     expected = trellis.viterbi(u)
@@ -17,7 +17,7 @@ def test_same_path_as_the_eager_search(device: str, shape: tuple[int, int], widt
 
 
 def test_ties_take_the_same_side(device: str) -> None:
-    from birkhoff.kernels import trellis_triton
+    from birkhoff.kernels.trellis import triton as trellis_triton
 
     u = torch.randint(-6, 7, (24, 33)).float() / 2
     assert torch.equal(trellis_triton.search(u.to(device)).cpu(), trellis.viterbi(u))

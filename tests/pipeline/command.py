@@ -2,12 +2,12 @@
 
 import pytest
 
-from birkhoff.pipeline import cli
+from birkhoff.pipeline.cli import main
 
 
 def execute(*words: str) -> int:
     """Exit code of a command."""
-    return cli.run(lambda: cli.app(list(words), standalone_mode=False), debug=False)
+    return main.execute(words)
 
 
 def captured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from birkhoff.pipeline.embedded import EmbeddedServer, environment, use_embedded
-from birkhoff.pipeline.store import Store, StoreSettings, open_store
+from birkhoff.pipeline.store.base import Store, StoreSettings
+from birkhoff.pipeline.store.memory import MemoryStore
+from birkhoff.pipeline.store.open import open_store
+from birkhoff.pipeline.store.seaweedfs import EmbeddedServer, environment, use_embedded
 
 
 def require_wheel(name: str) -> None:
@@ -60,7 +62,14 @@ def directory_store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture
+def memory_store() -> Iterator[Store]:
+    """An empty store in memory."""
+    with MemoryStore() as store:
+        yield store
+
+
+@pytest.fixture(params=["directory", "s3", "memory"])
 def store(request: pytest.FixtureRequest) -> Store:
     """Each kind of store in turn."""
     found: Store = request.getfixturevalue(f"{request.param}_store")
@@ -72,11 +81,11 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a directory store that holds the demo model, compressed as its manifest says, only faster."""
     from rich.console import Console
 
-    from birkhoff.pipeline.compress import compress
-    from birkhoff.pipeline.execute import InlineExecutor
-    from birkhoff.pipeline.manifest import load_manifest
-    from birkhoff.pipeline.planned import select
-    from birkhoff.pipeline.progress import Progress
+    from birkhoff.pipeline.plan.manifest import load_manifest
+    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.run.compress import compress
+    from birkhoff.pipeline.run.progress import Progress
+    from birkhoff.pipeline.run.worker import InlineExecutor
 
     url = (tmp_path_factory.mktemp("demo") / "store").as_uri()
     manifest = Path(__file__).parents[2] / "manifests" / "demo.yaml"

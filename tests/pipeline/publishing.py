@@ -7,14 +7,25 @@ import torch
 
 from birkhoff.codec.container import serialise
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.codec.tensor import encode_tensor
-from birkhoff.pipeline.artifact import ShardRecord, SourceRecord, VersionManifest, blob_key, sha256, shard_key
 from birkhoff.pipeline.errors import ObjectNotFoundError
-from birkhoff.pipeline.publish import Version, publish
-from birkhoff.pipeline.store import Store
+from birkhoff.pipeline.registry.documents import (
+    HessianRecord,
+    ShardRecord,
+    SourceRecord,
+    StatisticsRecord,
+    VersionManifest,
+    blob_key,
+    keep_object,
+    sha256,
+    shard_key,
+    statistics_key,
+)
+from birkhoff.pipeline.registry.versions import Version, publish
+from birkhoff.pipeline.store.base import Store
+from tests.codec.by_profile import encode_tensor
 
 if TYPE_CHECKING:
-    from birkhoff.pipeline.signing import Signer
+    from birkhoff.pipeline.registry.signing import Signer
 
 
 def unmeasured(blob: bytes, *, source_bytes: int, tensors: int, key: str | None = None) -> ShardRecord:
@@ -49,11 +60,32 @@ def keep(store: Store, content: str) -> ShardRecord:
     return record
 
 
-def publish_contents(store: Store, model: str, *contents: str, signer: "Signer | None" = None) -> Version:
-    """Publish a version of shards of these bytes."""
+def keep_felt(store: Store, content: str) -> StatisticsRecord:
+    """Store statistics of one Hessian of these bytes, which are none."""
+    body = content.encode()
+    hessian = HessianRecord(blob=sha256(body), bytes=max(2, len(body)), columns=1)
+    record = StatisticsRecord(
+        key=sha256(b"statistics of " + body),
+        pictures=1,
+        probes=1,
+        device="cpu",
+        sensitivities={"w": 1.0},
+        rms={"w": 1.0},
+        hessians={"w": hessian},
+    )
+    keep_object(store, blob_key(hessian.blob), body)
+    keep_object(store, statistics_key(record.key), record.to_bytes())
+    return record
+
+
+def publish_contents(
+    store: Store, model: str, *contents: str, signer: "Signer | None" = None, felt: StatisticsRecord | None = None
+) -> Version:
+    """Publish a version of shards of these bytes, made by these statistics."""
     shards = tuple(keep(store, content) for content in contents)
     source = SourceRecord(file="f", sha256=sha256("".join(contents).encode()), bytes=9, format="test")
-    manifest = VersionManifest(model=model, source=source, profile="p", recipe={}, code="0", shards=shards)
+    recipe: dict[str, str | float | int | None] = {} if felt is None else {"statistics": felt.key}
+    manifest = VersionManifest(model=model, source=source, profile="p", recipe=recipe, code="0", shards=shards)
     return publish(store, manifest, signer=signer)
 
 

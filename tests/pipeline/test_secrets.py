@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline import cli
-from birkhoff.pipeline.embedded import EmbeddedServer, environment
+from birkhoff.pipeline.cli import main
 from birkhoff.pipeline.errors import ManifestError, StoreError
-from birkhoff.pipeline.manifest import load_manifest
-from birkhoff.pipeline.signing import new_key
-from birkhoff.pipeline.store import StoreSettings, open_store
-from birkhoff.pipeline.stores import open_default_store
+from birkhoff.pipeline.plan.manifest import load_manifest
+from birkhoff.pipeline.registry.signing import new_key
+from birkhoff.pipeline.store.base import StoreSettings
+from birkhoff.pipeline.store.default import open_default_store
+from birkhoff.pipeline.store.open import open_store
+from birkhoff.pipeline.store.seaweedfs import EmbeddedServer, environment
 
 REMOTE = "http://store.example.org:9000"
 
@@ -119,14 +120,14 @@ class TestPlainHttp:
         flags = ["--allow-http"] if where == "flag" else []
         monkeypatch.setattr(sys, "argv", ["birkhoff", *flags, "compress", str(tmp_path / "m.yaml")])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         line = capsys.readouterr().err
         assert caught.value.code == (7 if where == "nowhere" else 8), line
         assert ("plain http can be read" in line) == (where == "nowhere")
 
     def test_certificates_are_checked(self) -> None:
         with open_store("s3://bucket") as store:
-            client: Any = store._client  # type: ignore[attr-defined]
+            client: Any = store.inner.inner._client  # type: ignore[attr-defined]
             assert client._endpoint.http_session._verify  # True, or the authorities that AWS_CA_BUNDLE names
 
 
@@ -148,7 +149,7 @@ class TestCanary:
                     patch.setenv(name, value)
                 patch.setattr(sys, "argv", ["birkhoff", "--debug", *arguments])
                 with pytest.raises(SystemExit) as caught:
-                    cli.main()
+                    main.main()
             out, err = capfd.readouterr()
             world.text += out + err
             return int(caught.value.code or 0)
@@ -171,9 +172,9 @@ class TestCanary:
         """Ray's own logs are kept by --debug, tasks among them; and Ray asks for a token, as the README says."""
         code = (
             "import sys\n"
-            "from birkhoff.pipeline import cli\n"
+            "from birkhoff.pipeline.cli import main\n"
             "sys.argv = ['birkhoff', '--debug', 'compress', 'm.yaml', '--sign', 'key']\n"
-            "try: cli.main()\n"
+            "try: main.main()\n"
             "finally:\n"
             "    from ray._raylet import AuthenticationMode, get_authentication_mode\n"
             "    print('asks for a token:', get_authentication_mode() == AuthenticationMode.TOKEN)"
@@ -230,8 +231,8 @@ def test_debug_logging_keeps_botocore_quiet() -> None:
     """At level DEBUG botocore would log the headers of every request, signatures among them."""
     probe = (
         "import sys, logging; sys.argv = ['birkhoff', '--debug', 'key', 'show', 'none']\n"
-        "from birkhoff.pipeline import cli\n"
-        "try: cli.main()\n"
+        "from birkhoff.pipeline.cli import main\n"
+        "try: main.main()\n"
         "except SystemExit: pass\n"
         "print(*(logging.getLogger(n).getEffectiveLevel() for n in ('botocore', 'boto3', 'urllib3')))"
     )

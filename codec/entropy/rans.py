@@ -1,0 +1,177 @@
+"""Interleaved rANS: a stream of bytes coded by a static table, in blocks that decode by themselves.
+
+Source: J. Duda, "Asymmetric numeral systems" (arXiv 1311.2540); the interleaving is that of F. Giesen, "Interleaved
+entropy coders" (arXiv 1402.3392), as GPU coders use it.
+
+A stream is cut into blocks of 131072 symbols, the last one shorter. Symbol i of a block belongs to lane i mod N, N a
+power of two up to 32. Each lane has a state x, 2^16 <= x < 2^32, and the block has one row of 16-bit words. With F and
+C a symbol's frequency and the sum of the frequencies of all smaller symbols, decoding goes through the symbols in
+order, and for each takes
+
+    slot = x mod 4096, the symbol with C <= slot < C + F, x = F * floor(x / 4096) + slot - C,
+    and if x < 2^16: x = 65536 x + the next word of the row
+
+At a block's end every state is 2^16 and every word is read: whatever else happens is damage. A GPU's warp, or four
+vectors of AVX2, does N symbols at a time, those lanes whose x is small taking the next words in the lanes' order.
+
+A block: N states (uint32), then its words (uint16), little-endian. The number of words of each block but the last
+(uint32) goes before all blocks; the last one's are what is left.
+
+Worked example: the table of two equally frequent bytes a < b (F = 2048 each, C = 0 and 2048), one lane, the stream
+"ab". Encoding runs backwards from x = 65536: b first, x = 4096 * floor(65536 / 2048) + 65536 mod 2048 + 2048 = 133120;
+then a, x = 4096 * 65 = 266240. Decoding, 266240 mod 4096 = 0 is a, and x = 2048 * 65 = 133120; 133120 mod 4096 = 2048
+is b, and x = 2048 * 32 + 0 = 65536, as at every end.
+
+Shapes: B = blocks, N = lanes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from birkhoff.codec.entropy.tables import BITS, SLOTS, DamagedError, Frequencies
+from birkhoff.codec.native.library import native, pointer
+
+Bytes = npt.NDArray[np.uint8]
+
+BLOCK = 1 << 17
+"""Symbols of a block: enough that 32 states take 0.01 bits a symbol, few enough that a GPU decodes one in 0.3 ms."""
+
+MOST_LANES = 32
+_LEAST_LANES = 4
+_DEPTH = 8192
+"""Symbols a lane, about: a state costs 24 bits."""
+
+_LEAST_STATE = 1 << 16
+
+_TOGETHER = 64
+"""Blocks that the references code side by side."""
+
+
+def lanes(size: int) -> int:
+    """N, as the encoder chooses it for a stream of so many symbols."""
+    found = _LEAST_LANES
+    while found < MOST_LANES and size >= found * _DEPTH:
+        found *= 2
+    return found
+
+
+def encoded_bytes(size: int) -> int:
+    """Bytes of a stream's states and of the sizes of its blocks."""
+    blocks = -(-size // BLOCK)
+    return 4 * (blocks - 1) + 4 * lanes(size) * blocks
+
+
+def encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
+    """The blocks of a stream of at least one symbol, each of a frequency above 0."""
+    library = native()
+    if library is None:
+        return reference_encode(symbols, frequency, lanes)
+    out = np.empty((8 + 4 * lanes) * -(-symbols.size // BLOCK) + 2 * symbols.size, dtype=np.uint8)
+    scratch = np.empty(BLOCK + 1, dtype=np.uint16)
+    size = library.birkhoff_rans_encode(
+        pointer(symbols), symbols.size, lanes, pointer(frequency), pointer(scratch[1:]), pointer(out)
+    )
+    return out[:size].tobytes()
+
+
+def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int, out: Bytes | None = None) -> Bytes:
+    """The `size` symbols (at least one) of blocks, into `out` if given. Raises DamagedError."""
+    out = np.empty(size, dtype=np.uint8) if out is None else out
+    library = native()
+    if library is None:
+        out[:] = reference_decode(data, size, frequency, lanes)
+        return out
+    source = np.frombuffer(data, np.uint8)
+    if library.birkhoff_rans_decode(pointer(source), len(data), size, lanes, pointer(frequency), pointer(out)):
+        raise DamagedError("code by a table is damaged")
+    return out
+
+
+def reference_encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
+    """`encode` in numpy, a step of all lanes of some blocks at a time."""
+    coded: list[tuple[bytes, bytes]] = []
+    for first in range(0, symbols.size, _TOGETHER * BLOCK):
+        coded += _encode_some(symbols[first : first + _TOGETHER * BLOCK], frequency.astype(np.int64), lanes)
+    counts = np.array([len(words) // 2 for _, words in coded[:-1]], dtype="<u4").tobytes()
+    return counts + b"".join(states + words for states, words in coded)
+
+
+def _encode_some(symbols: Bytes, frequency: npt.NDArray[np.int64], lanes: int) -> list[tuple[bytes, bytes]]:
+    start = np.cumsum(frequency) - frequency
+    blocks = -(-symbols.size // BLOCK)
+    steps = -(-min(symbols.size, BLOCK) // lanes)
+    padded = np.zeros(blocks * BLOCK, dtype=np.uint8)
+    padded[: symbols.size] = symbols
+    rows = padded.reshape(blocks, -1, lanes)
+    there = (np.arange(blocks * BLOCK) < symbols.size).reshape(rows.shape)
+    x_BN = np.full((blocks, lanes), _LEAST_STATE, dtype=np.int64)
+    word = np.zeros((blocks, steps, lanes), dtype="<u2")
+    written = np.zeros(word.shape, dtype=bool)
+    for t in range(steps - 1, -1, -1):
+        active, symbol = there[:, t], rows[:, t]
+        f = np.where(active, frequency[symbol], 1)
+        full = active & (x_BN >= f << 20)
+        word[:, t], written[:, t] = x_BN, full
+        x = np.where(full, x_BN >> 16, x_BN)
+        x_BN = np.where(active, (x // f << BITS) + x % f + start[symbol], x_BN)
+    states = x_BN.astype("<u4")
+    return [(states[b].tobytes(), word[b][written[b]].tobytes()) for b in range(blocks)]
+
+
+def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int) -> Bytes:
+    """`decode` in numpy, a step of all lanes of some blocks at a time."""
+    blocks = -(-size // BLOCK)
+    directory = 4 * (blocks - 1)
+    if len(data) < directory:
+        raise DamagedError("code is truncated")
+    words = np.frombuffer(data[:directory], "<u4").astype(np.int64)
+    last = len(data) - directory - 4 * lanes * blocks - 2 * int(words.sum())
+    if last < 0 or last % 2:
+        raise DamagedError("code is truncated")
+    words = np.append(words, last // 2)
+    starts = directory + np.concatenate(([0], np.cumsum(4 * lanes + 2 * words)[:-1]))
+    places = [range(first, min(first + _TOGETHER, blocks)) for first in range(0, blocks, _TOGETHER)]
+    symbol = np.repeat(np.arange(256, dtype=np.uint8), frequency)
+    return np.concatenate(
+        [_decode_some(data, size, frequency.astype(np.int64), symbol, lanes, some, starts, words) for some in places]
+    )
+
+
+def _decode_some(
+    data: bytes | memoryview,
+    size: int,
+    frequency: npt.NDArray[np.int64],
+    symbol: Bytes,
+    lanes: int,
+    some: Sequence[int],
+    starts: npt.NDArray[np.int64],
+    words: npt.NDArray[np.int64],
+) -> Bytes:
+    f_slot = frequency[symbol]
+    bias = np.arange(SLOTS) - (np.cumsum(frequency) - frequency)[symbol]
+    counts = np.array([min(BLOCK, size - b * BLOCK) for b in some])
+    x_BN = np.stack([np.frombuffer(data, "<u4", lanes, starts[b]) for b in some]).astype(np.int64)
+    row = np.concatenate([*(np.frombuffer(data, "<u2", words[b], starts[b] + 4 * lanes) for b in some), [0]])
+    ends = np.cumsum(words[list(some)])
+    at = ends - words[list(some)]
+    if (x_BN < _LEAST_STATE).any():
+        raise DamagedError("code begins with a state below 2^16")
+    steps = -(-int(counts.max()) // lanes)
+    found = np.zeros((len(some), BLOCK // lanes, lanes), dtype=np.uint8)
+    for t in range(steps):
+        active = t * lanes + np.arange(lanes) < counts[:, None]
+        slot = x_BN & (SLOTS - 1)
+        found[:, t] = symbol[slot]
+        x = f_slot[slot] * (x_BN >> BITS) + bias[slot]
+        small = active & (x < _LEAST_STATE)
+        place = at[:, None] + np.cumsum(small, axis=1) - small
+        at = at + small.sum(axis=1)
+        if (at > ends).any():
+            raise DamagedError("code ends too early")
+        x_BN = np.where(active, np.where(small, x << 16 | row[np.minimum(place, len(row) - 1)], x), x_BN)
+    if (at != ends).any() or (x_BN != _LEAST_STATE).any():
+        raise DamagedError("code does not end where it should")
+    flat = found.reshape(len(some), -1)
+    return np.concatenate([flat[b, :count] for b, count in enumerate(counts)])

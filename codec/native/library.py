@@ -1,0 +1,101 @@
+"""The native library, if it was built: found beside this file, loaded once, and asked for its version.
+
+`make setup` (or any installation of the package) compiles it with the system's C compiler. Without one, or under
+`BIRKHOFF_NATIVE=0`, the references in Python run instead and make the same bytes, some ten times slower: that is logged
+once and shown by `birkhoff doctor`.
+"""
+
+import ctypes
+import logging
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+log: logging.Logger = logging.getLogger("birkhoff.native")
+
+VERSION = 4
+"""Of the functions' meaning, as `native.c` says it."""
+
+VARIABLE = "BIRKHOFF_NATIVE"
+
+
+class Missing(Exception):  # noqa: N818  never leaves this file
+    """Why there is no native library."""
+
+
+@cache
+def native() -> ctypes.CDLL | None:
+    """The library; None where there is none, which is logged the first time."""
+    try:
+        return _load()
+    except Missing as reason:
+        log.warning("native codec library not in use (%s): its references in Python run instead, slower", reason)
+        return None
+
+
+def describe() -> tuple[bool, str]:
+    """Whether the library is in use, and one line about it."""
+    try:
+        library = _load()
+    except Missing as reason:
+        return False, f"not in use: {reason}"
+    return True, f"version {VERSION}, {'AVX2' if library.birkhoff_native_vectors(1) else 'base instructions'}"
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    if os.environ.get(VARIABLE) == "0":
+        raise Missing(f"{VARIABLE}=0")
+    if sys.byteorder != "little":
+        raise Missing("this machine is not little-endian")
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        raise Missing("it was not built: was there a C compiler?")
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        found = library.birkhoff_native_version()
+    except (OSError, AttributeError) as error:
+        raise Missing(f"{built[0].name} does not load: {error}") from None
+    if found != VERSION:
+        raise Missing(f"{built[0].name} has version {found}, this code wants {VERSION}: run make setup again")
+    for name, result, arguments in _FUNCTIONS:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def pointer(array: object) -> int:
+    """Address of an array's elements, which must be contiguous."""
+    assert isinstance(array, np.ndarray)
+    assert array.flags.c_contiguous
+    return int(array.__array_interface__["data"][0])  # several times as fast as array.ctypes
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+_FUNCTIONS = (
+    ("birkhoff_native_vectors", _INT, (_INT,)),
+    ("birkhoff_histogram", None, (_POINTER, _LONG, _POINTER)),
+    ("birkhoff_table_fit", _INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
+    ("birkhoff_table_parse", _INT, (_POINTER, _LONG, _POINTER)),
+    ("birkhoff_rans_encode", _LONG, (_POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER)),
+    ("birkhoff_rans_decode", _INT, (_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER)),
+    ("birkhoff_viterbi", None, (_POINTER, _LONG, _LONG, _POINTER)),
+    (
+        "birkhoff_path_numbers",
+        _LONG,
+        (_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG),
+    ),
+    ("birkhoff_positions", None, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
+    ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),
+    ("birkhoff_split", _FLOAT, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER)),
+    ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
+    (
+        "birkhoff_regroup",
+        None,
+        (_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
+    ),
+)

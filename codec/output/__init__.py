@@ -1,0 +1,1 @@
+"""What a model's output feels of its weights, and weights rounded by it: statistics, allocation, error feedback."""

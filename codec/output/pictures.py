@@ -1,0 +1,89 @@
+"""Synthetic pictures on which a model's statistics are taken, so that no data is needed: seeded and versioned.
+
+Noise whose spectrum falls with 1/f, as that of photographs does; dead leaves, discs that hide each other (A. B. Lee,
+D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001); flat pictures with strokes, as of text and
+drawings. Drawn by the CPU's generator and rounded to bytes, so that they do not depend on the device of the model.
+
+Shapes: N = pictures, Q = boxes a picture, S = side of a picture.
+"""
+
+import torch
+from torch import Tensor
+
+PICTURES_VERSION = 1
+"""Raised when the same seed gives other pictures or boxes: statistics taken on the former ones are then not reused."""
+
+_REFERENCE = 256
+"""Side of a picture for which the sizes below are given, in pixels."""
+
+_LEAVES = 40
+_STROKES = 30
+_LEAST_BOX = 20
+_KINDS = 8
+"""Pictures after which the kinds repeat; see `synthetic_pictures`."""
+
+
+def synthetic_pictures(count: int, side: int, seed: int) -> Tensor:
+    """Pictures uint8 [N, 3, S, S], each stretched to 0..255.
+
+    Every second one has dead leaves, one of four is nearly flat with strokes, the last four of eight are grey. Any
+    count gives the first pictures of a larger one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    axis = torch.arange(float(side))
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None]).clamp_min(1 / side)
+    drawn = [_picture(number, x, y, frequency, generator) for number in range(count)]
+    return torch.stack(drawn) if drawn else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
+def synthetic_boxes(count: int, boxes: int, side: int, seed: int) -> Tensor:
+    """Boxes float32 [N, Q, 4] as x0, y0, x1, y1 in pixels, uniform over the picture, few of them very narrow."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, boxes, 2, 2, generator=generator) * (side - 1)
+    low, high = corners.amin(2), corners.amax(2)
+    high = torch.maximum(high, low + _LEAST_BOX * side / _REFERENCE)
+    return torch.cat((low, high), -1).clamp(0, side - 1)
+
+
+def _picture(number: int, x: Tensor, y: Tensor, frequency: Tensor, generator: torch.Generator) -> Tensor:
+    side = len(x)
+    noise = torch.randn(3, side, side, generator=generator)
+    noise = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(side, side))
+    picture = noise / noise.std() * 0.12 + 0.45
+    flat = number % 4 == 3
+    if flat:
+        picture = picture * 0.1 + torch.rand(3, 1, 1, generator=generator)
+    if number % 2 == 0:
+        _add_leaves(picture, x, y, generator)
+    if flat:
+        _add_strokes(picture, x, y, generator)
+    if number % _KINDS >= _KINDS // 2:
+        picture = picture.mean(0, keepdim=True).expand(3, -1, -1)
+    low, high = torch.aminmax(picture)
+    stretched: Tensor = (picture - low) / (high - low).clamp_min(1e-6) * 255
+    return stretched.round().to(torch.uint8)
+
+
+def _add_leaves(picture: Tensor, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    """Ellipses of one colour with a little noise, most of them small, each over those before it."""
+    side = len(x)
+    for _ in range(_LEAVES):
+        centre_y, centre_x = (torch.rand(2, generator=generator) * side).tolist()
+        radius = side / _REFERENCE * (4 + 60 * torch.rand((), generator=generator).item() ** 3)
+        colour = torch.rand(3, 1, generator=generator)
+        squeeze = 0.5 + torch.rand((), generator=generator).item()
+        inside = (y - centre_y) ** 2 + (x - centre_x) ** 2 * squeeze < radius**2
+        picture[:, inside] = colour + 0.03 * torch.randn(3, int(inside.sum()), generator=generator)
+
+
+def _add_strokes(picture: Tensor, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    """Straight strokes of one to four pixels' half width, each of one colour."""
+    side = len(x)
+    for _ in range(_STROKES):
+        start, end = torch.rand(2, 2, generator=generator) * side
+        width = side / _REFERENCE * (1 + 3 * torch.rand((), generator=generator).item())
+        along = end - start
+        t = (((y - start[0]) * along[0] + (x - start[1]) * along[1]) / along.square().sum()).clamp(0, 1)
+        inside = (y - start[0] - t * along[0]) ** 2 + (x - start[1] - t * along[1]) ** 2 < width**2
+        picture[:, inside] = torch.rand(3, 1, generator=generator)

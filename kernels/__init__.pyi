@@ -1,0 +1,1 @@
+"""For type checkers alone: an `__init__.py` would let `import kernels` find this folder."""

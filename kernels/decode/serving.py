@@ -1,0 +1,70 @@
+"""Which way an op runs: its Triton kernel, or the eager reference in `birkhoff.codec`.
+
+Triton serves CUDA tensors on compute capability 8.0 and above, once a trial decode of all 65536 step numbers has
+given the reference's bits on that very device. Everything else runs eagerly, and says so once in the log
+`birkhoff.kernels`: for information where there is no GPU, as a warning where one stands idle. No op ever changes its
+result for speed.
+"""
+
+import logging
+from functools import cache
+
+import torch
+
+from birkhoff.kernels.runtime import device as runtime
+
+_log = logging.getLogger("birkhoff.kernels")
+
+
+def triton_serves(device: torch.device) -> bool:
+    """Whether the Triton kernels run for tensors on `device`; logs the reason once where they do not."""
+    if device.type == "cpu" and runtime.is_interpreting():
+        return True
+    return _serves(device.type, device.index)
+
+
+@cache
+def _serves(kind: str, index: int | None) -> bool:
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    reason = obstacle(device)
+    if reason is not None:
+        # Where there is no GPU nothing is amiss; where there is one, it stands idle.
+        level = logging.WARNING if torch.cuda.is_available() or runtime.gpu_in_sight() else logging.INFO
+        _log.log(level, "kernels on %s run eagerly: %s", device, reason)
+    return reason is None
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton does not serve `device`, or None."""
+    if device.type != "cuda":
+        if torch.cuda.is_available():
+            return "the tensors are not on the GPU"
+        if not runtime.gpu_in_sight():
+            return "no CUDA device"
+        return f"there is a GPU, but torch {torch.__version__} cannot use it; see that torch is built for its driver"
+    if torch.version.hip is not None:
+        return "ROCm is not supported"
+    if not runtime.HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < runtime.MINIMUM_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+    return _trial(device)
+
+
+def _trial(device: torch.device) -> str | None:
+    """Decode every step number on `device` and compare with the reference."""
+    from birkhoff.codec import reference
+    from birkhoff.kernels.decode import triton as decode_triton
+
+    theta = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(64, 1024)
+    step = torch.tensor(0.0123)
+    expected = reference.decode(theta, step, 2048, torch.float32)
+    try:
+        theta, step = theta.to(device), step.to(device)
+        # Twice: the second launch takes the short way of `prepared`.
+        first, second = (decode_triton.decode(theta, step, 2048, torch.float32) for _ in range(2))
+        same = torch.equal(first.cpu(), expected) and torch.equal(second.cpu(), expected)
+    except Exception as error:  # a missing compiler, an old driver: whatever it is, the reference still works
+        return f"Triton failed on a trial decode ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    return None if same else "a trial decode differs from the reference"

@@ -1,0 +1,119 @@
+"""Encode a matrix on the device it lives on: `codec.lattice.quantise` and `.encode` with the error measured in passing.
+
+Reference: `birkhoff.codec.lattice.quantise`.
+
+Shapes: R = rows, K = columns, P = pairs a row, E = escapes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from birkhoff.codec import lattice, rate
+from birkhoff.codec.errors import TargetError
+from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.metrics import OUTLIER_RMS, Fidelity, bulk, fidelity
+from birkhoff.codec.profiles import TARGET_DB_RANGE
+from birkhoff.codec.rate import TOLERANCE_DB
+from birkhoff.codec.trajectory import LOW, Escapes
+from birkhoff.kernels.decode.op import TRITON_DTYPES
+from birkhoff.kernels.decode.serving import triton_serves
+from birkhoff.kernels.runtime.device import HAS_TRITON
+
+if HAS_TRITON:
+    from birkhoff.kernels.encode import triton as encode_triton
+    from birkhoff.kernels.encode.triton import Pass
+
+_MARGIN_DB = 0.02
+"""The search aims this far above the target, so that the first pass nearly always meets it."""
+
+_TRIES = 12
+
+
+def quantise(weight_RK: Tensor, step: float) -> tuple[LatticeTensor, Fidelity]:
+    """`lattice.quantise` and the error of the result, decoded to the weights' dtype, in one pass.
+
+    Indices and escapes are the codec's; the sums of the `Fidelity` are rounded elsewhere.
+    """
+    if not _triton_takes(weight_RK):
+        code = lattice.quantise(weight_RK, step)
+        return code, fidelity(weight_RK, code.decode(weight_RK.dtype))
+    return _run(weight_RK.contiguous(), torch.tensor(step, dtype=torch.float32, device=weight_RK.device))
+
+
+def encode(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity]:
+    """`rate.encode`: code a matrix at the least fidelity that meets `target_db` (SQNR, dB), with its error.
+
+    One pass sums the energy, a sample finds the step, one pass encodes and measures; a further pass is needed only
+    where the sample misled. The step may differ from the codec's in its last digits.
+
+    Raises:
+        TargetError: the target is out of range, the weights have no finite energy, no step meets the target, or weights
+            leave their type's range when decoded (RangeError).
+    """
+    low, high = TARGET_DB_RANGE
+    if not _triton_takes(weight_RK) or not low <= target_db <= high:
+        return rate.encode(weight_RK, target_db)
+    weight_RK = weight_RK.contiguous()
+    return finish(weight_RK, target_db, start(weight_RK, target_db))
+
+
+def start(weight_RK: Tensor, target_db: float) -> "Pass":
+    """Queue the search and the first pass on the GPU; `finish` waits for them."""
+    return encode_triton.encode_pass(weight_RK, encode_triton.search(weight_RK, target_db + _MARGIN_DB))
+
+
+def finish(weight_RK: Tensor, target_db: float, first: "Pass") -> tuple[LatticeTensor, Fidelity]:
+    """Wait for the pass of `start`, check that it meets the target, and repeat it with another step if not."""
+    code, found = _collect(weight_RK, first)
+    if not 0 < found.energy < math.inf:
+        raise TargetError(
+            f"the weights' energy is {found.energy:g}: no relative error can be met; store the tensor lossless"
+        )
+    best: tuple[LatticeTensor, Fidelity] | None = None
+    below, above = 0.0, math.inf  # greatest step known to meet the target, least known to miss it
+    for _ in range(_TRIES):
+        if best is None:
+            rate.check_error(found.error)
+        excess = found.sqnr_db - target_db
+        if excess >= 0 and (best is None or found.error > best[1].error):
+            best = code, found
+        if 0 <= excess <= TOLERANCE_DB or excess == -math.inf:
+            break
+        below, above = (code.step, above) if excess > 0 else (below, code.step)
+        step = code.step * 10 ** ((min(excess, 20) - _MARGIN_DB) / 20)
+        code, found = quantise(weight_RK, step if below < step < above else (below + above) / 2)
+    if best is None:
+        raise TargetError(f"no step meets {target_db:g} dB after {_TRIES} tries; store the tensor lossless instead")
+    return best
+
+
+def _triton_takes(weight_RK: Tensor) -> bool:
+    return weight_RK.dtype in TRITON_DTYPES and weight_RK.numel() > 0 and triton_serves(weight_RK.device)
+
+
+def _run(weight_RK: Tensor, step: Tensor) -> tuple[LatticeTensor, Fidelity]:
+    return _collect(weight_RK, encode_triton.encode_pass(weight_RK, step))
+
+
+def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]:
+    """Bring the scalars of a pass to the host, and list the escapes if there are any."""
+    escapes = Escapes.none(weight_RK.device)
+    energy, error, absolute, greatest, outside, step = _scalars(coded)
+    if outside:
+        pair, i, j = encode_triton.take_escapes(weight_RK, coded)
+        escapes = Escapes(pair=pair, i=i, j=j)
+        energy, error, absolute, greatest, _, step = _scalars(coded)
+    code = LatticeTensor(i=coded.i, j=coded.j, escapes=escapes, step=step, columns=weight_RK.shape[1])
+    mean = absolute / weight_RK.numel()
+    if outside or step * (1 - LOW) > OUTLIER_RMS * math.sqrt(energy / weight_RK.numel()):
+        energy = bulk(weight_RK, energy).energy  # else nothing lies far enough out for it
+    return code, Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=mean)
+
+
+def _scalars(coded: "Pass") -> list[float]:
+    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] in one copy from the device."""
+    sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
+    values: list[float] = torch.cat((sums, greatest, coded.step[None])).tolist()
+    return values

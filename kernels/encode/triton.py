@@ -1,0 +1,507 @@
+"""Encode on the GPU: nearest node, coordinate planes, escapes and error statistics in one pass over the weights.
+
+Bound by memory: 2 or 4 bytes read and 1 written per weight. The arithmetic is `trajectory.nearest`, operation by
+operation, with multiply-add contraction off, so that indices equal the codec's on every device. The step stays in
+device memory from the search to the encoding: nothing waits for the host.
+
+Shapes: R = rows, K = columns, P = pairs a row, B = programs, C = candidate steps, E = escapes.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.pairs import HALF, pairs_per_row
+from birkhoff.kernels.runtime.device import power_of_two
+from birkhoff.kernels.runtime.triton_ops import INTERPRETED, local_columns, position, rounded
+
+_THREADS = 128
+"""Threads of a program, where there is work for so many; each takes neighbouring weights, 16 bytes at a time."""
+
+_MOST_TURNS = 32
+"""Most blocks that a program takes, one after the other, before its sums are added up."""
+
+_LEAST_PROGRAMS = 1024
+"""Blocks are not gathered into fewer programs than this: some eight for each multiprocessor."""
+
+_STAGES = 4
+"""Blocks of a program under way at once: the next are read while one is coded."""
+
+ESCAPE_CAPACITY = 4096
+"""Escapes that a first listing has room for; where there are more, they are listed again."""
+
+CANDIDATES = 8
+_SPACING_DB = 1.5
+_FIRST_DB = -1.5
+"""Steps tried by the search: 1.5 dB below the step of a uniform error, then up in 1.5 dB."""
+
+_ENERGY_PROGRAMS = 1024
+_SAMPLE_BLOCKS = 4096
+"""64-blocks the search looks at, spread evenly: 2^18 weights know the error to 0.01 dB."""
+
+_SAMPLE_PER_PROGRAM = 64
+
+
+_MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding it rounds to a whole number, ties to even, whose low byte is then the low byte of the sum."""
+
+
+@triton.jit
+def _round_even(t):
+    """Nearest whole number, ties to even, whatever its size."""
+    low = tl.floor(t)
+    rest = t - low
+    odd = low - 2.0 * tl.floor(low * 0.5)
+    return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), low + 1.0, low)
+
+
+@triton.jit
+def _floor(t):
+    """Greatest whole number not above, of what is below 2^22 in size."""
+    if INTERPRETED:
+        whole = tl.floor(t)
+    else:  # an addition that rounds down; the instruction for it runs at an eighth of the speed
+        whole = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+        )
+        whole -= _MAGIC
+    return whole
+
+
+@triton.jit
+def _nearest(x, y, inverse, EXACT: tl.constexpr):
+    """`trajectory.nearest`: (I, J) as float32, not limited to the box.
+
+    Without EXACT, they are right below 2^22 in size and about as large as they should be beyond.
+    """
+    v = y * inverse
+    row = tl.floor(v) if EXACT else _floor(v)
+    below = v - row
+    t0 = tl.fma(row, -0.00390625, x * inverse)  # the product is exact
+    t1 = t0 - 0.00390625
+    if EXACT:
+        i0, i1 = _round_even(t0), _round_even(t1)
+    else:
+        i0, i1 = (t0 + _MAGIC) - _MAGIC, (t1 + _MAGIC) - _MAGIC
+    e0 = t0 - i0
+    e1 = t1 - i1
+    upper = tl.fma(below, -2.0, e1 * e1 + 1.0) < e0 * e0  # the product is exact
+    return tl.where(upper, i1, i0), tl.where(upper, row + 1.0, row)
+
+
+@triton.jit
+def _bits(whole):
+    """Bits of a float32 whole number in the box, offset to 0..255, under those of _MAGIC; others differ above them."""
+    return (whole + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _low_byte(bits):
+    """The whole number of `_bits` as int8; of one outside the box, its low byte.
+
+    Flipping the sign bit back also keeps ptxas from storing the float itself as a byte, saturated.
+    """
+    return (bits ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _beside(seen, bits):
+    """`seen` with the bits added by which those of `_bits` differ from a zero's: in one instruction of three inputs."""
+    if INTERPRETED:
+        seen |= bits ^ 0x4B400000
+    else:
+        seen = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x4B400000, 0xF6;", "=r,r,r", [seen, bits], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return seen
+
+
+@triton.jit
+def _as_stored(x, y, STORED: tl.constexpr):
+    """float32 rounded to STORED and back."""
+    if tl.bfloat16 == STORED and not INTERPRETED:  # both at once: one by one they cost four times as much
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+        x, y = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        x, y = rounded(x, STORED).to(tl.float32), rounded(y, STORED).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def _load_pairs(
+    weight_ptr,
+    block,
+    rows,
+    columns,
+    pairs,
+    TAIL_HALF: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """(x, y, their place in a plane, mask of pairs, mask of those with a y) of a block; no masks are made if EVEN."""
+    local = tl.arange(0, BLOCK_P)[None, :]
+    first, second = local_columns(local)
+    if TAIL_HALF > 0:
+        tiles = tl.cdiv(pairs, BLOCK_P)
+        row = tl.cast(block // tiles, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        start = tl.cast(block % tiles, tl.int64) * BLOCK_P  # a multiple of 32: a block boundary
+        mask = (row < rows) & (start + local < pairs)
+        second = tl.where(start + local >= pairs - TAIL_HALF, first + TAIL_HALF, second)
+        paired = mask & (2 * start + second < columns)
+        source = weight_ptr + row * columns + 2 * start
+        x, y = tl.load(source + first, mask=mask, other=0), tl.load(source + second, mask=paired, other=0)
+        place = row * pairs + start + local
+    else:
+        start = tl.cast(block, tl.int64) * BLOCK_P
+        place = start + local
+        mask = place < pairs
+        paired = mask
+        source = weight_ptr + 2 * start
+        if EVEN:
+            x, y = tl.load(source + first), tl.load(source + second)
+        else:
+            x, y = tl.load(source + first, mask=mask, other=0), tl.load(source + second, mask=mask, other=0)
+    return x, y, place, mask, paired
+
+
+@triton.jit
+def _add_errors(x, y, i, j, step, paired, squared, absolute, greatest, STORED: tl.constexpr, TAIL_HALF: tl.constexpr):
+    """The sums of e^2 and |e| and the greatest |e|, with those of a block at its nodes (I, J) added."""
+    near_x, near_y = position(i, j, step)
+    near_x, near_y = _as_stored(near_x, near_y, STORED)
+    error_x, error_y = tl.abs(x - near_x), tl.abs(y - near_y)
+    if TAIL_HALF > 0:
+        error_y = tl.where(paired, error_y, 0.0)
+    squared = tl.fma(error_y, error_y, tl.fma(error_x, error_x, squared))
+    return squared, absolute + (error_x + error_y), tl.maximum(greatest, tl.maximum(error_x, error_y))
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _encode_kernel(
+    weight_ptr,  # [R, K]
+    step_ptr,  # float32 []
+    i_ptr,  # int8 [R, P]
+    j_ptr,
+    stats_ptr,  # float32 [5, B]: sum w^2, sum e^2, sum |e|, max |e|, 1 where some I or J is outside the box
+    rows,
+    columns,
+    pairs,
+    blocks,
+    TAIL_HALF: tl.constexpr,  # pairs of the ragged last block of a row, 0 if none
+    EVEN: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks under way, the one being coded included
+):
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
+    step = tl.load(step_ptr)
+    inverse = tl.div_rn(1.0, step)
+    pid = tl.program_id(0)
+    energy = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
+    squared, absolute, greatest = energy, energy, energy
+    seen = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.int32)
+    for block in tl.range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks), num_stages=STAGES):
+        x, y, place, mask, paired = _load_pairs(
+            weight_ptr, block, rows, columns, pairs, TAIL_HALF, EVEN, BLOCK_R, BLOCK_P
+        )
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        i, j = _nearest(x, y, inverse, False)
+        i_bits, j_bits = _bits(i), _bits(j)
+        seen = _beside(_beside(seen, i_bits), j_bits)
+        if EVEN:
+            tl.store(i_ptr + place, _low_byte(i_bits))
+            tl.store(j_ptr + place, _low_byte(j_bits))
+        else:
+            tl.store(i_ptr + place, _low_byte(i_bits), mask=mask)
+            tl.store(j_ptr + place, _low_byte(j_bits), mask=mask)
+        energy = tl.fma(y, y, tl.fma(x, x, energy))
+        squared, absolute, greatest = _add_errors(
+            x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
+        )
+
+    stats = stats_ptr + pid
+    programs = tl.num_programs(0)
+    tl.store(stats, tl.sum(energy))
+    tl.store(stats + programs, tl.sum(squared))
+    tl.store(stats + 2 * programs, tl.sum(absolute))
+    tl.store(stats + 3 * programs, tl.max(greatest))
+    tl.store(stats + 4 * programs, tl.max((seen & -256 != 0).to(tl.float32)))
+
+
+@triton.jit(do_not_specialize=["capacity", "rows", "blocks"])
+def _escape_kernel(
+    weight_ptr,
+    step_ptr,
+    i_ptr,
+    j_ptr,
+    stats_ptr,
+    count_ptr,  # int32 [], escapes so far
+    escape_pair_ptr,  # int64 [capacity], in no order
+    escape_i_ptr,  # int32 [capacity]
+    escape_j_ptr,
+    capacity,
+    rows,
+    columns,
+    pairs,
+    blocks,
+    TAIL_HALF: tl.constexpr,
+    EVEN: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Where `_encode_kernel` met coordinates outside the box: once more, exactly, and list them."""
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    stats = stats_ptr + pid
+    programs = tl.num_programs(0)
+    if tl.load(stats + 4 * programs) > 0:
+        step = tl.load(step_ptr)
+        inverse = tl.div_rn(1.0, step)
+        squared = tl.zeros((BLOCK_R, BLOCK_P), dtype=tl.float32)
+        absolute, greatest = squared, squared
+        for block in range(pid * TURNS, tl.minimum(pid * TURNS + TURNS, blocks)):
+            x, y, place, mask, paired = _load_pairs(
+                weight_ptr, block, rows, columns, pairs, TAIL_HALF, EVEN, BLOCK_R, BLOCK_P
+            )
+            x, y = x.to(tl.float32), y.to(tl.float32)
+            i, j = _nearest(x, y, inverse, True)
+            squared, absolute, greatest = _add_errors(
+                x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
+            )
+            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)  # -128..127 is within it
+            tl.store(i_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
+            tl.store(j_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
+            slot = tl.atomic_add(count_ptr + tl.zeros_like(place).to(tl.int32), 1, mask=outside)
+            kept = outside & (slot < capacity)
+            tl.store(escape_pair_ptr + slot, place, mask=kept)
+            tl.store(escape_i_ptr + slot, i.to(tl.int32), mask=kept)
+            tl.store(escape_j_ptr + slot, j.to(tl.int32), mask=kept)
+        tl.store(stats + programs, tl.sum(squared))
+        tl.store(stats + 2 * programs, tl.sum(absolute))
+        tl.store(stats + 3 * programs, tl.max(greatest))
+
+
+@triton.jit
+def _energy_kernel(weight_ptr, partial_ptr, count, BLOCK: tl.constexpr):
+    """partial [B]: each program's share of sum w^2."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        place = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        w = tl.load(weight_ptr + place, mask=place < count, other=0).to(tl.float32)
+        total = tl.fma(w, w, total)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _guess(energy_ptr, programs, count, target_db, BLOCK: tl.constexpr):
+    """(energy, step of a uniform error at the target)."""
+    place = tl.arange(0, BLOCK)
+    energy = tl.sum(tl.load(energy_ptr + place, mask=place < programs, other=0))
+    return energy, tl.sqrt(12.0 * energy / count) * tl.exp2(target_db * -0.16609640474436813)  # log2(10) / 20
+
+
+@triton.jit(do_not_specialize=["energies", "count", "stride", "samples"])
+def _search_kernel(
+    weight_ptr,
+    energy_ptr,
+    errors_ptr,  # float32 [C, B]: each program's share of the sample's sum e^2
+    energies,
+    count,
+    stride,  # blocks from one sampled block to the next
+    samples,  # blocks sampled
+    target_db,
+    first_db,
+    spacing_db,
+    CANDIDATES: tl.constexpr,
+    ENERGY_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    _, guess = _guess(energy_ptr, energies, count, target_db, ENERGY_BLOCK)
+    sample = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    place = sample.to(tl.int64) * stride * 64 + tl.arange(0, 32)[None, :]
+    x = tl.load(weight_ptr + place, mask=(sample < samples) & (place < count), other=0)
+    y = tl.load(weight_ptr + place + 32, mask=(sample < samples) & (place + 32 < count), other=0)
+    STORED: tl.constexpr = weight_ptr.dtype.element_ty
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    for candidate in range(CANDIDATES):
+        step = guess * tl.exp2((first_db + candidate * spacing_db) * 0.16609640474436813)
+        i, j = _nearest(x, y, tl.div_rn(1.0, step), False)
+        near_x, near_y = position(i, j, step)
+        near_x, near_y = _as_stored(near_x, near_y, STORED)
+        error_x, error_y = x - near_x, y - near_y
+        share = tl.sum(tl.fma(error_x, error_x, error_y * error_y))
+        tl.store(errors_ptr + candidate * tl.num_programs(0) + tl.program_id(0), share)
+
+
+@triton.jit(do_not_specialize=["energies", "programs", "count", "sampled"])
+def _pick_kernel(
+    energy_ptr,
+    errors_ptr,
+    step_ptr,
+    energies,
+    programs,
+    count,
+    sampled,  # weights sampled
+    target_db,
+    first_db,
+    spacing_db,
+    CANDIDATES: tl.constexpr,
+    ENERGY_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The step at which log E, linear in log h between candidates, meets the target."""
+    energy, guess = _guess(energy_ptr, energies, count, target_db, ENERGY_BLOCK)
+    candidate = tl.arange(0, CANDIDATES)
+    place = tl.arange(0, BLOCK)[None, :]
+    shares = tl.load(errors_ptr + candidate[:, None] * programs + place, mask=place < programs, other=0)
+    error = tl.maximum(tl.sum(shares, axis=1) * (count / sampled), 1e-38)
+    excess = 3.0102999566398120 * (tl.log2(energy) - tl.log2(error)) - target_db
+    met = tl.sum((excess >= 0).to(tl.int32))  # candidates rise, their excess falls
+    low = tl.minimum(tl.maximum(met - 1, 0), CANDIDATES - 2)
+    at_low = tl.sum(tl.where(candidate == low, excess, 0.0))
+    at_high = tl.sum(tl.where(candidate == low + 1, excess, 0.0))
+    slope = tl.minimum(tl.maximum(at_low - at_high, 0.1), 100.0)
+    # Beyond the first or last candidate the error is taken to go on as h^2.
+    along = tl.where(met == 0, at_low, tl.where(met == CANDIDATES, spacing_db + at_high, at_low / slope * spacing_db))
+    tl.store(step_ptr, guess * tl.exp2((first_db + low * spacing_db + along) * 0.16609640474436813))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one pass left in device memory (see `_encode_kernel`), and how it was launched."""
+
+    step: Tensor
+    i: Tensor
+    j: Tensor
+    stats: Tensor
+    numbers: tuple[int, ...]
+    constants: dict[str, int | bool]
+
+
+def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
+    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing.
+
+    Escapes still have whatever their low bytes are: if any of stats[4] is not 0, `take_escapes` must follow.
+    """
+    rows, columns = weight_RK.shape
+    device = weight_RK.device
+    planes = torch.empty(2, rows, pairs_per_row(columns), dtype=torch.int8, device=device)
+    tail_half = pairs_per_row(columns % (2 * HALF))
+    if tail_half == 0:
+        rows, columns = 1, rows * columns
+    pairs = pairs_per_row(columns)
+    per_thread = 16 // weight_RK.element_size()
+    block = _THREADS * per_thread
+    block_p = min(block, max(HALF, power_of_two(pairs)))
+    block_r = 1 if tail_half == 0 else min(block // block_p, power_of_two(rows))
+    blocks = -(-rows // block_r) * -(-pairs // block_p)
+    turns = 1
+    while turns < _MOST_TURNS and blocks >= 2 * turns * _LEAST_PROGRAMS:
+        turns *= 2
+    programs = -(-blocks // turns)
+    coded = Pass(
+        step=step,
+        i=planes[0],
+        j=planes[1],
+        stats=torch.empty(5, programs, device=device),
+        numbers=(rows, columns, pairs, blocks),
+        constants={
+            "TAIL_HALF": tail_half,
+            "EVEN": tail_half == 0 and pairs % block_p == 0,
+            "TURNS": turns,
+            "BLOCK_R": block_r,
+            "BLOCK_P": block_p,
+            "num_warps": max(1, block_r * block_p // (32 * per_thread)),
+            "enable_fp_fusion": False,
+        },
+    )
+    _encode_kernel[(programs,)](
+        weight_RK, step, coded.i, coded.j, coded.stats, *coded.numbers, **coded.constants, STAGES=_STAGES
+    )
+    return coded
+
+
+def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """List the escapes of a pass, (pair int64, I, J int32) [E] by pair, and put the origin in their place.
+
+    The statistics in `coded.stats` are corrected. Waits for the device.
+    """
+    capacity = ESCAPE_CAPACITY if capacity is None else capacity
+    device = weight_RK.device
+    count = torch.zeros((), dtype=torch.int32, device=device)
+    pair = torch.empty(capacity, dtype=torch.int64, device=device)
+    i, j = torch.empty(2, capacity, dtype=torch.int32, device=device)
+    _escape_kernel[(coded.stats.shape[1],)](
+        weight_RK,
+        coded.step,
+        coded.i,
+        coded.j,
+        coded.stats,
+        count,
+        pair,
+        i,
+        j,
+        capacity,
+        *coded.numbers,
+        **coded.constants,
+    )
+    escapes = int(count)
+    if escapes > capacity:
+        return take_escapes(weight_RK, coded, capacity=escapes)
+    pair, order = pair[:escapes].sort()
+    return pair, i[:escapes][order], j[:escapes][order]
+
+
+def search(weight_RK: Tensor, target_db: float) -> Tensor:
+    """A step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
+    count, device = weight_RK.numel(), weight_RK.device
+    energies = min(_ENERGY_PROGRAMS, -(-count // 4096))
+    energy = torch.empty(energies, device=device)
+    _energy_kernel[(energies,)](weight_RK, energy, count, BLOCK=4096, num_warps=8)
+
+    blocks = -(-count // (2 * HALF))
+    stride = max(1, blocks // _SAMPLE_BLOCKS)
+    samples = -(-blocks // stride)
+    programs = -(-samples // _SAMPLE_PER_PROGRAM)
+    errors = torch.empty(CANDIDATES, programs, device=device)
+    where = target_db, _FIRST_DB, _SPACING_DB
+    energy_block = power_of_two(energies)
+    _search_kernel[(programs,)](
+        weight_RK,
+        energy,
+        errors,
+        energies,
+        count,
+        stride,
+        samples,
+        *where,
+        CANDIDATES=CANDIDATES,
+        ENERGY_BLOCK=energy_block,
+        BLOCKS=_SAMPLE_PER_PROGRAM,
+        enable_fp_fusion=False,
+    )
+    step = torch.empty((), device=device)
+    _pick_kernel[(1,)](
+        energy,
+        errors,
+        step,
+        energies,
+        programs,
+        count,
+        min(samples * 2 * HALF, count),
+        *where,
+        CANDIDATES=CANDIDATES,
+        ENERGY_BLOCK=energy_block,
+        BLOCK=power_of_two(programs),
+    )
+    return step

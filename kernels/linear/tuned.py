@@ -1,0 +1,89 @@
+"""Choosing a plan: the user's own measurements (see `tune`), then shipped ones for known GPUs, then rules.
+
+A plan is chosen from shapes alone, so it costs a look-up per call and is the same in every graph.
+"""
+
+import json
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from birkhoff.kernels.linear.plan import Plan, Problem, by_rule
+from birkhoff.kernels.linear.tuned_h200 import PLANS as H200
+
+_log = logging.getLogger("birkhoff.kernels")
+
+SHIPPED: dict[str, dict[tuple[int, int], dict[int, Plan]]] = {"NVIDIA H200": H200}
+"""GPU name to (rows, columns) to tokens (a power of two) to plan; for 16-bit floats."""
+
+
+@cache
+def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
+    """The plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("small_m", "hopper") run."""
+    if problem.half and problem.aligned:
+        plan = user_table().get(key(gpu, problem)) or _shipped(gpu, problem)
+        if plan is not None and (plan.path in ("decode", "tiles") or plan.path in kernels):
+            return plan
+    return by_rule(problem, kernels)
+
+
+def _shipped(gpu: str, problem: Problem) -> Plan | None:
+    """The plan of the next number of tokens that was measured."""
+    plans = SHIPPED.get(gpu, {}).get((problem.rows, problem.columns), {})
+    tokens = min((measured for measured in plans if measured >= problem.bucket), default=0)
+    return plans.get(tokens)
+
+
+def key(gpu: str, problem: Problem) -> str:
+    """Key of the user's table: whatever can change which plan is best."""
+    versions = f"torch {torch.__version__}|{_triton_version()}"
+    return f"{gpu}|{versions}|{problem.rows}x{problem.columns}|{problem.bucket}"
+
+
+@cache
+def user_table() -> dict[str, Plan]:
+    """The plans of `plans.json`; empty if there is none, or none that can be read."""
+    try:
+        stored: dict[str, dict[str, Any]] = json.loads(_path().read_text())
+        return {name: Plan(**fields) for name, fields in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _log.warning("cannot read %s (%s): tuned plans are not used", _path(), error)
+        return {}
+
+
+def save(plans: dict[str, Plan]) -> None:
+    """Add plans to the user's table; the file is replaced as a whole."""
+    table = {**user_table(), **plans}
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({name: fields(plan) for name, plan in table.items()}, indent=1, sort_keys=True))
+    partial.replace(path)
+    user_table.cache_clear()
+    choose.cache_clear()
+
+
+def fields(plan: Plan) -> dict[str, Any]:
+    """The fields that a plan uses."""
+    names = Plan.__slots__
+    return {name: value for name in names if (value := getattr(plan, name))}
+
+
+def _path() -> Path:
+    # The folder of pipeline.home.cache_folder, which may not be imported here.
+    home, caches = os.environ.get("BIRKHOFF_HOME"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "cache" if home else Path(caches) / "birkhoff"
+    return folder.absolute() / "plans.json"
+
+
+@cache
+def _triton_version() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"

@@ -1,0 +1,1 @@
+"""What every family of kernels shares: devices, prepared launches, device functions, timing, the error."""

@@ -1,0 +1,1 @@
+"""The Viterbi search of the codec's trellis, on a GPU."""

@@ -1,0 +1,30 @@
+"""What a store holds: `birkhoff.list`."""
+
+from birkhoff.pipeline.notebook import rows_html
+from birkhoff.pipeline.registry.listing import ListedVersion, newest_versions, versions_of
+from birkhoff.pipeline.store.base import Store
+from birkhoff.pipeline.store.default import borrowed_store
+
+
+class Versions(list[ListedVersion]):
+    """Versions of a store; a notebook shows them as one table."""
+
+    def _repr_html_(self) -> str:
+        facts = [{"version": version.reference, **version.facts()} for version in self]
+        columns = [key for key in dict.fromkeys(key for row in facts for key in row) if any(r.get(key) for r in facts)]
+        return rows_html(columns, [[row.get(column, "") for column in columns] for row in facts])
+
+
+def list_versions(model: str | None = None, *, store: str | Store | None = None) -> Versions:
+    """The latest version of every model of a store, or all named versions of one, oldest first.
+
+    Args:
+        model: the model whose versions are meant.
+        store: the store, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out.
+
+    Raises:
+        ArtifactNotFoundError: no such model.
+        StoreError: the store cannot be reached or read.
+    """
+    with borrowed_store(store) as opened:
+        return Versions(newest_versions(opened) if model is None else versions_of(opened, model))

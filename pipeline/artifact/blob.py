@@ -1,0 +1,265 @@
+"""One blob on its way from a store into the cache: ranges in any order, hashed in order, visible only when proven.
+
+The file has its full size from the start, so that ranges go straight to their places; it is locked while someone works
+on it, and moves to its final name once the digest is right. Ranges that were there from an earlier, killed download are
+taken over on trust: the digest decides. Where it is wrong the blob is fetched once more from nothing, as a bit may have
+flipped on the way, too; only what is wrong then is damage in the store.
+
+A range that is next in order is hashed as it arrives; others when their turn comes, from the system's memory of what
+was just written.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from birkhoff.pipeline.artifact.cache import BUFFER_BYTES, BlobCache, disk_errors
+from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.files import FULL
+from birkhoff.pipeline.registry.documents import blob_key
+from birkhoff.pipeline.store.base import Store
+
+RANGE_BYTES = 8 << 20
+"""Fetched by one request, and what a kill may cost."""
+
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """What to fetch: the digest by which it is known and stored, and its size in bytes."""
+
+    digest: str
+    size: int
+
+    @property
+    def ranges(self) -> int:
+        """Requests that it takes."""
+        return max(1, -(-self.size // RANGE_BYTES))
+
+
+class BlobDownload:
+    """The work on one blob. `run` may be called from several threads, once for each range."""
+
+    def __init__(self, blob: Blob, store: Store, cache: BlobCache, *, label: str) -> None:
+        self.blob = blob
+        self._store, self._cache, self._label = store, cache, label
+        self._lock = threading.Lock()
+        self._opened: bool | None = None
+        self._file = -1
+        self._again = False
+        """Whether what arrived first was wrong."""
+        self._restart()
+
+    def open(self) -> bool:
+        """Take the partial file, whose lock nobody else may hold; False where another process works on this blob.
+
+        The first answer stands until `retake`. Raises OSError.
+        """
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._take()
+            return self._opened
+
+    def retake(self) -> bool:
+        """Try again after `open` said False; whether the file is this one's now. Raises OSError."""
+        with self._lock:
+            self._opened = self._take()
+            return self._opened
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process was seen at work."""
+        return self._opened is False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the blob lies in the cache."""
+        return self._ready
+
+    def run(self, index: int, report: Callable[[int], None]) -> None:
+        """Fetch a range, unless it is there; the last one to end puts the blob into its place.
+
+        Raises:
+            IntegrityError: the stored object is missing, truncated or has another digest.
+            StoreError: the store failed.
+            OSError: the disk did.
+        """
+        start = index * RANGE_BYTES
+        length = min(RANGE_BYTES, self.blob.size - start)
+        if not self._done[index]:
+            self._fetch(index, start, length, report)
+        else:
+            report(length)
+        if self._hash_what_is_next():
+            self._finish(report)
+
+    def close(self) -> None:
+        """Let go of the file; what has arrived stays for the next time."""
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def _restart(self) -> None:
+        self._sha = hashlib.sha256()
+        self._hashed = 0
+        self._hashing = False
+        self._resumed = False
+        self._ready = False
+        self._done = bytearray(self.blob.ranges)
+
+    def _take(self) -> bool:
+        path = self._cache.partial_path(self.blob.digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    break
+            os.close(file)  # finished, and moved away, between the two calls
+        if self._cache.find(self.blob.digest, self.blob.size):  # finished by another process just before
+            path.unlink(missing_ok=True)
+            os.close(file)
+            self._ready = True
+            return True
+        self._file = file
+        self._take_over()
+        return True
+
+    def _take_over(self) -> None:
+        """Count what an earlier download has left, and make room for all."""
+        if os.fstat(self._file).st_size == self.blob.size and self.blob.ranges > 1:
+            with contextlib.suppress(FileNotFoundError):
+                noted = self._notes.read_bytes()[: self.blob.ranges]
+                self._done[: len(noted)] = noted
+                self._resumed = any(self._done)
+        if not self._resumed:
+            self._notes.unlink(missing_ok=True)
+            os.ftruncate(self._file, 0)
+        if self.blob.size:
+            _allocate(self._file, self.blob.size)
+
+    @property
+    def _notes(self) -> Path:
+        return self._cache.partial_path(self.blob.digest).with_suffix(".done")
+
+    def _fetch(self, index: int, start: int, length: int, report: Callable[[int], None]) -> None:
+        with self._lock:
+            leads = self._hashed == index and not self._hashing
+            self._hashing |= leads
+        place = start
+
+        def take(piece: memoryview) -> None:
+            nonlocal place
+            if leads:
+                self._sha.update(piece)
+            with disk_errors(self._cache.folder):  # here: to a store in a directory it would look like its own error
+                _write(self._file, piece, place)
+            place += len(piece)
+            report(len(piece))
+
+        try:
+            self._store.copy_range(blob_key(self.blob.digest), _buffer(), take, start=start, length=length)
+        except ObjectNotFoundError:
+            raise self._damage(f"is missing from {self._store.url}") from None
+        if place < start + length:
+            raise self._damage(f"is truncated: {place} of {self.blob.size} bytes")
+        if self.blob.ranges > 1:
+            with self._notes.open("ab"):
+                pass
+            with self._notes.open("r+b") as notes:
+                notes.seek(index)
+                notes.write(b"\1")
+        with self._lock:
+            self._done[index] = 1
+            if leads:
+                self._hashed += 1
+                self._hashing = False
+
+    def _hash_what_is_next(self) -> bool:
+        """Hash ranges whose turn has come; True for the one caller that hashed, or found hashed, the last."""
+        while True:
+            with self._lock:
+                if self._hashing or self._ready:
+                    return False
+                if self._hashed == self.blob.ranges:
+                    self._hashing = True  # the finish is this caller's
+                    return True
+                if not self._done[self._hashed]:
+                    return False
+                self._hashing, index = True, self._hashed
+            start = index * RANGE_BYTES
+            self._hash(start, min(start + RANGE_BYTES, self.blob.size))
+            with self._lock:
+                self._hashed += 1
+                self._hashing = False
+
+    def _hash(self, start: int, stop: int) -> None:
+        buffer = _buffer()
+        while start < stop:
+            count = os.preadv(self._file, [buffer[: stop - start]], start)
+            if not count:
+                raise self._damage(f"was cut off in the cache {self._cache.folder}")
+            self._sha.update(buffer[:count])
+            start += count
+
+    def _finish(self, report: Callable[[int], None]) -> None:
+        found = self._sha.hexdigest()
+        if found == self.blob.digest:
+            self._notes.unlink(missing_ok=True)  # first: after the move, notes there are another download's
+            self._cache.adopt(self.blob.digest, self._cache.partial_path(self.blob.digest))
+            self._ready = True
+            self.close()
+            return
+        self._notes.unlink(missing_ok=True)
+        os.ftruncate(self._file, 0)
+        if self._again:
+            raise self._damage(f"is damaged: {self.blob.size} bytes with digest {found}")
+        self._again = True
+        self._restart()
+        _allocate(self._file, self.blob.size)
+        report(-self.blob.size)
+        for index in range(self.blob.ranges):
+            self.run(index, report)
+
+    def _damage(self, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._label}: blob {self.blob.digest} {what}; compress again with a fresh store, or restore the object "
+            "from a backup"
+        )
+
+
+def _buffer() -> memoryview:
+    """A buffer of this thread's own."""
+    try:
+        found: memoryview = _local.buffer
+    except AttributeError:
+        found = _local.buffer = memoryview(bytearray(BUFFER_BYTES))
+    return found
+
+
+def _write(file: int, piece: memoryview, place: int) -> None:
+    while len(piece):
+        count = os.pwrite(file, piece, place)
+        piece, place = piece[count:], place + count
+
+
+def _allocate(file: int, size: int) -> None:
+    """Give a file its size and its room on the disk. Raises OSError where the disk is full."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        os.ftruncate(file, size)  # a file system that cannot

@@ -1,0 +1,128 @@
+"""Back to a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
+
+import io
+import json
+import pickle
+import struct
+from math import prod
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, UntypedStorage, serialization
+
+from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS
+from birkhoff.pipeline.artifact.readers import Artifact, TensorRow, inspect
+from birkhoff.pipeline.checkpoint.descriptors import DTYPES
+from birkhoff.pipeline.errors import IntegrityError, OutputError
+from birkhoff.pipeline.files import atomic_output
+
+_TORCH = (".pth", ".pt")
+SUFFIXES = (".safetensors", *_TORCH)
+
+
+def export(artifact: Artifact, path: Path) -> int:
+    """Write a dense checkpoint, the same bytes every time; returns its size.
+
+    `.safetensors` holds the flat state dict; `.pth` and `.pt` restore the nesting of the source (`{"model": ...}`).
+    A model that was made of several files, or of several state dicts of one, comes back as one file: nested as they
+    were where they agree, else flat, under the names that the manifest gave.
+
+    Written tensor by tensor: one shard and one dense tensor are in memory at a time.
+
+    Raises:
+        OutputError: the suffix names no format, or the file cannot be written.
+        IntegrityError: the artifact is damaged.
+    """
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}")
+    with atomic_output(path) as file:
+        (_write_torch if path.suffix in _TORCH else _write_safetensors)(artifact, file)
+        return file.tell()
+
+
+def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
+    """What `torch.save` writes, byte by byte: it gets tensors whose memory is never touched, and `_Records` their data.
+
+    `torch.save` itself asks for all tensors at once; the function below it takes whatever writes records.
+    """
+    rows = list(inspect(artifact))
+    nested: dict[str, Any] = {row.name: torch.empty(row.shape, dtype=DTYPES[row.dtype]) for row in rows}
+    for key in reversed(artifact.manifest.source.nesting):
+        nested = {key: nested}
+    kept = _KeptError(file)
+    try:
+        with serialization._open_zipfile_writer(
+            cast(IO[bytes], kept)
+        ) as writer:  # given a path, its name would be part of the bytes
+            serialization._save(nested, _Records(writer, artifact, rows), pickle, serialization.DEFAULT_PROTOCOL, False)
+    except RuntimeError:
+        if kept.error is not None:
+            raise kept.error from None
+        raise
+
+
+class _KeptError(io.RawIOBase):
+    """A file whose first failed write stays known: torch's writer says of it that it was unexpected, and not why."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write to the file, or, once it failed, to nowhere: the writer closes its archive all the same."""
+        if self.error is not None:
+            return len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+class _Records:
+    """A writer of records for torch, which puts the artifact's data in the place of a storage's own."""
+
+    def __init__(self, writer: Any, artifact: Artifact, rows: list[TensorRow]) -> None:
+        self._writer, self._label = writer, artifact.label
+        self._tensors = zip(rows, artifact.tensors(), strict=True)
+
+    def write_record(self, name: str, data: object, size: int) -> None:
+        """Write a record of `size` bytes; storages, named `data/0`, `data/1`, ..., come in the order of the tensors."""
+        if name.startswith("data/"):
+            row, (stored, tensor) = next(self._tensors)
+            if (stored, tuple(tensor.shape), tensor.dtype) != (row.name, tuple(row.shape), DTYPES[row.dtype]):
+                raise IntegrityError(f"{self._label}: header and body disagree about {row.name}; publish it again")
+            data = _storage(tensor)
+        self._writer.write_record(name, data, size)
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    """The storage of this tensor alone, never a part of a larger one."""
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return (tensor if whole else tensor.clone()).untyped_storage()
+
+
+def _write_safetensors(artifact: Artifact, file: BinaryIO) -> None:
+    """Header first, which `inspect` gives without the data; wide types first, as readers that map files like it."""
+    rows = sorted(inspect(artifact), key=lambda row: -DTYPES[row.dtype].itemsize)
+    header: dict[str, object] = {}
+    places: dict[str, int] = {}
+    end = 0
+    for row in rows:
+        places[row.name], start = end, end
+        end += prod(row.shape) * DTYPES[row.dtype].itemsize
+        header[row.name] = {
+            "dtype": TORCH_TO_SAFETENSORS[DTYPES[row.dtype]],
+            "shape": list(row.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, tensor in artifact.tensors():
+        file.seek(8 + len(text) + places[name])
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    file.seek(8 + len(text) + end)

@@ -1,0 +1,275 @@
+"""A registry by the OCI distribution specification 1.1: blobs and manifests of one repository, over HTTP.
+
+Credentials are those that `docker login`, `skopeo login` or `oras login` left: REGISTRY_AUTH_FILE, else config.json
+below DOCKER_CONFIG, else ~/.docker/config.json. TLS is checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http
+is for this machine, or allowed by name. An upload goes in pieces, each tried again from where the registry says it
+stands.
+"""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+import birkhoff
+from birkhoff.pipeline.backoff import Backoff
+from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES
+from birkhoff.pipeline.errors import (
+    IntegrityError,
+    ObjectNotFoundError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+)
+from birkhoff.pipeline.registry.documents import sha256
+from birkhoff.pipeline.store.endpoints import is_exposed, is_loopback
+from birkhoff.pipeline.text import first_line, printable
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+_REFERENCE = re.compile(
+    r"oci://(?P<host>[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9a-f:]+\](:[0-9]{1,5})?)/(?P<repository>[a-z0-9]+"
+    r"([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?"
+    r"(@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
+_PIECE_BYTES = 16 << 20
+_TIMEOUT = (10.0, 60.0)
+"""Seconds for a connection, and between two bytes."""
+_ATTEMPTS = 4
+_PASSING = {408, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OciReference:
+    """A manifest in a registry: `oci://HOST[:PORT]/REPOSITORY[:TAG][@sha256:DIGEST]`; without either, tag `latest`."""
+
+    host: str
+    repository: str
+    tag: str | None
+    digest: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "OciReference":
+        """Raises StoreError."""
+        found = _REFERENCE.fullmatch(text)
+        if found is None:
+            raise StoreError(
+                f"{printable(text[:200])}: expected oci://HOST/REPOSITORY:TAG, the repository in lower case, or "
+                "@sha256:DIGEST; credentials come from `docker login` or `skopeo login`"
+            )
+        tag = found["tag"] or (None if found["digest"] else "latest")
+        return cls(host=found["host"], repository=found["repository"], tag=tag, digest=found["digest"])
+
+    @property
+    def name(self) -> str:
+        """Tag or digest, by which the registry is asked."""
+        return self.digest or self.tag or "latest"
+
+    @property
+    def url(self) -> str:
+        """The reference in its normal form."""
+        tag, digest = (f":{self.tag}" if self.tag else ""), (f"@{self.digest}" if self.digest else "")
+        return f"oci://{self.host}/{self.repository}{tag}{digest}"
+
+
+class Registry:
+    """One repository of a registry. May be shared by threads that only read.
+
+    Every method raises StoreUnreachableError, StoreDeniedError, and StoreError for another refusal.
+    """
+
+    def __init__(self, reference: OciReference, *, allow_http: bool = False) -> None:
+        self._reference = reference
+        local = is_loopback(urlsplit(f"//{reference.host}").hostname or "")
+        self._schemes = ["https", "http"] if local or allow_http else ["https"]
+        self._session = requests.Session()
+        self._session.headers["User-Agent"] = f"birkhoff-compression/{birkhoff.__version__}"
+        self._token: str | None = None
+
+    def close(self) -> None:
+        """Release connections."""
+        self._session.close()
+
+    def manifest(self, name: str) -> tuple[bytes, str]:
+        """Body and digest of the manifest of a tag or digest. Raises ObjectNotFoundError, IntegrityError."""
+        response = self._ask("GET", f"manifests/{name}", headers={"Accept": MANIFEST_TYPE})
+        self._expect(response, 200, f"manifest {name}")
+        body = response.content
+        if len(body) > MAX_DOCUMENT_BYTES:
+            raise IntegrityError(f"{self._reference.url}: its manifest is larger than any; not a model of this program")
+        digest = f"sha256:{sha256(body)}"
+        if name.startswith("sha256:") and digest != name:
+            raise IntegrityError(f"{self._reference.url}: the registry sent a manifest with digest {digest}")
+        return body, digest
+
+    def put_manifest(self, name: str, body: bytes) -> str:
+        """Store a manifest under a tag or its digest; returns the digest."""
+        response = self._ask("PUT", f"manifests/{name}", data=body, headers={"Content-Type": MANIFEST_TYPE})
+        self._expect(response, 201, f"manifest {name}")
+        return f"sha256:{sha256(body)}"
+
+    def has_blob(self, digest: str, nbytes: int) -> bool:
+        """Whether the repository has a blob in this size."""
+        response = self._ask("HEAD", f"blobs/{digest}")
+        if response.status_code == 404:
+            return False
+        self._expect(response, 200, f"blob {digest}")
+        return int(response.headers.get("Content-Length", nbytes)) == nbytes
+
+    def blob(self, digest: str, *, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a blob, unchecked. Raises ObjectNotFoundError."""
+        if length == 0:
+            return b""
+        end = "" if length is None else str(start + length - 1)
+        headers = {"Range": f"bytes={start}-{end}"} if start or length is not None else {}
+        response = self._ask("GET", f"blobs/{digest}", headers={**headers, "Accept-Encoding": "identity"})
+        if response.status_code == 416:
+            return b""
+        self._expect(response, (200, 206), f"blob {digest}")
+        body = response.content
+        if response.status_code == 200 and headers:  # a registry without ranges
+            body = body[start:] if length is None else body[start : start + length]
+        return body
+
+    def put_blob(self, digest: str, body: bytes) -> None:
+        """Upload a blob in pieces; a piece that broke off goes on where the registry says it stands."""
+        place, done = self._begin(digest), 0
+        backoff = Backoff(_ATTEMPTS)
+        while done < len(body):
+            piece = body[done : done + _PIECE_BYTES]
+            span = {"Content-Range": f"{done}-{done + len(piece) - 1}", "Content-Type": "application/octet-stream"}
+            try:
+                response = self._ask("PATCH", place, data=piece, headers=span, tries=1)
+                if response.status_code in _PASSING or response.status_code == 416:
+                    raise StoreUnreachableError(f"{self._reference.url}: {response.status_code} for a piece")
+                self._expect(response, (202, 204), f"upload of {digest}")
+                place, done = self._location(response), done + len(piece)
+            except StoreUnreachableError:
+                if not backoff.again():
+                    raise
+                response = self._ask("GET", place)
+                if response.status_code in (400, 404, 416):  # its answer was lost, and with it the upload's state
+                    place, done = self._begin(digest), 0
+                    continue
+                self._expect(response, (202, 204), f"upload of {digest}")
+                place, done = self._location(response), _stands(response)
+        response = self._ask("PUT", place, params={"digest": digest}, headers={"Content-Length": "0"})
+        self._expect(response, 201, f"blob {digest}")
+
+    def _begin(self, digest: str) -> str:
+        """Where a new upload goes."""
+        response = self._ask("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+        self._expect(response, 202, f"upload of {digest}")
+        return self._location(response)
+
+    def _location(self, response: requests.Response) -> str:
+        """Where an upload goes on; never at another host, which would get the credentials."""
+        place = urljoin(response.url, response.headers.get("Location", ""))
+        here, there = urlsplit(response.url), urlsplit(place)
+        if (here.scheme, here.netloc) != (there.scheme, there.netloc):
+            raise StoreError(
+                f"{self._reference.url}: the registry sends uploads to {there.netloc}, which is another host"
+            )
+        return place
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        tries: int = _ATTEMPTS,
+        **more: Any,
+    ) -> requests.Response:
+        """One answer; asked once more with credentials where the registry wants them, and again after what may pass."""
+        backoff = Backoff(tries)
+        while True:
+            try:
+                response = self._once(method, path, dict(headers or {}), more)
+                if response.status_code not in _PASSING or not backoff.again():
+                    return response
+            except requests.exceptions.SSLError as error:
+                raise StoreError(
+                    f"{self._reference.url}: TLS fails ({first_line(error)}); set REQUESTS_CA_BUNDLE to the "
+                    "certificate of its authority"
+                ) from None
+            except requests.RequestException as error:
+                if not backoff.again():
+                    raise StoreUnreachableError(
+                        f"{self._reference.url}: {self._reference.host} does not answer ({type(error).__name__})"
+                    ) from None
+
+    def _once(self, method: str, path: str, headers: dict[str, str], more: Mapping[str, Any]) -> requests.Response:
+        url = path if "://" in path else f"{self._base()}/{path}"
+        for _ in range(2):
+            if self._token is not None:
+                headers["Authorization"] = self._token
+            # Registries send blobs from other hosts by redirects; `requests` drops the credentials on the way.
+            response = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **more)
+            if response.status_code != 401 or not self._answer(response.headers.get("WWW-Authenticate", "")):
+                return response
+        return response
+
+    def _base(self) -> str:
+        """`https://HOST/v2/REPOSITORY`, by http for one on this machine that speaks no TLS."""
+        if len(self._schemes) > 1:
+            try:
+                self._session.get(f"https://{self._reference.host}/v2/", timeout=_TIMEOUT)
+                self._schemes = ["https"]
+            except requests.exceptions.SSLError as error:
+                self._schemes = ["http"] if "WRONG_VERSION_NUMBER" in str(error).upper() else ["https"]
+        return f"{self._schemes[0]}://{self._reference.host}/v2/{self._reference.repository}"
+
+    def _answer(self, challenge: str) -> bool:
+        """Answer a challenge, Basic or for a token; False where nothing is left to try."""
+        scheme, _, rest = challenge.partition(" ")
+        login, facts, before = self._login(), dict(_CHALLENGE.findall(rest)), self._token
+        if scheme.lower() == "basic" and login is not None:
+            self._token = f"Basic {login}"
+        elif scheme.lower() == "bearer" and not is_exposed(facts.get("realm", "http://?")):
+            asked = {key: facts[key] for key in ("service", "scope") if key in facts}
+            headers = {} if login is None else {"Authorization": f"Basic {login}"}
+            found = self._session.get(facts["realm"], params=asked, headers=headers, timeout=_TIMEOUT)
+            if found.status_code == 200:
+                answer = found.json()
+                self._token = f"Bearer {answer.get('token') or answer.get('access_token')}"
+        return self._token != before
+
+    def _login(self) -> str | None:
+        """What a login left for the host: `user:password` in base64."""
+        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+        for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
+            try:
+                found = json.loads(Path(path).read_bytes())["auths"][self._reference.host]["auth"]
+                base64.b64decode(found, validate=True)
+                return str(found)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
+
+    def _expect(self, response: requests.Response, wanted: int | tuple[int, ...], what: str) -> None:
+        if response.status_code in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            return
+        if response.status_code in (401, 403):
+            raise StoreDeniedError(
+                f"{self._reference.url}: {self._reference.host} refuses {what} ({response.status_code}); log in with "
+                "`skopeo login` or `docker login`"
+            )
+        if response.status_code == 404:
+            raise ObjectNotFoundError(f"{self._reference.url}: the registry has no {what}")
+        text = printable(response.text[:200])
+        raise StoreError(f"{self._reference.url}: {what}: answer {response.status_code}: {text}")
+
+
+def _stands(response: requests.Response) -> int:
+    """Bytes of an upload that the registry has: its Range is of the first and the last of them."""
+    found = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
+    return int(found[1]) + 1 if found and found[1] != "0" else 0

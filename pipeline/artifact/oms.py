@@ -1,0 +1,143 @@
+"""Signatures that others can check: OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
+
+A bundle is a Sigstore bundle around a DSSE envelope around an in-toto statement that names every file of the folder
+with its SHA-256. `model_signing verify key` or `verify certificate` of that package needs nothing of ours. In a pulled
+folder the bundle is `model.sig`; not signed is `version.json`, which says how the folder was pulled and is no weight.
+
+A version carries one bundle, of the folder that `pull` makes of it, as `oms.json` beside its manifest.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, SIGNATURE_FILE, VERSION_FILE
+from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size
+from birkhoff.pipeline.errors import ArtifactNotFoundError, ObjectNotFoundError, TrustError
+from birkhoff.pipeline.hints import hint
+from birkhoff.pipeline.registry.documents import version_key
+from birkhoff.pipeline.store.base import Store
+from birkhoff.pipeline.text import first_line
+
+log: logging.Logger = logging.getLogger("birkhoff.oms")
+
+OMS_FILE = "oms.json"
+"""A version's bundle, beside its manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmsKey:
+    """What signs, or what is trusted: an elliptic-curve key (P-256, P-384 or P-521) in PEM form, or certificates.
+
+    To sign: `key` private, with a `certificate` of it and the `chain` up to the root where readers trust certificates.
+    To verify: `key` public, or the `chain` of trusted roots alone.
+    """
+
+    key: Path | None = None
+    certificate: Path | None = None
+    chain: tuple[Path, ...] = ()
+
+
+def sign_folder(folder: Path, signer: OmsKey) -> Path:
+    """Sign every file of a folder but `version.json`; returns the bundle's path, FOLDER/model.sig.
+
+    Raises:
+        TrustError: the key cannot be used, or model-signing is not installed.
+        ArtifactNotFoundError: no such folder.
+    """
+    _check_folder(folder)
+    signing, hashing = _package("signing"), _package("hashing")
+    target = folder / SIGNATURE_FILE
+    ignored = [target, folder / VERSION_FILE]
+    try:
+        config = signing.Config().set_hashing_config(
+            hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False)
+        )
+        if signer.certificate is None:
+            config = config.use_elliptic_key_signer(private_key=signer.key)
+        else:
+            config = config.use_certificate_signer(
+                private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
+            )
+        config.sign(folder, target)
+    # The package lets its libraries' errors through: of keys, certificates, files, JSON and base64.
+    except Exception as error:
+        log.debug("%s", error, exc_info=True)
+        raise TrustError(
+            f"{folder}: cannot be signed by {signer.key} ({first_line(error)}); expected an unencrypted private key on "
+            "an elliptic curve in PEM form: openssl ecparam -name prime256v1 -genkey -noout"
+        ) from None
+    return target
+
+
+def verify_folder(
+    folder: Path, trusted: OmsKey, *, signature: Path | None = None, ignored: Sequence[Path] = ()
+) -> None:
+    """Check that a folder holds exactly the files of its bundle, and that a trusted key or root signed them.
+
+    Args:
+        folder: a pulled folder, or any model's.
+        trusted: see `OmsKey`.
+        signature: the bundle; FOLDER/model.sig where left out.
+        ignored: paths that need not be signed; those that the bundle leaves out are ignored besides.
+
+    Raises:
+        TrustError: not so: a file that differs, is missing or was added, or another signer.
+        ArtifactNotFoundError: no such folder, or it has no bundle.
+    """
+    _check_folder(folder)
+    path = signature or folder / SIGNATURE_FILE
+    if not path.is_file():
+        sign_it = hint("oms", "sign", str(folder), "--key", "PEM")
+        raise ArtifactNotFoundError(f"{folder} has no signature {path.name}; sign it with `{sign_it}`")
+    verifying, hashing = _package("verifying"), _package("hashing")
+    try:
+        config = verifying.Config()
+        if trusted.key is not None:
+            config = config.use_elliptic_key_verifier(public_key=trusted.key)
+        else:
+            config = config.use_certificate_verifier(certificate_chain=trusted.chain)
+        config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[path, *ignored], ignore_git_paths=False))
+        config.verify(folder, path)
+    except Exception as error:  # as above
+        log.debug("%s", error, exc_info=True)
+        raise TrustError(f"{folder}: its signature does not hold: {first_line(error)}; do not use it") from None
+
+
+def attach(store: Store, model: str, digest: str, bundle: bytes) -> None:
+    """Store the bundle of a version, over one that it has. Raises StoreError."""
+    store.put(oms_key(model, digest), bundle)
+
+
+def attached(store: Store, model: str, digest: str) -> bytes | None:
+    """The bundle of a version; None where it has none. Raises StoreError, IntegrityError."""
+    try:
+        body = store.get(oms_key(model, digest), length=MAX_DOCUMENT_BYTES + 1)
+    except ObjectNotFoundError:
+        return None
+    check_size(oms_key(model, digest), body)
+    return body
+
+
+def oms_key(model: str, digest: str) -> str:
+    """Key of a version's bundle."""
+    return version_key(model, digest).removesuffix(MANIFEST_FILE) + OMS_FILE
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ArtifactNotFoundError(f"{folder}: no such folder; pull a version into it first")
+
+
+def _package(name: str) -> Any:
+    """A module of model-signing. Raises TrustError where it is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"model_signing.{name}")
+    except ImportError as error:
+        raise TrustError(
+            f"OMS signatures need model-signing ({error.name} is missing): pip install 'birkhoff-compression[oms]'"
+        ) from None

@@ -1,0 +1,246 @@
+"""Pulling a version into a folder: missing blobs into the cache, then links from the cache into the folder.
+
+    FOLDER/shard-00001-of-00099.safetensors   the shards, byte by byte as stored
+    FOLDER/files/config.json                  small files that go with the weights, where the version has any
+    FOLDER/version.json                       model, name and digest, the signatures that were asked for, and `files`,
+                                              the names that `pull` has put here
+    FOLDER/model.sig                          the version's OMS signature, where it has one
+    FOLDER/manifest.json                      last: a folder with a manifest is whole
+
+A later pull into the folder removes what `files` names and the new version lacks, and nothing else; a folder with
+symbolic links in it is refused, so that nothing outside is ever written or removed.
+
+Imports no torch: the command is done before that would be loaded.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from birkhoff.pipeline.artifact.blob import Blob
+from birkhoff.pipeline.artifact.cache import BlobCache, file_digest
+from birkhoff.pipeline.artifact.fetch import fetch
+from birkhoff.pipeline.artifact.references import Found
+from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, read_document
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, OutputError
+from birkhoff.pipeline.files import atomic_file, atomic_write, place
+from birkhoff.pipeline.hints import hint
+from birkhoff.pipeline.registry.documents import FILE_NAME, BlobRecord, FileRecord, VersionManifest
+from birkhoff.pipeline.store.base import Store
+
+MANIFEST_FILE = "manifest.json"
+VERSION_FILE = "version.json"
+FILES_FOLDER = "files"
+SIGNATURE_FILE = "model.sig"
+
+_OWN = re.compile(
+    rf"shard-[0-9]{{5,}}-of-[0-9]{{5,}}\.safetensors|{FILES_FOLDER}/(?:{FILE_NAME.pattern})|{re.escape(SIGNATURE_FILE)}"
+)
+"""Names that `pull` gives to files."""
+
+ROUNDS = 5
+"""Times that a blob is brought into the cache, should another process remove it before it is used."""
+
+
+BlobId = tuple[str, str, int]
+
+
+def blob_id(record: BlobRecord) -> BlobId:
+    """What tells the records of a version apart: the name or key, and the blob."""
+    return (record.name if isinstance(record, FileRecord) else record.key, record.blob, record.bytes)
+
+
+def blob_files(manifest: VersionManifest) -> dict[BlobId, str]:
+    """Path of each blob's file in a pulled folder: a shard's, or that of a file that goes with the weights."""
+    files: dict[BlobId, str] = {}
+    for number, shard in enumerate(manifest.shards, 1):
+        files.setdefault(blob_id(shard), f"shard-{number:05}-of-{len(manifest.shards):05}.safetensors")
+    return files | {blob_id(file): f"{FILES_FOLDER}/{file.name}" for file in manifest.files or ()}
+
+
+def blobs_of(manifest: VersionManifest) -> list[Blob]:
+    """Everything that a version refers to."""
+    return [Blob(digest=record.blob, size=record.bytes) for record in manifest.stored]
+
+
+def pull(
+    found: Found,
+    store: Store | None,
+    folder: Path,
+    cache: BlobCache,
+    *,
+    signature: bytes | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Bring a version into a folder, every digest checked; returns the bytes fetched from the store.
+
+    What the folder or the cache holds is taken from there once its bytes were hashed.
+
+    Args:
+        found: the version.
+        store: where it is; None to do without: then the cache must hold it.
+        folder: new, empty, or of an earlier pull.
+        cache: where what is missing goes, and what the folder's files are links to.
+        signature: the version's OMS signature, which becomes `model.sig`.
+        report: told of bytes as they are there.
+
+    Raises:
+        ArtifactNotFoundError: without a store, the cache lacks a blob.
+        IntegrityError: a stored blob does not match its digest.
+        OutputError: folder or cache cannot be written, or the folder holds links, or was not made by `pull`.
+        StoreError: the store failed.
+    """
+    manifest = found.manifest
+    _claim(folder)
+    files = blob_files(manifest)
+    names = {files[blob_id(record)]: record for record in manifest.stored}
+    own = [*names, *([] if signature is None else [SIGNATURE_FILE])]
+    before = _recorded(folder) - set(own)
+    # Until the folder is whole both lists stand there: a pull that is killed leaves nothing that no later one removes.
+    atomic_write(folder / VERSION_FILE, _note(found, [*own, *before]))
+    _clear(folder, before)
+    kept = _intact(folder, names.items())
+    report(sum(names[name].bytes for name in kept))
+    missing = {name: record for name, record in names.items() if name not in kept}
+    fetched = _fill(folder, missing, found, store, cache, report)
+    if signature is not None:
+        atomic_write(folder / SIGNATURE_FILE, signature)
+    atomic_write(folder / VERSION_FILE, _note(found, own))
+    atomic_write(folder / MANIFEST_FILE, manifest.to_bytes())
+    return fetched
+
+
+def _fill(
+    folder: Path,
+    missing: dict[str, BlobRecord],
+    found: Found,
+    store: Store | None,
+    cache: BlobCache,
+    report: Callable[[int], None],
+) -> int:
+    """Bring files into the folder; returns the bytes fetched. What leaves the cache meanwhile is fetched once more."""
+    fetched = 0
+    for _ in range(ROUNDS):
+        wanted = {record.blob for record in missing.values()}
+        fetched += bring(blobs_of(found.manifest), found, store, cache, only=wanted, report=report)
+        missing = {name: r for name, r in missing.items() if not _placed(cache.path(r.blob), folder / name, r)}
+        if not missing:
+            return fetched
+        report(-sum(record.bytes for record in missing.values()))
+    raise OutputError(
+        f"cache {cache.folder}: files left it {ROUNDS} times while they were pulled; stop what removes them "
+        f"(`{hint('cache', 'prune')}`, or a cleaner of temporary files) and pull again"
+    )
+
+
+def _placed(source: Path, target: Path, record: BlobRecord) -> bool:
+    """Put a file of the cache into a folder; False where it left the cache meanwhile. Raises OutputError."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if isinstance(record, FileRecord):  # small, and people edit them: not one file in several folders
+            with atomic_file(target) as file:
+                file.write(source.read_bytes())
+        else:
+            place(source, target)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not source.exists():
+            return False
+        raise OutputError(f"{target}: {error.strerror}; name a folder that can be written") from None
+    return True
+
+
+def bring(
+    blobs: Iterable[Blob],
+    found: Found,
+    store: Store | None,
+    cache: BlobCache,
+    *,
+    only: set[str],
+    report: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Have the blobs of `only` in the cache, each hashed; returns the bytes fetched. Raises as `pull`."""
+    wanted = [blob for blob in blobs if blob.digest in only]
+    whole = cache.whole((blob.digest, blob.size) for blob in wanted)
+    missing = [blob for blob in wanted if blob.digest not in whole]
+    report(sum(blob.size for blob in wanted if blob.digest in whole))
+    if missing and store is None:
+        raise ArtifactNotFoundError(
+            f"{found.label}: {len(missing)} of its {len(wanted)} blobs are not in the cache {cache.folder} "
+            f"({missing[0].digest}, ...); pull it once without --offline"
+        )
+    if store is not None:
+        for _ in fetch(store, missing, cache, label=found.label, report=report):
+            pass
+    return sum(blob.size for blob in dict.fromkeys(missing))
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or find it empty or left by an earlier `pull`. Raises OutputError, also for links in it."""
+    files = folder / FILES_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = sorted(folder.iterdir())
+        inside = sorted(files.iterdir()) if files.is_dir() and not files.is_symlink() else []
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+    link = next((path for path in [*entries, *inside] if path.is_symlink()), None)
+    if link is not None:
+        raise OutputError(f"{link} is a symbolic link, which `pull` follows nowhere; remove it, or name a new folder")
+    held = [path.name for path in entries if not path.name.startswith(".part-")]
+    if held and not (folder / VERSION_FILE).is_file():
+        raise OutputError(f"{folder} holds {held[0]} and was not made by `pull`; name an empty or new folder")
+
+
+def _note(found: Found, files: list[str]) -> bytes:
+    return json.dumps({**found.note(), "files": files}).encode()
+
+
+def _recorded(folder: Path) -> set[str]:
+    """Files that an earlier pull says it has put here, so far as a pull names files so.
+
+    Of a folder from before `files` was kept, those that its manifest names.
+    """
+    names: object = None
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        names = json.loads(_small(folder / VERSION_FILE)).get("files")
+    if names is None:
+        with contextlib.suppress(OSError, IntegrityError):
+            manifest = read_document(VersionManifest, str(folder / MANIFEST_FILE), _small(folder / MANIFEST_FILE))
+            names = list(blob_files(manifest).values())
+    if not isinstance(names, list):
+        return set()
+    return {name for name in names if isinstance(name, str) and _OWN.fullmatch(name)}
+
+
+def _small(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_DOCUMENT_BYTES)
+
+
+def _clear(folder: Path, gone: Iterable[str]) -> None:
+    """Remove the manifest, and what an earlier version left. Raises OutputError."""
+    files = folder / FILES_FOLDER
+    try:
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        for name in gone:
+            (folder / name).unlink(missing_ok=True)
+        if files.is_dir() and not any(files.iterdir()):
+            files.rmdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+
+
+def _intact(folder: Path, files: Iterable[tuple[str, BlobRecord]]) -> set[str]:
+    """Names of those files that are there, whole."""
+
+    def check(item: tuple[str, BlobRecord]) -> str | None:
+        name, record = item
+        path = folder / name
+        whole = path.is_file() and path.stat().st_size == record.bytes and file_digest(path) == record.blob
+        return name if whole else None
+
+    with ThreadPoolExecutor() as pool:
+        return {name for name in pool.map(check, files) if name}

@@ -1,0 +1,418 @@
+"""Reading published artifacts: verify, inspect, dense tensors, and loading into a model.
+
+Three places hold an artifact: a store, the local cache in front of one, and a folder that `pull` wrote. All hand out
+shards whose digest was checked after the last copy.
+"""
+
+import contextlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birkhoff.codec.container import LOSSLESS_CODECS, CodedTensor, Entry, head_size, parse, parse_head
+from birkhoff.codec.dtype_names import name_of_code, width_of_code
+from birkhoff.codec.errors import FormatError
+from birkhoff.codec.profiles import FALLBACKS, Decision
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.artifact.blob import Blob
+from birkhoff.pipeline.artifact.cache import BlobCache
+from birkhoff.pipeline.artifact.fetch import fetch
+from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, ROUNDS, VERSION_FILE, blob_files, blob_id, bring
+from birkhoff.pipeline.artifact.references import Found, find, noted_signatures, recall
+from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size, read_document
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.registry.documents import FLOOR_DB, BlobRecord, ShardRecord, VersionManifest, blob_key, sha256
+from birkhoff.pipeline.registry.labels import read_labels
+from birkhoff.pipeline.registry.trust import ANY, Trust, check_signatures, check_version
+from birkhoff.pipeline.registry.versions import Version, resolve
+from birkhoff.pipeline.shard.decisions import decisions_of
+from birkhoff.pipeline.store.base import Store
+from birkhoff.pipeline.store.default import borrowed_store
+from birkhoff.pipeline.store.keys import NAME_PATTERN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HEADER_GUESS = 256 << 10
+"""Bytes of a container read at first to see its header."""
+
+_HEADERS_AHEAD = 8
+"""Headers read beside each other."""
+
+
+class Artifact(ABC):
+    """One version, wherever it lies."""
+
+    manifest: VersionManifest
+    label: str
+    """For messages: `demo-sam@v3`, or the folder."""
+
+    @abstractmethod
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """The stored bytes of a blob, unchecked."""
+
+    @abstractmethod
+    def read_head(self, shard: ShardRecord, size: int) -> bytes:
+        """The first `size` bytes of a shard, or fewer where it is shorter."""
+
+    def blob(self, record: BlobRecord) -> bytes:
+        """The bytes of a blob, checked against its digest. Raises IntegrityError naming the blob."""
+        body = self.read_blob(record)
+        if sha256(body) != record.blob:
+            raise IntegrityError(
+                f"{self.label}: blob {record.blob} is damaged: {len(body)} bytes with digest {sha256(body)}; "
+                "compress again with a fresh store, or restore the object from a backup"
+            )
+        return body
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of its blobs that came from a store so far; 0 for a copy on this machine."""
+        return 0
+
+    def labels(self) -> dict[str, str]:
+        """What the store says of it now; nothing for a copy, which has only what the version itself is."""
+        return {}
+
+    def file(self, name: str) -> bytes | None:
+        """One of the files that go with the weights, its digest checked; None where there is none of that name."""
+        record = next((record for record in self.manifest.files or () if record.name == name), None)
+        return None if record is None else self.blob(record)
+
+    def arriving(self) -> Iterator[ShardRecord]:
+        """All shards, each once, as soon as its bytes can be read without waiting; in whatever order that is."""
+        yield from self.manifest.shards
+
+    def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
+        """The stored tensors of a shard. May be called from any thread. Raises IntegrityError naming the blob."""
+        try:
+            found = parse(self.blob(shard))
+            dense = sum(coded.weights * width_of_code(coded.dtype) for coded in found)
+        except FormatError as error:
+            raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None
+        if dense > shard.source_bytes:
+            raise IntegrityError(
+                f"{self.label}: blob {shard.blob} decodes to {dense} bytes, its manifest says {shard.source_bytes}: "
+                "one of them is forged; do not use it, and ask its publisher"
+            )
+        return found
+
+    def coded(self) -> Iterator[CodedTensor]:
+        """Every stored tensor in the checkpoint's order, one shard in memory at a time. Raises as `coded_of`."""
+        for shard in self.manifest.shards:
+            yield from self.coded_of(shard)
+
+    def tensors(self) -> "Iterator[tuple[str, Tensor]]":
+        """(name, dense CPU tensor) in the checkpoint's order. Raises IntegrityError, FormatError."""
+        from birkhoff.codec.tensor import decode_tensor  # what reads headers alone does without torch
+
+        for coded in self.coded():
+            yield coded.name, decode_tensor(coded)
+
+
+class StoredArtifact(Artifact):
+    """A version in a store."""
+
+    def __init__(self, store: Store, version: Version) -> None:
+        self._store = store
+        self.version = version
+        self._reads: list[int] = []  # appended to by threads
+        self.manifest: VersionManifest = version.manifest
+        self.label: str = f"{version.model}@{version.name or version.digest[:12]}"
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of its blobs that came from the store so far."""
+        return sum(self._reads)
+
+    def labels(self) -> dict[str, str]:
+        """The labels of the version."""
+        return read_labels(self._store, self.version.model, self.version.digest)
+
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Fetch a blob's bytes, and of a longer object one byte more: its digest is then another."""
+        return self._get(record, record.bytes + 1)
+
+    def read_head(self, shard: ShardRecord, size: int) -> bytes:
+        """Fetch the start of a shard."""
+        return self._get(shard, size)
+
+    def _get(self, record: BlobRecord, length: int) -> bytes:
+        try:
+            body = self._store.get(blob_key(record.blob), length=length)
+        except ObjectNotFoundError:
+            raise IntegrityError(f"{self.label}: blob {record.blob} is missing from {self._store.url}") from None
+        self._reads.append(len(body))
+        return body
+
+
+class CachedArtifact(Artifact):
+    """A version read through the local cache: what is missing there is fetched from the store, if there is one."""
+
+    def __init__(self, found: Found, store: Store | None, cache: BlobCache) -> None:
+        self._found, self._store, self._cache = found, store, cache
+        self.manifest: VersionManifest = found.manifest
+        self.label: str = found.label
+
+    def arriving(self) -> Iterator[ShardRecord]:
+        """All shards, those in the cache first, the others as they come."""
+        if self._store is None:
+            yield from self.manifest.shards
+            return
+        shards: dict[str, list[ShardRecord]] = {}
+        for shard in self.manifest.shards:
+            shards.setdefault(shard.blob, []).append(shard)
+        blobs = (Blob(digest=shard.blob, size=shard.bytes) for shard in self.manifest.shards)
+        for blob in fetch(self._store, blobs, self._cache, label=self.label):
+            yield from shards[blob.digest]
+
+    def blob(self, record: BlobRecord) -> bytes:
+        """The bytes of a blob, checked; a damaged or missing file of the cache is fetched anew."""
+        blob = Blob(digest=record.blob, size=record.bytes)
+        for _ in range(ROUNDS):
+            if (body := self._cache.read(record.blob)) is not None:
+                return body
+            bring([blob], self._found, self._store, self._cache, only={record.blob})
+        return super().blob(record)
+
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Read a blob's file in the cache."""
+        return self._read(record, -1)
+
+    def read_head(self, shard: ShardRecord, size: int) -> bytes:
+        """Read the start of a shard's file in the cache, which is fetched if it is not there."""
+        if self._cache.find(shard.blob, shard.bytes) is None:
+            return self.blob(shard)[:size]
+        return self._read(shard, size)
+
+    def _read(self, record: BlobRecord, size: int) -> bytes:
+        path = self._cache.path(record.blob)
+        try:
+            with path.open("rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror}; load again") from None
+
+
+class PulledArtifact(Artifact):
+    """A version in a folder that `pull` wrote."""
+
+    def __init__(self, folder: Path, trust: Trust = ANY) -> None:
+        """Raises IntegrityError, and TrustError if the folder is not signed as `trust` demands."""
+        self._folder = folder
+        self.label: str = str(folder)
+        manifest, version = (
+            self._read(folder / name, MAX_DOCUMENT_BYTES + 1) for name in (MANIFEST_FILE, VERSION_FILE)
+        )
+        check_size(str(folder / MANIFEST_FILE), manifest)
+        check_size(str(folder / VERSION_FILE), version)
+        try:
+            note = json.loads(version)
+            digest, name = note["digest"], note["version"]
+            signatures = noted_signatures(note)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError):
+            raise IntegrityError(f"{folder / VERSION_FILE} is damaged; pull again") from None
+        if sha256(manifest) != digest:
+            raise IntegrityError(f"{folder / MANIFEST_FILE} does not match its digest {digest}; pull again")
+        self.manifest: VersionManifest = read_document(VersionManifest, str(folder / MANIFEST_FILE), manifest)
+        self._files = blob_files(self.manifest)
+        check_signatures(self.manifest.model, name, digest, signatures, trust, self.label)
+
+    def read_blob(self, record: BlobRecord) -> bytes:
+        """Read a blob's file."""
+        return self._read(self._folder / self._files[blob_id(record)], record.bytes + 1)
+
+    def read_head(self, shard: ShardRecord, size: int) -> bytes:
+        """Read the start of a shard's file."""
+        return self._read(self._folder / self._files[blob_id(shard)], size)
+
+    def _read(self, path: Path, size: int) -> bytes:
+        try:
+            with path.open("rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror}; pull again") from None
+
+
+@contextlib.contextmanager
+def open_artifact(
+    reference: str | os.PathLike[str],
+    store: str | Store | None = None,
+    *,
+    cached: bool = False,
+    offline: bool = False,
+    trust: Trust = ANY,
+) -> Iterator[Artifact]:
+    """The artifact at a folder of `pull`, or at `MODEL[@REF]` in a store (`BIRKHOFF_STORE`, else embedded).
+
+    Where no store is named, a folder of that name wins over a model. A store that was given is left open. With
+    `cached`, blobs of a store are read through the local cache; with `offline` besides, the store is not asked for
+    anything.
+
+    Raises:
+        ArtifactNotFoundError, IntegrityError, StoreError.
+        TrustError: it is not what `trust` demands.
+    """
+    folder = folder_meant(reference, store)
+    if folder is not None and (folder / MANIFEST_FILE).is_file():
+        yield PulledArtifact(folder, trust)
+        return
+    if folder is not None and (isinstance(reference, os.PathLike) or folder.is_dir()):
+        raise ArtifactNotFoundError(_no_folder(folder))
+    reference = str(reference)
+    if "/" in reference.partition("@")[0] or reference.startswith((".", "~")):  # no model is called so
+        raise ArtifactNotFoundError(_no_folder(Path(reference)))
+    if offline:
+        cache = BlobCache()
+        with _nor_a_folder(reference):
+            found = recall(store, reference, cache, trust)
+        yield CachedArtifact(found, None, cache)
+        return
+    with borrowed_store(store) as opened:
+        if cached:
+            cache = BlobCache()
+            with _nor_a_folder(reference):
+                found = find(opened, reference, cache, trust)
+            yield CachedArtifact(found, opened, cache)
+        else:
+            with _nor_a_folder(reference):
+                version = resolve(opened, reference)
+            check_version(opened, version, trust)
+            yield StoredArtifact(opened, version)
+
+
+def folder_meant(reference: str | os.PathLike[str], store: str | Store | None) -> Path | None:
+    """The folder that a reference may mean; None where it can name a model of a store that was named.
+
+    Else a folder that somebody put into the working directory would stand for the store's model.
+    """
+    model, at, ref = str(reference).partition("@")
+    named = NAME_PATTERN.fullmatch(model) and (not at or NAME_PATTERN.fullmatch(ref))
+    return None if store is not None and isinstance(reference, str) and named else Path(reference)
+
+
+@contextlib.contextmanager
+def _nor_a_folder(reference: str) -> Iterator[None]:
+    """Says of a model that is not there that it is no folder either, where it might have been meant as one."""
+    try:
+        yield
+    except ArtifactNotFoundError as error:
+        if (Path(reference) / MANIFEST_FILE).is_file():  # a store was named
+            raise ArtifactNotFoundError(f"{error}; for the folder of that name write ./{reference}") from None
+        if "@" in reference:
+            raise
+        raise ArtifactNotFoundError(f"{error}; nor is there a folder {reference!r} here") from None
+
+
+def _no_folder(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} holds no {MANIFEST_FILE}: not a folder of `birkhoff pull`; pull into it, or name MODEL[@REF]"
+    what = "is no folder" if folder.exists() else "no such folder"
+    return f"{folder}: {what}; name one that `birkhoff pull` wrote, or a model: MODEL[@REF]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRow:
+    """A stored tensor, as `inspect` shows it. `bits_per_weight` counts its streams, not its entry in the header."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    bits_per_weight: float
+    sqnr_db: float | None
+    max_abs_error: float
+    target_db: float | None = None
+    """The SQNR it was coded for; of a `nominal` one, the SQNR that its step would have if each weight were rounded."""
+    nominal: bool = False
+    """Whether no SQNR was promised: its step follows from what the model's outputs feel of it."""
+    reason: str | None = None
+    """Why it is lossless although it was to be coded: a key of `codec.profiles.FALLBACKS`."""
+    why: str = ""
+    """What made it lossless, or gave it a target of its own; empty where it was coded as the profile says."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it decodes to the very bits of the original."""
+        return self.action in LOSSLESS_CODECS
+
+
+def inspect(artifact: Artifact) -> Iterator[TensorRow]:
+    """All tensors of an artifact in the checkpoint's order, from the headers of its shards alone.
+
+    A few headers are in memory at a time, however many tensors there are. Raises FormatError, StoreError.
+    """
+    with ThreadPoolExecutor(_HEADERS_AHEAD, thread_name_prefix="inspect") as pool:
+        waiting: deque[Future[bytes]] = deque()
+        left = iter(artifact.manifest.shards)
+        try:
+            for _ in artifact.manifest.shards:
+                for shard in islice(left, _HEADERS_AHEAD - len(waiting)):
+                    waiting.append(pool.submit(_read_header, artifact, shard))
+                yield from _rows(artifact, waiting.popleft().result())
+                interrupt.check()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
+    """The tensors of one shard, in its order, from its header alone."""
+    return _rows(artifact, _read_header(artifact, shard))
+
+
+def _read_header(artifact: Artifact, shard: ShardRecord) -> bytes:
+    head = artifact.read_head(shard, _HEADER_GUESS)
+    while len(head) < (size := head_size(head)):  # which version 2 says in two steps
+        longer = artifact.read_head(shard, size)
+        if len(longer) <= len(head):
+            break  # a shard that is shorter than it says, which `parse_head` refuses
+        head = longer
+    return head
+
+
+def _rows(artifact: Artifact, header: bytes) -> list[TensorRow]:
+    head = parse_head(header)
+    decisions = decisions_of(artifact.manifest, head.entries)
+    return [
+        _row(entry, sum(parts), decisions[entry.name]) for entry, parts in zip(head.entries, head.parts, strict=True)
+    ]
+
+
+def _row(entry: Entry, size: int, decision: Decision) -> TensorRow:
+    """What an entry of so many bytes and the decision on its tensor come to."""
+    claims, target, why = entry.claims, entry.claims.target_db, ""
+    if any(math.isnan(claim or 0) for claim in (claims.sqnr_db, claims.max_abs, target)):
+        raise FormatError(f"tensor {entry.name!r}: a claim of its entry is no number")
+    if not entry.lossless:
+        target = decision.target_db if target is None else target
+        why = "as the outputs feel it" if decision.nominal else "" if decision.override is None else "by override"
+    elif claims.reason is not None:
+        why = FALLBACKS.get(claims.reason, claims.reason)
+    elif decision.action == "lossless":
+        why = decision.reason
+    return TensorRow(
+        name=entry.name,
+        shape=entry.shape,
+        dtype=name_of_code(entry.dtype),
+        action=entry.codec,
+        bits_per_weight=round(8 * size / max(1, entry.weights), 3),
+        sqnr_db=None if claims.sqnr_db is None else max(claims.sqnr_db, FLOOR_DB),
+        max_abs_error=claims.max_abs or 0.0,
+        target_db=target,
+        nominal=decision.nominal and not entry.lossless,
+        reason=claims.reason,
+        why=why,
+    )
+
+
+def row_json(row: TensorRow) -> dict[str, object]:
+    """A row as `--json` prints it."""
+    return asdict(row)

@@ -1,0 +1,103 @@
+"""What a reference means: a version in a store, or, offline, what it meant when it was last pulled.
+
+MODEL, MODEL@latest, MODEL@v3, MODEL@<digest>
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from birkhoff.pipeline.artifact.cache import BlobCache
+from birkhoff.pipeline.documents import read_document
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError
+from birkhoff.pipeline.registry.documents import VersionManifest, VersionSignatures, sha256
+from birkhoff.pipeline.registry.trust import Trust, check_signatures, check_version
+from birkhoff.pipeline.registry.versions import resolve
+from birkhoff.pipeline.store.base import Store, StoreAddress
+from birkhoff.pipeline.store.default import default_store_url
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A version that a reference led to. `name` such as v3; None where it was asked for by digest and has none."""
+
+    model: str
+    name: str | None
+    digest: str
+    manifest: VersionManifest
+    signatures: tuple[VersionSignatures, ...] = ()
+    """Those that were asked for."""
+
+    @property
+    def label(self) -> str:
+        """For messages: `demo-sam@v3`."""
+        return f"{self.model}@{self.name or self.digest[:12]}"
+
+    def pointer(self) -> dict[str, str | None]:
+        """Model, name and digest, as a pulled folder holds them."""
+        return {"model": self.model, "version": self.name, "digest": self.digest}
+
+    def note(self) -> dict[str, object]:
+        """What a pulled folder and the cache keep of it, beside the manifest."""
+        return {**self.pointer(), "signatures": [record.model_dump(mode="json") for record in self.signatures]}
+
+
+def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
+    """The version in a store; remembered in the cache.
+
+    Raises TrustError if it is not what `trust` demands, else as `publish.resolve`.
+    """
+    version = resolve(store, reference)
+    signatures = check_version(store, version, trust)
+    found = Found(
+        model=version.model,
+        name=version.name,
+        digest=version.digest,
+        manifest=version.manifest,
+        signatures=signatures,
+    )
+    body = json.dumps({**found.note(), "manifest": found.manifest.to_bytes().decode()}).encode()
+    for known in {reference, f"{found.model}@{found.digest}"}:
+        cache.remember(f"{store.url} {known}", body)
+    return found
+
+
+def recall(store: str | Store | None, reference: str, cache: BlobCache, trust: Trust) -> Found:
+    """The version that the reference led to last, from the cache alone.
+
+    Raises:
+        ArtifactNotFoundError: it was never pulled from this store.
+        TrustError: it was pulled without the signature that `trust` demands.
+        IntegrityError: what the cache remembers is damaged.
+    """
+    url = store.url if isinstance(store, Store) else StoreAddress.parse(default_store_url(store)).url
+    body = cache.recall(f"{url} {reference}")
+    if body is None:
+        raise ArtifactNotFoundError(
+            f"{reference}: the cache {cache.folder} knows no such version of {url}; pull it once without --offline"
+        )
+    try:
+        note = json.loads(body)
+        text, digest = note["manifest"].encode(), str(note["digest"])
+        if sha256(text) != digest:
+            raise ValueError("its manifest does not match its digest")
+        manifest = read_document(VersionManifest, reference, text)
+        found = Found(
+            model=note["model"],
+            name=note["version"],
+            digest=digest,
+            manifest=manifest,
+            signatures=noted_signatures(note),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError) as error:
+        raise IntegrityError(
+            f"cache {cache.folder}: its note of {reference} is damaged ({error}); pull again"
+        ) from None
+    check_signatures(found.model, found.name, digest, found.signatures, trust, f"cache {cache.folder}")
+    return found
+
+
+def noted_signatures(note: dict[str, Any]) -> tuple[VersionSignatures, ...]:
+    """The signatures of a `Found.note`. Raises IntegrityError, TypeError."""
+    held = note.get("signatures", [])
+    return tuple(read_document(VersionSignatures, "a signature", json.dumps(entry).encode()) for entry in held[:64])

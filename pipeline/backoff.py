@@ -1,0 +1,56 @@
+"""How long to wait before trying again: the one policy of stores and downloads.
+
+The wait doubles with each failure in a row and is shortened by chance to as little as half, so that clients which
+failed together do not come back together. What the other side asks for (`Retry-After`) goes first, up to a bound.
+"""
+
+import random
+import time
+from email.utils import parsedate_to_datetime
+
+FIRST_SECONDS = 0.5
+"""Before the second try, at most. Four tries wait 1.7 to 3.5 s in all."""
+
+LONGEST_SECONDS = 60.0
+"""Also of what a server may ask for."""
+
+
+class Backoff:
+    """The failures in a row of one piece of work that may be tried `attempts` times.
+
+    `first` is the longest wait before the second try, in seconds.
+    """
+
+    def __init__(self, attempts: int, *, first: float = FIRST_SECONDS) -> None:
+        self.failures: int = 0
+        self._attempts = attempts
+        self._first = first
+
+    def again(self, asked: float | None = None) -> bool:
+        """Count a failure, then wait and return True; False at once if that was the last try.
+
+        `asked` is what the other side wants us to wait, in seconds.
+        """
+        self.failures += 1
+        if self.failures >= self._attempts:
+            return False
+        time.sleep(self._pause() if asked is None else min(asked, LONGEST_SECONDS))
+        return True
+
+    def reset(self) -> None:
+        """Forget the failures so far: the work has moved on since."""
+        self.failures = 0
+
+    def _pause(self) -> float:
+        return float(min(self._first * 2 ** (self.failures - 1), LONGEST_SECONDS) * random.uniform(0.5, 1))
+
+
+def retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date. None for neither."""
+    text = (text or "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

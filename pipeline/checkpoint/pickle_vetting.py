@@ -1,0 +1,366 @@
+"""What a checkpoint's pickle holds, and where in it the state dict lies.
+
+No pickle is ever loaded. `pickle_reader` interprets its opcodes as data, in a process of its own with limits on memory
+and time, and calls nothing: tensors become notes, dicts tables, and everything else a placeholder that knows its name.
+So what trainers write beside the weights does no harm and is no obstacle, and a forged pickle costs its file, not the
+run. A file that names what runs commands is refused all the same: it was made to attack whoever loads it.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.checkpoint import pickle_reader
+from birkhoff.pipeline.checkpoint.descriptors import DTYPES, check_tensor
+from birkhoff.pipeline.errors import SourceError, UnsafeSourceError
+from birkhoff.pipeline.text import shown
+
+# SAM-H describes its 594 tensors in 0.1 MB; beyond this the pickle holds data, not descriptions.
+MAX_PICKLE_BYTES = 16 << 20
+
+MAX_TENSORS = 500_000
+"""Of one state dict. A name costs a few bytes of a pickle and a kilobyte of everything that comes after it."""
+
+_WALL_SECONDS = 300.0
+"""Beyond the reader's own limit of processor time: for a machine under load."""
+
+_POLL_SECONDS = 0.2
+
+_ENVIRONMENT = ("LD_LIBRARY_PATH",)
+"""What a Python may need to start."""
+
+# Keys that a message lists.
+_SHOWN_KEYS = 10
+
+_REMEDY = "save model.state_dict() where you trust the file, best with safetensors.torch.save_file"
+
+# What torch.save writes, and the next, which its unpickler still reads.
+_PROTOCOLS = (2, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageNote:
+    """A storage that a pickle names: its key in the file. `start`, in elements, where it is part of another one."""
+
+    key: str
+    dtype: str
+    """Of its elements; empty where they are bytes."""
+    count: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNote:
+    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is no weight."""
+
+    flaw: str
+    storage: StorageNote | None
+    dtype: str
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Table:
+    """A dict of a pickle. `others`: entries whose key is no text, under its text."""
+
+    kind: str
+    entries: dict[str, "Node"] = field(default_factory=dict)
+    others: list[tuple[str, "Node"]] = field(default_factory=list)
+    tensors: int = 0
+    """Entries that are tensors."""
+
+    def items(self) -> list[tuple[str, "Node"]]:
+        """All entries."""
+        return [*self.entries.items(), *self.others]
+
+
+ELEMENT_BYTES = {
+    "": 1,
+    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
+    **{"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4},
+}
+"""Of storages by the dtype that a pickle gives them, empty for bytes; those of no weights too."""
+
+Node = Table | TensorNote | str
+"""A value in a pickle; of what is neither a dict nor a tensor, the name of its kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What one pickle holds."""
+
+    root: Node
+    texts: tuple[str, ...] | None
+    """The root, where it is a list of texts."""
+    end: int
+    """Bytes from the start of what was read to the end of this pickle."""
+    foreign: tuple[str, str] | None
+    """The first global that tensors and plain containers do not need, and the text before it."""
+    storages: dict[str, tuple[str, int]]
+    """dtype (empty for bytes) and number of elements of every storage, by its key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateDict:
+    """The state dict of a checkpoint."""
+
+    tensors: dict[str, TensorNote]
+    nesting: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def read_pickles(path: Path, data: bytes, count: int = 1) -> tuple[Contents, ...]:
+    """What the first `count` pickles in `data` hold; `path` is for messages.
+
+    Raises:
+        UnsafeSourceError: one names what runs commands or code.
+        SourceError: one is not complete, does not fit together, or takes more memory or time than any checkpoint.
+    """
+    found = _isolated(path, data, count)
+    for note in found["pickles"]:
+        if note["command"]:
+            raise _unsafe(path, note["command"])
+    # Only then, so that a pickle that would run code is called that, whatever its protocol.
+    for note in found["pickles"]:
+        if note["protocol"] not in _PROTOCOLS:
+            raise SourceError(
+                f"{path}: pickle protocol {note['protocol']}, expected 2; load it and torch.save it by default"
+            )
+    if "corrupt" in found:
+        raise SourceError(f"{path}: its pickle is cut short or corrupt ({found['corrupt']}); download it again")
+    if "broken" in found:
+        raise SourceError(
+            f"{path}: its pickle cannot be rebuilt ({found['broken']}); the file is corrupt, download it again"
+        )
+    return tuple(_contents(note) for note in found["pickles"])
+
+
+def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
+    """The answer of `pickle_reader`, run as a process. Raises SourceError where its limits end it."""
+    with tempfile.TemporaryFile() as pickles:  # not a pipe, which would have to be fed while the answer is waited for
+        pickles.write(data)
+        pickles.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", pickle_reader.__file__, str(count)],
+            stdin=pickles,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Nothing else from here is its business, least of all a store's keys.
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        )
+    with process:
+        try:
+            said = _said(process)
+        finally:
+            process.kill()
+    if not said or process.returncode != 0:
+        raise SourceError(
+            f"{path}: its pickle takes more than {pickle_reader.MEMORY_BYTES >> 20} MiB or"
+            f" {pickle_reader.CPU_SECONDS} s to read, which no checkpoint's does; the file is forged or holds far more"
+            " than weights, save model.state_dict() alone"
+        )
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def _said(process: subprocess.Popen[bytes]) -> bytes | None:
+    """What the process printed before it ended; None where that took too long. Heeds Ctrl-C."""
+    for _ in range(int(_WALL_SECONDS / _POLL_SECONDS)):
+        interrupt.check()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_POLL_SECONDS)[0]
+    return None
+
+
+def _contents(note: dict[str, Any]) -> Contents:
+    tensors = [_tensor(*facts) for facts in note["tensors"]]
+    tables = [Table(kind=table["kind"]) for table in note["tables"]]
+
+    def node(place: Any) -> Node:
+        if isinstance(place, str):
+            return place
+        kind, number = place[0], int(place[1])
+        return tables[number] if kind == "table" else tensors[number]
+
+    for table, facts in zip(tables, note["tables"], strict=True):
+        table.entries = {key: node(place) for key, place in facts["entries"]}
+        table.others = [(key, node(place)) for key, place in facts["others"]]
+        table.tensors = sum(isinstance(value, TensorNote) for _, value in table.items())
+    texts = None if note["texts"] is None else tuple(note["texts"])
+    foreign = None if note["foreign"] is None else (note["foreign"][0], note["foreign"][1])
+    storages = {key: (dtype, count) for key, dtype, count in note["storages"]}
+    return Contents(root=node(note["root"]), texts=texts, end=note["end"], foreign=foreign, storages=storages)
+
+
+def _tensor(
+    flaw: str, place: list[Any] | None, dtype: str, start: int, shape: list[int], stride: list[int]
+) -> TensorNote:
+    storage = None
+    if place is not None:
+        key, kind, count, first = place
+        storage = StorageNote(key=key, dtype=kind, count=count, start=first)
+    return TensorNote(flaw=flaw, storage=storage, dtype=dtype, start=start, shape=tuple(shape), stride=tuple(stride))
+
+
+def refuse_code(path: Path, contents: Contents) -> None:
+    """Raise UnsafeSourceError if a pickle without weights names something that only code could make."""
+    if contents.foreign:
+        raise _unsafe(path, contents.foreign)
+
+
+def _unsafe(path: Path, wanted: Sequence[str]) -> UnsafeSourceError:
+    name, near = wanted
+    return UnsafeSourceError(
+        f"{path}: its pickle wants to call {shown(name)} (near {shown(near)}), expected nothing but"
+        f" tensors and plain containers; {_REMEDY}"
+    )
+
+
+def find_state_dict(path: Path, contents: Contents, under: str | None = None) -> StateDict:
+    """Find the state dict in what a checkpoint's pickle holds.
+
+    With `under` it is the dict behind these keys, joined by dots. Else a top-level dict that holds tensors is the state
+    dict; otherwise the one value that is a dict of tensors, with "model" before "state_dict" where there are several.
+
+    Raises:
+        UnsafeSourceError: there is none, and an object that only code could make stands where it might be.
+        SourceError: none or no single state dict, or one that holds tensors which are no dense weights.
+    """
+    loaded = contents.root
+    if not isinstance(loaded, Table):
+        if isinstance(loaded, str):
+            refuse_code(path, contents)
+        kind = "tensor" if isinstance(loaded, TensorNote) else loaded
+        raise SourceError(f"{path}: holds a {kind}, expected a dict of tensors; {_REMEDY}")
+    if under is not None:
+        return _below(path, loaded, under)
+    nested = [key for key, value in loaded.entries.items() if _count_tensors(value)]
+    if not loaded.tensors:
+        key = _choose(path, contents, loaded, nested)
+        return _collect(path, loaded.entries[key], nesting=(key,), outer=loaded)
+    if nested:
+        raise SourceError(
+            f"{path}: has tensors both at its top level and under {shown(nested)}; name one with `under` in the"
+            " manifest"
+        )
+    return _collect(path, loaded, nesting=(), outer=Table(kind="dict"))
+
+
+def _below(path: Path, loaded: Table, under: str) -> StateDict:
+    """The state dict behind the keys of `under`; a key may hold dots itself."""
+    table, rest = loaded, under
+    nesting: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    while rest:
+        inner = {key: value for key, value in table.entries.items() if isinstance(value, Table)}
+        found = [key for key in inner if rest == key or rest.startswith(f"{key}.")]
+        if not found:
+            where = shown(".".join(nesting)) if nesting else "the top"
+            raise SourceError(
+                f"{path}: has no dict under {shown(under)}; at {where} there {_dicts(table)}; correct `under`"
+            )
+        key = max(found, key=len)
+        skipped += [(".".join([*nesting, k]), _type_name(value)) for k, value in table.items() if k != key]
+        table, rest = inner[key], rest[len(key) + 1 :]
+        nesting.append(key)
+    if not table.tensors:
+        raise SourceError(f"{path}: {shown(under)} holds no tensors; in it there {_dicts(table)}; correct `under`")
+    state = _collect(path, table, nesting=tuple(nesting), outer=Table(kind="dict"))
+    return StateDict(tensors=state.tensors, nesting=state.nesting, skipped=(*skipped, *state.skipped))
+
+
+def _dicts(table: Table) -> str:
+    """For messages: the dicts among the values of a table, and how many tensors each holds."""
+    inner = [(key, value) for key, value in table.entries.items() if isinstance(value, Table)]
+    shown_keys = [f"{shown(key)} ({value.tensors} tensors)" for key, value in inner[:_SHOWN_KEYS]]
+    more = ", ..." if len(inner) > _SHOWN_KEYS else ""
+    return f"is {', '.join(shown_keys)}{more}" if inner else f"is none among {len(table.items())} entries"
+
+
+def _count_tensors(value: Node) -> int:
+    return value.tensors if isinstance(value, Table) else 0
+
+
+def _choose(path: Path, contents: Contents, loaded: Table, nested: list[str]) -> str:
+    """The key of the state dict among those `nested` keys that lead to tensors."""
+    if len(nested) == 1:
+        return nested[0]
+    for preferred in ("model", "state_dict"):
+        if preferred in nested:
+            return preferred
+    if nested:
+        raise SourceError(
+            f"{path}: {len(nested)} state dicts, under {shown(nested)}, and none is called 'model' or"
+            " 'state_dict'; name the wanted one with `under` in the manifest"
+        )
+    for key, value in loaded.items():
+        if isinstance(value, Table):
+            _refuse_deeper(path, value, key)
+    refuse_code(path, contents)
+    keys = [key for key, _ in loaded.items()]
+    raise SourceError(
+        f"{path}: holds no tensors at its top or one level below (keys {shown(keys)}); save model.state_dict() into it"
+    )
+
+
+def _refuse_deeper(path: Path, table: Table, prefix: str) -> None:
+    for key, value in table.items():
+        if _count_tensors(value):
+            raise SourceError(
+                f"{path}: tensors lie as deep as {shown(f'{prefix}.{key}')}, expected them at the top or one"
+                " level below; name the dict that holds them with `under` in the manifest"
+            )
+
+
+def _collect(path: Path, state: Node, *, nesting: tuple[str, ...], outer: Table) -> StateDict:
+    """Sort the entries of the state dict, and of the dict around it, into weights and the rest."""
+    assert isinstance(state, Table)  # it was chosen for its tensors
+    prefix = ".".join(nesting)
+    _refuse_deeper(path, state, prefix or "the top")
+    skipped = [(key, _type_name(value)) for key, value in outer.items() if (key,) != nesting]
+    if state.tensors > MAX_TENSORS:
+        raise SourceError(
+            f"{path}: a state dict of {state.tensors} tensors, at most {MAX_TENSORS} are allowed; the file is forged"
+        )
+    for key, value in state.others:
+        if isinstance(value, TensorNote):
+            raise SourceError(f"{path}: a tensor has the key {_shown_key(key)}, expected text; save model.state_dict()")
+    tensors: dict[str, TensorNote] = {}
+    for key, value in state.items():
+        if not isinstance(value, TensorNote):
+            skipped.append((f"{prefix}.{key}" if prefix else key, _type_name(value)))
+            continue
+        _check_dense(path, key, value)
+        tensors[key] = value
+    return StateDict(tensors=tensors, nesting=nesting, skipped=tuple(skipped))
+
+
+def _shown_key(text: str) -> str:
+    """A key that is no text, which came as text: without the quotes that a text gets."""
+    return shown(text)[1:-1]
+
+
+def _type_name(value: Node) -> str:
+    if isinstance(value, TensorNote):
+        return "Tensor"
+    if isinstance(value, Table):
+        return f"dict of {value.tensors} tensors" if value.tensors else value.kind
+    return value
+
+
+def _check_dense(path: Path, name: str, tensor: TensorNote) -> None:
+    if tensor.flaw:
+        raise SourceError(
+            f"{path}: tensor {shown(name)} is {tensor.flaw}, expected a dense one; convert it and save again"
+        )
+    check_tensor(path, name, tensor.dtype, tensor.shape, tensor.stride)

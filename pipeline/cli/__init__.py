@@ -1,0 +1,1 @@
+"""The `birkhoff` command: a module for each group of commands, registered on `app`, started by `main`."""

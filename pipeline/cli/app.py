@@ -1,0 +1,193 @@
+"""The app that commands register on, and what they share: options, standard output, lines on standard error."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import birkhoff
+from birkhoff.pipeline import hints, logs
+from birkhoff.pipeline.cli.completion import references
+from birkhoff.pipeline.errors import failure_facts
+from birkhoff.pipeline.text import printable, short, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log: logging.Logger = logging.getLogger("birkhoff.cli")
+
+
+app: typer.Typer = typer.Typer(
+    name="birkhoff",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Compress fleets of vision models, prove every layer, publish versioned artifacts, pull and run them.\n\n"
+    "MODEL[@REF]: REF is a version name (v3), a digest or an alias; `latest` where left out.\n\n"
+    "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), file:///DIR, or embedded, an S3 server on "
+    "this machine; BIRKHOFF_STORE, then embedded, where left out.\n\n"
+    "With every command, before or after its name: --quiet shows neither progress nor what was done, only what was "
+    "asked for, warnings and errors; --debug shows where an error came from; --allow-http lets other machines be "
+    "reached by http://, which can be read and changed on its way.\n\n"
+    "With --json standard output holds one JSON document, also of a failure (`birkhoff schema`).",
+)
+
+
+SignOption = Annotated[
+    Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this private key of `birkhoff key new`.")
+]
+SignatureOption = Annotated[
+    list[Path] | None,
+    typer.Option("--require-signature", metavar="PUBFILE", help="Only if signed by this public key; several: by any."),
+]
+AudienceOption = Annotated[
+    str | None,
+    typer.Option("--signed-for", metavar="STORE", help="Of a mirror: the store that signatures name."),
+]
+OlderOption = Annotated[
+    bool, typer.Option("--accept-older", help="Accept an alias that was put back to an older state than seen before.")
+]
+
+
+ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL[@REF]", show_default=False, autocompletion=references)]
+
+
+def _named_store(url: str | None) -> str | None:
+    hints.remember(store=url)
+    return url
+
+
+StoreOption = Annotated[
+    str | None, typer.Option("--store", metavar="URL", help="The store; see above.", callback=_named_store)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def output() -> "Console":
+    """Where tables go, by `tables.show`: standard output, wide when it is no terminal."""
+    from rich.console import Console  # in functions: a command that prints no table does not wait for it
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def notes() -> "Console":
+    """Where everything else goes: standard error. Lines by `say`, `remark`, `warn` and `complain`, no others."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    store: StoreOption = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"birkhoff {birkhoff.__version__}")
+        raise typer.Exit
+    name = context.invoked_subcommand
+    if store is not None and name is not None:
+        command = getattr(context.command, "commands", {}).get(name)
+        if command is not None and all(parameter.name != "store" for parameter in command.params):
+            raise typer.BadParameter(f"`birkhoff {name}` takes none", param_hint="--store")
+        context.default_map = {name: {"store": store}}
+    elif store is not None:
+        raise typer.BadParameter(f"expected a command: {hints.hint('list')}", param_hint="--store")
+
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether `--quiet` was said: nothing but what was asked to be shown, warnings and errors."""
+    global _quiet  # one command a process
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Whether progress, remarks and the facts of what was done are unwanted."""
+    return _quiet
+
+
+def print_json(value: object, file: IO[str] | None = None) -> None:
+    """The one document that a command with `--json` writes to standard output; numbers that JSON lacks become null."""
+    typer.echo(json_text(value, indent=2), file=file)
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """A value, or a part of one, as that document has it."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def failure_document(kind: str, code: int, message: str) -> dict[str, object]:
+    """What `--json` writes of a command that failed."""
+    return {"error": failure_facts(kind, code, message)}
+
+
+def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+    """The facts of a finished command as one line or as JSON."""
+    if as_json:
+        print_json(facts)
+        return
+    if _quiet:
+        return
+    shown = [text for key, value in facts.items() if (text := _said(key, value))]
+    typer.echo(printable(f"{verb}: {', '.join(shown)}"))
+
+
+def _said(key: str, value: object) -> str:
+    """A fact for people; nothing for what there is none of."""
+    name = key.replace("_", " ")
+    if value is None or value is False or value == "" or (value == 0 and not name.endswith("bytes")):
+        return ""
+    if value is True:
+        return name
+    if name.endswith("bytes") and isinstance(value, int):
+        return f"{name.removesuffix('bytes').strip()} {size(value)}".strip()
+    return f"{name} {short(str(value)) if key == 'digest' else value}"
+
+
+def say(text: str) -> None:
+    """A line on standard error, with nothing of a stranger's in it that a terminal obeys."""
+    notes().print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def remark(message: str) -> None:
+    """A line for what is worth knowing; not with `--quiet`."""
+    if _quiet:
+        return
+    if logs.as_json():
+        log.info("%s", printable(message))
+        return
+    say(message)
+
+
+def warn(message: str) -> None:
+    """A line for what works, but not as one may think."""
+    if logs.as_json():
+        log.warning("%s", printable(message))
+        return
+    say(f"warning: {message}")
+
+
+def complain(message: str) -> None:
+    """The one line of an error."""
+    if logs.as_json():
+        log.error("%s", printable(message))
+        return
+    say(f"error: {message}")

@@ -1,0 +1,263 @@
+"""Commands about manifests: compress, plan."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.profiles import PROFILES
+from birkhoff.pipeline import logs
+from birkhoff.pipeline.cli.app import (
+    JsonOption,
+    SignOption,
+    StoreOption,
+    app,
+    complain,
+    is_quiet,
+    notes,
+    output,
+    remark,
+    warn,
+)
+from birkhoff.pipeline.errors import EXIT_CODES, SourceError, exit_code, failure
+from birkhoff.pipeline.hints import hint, remember
+from birkhoff.pipeline.logs import LogFormat
+from birkhoff.pipeline.text import some
+
+if TYPE_CHECKING:
+    from birkhoff.pipeline.plan.manifest import Manifest
+    from birkhoff.pipeline.report.recorder import Recorder
+
+_PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
+    f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
+)
+
+
+class ExecutorName(StrEnum):
+    """Where shards run."""
+
+    RAY = "ray"
+    INLINE = "inline"
+
+
+ManifestArgument = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
+
+
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
+
+
+ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
+
+
+MirrorOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Take sources by their file names from this folder."),
+]
+
+
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Standard error: text, or a JSON object for each event."),
+]
+
+
+@app.command()
+def compress(
+    manifest: ManifestArgument,
+    only: OnlyOption = None,
+    store: StoreOption = None,
+    profile: ProfileOption = None,
+    executor: Annotated[
+        ExecutorName | None,
+        typer.Option(
+            help="Where shards run: on Ray's workers, or one after another in this process; the first where left out, "
+            "and the second if Ray does not start on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ray workers; one for each CPU, or 12 a GPU, where left out.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    mirror: MirrorOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Make every shard anew, also those in the store.")] = False,
+    revalidate: Annotated[
+        bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
+    ] = False,
+    sign: SignOption = None,
+    scheduled: Annotated[
+        bool,
+        typer.Option(
+            "--scheduled",
+            help="Leave it to an earlier run of these models that is still at work (exit code 22), and do not wait.",
+        ),
+    ] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
+    from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
+    from birkhoff.pipeline.errors import ClusterError
+    from birkhoff.pipeline.plan.manifest import load_manifest
+    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.registry.signing import load_signer
+    from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.run.compress import compress as run_all
+    from birkhoff.pipeline.run.outcome import Executor
+    from birkhoff.pipeline.run.progress import Progress
+    from birkhoff.pipeline.run.ray import RayExecutor
+    from birkhoff.pipeline.run.schedule import in_turn
+    from birkhoff.pipeline.run.worker import InlineExecutor
+    from birkhoff.pipeline.shard.task import Reuse
+    from birkhoff.pipeline.store.conditions import probed
+    from birkhoff.pipeline.store.default import open_default_store
+
+    if log_format is not LogFormat.TEXT:
+        logs.configure(log_format, debug="--debug" in sys.argv)
+    if executor is ExecutorName.INLINE and (workers or address):
+        raise typer.BadParameter(
+            "goes with Ray's workers, not with --executor inline", param_hint="--workers, --address"
+        )
+    chosen = select(load_manifest(manifest), only or [], profile)
+    remember(store=store or chosen.store)
+    signer = load_signer(sign) if sign else None
+    with open_default_store(store or chosen.store, allow_http=chosen.allow_http, create=True) as opened:
+        single = probed(opened, warn)
+
+        def start() -> Executor:
+            if executor is not ExecutorName.INLINE:
+                try:
+                    return RayExecutor(
+                        opened.address, address=address, workers=workers, shard_seconds=chosen.shard_seconds
+                    )
+                except ClusterError as error:
+                    if executor is ExecutorName.RAY or address is not None:
+                        raise
+                    warn(f"Ray did not start ({error.reason}); shards run one after another in this process")
+                    record.note_option("executor", ExecutorName.INLINE.value)
+            return InlineExecutor(opened.address)
+
+        reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
+        asked = executor or ExecutorName.RAY
+        record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
+        with (
+            in_turn(opened, (model.name for model in chosen.models), wait=not scheduled, tell=warn),
+            _announced(record, quiet=as_json),
+            record,
+            logs.trace(record.run),
+            Progress(
+                notes(), models=len(chosen.models), quiet=as_json or is_quiet() or log_format is LogFormat.JSON
+            ) as progress,
+        ):
+            runs = run_all(
+                chosen,
+                opened,
+                lambda: record.watch(start()),
+                progress,
+                reuse=reuse,
+                mirror=mirror,
+                single_publisher=single,
+                signer=signer,
+                begun=record.follow,
+            )
+    if as_json or (any(run.version for run in runs) and not is_quiet()):
+        rows = [run.row() for run in runs]
+        show(output(), filled(VERSION_COLUMNS, rows, "agreement_mean"), rows, as_json=as_json)
+    for run in runs:
+        if run.version is not None and run.version.same_as is not None and not as_json:
+            same = run.version.same_as
+            remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
+        for said in filter(None, (run.felt(), run.found())):
+            if not as_json:
+                remark(f"{run.name}: {said}")
+        for warning in run.warnings():
+            warn(f"{run.name}: {warning}")
+        if run.error is not None:
+            complain(f"{run.name}: {run.error}")
+    _announce(record, quiet=as_json)
+    if all(run.status == "up to date" for run in runs) and not as_json:
+        remark(f"nothing to do: {len(runs)} of {len(runs)} models are up to date")
+    failed = failure([run.error for run in runs])
+    if failed is not None:
+        raise typer.Exit(exit_code(failed))
+
+
+@contextmanager
+def _announced(record: "Recorder", *, quiet: bool) -> Iterator[None]:
+    """Say how to read the report of a run that an error ends."""
+    try:
+        yield
+    except BirkhoffError:
+        _announce(record, quiet=quiet)
+        raise
+
+
+def _announce(record: "Recorder", *, quiet: bool) -> None:
+    if record.written and not quiet and not logs.as_json():
+        remark(f"report: {hint('report', record.run)}")
+
+
+@app.command()
+def plan(
+    manifest: ManifestArgument,
+    only: OnlyOption = None,
+    store: StoreOption = None,
+    profile: ProfileOption = None,
+    mirror: MirrorOption = None,
+    check_sources: Annotated[
+        bool,
+        typer.Option("--check-sources", help="Ask the server of every address instead, and exit with 4 if one fails."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
+    from birkhoff.pipeline.cli.tables import PLAN_COLUMNS, show
+    from birkhoff.pipeline.plan.estimate import plan_rows
+    from birkhoff.pipeline.plan.manifest import load_manifest
+    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.store.default import open_existing_store
+
+    chosen = select(load_manifest(manifest), only or [], profile)
+    if check_sources:
+        _show_addresses(chosen, mirror, as_json=as_json)
+        return
+    remember(store=store or chosen.store)
+    with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
+        rows, errors = plan_rows(chosen, opened, mirror)
+    columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    if as_json or any(row["status"] != "failed" for row in rows):
+        show(output(), columns, rows, as_json=as_json)
+    for row in rows:
+        if "note" in row:
+            remark(f"{row['model']}: {row['note']}")
+        skipped = row.get("skipped")
+        if isinstance(skipped, list) and skipped:
+            remark(f"{row['model']}: no weights, left out: {some(skipped)}")
+        if "error" in row:
+            complain(f"{row['model']}: {row['error']}")
+    failed = failure(errors)
+    if failed is not None:
+        raise typer.Exit(exit_code(failed))
+
+
+def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:
+    """A row for each address of the manifest, and what its server said."""
+    from birkhoff.pipeline.cli.tables import ADDRESS_COLUMNS, show
+    from birkhoff.pipeline.download.check import check_addresses
+
+    found = check_addresses({model.name: model.source for model in chosen.models}, mirror=mirror)
+    rows = [
+        {"model": one.model, "address": one.url, "state": one.state, "bytes": one.nbytes, "problem": one.problem}
+        for one in found
+    ]
+    show(output(), ADDRESS_COLUMNS, rows, as_json=as_json)
+    bad = [one for one in found if not one.good]
+    for one in bad:
+        complain(f"{one.model}: {one.problem}")
+    if bad:
+        raise typer.Exit(EXIT_CODES[SourceError])

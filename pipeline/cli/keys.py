@@ -1,0 +1,52 @@
+"""Commands about signing keys, and `sign`. Registered on the app of `cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from birkhoff.pipeline.cli.app import JsonOption, ReferenceArgument, StoreOption, app, report
+
+key_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Signing keys (Ed25519).")
+app.add_typer(key_app, name="key")
+
+
+@key_app.command()
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; FILE.pub will be the public one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key pair: `--sign FILE` signs, `--require-signature FILE.pub` checks."""
+    from birkhoff.pipeline.registry.signing import PUBLIC_SUFFIX, new_key
+
+    public = new_key(file)
+    report({"key": public.id, "private": str(file), "public": f"{file}{PUBLIC_SUFFIX}"}, as_json, "made")
+
+
+@key_app.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="PUBFILE", help="A public key.")], as_json: JsonOption = False
+) -> None:
+    """Print the id of a public key, by which signatures name it."""
+    from birkhoff.pipeline.registry.signing import load_public
+
+    report({"key": load_public(file).id, "public": str(file)}, as_json, "key")
+
+
+@app.command()
+def sign(
+    reference: ReferenceArgument,
+    key: Annotated[Path, typer.Option("--key", metavar="KEYFILE", help="A private key of `birkhoff key new`.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a version that is published already, and the alias that it is named by; changes nothing else."""
+    from birkhoff.pipeline.registry.signing import load_signer
+    from birkhoff.pipeline.registry.versions import sign_published
+    from birkhoff.pipeline.store.default import open_default_store
+
+    signer = load_signer(key)
+    with open_default_store(store) as opened:
+        version = sign_published(opened, reference, signer)
+    facts = {"model": version.model, "version": version.name, "digest": version.digest, "alias": version.alias}
+    report({**facts, "key": signer.public.id}, as_json, "signed")

@@ -1,0 +1,54 @@
+"""Stored documents: strict JSON of a fixed form, bounded in size, equal bytes for equal content."""
+
+import json
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from birkhoff.codec import strict_json
+from birkhoff.pipeline.errors import IntegrityError
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+MAX_DOCUMENT_BYTES = 16 << 20
+"""More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
+
+
+class Document(BaseModel):
+    """A stored document: unknown fields are refused, nothing changes once it is made."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON in field order: equal documents are equal bytes."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+D = TypeVar("D", bound=Document)
+
+
+def read_document(kind: type[D], key: str, body: bytes) -> D:
+    """Parse a stored document.
+
+    Raises:
+        IntegrityError: the object is not such a document.
+    """
+    try:
+        return kind.model_validate(strict_json.parse(body))
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{key}: not a {kind.__name__}: {reason}; the stored object is damaged") from None
+
+
+def parse_bounded(kind: type[D], key: str, body: bytes) -> D:
+    """`read_document`, unless the body is larger than any document. Raises IntegrityError."""
+    check_size(key, body)
+    return read_document(kind, key, body)
+
+
+def check_size(key: str, body: bytes) -> None:
+    """Refuse the body of a document of which more than `MAX_DOCUMENT_BYTES` were read. Raises IntegrityError."""
+    if len(body) > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of ours")

@@ -1,0 +1,1 @@
+"""Sources from elsewhere, brought to this machine once: addresses, transports, the cache of downloads."""

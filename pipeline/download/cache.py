@@ -1,0 +1,236 @@
+"""The download cache: files under the SHA-256 of their bytes, and what is known of the addresses they came from.
+
+    FOLDER/<sha256>/<name>        a download, complete and read-only; it appears by a rename
+    FOLDER/seen/<key>.json        first-seen record of an address: digest, size, ETag, time
+    FOLDER/partial/<key>.part     a download under way, with <key>.json: the ETag and size it belongs to
+    FOLDER/locks/<key>            held while an address is being downloaded
+
+<key> is the SHA-256 of the address. Nothing is ever removed but damaged copies and finished partial files; the
+folder may be deleted whole while nothing runs.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from birkhoff.pipeline.download.spec import shown_url
+from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.files import atomic_file, file_sha256, file_state, remembered_digest, shortage, sync_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """What a server says about a file without sending it. `size` in bytes; None for what it does not say."""
+
+    size: int | None = None
+    etag: str | None = None
+    modified: str | None = None
+    """The Last-Modified header as it came."""
+    commit: str | None = None
+    """Of the repository, where the file is in one."""
+
+    @property
+    def validator(self) -> str | None:
+        """What If-Range takes (RFC 9110, 13.1.5): a strong ETag, else the time of the last change."""
+        if self.etag is not None and not self.etag.startswith("W/"):
+            return self.etag
+        return self.modified if self.etag is None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstSeen:
+    """First-seen record of an address, or of a local file: the digest that holds ever after."""
+
+    url: str
+    """Without its query."""
+    sha256: str
+    size: int
+    etag: str | None
+    modified: str | None
+    name: str
+    """Of the copy under FOLDER/<sha256>."""
+    mtime_ns: int
+    """Of the copy when it was hashed: as long as it stands, the copy is not hashed again."""
+    time: str
+    """When the digest was first seen, ISO 8601 in UTC."""
+    commit: str | None = None
+    """Of the repository on the Hugging Face Hub: the file stays there, at this commit."""
+
+
+class DownloadCache:
+    """The cache in `folder`, made on first use. May be shared by threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path = folder.absolute()
+
+    def first_seen_file(self, url: str) -> Path:
+        """Where the first-seen record of an address is recorded: delete it to forget the address."""
+        return self.folder / "seen" / f"{_key(url)}.json"
+
+    def first_seen(self, url: str) -> FirstSeen | None:
+        """First-seen record of an address; None for a new one. Raises SourceError for a damaged record."""
+        record = self.first_seen_file(url)
+        try:
+            return FirstSeen(**json.loads(record.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise SourceError(f"{record}: not a record of a download ({error}); delete it") from error
+
+    def copy(self, seen: FirstSeen) -> Path | None:
+        """The cached file of an address, or None. One that has changed under our feet is hashed, and removed if wrong.
+
+        Raises SourceError.
+        """
+        path = self.folder / seen.sha256 / seen.name
+        if stands(path, seen):
+            return path
+        path.unlink(missing_ok=True)
+        return None
+
+    def holding(self, sha256: str) -> Path | None:
+        """A cached file with this digest from whatever address; it is hashed. Raises OSError."""
+        with suppress(FileNotFoundError):
+            for path in sorted((self.folder / sha256).iterdir()):
+                if file_sha256(path) == sha256:
+                    return path
+        return None
+
+    def partial(self, url: str) -> "Partial":
+        """The download of an address that is under way, or a new one. Only for who holds its lock."""
+        base = self.folder / "partial" / _key(url)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        return Partial(url=shown_url(url), path=base.with_suffix(".part"), note=base.with_suffix(".json"))
+
+    def adopt(self, url: str, source: Path, *, sha256: str, name: str, remote: Remote, link: bool = False) -> Path:
+        """Put a complete file, whose digest was just taken, under that digest and record when its address.
+
+        With `link` the file stays where it is and gains a second name. Raises OSError.
+        """
+        target = self.folder / sha256 / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            with suppress(FileExistsError):
+                os.link(source, target)
+        elif source != target:
+            with source.open("rb") as file:
+                os.fsync(file.fileno())
+            source.chmod(0o444)
+            source.replace(target)
+            sync_folder(target.parent)
+        self.note(url, target, sha256=sha256, name=name, remote=remote)
+        return target
+
+    def note(self, url: str, target: Path, *, sha256: str, name: str, remote: Remote) -> None:
+        """Record an address whose file, just hashed, is at `target`. Raises OSError."""
+        facts = target.stat()
+        seen = FirstSeen(
+            url=shown_url(url),
+            sha256=sha256,
+            size=facts.st_size,
+            etag=remote.etag,
+            modified=remote.modified,
+            name=name,
+            mtime_ns=facts.st_mtime_ns,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=remote.commit,
+        )
+        write_json(self.first_seen_file(url), asdict(seen))
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a local file outside the cache, remembered while its size and times stand. Raises OSError."""
+        note = self.first_seen_file(path.as_uri())
+        return remembered_digest(note, lambda: {str(path): file_state(path)}, lambda: file_sha256(path))
+
+    @contextmanager
+    def lock(self, url: str) -> Iterator[None]:
+        """Hold off every other process and thread that wants to download the same address."""
+        lock = self.folder / "locks" / _key(url)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def stands(path: Path, seen: FirstSeen) -> bool:
+    """Whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return False
+    if (facts.st_size, facts.st_mtime_ns) == (seen.size, seen.mtime_ns):
+        return True
+    return facts.st_size == seen.size and file_sha256(path) == seen.sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """A download under way: its first bytes, and the state of the remote file that they belong to."""
+
+    url: str
+    path: Path
+    note: Path
+
+    @property
+    def done(self) -> int:
+        """Bytes that are there."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def remote(self) -> Remote | None:
+        """The remote file that the bytes belong to; None where that is not known, so that they are of no use."""
+        try:
+            note = json.loads(self.note.read_bytes())
+            # A machine that went down may have lost bytes that were not synced, and left zeros in their place.
+            return Remote(**note["remote"]) if note["boot"] == _boot() else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+    def begin(self, remote: Remote) -> Self:
+        """Start over with the bytes of `remote`. Raises SourceError if the disk cannot hold them."""
+        self.discard()
+        if remote.size is not None:
+            check_space(self.path.parent, remote.size, self.url)
+        write_json(self.note, {"boot": _boot(), "remote": asdict(remote)})
+        self.path.touch()
+        return self
+
+    def discard(self) -> None:
+        """Forget the bytes."""
+        # In this order: bytes without a note are never taken for anything.
+        self.note.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, nbytes: int, label: str) -> None:
+    """Raises SourceError if `folder` cannot take `nbytes` and leave `SPARE_BYTES`."""
+    if lack := shortage(folder, nbytes):
+        raise SourceError(f"{label}: {lack}; make room or point BIRKHOFF_HOME at a larger disk")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a small file so that it appears whole. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def _key(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
+def _boot() -> str:
+    """Which run of the machine this is; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

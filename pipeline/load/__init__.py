@@ -1,0 +1,1 @@
+"""Artifacts into models: names, layers, builders, transformers' classes."""

@@ -1,0 +1,271 @@
+"""From an artifact or a checkpoint to a model that runs: which code builds it, and with which settings.
+
+Weights alone do not say what computes on them. In this order:
+
+1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
+2. the transformers configuration that the artifact carries, or one beside the weights: `config.json`, or the weights'
+   own name with `.json`; of a checkpoint, the one beside it comes first;
+3. architectures known by their tensors (`architectures`, `published`): the members of the Segment Anything family, in
+   the names of their packages or of transformers.
+
+Nothing that a store holds names code to run: a builder is code on this machine that the user named, and of a
+configuration that came with weights no more counts than `stored_config` allows.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from birkhoff.pipeline.artifact.readers import Artifact, folder_meant, inspect, open_artifact
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor
+from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
+from birkhoff.pipeline.families import CONFIG_FILE
+from birkhoff.pipeline.load.architectures import known, package
+from birkhoff.pipeline.load.load import load_into
+from birkhoff.pipeline.load.name_maps import joined, renaming
+from birkhoff.pipeline.load.published import Shapes
+from birkhoff.pipeline.load.refresh import refresh
+from birkhoff.pipeline.load.stored_config import Settings, allowed, hub_shut
+from birkhoff.pipeline.paths import source_cache
+from birkhoff.pipeline.plan.sidecars import config_beside, settings_in, settings_of
+
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def compressed_model(
+    reference: str,
+    store: str | None = None,
+    *,
+    builder: str | None = None,
+    upstream: Path | None = None,
+    near: Path | None = None,
+    device: str,
+    accept: Callable[[nn.Module, str | None], object] | None = None,
+) -> nn.Module:
+    """A model that computes on an artifact's compressed weights, in evaluation mode.
+
+    Args:
+        reference, store: as in `load_into`.
+        builder: as the head of this file says.
+        upstream: as in `published.member`.
+        near: a checkpoint of the same model, whose configuration is looked for too.
+        device: where the weights go.
+        accept: is shown the model, and the adapter that the artifact names, while only headers were read; raises to
+            refuse it before its weights are fetched.
+
+    Raises:
+        BuilderError: nothing here builds it, or `accept` refused it; says how many bytes of its weights were fetched.
+        ModelMismatchError: what was built does not have the artifact's tensors.
+        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
+    """
+    with open_artifact(reference, store) as artifact:
+        shapes = {row.name: row.shape for row in inspect(artifact)}
+        folder = folder_meant(reference, store)
+        configs = [_carried(artifact), *(config_of(place) for place in (folder, near) if place is not None)]
+        try:
+            model = built(artifact.label, shapes, builder, configs, upstream)
+            if accept is not None:
+                accept(model, artifact.manifest.adapter)
+        except BuilderError as error:
+            whole = sum({shard.blob: shard.bytes for shard in artifact.manifest.shards}.values())
+            raise BuilderError(f"{error}; {artifact.fetched} of {whole} bytes were fetched") from error
+    load_into(model, reference, store, device=device)
+    return model.to(device).eval()
+
+
+def original_model(
+    source: Path,
+    *,
+    builder: str | None = None,
+    upstream: Path | None = None,
+    reference: str | None = None,
+    store: str | None = None,
+    device: str,
+) -> nn.Module:
+    """A model with the weights of a checkpoint file or a transformers folder, in evaluation mode.
+
+    Args:
+        source: the file or folder.
+        builder: as the head of this file says.
+        upstream: as in `published.member`.
+        reference, store: an artifact of the same model, whose configuration is taken where none is beside the weights.
+        device: where the weights go.
+
+    Raises:
+        BuilderError: nothing here builds it.
+        ModelMismatchError: what was built does not have the checkpoint's tensors.
+        SourceError: the checkpoint cannot be read.
+        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
+    """
+    checkpoint = open_checkpoint(weights_file(source), cache=source_cache())
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    configs = [config_of(source)]
+    if builder is None and reference is not None:
+        with open_artifact(reference, store) as artifact:
+            configs.append(_carried(artifact))
+    model = built(str(source), shapes, builder, configs, upstream)
+    fill(model, str(checkpoint.path), tensors_of(checkpoint))
+    return model.to(device).eval()
+
+
+def weights_file(source: Path) -> Path:
+    """The checkpoint that is meant: the file itself, or the weights in a transformers folder. Raises SourceError."""
+    if not source.is_dir():
+        return source
+    for name in _WEIGHT_FILES:
+        if (source / name).is_file():
+            return source / name
+    raise SourceError(f"{source}: a folder without {' or '.join(_WEIGHT_FILES)}; name the checkpoint's file")
+
+
+Config = tuple[str, Settings]
+"""Where a configuration was found, for messages, and what it says."""
+
+
+def carried_settings(artifact: Artifact) -> Settings | None:
+    """The transformers configuration that an artifact carries; None where it has none. Raises IntegrityError."""
+    body = artifact.file(CONFIG_FILE)
+    return None if body is None else settings_in(body)
+
+
+def _carried(artifact: Artifact) -> Config | None:
+    settings = carried_settings(artifact)
+    return None if settings is None else (f"{CONFIG_FILE} of {artifact.label}", settings)
+
+
+def config_of(place: Path) -> Config | None:
+    """The transformers configuration beside a checkpoint, or in a folder; None where there is none."""
+    path = config_beside(place)
+    settings = None if path is None else settings_of(path)
+    return None if settings is None else (str(path), settings)
+
+
+def built(
+    label: str, shapes: Shapes, builder: str | None, configs: Sequence[Config | None], upstream: Path | None
+) -> nn.Module:
+    """An untrained model for some tensors; `label` for messages, the first of the configurations counts.
+
+    Raises:
+        BuilderError: nothing here builds it.
+    """
+    if builder is not None:
+        return _named(builder)
+    found = next(filter(None, configs), None)
+    return known(label, shapes, upstream) if found is None else from_settings(*found)
+
+
+def _named(builder: str) -> nn.Module:
+    """What `--builder` says. Raises BuilderError."""
+    path = Path(builder)
+    if path.is_dir() or path.suffix == ".json":
+        return from_config(path / CONFIG_FILE if path.is_dir() else path)
+    build = user_function("--builder", builder, ", or a transformers configuration (.json)")
+    try:
+        model = build()
+    except Exception as error:  # whatever the user's code raises
+        raise BuilderError(f"--builder {builder}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise BuilderError(f"--builder {builder}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def user_function(option: str, text: str, other: str = "") -> Callable[..., Any]:
+    """A function of the user's own code, as an option or a key names it; `other` is what it may be besides.
+
+    Raises:
+        BuilderError: no such function, or its module cannot be imported.
+    """
+    place, _, function = text.rpartition(":")
+    if not place:
+        raise BuilderError(f"{option} {text}: expected module:function, FILE.py:function{other}")
+    found = getattr(_module(option, place), function, None)
+    if not callable(found):
+        raise BuilderError(f"{option} {text}: {place} has no function {function!r}")
+    named: Callable[..., Any] = found
+    return named
+
+
+def _module(option: str, place: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise BuilderError(f"{option} {place}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:  # a script finds the files beside it
+            sys.path.append(str(path.parent))
+        spec.loader.exec_module(module)
+        return module
+    except BuilderError:
+        raise
+    except Exception as error:
+        raise BuilderError(f"{option} {place}: cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def from_config(path: Path) -> nn.Module:
+    """An untrained model from a transformers configuration file that the user named. Raises BuilderError."""
+    settings = settings_of(path)
+    if settings is None:
+        raise BuilderError(f"{path}: expected a transformers configuration with a model_type")
+    return _of_transformers(str(path), settings)
+
+
+def stored_settings(label: str, settings: Settings) -> Settings:
+    """What counts of a configuration that came with weights; `label` for messages. Raises BuilderError."""
+    return allowed(label, settings, package("transformers", f"{label} describes a model of transformers"))
+
+
+def from_settings(label: str, settings: Settings) -> nn.Module:
+    """An untrained model from a configuration that came with weights; `label` for messages. Raises BuilderError."""
+    own = stored_settings(label, settings)
+    with hub_shut():
+        return _of_transformers(label, own)
+
+
+def _of_transformers(label: str, settings: Settings) -> nn.Module:
+    transformers = package("transformers", f"{label} describes a model of transformers")
+    try:
+        own = {key: value for key, value in settings.items() if key != "quantization_config"}  # the artifact has that
+        model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
+    except Exception as error:  # its classes check their settings each in its own way
+        raise BuilderError(f"{label}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by name, one in memory at a time. Raises SourceError."""
+    return ((tensor.name, read_tensor(tensor)) for tensor in checkpoint.tensors)
+
+
+def fill(model: nn.Module, label: str, found: Iterable[tuple[str, Tensor]]) -> None:
+    """Load dense tensors into a model, in place; names that the model ties need be there once only.
+
+    Modules see that their parameters are others now; each keeps its mode.
+
+    Raises:
+        ModelMismatchError: they are not the model's; `label` for the message.
+    """
+    stored = dict(found)
+    rename = renaming(model.state_dict().keys(), stored)
+    tensors: dict[str, Tensor] = {}
+    for name in list(stored):
+        tensors |= dict.fromkeys(rename(name), stored.pop(name))
+    tensors = joined(tensors)
+    for copy, kept in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        for absent, present in ((copy, kept), (kept, copy)):
+            if absent not in tensors and present in tensors:
+                tensors[absent] = tensors[present]
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ModelMismatchError(f"{label} does not fit the model: {' '.join(str(error).split())}") from None
+    refresh(model)

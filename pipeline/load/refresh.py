@@ -1,0 +1,55 @@
+"""What modules derive from their parameters, derived again after those were loaded.
+
+torch has two occasions for it: a module's `train(mode)`, where TinyViT's attention caches its biases for evaluation,
+and the hooks that `load_state_dict` calls at its end.
+"""
+
+from graphlib import TopologicalSorter
+
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+
+def refresh(model: nn.Module) -> None:
+    """Let every module of a model see that its parameters are others now; each keeps its own mode."""
+    modules = _parents_first(model)
+    for module in reversed(modules):
+        for hook in module._load_state_dict_post_hooks.values():
+            hook(module, _IncompatibleKeys([], []))
+    _reapply_modes(modules)
+
+
+def _reapply_modes(modules: list[nn.Module]) -> None:
+    """Put every module that does something at `train` or `eval` into its own mode again.
+
+    A module's `train` puts its children into its mode too, so that they come after it.
+    """
+    modes = {module: module.training for module in modules}
+    for module in modules:
+        if not _listens(module):
+            continue
+        if modes[module]:
+            module.train()
+        else:
+            module.eval()
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _listens(module: nn.Module) -> bool:
+    """Whether the module has a `train` or `eval` of its own."""
+    kind = type(module)
+    return (
+        kind.train is not nn.Module.train
+        or kind.eval is not nn.Module.eval
+        or not {"train", "eval"}.isdisjoint(vars(module))
+    )
+
+
+def _parents_first(model: nn.Module) -> list[nn.Module]:
+    """Every module once, after all that hold it."""
+    order = TopologicalSorter[nn.Module]({model: ()})
+    for module in model.modules():
+        for child in module.children():
+            order.add(child, module)
+    return list(order.static_order())

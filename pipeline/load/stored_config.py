@@ -1,0 +1,127 @@
+"""What a transformers configuration from a store may say: hyperparameters of known architectures, and nothing else.
+
+transformers finds classes, backbones, kernels and weights by what a configuration says, some of it on the Hugging Face
+Hub. So a configuration that came with weights is cut down, before transformers sees it, to settings that its own class
+declares, for architectures whose settings are numbers; and the Hub stays shut while it is used.
+"""
+
+import contextlib
+import inspect
+import os
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from birkhoff.pipeline.errors import BuilderError
+
+Settings = dict[str, Any]
+"""What a transformers configuration says."""
+
+MINIMUM = (5, 3)
+"""transformers that is needed. Those before take the name of a kernel to download from more places than these rules
+name (`_attn_implementation_internal`)."""
+
+ARCHITECTURES = frozenset(
+    {
+        *("sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model"),
+        *("sam2", "sam2_vision_model", "sam2_hiera_det_model", "sam2_video"),
+        *("sam3_tracker", "sam3_vision_model", "sam3_vit_model"),
+        *("vit", "vitdet", "deit", "beit", "dinov2", "dinov3_vit", "hiera", "swin", "convnext", "resnet", "segformer"),
+        *("mobilevit", "mobilenet_v2", "clip", "siglip", "bert", "roberta", "distilbert", "mpnet"),
+    }
+)
+"""`model_type` of those that are built. None of their classes takes the name of a backbone, a kernel, a file or a
+repository; `tests/pipeline/load/test_stored_config.py` holds this for the transformers at hand."""
+
+_COMMON = frozenset(
+    {"architectures", "dtype", "id2label", "image_mean", "image_std", "is_encoder_decoder", "label2id", "torch_dtype"}
+)
+"""Settings of every class that describe weights, pictures or outputs; `torch_dtype` is an older name of `dtype`."""
+
+_BASE = frozenset(
+    {"self", "args", "kwargs", "transformers_version", "output_hidden_states", "return_dict", "chunk_size_feed_forward"}
+)
+"""Parameters of every class that say nothing about an architecture."""
+
+_MAX_DEPTH = 6
+
+_lock = threading.Lock()
+
+
+def allowed(label: str, settings: Settings, transformers: ModuleType) -> Settings:
+    """The part of a configuration that transformers may see; `label` for messages.
+
+    Raises:
+        BuilderError: an architecture that is not among `ARCHITECTURES`, a value that is no setting, or an older
+            transformers than `MINIMUM`.
+    """
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < MINIMUM:
+        raise BuilderError(
+            f"{label}: a configuration that came with weights needs transformers {'.'.join(map(str, MINIMUM))} or "
+            f"newer, {transformers.__version__} is installed: pip install -U transformers"
+        )
+    return _of_model(label, settings, transformers)
+
+
+@contextlib.contextmanager
+def hub_shut() -> Iterator[None]:
+    """Let nothing inside the block reach the Hugging Face Hub, as HF_HUB_OFFLINE=1 does."""
+    from huggingface_hub import constants
+
+    with _lock:
+        before, variable = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
+            if variable is None:
+                del os.environ["HF_HUB_OFFLINE"]
+            else:
+                os.environ["HF_HUB_OFFLINE"] = variable
+
+
+def _of_model(label: str, settings: Settings, transformers: ModuleType, depth: int = 0) -> Settings:
+    """Settings that name their architecture."""
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise BuilderError(
+            f"{label}: model_type {str(kind)[:60]!r} is not built from a configuration that came with weights, only "
+            f"{', '.join(sorted(ARCHITECTURES))}; name what builds it: --builder module:function, or your own "
+            "configuration (.json)"
+        )
+    return {"model_type": kind, **_of_class(label, settings, transformers.CONFIG_MAPPING[kind], transformers, depth)}
+
+
+def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleType, depth: int) -> Settings:
+    """Settings that a configuration class declares; the others are left out."""
+    if depth > _MAX_DEPTH:
+        raise BuilderError(f"{label}: nested more than {_MAX_DEPTH} deep: no configuration of a known architecture")
+    declared = _COMMON | (inspect.signature(kind.__init__).parameters.keys() - _BASE)  # type: ignore[misc]
+    inner = getattr(kind, "sub_configs", None) or {}
+    found: Settings = {}
+    for key in settings.keys() & declared:
+        value = settings[key]
+        if key in inner and isinstance(value, dict):
+            part = f"{label}: {key}"
+            if issubclass(inner[key], transformers.PreTrainedConfig):
+                found[key] = _of_class(part, value, inner[key], transformers, depth + 1)
+            else:  # AutoConfig: whatever architecture it names
+                found[key] = _of_model(part, value, transformers, depth + 1)
+        elif key not in inner and _plain(value, _MAX_DEPTH):
+            found[key] = value
+        elif value is not None:
+            raise BuilderError(f"{label}: {key} is {type(value).__name__}, expected a setting of {kind.__name__}")
+    return {key: found[key] for key in settings if key in found}
+
+
+def _plain(value: object, depth: int) -> bool:
+    """Whether a value is made of numbers, texts and lists and tables of them."""
+    if isinstance(value, list):
+        return depth > 0 and all(_plain(item, depth - 1) for item in value)
+    if isinstance(value, dict):
+        return depth > 0 and all(_plain(item, depth - 1) for item in value.values())
+    return value is None or isinstance(value, bool | int | float | str)

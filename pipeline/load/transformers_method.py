@@ -1,0 +1,8 @@
+"""What a `config.json` says of weights that are ours."""
+
+METHOD = "birkhoff"
+"""`quant_method` of the folders' `quantization_config`."""
+
+FORM = 2
+"""`form` there: how layers lie in the files. 1, or none: `theta` as uint16, `step` and `escape_value` as float32.
+2: the buffers of HyperLinear, `theta_bytes`, `step_bits` and `escape_bits`."""

@@ -1,0 +1,1 @@
+"""From a manifest to what will be done: models, overrides, shards, budgets, estimates."""

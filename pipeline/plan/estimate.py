@@ -1,0 +1,258 @@
+"""What a run would do and cost, from headers alone: for `birkhoff plan`.
+
+Sizes follow from the targets: B dB cost about B/6.02 bits a weight, how far from that depends on the distribution of
+the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose decay and
+L1 term made sparse weights, and MiniLM-L6, whose weights are nearly Gaussian, the costliest shape there is. A budget's
+target is the one whose sizes fit. Times and memory are those of CPU workers on the machine that plans; a GPU is faster.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from birkhoff.codec.budget import Grid
+from birkhoff.codec.dtype_names import is_float
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline.checkpoint.digests import known_digest
+from birkhoff.pipeline.download.resolve import NotDownloaded, peek
+from birkhoff.pipeline.errors import SourceError, failure_of
+from birkhoff.pipeline.paths import source_cache
+from birkhoff.pipeline.plan.budget import lowest_step
+from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
+from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_checkpoint
+from birkhoff.pipeline.plan.output_search import PROBES, START_DB
+from birkhoff.pipeline.plan.shards import ModelPlan
+from birkhoff.pipeline.registry.documents import VersionManifest
+from birkhoff.pipeline.registry.versions import Version, latest_version
+from birkhoff.pipeline.shard.task import TensorPlan
+from birkhoff.pipeline.store.base import Store
+
+_DB_PER_BIT = 6.02
+
+_BITS_ABOVE = {True: (-0.73, 0.045), False: (-0.61, 0.24)}
+"""Bits a weight above B/6.02, with and without the path search: the demo, large matrices of MiniLM-L6; 27 to 36 dB."""
+
+_PAPER_BITS = 6.0, 9.2
+"""Bits a weight of the published codec, tensors that it leaves raw included."""
+
+_MATCH_BITS = 3.3, 4.75
+"""Bits a weight of ours at its error."""
+
+_LOSSLESS = 0.88, 1.0
+"""Bytes that byte planes leave of float weights; integers stay what they are."""
+
+_ENTRY_BYTES = 30
+"""A tensor's part of headers, shard records and manifest."""
+
+_WEIGHTS_PER_SECOND = {True: 6e6, False: 2e7}
+"""Of one CPU worker, everything included, with and without the path search."""
+
+_START_SECONDS = 8.0
+"""Ray and the workers' imports."""
+
+_PROCESS_BYTES = 450 << 20
+"""A process with torch and Ray loaded."""
+
+_SHARD_COPIES = 5
+"""Memory of a shard at work over its source bytes: source, coordinates, decoded tensor, probes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """One model's expected run. Bytes and seconds are estimates but for `shards` and `shared_shards`."""
+
+    stored_bytes: tuple[int, int]
+    """Least and most."""
+    target_db: float | None
+    tensor_db: tuple[float, float] | None
+    """Least and greatest target of coded tensors; None where the published codec's error or statistics decide."""
+    shards: int
+    shared_shards: int
+    seconds: float
+    memory_bytes: int
+
+
+def forecast(planned: Planned, seen: Counter[object], found_db: float | None = None) -> Forecast:
+    """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one.
+
+    `found_db` is the target that the model's budget has led to before, if it has.
+    """
+    plan = planned.plan
+    if planned.budget is not None:
+        plan = plan.at(_fitting(planned) if found_db is None else found_db)
+    signatures = [task.signature for task in plan.tasks("")]
+    shared = [seen[signature] > 0 for signature in signatures]
+    seen.update(signatures)
+    weights = sum(_weights(shard) for shard, duplicate in zip(plan.shards, shared, strict=True) if not duplicate)
+    workers = os.cpu_count() or 1
+    largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
+    return Forecast(
+        stored_bytes=_stored(planned, plan),
+        target_db=plan.profile.target_db,
+        tensor_db=_tensor_db(plan),
+        shards=len(plan.shards),
+        shared_shards=sum(shared),
+        seconds=round(_START_SECONDS + weights / _WEIGHTS_PER_SECOND[plan.profile.path] / workers, 1),
+        memory_bytes=(1 + workers) * _PROCESS_BYTES + workers * _SHARD_COPIES * largest,
+    )
+
+
+def _stored(planned: Planned, plan: ModelPlan) -> tuple[int, int]:
+    """Least and most bytes of the version; no more than a budget allows, which is kept or the model fails."""
+    files = sum(record.bytes for record in planned.file_records)
+    low, high = (_model_bytes(plan, end) + files for end in (0, 1))
+    limit = _limit(planned)
+    return (low, high) if limit is None else (min(low, limit), min(high, limit))
+
+
+def _limit(planned: Planned) -> int | None:
+    """The most bytes that a budget allows; None without one in bytes."""
+    budget = planned.budget
+    return None if budget is None or budget.by_output else budget.limit(planned.checkpoint.nbytes)
+
+
+def _tensor_db(plan: ModelPlan) -> tuple[float, float] | None:
+    targets = [None if item.decision.nominal else item.decision.target_db for item in plan.tensors]
+    known = [target for target in targets if target is not None]
+    return (min(known), max(known)) if known else None
+
+
+def _fitting(planned: Planned) -> float:
+    """About the target that a budget will find, dB: the highest whole one whose sizes fit, or the lowest there is."""
+    assert planned.budget is not None
+    if planned.budget.by_output:
+        return START_DB  # which is where its search starts; headers do not tell where it ends
+    limit, plan = planned.budget.limit(planned.checkpoint.nbytes), planned.plan
+    grid = Grid.of(plan.profile)
+    lowest = grid.target(lowest_step(plan, planned.budget.least_db))
+    knots = [knot for knot in grid.knots if knot >= lowest] or [grid.high]
+    sizes = [sum(_model_bytes(trial, end) for end in (0, 1)) / 2 for trial in map(plan.at, knots)]
+    return next((knot for knot, size in zip(reversed(knots), reversed(sizes), strict=True) if size <= limit), knots[0])
+
+
+def _weights(tensors: Iterable[TensorPlan]) -> int:
+    return sum(prod(item.tensor.shape) for item in tensors)
+
+
+def _model_bytes(plan: ModelPlan, end: int) -> int:
+    """Bytes of all tensors at one end of the range: 0 for the least, 1 for the most."""
+    return round(sum(_tensor_bytes(item, end) for item in plan.tensors))
+
+
+def _tensor_bytes(item: TensorPlan, end: int) -> float:
+    decision = item.decision
+    if decision.action == "lossless":
+        share = _LOSSLESS[end] if is_float(item.tensor.dtype) else 1.0
+        return item.tensor.dense_bytes * share + _ENTRY_BYTES
+    if decision.target_db is not None:
+        bits = decision.target_db / _DB_PER_BIT + _BITS_ABOVE[decision.path][end]
+    else:
+        bits = (_MATCH_BITS if decision.matches_published else _PAPER_BITS)[end]
+    return prod(item.tensor.shape) * bits / 8 + _ENTRY_BYTES
+
+
+def status(manifest: VersionManifest | None, source_sha256: str | None, planned: Planned) -> str:
+    """What a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
+    if manifest is None:
+        return "new"
+    if not matches_plan(manifest, planned):
+        return "changed"
+    if source_sha256 is None:
+        return "to be read"
+    return "up to date" if manifest.source.sha256 == source_sha256 else "changed"
+
+
+def plan_rows(
+    manifest: Manifest, store: Store | None, mirror: Path | None
+) -> tuple[list[dict[str, object]], list[BirkhoffError | None]]:
+    """One row per model of a manifest, its tensors by action and reason under `groups`, and the models' errors.
+
+    Downloads nothing: a model still to be downloaded has a `note` instead of figures, one whose source cannot be had
+    its `error`. Without a store, all models are `new`.
+    """
+    seen: Counter[object] = Counter()
+    found = [_plan(manifest, entry, mirror) for entry in manifest.models]
+    check_rules(manifest, [plan if isinstance(plan, Planned) else None for plan in found])
+    rows = [_plan_row(manifest, entry, plan, store, seen) for entry, plan in zip(manifest.models, found, strict=True)]
+    return rows, [plan if isinstance(plan, BirkhoffError) else None for plan in found]
+
+
+def _plan(manifest: Manifest, entry: ModelEntry, mirror: Path | None) -> Planned | NotDownloaded | BirkhoffError:
+    try:
+        found = peek(entry.source, cache=source_cache(), mirror=mirror)
+        if not isinstance(found, NotDownloaded):
+            return plan_checkpoint(manifest, entry, found)
+        return SourceError(f"cannot be downloaded: {found.problem}") if found.problem else found
+    except BirkhoffError as error:
+        return error
+
+
+def _plan_row(
+    manifest: Manifest,
+    entry: ModelEntry,
+    planned: Planned | NotDownloaded | BirkhoffError,
+    store: Store | None,
+    seen: Counter[object],
+) -> dict[str, object]:
+    row: dict[str, object] = {"model": entry.name, "profile": manifest.fidelity(entry).profile.name}
+    if isinstance(planned, BirkhoffError):
+        return row | {"status": "failed", "error": str(planned), "failure": failure_of(planned)}
+    if isinstance(planned, NotDownloaded):
+        return row | {"status": "to be downloaded", "note": str(planned)}
+    latest = latest_version(store, entry.name) if store is not None else None
+    state = status(latest.manifest if latest else None, known_digest(planned.checkpoint), planned)
+    expected = forecast(planned, seen, _found(latest, planned))
+    low, high = expected.stored_bytes
+    if latest is not None and state == "up to date":
+        low = high = latest.stored_bytes
+    middle = (low + high) // 2
+    searched = planned.budget is not None and planned.budget.by_output and _found(latest, planned) is None
+    if searched and state != "up to date":
+        row["note"] = f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start"
+    if planned.takes_statistics:
+        note = "targets of single tensors follow from what its outputs feel, which a run takes first"
+        row["note"] = f"{row['note']}; {note}" if "note" in row else note
+    return row | {
+        "allocation": planned.plan.profile.allocation,
+        "budget_bytes": _limit(planned),
+        "predicted_target_db": expected.target_db if planned.budget and not searched else None,
+        "predicted_tensor_db": expected.tensor_db,
+        "status": state,
+        "source_bytes": planned.checkpoint.nbytes,
+        "predicted_stored_bytes": middle,
+        "predicted_stored_bytes_range": (low, high),
+        "predicted_ratio": round(planned.checkpoint.nbytes / middle, 2),
+        "predicted_ratio_range": tuple(round(planned.checkpoint.nbytes / size, 2) for size in (high, low)),
+        "shards": expected.shards,
+        "shared_shards": expected.shared_shards,
+        "predicted_seconds": expected.seconds,
+        "predicted_memory_bytes": expected.memory_bytes,
+        "skipped": [f"{key} ({kind})" for key, kind in planned.checkpoint.skipped],
+        "overrides": planned.plan.overrides,
+        "groups": _groups(planned.plan),
+    }
+
+
+def _found(latest: Version | None, planned: Planned) -> float | None:
+    """The target in dB that the same budget has led to before, if it has."""
+    target = latest.manifest.recipe.get("target_db") if latest and matches_plan(latest.manifest, planned) else None
+    return target if isinstance(target, float) else None
+
+
+def _groups(plan: ModelPlan) -> list[dict[str, object]]:
+    groups: dict[tuple[str, str], list[TensorPlan]] = {}
+    for item in plan.tensors:
+        groups.setdefault((item.decision.action, item.decision.reason), []).append(item)
+    return [
+        {
+            "action": action,
+            "reason": reason,
+            "tensors": len(items),
+            "weights": _weights(items),
+            "bytes": sum(item.tensor.dense_bytes for item in items),
+        }
+        for (action, reason), items in groups.items()
+    ]

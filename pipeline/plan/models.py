@@ -1,0 +1,141 @@
+"""From a manifest to planned models: which are meant, what their checkpoints hold, and what is to become of them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from birkhoff.codec.profiles import PROFILES
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.download import resolve
+from birkhoff.pipeline.download.spec import is_remote
+from birkhoff.pipeline.errors import ManifestError
+from birkhoff.pipeline.paths import source_cache
+from birkhoff.pipeline.plan import overrides, sidecars
+from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
+from birkhoff.pipeline.plan.overrides import check_matches
+from birkhoff.pipeline.plan.proving import ProofTerms
+from birkhoff.pipeline.plan.quality import BUDGETS
+from birkhoff.pipeline.plan.shards import MIB, ModelPlan, plan_model
+from birkhoff.pipeline.plan.sidecars import Companion
+from birkhoff.pipeline.registry.documents import BudgetRecord, FileRecord, VersionManifest
+from birkhoff.pipeline.text import suggestion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A model whose header was read and whose shards were cut; with a `budget`, the plan's target is to be found."""
+
+    entry: ModelEntry
+    checkpoint: Checkpoint
+    plan: ModelPlan
+    budget: BudgetRecord | None = None
+    files: tuple[Companion, ...] = ()
+    """What goes with the weights."""
+    proof: ProofTerms = field(default_factory=ProofTerms)
+    """What its proof must come to."""
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether what the model's outputs feel shares its targets."""
+        return self.plan.profile.allocation == "output"
+
+    @property
+    def file_records(self) -> tuple[FileRecord, ...]:
+        """What a manifest says of `files`."""
+        return tuple(sidecar.record for sidecar in self.files)
+
+
+def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Manifest:
+    """The manifest cut down to the models of `--only`, with the profile of `--profile` over all profiles and budgets.
+
+    Raises:
+        ManifestError: a name that is not in the manifest, or an unknown profile.
+    """
+    wanted = list(only)
+    known = {model.name for model in manifest.models}
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ManifestError(
+            f"--only: the manifest has no model{suggestion(missing[0], known)}; it has {', '.join(sorted(known))}"
+        )
+    if profile is not None and profile not in PROFILES:
+        raise ManifestError(f"--profile: unknown profile{suggestion(profile, PROFILES)}; known: {', '.join(PROFILES)}")
+    over = {"profile": profile, **dict.fromkeys((*BUDGETS, "allocation", "floor_db"))} if profile else {}
+    return manifest.cut(
+        model.model_copy(update=over) for model in manifest.models if not wanted or model.name in wanted
+    )
+
+
+def plan_entry(
+    manifest: Manifest,
+    entry: ModelEntry,
+    *,
+    mirror: Path | None = None,
+    report: resolve.Report | None = None,
+) -> Planned:
+    """Bring one model's checkpoint here and plan it; `mirror` and `report` as in `fetch.resolve`.
+
+    Raises:
+        SourceError: the checkpoint cannot be had.
+        SourceError, ManifestError: as `plan_checkpoint`.
+    """
+    checkpoint = resolve.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
+    return plan_checkpoint(manifest, entry, checkpoint)
+
+
+def plan_checkpoint(manifest: Manifest, entry: ModelEntry, checkpoint: Checkpoint) -> Planned:
+    """Plan one model from the header of its checkpoint.
+
+    Raises:
+        SourceError: no tensor of it is coded, or a file that goes with it cannot be read.
+        ManifestError: an override of the model matches none of its tensors.
+    """
+    fidelity = manifest.fidelity(entry)
+    check_matches(entry.overrides, [(entry.name, checkpoint)])
+    own = overrides.said(fidelity.rules, checkpoint.tensors)
+    plan = plan_model(entry.name, checkpoint, fidelity.profile, shard_bytes=manifest.shard_mib * MIB, overrides=own)
+    return Planned(
+        entry=entry,
+        checkpoint=checkpoint,
+        plan=plan,
+        budget=fidelity.budget,
+        files=_files(entry, checkpoint),
+        proof=manifest.proving(entry),
+    )
+
+
+def _files(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Companion, ...]:
+    """What goes with a model's weights, read once: what is stored is what decided that it must be."""
+    if entry.files is not None:
+        return sidecars.named(entry.files)
+    (first, *others) = entry.source
+    if checkpoint.origin and first.whole and not others:
+        return sidecars.of_hub(checkpoint.path)
+    local = any(not is_remote(url) and Path(url) == checkpoint.path for url in first.urls)
+    whole = local and first.whole and not others and checkpoint.format == "safetensors"
+    return sidecars.beside(checkpoint.path) if whole else ()
+
+
+def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
+    """Refuse an override of the whole manifest that matches no tensor of any of its models.
+
+    Says nothing where a model was left out, or could not be planned: it may be the one. Raises ManifestError.
+    """
+    found = [(item.entry.name, item.checkpoint) for item in planned if item is not None]
+    if manifest.whole and len(found) == len(manifest.models):
+        check_matches(manifest.overrides, found)
+
+
+def matches_plan(manifest: VersionManifest, planned: Planned) -> bool:
+    """Whether a version has recipe, budget, overrides, adapter and files of a plan, and a proof that its terms allow.
+
+    Under a budget the target is an outcome, so it is ignored; under allocation by output the key of its statistics is.
+    """
+    wanted, found = planned.plan.profile.recipe(), manifest.recipe
+    if planned.budget is not None:
+        wanted, found = ({**recipe, "target_db": None} for recipe in (wanted, found))
+    if planned.takes_statistics and found.get("statistics") is not None:
+        found = {key: value for key, value in found.items() if key != "statistics"}
+    terms = found, manifest.budget, manifest.overrides or {}, manifest.adapter, manifest.files or ()
+    planned_terms = planned.budget, planned.plan.overrides, planned.entry.adapter, planned.file_records
+    return terms == (wanted, *planned_terms) and planned.proof.met_by(manifest.proof)

@@ -1,0 +1,104 @@
+"""What a manifest may say of the proof of its models, for all of them or for one.
+
+    proof: true                  # a model without a proof is not published; left out, it is made where it can be
+    floor_agreement: 0.9         # the least mean IoU with the original's masks; left out: 0.75
+    floor_output_db: 15          # of a model without masks, the least SQNR of its outputs; left out: 10
+    pictures: scans/             # the user's own pictures, measured besides the synthetic ones
+
+`proof: false` publishes without one. What a model says stands over what the manifest says.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from birkhoff.pipeline.plan.quality import Strict, wrong
+from birkhoff.pipeline.registry.documents import BudgetRecord, ProofRecord
+
+FLOOR_AGREEMENT = 0.75
+"""LiteMedSAM on the proof's pictures, weights rounded to the steps of these targets: bfloat16 0.984, `balanced` 0.917,
+24 dB 0.813, 30 dB in every tensor 0.713 (whose masks of real pictures agree at 0.67 to 0.73), 20 dB 0.686. The demo:
+`balanced` 0.955, the published codec 0.863."""
+FLOOR_OUTPUT_DB = 10.0
+"""An error of a tenth of the outputs' energy."""
+
+
+class Proving(Strict):
+    """The keys about proofs that a manifest and each of its models have in common."""
+
+    proof: bool | None = None
+    """`true`: publish nothing without a proof; `false`: make none; left out: make one where it can be made."""
+    floor_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least mean IoU of masks with the original's at which a version is published."""
+    floor_output_db: float | None = None
+    """The least SQNR of the outputs of a model without masks, dB."""
+    pictures: str | None = None
+    """Folder of the user's own pictures, relative to the manifest."""
+
+    @model_validator(mode="after")
+    def _proof_is_made(self) -> "Proving":
+        if self.proof is False:
+            for key in ("floor_agreement", "floor_output_db", "pictures"):
+                if getattr(self, key) is not None:
+                    raise wrong(key, "goes with a proof, and `proof: false` makes none; keep one of them")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofTerms:
+    """What a model's proof must come to, if one is to be made."""
+
+    wanted: bool = True
+    required: bool = False
+    floor_agreement: float = FLOOR_AGREEMENT
+    floor_output_db: float = FLOOR_OUTPUT_DB
+    pictures: str | None = None
+
+    def met_by(self, record: ProofRecord | None) -> bool:
+        """Whether a version with this proof is one that would be published now."""
+        if not self.wanted:
+            return True
+        if record is None:
+            return not self.required
+        return self.complaint(record) is None and (self.pictures is None or record.own is not None)
+
+    def complaint(self, record: ProofRecord) -> str | None:
+        """What falls below its floor, by name and figure; None if nothing does."""
+        found = record.figures
+        agreement, output = found["agreement_mean"], found["output_db"]
+        if agreement is not None:
+            if agreement < self.floor_agreement:
+                return (
+                    f"mean agreement of its masks with the original's is {agreement:g}, floor_agreement is "
+                    f"{self.floor_agreement:g}"
+                )
+            return None
+        if output is not None and output < self.floor_output_db:
+            return f"SQNR of its outputs is {output:g} dB, floor_output_db is {self.floor_output_db:g}"
+        return None
+
+
+def proof_terms(whole: Proving, model: Proving, budget: BudgetRecord | None) -> ProofTerms:
+    """What a model's words and those of the manifest come to.
+
+    A target for the outputs that lies below the floor is the user's word too: it is the floor then.
+    """
+
+    def said(key: str) -> object:
+        own = getattr(model, key)
+        return getattr(whole, key) if own is None else own
+
+    given = {key: said(key) for key in ("floor_agreement", "floor_output_db", "pictures")}
+    if budget is not None and budget.by_output:
+        low = {"floor_agreement": FLOOR_AGREEMENT, "floor_output_db": FLOOR_OUTPUT_DB}
+        wanted = {"floor_agreement": budget.target_agreement, "floor_output_db": budget.target_output_db}
+        for key, target in wanted.items():
+            if given[key] is None and target is not None:
+                given[key] = min(low[key], target)
+    proof = said("proof")
+    return ProofTerms(
+        wanted=proof is not False,
+        required=proof is True or (budget is not None and budget.by_output),
+        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )

@@ -1,0 +1,188 @@
+"""What a manifest may say of fidelity, for all its models or for one: a profile or a budget, and overrides.
+
+    target_ratio: 7              # a budget: the best there is in a seventh of the source's bytes
+    max_bytes: 64MiB             # or in so many, every byte of the version counted
+    target_agreement: 0.97       # or the fewest bytes whose masks have this mean IoU with the original's
+    target_output_db: 30         # or whose outputs (mask logits) have this SQNR
+    allocation: uniform          # one dB for every tensor; `size`, `header` (the default), `output`: see `Profile`
+    floor_db: 12                 # the least that a budget may leave a coded tensor; left out: 15
+    profile: fast                # how to encode; any other profile is a quality of its own, and no budget goes with it
+    overrides:                   # single tensors by glob; the last rule that matches holds, a model's come last
+      - {tensors: "mask_decoder.*", target_db: 36}
+      - {tensors: "*.pos_embed", lossless: true}
+
+What a model says of profile or budget replaces all that the manifest says of them; an allocation alone goes with the
+manifest's profile or budget. 1-D and tiny tensors stay lossless
+whatever a rule says of dB.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from birkhoff.codec.profiles import DEFAULT_PROFILE, PROFILES, TARGET_DB_RANGE, Allocation, Override, Profile
+from birkhoff.pipeline.registry.documents import BudgetRecord
+from birkhoff.pipeline.text import suggestion
+
+BUDGETS = ("target_ratio", "max_bytes", "target_agreement", "target_output_db")
+"""The keys that stand for a target to be found; one of them."""
+
+
+def check_profile(name: str) -> str:
+    """The name of a known profile. Raises ValueError."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile{suggestion(name, PROFILES)}; known: {', '.join(PROFILES)}")
+    return name
+
+
+def wrong(key: str, message: str) -> PydanticCustomError:
+    """A complaint about one key of a mapping: `manifest` shows its line."""
+    # As context, not as text: pydantic would take braces in it for its own.
+    return PydanticCustomError("key", "{message}", {"key": key, "message": message})
+
+
+def no_target(key: str, profile: Profile) -> PydanticCustomError:
+    """A complaint about an allocation where there is nothing to allocate."""
+    return wrong(key, f"shares a target in dB, and profile {profile.name!r} has none; leave it out")
+
+
+def no_floor(key: str) -> PydanticCustomError:
+    """A complaint about a floor where nothing is promised of single tensors."""
+    return wrong(
+        key,
+        "goes with an allocation that promises each tensor a target, and `allocation: output` promises masks: say "
+        "`floor_agreement`, or leave it out",
+    )
+
+
+class Strict(BaseModel):
+    """A part of a manifest: unknown keys and other types are refused."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OverrideRule(Strict):
+    """What is said of some tensors, over the profile or the budget."""
+
+    tensors: Annotated[str, Field(min_length=1)]
+    """Glob on tensor names, as of a shell: `*`, `?`, `[abc]`; `*` goes across dots."""
+    target_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
+    """Least SQNR of those of them that are coded, dB."""
+    lossless: Literal[True] | None = None
+    """Keep them bit for bit."""
+    _place: str = PrivateAttr(default="overrides")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.target_db is None) == (self.lossless is None):
+            raise wrong("tensors", "an override says one of `target_db: DB` and `lossless: true`")
+        return self
+
+    @property
+    def place(self) -> str:
+        """File, line and key, for messages."""
+        return self._place
+
+    def at(self, place: str) -> "OverrideRule":
+        """The rule, knowing where it stands."""
+        placed = self.model_copy()
+        placed._place = place
+        return placed
+
+    @property
+    def override(self) -> Override:
+        """What each tensor gets."""
+        return "lossless" if self.target_db is None else self.target_db
+
+
+class Quality(Strict):
+    """The keys that a manifest and each of its models have in common."""
+
+    profile: str | None = None
+    """Name of a profile."""
+    target_ratio: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] | None = None
+    """Budget: source bytes over every byte stored, at least."""
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Budget: every byte stored, at most; a number or a size such as `64MiB`."""
+    target_agreement: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The least mean IoU of masks with the original's, in the proof; the smallest version that reaches it is found."""
+    target_output_db: Annotated[float, Field(ge=0, le=100)] | None = None
+    """The least SQNR of mask logits, or another model's outputs, in the proof, dB."""
+    allocation: Allocation | None = None
+    """How the target of a profile or a budget is shared among tensors."""
+    floor_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
+    """The least target that a budget may give a coded tensor, dB; 15 where left out."""
+    overrides: Annotated[tuple[OverrideRule, ...], Field(strict=False)] = ()
+    """Single tensors; the last rule that matches holds."""
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, name: str | None) -> str | None:
+        return None if name is None else check_profile(name)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        said = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(said) > 1:
+            raise wrong(said[1], f"`{said[0]}` and `{said[1]}` are two budgets; keep one of them")
+        if self.budget is None and self.floor_db is not None:
+            raise wrong(
+                "floor_db",
+                "goes with a budget: give " + " or ".join(f"`{key}`" for key in BUDGETS) + ", or leave it out",
+            )
+        if self.profile is not None and PROFILES[self.profile].target_db is None and self.allocation is not None:
+            raise no_target("allocation", PROFILES[self.profile])
+        if self.budget is not None and self.profile is not None and not is_method(PROFILES[self.profile]):
+            raise wrong(
+                "profile",
+                f"{self.profile!r} ({PROFILES[self.profile].summary}) and a budget are two qualities; keep one of "
+                "them, or say `fast`, which only says how to encode",
+            )
+        return self
+
+    @property
+    def budget(self) -> BudgetRecord | None:
+        """The budget, if there is one."""
+        if all(getattr(self, key) is None for key in BUDGETS):
+            return None
+        return BudgetRecord(
+            target_ratio=self.target_ratio,
+            max_bytes=None if self.max_bytes is None else int(self.max_bytes),
+            target_agreement=self.target_agreement,
+            target_output_db=self.target_output_db,
+            floor_db=self.floor_db,
+        )
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything is said of profile or budget."""
+        return self.profile is not None or self.budget is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """What one model is to get: a profile, whose target a budget still has to find, and rules for single tensors."""
+
+    profile: Profile
+    budget: BudgetRecord | None
+    rules: tuple[OverrideRule, ...]
+
+
+def is_method(profile: Profile) -> bool:
+    """Whether a profile differs from the default in how it encodes, not in what comes out."""
+    default = PROFILES[DEFAULT_PROFILE]
+    return profile != default and replace(profile, name=default.name, path=True, summary=default.summary) == default
+
+
+def resolve(whole: Quality, model: Quality) -> Fidelity:
+    """What a model gets of its own words and those of the manifest."""
+    words = model if model.decides else whole
+    profile, budget = PROFILES[words.profile or DEFAULT_PROFILE], words.budget
+    allocation = model.allocation or words.allocation
+    if allocation is not None:
+        profile = replace(profile, allocation=allocation)
+    if budget is not None:
+        profile = replace(profile, name=budget.label)
+    return Fidelity(profile=profile, budget=budget, rules=(*whole.overrides, *model.overrides))

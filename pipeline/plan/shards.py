@@ -1,0 +1,174 @@
+"""From a checkpoint's header to shards: pure functions, no tensors, no I/O.
+
+A shard is a run of whole tensors of one module block: the unit of work, of sharing between models, and of what a
+worker holds in memory. Cuts depend only on the tensors near them, so that two checkpoints that share an encoder
+share its shards, whatever decoder follows.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
+from math import prod
+
+from birkhoff.codec.dtype_names import is_float
+from birkhoff.codec.dtypes import CODED_DTYPES, dtype_name
+from birkhoff.codec.output.allocation import Felt, gains_db
+from birkhoff.codec.profiles import Header, Override, Profile
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor
+from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.registry.documents import StatisticsRecord
+from birkhoff.pipeline.shard.decisions import Shares, decide
+from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """The shards of a model, in the order of the checkpoint: every tensor, and what becomes of it.
+
+    `profile` is what the decisions were made by; what one of them does not owe to it is its `override`.
+    """
+
+    profile: Profile
+    shards: tuple[tuple[TensorPlan, ...], ...]
+    shares: Shares | None = None
+    """Under allocation by output, what statistics have allotted; None before they are known."""
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """All tensors in the order of the checkpoint."""
+        return tuple(chain.from_iterable(self.shards))
+
+    @property
+    def overrides(self) -> dict[str, Override]:
+        """What was decided for single tensors over the profile, by name."""
+        decided = ((plan.tensor.name, plan.decision.override) for plan in self.tensors)
+        return {name: override for name, override in decided if override is not None}
+
+    def at(self, target_db: float) -> "ModelPlan":
+        """The plan under the same profile with another target, which only tensors that follow the profile's heed."""
+        return self._under(replace(self.profile, target_db=target_db), self.shares)
+
+    def with_statistics(self, statistics: StatisticsRecord) -> "ModelPlan":
+        """The plan with its targets shared by what the model's outputs feel of each tensor."""
+        felt = {
+            tensor.name: Felt(
+                weights=prod(tensor.shape),
+                rms=statistics.rms[tensor.name],
+                sensitivity=statistics.sensitivities.get(tensor.name, 0.0),
+            )
+            for tensor in self._following
+        }
+        hessians = {name: record.blob for name, record in statistics.hessians.items()}
+        shares = Shares(gains_db=gains_db(felt), hessians=hessians)
+        return self._under(replace(self.profile, statistics=statistics.key), shares)
+
+    @property
+    def _following(self) -> list[StoredTensor]:
+        """Coded tensors of which the profile decides, no override."""
+        return [plan.tensor for plan in self.tensors if plan.decision.action == "coded" and not plan.decision.override]
+
+    def _under(self, profile: Profile, shares: Shares | None) -> "ModelPlan":
+        """The same shards, with what the profile and shares make of tensors that follow them."""
+        decisions = decide(_headers(self._following), profile, {}, shares)
+        shards = (
+            tuple(
+                TensorPlan(tensor=plan.tensor, decision=decisions.get(plan.tensor.name, plan.decision))
+                for plan in shard
+            )
+            for shard in self.shards
+        )
+        return ModelPlan(profile=profile, shards=tuple(shards), shares=shares)
+
+    def tasks(self, model: str, *, reuse: Reuse = "trust") -> list[ShardTask]:
+        """What makes its shards."""
+        recipe = self.profile.recipe()
+        return [
+            ShardTask(model=model, index=index, tensors=shard, recipe=recipe, reuse=reuse)
+            for index, shard in enumerate(self.shards)
+        ]
+
+    def estimates(self, model: str, targets_db: Iterable[float], *, reuse: Reuse = "trust") -> list[ShardTask]:
+        """What estimates the sizes of its shards at each of some targets of its profile, dB."""
+        # Of a lossless tensor no target is asked for: any number will do.
+        trials = zip(
+            *([plan.decision.target_db or 0.0 for plan in self.at(db).tensors] for db in targets_db), strict=True
+        )
+        tasks = self.tasks(model, reuse=reuse)
+        return [replace(task, targets_db=tuple(islice(trials, len(task.tensors)))) for task in tasks]
+
+
+def plan_model(
+    name: str,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    *,
+    shard_bytes: int,
+    overrides: Mapping[str, Override] | None = None,
+) -> ModelPlan:
+    """Decide what becomes of each tensor of a model, and cut shards, from its header; `overrides` by tensor name.
+
+    Raises:
+        SourceError: the checkpoint holds no tensor of a type that is coded.
+    """
+    tensors = checkpoint.tensors
+    if not any(is_float(tensor.dtype) for tensor in tensors):
+        held = ", ".join(sorted({tensor.dtype for tensor in tensors}))
+        raise SourceError(
+            f"{checkpoint.path}: the {len(tensors)} tensors of model {name!r} are {held}; coded are "
+            f"{', '.join(sorted(map(dtype_name, CODED_DTYPES)))}: point `source` at the weights in one of these types"
+        )
+    profile = profile.of_model(_headers(tensors))
+    decisions = decide(_headers(tensors), profile, overrides or {})
+    shards = (
+        tuple(TensorPlan(tensor=tensor, decision=decisions[tensor.name]) for tensor in shard)
+        for shard in cut_shards(tensors, shard_bytes)
+    )
+    return ModelPlan(profile=profile, shards=tuple(shards))
+
+
+def _headers(tensors: Iterable[StoredTensor]) -> Iterator[Header]:
+    return (Header(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors)
+
+
+def cut_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[tuple[StoredTensor, ...]]:
+    """Runs of at most `shard_bytes` source bytes (more only for a single larger tensor), never across top modules.
+
+    Small neighbouring blocks of one top module share a shard; a block that would overflow it starts the next.
+    """
+    shards: list[tuple[StoredTensor, ...]] = []
+    for _, members in groupby(tensors, key=lambda tensor: tensor.name.split(".", 1)[0]):
+        pending: list[StoredTensor] = []
+        size = 0
+        for _, group in groupby(members, key=lambda tensor: block_of(tensor.name)):
+            for piece in _pieces(list(group), shard_bytes):
+                more = sum(tensor.dense_bytes for tensor in piece)
+                if pending and size + more > shard_bytes:
+                    shards.append(tuple(pending))
+                    pending, size = [], 0
+                pending += piece
+                size += more
+        if pending:
+            shards.append(tuple(pending))
+    return shards
+
+
+def block_of(name: str) -> str:
+    """Module block of a tensor name: up to its first number (`encoder.blocks.3`), else its module path."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1])
+
+
+def _pieces(group: list[StoredTensor], shard_bytes: int) -> list[list[StoredTensor]]:
+    """A block cut between tensors where it is larger than a shard."""
+    pieces: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in group:
+        if pieces[-1] and size + tensor.dense_bytes > shard_bytes:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(tensor)
+        size += tensor.dense_bytes
+    return pieces

@@ -1,0 +1,113 @@
+"""Small files that go with the weights of a version, such as transformers' `config.json`.
+
+    files: [configs/config.json, configs/preprocessor_config.json]   # of a model in the manifest
+    files: []                                                        # none
+
+Where the manifest does not say, they are those that transformers keeps beside a local safetensors source, if its
+configuration is among them; of the Hugging Face Hub its model card and licence too. They are text, few and small, and
+never code. Imports no torch.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.families import BESIDE, CONFIG_FILE, HUB_FILES
+from birkhoff.pipeline.registry.documents import MAX_FILE_BYTES, FileRecord, sha256
+
+_CODE_KEYS = re.compile(r"auto_map|custom_pipelines|\w*_implementation(_internal)?")
+"""Settings that can name code to be downloaded and run: modules and kernels of the Hugging Face Hub. They are left out
+of every configuration; of one that came with weights far more is (`load.stored_config`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companion:
+    """A file as it was read, and its record."""
+
+    record: FileRecord
+    body: bytes = field(repr=False)
+
+
+def named(paths: Sequence[str]) -> tuple[Companion, ...]:
+    """The files that a manifest names, in the order of their names. Raises SourceError."""
+    found = [_read(Path(path).name, Path(path)) for path in paths]
+    return tuple(sorted(found, key=lambda sidecar: sidecar.record.name))
+
+
+def of_hub(weights: Path) -> tuple[Companion, ...]:
+    """The files of a model's repository beside weights that came from there, in the order of their names."""
+    found = (weights.with_name(name) for name in HUB_FILES)
+    return tuple(_read(path.name, path) for path in sorted(found) if path.is_file())
+
+
+def beside(weights: Path) -> tuple[Companion, ...]:
+    """The files of transformers beside weights, in the order of their names; none without a configuration.
+
+    A configuration under the weights' own name goes alone: the others there may belong to other weights.
+    Raises SourceError for one that is too large, or empty.
+    """
+    config = config_beside(weights)
+    if config is None:
+        return ()
+    paths = {CONFIG_FILE: config}
+    if config.name == CONFIG_FILE:
+        paths |= {name: path for name in BESIDE if (path := config.with_name(name)).is_file()}
+    return tuple(_read(name, paths[name]) for name in sorted(paths))
+
+
+def config_beside(place: Path) -> Path | None:
+    """The transformers configuration of a folder, or of a file or its folder; None where there is none."""
+    candidates = [place / CONFIG_FILE] if place.is_dir() else [place.with_suffix(".json"), place.parent / CONFIG_FILE]
+    found = place.exists()
+    return next((path for path in candidates if found and path.is_file() and settings_of(path)), None)
+
+
+def settings_of(path: Path) -> dict[str, Any] | None:
+    """The settings in a transformers configuration file; None where it is not one."""
+    try:
+        with path.open("rb") as file:
+            return settings_in(file.read(MAX_FILE_BYTES + 1))
+    except OSError:
+        return None
+
+
+def settings_in(body: bytes) -> dict[str, Any] | None:
+    """The settings of a transformers configuration, none of which names code; None where it is not one."""
+    try:
+        found = json.loads(body)
+        if len(body) > MAX_FILE_BYTES or not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+            return None
+        return _without_code(found)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: _cleaned(value) for key, value in settings.items() if not _CODE_KEYS.fullmatch(key)}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_code(value)
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+def _read(name: str, path: Path) -> Companion:
+    try:
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file; correct `files` of the model")
+        with path.open("rb") as file:
+            body = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if not 0 < len(body) <= MAX_FILE_BYTES:
+        size = f"more than {MAX_FILE_BYTES} bytes" if body else "empty"
+        raise SourceError(
+            f"{path}: expected a file of 1 to {MAX_FILE_BYTES} bytes to go with the weights, it is {size}; name the "
+            "files that should: `files: [...]` of the model, or `files: []` for none"
+        )
+    return Companion(record=FileRecord(name=name, blob=sha256(body), bytes=len(body)), body=body)

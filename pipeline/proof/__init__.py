@@ -1,0 +1,1 @@
+"""Proof of a version before it is published: its outputs beside the original's."""

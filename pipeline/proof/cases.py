@@ -1,0 +1,74 @@
+"""What a proof is made on: synthetic pictures that set no step, drawn shapes whose masks are known, the user's own.
+
+The synthetic pictures are those of `codec.output`, of seeds that nothing else uses. Their boxes are anywhere; those of
+the shapes are the shapes' own. Points are the middles of boxes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures
+from birkhoff.codec.output.shapes import drawn_shapes
+from birkhoff.pipeline.segment.adapters.base import fitted_size, resized
+from birkhoff.pipeline.segment.dataset import Case
+from birkhoff.pipeline.segment.prompts import Prompts, box_grid, boxes_of, pictures_in, point_grid, read_picture
+
+SEED = 0x9B00F
+"""Of the proof's pictures; statistics have others."""
+
+PICTURES = 3
+SHAPES = 1
+"""Pictures of each kind: four passes of each model's encoder, which are nearly all of a proof's cost."""
+
+BOXES, POINTS = 6, 2
+"""Prompts a picture."""
+
+MOST_SIDE = 512
+"""Pixels of a synthetic picture's side, if the model's input has no fewer: a larger input enlarges it."""
+
+OWN_PICTURES = 32
+"""The first pictures of the user's folder, by name."""
+
+OWN_SIDE = 1024
+"""Longer side to which a larger picture of the user's is reduced, which is the input of the largest models."""
+
+_OWN_BOXES, _OWN_POINTS = 3, 2
+"""Boxes, and points, across and down a picture of the user's."""
+
+
+def synthetic(side: int) -> list[Case]:
+    """Pictures for a model whose input has `side` pixels; those of the shapes have their masks as truth."""
+    side = min(side, MOST_SIDE)
+    pictures = synthetic_pictures(PICTURES, side, SEED)
+    boxes = synthetic_boxes(PICTURES, BOXES, side, SEED + 1)
+    cases = [
+        _case(f"synthetic {number}", pixels, own)
+        for number, (pixels, own) in enumerate(zip(pictures, boxes, strict=True))
+    ]
+    # Not square: whether a model pads or stretches shows only there.
+    drawn, masks = drawn_shapes(SHAPES, (side * 3 // 4, side), SEED + 2)
+    cases += [
+        _case(f"shapes {number}", pixels, boxes_of(truth), truth)
+        for number, (pixels, truth) in enumerate(zip(drawn, masks, strict=True))
+    ]
+    return cases
+
+
+def own(folder: Path) -> Iterator[Case]:
+    """The user's pictures, one at a time, asked by grids. Raises PictureError."""
+    for path in pictures_in(folder)[:OWN_PICTURES]:
+        pixels = read_picture(path)
+        size = int(pixels.shape[1]), int(pixels.shape[2])
+        if max(size) > OWN_SIDE:
+            pixels = resized(pixels[None], fitted_size(size, OWN_SIDE))[0]
+            size = int(pixels.shape[1]), int(pixels.shape[2])
+        asked = box_grid(size, _OWN_BOXES), point_grid(size, _OWN_POINTS)
+        yield Case(name=path.name, pixels=pixels, asked=asked, truth=None)
+
+
+def _case(name: str, pixels: Tensor, boxes: Tensor, truth: Tensor | None = None) -> Case:
+    middles = (boxes[:POINTS, :2] + boxes[:POINTS, 2:]) / 2
+    asked = Prompts(kind="box", values=boxes), Prompts(kind="point", values=middles.round())
+    return Case(name=name, pixels=pixels, asked=asked, truth=truth)

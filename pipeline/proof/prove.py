@@ -1,0 +1,197 @@
+"""Proof at the model's level: original and compressed run on the same inputs, one after the other.
+
+The compressed weights are decoded from the shards in the store, which is what readers get. Of the original only its
+outputs stay in memory; those of the last proof are kept, because a search for a target asks for them again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from birkhoff.codec.output.pictures import PICTURES_VERSION
+from birkhoff.pipeline.artifact.readers import StoredArtifact
+from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, ProofError
+from birkhoff.pipeline.load.builders import fill, tensors_of
+from birkhoff.pipeline.proof import cases, masks, outputs
+from birkhoff.pipeline.proof.running import built_model, threads
+from birkhoff.pipeline.proof.task import Proof, ProofTask
+from birkhoff.pipeline.registry.documents import Agreement, ProofRecord
+from birkhoff.pipeline.registry.versions import Version
+from birkhoff.pipeline.segment.adapters.base import Segmenter
+from birkhoff.pipeline.segment.adapters.families import FAMILIES, segmenter_of
+from birkhoff.pipeline.segment.dataset import Case
+from birkhoff.pipeline.shard.run import Stages
+from birkhoff.pipeline.store.base import Store
+
+SHAPES_SOUND = 0.8
+"""IoU of the original's masks with the drawn shapes below which other ways of preparing pictures are tried. LiteMedSAM
+reaches 0.98 as itself and 0.6 with the pictures of MobileSAM."""
+
+SHAPES_BETTER = 0.1
+"""By so much another way must be better to be named as the right one."""
+
+SHAPES_LEAST = 0.3
+"""Below this the original finds nothing of what is asked for, and agreement with it proves nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    """What the original made of the inputs."""
+
+    key: object
+    synthetic: Sequence[masks.Seen] = ()
+    own: Sequence[masks.Seen] = ()
+    shapes_iou: float = 0.0
+    batches: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+
+
+_last: list[_Reference] = []
+"""The reference of the last proof of this process: one, or none."""
+
+
+def prove(task: ProofTask, store: Store, device: torch.device) -> Proof:
+    """Compare a model's shards in a store with its checkpoint.
+
+    Raises:
+        ProofError: the proof cannot be made and is required, or the original is not run as it wants to be.
+        BuilderError: the model is not of the family named.
+        SourceError, StoreError, IntegrityError, PictureError: as reading raises.
+    """
+    stages = Stages()
+    with threads(task.checkpoint.nbytes):
+        try:
+            model = built_model(task.subject, task.checkpoint)
+        except BuilderError as error:
+            return _missing(task, error, stages)
+        stages.end("build")
+        try:
+            of = _of_masks if task.subject.inputs is None else _of_outputs
+            return of(task, model.to(device), store, stages)
+        except ModelMismatchError as error:
+            return _missing(task, error, stages)
+
+
+def _missing(task: ProofTask, error: Exception, stages: Stages) -> Proof:
+    """No proof, and why. Raises ProofError if there must be one."""
+    if task.subject.required:
+        raise ProofError(f"{task.label} is required, and cannot be made: {error}")
+    stages.end("prove")
+    return Proof(record=None, missing=str(error), stages=stages.seconds)
+
+
+def _of_masks(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
+    try:
+        segmenter = segmenter_of(model, task.subject.adapter)
+    except BuilderError as error:
+        if task.subject.adapter is not None:
+            raise
+        return _missing(task, error, stages)
+    reference = _reference(task, segmenter)
+    stages.end("original")
+    fill(model, task.label, _decoded(task, store))
+    synthetic = masks.look(segmenter, (one.case for one in reference.synthetic))
+    own = masks.look(segmenter, (one.case for one in reference.own))
+    record = ProofRecord(
+        adapter=segmenter.family,
+        pictures_version=PICTURES_VERSION,
+        shapes_iou=round(reference.shapes_iou, 3),
+        measured=_some(task, masks.agreement(segmenter, reference.synthetic, synthetic), "the synthetic pictures"),
+        own=_some(task, masks.agreement(segmenter, reference.own, own), task.subject.pictures) if own else None,
+    )
+    shown = (reference.own, own) if own else (reference.synthetic, synthetic)
+    picture = masks.picture(segmenter, *shown)
+    stages.end("prove")
+    return Proof(record=record, picture=picture, stages=stages.seconds)
+
+
+def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
+    """The proof of a model that no adapter knows, on the user's inputs."""
+    subject = task.subject
+    assert subject.inputs is not None
+    key = _key(task, model)
+    if not (_last and _last[0].key == key):
+        _last.clear()
+        fill(model, str(task.checkpoint.path), tensors_of(task.checkpoint))
+        batches = outputs.batches_of(subject.inputs)
+        _last.append(_Reference(key=key, batches=batches, outputs=outputs.outputs_of(model, batches)))
+    reference = _last[0]
+    stages.end("original")
+    fill(model, task.label, _decoded(task, store))
+    found = outputs.outputs_of(model, reference.batches)
+    metrics = outputs.metrics_of(subject.metric, reference.outputs, found)
+    measured = outputs.agreement(outputs.scores(reference.outputs, found), len(reference.batches), metrics)
+    stages.end("prove")
+    return Proof(record=ProofRecord(measured=measured), stages=stages.seconds)
+
+
+def _some(task: ProofTask, found: Agreement, where: str | None) -> Agreement:
+    """An agreement about something. Raises ProofError if the original found nothing anywhere."""
+    if not found.prompts:
+        raise ProofError(f"{task.label}: the original finds nothing on {where}: agreement with it proves nothing")
+    return found
+
+
+def _reference(task: ProofTask, segmenter: Segmenter) -> _Reference:
+    """Outputs of the original, whose weights are put into the model, unless the last proof has left them."""
+    subject, key = task.subject, _key(task, segmenter.model)
+    if _last and _last[0].key == key:
+        return _last[0]
+    _last.clear()
+    fill(segmenter.model, str(task.checkpoint.path), tensors_of(task.checkpoint))
+    synthetic = masks.look(segmenter, cases.synthetic(segmenter.side))
+    sound = masks.shapes_iou(segmenter, synthetic)
+    if sound < SHAPES_SOUND:
+        _check_family(task, segmenter, [one.case for one in synthetic if one.case.truth is not None], sound)
+    own = masks.look(segmenter, cases.own(Path(subject.pictures))) if subject.pictures else []
+    _last.append(_Reference(key=key, synthetic=synthetic, own=own, shapes_iou=sound))
+    return _last[0]
+
+
+def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case], sound: float) -> None:
+    """Refuse a model whose masks miss plain shapes, but are good if pictures are prepared as another member wants.
+
+    Raises:
+        ProofError: it is, or no member's way gives masks that have anything to do with what was asked for.
+    """
+    given, found = segmenter.preprocessing, {segmenter.family: sound}
+    tried = [given]
+    try:
+        for family in segmenter.families:
+            if FAMILIES[family] not in tried:
+                segmenter.preprocessing = FAMILIES[family]
+                tried.append(FAMILIES[family])
+                found[family] = masks.shapes_iou(segmenter, masks.look(segmenter, shapes))
+    finally:
+        segmenter.preprocessing = given
+    best = max(found.values())
+    if best >= sound + SHAPES_BETTER:
+        # Padding and stretching differ by little, preparing the values in another way by much.
+        close = " or ".join(name for name, value in found.items() if value > best - SHAPES_BETTER / 2)
+        raise ProofError(
+            f"{task.label}: run as {segmenter.family!r}, the original itself finds drawn shapes at a mean IoU of "
+            f"{sound:.2f}, as {close} at {best:.2f}: name what it is by `adapter` in the manifest"
+        )
+    if sound < SHAPES_LEAST:
+        raise ProofError(
+            f"{task.label}: run as {segmenter.family!r}, the original itself finds drawn shapes at a mean IoU of "
+            f"{sound:.2f}, at least {SHAPES_LEAST:g} is expected of trained weights: agreement with it proves nothing; "
+            "name the right `adapter`, or leave the proof out by `proof: false`"
+        )
+
+
+def _key(task: ProofTask, model: nn.Module) -> object:
+    """Equal for proofs whose originals give the same outputs."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return task.manifest.source.sha256, replace(task.subject, required=False), str(device)
+
+
+def _decoded(task: ProofTask, store: Store) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the version to be, from its bytes in the store."""
+    manifest = task.manifest
+    version = Version(model=task.model, name=None, digest=manifest.digest, manifest=manifest)
+    return StoredArtifact(store, version).tensors()

@@ -1,0 +1,39 @@
+"""A model that is to be run beside a fleet's work: built for a checkpoint, with as many threads as it is worth."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.load.builders import built, config_of
+from birkhoff.pipeline.proof.task import Subject
+
+THREADED_BYTES = 128 << 20
+"""Size of a checkpoint from which the operations of its model are worth several threads."""
+
+
+def built_model(subject: Subject, checkpoint: Checkpoint) -> nn.Module:
+    """An untrained model for a checkpoint, in evaluation mode. Raises BuilderError."""
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    upstream = Path(subject.upstream) if subject.upstream else None
+    configs = [subject.config, config_of(checkpoint.path)]
+    return built(str(checkpoint.path), shapes, subject.builder, configs, upstream).eval()
+
+
+@contextlib.contextmanager
+def threads(nbytes: int) -> Iterator[None]:
+    """Every CPU for a large model, whose version waits for nothing else; one for a small one.
+
+    Beside busy workers, threads that wait for each other at every small operation take ten times as long as one.
+    """
+    before = torch.get_num_threads()
+    if nbytes >= THREADED_BYTES:
+        torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,200 @@
+"""The report of a run: what became of every model, tensor by tensor.
+
+`runs/<id>/report.json` is the document below, `report.html` the same for people. `report.schema.json` beside this file
+is its JSON schema, written by `birkhoff report --schema`. Sizes are bytes, times seconds, SQNR and targets dB, ratios
+source bytes over stored bytes; a field without a value is left out.
+
+A run writes its report when all its models have ended, well or badly. One that found everything up to date writes none:
+nothing happened, and a schedule would fill the store with copies of the last report.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from birkhoff.pipeline.documents import Digest, Document
+from birkhoff.pipeline.registry.documents import ProofRecord
+from birkhoff.pipeline.run.environment import Environment
+from birkhoff.pipeline.run.status import Status
+from birkhoff.pipeline.run_ids import RUN_ID
+
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+
+
+class LayerRecord(Document):
+    """A stored tensor: what its shard's header says, and what the validation of its shard measured."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    """`lattice` and `paper` are lossy; `raw` and `planes` give every bit back."""
+    shard: int
+    """Index of its shard in the model."""
+    bits_per_weight: float
+    """Stored bits, without the header's entry."""
+    sqnr_db: float | None = None
+    """Of the decoded tensor against its source; not set for a lossless one."""
+    target_db: float | None = None
+    """What `sqnr_db` had to reach; not set where nothing was promised."""
+    nominal_db: float | None = None
+    """Under allocation by output, what says the step: nothing that `sqnr_db` had to reach."""
+    max_abs_error: float = 0.0
+    """Greatest |w - w'|, in the weights' unit."""
+    probe_db: float | None = None
+    """SQNR of HyperLinear's output on random inputs against the source weight; of coded matrices."""
+    reason: str | None = None
+    """Why it was kept lossless."""
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class ShardTiming(Document):
+    """What one shard took."""
+
+    model: str
+    index: int
+    first: str
+    """Its first tensor."""
+    tensors: int
+    source_bytes: int
+    stored_bytes: int | None = None
+    seconds: float
+    stages: dict[str, float]
+    reused: bool
+    error: str | None = None
+
+
+class TensorChange(Document):
+    """A tensor that differs from the version before: values of A are the old ones, of B the new ones."""
+
+    name: str
+    change: str
+    """`added`, `removed`, `changed`, or `recoded` (same source, another recipe)."""
+    bits_per_weight_a: float | None = None
+    bits_per_weight_b: float | None = None
+    sqnr_db_a: float | None = None
+    sqnr_db_b: float | None = None
+
+
+class ChangeRecord(Document):
+    """What a new version changed against the one that `latest` pointed at before the run."""
+
+    version: str | None
+    """The version before."""
+    digest: Digest
+    stored_bytes: int
+    ratio: float
+    sqnr_db_min: float | None = None
+    sqnr_db_median: float | None = None
+    recipe: tuple[str, ...] = ()
+    """What differs in the recipe: `target_db 30.0 -> 36.0`."""
+    shards_same: int
+    shards_new: int
+    tensors: dict[str, int] | None = None
+    """Tensors by kind of change; not set where so much differs that they were not compared one by one."""
+    listed: tuple[TensorChange, ...] = ()
+    """The first of those that differ."""
+
+
+class ModelRecord(Document):
+    """One model of a run. `seconds` run from the run's start to the model's end."""
+
+    name: str
+    profile: str
+    allocation: str | None = None
+    """How the target was shared among tensors."""
+    status: Status
+    seconds: float
+    error: str | None = None
+    source: str | None = None
+    """Name of the source file, without its folder."""
+    source_sha256: str | None = None
+    version: str | None = None
+    digest: Digest | None = None
+    source_bytes: int | None = None
+    stored_bytes: int | None = None
+    ratio: float | None = None
+    sqnr_db_min: float | None = None
+    sqnr_db_median: float | None = None
+    agreement_mean: float | None = None
+    """Mean IoU of the version's masks with the original's, as its proof measured it."""
+    agreement_p5: float | None = None
+    """The same at the 5th percentile of the prompts."""
+    output_db: float | None = None
+    """SQNR of its mask logits, or its outputs, in the proof."""
+    proof: ProofRecord | None = None
+    """The whole proof, also of a model that it kept from being published."""
+    unproven: str | None = None
+    """Why this run could make no proof, and how to have one."""
+    masks: str | None = None
+    """A WebP picture of the proof, base64: masks of both models side by side, where they agree least."""
+    probe_error: float | None = None
+    """Greatest relative error of HyperLinear against `F.linear` with the decoded weight."""
+    shards: int | None = None
+    shards_reused: int = 0
+    """Shards that the store had already: of an earlier run, or of another model of this one."""
+    reused_bytes: int = 0
+    """Stored bytes of those."""
+    stages: dict[str, float] = Field(default_factory=dict)
+    """Worker seconds by stage."""
+    layers: tuple[LayerRecord, ...] = ()
+    """Every tensor of a version published by this run, in the checkpoint's order."""
+    changes: ChangeRecord | None = None
+    """Not set for a first version."""
+
+
+class Totals(Document):
+    """The fleet as a whole, over the models that have a version."""
+
+    models: int
+    published: int = 0
+    up_to_date: int = 0
+    failed: int = 0
+    source_bytes: int = 0
+    stored_bytes: int = 0
+    """Sum over the models, each taken by itself."""
+    unique_bytes: int = 0
+    """Bytes of the different shards: what the models take together, since shards of equal content are stored once."""
+    new_bytes: int = 0
+    """Bytes of the shards that this run made."""
+    shards: int = 0
+    shards_reused: int = 0
+    sqnr_db_min: float | None = None
+    sqnr_db_median: float | None = None
+
+
+class RunReport(Document):
+    """`runs/<id>/report.json`."""
+
+    version: Literal[1] = 1
+    """Version of this document's form."""
+    run: Annotated[str, Field(pattern=f"^{RUN_ID}$")]
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    store: str
+    """URL of the store, without credentials."""
+    settings: dict[str, Any]
+    """The manifest and the command's options, without sources."""
+    environment: Environment
+    totals: Totals
+    error: str | None = None
+    """What ended the run before its models ended."""
+    models: tuple[ModelRecord, ...]
+    slowest: tuple[ShardTiming, ...] = ()
+    """The shards that took longest, longest first."""
+
+
+def schema() -> str:
+    """JSON schema of `RunReport`, as `report.schema.json` holds it."""
+    found = RunReport.model_json_schema()
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **found}, indent=2) + "\n"

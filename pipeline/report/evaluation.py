@@ -1,0 +1,32 @@
+"""The page of an evaluation, which `birkhoff evaluate -o FILE.html` writes: one file, no network, no script."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from birkhoff.pipeline.report.html import digest, environment
+from birkhoff.pipeline.segment.evaluate import worst_first
+from birkhoff.pipeline.text import fixed
+
+WORST = 20
+"""Pictures that the page shows, those with the worst agreement first."""
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page as HTML text; `found` is the document of `birkhoff evaluate --json`."""
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return (
+        environment()
+        .get_template("report.evaluation.html.jinja")
+        .render(
+            found=found,
+            worst=worst_first(found)[:WORST],
+            protocol=[(key, value) for key, value in found["protocol"].items() if value is not None],
+            with_truth=any(row["original_iou_mean"] is not None for row in found["prompts"].values()),
+            four=fixed(4),
+            two=fixed(2),
+            signed="{:+.4f}".format,
+            style=style,
+            style_digest=digest(style),
+        )
+    )

@@ -1,0 +1,277 @@
+"""Gathers a run's report: from the outcomes of its shards while it goes on, from the stored versions when it has ended.
+
+Per-tensor figures are read back from the headers of the stored shards, so a report tells what is in the store and not
+what the encoder meant to put there.
+"""
+
+import base64
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.profiles import FALLBACKS
+from birkhoff.pipeline.artifact.readers import StoredArtifact, TensorRow, inspect_shard
+from birkhoff.pipeline.errors import StoreError
+from birkhoff.pipeline.plan.manifest import Manifest
+from birkhoff.pipeline.proof.task import Proof
+from birkhoff.pipeline.registry.documents import NO_FIGURES, ShardRecord, sqnr_summary
+from birkhoff.pipeline.report.changes import changes
+from birkhoff.pipeline.report.document import LayerRecord, ModelRecord, RunReport, ShardTiming, Totals
+from birkhoff.pipeline.report.stored import RunClock, write_report
+from birkhoff.pipeline.run.environment import environment
+from birkhoff.pipeline.run.model_run import ModelRun
+from birkhoff.pipeline.run.outcome import Executor, Outcome
+from birkhoff.pipeline.run.queue import TaskQueue
+from birkhoff.pipeline.shard.run import ShardSizes
+from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.statistics.task import Statistics
+from birkhoff.pipeline.store.base import Store
+from birkhoff.pipeline.text import first_line
+
+log: logging.Logger = logging.getLogger("birkhoff.report")
+
+SLOWEST = 20
+"""Shards that a report lists."""
+
+_THREADS = 8
+"""Headers read at a time."""
+
+_FROM_ROW = (
+    "profile",
+    "allocation",
+    "version",
+    "digest",
+    "source_bytes",
+    "stored_bytes",
+    "ratio",
+    "sqnr_db_min",
+    "sqnr_db_median",
+    *NO_FIGURES,
+    "stages",
+    "error",
+)
+"""What a model's record takes over from its line in the result table."""
+
+
+class Recorder(AbstractContextManager["Recorder"]):
+    """Follows one run: its models (`follow`) and its executor (`watch`), and writes its report when the block ends.
+
+    A run that an error ended writes what its models had come to by then. A run that had no worker yet writes none, and
+    neither does one that the store's own failure or the user ended, nor one with nothing to do. A report that cannot
+    be written is a warning: what was published stays published.
+    """
+
+    def __init__(self, manifest: Manifest, store: Store, **options: object) -> None:
+        self._manifest, self._store = manifest, store
+        self._options = {key: value for key, value in options.items() if value is not None}
+        self._clock = RunClock()
+        self._timings: list[ShardTiming] = []
+        self._made: dict[str, int] = {}
+        self.run: str = self._clock.run
+        self._runs: Sequence[ModelRun] = ()
+        self._began = False
+        self.written: bool = False
+
+    def follow(self, runs: Sequence[ModelRun]) -> None:
+        """Report on these models."""
+        self._runs = runs
+
+    def note_option(self, name: str, value: object) -> None:
+        """An option came to be another one than was asked for."""
+        self._options[name] = value
+
+    def watch(self, executor: Executor) -> Executor:
+        """The same executor, its outcomes noted as they pass."""
+        self._began = True
+        return _Watched(executor, self._note)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        ended = error is None and any(run.status != "up to date" for run in self._runs)
+        broken = self._began and isinstance(error, BirkhoffError) and not isinstance(error, StoreError)
+        if not ended and not broken:
+            return
+        try:
+            write_report(self._store, self.report(str(error) if broken else None))
+            self.written = True
+        except Exception as failure:
+            log.debug("%s", traceback.format_exc())
+            log.warning("the report of run %s could not be written: %s", self.run, first_line(failure))
+
+    def report(self, error: str | None = None) -> RunReport:
+        """The report of the models as they are now; `error` is what ended the run before they ended.
+
+        Raises:
+            StoreError, IntegrityError: the store cannot give back what was published.
+        """
+        runs, layers = self._runs, _Layers(self._store)
+        return RunReport(
+            **self._frame(),
+            totals=self._totals(runs),
+            models=tuple(self._model(run, layers) for run in runs),
+            slowest=tuple(sorted(self._timings, key=lambda timing: -timing.seconds)[:SLOWEST]),
+            error=error,
+            seconds=self._clock.seconds(),
+        )
+
+    def _frame(self) -> dict[str, Any]:
+        settings = self._manifest.model_dump(mode="json", exclude={"models", "store"}, exclude_none=True)
+        return {
+            "run": self.run,
+            "started": self._clock.started,
+            "store": self._store.url,
+            "settings": {**settings, **self._options},
+            "environment": environment(),
+        }
+
+    def _note(self, outcome: Outcome) -> None:
+        task, result = outcome.task, outcome.result
+        if not isinstance(task, ShardTask) or isinstance(result, ShardSizes | Proof | Statistics):
+            return
+        if result is not None and not result.reused:
+            self._made[result.record.blob] = result.record.bytes
+        self._timings.append(
+            ShardTiming(
+                model=task.model,
+                index=task.index,
+                first=task.tensors[0].tensor.name,
+                tensors=len(task.tensors),
+                source_bytes=task.nbytes,
+                stored_bytes=result.record.bytes if result else None,
+                seconds=round(result.seconds, 3) if result else 0.0,
+                stages=_rounded(result.stages) if result else {},
+                reused=bool(result and result.reused),
+                error=str(outcome.error) if outcome.error else None,
+            )
+        )
+
+    def _model(self, run: ModelRun, layers: "_Layers") -> ModelRecord:
+        row = run.row()
+        version = run.version
+        shards = version.manifest.shards if version else ()
+        published = version is not None and run.status == "published"
+        reused = {index for (model, index), taken in self._last().items() if model == run.name and taken}
+        return ModelRecord.model_validate(
+            {
+                **{key: row[key] for key in _FROM_ROW},
+                "name": run.name,
+                "status": run.status or "failed",
+                "seconds": round(run.seconds, 2),
+                "source": run.planned.checkpoint.path.name if run.planned else None,
+                "source_sha256": run.source_sha256 or None,
+                **_proven(run),
+                "probe_error": max((shard.probe_error for shard in shards if shard.probe_db), default=None),
+                "shards": len(shards) or (len(run.planned.plan.shards) if run.planned else None),
+                "shards_reused": len(reused),
+                "reused_bytes": sum(shards[index].bytes for index in reused) if published else 0,
+                "layers": layers.of(run) if published else (),
+                "changes": changes(self._store, run.before, version) if published and version and run.before else None,
+            }
+        )
+
+    def _last(self) -> dict[tuple[str, int], bool]:
+        """Whether a shard was taken from the store: a budget encodes it several times, and the last time counts."""
+        return {(timing.model, timing.index): timing.reused for timing in self._timings}
+
+    def _totals(self, runs: Sequence[ModelRun]) -> Totals:
+        there = [run for run in runs if run.version is not None]
+        shards = [shard for run in there if run.version for shard in run.version.manifest.shards]
+        least, median = sqnr_summary(shards)
+        statuses = [run.status for run in runs]
+        return Totals(
+            models=len(runs),
+            published=statuses.count("published"),
+            up_to_date=statuses.count("up to date"),
+            failed=statuses.count("failed") + statuses.count(None),
+            source_bytes=sum(run.source_bytes for run in there),
+            stored_bytes=sum(run.version.stored_bytes for run in there if run.version),
+            unique_bytes=sum({shard.blob: shard.bytes for shard in shards}.values()),
+            new_bytes=sum(self._made.values()),
+            shards=len(shards),
+            shards_reused=sum(self._last().values()),
+            sqnr_db_min=least,
+            sqnr_db_median=median,
+        )
+
+
+class _Watched(AbstractContextManager["_Watched"]):
+    def __init__(self, executor: Executor, note: Callable[[Outcome], None]) -> None:
+        self._executor, self._note = executor, note
+
+    def __enter__(self) -> "_Watched":
+        self._executor.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._executor.__exit__(kind, error, at)
+
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        for outcome in self._executor.run(queue):
+            self._note(outcome)
+            yield outcome
+
+
+class _Layers:
+    """Tensors of published versions, each stored shard read once, however many models have it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._rows: dict[str, list[TensorRow]] = {}
+
+    def of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
+        """Every tensor of a run's version, in the checkpoint's order."""
+        assert run.version is not None  # asked for published models only
+        artifact = StoredArtifact(self._store, run.version)
+        missing = {shard.blob: shard for shard in artifact.manifest.shards if shard.blob not in self._rows}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda shard: inspect_shard(artifact, shard), missing.values())
+            self._rows.update(zip(missing, found, strict=True))
+        planned = run.planned.plan.tensors if run.planned else ()
+        reasons = {plan.tensor.name: plan.decision.reason for plan in planned}
+        target = artifact.manifest.recipe.get("target_db")
+        return tuple(
+            _layer(row, index, probe, float(target) if target is not None else None, reasons.get(row.name, ""))
+            for index, shard in enumerate(artifact.manifest.shards)
+            for row, probe in _probed(shard, self._rows[shard.blob])
+        )
+
+
+def _proven(run: ModelRun) -> dict[str, Any]:
+    """What the proof of a model came to: this run's, or that of the version it left alone."""
+    proof = run.passes.proof if run.passes else None
+    if proof is None:
+        return {"proof": run.version.manifest.proof if run.version else None}
+    masks = base64.b64encode(proof.picture).decode() or None
+    return {"proof": proof.record, "unproven": proof.missing or None, "masks": masks}
+
+
+def _probed(shard: ShardRecord, rows: list[TensorRow]) -> Iterator[tuple[TensorRow, float | None]]:
+    """Rows with their probes, which the record keeps for coded matrices only, in order."""
+    matrices = [row.name for row in rows if row.action == "lattice" and len(row.shape) == 2 and row.shape[1] > 1]
+    probes = dict(zip(matrices, shard.probe_db, strict=True)) if len(matrices) == len(shard.probe_db) else {}
+    return ((row, probes.get(row.name)) for row in rows)
+
+
+def _layer(row: TensorRow, shard: int, probe: float | None, target: float | None, planned: str) -> LayerRecord:
+    return LayerRecord(
+        name=row.name,
+        shape=row.shape,
+        dtype=row.dtype,
+        codec=row.action,
+        shard=shard,
+        bits_per_weight=row.bits_per_weight,
+        sqnr_db=row.sqnr_db,
+        target_db=None if row.lossless or row.nominal else row.target_db or target,
+        nominal_db=row.target_db if row.nominal else None,
+        max_abs_error=row.max_abs_error,
+        probe_db=probe,
+        reason=(planned or FALLBACKS.get(row.reason or "", "left lossless by the encoder")) if row.lossless else None,
+    )
+
+
+def _rounded(stages: dict[str, float]) -> dict[str, float]:
+    return {stage: round(seconds, 3) for stage, seconds in stages.items()}

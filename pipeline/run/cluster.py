@@ -1,0 +1,245 @@
+"""The Ray cluster that shards run on: one of our own for as long as a run takes, or one that is joined.
+
+Our own has no dashboard, is never an existing one by accident, and leaves no process and no file behind, however the
+driver ends (see `cleanup`); with --debug its logs stay. Nobody else on this machine or beyond has a part in it: it asks
+for a token that was drawn for it and is in the environment of its processes alone (Ray's own lies in ~/.ray, for all to
+read), its ports are those of the loopback interface, and its files are below a folder that only its user can enter (Ray
+opens its own to everybody). `_check_private` looks, once Ray runs, and a cluster that is open is not used.
+
+A joined one gets this package along with the job, so that all nodes run the driver's code. Its nodes need the
+dependencies, the store's credentials in their own environment, and the checkpoints under the driver's paths (a shared
+file system), since workers read their own ranges.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import birkhoff
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.errors import ClusterError, WorkerError
+from birkhoff.pipeline.run.cleanup import Reaper
+from birkhoff.pipeline.run.patience import START_SECONDS, configure_ray, patient_start
+from birkhoff.pipeline.text import first_line
+
+log: logging.Logger = logging.getLogger("birkhoff.cluster")
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Of a cluster started here: descriptors and records pass through it, never tensors."""
+
+_LOOPBACK = "127.0.0.1"
+_INSIDE = "r"
+"""Name of Ray's own folder in ours: short, since the paths of sockets below it are bounded."""
+
+_KNOCK_SECONDS = 15.0
+_HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5})")
+
+
+class Cluster(AbstractContextManager["Cluster"]):
+    """A connection to a Ray cluster; `ray` is the module. Raises ClusterError if none can be had."""
+
+    def __init__(self, address: str | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        configure_ray()
+        try:
+            import ray
+        except ImportError as error:
+            raise ClusterError("Ray", first_line(error)) from None
+        self.ray: Any = ray
+        self._address = address
+        self._reaper: Reaper | None = None
+        self._settings = contextlib.ExitStack()
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(contextlib.redirect_stdout(_ToLog()))
+        self._open()
+
+    def _open(self) -> None:
+        ray, address = self.ray, self._address
+        try:
+            with _signals_kept():
+                if address is None:
+                    self._start_twice()
+                else:
+                    _knock(address)
+                    _read_settings(ray)
+                    _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
+        except BaseException as error:
+            self.close()
+            if isinstance(error, SystemExit):  # what Ray's handler makes of SIGTERM
+                interrupt.stop(signal.SIGTERM)
+            if not isinstance(error, Exception):
+                raise
+            interrupt.check()  # Ray's compiled parts turn an exception of the signal's handler into another one
+            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+            raise ClusterError(where, _reason(error)) from None
+
+    def _start_twice(self) -> None:
+        """Start, and once more if the first try failed early: by a port that was taken meanwhile, say."""
+        began = time.monotonic()
+        try:
+            self._start()
+        except Exception as error:
+            interrupt.check()
+            if isinstance(error, OSError) or time.monotonic() - began > START_SECONDS / 2:
+                raise
+            log.warning("Ray did not start (%s); trying once more", first_line(error))
+            self._end()
+            self._start()
+
+    def _start(self) -> None:
+        # Sockets lie deep below this folder and a socket's path has at most 107 bytes, so not below TMPDIR.
+        folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), f"bf-ray-{uuid.uuid4().hex[:12]}")
+        debug = log.isEnabledFor(logging.DEBUG)
+        log.debug("Ray's logs are in %s", folder)
+        self._reaper = Reaper(None if debug else folder)
+        folder.mkdir(mode=0o700)  # only now that it is looked after
+        # Our workers have environments of their own, so what Ray starts beforehand serves nobody; and if one of those
+        # dies while it starts, the raylet never answers the driver.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve beside anybody else's work
+        self._settings.enter_context(_private(self.ray))
+        with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
+            _quiet_init(
+                self.ray,
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                # Ray makes this one 0777; what is above it stays as it is.
+                _temp_dir=str(folder / _INSIDE),
+            )
+        _check_private(folder, self.ray)
+
+    def lost(self) -> bool:
+        """Whether the node that was started here has died. The nodes of a joined cluster are looked after there."""
+        return self._address is None and not any(node["Alive"] for node in self.ray.nodes())
+
+    def restart(self) -> None:
+        """End what is left of the cluster that was started here, and start another one. Raises ClusterError."""
+        self._end()
+        self._open()
+
+    def close(self) -> None:
+        """Leave the cluster, or end it."""
+        with self._quiet:
+            self._end()
+
+    def _end(self) -> None:
+        try:
+            self.ray.shutdown()
+        finally:
+            self._settings.close()
+            reaper, self._reaper = self._reaper, None
+            if reaper is not None:
+                reaper.close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def _reason(error: Exception) -> str:
+    """Why Ray did not start; a home folder that it cannot write is named as such."""
+    home = Path.home()
+    if isinstance(error, OSError) and error.filename and home in Path(os.fsdecode(error.filename)).parents:
+        return f"the home folder {home} cannot be written ({error.strerror}); point HOME at one that can"
+    return first_line(error)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    found = _HOST_PORT.fullmatch(address)
+    if found is not None:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _private(ray: Any) -> Iterator[None]:
+    """Let a cluster that is started inside the block be this user's and this machine's alone: its own token, loopback.
+
+    Its processes inherit the settings. After the block they are what they were, for a cluster that is joined later.
+    """
+    constants = ray._private.ray_constants
+    # The variable's name is that of its first use; Ray takes it on every system to mean "on this machine alone".
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    clusters = constants.ENABLE_RAY_CLUSTER
+    os.environ |= settings
+    constants.ENABLE_RAY_CLUSTER = False
+    _read_settings(ray)
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _read_settings(ray: Any) -> None:
+    """Have Ray look for its token, and whether one is asked for, in the environment as it is now.
+
+    It keeps both from the first time on, and there may have been a cluster of our own in this process.
+    """
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    ray._raylet.Config.initialize("")
+
+
+def _check_private(folder: Path, ray: Any) -> None:
+    """Make sure that others can neither enter a cluster's folder nor reach its node from another machine.
+
+    Raises:
+        WorkerError: this Ray does not keep to what it was told.
+    """
+    folder.chmod(0o700)
+    facts = folder.stat()
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        raise WorkerError(f"{folder}: others can enter Ray's folder; set RAY_TMPDIR to a file system with permissions")
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if addresses != {_LOOPBACK}:
+        raise WorkerError(
+            f"Ray {ray.__version__} serves {', '.join(sorted(addresses))}, expected {_LOOPBACK} alone; use "
+            "--executor inline"
+        )
+
+
+class _ToLog(io.TextIOBase):
+    """Takes the place of standard output while Ray runs: it prints there what its nodes report, between our JSON."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("Ray: %s", text.strip())
+        return len(text)
+
+
+def _quiet_init(ray: Any, **settings: Any) -> None:
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts handlers of its own for SIGTERM: one that exits, then a compiled one that aborts, until this ends."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread: Ray could not put one either
+            signal.signal(signal.SIGTERM, before)

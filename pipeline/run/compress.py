@@ -1,0 +1,301 @@
+"""The main job: plan every model, run the shards that are missing, publish what is whole.
+
+Reads as the table of contents of the pipeline; each step has its module.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import birkhoff
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
+from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
+from birkhoff.pipeline.plan.manifest import Manifest
+from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_entry
+from birkhoff.pipeline.plan.shards import MIB, ModelPlan
+from birkhoff.pipeline.proof.subject import NOT_RUN, run_as, subject_of
+from birkhoff.pipeline.proof.task import ProofTask, Subject
+from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key
+from birkhoff.pipeline.registry.gc import retire
+from birkhoff.pipeline.registry.labels import change_labels
+from birkhoff.pipeline.registry.leases import open_run
+from birkhoff.pipeline.registry.signing import Signer
+from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_version, publish
+from birkhoff.pipeline.run.environment import memory_bytes
+from birkhoff.pipeline.run.model_run import ModelRun
+from birkhoff.pipeline.run.outcome import Executor, Outcome
+from birkhoff.pipeline.run.passes import Passes, Terms
+from birkhoff.pipeline.run.progress import Progress
+from birkhoff.pipeline.run.queue import Task, TaskQueue
+from birkhoff.pipeline.shard.run import ShardResult
+from birkhoff.pipeline.shard.task import Reuse, ShardTask
+from birkhoff.pipeline.statistics.task import StatisticsTask, keys_of
+from birkhoff.pipeline.store.base import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What the models of a run share."""
+
+    manifest: Manifest
+    store: Store
+    progress: Progress
+    reuse: Reuse
+    single_publisher: bool
+    signer: Signer | None
+    began: float
+    """Seconds of `time.perf_counter`."""
+
+    def seconds(self) -> float:
+        """Wall time of the run so far."""
+        return time.perf_counter() - self.began
+
+
+def compress(
+    manifest: Manifest,
+    store: Store,
+    start_executor: Callable[[], Executor],
+    progress: Progress,
+    *,
+    reuse: Reuse = "trust",
+    mirror: Path | None = None,
+    single_publisher: bool = False,
+    signer: Signer | None = None,
+    begun: Callable[[Sequence[ModelRun]], object] = lambda _: None,
+) -> list[ModelRun]:
+    """Compress, validate and publish every model of a manifest; one run for each, in its order.
+
+    An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
+    `begun` gets the runs before anything is done, so that whoever watches sees them also if an error ends them all.
+
+    Raises:
+        StoreError: the store failed in a way that concerns every model.
+        WorkerError: no worker could be had.
+    """
+    job = _Job(
+        manifest=manifest,
+        store=store,
+        progress=progress,
+        reuse=reuse,
+        single_publisher=single_publisher,
+        signer=signer,
+        began=time.perf_counter(),
+    )
+    runs = [
+        ModelRun(name=entry.name, profile=manifest.fidelity(entry).profile.name, labels=manifest.labels_of(entry))
+        for entry in manifest.models
+    ]
+    begun(runs)
+    _prepare_all(job, runs, mirror)
+    check_rules(manifest, [run.planned for run in runs])
+    waiting = {run.name: run for run in runs if run.status is None}
+    if waiting:
+        # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
+        with open_run(store), start_executor() as executor:
+            _run(job, waiting, executor)
+    return runs
+
+
+def _prepare_all(job: _Job, runs: Sequence[ModelRun], mirror: Path | None) -> None:
+    """Plan all models beside each other: digests are nearly all of it, and leave the interpreter's lock."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        plans = [
+            partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
+            for entry in job.manifest.models
+        ]
+        prepared = [pool.submit(_prepare, job, run, plan) for run, plan in zip(runs, plans, strict=True)]
+        for run, future in zip(runs, prepared, strict=True):
+            future.result()
+            run.seconds = job.seconds()
+            shards = len(run.planned.plan.shards) if run.planned else 0
+            job.progress.planned(run.name, run.source_bytes, run.status, shards=shards)
+
+
+def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
+    """Plan one model and find out whether its latest version is what would be made."""
+    store, signer = job.store, job.signer
+    try:
+        run.planned = plan()
+        run.subject = subject_of(run.planned)
+        run.felt_as = _felt_as(run.planned)
+        run.source_state = checkpoint_state(run.planned.checkpoint)
+        run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
+        latest = run.before = latest_version(store, run.name)
+        same = job.reuse == "trust" and latest is not None and _same(latest.manifest, run)
+        if same and latest and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
+            run.version, run.status = latest, "up to date"
+            _say_labels(store, run)
+    except BirkhoffError as error:
+        if isinstance(error, StoreError):
+            raise
+        run.fail(error)
+
+
+def _felt_as(planned: Planned) -> Subject | None:
+    """How a model is run for its statistics; None where it needs none. Raises BuilderError if nothing tells."""
+    if not planned.takes_statistics:
+        return None
+    found = run_as(planned)
+    if found is None:
+        raise BuilderError(f"{planned.entry.name}: `allocation: output` needs a model that runs, and {NOT_RUN}")
+    return found
+
+
+def _same(manifest: VersionManifest, run: ModelRun) -> bool:
+    """Whether a version was made from the same bytes by the same recipe."""
+    same = (manifest.source.sha256, manifest.code) == (run.source_sha256, birkhoff.__version__)
+    if run.felt_as is not None:
+        same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.felt_as)
+    return same and run.planned is not None and matches_plan(manifest, run.planned)
+
+
+def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None:
+    """Run the shards of the models that wait, and publish each model with its last one."""
+    # A signature vouches for every byte, also for those that others had stored before.
+    reuse: Reuse = "prove" if job.signer is not None and job.reuse == "trust" else job.reuse
+    starts = (task for run in waiting.values() for task in _start(run, reuse))
+    queue = TaskQueue(starts, budget=_in_flight(job.manifest))
+    for outcome in executor.run(queue):
+        run = waiting[outcome.task.model]
+        if run.status is None:
+            queue.add(_take(job, run, outcome))
+            if run.status == "published" and job.manifest.keep is not None:
+                retire(job.store, run.name, job.manifest.keep)
+            run.seconds = job.seconds()
+            _tell(job.progress, run, outcome)
+        if run.status == "failed":
+            queue.drop(run.name)
+
+
+def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
+    """Show how far the model is; of a budget's passes the first alone counts bytes."""
+    task = outcome.task
+    counts = isinstance(task, ShardTask) and run.passes is not None and run.passes.first and not task.estimate_only
+    reused = isinstance(outcome.result, ShardResult) and outcome.result.reused
+    progress.advanced(run.name, task.nbytes if counts else 0, run.status, reused=reused)
+
+
+def _in_flight(manifest: Manifest) -> int:
+    """Source bytes that may be at work at any time."""
+    if manifest.in_flight_mib is not None:
+        return manifest.in_flight_mib * MIB
+    return memory_bytes() // 8
+
+
+def _start(run: ModelRun, reuse: Reuse) -> list[Task]:
+    """The first tasks of a model."""
+    planned, terms = run.planned, None
+    assert planned is not None  # only planned models run
+    if planned.budget is not None:
+        hint = run.before.manifest.recipe.get("target_db") if run.before else None
+        terms = Terms(
+            budget=planned.budget,
+            limit=0 if planned.budget.by_output else planned.budget.limit(planned.checkpoint.nbytes),
+            hint_db=hint if isinstance(hint, float) else None,
+        )
+    describe = partial(_version_manifest, run, planned)
+    prove = None if run.subject is None else partial(_proof_task, planned, run.subject)
+    ask = None if run.felt_as is None else partial(_statistics_task, run, planned, run.felt_as, reuse)
+    run.passes = Passes(run.name, planned.plan, describe, terms=terms, reuse=reuse, prove=prove, ask=ask)
+    return run.passes.start()
+
+
+def _statistics_task(run: ModelRun, planned: Planned, subject: Subject, reuse: Reuse) -> StatisticsTask:
+    return StatisticsTask(
+        model=run.name,
+        source_sha256=run.source_sha256,
+        checkpoint=planned.checkpoint,
+        subject=subject,
+        reuse=reuse,
+    )
+
+
+def _proof_task(planned: Planned, subject: Subject, manifest: VersionManifest) -> ProofTask:
+    return ProofTask(model=manifest.model, manifest=manifest, checkpoint=planned.checkpoint, subject=subject)
+
+
+def _take(job: _Job, run: ModelRun, outcome: Outcome) -> list[Task]:
+    """Account for one outcome; the last one of a model publishes it. Returns the tasks that follow."""
+    assert run.planned is not None
+    assert run.passes is not None  # only started models have tasks
+    if outcome.result is None:
+        run.fail(outcome.error or BirkhoffError(f"{outcome.task.label}: no result and no error"))
+        return []
+    run.stages.update(outcome.result.stages)
+    try:
+        more = run.passes.take(outcome.task.index, outcome.result)
+        run.records, run.reused = run.passes.records, run.passes.reused
+        if run.passes.whole:
+            interrupt.check()
+            _check_proof(run, run.planned)
+            _publish(job, run, run.planned, run.passes.plan)
+        return more
+    except BirkhoffError as error:
+        run.fail(error)
+        return []
+
+
+def _check_proof(run: ModelRun, planned: Planned) -> None:
+    """Hold a model's proof against its floors. Raises ProofError for one that falls below."""
+    proof = run.passes.proof if run.passes else None
+    if proof is None or proof.record is None:
+        return
+    complaint = planned.proof.complaint(proof.record)
+    if complaint is not None:
+        raise ProofError(
+            f"{complaint}: not published; allow more bytes or dB, or lower the floor in the manifest if that "
+            "is enough for you"
+        )
+
+
+def _publish(job: _Job, run: ModelRun, planned: Planned, plan: ModelPlan) -> None:
+    """Publish what a model's passes have come to."""
+    if checkpoint_state(planned.checkpoint) != run.source_state:
+        raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
+    records = [run.records[index] for index in range(len(plan.shards))]
+    manifest = _version_manifest(run, planned, plan, records)
+    for sidecar in planned.files:
+        job.store.create(blob_key(sidecar.record.blob), sidecar.body)
+    run.version = publish(job.store, manifest, single_publisher=job.single_publisher, signer=job.signer)
+    _say_labels(job.store, run)
+    run.status = "published"
+
+
+def _say_labels(store: Store, run: ModelRun) -> None:
+    """Give the version of a model the labels that its manifest says; those it has besides stay."""
+    if run.version is not None and run.labels:
+        change_labels(store, run.name, run.version.digest, run.labels)
+
+
+def _version_manifest(
+    run: ModelRun, planned: Planned, plan: ModelPlan, records: Sequence[ShardRecord]
+) -> VersionManifest:
+    checkpoint = planned.checkpoint
+    proof = run.passes.proof if run.passes else None
+    return VersionManifest(
+        model=run.name,
+        source=SourceRecord(
+            file=checkpoint.path.name,
+            sha256=run.source_sha256,
+            bytes=checkpoint.nbytes,
+            format=checkpoint.format,
+            nesting=checkpoint.nesting,
+            origin=checkpoint.origin or None,
+        ),
+        profile=plan.profile.name,
+        recipe=plan.profile.recipe(),
+        budget=planned.budget,
+        overrides=plan.overrides or None,
+        gains_db=None if plan.shares is None else dict(plan.shares.gains_db),
+        adapter=planned.entry.adapter,
+        code=birkhoff.__version__,
+        shards=tuple(records),
+        files=planned.file_records or None,
+        proof=proof.record if proof else None,
+    )

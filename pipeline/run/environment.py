@@ -1,0 +1,76 @@
+"""What a process runs on and with: versions, processors, memory. For reports, and for whoever looks for a cause."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from birkhoff.pipeline.documents import Document
+
+_PACKAGES = ("birkhoff-compression", "torch", "ray", "triton", "numpy", "boto3", "safetensors")
+
+
+class Environment(Document):
+    """One host, as the process that drove a run saw it."""
+
+    host: str
+    system: str
+    python: str
+    packages: dict[str, str]
+    """Versions of what is installed of the packages that decide results."""
+    processor: str
+    cpus: int
+    """Logical processors this process may use."""
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    """Name and memory of every visible GPU."""
+
+
+def environment() -> Environment:
+    """This host now. Starts CUDA's driver where there is one."""
+    return Environment(
+        host=platform.node(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=f"{platform.python_implementation()} {platform.python_version()}",
+        packages={name: found for name in _PACKAGES if (found := _version(name))},
+        processor=processor(),
+        cpus=processors(),
+        memory_bytes=memory_bytes(),
+        gpus=_gpus(),
+    )
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processors() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found)

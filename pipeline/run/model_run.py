@@ -1,0 +1,118 @@
+"""One model on its way through a run, and its line of the result table."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.profiles import FALLBACKS
+from birkhoff.pipeline.errors import failure_of
+from birkhoff.pipeline.plan.models import Planned
+from birkhoff.pipeline.proof.task import Subject
+from birkhoff.pipeline.registry.documents import FIGURES, ShardRecord
+from birkhoff.pipeline.registry.versions import Version
+from birkhoff.pipeline.run.passes import Passes
+from birkhoff.pipeline.run.status import Status
+from birkhoff.pipeline.text import size
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRun:
+    """One model on its way through a run. `seconds` is wall time from the run's start to its end."""
+
+    name: str
+    profile: str
+    labels: dict[str, str] = field(default_factory=dict)
+    """What the manifest says of its version."""
+    planned: Planned | None = None
+    source_sha256: str = ""
+    source_state: dict[str, list[int]] = field(default_factory=dict)
+    status: Status | None = None
+    error: BirkhoffError | None = None
+    version: Version | None = None
+    before: Version | None = None
+    """What `latest` pointed at when the run began."""
+    subject: Subject | None = None
+    """How it is run for its proof; None for a model that has none."""
+    felt_as: Subject | None = None
+    """How it is run for its statistics; None for a model whose targets are shared without."""
+    passes: Passes | None = None
+    records: dict[int, ShardRecord] = field(default_factory=dict)
+    reused: int = 0
+    stages: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def fail(self, error: BirkhoffError) -> None:
+        """Give this model up; the others go on."""
+        self.status, self.error = "failed", error
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the source file; 0 where it could not be read."""
+        return self.planned.checkpoint.nbytes if self.planned else 0
+
+    def row(self) -> dict[str, object]:
+        """The model's line of the result table, under the keys of `--json`."""
+        manifest = self.version.manifest if self.version else None
+        unknown = dict.fromkeys(FIGURES)
+        return {
+            "model": self.name,
+            "profile": self.profile,
+            "allocation": manifest.allocation if manifest else None,
+            "version": self.version.name if self.version else None,
+            "digest": self.version.digest if self.version else None,
+            "same_as": self.version.same_as if self.version else None,
+            "status": self.status,
+            **(manifest.figures() if manifest else {**unknown, "source_bytes": self.source_bytes or None}),
+            "seconds": round(self.seconds, 2),
+            "shards": len(self.records) or None,
+            "shards_reused": self.reused,
+            "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
+            "target_db": manifest.recipe.get("target_db") if manifest else None,
+            "passes": self.passes.count if self.passes else 0,
+            "warnings": self.warnings(),
+            "error": str(self.error) if self.error else None,
+            "failure": failure_of(self.error) if self.error else None,
+        }
+
+    def felt(self) -> str | None:
+        """By which statistics targets were shared, and where these come from; None where they were not needed."""
+        statistics = self.passes.statistics if self.passes else None
+        if statistics is None or self.version is None:
+            return None
+        record, seconds = statistics.record, sum(statistics.stages.values())
+        what = f"{record.pictures} synthetic pictures" if record.adapter else f"{record.pictures} of your batches"
+        origin = "found in the store" if statistics.reused else f"taken in {seconds:.0f} s and kept in the store"
+        return f"targets follow from what its outputs feel on {what} with {record.probes} probes each, {origin}"
+
+    def found(self) -> str | None:
+        """What a search for a target of the outputs came to, and at what cost; None without one."""
+        budget = self.planned.budget if self.planned else None
+        if budget is None or not budget.by_output or self.version is None or self.passes is None:
+            return None
+        target = self.version.manifest.recipe["target_db"]
+        return f"{budget.label} is reached at {target:g} dB, the lowest that does of {self.passes.count} proven"
+
+    def warnings(self) -> list[str]:
+        """What may not be meant: a version larger than its source, tensors lossless though coding was asked for."""
+        shards = self.version.manifest.shards if self.version else ()
+        fallen = {name: reason for shard in shards for name, reason in (shard.fallbacks or {}).items()}
+        return [
+            *self._larger(),
+            *self._unproven(),
+            *(f"tensor {name!r} is stored lossless: {FALLBACKS.get(why, why)}" for name, why in fallen.items()),
+        ]
+
+    def _unproven(self) -> list[str]:
+        proof = self.passes.proof if self.passes and self.version else None
+        return [] if proof is None or proof.record else [f"published without a proof of its masks: {proof.missing}"]
+
+    def _larger(self) -> list[str]:
+        if self.version is None or self.version.manifest.ratio >= 1:
+            return []
+        manifest = self.version.manifest
+        stored, source = size(manifest.stored_bytes), size(manifest.source.bytes)
+        tensors = sum(shard.tensors for shard in manifest.shards)
+        return [
+            f"the version takes {stored}, its source {source}: what describes {tensors} tensors takes more than coding "
+            "them saves; keep the source instead"
+        ]

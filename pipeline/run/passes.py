@@ -1,0 +1,235 @@
+"""One model's way through the workers: its statistics, if they share its targets; every shard once, for a budget in
+bytes once to estimate and then until it fits, for a target of its outputs until the lowest dB that reach it are found;
+and its proof.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from birkhoff.codec.budget import Floats, Grid
+from birkhoff.pipeline.errors import BudgetError
+from birkhoff.pipeline.plan.budget import Search, Trial, lowest_step
+from birkhoff.pipeline.plan.output_search import OutputSearch, Wanted
+from birkhoff.pipeline.plan.shards import ModelPlan
+from birkhoff.pipeline.proof.task import Proof, ProofTask
+from birkhoff.pipeline.registry.documents import Agreement, BudgetRecord, ProofRecord, ShardRecord, VersionManifest
+from birkhoff.pipeline.run.outcome import Result
+from birkhoff.pipeline.run.queue import Task
+from birkhoff.pipeline.shard.run import ShardSizes
+from birkhoff.pipeline.shard.task import Reuse, TensorPlan
+from birkhoff.pipeline.statistics.task import Statistics, StatisticsTask
+from birkhoff.pipeline.text import size
+
+Describe = Callable[[ModelPlan, Sequence[ShardRecord]], VersionManifest]
+"""The manifest of the version that shards make, by the plan that they were coded by; without a proof."""
+
+Prove = Callable[[VersionManifest], ProofTask]
+"""The task that proves the version of a manifest."""
+
+Ask = Callable[[], StatisticsTask]
+"""The task that finds or takes the statistics of a model."""
+
+
+_MOST = Agreement(
+    inputs=9999, prompts=99999, agreement_mean=0.999, agreement_p5=0.999, embedding_db=-99.9, output_db=-99.9
+)
+PROOF_BYTES = len(
+    ProofRecord(adapter="efficient_tam", pictures_version=99, shapes_iou=0.999, measured=_MOST, own=_MOST).to_bytes()
+)
+"""What a proof's record takes in a manifest at most: a budget counts it before the proof is made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a budget has to go by: most bytes, and a target worth a try; of one for outputs neither."""
+
+    budget: BudgetRecord
+    limit: int
+    hint_db: float | None
+
+
+class Passes:
+    """Hands out the tasks of one model and takes their results, until `whole`.
+
+    Then `records` are the shards, by index, of the version to publish, `plan` is what they were coded by, and `proof`
+    what came of the proof, if `prove` was given. With `ask` the plan is by the model's `statistics`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        plan: ModelPlan,
+        describe: Describe,
+        *,
+        terms: Terms | None = None,
+        reuse: Reuse = "trust",
+        prove: Prove | None = None,
+        ask: Ask | None = None,
+    ) -> None:
+        self.plan: ModelPlan = plan
+        self.records: dict[int, ShardRecord] = {}
+        self.reused: int = 0
+        self.whole: bool = False
+        self.proof: Proof | None = None
+        self.statistics: Statistics | None = None
+        self._prove, self._ask = prove, ask
+        self._model, self._describe, self._terms, self._reuse = model, describe, terms, reuse
+        self._sizes: dict[int, Floats] = {}
+        self._search: Search | None = None
+        self._outputs: OutputSearch | None = None
+        self._probed: dict[int, tuple[dict[int, ShardRecord], int, Proof]] = {}
+        self._step = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first time that the shards are encoded."""
+        return not (self._search.passes if self._search else self._outputs.probes if self._outputs else 0)
+
+    @property
+    def count(self) -> int:
+        """Times that all shards were encoded, or found encoded."""
+        if self._outputs is not None:
+            return self._outputs.probes
+        return int(self.whole) if self._search is None else self._search.passes
+
+    def start(self) -> list[Task]:
+        """The first tasks."""
+        return self._encode() if self._ask is None else [self._ask()]
+
+    def _encode(self) -> list[Task]:
+        """The first tasks of shards."""
+        if self._terms is None:
+            return [*self.plan.tasks(self._model, reuse=self._reuse)]
+        if self._terms.budget.by_output:
+            lowest = lowest_step(self.plan, self._terms.budget.least_db)
+            self._outputs = OutputSearch(grid=Grid.of(self.plan.profile), lowest=lowest)
+            return self._probe()
+        return [*self.plan.estimates(self._model, Grid.of(self.plan.profile).knots, reuse=self._reuse)]
+
+    def take(self, index: int, result: Result) -> list[Task]:
+        """Account for the result of a task; returns the tasks that follow from it.
+
+        Raises:
+            BudgetError: no target fits, or reaches what is wanted of the outputs.
+        """
+        if isinstance(result, Statistics):
+            self.statistics, self.plan = result, self.plan.with_statistics(result.record)
+            return self._encode()
+        if isinstance(result, Proof):
+            self.proof, self.whole = result, self._outputs is None
+            return [] if self.whole else self._probed_one(result)
+        if isinstance(result, ShardSizes):
+            self._sizes[index] = np.array(result.bytes)
+            return self._begin() if len(self._sizes) == len(self.plan.shards) else []
+        self.records[index] = result.record
+        self.reused += result.reused
+        if len(self.records) < len(self.plan.shards):
+            return []
+        if self._search is None:
+            return self._end()
+        self._search.note(Trial(step=self._step, bytes=self._count(), records=self.records, reused=self.reused))
+        return self._next()
+
+    def _end(self) -> list[Task]:
+        """All shards are there: nothing is left but the proof."""
+        if self._prove is None:
+            self.whole = True
+            return []
+        records = [self.records[index] for index in range(len(self.plan.shards))]
+        return [self._prove(self._describe(self.plan, records))]
+
+    def _probe(self) -> list[Task]:
+        """Tasks of the next version to prove; none where the search has ended."""
+        assert self._outputs is not None
+        grid, step = self._outputs.grid, self._outputs.next()
+        if step is not None:
+            self._step, self.records, self.reused = step, {}, 0
+            self.plan = self.plan.at(grid.target(step))
+            return [*self.plan.tasks(self._model, reuse=self._reuse)]
+        best = self._outputs.best
+        if best is None:
+            raise self._out_of_reach(grid)
+        self.plan = self.plan.at(grid.target(best))
+        (self.records, self.reused, self.proof), self.whole = self._probed[best], True
+        return []
+
+    def _probed_one(self, proof: Proof) -> list[Task]:
+        """A version was proven: go on from what that says."""
+        assert self._outputs is not None
+        assert self._terms is not None
+        assert proof.record is not None  # one that is required is there, or an error
+        budget, found = self._terms.budget, proof.record.figures
+        wanted = Wanted(agreement=budget.target_agreement, output_db=budget.target_output_db)
+        self._probed[self._step] = self.records, self.reused, proof
+        self._outputs.note(self._step, wanted.lacking_db(found["agreement_mean"], found["output_db"]))
+        return self._probe()
+
+    def _out_of_reach(self, grid: Grid) -> BudgetError:
+        assert self._terms is not None
+        highest = max(self._probed)
+        proof = self._probed[highest][-1].record
+        budget = self._terms.budget
+        key = "agreement_mean" if budget.target_agreement is not None else "output_db"
+        found = proof.figures[key] if proof else None
+        return BudgetError(
+            f"{budget.label} is out of reach: at {grid.target(highest):g} dB it is {found}; ask for less, or let more "
+            "tensors be lossless by overrides"
+        )
+
+    def _begin(self) -> list[Task]:
+        assert self._terms is not None  # nothing is estimated without a budget
+        self.records = {index: _unknown(shard) for index, shard in enumerate(self.plan.shards)}
+        beside, sizes = self._count(), [self._sizes[index] for index in range(len(self._sizes))]
+        grid, terms = Grid.of(self.plan.profile), self._terms
+        lowest = lowest_step(self.plan, terms.budget.least_db)
+        self._search = Search.begin(grid, terms.limit, sizes, beside, hint_db=terms.hint_db, lowest=lowest)
+        return self._next()
+
+    def _next(self) -> list[Task]:
+        """Tasks of the next pass; none where the search has ended."""
+        assert self._search is not None
+        step = self._search.next()
+        if step is not None:
+            self._step, self.records, self.reused = step, {}, 0
+            self.plan = self.plan.at(self._search.grid.target(step))
+            return [*self.plan.tasks(self._model, reuse=self._reuse)]
+        best = self._search.best
+        if best is None:
+            raise self._refusal(self._search)
+        self.plan = self.plan.at(self._search.grid.target(best.step))
+        self.records, self.reused = dict(best.records), best.reused
+        return self._end()
+
+    def _count(self) -> int:
+        """Every byte of the version that the present records make."""
+        records = [self.records[index] for index in range(len(self.plan.shards))]
+        beside = 0 if self._prove is None else PROOF_BYTES
+        return self._describe(self.plan, records).stored_bytes + beside
+
+    def _refusal(self, search: Search) -> BudgetError:
+        assert self._terms is not None
+        least, counted = search.least()
+        return BudgetError(
+            f"budget {self._terms.budget.label} leaves {size(search.limit)} ({search.limit} bytes); at the lowest "
+            f"quality there is the version takes {'' if counted else 'about '}{size(least)} ({least} bytes): allow at "
+            "least that much, let fewer tensors be lossless, or lower floor_db, which is "
+            f"{self._terms.budget.least_db:g}"
+        )
+
+
+def _unknown(shard: Sequence[TensorPlan]) -> ShardRecord:
+    """A record of the length that a shard's will have, with a container of no bytes."""
+    coded = [plan.tensor.shape for plan in shard if plan.decision.action == "coded"]
+    matrices = [shape for shape in coded if len(shape) == 2 and shape[1] > 1]
+    return ShardRecord(
+        key="0" * 64,
+        blob="0" * 64,
+        bytes=0,
+        source_bytes=10**7,
+        tensors=len(shard),
+        sqnr_db=(30.01,) * len(coded),
+        probe_db=(30.01,) * len(matrices),
+        probe_error=1.2e-07,
+    )

@@ -1,0 +1,102 @@
+"""Which shard next: a pure decision over tasks, sizes and what is running; Ray only carries it out.
+
+Longest first, so that no long shard is left alone at the end. Within a byte budget, so that memory is bounded by the
+machine and not by the fleet. And never two duplicate candidates at once: shards of equal names, shapes and recipe (a
+frozen encoder in two models) probably hold equal bytes, so the second waits for the first and then finds it in the
+store. Shards that are made anew in any case look for nothing there, and do not wait.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from birkhoff.pipeline.proof.task import ProofTask
+from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.statistics.task import StatisticsTask
+
+Task = ShardTask | ProofTask | StatisticsTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A task, and what is asked of it again and again: effort, bytes, and a number shared by duplicate candidates."""
+
+    task: Task
+    effort: int
+    nbytes: int
+    kind: int
+
+
+class TaskQueue:
+    """Tasks that wait and tasks that run.
+
+    `budget` bounds the source bytes in flight; a single task larger than it still runs, alone.
+    A task that was put back as `alone` runs when nothing else does.
+    """
+
+    def __init__(self, tasks: Iterable[Task], *, budget: int) -> None:
+        self._kinds: dict[object, int] = {}
+        self._waiting: list[_Entry] = []
+        self._budget = budget
+        self._running: Counter[int] = Counter()
+        self._in_flight = 0
+        self._alone: set[tuple[str, int]] = set()
+        self._exclusive = False
+        self.add(tasks)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Source bytes of the running tasks."""
+        return self._in_flight
+
+    def take(self) -> Task | None:
+        """The next task to start, or None if all that wait must wait on."""
+        idle = not self._running.total()
+        if self._exclusive and not idle:
+            return None
+        room = self._budget - self._in_flight
+        for index, entry in enumerate(self._waiting):
+            fits = entry.nbytes <= room and not self._running[entry.kind]
+            if idle or (fits and not self.is_alone(entry.task)):
+                self._count_running(entry, 1)
+                self._exclusive = self.is_alone(entry.task)
+                return self._waiting.pop(index).task
+        return None
+
+    def is_alone(self, task: Task) -> bool:
+        """Whether a task runs only while no other does."""
+        return (task.model, task.index) in self._alone
+
+    def done(self, task: Task) -> None:
+        """A task that was taken has ended, well or badly."""
+        self._count_running(self._entry(task), -1)
+
+    def put_back(self, task: Task, *, alone: bool = False) -> None:
+        """A task that was taken has to run again, by itself if `alone`: then after all that can run beside others."""
+        self.done(task)
+        if alone:
+            self._alone.add((task.model, task.index))
+            self._waiting.append(self._entry(task))
+        else:
+            self._waiting.insert(0, self._entry(task))
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """More tasks, found necessary while others ran."""
+        if more := list(map(self._entry, tasks)):
+            self._waiting = sorted([*self._waiting, *more], key=lambda entry: -entry.effort)
+
+    def drop(self, model: str) -> None:
+        """Forget the waiting tasks of a model that failed."""
+        self._waiting = [entry for entry in self._waiting if entry.task.model != model]
+
+    def _entry(self, task: Task) -> _Entry:
+        candidates = (task.model, task.index) if task.reuse == "never" else task.signature
+        kind = self._kinds.setdefault(candidates, len(self._kinds))
+        return _Entry(task=task, effort=task.effort, nbytes=task.nbytes, kind=kind)
+
+    def _count_running(self, entry: _Entry, change: int) -> None:
+        self._running[entry.kind] += change
+        self._in_flight += change * entry.nbytes

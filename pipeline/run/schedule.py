@@ -1,0 +1,61 @@
+"""Runs of the same models, one after the other: a scheduled one gives way, any other waits."""
+
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.errors import BusyError
+from birkhoff.pipeline.registry.leases import schedule_lock
+from birkhoff.pipeline.store.base import Store
+
+_POLL_SECONDS = 1.0
+
+
+@contextmanager
+def in_turn(
+    store: Store, models: Iterable[str], *, wait: bool, tell: Callable[[str], object] = lambda _: None
+) -> Iterator[None]:
+    """Be the only run of these models in the store for as long as the block lasts.
+
+    With `wait` an earlier one is waited for, after `tell` got who it is. A process of this machine that died is not:
+    its lease counts on for a minute, and the same command is to go on at once. On a machine whose name another one has
+    too, that may take a live one for dead; then both work, and publish the same.
+
+    Raises:
+        BusyError: an earlier run is at work, unless `wait`.
+        StoreError: the store failed.
+    """
+    names, told = list(models), False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(schedule_lock(store, names))
+                break
+            except BusyError as error:
+                if not wait:
+                    raise
+                if _dead_here(error):
+                    break
+                if not told:
+                    tell(f"another run of these models is at work ({error.holder}); waiting for it to end")
+                told = True
+            interrupt.check()
+            time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two that gave way to each other must not meet again
+        yield
+
+
+def _dead_here(error: BusyError) -> bool:
+    """Whether the holder was a process of this machine that no longer runs."""
+    if error.host != socket.gethostname() or error.pid is None:
+        return False
+    try:
+        os.kill(error.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

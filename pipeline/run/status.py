@@ -1,0 +1,5 @@
+"""How a model's part of a run ends."""
+
+from typing import Literal
+
+Status = Literal["published", "up to date", "failed"]

@@ -1,0 +1,130 @@
+"""The process that encodes shards, one after another; `InlineExecutor` is this very process."""
+
+import importlib.util
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import birkhoff
+from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline import interrupt, logs
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.proof.task import ProofTask
+from birkhoff.pipeline.run.metrics import metrics
+from birkhoff.pipeline.run.outcome import Outcome, Result
+from birkhoff.pipeline.run.queue import Task, TaskQueue
+from birkhoff.pipeline.shard.run import run_shard
+from birkhoff.pipeline.statistics.task import StatisticsTask
+from birkhoff.pipeline.store.base import Store, StoreAddress
+from birkhoff.pipeline.store.open import open_address
+from birkhoff.pipeline.text import first_line
+
+log: logging.Logger = logging.getLogger("birkhoff.worker")
+
+
+class Worker:
+    """Holds what shards of one process share: the store's client and the device."""
+
+    def __init__(self, store: StoreAddress) -> None:
+        # Shards are the unit of parallel work; threads inside one would wait for each other at every small operation.
+        torch.set_num_threads(1)
+        logs.join_trace()
+        self._address = store
+        self._store: Store | None = None
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._metrics = metrics()
+
+    def run(self, task: Task) -> Outcome:
+        """Run one task; every error becomes its outcome."""
+        if self._metrics:
+            self._metrics.began(task.nbytes)
+        outcome = self._run(task)
+        if self._metrics:
+            self._metrics.ended(outcome)
+        return outcome
+
+    def _run(self, task: Task) -> Outcome:
+        log.info("start %s, %d bytes", task.label, task.nbytes)
+        try:
+            # Opened here and not at the start: a store that refuses is the shard's error, not a worker's death.
+            self._store = self._store or open_address(self._address)
+            with logs.shard(task.model, task.index):
+                return Outcome(task=task, result=self._result(task, self._store))
+        except BirkhoffError as error:
+            return Outcome(task=task, error=error)
+        except Exception as error:
+            log.debug("%s", traceback.format_exc())
+            if _lacked_memory(error):
+                self.trim()
+                return out_of_memory_outcome(task, error)
+            kind = type(error).__name__
+            return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
+
+    def _result(self, task: Task, store: Store) -> Result:
+        # Imported here: what runs models, which shards do without.
+        if isinstance(task, ProofTask):
+            from birkhoff.pipeline.proof.prove import prove
+
+            return prove(task, store, self._device)
+        if isinstance(task, StatisticsTask):
+            from birkhoff.pipeline.statistics.take import take_statistics
+
+            return take_statistics(task, store, self._device)
+        return run_shard(task, store, self._device)
+
+    def identity(self) -> dict[str, Any]:
+        """What this process is: id, whether it sees a GPU, where its code is, who owns a top-level `kernels`."""
+        spec = importlib.util.find_spec("kernels")
+        facts = {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "package": birkhoff.__file__}
+        return {**facts, "kernels": spec and spec.origin}
+
+    def trim(self) -> None:
+        """Give memory that is kept for later back to the device."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Release the store's connections."""
+        if self._store is not None:
+            self._store.close()
+
+
+class InlineExecutor(AbstractContextManager["InlineExecutor"]):
+    """One shard after another in this process: for tests, small jobs, and machines without Ray."""
+
+    def __init__(self, store: StoreAddress) -> None:
+        self._threads = torch.get_num_threads()
+        """Of the process before, which a worker takes one of."""
+        self._worker = Worker(store)
+
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        """Run each task when its outcome is asked for."""
+        while task := queue.take():
+            interrupt.check()
+            outcome = self._worker.run(task)
+            queue.done(task)
+            yield outcome
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._worker.close()
+        torch.set_num_threads(self._threads)
+
+
+def _lacked_memory(error: Exception) -> bool:
+    """Whether an error of Python, torch or CUDA means that there was no memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory_outcome(task: Task, reason: Exception | str) -> Outcome:
+    """The failure of a task that had no memory, with the remedy."""
+    why = reason if isinstance(reason, str) else first_line(reason)
+    message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); {task.memory_remedy}"
+    return Outcome(task=task, error=WorkerError(message), out_of_memory=True)

@@ -1,0 +1,109 @@
+"""The driver's view of its workers: which are ready, what each has been given, and since when it works on the first.
+
+A worker runs its tasks in the order in which it got them, so the first one is the one at work. Tasks go only to workers
+that have answered once: after a node has gone, the workers that were to replace those on it may never start.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.run.queue import Task
+
+QUEUED_PER_WORKER = 2
+"""Tasks a worker holds: one at work, one ready, so that it never waits for the driver. With the last tasks it waits:
+none is to lie ready behind another one while a worker has nothing to do."""
+
+START_SECONDS = 300.0
+"""Within this time one worker must have started where none runs."""
+
+FAILED_STARTS = 3
+"""Times in a row, for each worker, that a start may fail."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class WorkerSlot:
+    """One worker: its actor, what says that it has started (None once it has), and its tasks by reference, in order."""
+
+    actor: Any
+    starting: Any
+    tasks: dict[Any, Task] = field(default_factory=dict)
+    since: float = 0.0
+    """When the first of its tasks began, in seconds of `time.monotonic`."""
+
+    def give(self, task: Task) -> None:
+        """Put a task behind those it has."""
+        if not self.tasks:
+            self.since = time.monotonic()
+        self.tasks[self.actor.run.remote(task)] = task
+
+    def overdue(self, limit: float) -> bool:
+        """Whether its first task has taken longer than `limit` seconds, or as many of them as such a task may."""
+        first = next(iter(self.tasks.values()), None)
+        return first is not None and time.monotonic() - self.since > limit * first.patience
+
+    def ended(self, reference: Any) -> Task:
+        """Its task behind `reference` has ended, and the next one has begun."""
+        self.since = time.monotonic()
+        return self.tasks.pop(reference)
+
+
+class WorkerSlots:
+    """All workers. `start` makes an actor and the reference that resolves when it has started."""
+
+    def __init__(self, start: Callable[[], tuple[Any, Any]], count: int) -> None:
+        self._start = start
+        self._all: list[WorkerSlot] = []
+        self._changed = time.monotonic()
+        self._failed = 0
+        for _ in range(count):
+            self._add()
+
+    def __iter__(self) -> Iterator[WorkerSlot]:
+        return iter(self._all)
+
+    def references(self) -> dict[Any, WorkerSlot]:
+        """Whatever is waited for, and the worker it comes from."""
+        found = {slot.starting: slot for slot in self._all if slot.starting is not None}
+        return found | {reference: slot for slot in self._all for reference in slot.tasks}
+
+    def free(self, waiting: int) -> WorkerSlot | None:
+        """The ready worker with the fewest tasks, if one can take more while so many tasks wait."""
+        most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
+        ready = [slot for slot in self._all if slot.starting is None and len(slot.tasks) < most]
+        return min(ready, key=lambda slot: len(slot.tasks), default=None)
+
+    def replace(self, slot: WorkerSlot) -> None:
+        """Give a worker up and start another one."""
+        self._all.remove(slot)
+        self._add()
+
+    def overdue(self, limit: float) -> list[WorkerSlot]:
+        """Workers whose first task takes too long; `limit` is what a shard may take, in seconds."""
+        return [slot for slot in self._all if slot.overdue(limit)]
+
+    def count_start(self, slot: WorkerSlot) -> None:
+        """A worker has started."""
+        slot.starting, self._failed = None, 0
+
+    def count_failed_start(self, reason: str) -> None:
+        """A worker died while it started. Raises WorkerError if they all do."""
+        self._failed += 1
+        if self._failed > FAILED_STARTS * len(self._all):
+            raise WorkerError(f"workers die at their start, the last of {self._failed} by {reason}; run with --debug")
+
+    def check_started(self) -> None:
+        """Raise WorkerError if no worker runs and none has started for too long."""
+        if any(slot.starting is None for slot in self._all):
+            self._changed = time.monotonic()
+        elif time.monotonic() - self._changed > START_SECONDS:
+            raise WorkerError(
+                f"none of {len(self._all)} workers started within {START_SECONDS:g} s; see the nodes of the Ray "
+                "cluster with `ray status`, or use --executor inline"
+            )
+
+    def _add(self) -> None:
+        actor, starting = self._start()
+        self._all.append(WorkerSlot(actor=actor, starting=starting))

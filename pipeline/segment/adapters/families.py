@@ -1,0 +1,92 @@
+"""The members of the family by name, how each wants its pictures, and which of them some tensors can be.
+
+Weights alone do not tell SAM-B from MedSAM, nor MobileSAM from TinySAM: their tensors have the same names and shapes,
+yet they want other pictures, or give other masks. So the family is part of what is published (`adapter:` in the
+manifest), and where nobody has named it, the usual one is taken and said.
+
+Sources: the publishers' predictors; facebookresearch/segment-anything and /sam2, bowang-lab/MedSAM (and its LiteMedSAM
+branch), SysCV/sam-hq, ChaoningZhang/MobileSAM, xinghaochen/TinySAM, chongzhou96/EdgeSAM, mit-han-lab/efficientvit,
+yformer/EfficientSAM.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from birkhoff.pipeline.errors import BuilderError
+from birkhoff.pipeline.segment.adapters.base import Preprocessing, Segmenter
+from birkhoff.pipeline.segment.adapters.efficient_sam import efficient_sam
+from birkhoff.pipeline.segment.adapters.hugging_face import of_transformers
+from birkhoff.pipeline.segment.adapters.published import published
+from birkhoff.pipeline.segment.adapters.sam2 import published_sam2
+from birkhoff.pipeline.text import suggestion
+
+_SAM = Preprocessing()
+_SAM2 = Preprocessing(fit="stretch", filter="smooth")
+
+FAMILIES: Mapping[str, Preprocessing] = {
+    "sam": _SAM,
+    "med_sam": Preprocessing(fit="stretch", scale="range", enlarged="probabilities"),
+    "lite_med_sam": Preprocessing(scale="range"),
+    "sam_hq": _SAM,
+    "mobile_sam": _SAM,
+    "mobile_sam_v2": _SAM,
+    "tiny_sam": Preprocessing(best=True),
+    "edge_sam": _SAM,
+    "efficient_vit_sam": _SAM,
+    "efficient_sam": Preprocessing(fit="stretch", filter="torch", enlarge="bicubic", best=True),
+    "sam2": _SAM2,
+    "sam_hq2": _SAM2,
+    "med_sam2": _SAM2,
+    "efficient_tam": _SAM2,
+    "edge_tam": _SAM2,
+    "sam3": replace(_SAM2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+}
+"""How each wants its pictures, by the name that `adapter:` takes."""
+
+_KINDS = (efficient_sam, published, of_transformers, published_sam2)
+_BY_CLASS = {"EdgeTamModel": "edge_tam", "Sam3TrackerModel": "sam3"}
+
+
+def segmenter_of(model: nn.Module, adapter: str | None = None) -> Segmenter:
+    """The adapter of a model; `adapter` names its family where its code runs several.
+
+    Raises:
+        BuilderError: it is none of those that there are adapters for, or not of the family named.
+    """
+    kind = next(filter(None, (find(model) for find in _KINDS)), None)
+    shown = f"{type(model).__module__}.{type(model).__name__}"
+    if kind is None:
+        raise BuilderError(
+            f"{shown}: no adapter knows this model; expected a member of the Segment Anything family in its "
+            f"publishers' code or transformers' ({', '.join(FAMILIES)}); load_into takes any model"
+        )
+    if adapter is None:
+        adapter = _usual(model, kind)
+    elif adapter not in FAMILIES:
+        raise BuilderError(f"adapter:{suggestion(adapter, FAMILIES)}; there are: {', '.join(FAMILIES)}")
+    elif adapter not in kind.families:
+        raise BuilderError(f"adapter: {shown} cannot be {adapter!r}; its code runs: {', '.join(kind.families)}")
+    segmenter = kind(model, _of_config(model, FAMILIES[adapter]))
+    segmenter.family = adapter
+    return segmenter
+
+
+def _usual(model: Any, kind: type[Segmenter]) -> str:
+    """The family of a model that nobody has named: by its class, its encoder or its side, else the code's first."""
+    if type(model).__name__ in _BY_CLASS:
+        return _BY_CLASS[type(model).__name__]
+    if kind.families[0] != "sam" or not hasattr(model, "image_encoder"):
+        return kind.families[0]
+    if not hasattr(model.image_encoder, "layers"):  # not TinyViT
+        return "sam"
+    return "lite_med_sam" if int(model.prompt_encoder.input_image_size[0]) == 256 else "mobile_sam"
+
+
+def _of_config(model: Any, preprocessing: Preprocessing) -> Preprocessing:
+    """Normalised as the model's own configuration says, where it says so."""
+    config = getattr(model, "config", None)
+    mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
+    return replace(preprocessing, mean=tuple(mean), std=tuple(std)) if mean and std else preprocessing

@@ -1,0 +1,145 @@
+"""Models in the layout of the segment-anything package: `image_encoder`, `prompt_encoder`, `mask_decoder`.
+
+SAM and MedSAM are its own `Sam`; MobileSAM (arXiv 2306.14289), TinySAM (arXiv 2312.13789), LiteMedSAM, EdgeSAM (arXiv
+2312.06660), SAM-HQ (arXiv 2306.01567) and EfficientViT-SAM (arXiv 2402.05008) keep the layout and change a part. What a
+mask decoder's `forward` asks for tells them apart, and is checked here rather than trusted to a class's name.
+
+Legend as in `base`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from birkhoff.pipeline.segment.adapters.base import Preprocessing, PromptKind, Segmenter, decoder_asks, numbered
+
+_COMMON = {"image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings"}
+
+
+class PublishedSam(Segmenter):
+    """`Sam` of segment-anything, and whatever keeps its decoder: SAM, MedSAM, MobileSAM, MobileSAMv2, LiteMedSAM."""
+
+    families: tuple[str, ...] = ("sam", "med_sam", "mobile_sam", "mobile_sam_v2", "lite_med_sam")
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__(model, preprocessing)
+        self.side: int = int(self.model.prompt_encoder.input_image_size[0])
+        self.blocks: dict[str, nn.Module] = encoder_blocks(self.model.image_encoder)
+        self._asks = decoder_asks(model.mask_decoder)
+
+    def embed(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Preprocessed pictures [B, 3, S, S] to one map of features [B, C, h, w]."""
+        return (self.model.image_encoder(values),)
+
+    def decode(
+        self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As `Segmenter.decode`; the published decoders take one picture at a time."""
+        encoder, found = self.model.prompt_encoder, []
+        for number, asked in enumerate(prompts):
+            points = None if kind == "box" else (asked[:, None], torch.ones(len(asked), 1, device=asked.device))
+            sparse, dense = encoder(points=points, boxes=asked if kind == "box" else None, masks=None)
+            own = tuple(level[number : number + 1] for level in features)
+            found.append(
+                self.model.mask_decoder(
+                    image_embeddings=own[-1],
+                    image_pe=encoder.get_dense_pe(),
+                    sparse_prompt_embeddings=sparse,
+                    dense_prompt_embeddings=dense,
+                    **self._options(own, multimask),
+                )
+            )
+        return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
+
+    def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:  # noqa: ARG002 for others
+        """What the decoder is told besides embeddings."""
+        # MobileSAMv2's decoder takes the plain way only where it is told not to simplify.
+        return {"multimask_output": multimask} | ({"simple_type": False} if "simple_type" in self._asks else {})
+
+
+class TinySam(PublishedSam):
+    """TinySAM: its decoder always gives three masks, of which the most trusted is meant."""
+
+    families: tuple[str, ...] = ("tiny_sam",)
+
+    def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:  # noqa: ARG002
+        return {}
+
+
+class EdgeSam(PublishedSam):
+    """EdgeSAM: its decoder is told how many masks to give, one or three."""
+
+    families: tuple[str, ...] = ("edge_sam",)
+
+    def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:  # noqa: ARG002
+        return {"num_multimask_outputs": 3 if multimask else 1}
+
+
+class EfficientVitSam(PublishedSam):
+    """EfficientViT-SAM: prompts and masks lie in a square of 1024, pictures come in one of 512 (L) or 1024 (XL)."""
+
+    families: tuple[str, ...] = ("efficient_vit_sam",)
+
+    @property
+    def encoder_side(self) -> int:
+        """As `Segmenter.encoder_side`."""
+        return int(self.model.image_size[1])
+
+
+class SamHq(PublishedSam):
+    """SAM-HQ: its decoder also takes the output of the encoder's first global block, and refines one mask.
+
+    With `multimask` it still gives one, the most trusted of three corrected by the refined token.
+    """
+
+    families: tuple[str, ...] = ("sam_hq",)
+
+    def embed(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Maps of features: that of an early block [B, h, w, C'] first, the embedding [B, C, h, w] last."""
+        embedding, early = self.model.image_encoder(values)
+        return early[0], embedding
+
+    def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:
+        return {"multimask_output": multimask, "hq_token_only": False, "interm_embeddings": [features[0]]}
+
+
+def published(model: Any) -> type[PublishedSam] | None:
+    """The adapter of a model of this layout, by what its decoder asks for; None for another."""
+    if not {"image_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}:
+        return None
+    asks = decoder_asks(model.mask_decoder)
+    if not asks >= _COMMON or not hasattr(model.prompt_encoder, "input_image_size"):
+        return None
+    if "interm_embeddings" in asks:
+        return SamHq
+    if "num_multimask_outputs" in asks:
+        return EdgeSam
+    if "multimask_output" in asks:
+        return EfficientVitSam if hasattr(model.image_encoder, "backbone") else PublishedSam
+    return TinySam if asks == _COMMON else None
+
+
+def encoder_blocks(encoder: nn.Module) -> dict[str, nn.Module]:
+    """The layers of an image encoder by name.
+
+    ViT's `blocks`, TinyViT's blocks of `layers`, RepViT's `features`, those of each stage of EfficientViT's `backbone`.
+    """
+    parts: dict[str, Any] = dict(encoder.named_children())
+    if "blocks" in parts:
+        return numbered("image_encoder.blocks", parts["blocks"])
+    if "layers" in parts:
+        return {
+            f"image_encoder.layers.{stage}.blocks.{number}": block
+            for stage, layer in enumerate(parts["layers"])
+            for number, block in enumerate(layer.blocks)
+        }
+    if "features" in parts:
+        return numbered("image_encoder.features", parts["features"])
+    if "backbone" in parts:
+        return {
+            f"image_encoder.backbone.stages.{stage}.op_list.{number}": block
+            for stage, layer in enumerate(parts["backbone"].stages)
+            for number, block in enumerate(layer.op_list)
+        }
+    return {"image_encoder": encoder}

@@ -1,0 +1,204 @@
+"""Annotations and detectors' results as their files have them, and what of them cannot be used, by reason.
+
+Files of annotations that people made or converted hold wrong rows, and `pycocotools` trusts them: a polygon with NaN
+makes it ask for all memory, runs that end before the mask does leave the rest of it undefined. So each row is checked
+here, and a wrong one is skipped and counted.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birkhoff.pipeline.errors import PictureError
+
+Kind = Literal["picture", "annotation", "result"]
+"""What may be skipped: a picture, an object of the annotations, a row of a detector's results."""
+
+Row = Mapping[str, Any]
+"""An annotation or a result as its file has it."""
+
+LISTED = 10
+"""Skipped things that are named for each reason."""
+
+_POLYGON = 6
+"""Numbers of the smallest polygon: three corners."""
+
+
+class UnusableError(Exception):
+    """A row that cannot be used. `reason` is what it is counted under, `detail` what its own case adds to that."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Skipped:
+    """What an evaluation left out: each thing once, by what it is and why."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Kind, str], dict[str, None]] = {}
+
+    def add(self, what: Kind, reason: str, name: str) -> None:
+        """Count a thing; `name` is its place, by which it is told from others."""
+        self._found.setdefault((what, reason), {})[name] = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line for each reason: `what`, `reason`, `count` and the `first` few names."""
+        return [
+            {"what": what, "reason": reason, "count": len(names), "first": list(names)[:LISTED]}
+            for (what, reason), names in sorted(self._found.items())
+        ]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{row['count']} x {row['what']}: {row['reason']}" for row in self.rows()) or "nothing skipped"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises PictureError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise PictureError(f"{path}: expected annotations as JSON: {error}") from None
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that one can calculate with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_id(value: object) -> bool:
+    """Whether a value can be what a picture, an object or a category is known by."""
+    return isinstance(value, int | str)
+
+
+def numbers(value: object, count: int) -> list[float]:
+    """A list of so many finite numbers. Raises ValueError."""
+    if not (isinstance(value, list) and len(value) == count and all(map(finite, value))):
+        raise ValueError
+    return [float(number) for number in value]
+
+
+def mask_of(entry: object, size: tuple[int, int]) -> Tensor:
+    """The mask of a row on a picture of size (H, W): bool [H, W].
+
+    Raises:
+        UnusableError: no polygon or run-length mask, one for another size, or an empty one.
+        PictureError: pycocotools is missing.
+    """
+    try:
+        found = cast("Any", entry)["segmentation"]
+        mask = _of_polygons(found, size) if isinstance(found, list) else _of_runs(found, size)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        shown = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UnusableError("not a polygon or run-length mask", shown) from None
+    if not mask.any():
+        raise UnusableError("an empty mask")
+    return torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def encoded(mask: Tensor) -> dict[str, Any]:
+    """A mask (bool [H, W]) in COCO's run-length coding, ready for JSON. Raises PictureError."""
+    runs = rasteriser().encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": [int(length) for length in runs["size"]], "counts": runs["counts"].decode()}
+
+
+def box_of(row: Row, size: tuple[int, int]) -> list[float]:
+    """The box x0, y0, x1, y1 of a detector's row, in pixels, as its x, y, width, height say; it may overhang.
+
+    Raises:
+        UnusableError: no box, one without area, or one outside the picture of size (H, W).
+    """
+    try:
+        x, y, width, height = numbers(row.get("bbox"), 4)
+    except ValueError:
+        raise UnusableError("no box of four numbers", f"{row.get('bbox')!r:.80}") from None
+    if width <= 0 or height <= 0:
+        raise UnusableError("a box without area", f"{width:g} x {height:g}")
+    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+        raise UnusableError("a box outside the picture")
+    return [x, y, x + width, y + height]
+
+
+def click_of(entry: Row, size: tuple[int, int]) -> list[float] | None:
+    """The click x, y that an annotation gives for its object; None if it gives none. Raises UnusableError."""
+    given = entry.get("point_coords")
+    if not given:
+        return None
+    try:
+        x, y = numbers(given[0], 2)
+    except (TypeError, KeyError, ValueError):
+        raise UnusableError("a click that is no pixel of the picture") from None
+    if not (0 <= x < size[1] and 0 <= y < size[0]):
+        raise UnusableError("a click that is no pixel of the picture", f"{x:g}, {y:g}")
+    return [x, y]
+
+
+def rasteriser() -> Any:
+    """`pycocotools.mask`, which rasterises and codes masks. Raises PictureError if it is missing."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise PictureError("annotations need pycocotools: pip install 'birkhoff-compression[eval]'") from None
+    return mask
+
+
+def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Any:
+    """The union of polygons x, y, x, y, ...; what cannot be one would make the rasteriser run wild."""
+    if not polygons:
+        raise ValueError("no polygon")
+    reach = max(size)
+    for polygon in polygons:
+        corners = numbers(polygon, len(polygon))
+        if len(corners) < _POLYGON or len(corners) % 2:
+            raise ValueError(f"a polygon of {len(corners)} numbers")
+        if min(corners) < -reach or max(corners) > 2 * reach:
+            raise ValueError("a polygon far outside the picture")
+    coco = rasteriser()
+    runs = coco.merge(coco.frPyObjects(polygons, *size))
+    return _of_runs({"size": list(size), "counts": runs["counts"].decode()}, size)
+
+
+def _of_runs(runs: Mapping[str, Any], size: tuple[int, int]) -> Any:
+    """A mask of run-length coding, compressed (a text) or plain (a list of lengths)."""
+    given = numbers(runs["size"], 2)
+    if given != [float(length) for length in size]:
+        shown = f"a mask of {[int(length) for length in given]} pixels on a picture of {list(size)} (height, width)"
+        raise UnusableError("a mask of another size", shown)
+    counts = runs["counts"]
+    lengths = _lengths(counts) if isinstance(counts, str) else np.array(numbers(counts, len(counts)))
+    if (lengths < 0).any() or (lengths % 1).any() or lengths.sum() != size[0] * size[1]:
+        raise ValueError("runs that do not add up to its pixels")
+    values = np.arange(len(lengths)) % 2 == 1
+    return values.repeat(lengths.astype(np.int64)).reshape(size[::-1]).T  # column by column
+
+
+def _lengths(text: str) -> Any:
+    """Run lengths of COCO's compressed form: int64, from the fourth on stored as differences to the last but one.
+
+    A length is written in groups of five bits, the lowest first, one printable character each: bit 5 says that more
+    follow, bit 4 of the last group is the sign.
+    """
+    groups = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+        raise ValueError("no compressed runs")
+    last = groups & 32 == 0
+    number = np.concatenate(([0], np.cumsum(last)[:-1]))  # the length that each group belongs to
+    first = np.flatnonzero(np.concatenate(([True], last[:-1])))
+    place = np.arange(len(groups)) - first[number]
+    if place.max() > 7:
+        raise ValueError("a run of too many pixels")
+    found = np.zeros(int(last.sum()), dtype=np.int64)
+    np.add.at(found, number, (groups & 31) << (5 * place))
+    negative = groups[last] & 16 != 0
+    found[negative] -= 1 << (5 * (place[last][negative] + 1))
+    found[1::2] = found[1::2].cumsum()
+    found[2::2] = found[2::2].cumsum()
+    return found

@@ -1,0 +1,40 @@
+"""A segmenter that computes on compressed weights."""
+
+from pathlib import Path
+
+from torch import nn
+
+from birkhoff.pipeline.load.builders import compressed_model
+from birkhoff.pipeline.segment.adapters.base import Segmenter
+from birkhoff.pipeline.segment.adapters.families import segmenter_of
+
+
+def compressed_segmenter(
+    reference: str,
+    store: str | None = None,
+    *,
+    builder: str | None = None,
+    upstream: Path | None = None,
+    near: Path | None = None,
+    adapter: str | None = None,
+    device: str,
+) -> Segmenter:
+    """The model of an artifact behind its adapter: the one named, else the artifact's own, else the usual one.
+
+    A model that no adapter drives is refused after its headers were read and before its weights are fetched.
+
+    Raises:
+        BuilderError: nothing here builds it, or no adapter knows it.
+        ModelMismatchError, ArtifactNotFoundError, IntegrityError, StoreError: as in `compressed_model`.
+    """
+    found: list[Segmenter] = []
+
+    def accept(model: nn.Module, own: str | None) -> None:
+        found.append(segmenter_of(model, own if adapter is None else adapter))
+
+    model = compressed_model(
+        reference, store, builder=builder, upstream=upstream, near=near, device=device, accept=accept
+    )
+    (segmenter,) = found
+    segmenter.model = model
+    return segmenter

@@ -1,0 +1,52 @@
+"""What becomes of every tensor of a model: the one place that asks, for models that are planned and versions stored.
+
+A version stores its decisions as what they were made from, recipe and overrides in its manifest, which its digest and
+its signatures cover. From these and the headers of its shards `decisions_of` makes them again, for a version of any
+age. A list of decisions beside the manifest would have to be held against them before anybody could believe it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from birkhoff.codec.container import Entry
+from birkhoff.codec.dtype_names import name_of_code
+from birkhoff.codec.output.targets import targets_db
+from birkhoff.codec.profiles import Decision, Header, Override, Profile
+from birkhoff.pipeline.registry.documents import VersionManifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What statistics have allotted tensors under allocation by output, by name."""
+
+    gains_db: Mapping[str, float]
+    """Over the profile's target, which is the mean of all."""
+    hessians: Mapping[str, str] = field(default_factory=dict)
+    """Digests of packed Hessians; where a version is read there are none."""
+
+
+def decide(
+    headers: Iterable[Header], profile: Profile, overrides: Mapping[str, Override], shares: Shares | None = None
+) -> dict[str, Decision]:
+    """What becomes of tensors, by name, in their order.
+
+    Whoever allots targets tensor by tensor gives them as `overrides`, which must be reached, or as `shares`, which say
+    steps: keys of shards, manifests and checks follow.
+    """
+    decisions = {name: profile.decide(shape, dtype, overrides.get(name), name) for name, shape, dtype in headers}
+    if shares is None or profile.target_db is None:
+        return decisions
+    targets = targets_db(shares.gains_db, profile.target_db)
+    return decisions | {
+        name: replace(decision, target_db=targets[name], hessian=shares.hessians.get(name))
+        for name, decision in decisions.items()
+        if decision.nominal and name in targets
+    }
+
+
+def decisions_of(manifest: VersionManifest, entries: Iterable[Entry]) -> dict[str, Decision]:
+    """What a version's manifest has decided of stored tensors, by name. Raises FormatError for an unknown dtype."""
+    profile = Profile.of_recipe(manifest.profile, manifest.recipe)
+    headers = (Header(entry.name, entry.shape, name_of_code(entry.dtype)) for entry in entries)
+    shares = None if manifest.gains_db is None else Shares(gains_db=manifest.gains_db)
+    return decide(headers, profile, manifest.overrides or {}, shares)

@@ -1,0 +1,49 @@
+"""The Hessians through which errors of a shard's tensors are fed back, from the store to the device."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from birkhoff.codec.output.packing import packed_bytes, unpack
+from birkhoff.codec.pairs import matrix_shape
+from birkhoff.codec.profiles import Decision
+from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.registry.documents import blob_key, sha256
+from birkhoff.pipeline.store.base import Store
+
+HessianOf = Callable[[str], Tensor | None]
+"""The Hessian, on the device at hand, through which errors of the tensor of a name are fed back; None for none."""
+
+
+class Hessians:
+    """Those of a shard's tensors, read from the store when they are asked for; their packed bytes stay in memory."""
+
+    def __init__(
+        self, store: Store, sources: Mapping[str, Tensor], decisions: Mapping[str, Decision], device: torch.device
+    ) -> None:
+        self._store, self._device = store, device
+        self._columns = {name: matrix_shape(tuple(tensor.shape))[1] for name, tensor in sources.items()}
+        self._digests = {name: decision.hessian for name, decision in decisions.items()}
+        self._packed: dict[str, bytes] = {}
+
+    def of(self, name: str) -> Tensor | None:
+        """The Hessian of a tensor, float32 [K, K] on the device; None where it has none. Raises IntegrityError."""
+        digest, columns = self._digests[name], self._columns[name]
+        if digest is None:
+            return None
+        if digest not in self._packed:
+            self._packed[digest] = self._read(name, digest, columns)
+        return unpack(self._packed[digest], columns, self._device)
+
+    def _read(self, name: str, digest: str, columns: int) -> bytes:
+        remedy = "run again: the model's statistics are then made anew"
+        try:
+            body = self._store.get(blob_key(digest), length=packed_bytes(columns) + 1)
+        except ObjectNotFoundError:
+            raise IntegrityError(
+                f"{self._store.url}: blob {digest}, the Hessian of {name!r}, has gone since the run began; {remedy}"
+            ) from None
+        if sha256(body) != digest:
+            raise IntegrityError(f"{self._store.url}: blob {digest}, the Hessian of {name!r}, is damaged; {remedy}")
+        return body

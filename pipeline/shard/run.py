@@ -1,0 +1,240 @@
+"""One shard, start to finish, in one process: read, key, encode, validate, upload, record.
+
+What a worker does for each task; nothing here knows about Ray.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import birkhoff.kernels.trellis.op  # noqa: F401  registers the GPU's search
+from birkhoff.codec.budget import Floats, sizes
+from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
+from birkhoff.codec.errors import FormatError
+from birkhoff.codec.output import encode as by_output
+from birkhoff.codec.output.allocation import tensor_sizes
+from birkhoff.codec.profiles import Decision, Recipe
+from birkhoff.codec.tensor import Encoded, check_storable, encode_tensor
+from birkhoff.pipeline import logs
+from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
+from birkhoff.pipeline.checkpoint.open import read_tensor
+from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, ValidationError
+from birkhoff.pipeline.registry.documents import ShardRecord, blob_key, fetch_document, keep_object, sha256, shard_key
+from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
+from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.shard.validate import ShardChecks, validate_shard
+from birkhoff.pipeline.store.base import Store
+
+log: logging.Logger = logging.getLogger("birkhoff.shard")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What comes back: the record, whether the store had it already, and the seconds of each stage."""
+
+    record: ShardRecord
+    reused: bool
+    stages: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSizes:
+    """What comes back of a shard whose sizes were to be estimated: bytes at each of the targets asked for, [T]."""
+
+    bytes: tuple[float, ...]
+    stages: dict[str, float]
+
+
+class Stages:
+    """Seconds by stage, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """A stage has ended now."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def run_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult | ShardSizes:
+    """Do what a task asks for. Raises as `compress_shard`."""
+    return estimate_shard(task) if task.estimate_only else compress_shard(task, store, device)
+
+
+def estimate_shard(task: ShardTask) -> ShardSizes:
+    """Foretell what a shard will take at every target, a tensor at a time. Raises SourceError, CodecError."""
+    stages = Stages()
+    total: Floats = np.zeros(len(task.targets_db[0]))
+    for plan, targets in zip(task.tensors, task.targets_db, strict=True):
+        source = _read(plan.tensor)
+        stages.end("read")
+        logs.step("estimate", source.nbytes, plan.tensor.name)
+        foretell = tensor_sizes if plan.decision.nominal else sizes
+        total += foretell(plan.tensor.name, source, plan.decision, targets)
+        stages.end("estimate")
+    return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
+
+
+def compress_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult:
+    """Bring one shard into the store, unless it is there.
+
+    Raises:
+        SourceError, CodecError, ValidationError, StoreError: with the tensor's or object's name.
+    """
+    stages = Stages()
+    sources, decisions = {plan.tensor.name: _read(plan.tensor) for plan in task.tensors}, task.decisions
+    hessians = Hessians(store, sources, decisions, device)
+    stages.end("read")
+    key = input_key(sources, task.recipe, decisions)
+    stages.end("key")
+    record = None if task.reuse == "never" else find_record(store, key)
+    stages.end("find")
+    if record is not None and task.reuse == "prove":
+        record = _proven(record, store, sources, task, device, hessians)
+        stages.end("validate")
+    if record is not None and task.reuse == "revalidate":
+        validate_shard(store.get(blob_key(record.blob)), sources, decisions, device, hessians.of)
+        stages.end("validate")
+    if record is not None:
+        return ShardResult(record=record, reused=True, stages=stages.seconds)
+    blob = encode_shard(sources, decisions, device, hessians.of)
+    stages.end("encode")
+    checks = validate_shard(blob, sources, decisions, device, hessians.of)
+    stages.end("validate")
+    record = make_record(key, sources, blob, checks)
+    logs.step("upload", len(blob))
+    keep_shard(store, blob, record)
+    stages.end("upload")
+    return ShardResult(record=record, reused=False, stages=stages.seconds)
+
+
+def _proven(
+    record: ShardRecord,
+    store: Store,
+    sources: Mapping[str, Tensor],
+    task: ShardTask,
+    device: torch.device,
+    hessians: Hessians,
+) -> ShardRecord | None:
+    """The record that a stored shard deserves, made from its bytes and its source alone; None where it fails.
+
+    Whoever can write to the store can write records and blobs, but no signature: nothing of the record is believed.
+    """
+    try:
+        blob = store.get(blob_key(record.blob))
+        if sha256(blob) != record.blob:
+            raise IntegrityError(f"blob {record.blob} is damaged")
+        checks = validate_shard(blob, sources, task.decisions, device, hessians.of)
+        proven = make_record(record.key, sources, blob, checks)
+    except (ObjectNotFoundError, IntegrityError, ValidationError, FormatError) as error:
+        log.warning(
+            "%s: the stored shard %s is not what its source gives (%s); it is made anew", task.label, record.key, error
+        )
+        return None
+    if proven != record:
+        keep_shard(store, blob, proven)
+    return proven
+
+
+def encode_shard(
+    sources: Mapping[str, Tensor],
+    decisions: Mapping[str, Decision],
+    device: torch.device,
+    hessian_of: HessianOf = lambda _: None,
+) -> bytes:
+    """The container of a shard's tensors. Raises as `compress_shard`."""
+    coded = [_encode(name, tensor, decisions[name], device, hessian_of) for name, tensor in sources.items()]
+    return serialise(coded)
+
+
+def _encode(name: str, tensor: Tensor, decision: Decision, device: torch.device, hessian_of: HessianOf) -> CodedTensor:
+    logs.step("encode", tensor.nbytes, name)
+    if decision.nominal:
+        return _encode_by_output(name, tensor.to(device), decision, hessian_of(name)).tensor
+    # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
+    return encode_tensor(name, tensor if decision.action == "lossless" else tensor.to(device), decision).tensor
+
+
+def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:
+    assert decision.target_db is not None  # a nominal target is one
+    check_storable(name, tensor)
+    return by_output.encode(name, tensor, decision.target_db, hessian_KK, path=decision.path)
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    logs.step("read", tensor.dense_bytes, tensor.name)
+    return read_tensor(tensor)
+
+
+def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks) -> ShardRecord:
+    """What is kept about a validated shard."""
+    return ShardRecord(
+        key=key,
+        blob=sha256(blob),
+        bytes=len(blob),
+        source_bytes=sum(tensor.nbytes for tensor in sources.values()),
+        tensors=len(sources),
+        sqnr_db=checks.sqnr_db,
+        probe_db=checks.probe_db,
+        probe_error=checks.probe_error,
+        fallbacks=checks.fallbacks or None,
+    )
+
+
+def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
+    """Upload a shard, blob first."""
+    keep_object(store, blob_key(record.blob), blob)
+    keep_object(store, shard_key(record.key), record.to_bytes())
+
+
+def find_record(store: Store, key: str) -> ShardRecord | None:
+    """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest.
+
+    Both are touched: a grace period begins anew for what is reused.
+    """
+    try:
+        record = fetch_document(store, ShardRecord, shard_key(key))
+        body = store.get(blob_key(record.blob), length=record.bytes + 1)
+        if record.key == key and sha256(body) == record.blob:
+            store.touch(blob_key(record.blob))
+            store.touch(shard_key(key))
+            return record
+        log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)
+    except ObjectNotFoundError:
+        pass
+    except IntegrityError as error:
+        log.warning("%s; it is made anew", error)
+    return None
+
+
+def input_key(sources: Mapping[str, Tensor], recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
+    """Key of a shard: everything that decides its bytes, and nothing else.
+
+    Of a decision that is what the recipe, with the tensor's header, does not tell: its `override`, or its nominal
+    target and Hessian.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, recipe], sort_keys=True).encode())
+    for name, tensor in sources.items():
+        decision = decisions[name]
+        own: list[object] = [] if decision.override is None else [decision.override]
+        if decision.nominal:
+            own += [decision.target_db, decision.hessian]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), *own]).encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""Proof of a shard from its final bytes: every tensor decoded and compared, every matrix run through HyperLinear.
+
+Nothing of the encoder is believed: the container is parsed again, and what it claims of itself must be what is
+measured.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from birkhoff.codec.container import CodedTensor, LatticeParams, parse
+from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
+from birkhoff.codec.output.encode import is_no_worse, stored_step
+from birkhoff.codec.profiles import FALLBACKS, Decision
+from birkhoff.codec.tensor import decode_with_code, is_matrix
+from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline import logs
+from birkhoff.pipeline.errors import ValidationError
+from birkhoff.pipeline.registry.documents import FLOOR_DB
+from birkhoff.pipeline.shard.hessians import HessianOf
+
+PROBE_ROWS = 16
+"""Random inputs of a HyperLinear probe."""
+
+PROBE_LIMIT = 1e-5
+"""Greatest ||y - y'|| / ||y'|| of HyperLinear's y in float32 against `F.linear` with the decoded weight's y'."""
+
+_CLAIM_SLACK_DB = 0.01
+"""The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""
+
+
+_TARGET_SLACK_DB = 0.0011
+"""A target is stored rounded down to 0.001 dB."""
+
+
+_STEP_SLACK = 1e-6
+"""A sum of squares may be taken in another order, and the step is a float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardChecks:
+    """What validation measured, in the order of the container."""
+
+    sqnr_db: tuple[float, ...]
+    probe_db: tuple[float, ...]
+    probe_error: float
+    fallbacks: dict[str, str]
+    """Tensors that are lossless for what their weights are, and why: keys of `FALLBACKS`."""
+
+
+def validate_shard(
+    blob: bytes,
+    sources: Mapping[str, Tensor],
+    decisions: Mapping[str, Decision],
+    device: torch.device,
+    hessian_of: HessianOf = lambda _: None,
+) -> ShardChecks:
+    """Check a container against its source tensors (by name, in order), and against what was decided of each.
+
+    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back.
+
+    Raises:
+        ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), is coded
+            although it should be lossless or the other way round, or HyperLinear does not compute its product; under a
+            nominal target it has another step, or its output error is above that of plain rounding.
+        FormatError: the container cannot be read back.
+    """
+    coded_tensors = parse(blob)
+    if [coded.name for coded in coded_tensors] != list(sources):
+        raise ValidationError("the container's tensors are not the shard's tensors: report this as a bug")
+    sqnrs: list[float] = []
+    probes: list[tuple[float, float]] = []
+    fallbacks: dict[str, str] = {}
+    for coded in coded_tensors:
+        source = sources[coded.name]
+        logs.step("validate", source.nbytes, coded.name)
+        decoded, code = decode_with_code(coded, "cpu" if coded.lossless else device)
+        _check_form(coded.name, source, decoded)
+        target = promise(coded, decisions[coded.name])
+        if coded.lossless:
+            _check_equal(coded.name, source, decoded)
+            fallbacks |= {} if coded.claims.reason is None else {coded.name: coded.claims.reason}
+            continue
+        source = source.to(device)
+        sqnrs.append(_check_coded(coded, source, decoded, target))
+        if decisions[coded.name].nominal:
+            check_step(coded, source, decisions[coded.name])
+            assert code is not None  # the check of its step is of codec lattice alone
+            _check_output(coded.name, code, source, decisions[coded.name], hessian_of(coded.name))
+        if code is not None and is_matrix(coded):
+            probes.append(probe(coded.name, code, source, decoded))
+    return ShardChecks(
+        sqnr_db=tuple(round(max(value, FLOOR_DB), 2) for value in sqnrs),
+        probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
+        probe_error=float(f"{max((error for _, error in probes), default=0.0):.2g}"),
+        fallbacks=fallbacks,
+    )
+
+
+def _check_form(name: str, source: Tensor, decoded: Tensor) -> None:
+    if (decoded.shape, decoded.dtype) != (source.shape, source.dtype):
+        raise ValidationError(
+            f"tensor {name!r} came back as {list(decoded.shape)} {decoded.dtype}, "
+            f"expected {list(source.shape)} {source.dtype}"
+        )
+
+
+def promise(coded: CodedTensor, decision: Decision, *, reasons: bool = True) -> float | None:
+    """What a stored tensor must reach: the SQNR in dB that was decided on; None if lossless, `paper` or nominal.
+
+    `reasons` says that a tensor that is lossless against its decision must carry the reason.
+
+    Raises:
+        ValidationError: it is coded where it should be lossless or the other way round, or claims another target.
+    """
+    lossless, reason = coded.lossless, coded.claims.reason
+    fell = decision.action == "coded" and lossless and (reason in FALLBACKS or not reasons)
+    if lossless != (decision.action == "lossless" or fell) or (reason is not None and not fell):
+        raise ValidationError(
+            f"tensor {coded.name!r} should be {decision.action}, it is stored as {coded.codec}"
+            + (f" for the reason {reason!r}" if reason else "")
+            + "; compress again, and report this as a bug if it is so again"
+        )
+    if lossless or decision.codec == "paper" or decision.nominal:
+        return None
+    claim, target = claimed(coded, "target_db") if decision.states_target else None, decision.target_db
+    if target is None:  # its target is its own: the published codec's error
+        return claim
+    if claim is not None and abs(claim - target) > _TARGET_SLACK_DB:
+        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB as its target, it has {target} dB")
+    return target
+
+
+def claimed(coded: CodedTensor, key: Literal["sqnr_db", "target_db"]) -> float:
+    """A number that goes with a tensor; -inf is the SQNR of what came out of zeros. Raises ValidationError if none."""
+    value = coded.claims.sqnr_db if key == "sqnr_db" else coded.claims.target_db
+    if value is None or not (math.isfinite(value) or (key == "sqnr_db" and value == -math.inf)):
+        raise ValidationError(f"tensor {coded.name!r} claims {value} as {key}, expected a number in dB")
+    return value
+
+
+def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
+    # Compared as bytes: -0.0 and NaN payloads count.
+    same = torch.equal(source.contiguous().view(torch.uint8), decoded.view(torch.uint8)) if source.dim() else True
+    if not same or (not source.dim() and source.item() != decoded.item()):
+        raise ValidationError(f"tensor {name!r} was stored lossless but came back different: report this as a bug")
+
+
+def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: float | None) -> float:
+    """SQNR in dB of a coded tensor that passes."""
+    found = fidelity(source, decoded)
+    if not math.isfinite(found.error) or not any(to_host(*torch.aminmax(decoded))):
+        raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
+    if target is not None and found.sqnr_db < target:
+        raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
+    claim = claimed(coded, "sqnr_db")
+    if claim != found.sqnr_db and not abs(claim - found.sqnr_db) <= _CLAIM_SLACK_DB:  # -inf is equal to itself alone
+        raise ValidationError(f"tensor {coded.name!r} claims {claim} dB but came back at {found.sqnr_db:.3f} dB")
+    return found.sqnr_db
+
+
+def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
+    """Hold the step of a tensor with a nominal target against its source. Raises ValidationError."""
+    assert decision.target_db is not None  # a nominal target is one
+    if not isinstance(coded.params, LatticeParams):
+        raise ValidationError(f"tensor {coded.name!r} is stored as {coded.codec}; it should be on the lattice")
+    wanted = stored_step(source, decision.target_db, path=coded.params.path)
+    if abs(coded.params.step - wanted) > _STEP_SLACK * wanted:
+        raise ValidationError(
+            f"tensor {coded.name!r} is stored with the step {coded.params.step:g}, {decision.target_db:g} dB mean "
+            f"{wanted:g}; compress again, and report this as a bug if it is so again"
+        )
+
+
+def _check_output(
+    name: str, code: LatticeTensor, source: Tensor, decision: Decision, hessian_KK: Tensor | None
+) -> None:
+    assert decision.target_db is not None  # a nominal target is one
+    if not is_no_worse(source, code, decision.target_db, hessian_KK, path=decision.path):
+        raise ValidationError(
+            f"tensor {name!r} came back with a greater error of its outputs than plain rounding has: report this as a "
+            "bug, or name another `allocation` in the manifest"
+        )
+
+
+def probe(name: str, code: LatticeTensor, source: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """Run HyperLinear on random float32 inputs, where the code, its source and its decoded weight [N, K] are.
+
+    Returns:
+        Output SQNR in dB against the source weight, and the norm of the error against the weight decoded to float32
+        (the weight's own type may round it further), relative to the norm of the outputs.
+
+    Raises:
+        ValidationError: that error exceeds `PROBE_LIMIT`.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+    inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(source.device)
+    with torch.inference_mode():
+        output = HyperLinear.from_lattice(code)(inputs)
+        exact = linear(inputs, decoded if decoded.dtype == torch.float32 else code.decode(torch.float32))
+        wanted = linear(inputs, source.to(torch.float32))
+    error, energy, lost = to_host(
+        (output - exact).norm() / exact.norm(), wanted.square().sum(), (output - wanted).square().sum()
+    )
+    if not error <= PROBE_LIMIT:
+        raise ValidationError(
+            f"tensor {name!r}: HyperLinear differs by {error:.2g} from F.linear with the decoded weight; "
+            f"at most {PROBE_LIMIT:g} is allowed"
+        )
+    return sqnr_db(energy, lost), error

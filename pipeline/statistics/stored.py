@@ -1,0 +1,64 @@
+"""Statistics in a store: Hessians as blobs, then the record that names them.
+
+Nothing that readers need hangs on them. Whatever is missing or damaged is said and made anew.
+"""
+
+import logging
+
+from birkhoff.codec.output.packing import packed_bytes
+from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.registry.documents import (
+    HessianRecord,
+    StatisticsRecord,
+    blob_key,
+    fetch_document,
+    keep_object,
+    sha256,
+    statistics_key,
+)
+from birkhoff.pipeline.registry.parallel import each
+from birkhoff.pipeline.store.base import Store
+
+log: logging.Logger = logging.getLogger("birkhoff.statistics")
+
+
+def find_statistics(store: Store, key: str) -> StatisticsRecord | None:
+    """The statistics of a key, all of whose Hessians are in the store, whole: their bytes are read.
+
+    All are touched: a grace period begins anew for what is reused.
+    """
+    try:
+        record = fetch_document(store, StatisticsRecord, statistics_key(key))
+        if record.key != key:
+            raise IntegrityError(f"{statistics_key(key)}: statistics of another key ({record.key}): misplaced")
+        hessians = {hessian.blob: hessian for hessian in record.hessians.values()}
+        each(lambda hessian: _check(store, hessian), hessians.values())
+        each(store.touch, [*map(blob_key, hessians), statistics_key(key)])
+        return record
+    except ObjectNotFoundError:
+        return None
+    except IntegrityError as error:
+        log.warning("%s; the statistics %s are taken anew", error, key)
+        return None
+
+
+def _check(store: Store, hessian: HessianRecord) -> None:
+    """Read a Hessian, and no more of it than it has. Raises IntegrityError."""
+    try:
+        body = store.get(blob_key(hessian.blob), length=hessian.bytes + 1)
+    except ObjectNotFoundError:
+        raise IntegrityError(f"blob {hessian.blob}, a Hessian, is missing in {store.url}") from None
+    if sha256(body) != hessian.blob or len(body) != packed_bytes(hessian.columns):
+        raise IntegrityError(f"blob {hessian.blob}, a Hessian, is damaged in {store.url}")
+
+
+def keep_hessian(store: Store, packed: bytes, columns: int) -> HessianRecord:
+    """Store a packed Hessian."""
+    digest = sha256(packed)
+    keep_object(store, blob_key(digest), packed)
+    return HessianRecord(blob=digest, bytes=len(packed), columns=columns)
+
+
+def keep_statistics(store: Store, record: StatisticsRecord) -> None:
+    """Store the record of statistics whose Hessians are all there."""
+    keep_object(store, statistics_key(record.key), record.to_bytes())

@@ -1,0 +1,66 @@
+"""Standard streams that nobody reads: what a command does must not hang on whether its output finds a reader.
+
+A daemon may have them closed, a pager may have gone, a disk may be full, a terminal may have hung up. A run whose last
+line cannot be written is published all the same; so nothing fails where it prints, and the exit code tells at the end.
+"""
+
+import errno
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+BROKEN_PIPE = 141
+"""The shell's code for a command that was ended by SIGPIPE, as others end whose reader has gone."""
+
+
+class _Unfailing(io.FileIO):
+    """A stream that takes what cannot be written, and keeps the first error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """See io.FileIO; never raises."""
+        try:
+            return super().write(data) if self.error is None else memoryview(data).nbytes
+        except OSError as error:
+            self.error = error
+            return memoryview(data).nbytes
+
+
+def guard() -> None:
+    """Open the standard streams that are closed, and let writes to the others never fail."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would take its place, and get what is printed
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stdin = sys.stdin or _reader()
+    sys.stdout = _writer(1, sys.stdout)
+    sys.stderr = _writer(2, sys.stderr)
+
+
+def lost_output() -> OSError | None:
+    """The error by which something printed on standard output was lost; None where all was written."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.error if isinstance(raw, _Unfailing) else None
+
+
+def is_broken_pipe(error: OSError) -> bool:
+    """Whether the reader of a pipe has gone."""
+    return error.errno == errno.EPIPE
+
+
+def _reader() -> TextIO:
+    return open(0, encoding="utf-8", closefd=False)
+
+
+def _writer(number: int, before: TextIO | None) -> TextIO:
+    raw = _Unfailing(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=before.encoding if before else "utf-8",
+        errors=(before.errors if before else None) or "backslashreplace",
+        line_buffering=number == 2 or os.isatty(number),
+    )

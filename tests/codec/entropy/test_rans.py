@@ -1,0 +1,95 @@
+"""rANS: native with AVX2 and without, reference and the page's reader make and read the same bytes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec.entropy import rans, tables
+from birkhoff.codec.native import library
+from tests.codec import page_reader
+
+
+@pytest.fixture(params=["vectors", "base", "reference"])
+def coder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each of the coders that a machine may use."""
+    native = library.native()
+    if request.param == "reference":
+        monkeypatch.setattr(rans, "native", lambda: None)
+    elif native is None:
+        pytest.skip(f"the native library is {library.describe()[1]}")
+    else:
+        native.birkhoff_native_vectors(int(request.param == "vectors"))
+    yield request.param
+    if native is not None:
+        native.birkhoff_native_vectors(1)
+
+
+def stream(size: int, sigma: float, seed: int = 0) -> tuple[np.ndarray, tables.Table]:
+    data = np.random.default_rng(seed).standard_normal(size) * sigma
+    symbols = np.clip(np.rint(data), -128, 127).astype(np.int8).view(np.uint8) ^ 128
+    symbols[:2] = 1, 2
+    table = tables.fit(tables.histogram(symbols))
+    assert table is not None
+    return symbols, table
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize(("size", "sigma"), [(3, 1.0), (2000, 0.4), (2017, 6.0), (5000, 60.0)])
+def test_every_coder_makes_and_reads_the_same_bytes(coder: str, lanes: int, size: int, sigma: float) -> None:
+    symbols, table = stream(size, sigma)
+    coded = rans.encode(symbols, table.frequency, lanes)
+    assert coded == rans.reference_encode(symbols, table.frequency, lanes)
+    assert np.array_equal(rans.decode(coded, size, table.frequency, lanes), symbols)
+    frequency = {value: int(f) for value, f in enumerate(table.frequency)}
+    assert page_reader.read_blocks(coded, size, frequency, lanes) == symbols.tobytes()
+
+
+def test_streams_of_several_blocks(coder: str) -> None:
+    for size in (rans.BLOCK, rans.BLOCK + 1, 2 * rans.BLOCK + 77):
+        symbols, table = stream(size, 3.0)
+        coded = rans.encode(symbols, table.frequency, 32)
+        assert coded == rans.reference_encode(symbols, table.frequency, 32)
+        assert np.array_equal(rans.decode(coded, size, table.frequency, 32), symbols)
+        if size > 2 * rans.BLOCK:
+            frequency = {value: int(f) for value, f in enumerate(table.frequency)}
+            assert page_reader.read_blocks(coded, size, frequency, 32) == symbols.tobytes()
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 4, 8, 32]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_damage_is_the_same_to_every_coder(seed: int, lanes: int, data: st.DataObject) -> None:
+    symbols, table = stream(700, 3.0, seed)
+    coded = bytearray(rans.encode(symbols, table.frequency, lanes))
+    for _ in range(data.draw(st.integers(1, 3))):
+        coded[data.draw(st.integers(0, len(coded) - 1))] ^= data.draw(st.integers(1, 255))
+    size = data.draw(st.sampled_from([700, 699, 701, 33]))
+    del coded[len(coded) - data.draw(st.integers(0, 3)) :]
+    results = []
+    native = library.native()
+    for vectors, decode in ((1, rans.decode), (0, rans.decode), (1, rans.reference_decode)):
+        if native is not None:
+            native.birkhoff_native_vectors(vectors)
+        try:
+            results.append(decode(bytes(coded), size, table.frequency, lanes).tobytes())
+        except tables.DamagedError:
+            results.append(None)
+    assert results[0] == results[1] == results[2]
+
+
+def test_worked_example() -> None:
+    frequency = np.zeros(256, dtype=np.uint16)
+    frequency[[97, 98]] = 2048
+    coded = rans.encode(np.frombuffer(b"ab", np.uint8), frequency, 1)
+    assert coded == (266240).to_bytes(4, "little")
+    assert rans.decode(coded, 2, frequency, 1).tobytes() == b"ab"
+
+
+def test_a_stream_takes_its_entropy_and_little_more() -> None:
+    for size, most in ((5000, 0.03), (40_000, 0.02), (1 << 20, 0.01)):
+        symbols, table = stream(size, 3.0)
+        coded = rans.encode(symbols, table.frequency, rans.lanes(size))
+        assert 0 < 8 * len(coded) / size - (table.bits - 8 * len(table.data)) / size < most
+        assert rans.encoded_bytes(size) <= len(coded)

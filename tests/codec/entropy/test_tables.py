@@ -1,0 +1,77 @@
+"""Code tables: the native ones are those of the reference, and a table's bytes say what it is."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec.entropy import tables
+from tests.codec.page_reader import read_table
+
+COUNTS = st.dictionaries(st.integers(0, 255), st.integers(1, 1 << 36), min_size=2, max_size=256)
+
+
+def full(counts: dict[int, int]) -> np.ndarray:
+    return np.array([counts.get(value, 0) for value in range(256)], dtype=np.int64)
+
+
+@given(COUNTS)
+@settings(max_examples=150, deadline=None)
+def test_the_native_table_is_the_references_and_the_pages(counts: dict[int, int]) -> None:
+    found, wanted = tables.fit(full(counts)), tables.reference_fit(full(counts))
+    assert found is not None
+    assert wanted is not None
+    assert (found.data, found.bits) == (wanted.data, wanted.bits)
+    assert np.array_equal(found.frequency, wanted.frequency)
+    assert set(np.flatnonzero(found.frequency)) == set(counts)
+    assert int(found.frequency.sum()) == tables.SLOTS
+    for parse in (tables.parse, tables.reference_parse):
+        frequency, used = parse(found.data + b"\xff")
+        assert np.array_equal(frequency, found.frequency)
+        assert used == len(found.data)
+    page, used = read_table(found.data)
+    assert used == len(found.data)
+    assert [page.get(value, 0) for value in range(256)] == found.frequency.tolist()
+
+
+@given(st.binary(max_size=400))
+@settings(max_examples=400, deadline=None)
+def test_any_bytes_are_the_same_table_to_both_or_none_to_either(data: bytes) -> None:
+    results = []
+    for parse in (tables.parse, tables.reference_parse):
+        try:
+            frequency, used = parse(data)
+            results.append((frequency.tolist(), used))
+        except tables.DamagedError:
+            results.append(None)
+    assert results[0] == results[1]
+    if results[0] is not None:
+        assert sum(results[0][0]) == tables.SLOTS
+
+
+@pytest.mark.parametrize("counts", [{}, {7: 100}])
+def test_fewer_than_two_values_need_no_table(counts: dict[int, int]) -> None:
+    assert tables.fit(full(counts)) is tables.reference_fit(full(counts)) is None
+
+
+def test_a_table_costs_little_above_the_entropy() -> None:
+    random = np.random.default_rng(0)
+    for size, sigma, most in ((5000, 2.0, 0.025), (20000, 9.0, 0.03), (1 << 20, 0.6, 0.001), (1 << 20, 8.0, 0.009)):
+        data = np.rint(random.standard_normal(size) * sigma).astype(np.int8).view(np.uint8) ^ 128
+        counts = tables.histogram(data)
+        used = counts[counts > 0] / size
+        table = tables.fit(counts)
+        assert table is not None
+        assert 0 <= table.bits / size + float(used @ np.log2(used)) < most
+
+
+def test_logarithms_are_whole_numbers_below_the_true_ones() -> None:
+    for value in (1, 2, 3, 1000, 4095, 4096):
+        assert 0 <= np.log2(value) * 65536 - tables.log2_fixed(value) < 1
+
+
+@given(st.binary(max_size=3000))
+@settings(max_examples=50, deadline=None)
+def test_histograms_count(data: bytes) -> None:
+    found = tables.histogram(np.frombuffer(data, np.uint8))
+    assert found.tolist() == [data.count(value) for value in range(256)]

@@ -1,0 +1,124 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from birkhoff.codec.errors import CodecError
+from birkhoff.codec.output.statistics import Outputs, gather, layer_inputs
+
+
+class Net(nn.Module):
+    """A convolution, a linear layer, one that nothing uses, and one whose output weighs little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 3, stride=2, padding=1)
+        self.linear = nn.Linear(6, 5)
+        self.idle = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.norm(self.conv(x).flatten(2).transpose(1, 2)))
+        return out
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def inputs(count: int = 3) -> Tensor:
+    return torch.randn(count, 8, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def outputs_of(model: nn.Module, weight: float = 1.0) -> Callable[[int], Outputs]:
+    x = inputs()
+    return lambda batch: {"out": (weight, model(x[batch : batch + 1]))}
+
+
+def take(model: nn.Module, **options: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    found: dict[str, Tensor] = {}
+    arguments = {"batches": 3, "probes": 2, "seed": 0} | options
+    return gather(model, outputs_of(model), keep=found.__setitem__, **arguments), found
+
+
+def mean_one(hessian: Tensor) -> Tensor:
+    return hessian / hessian.diagonal().mean()
+
+
+def test_hessian_of_a_linear_layer_is_that_of_its_inputs_and_gradients() -> None:
+    layer = nn.Linear(6, 4)
+    x, found = torch.randn(1, 50, 6), {}
+    gather(layer, lambda _: {"y": (1.0, layer(x))}, batches=1, probes=1, seed=5, keep=found.__setitem__)
+    v = torch.randn(1, 50, 4, generator=torch.Generator().manual_seed(5))[0]
+    gradient = v.T @ x[0]
+    expected = mean_one(x[0].T @ x[0]) + mean_one(gradient.T @ gradient)
+    torch.testing.assert_close(found["weight"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}])
+def test_layer_inputs_of_a_convolution_are_what_its_matrix_multiplies(options: dict[str, int | str]) -> None:
+    conv, x = nn.Conv2d(4, 3, 3, **options), torch.randn(2, 4, 7, 8)  # type: ignore[arg-type]
+    expected = conv(x).flatten(2).transpose(1, 2).reshape(-1, 3)
+    assert conv.bias is not None
+    product = layer_inputs(conv, x) @ conv.weight.reshape(3, -1).T + conv.bias
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_the_same_twice_and_in_several_passes(net: Net) -> None:
+    first, hessians = take(net)
+    again, others = take(net, limit_bytes=1)
+    assert first == again
+    assert hessians.keys() == others.keys() == {"conv.weight", "linear.weight"}
+    assert all(torch.equal(hessians[name], others[name]) for name in hessians)
+    assert take(net, seed=1)[0] != first
+    assert hessians["conv.weight"].shape == (72, 72)
+
+
+def test_what_no_output_uses_is_felt_by_none(net: Net) -> None:
+    sensitivity, hessians = take(net)
+    assert sensitivity["idle.weight"] == 0
+    assert "idle.weight" not in hessians
+    assert sensitivity["linear.weight"] > 0
+
+
+def test_twice_the_gradient_is_four_times_the_sensitivity() -> None:
+    a, b = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(4, 8))
+    model = nn.ParameterDict({"a": a, "b": b})
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+    def outputs(_: int) -> Outputs:
+        return {"y": (1.0, x @ a.T + 2 * (x @ b.T))}
+
+    found = gather(model, outputs, batches=1, probes=3, seed=0, keep=lambda *_: None)
+    assert found["b"] == pytest.approx(4 * found["a"])
+
+
+def test_sensitivity_is_the_diagonal_of_the_jacobian(net: Net) -> None:
+    """By many probes of one batch; each output over its norm, however large it is, times its weight."""
+    x = inputs(1)
+
+    def outputs(_: int) -> Outputs:
+        return {"y": (0.5, 1000 * net(x))}
+
+    found = gather(net, outputs, batches=1, probes=400, seed=0, keep=lambda *_: None, wanted=())
+    features = net.norm(net.conv(x).flatten(2).transpose(1, 2))[0].detach()
+    # Each of 5 outputs of a position depends on the 6 weights of its own row alone.
+    expected = 0.25 * float(features.square().sum()) / 6 / float(net(x).detach().square().sum())
+    assert found["linear.weight"] == pytest.approx(expected, rel=0.1)
+
+
+def test_gradients_and_their_need_are_left_as_they_were(net: Net) -> None:
+    net.linear.weight.requires_grad_(False)
+    with torch.no_grad():
+        take(net)
+    assert not net.linear.weight.requires_grad
+    assert all(parameter.grad is None for parameter in net.parameters())
+    net.linear.weight.requires_grad_(True)
+
+
+def test_outputs_that_are_no_numbers_are_refused(net: Net) -> None:
+    with pytest.raises(CodecError, match="output 'y' holds NaN"):
+        gather(net, lambda _: {"y": (1.0, net(inputs() * torch.nan))}, batches=1, probes=1, seed=0, keep=print)

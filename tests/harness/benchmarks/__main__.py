@@ -1,0 +1,27 @@
+"""`python -m tests.harness.benchmarks [PART] [ARGS]`: one part (codec, ...), or every part with its defaults."""
+
+import importlib
+import sys
+from pathlib import Path
+
+
+def parts() -> list[str]:
+    """The parts there are: a part X is a module bench_X with a function main(arguments)."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the part named first, else all; returns the exit code."""
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    if named and named[0] not in parts():
+        print(f"no benchmark {named[0]!r}: expected one of {', '.join(parts())}", file=sys.stderr)
+        return 2
+    codes = [
+        importlib.import_module(f"tests.harness.benchmarks.bench_{part}").main(arguments[len(named) :])
+        for part in named or parts()
+    ]
+    return max(code or 0 for code in codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,507 @@
+"""Benchmarks of the kernels on one GPU; every part verifies before it times.
+
+    python -m tests.harness.benchmarks kernels [--parts encode,layers,...] [--out DIR]
+
+Times are of CUDA graph replays with weights that are not in the cache, candidates taking turns; medians, with the 20th
+and 80th percentiles in the JSON. Results of the parts that ran replace theirs in `results/kernels.json`, and
+`results/kernels.md` is drawn from it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from birkhoff.codec import lattice
+from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.packed import Bits, PackedTensor, rows_of
+from birkhoff.kernels.compressed_linear import CompressedLinear
+from birkhoff.kernels.decode import op as decode
+from birkhoff.kernels.encode import op as encode
+from birkhoff.kernels.encode import triton as encode_triton
+from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
+from birkhoff.kernels.linear import launch
+from birkhoff.kernels.linear.plan import Plan, Problem
+from birkhoff.kernels.runtime.timing import compare
+from birkhoff.kernels.tune import tune
+from tests.harness.benchmarks import encoders, kernels_report
+from tests.harness.benchmarks.common import RESULTS, commit, installed
+from tests.harness.benchmarks.encoders import ENCODERS
+
+Result = dict[str, Any]
+
+SAM_H = {"qkv": (3840, 1280), "proj": (1280, 1280), "lin1": (5120, 1280), "lin2": (1280, 5120)}
+SHAPES: dict[str, list[tuple[int, int]]] = {
+    "SAM-B": [(2304, 768), (768, 768), (3072, 768), (768, 3072)],
+    "SAM-L": [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)],
+    "SAM-H": list(SAM_H.values()),
+    "SAM2-L": [
+        *[(432, 144), (144, 144), (576, 144), (144, 576), (864, 144), (288, 144)],
+        *[(864, 288), (288, 288), (1152, 288), (288, 1152), (1728, 288), (576, 288)],
+        *[(1728, 576), (576, 576), (2304, 576), (576, 2304), (3456, 576), (1152, 576)],
+        *[(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608), (256, 64), (1024, 256), (256, 1024)],
+    ],
+    "mask decoder": [(256, 256), (128, 256), (256, 128), (2048, 256), (256, 2048), (32, 256), (4, 256)],
+}
+TOKENS = [1, 16, 256, 4096, 8192]
+WEIGHTS = 640_000_000
+BITS: tuple[Bits, ...] = (12, 10)
+"""Packed forms, by bits a pair."""
+
+
+def random_layer(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> HyperLinear:
+    """A layer of random step numbers, whose weights have a spread of about 1/sqrt(K)."""
+    layer = HyperLinear(columns, rows, device="cuda", dtype=dtype)
+    layer.theta = torch.randint(-(1 << 15), 1 << 15, layer.theta.shape, device="cuda", dtype=torch.int16).view(
+        torch.uint16
+    )
+    layer.step = torch.tensor(columns**-0.5 / 74, device="cuda")
+    return layer
+
+
+def random_packed(rows: int, columns: int, bits: Bits, dtype: torch.dtype = torch.bfloat16) -> PackedHyperLinear:
+    """The same in the packed form: random bytes, the scales of groups within a factor of four."""
+    layer = PackedHyperLinear(columns, rows, bits=bits, device="cuda", dtype=dtype)
+    for plane, least in ((layer.low, 0), (layer.high, 0), (layer.scale, 224)):
+        plane.random_(least, 256)
+    layer.step = torch.tensor(columns**-0.5 * 3 / rows_of(bits), device="cuda")
+    return layer
+
+
+def packed_tensor(layer: PackedHyperLinear, rows: slice) -> PackedTensor:
+    """Rows of the layer as the codec knows them; a random layer has no escapes."""
+    low, high, scale = (plane[rows].cpu() for plane in (layer.low, layer.high, layer.scale))
+    return PackedTensor(
+        bits=layer.bits,
+        low=low,
+        high=high,
+        scale=scale,
+        step=float(layer.step),
+        columns=layer.in_features,
+        escape_index=layer.escape_index.cpu(),
+        escape_value=layer.escape_value.cpu(),
+    )
+
+
+def dense_twin(layer: CompressedLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    """An `nn.Linear` of the layer's decoded weight."""
+    twin = nn.Linear(layer.in_features, layer.out_features, device="meta", dtype=dtype)
+    twin.weight = nn.Parameter(layer.dense_weight(dtype), requires_grad=False)
+    twin.bias = nn.Parameter(torch.zeros(layer.out_features, device="cuda", dtype=dtype), requires_grad=False)
+    return twin
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def close(value: float, expected: float) -> bool:
+    return abs(value - expected) <= 1e-4 * abs(expected)
+
+
+def require(right: bool, otherwise: str) -> None:
+    """Nothing wrong is timed."""
+    if not right:
+        raise SystemExit(f"kernels: {otherwise}")
+
+
+def check_layer(layer: CompressedLinear, x: Tensor, limit: float) -> float:
+    """Relative error against the decoded float32 weight in float64, first rows; stops above `limit`."""
+    weight = layer.dense_weight(torch.float32).double()
+    error = relative_error(layer(x)[:300].detach(), functional.linear(x[:300].double(), weight))
+    require(error <= limit, f"{tuple(weight.shape)} on {len(x)} tokens is off by {error:.2g}, limit {limit:g}")
+    return error
+
+
+def bench_encode() -> Result:
+    """Encode and decode 640 M weights: bytes moved over time, against a copy of the same size in float32."""
+    weight = torch.randn(WEIGHTS // 1280, 1280, device="cuda") * 0.03
+    step = torch.tensor(0.0033, device="cuda")
+    code, error = encode.quantise(weight, float(step))
+    expected = lattice.quantise(weight[-4096:].cpu(), float(step))
+    same = torch.equal(code.i[-4096:].cpu(), expected.i) and torch.equal(code.j[-4096:].cpu(), expected.j)
+    require(same, "indices differ from the codec's")
+    require(close(error.error, fidelity(weight, code.decode()).error), "the error measured in passing is wrong")
+    theta = code.theta()
+    half = weight.to(torch.bfloat16)
+    calls: dict[str, tuple[Callable[[], object], float]] = {
+        "copy": (weight.clone, 8),
+        "encode float32": (partial(encode_triton.encode_pass, weight, step), 5),
+        "encode bfloat16": (partial(encode_triton.encode_pass, half, step), 3),
+        "decode to bfloat16": (partial(decode.decode_theta, theta, step, 1280, torch.bfloat16), 3),
+        "decode to float32": (partial(decode.decode_theta, theta, step, 1280, torch.float32), 5),
+        **_packed_decodes(),
+    }
+    times = compare({name: [call] for name, (call, _) in calls.items()}, rounds=20)
+    rates = {name: WEIGHTS * size / times[name].median / 1e6 for name, (_, size) in calls.items()}
+    return {
+        name: {**asdict(times[name]), "tb_per_s": rates[name], "of_copy": rates[name] / rates["copy"]} for name in calls
+    }
+
+
+def _packed_decodes() -> dict[str, tuple[Callable[[], object], float]]:
+    """Decoding 640 M packed weights: calls, and bytes a weight that they move."""
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for bits in BITS:
+        layer = random_packed(WEIGHTS // 1280, 1280, bits)
+        last = packed_tensor(layer, slice(-4096, None))
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"decode packed{bits} to {str(dtype).removeprefix('torch.')}"
+            same = torch.equal(layer.dense_weight(dtype)[-4096:].cpu(), last.decode(dtype))
+            require(same, f"{name}: other weights than the codec's")
+            calls[name] = partial(layer.dense_weight, dtype), bits / 16 + 1 / 128 + dtype.itemsize
+    return calls
+
+
+def bench_search() -> Result:
+    """All linear weights of SAM-H to 30 dB: search, encoding and validation; time on the GPU, and of the whole call."""
+    weights = [torch.randn(shape, device="cuda") * 0.03 for _ in range(32) for shape in SAM_H.values()]
+    passes = [encode.start(weight, 30.0) for weight in weights]
+    found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
+    for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
+        truth = fidelity(weight, code.decode())
+        require(30.0 <= truth.sqnr_db <= 30.3 and close(error.error, truth.error), "a matrix misses its target")
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    passes = [encode.start(weight, 30.0) for weight in weights]
+    again = sum(encode.finish(w, 30.0, p)[0].i is not p.i for w, p in zip(weights, passes, strict=True))
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - begin
+    graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
+    return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
+            "tensors": len(weights), "encoded_again": again}  # fmt: skip
+
+
+def bench_tune() -> Result:
+    """The best plan of every shape; its lines are those of `kernels/linear/tuned_h200.py`."""
+    device = torch.device("cuda", 0)
+    lines: list[str] = []
+    seen: Result = {}
+    for rows, columns in sorted({shape for shapes in SHAPES.values() for shape in shapes}):
+        best: list[str] = []
+        for tokens in (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192):
+            aligned = columns % 8 == 0
+            problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=torch.bfloat16, aligned=aligned)
+            chosen, times = tune(problem, device)
+            best.append(f"{tokens}: {as_code(chosen)}")
+            order = sorted(times, key=lambda plan: times[plan].median)
+            seen[f"{rows}x{columns} {tokens}"] = [[as_code(plan), round(times[plan].median, 2)] for plan in order]
+        lines.append(f"    ({rows}, {columns}): {{{', '.join(best)}}},")
+    return {"lines": lines, "seen": seen}
+
+
+def as_code(plan: Plan) -> str:
+    """The call that makes a plan, as in `kernels/linear/tuned_h200.py`."""
+    match plan.path:
+        case "small_m":
+            return f"small_m({plan.block_n}, {plan.warps}, {plan.unroll})"
+        case "hopper":
+            return f"hopper({plan.block_m}, split=True)" if plan.split else f"hopper({plan.block_m})"
+        case "tiles":
+            unroll = f", {plan.unroll}" if plan.unroll > 1 else ""
+            return f"tiles({plan.block_m}, {plan.block_n}, {plan.warps}, {plan.stages}{unroll})"
+        case _:
+            return "DECODE"
+
+
+def bench_layers() -> Result:
+    """HyperLinear against cuBLAS in bfloat16 on every linear shape."""
+    found: Result = {}
+    for model, shapes in SHAPES.items():
+        for rows, columns in shapes:
+            for tokens in TOKENS:
+                found[f"{model} {rows}x{columns} {tokens}"] = _bench_layer(rows, columns, tokens)
+    return found
+
+
+def _bench_layer(rows: int, columns: int, tokens: int) -> Result:
+    count = max(2, min(8 if tokens >= 2048 else 48, (128 << 20) // (rows * columns)))
+    layers = [random_layer(rows, columns) for _ in range(count)]
+    twins = [dense_twin(layer) for layer in layers]
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    error = check_layer(layers[0], x, 5e-3)
+    calls = {"cublas": [partial(twin, x) for twin in twins], "ours": [partial(layer, x) for layer in layers]}
+    times = compare(calls, rounds=9)
+    problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=x.dtype, aligned=launch.is_aligned(x))
+    plan = launch.plan_for(problem, x.device)
+    return {"cublas": asdict(times["cublas"]), "ours": asdict(times["ours"]), "error": error, "plan": as_code(plan),
+            "ratio": times["ours"].median / times["cublas"].median}  # fmt: skip
+
+
+def bench_chain() -> Result:
+    """All 128 linears of SAM-H in one graph."""
+    layers = [random_layer(*shape) for _ in range(32) for shape in SAM_H.values()]
+    twins = [dense_twin(layer) for layer in layers]
+    found: Result = {}
+    for tokens in (1, 16, 64, 256, 1024, 4096, 8192):
+        inputs = {
+            columns: torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16) for columns in (1280, 5120)
+        }
+        for layer in layers[:4]:
+            check_layer(layer, inputs[layer.in_features], 5e-3)
+        calls: dict[str, list[Callable[[], object]]] = {
+            name: [lambda chain=chain, xs=inputs: [layer(xs[layer.in_features]) for layer in chain]]
+            for name, chain in (("cublas", twins), ("ours", layers))
+        }
+        times = compare(calls, rounds=15)
+        found[str(tokens)] = {name: asdict(value) for name, value in times.items()}
+        found[str(tokens)]["ratio"] = times["ours"].median / times["cublas"].median
+    return found
+
+
+def bench_packed() -> Result:
+    """PackedHyperLinear beside HyperLinear and cuBLAS in bfloat16: each shape of SAM-H, and all 128 layers in a row."""
+    makers: dict[str, Callable[[int, int], CompressedLinear]] = {
+        "ours": random_layer,
+        **{f"packed{bits}": partial(random_packed, bits=bits) for bits in BITS},
+    }
+    found: Result = {}
+    for name, shapes in {**{name: [shape] for name, shape in SAM_H.items()}, "all": list(SAM_H.values())}.items():
+        repeats = 32 if name == "all" else (256 << 20) // math.prod(shapes[0])
+        layers: dict[str, list[CompressedLinear]] = {
+            kind: [make(*shape) for _ in range(repeats) for shape in shapes] for kind, make in makers.items()
+        }
+        twins = [dense_twin(layer) for layer in layers["ours"]]
+        for tokens in TOKENS:
+            xs = {k: torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
+            for chain in layers.values():
+                for layer in chain[: len(shapes)]:
+                    check_layer(layer, xs[layer.in_features], 5e-3)
+            calls = {
+                kind: [partial(layer, xs[layer.in_features]) for layer in chain]
+                for kind, chain in {"cublas": twins, **layers}.items()
+            }
+            found[f"{name} {tokens}"] = {kind: asdict(times) for kind, times in compare(calls, rounds=9).items()}
+    return found
+
+
+def bench_dtypes() -> Result:
+    """float32, TF32 and float16 on SAM-H's shapes."""
+    found: Result = {}
+    for label, dtype, tf32, limit in (
+        ("float32", torch.float32, False, 1e-5),
+        ("tf32", torch.float32, True, 2e-3),
+        ("float16", torch.float16, False, 1e-3),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for name, (rows, columns) in SAM_H.items():
+            layer = random_layer(rows, columns, dtype)
+            twin = dense_twin(layer, dtype)
+            for tokens in (16, 4096):
+                x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+                error = check_layer(layer, x, limit)
+                times = compare({"cublas": [partial(twin, x)] * 3, "ours": [partial(layer, x)] * 3}, rounds=7)
+                found[f"{label} {name} {tokens}"] = {
+                    "cublas": times["cublas"].median, "ours": times["ours"].median, "error": error,
+                    "ratio": times["ours"].median / times["cublas"].median,
+                }  # fmt: skip
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def compress(model: nn.Module, target_db: float = 30.0) -> None:
+    """Replace every `nn.Linear` by HyperLinear, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                code, _ = encode.encode(child.weight.detach().float(), target_db)
+                setattr(parent, name, HyperLinear.from_lattice(code, child.bias, dtype=child.weight.dtype))
+
+
+def bench_encoders(compiled: Sequence[str] = ()) -> Result:
+    """Image encoders at 1024 x 1024, batch 1: eager, or compiled by torch with its default settings."""
+    return {name: _bench_encoder(name, compiled=bool(compiled)) for name in (compiled or ENCODERS)}
+
+
+def _bench_encoder(name: str, *, compiled: bool) -> Result:
+    pixels = torch.randn(1, 3, 1024, 1024, device="cuda")
+    found: Result = {}
+    outputs: dict[str, Tensor] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    models = {
+        "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+        "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+    }
+    if not compiled:
+        models["float32"] = encoders.build(ENCODERS[name], "cuda")
+    decoded = encoders.build(ENCODERS[name], "cuda").bfloat16()
+    compress(models["ours"])
+    for dense, coded in zip(_linears(decoded), _linears(models["ours"]), strict=True):
+        dense.weight.data = coded.dense_weight(torch.bfloat16)
+    for label, model in models.items():
+        run: Callable[..., Any] = torch.compile(model) if compiled else model
+        runs[label] = partial(run, pixel_values=pixels.to(next(model.parameters()).dtype))
+        begin = time.perf_counter()
+        outputs[label] = runs[label]().last_hidden_state
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runs[label]()
+        found[label] = {
+            "weights_mb": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) / 1e6,
+            "peak_extra_mb": (torch.cuda.max_memory_allocated() - before) / 1e6,
+            "first_call_s": first,
+        }
+    reference = decoded(pixel_values=pixels.bfloat16()).last_hidden_state
+    found["ours"]["error_against_decoded"] = relative_error(outputs["ours"], reference)
+    found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
+    for label, seconds in encoders.wall(runs).items():
+        found[label]["ms"] = 1e3 * seconds
+    return found
+
+
+def bench_encoder_graphs() -> Result:
+    """The same encoders as CUDA graphs: what the GPU takes, without launches and stalls."""
+    found: Result = {}
+    pixels = torch.randn(1, 3, 1024, 1024, device="cuda")
+    for name in ENCODERS:
+        models = {
+            "float32": encoders.build(ENCODERS[name], "cuda"),
+            "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+            "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+        }
+        compress(models["ours"])
+        runs: dict[str, list[Callable[[], object]]] = {}
+        for label, model in models.items():
+            encoders.keep_positions(model)
+            runs[label] = [partial(model, pixel_values=pixels.to(next(model.parameters()).dtype))]
+        found[name] = {label: times.median / 1e3 for label, times in compare(runs, rounds=11).items()}
+    return found
+
+
+def _linears(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, HyperLinear))]
+
+
+def bench_calls() -> Result:
+    """Seconds of the first calls of a process, and microseconds of host time of a later one, beside `nn.Linear`."""
+    found: Result = {}
+    layers = {name: random_layer(*shape) for name, shape in SAM_H.items()}
+    twins = {name: dense_twin(layer) for name, layer in layers.items()}
+    small, ragged = random_layer(256, 256), random_layer(144, 144)
+    inputs = {
+        (tokens, columns): torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        for tokens in (4, 16, 256, 4096)
+        for columns in (144, 256, 1280, 5120)
+    }
+    for tokens in (16, 256, 4096):
+        found[f"first call, {tokens} tokens, s"] = _call_seconds(partial(layers["proj"], inputs[tokens, 1280]))
+    qkv, proj, lin2 = layers["qkv"], layers["proj"], layers["lin2"]
+    packed = random_packed(*SAM_H["proj"], 12)
+    many = inputs[4096, 1280]
+    by_op = torch.ops.birkhoff.hyperlinear.default
+    held = qkv.theta, qkv.step, qkv.escape_index, qkv.escape_value, qkv.bias
+    for label, run in {
+        "few tokens": partial(small, inputs[4, 256]),
+        "portable kernel": partial(ragged, inputs[256, 144]),
+        "Hopper kernel": partial(qkv, many),
+        "Hopper kernel, cut": partial(lin2, inputs[4096, 5120]),
+        "decoded first": partial(proj, many),
+        "packed": partial(packed, many),
+        "Hopper kernel, as an op": partial(by_op, many, *held),
+        "nn.Linear, few tokens": partial(twins["proj"], inputs[4, 1280]),
+        "nn.Linear, many tokens": partial(twins["qkv"], many),
+    }.items():
+        found[f"host time, {label}, us"] = 1e6 * _host_seconds(run)
+    return found
+
+
+def _call_seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _host_seconds(run: Callable[[], object], count: int = 100, rounds: int = 15) -> float:
+    """Median of what a call takes until it returns, in runs of fewer calls than fill the queue of launches."""
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            run()
+        seconds.append((time.perf_counter() - begin) / count)
+    torch.cuda.synchronize()
+    return sorted(seconds)[rounds // 2]
+
+
+PARTS: dict[str, Callable[[], Result]] = {
+    "calls": bench_calls,
+    "encode": bench_encode,
+    "search": bench_search,
+    "tune": bench_tune,
+    "layers": bench_layers,
+    "chain": bench_chain,
+    "packed": bench_packed,
+    "dtypes": bench_dtypes,
+    "encoders": bench_encoders,
+    "encoder_graphs": bench_encoder_graphs,
+    "compiled": partial(bench_encoders, ["SAM-B"]),
+}
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "encode": ("encode",),
+    "decode": ("encode", "packed"),
+    "trellis": ("search",),
+    "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
+    "packed": ("packed",),
+}
+"""The parts that measure each family of `kernels/`; `--parts` takes their names too."""
+
+
+def parts_of(names: str) -> list[str]:
+    """Parts by their own names and those of families, in the order given, none twice."""
+    found = (part for name in names.split(",") for part in FAMILIES.get(name, (name,)))
+    return list(dict.fromkeys(found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
+    parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
+    parser.add_argument(
+        "--parts", default="calls,encode,search,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to record where there is no git")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("kernels: no CUDA device, nothing is measured", file=sys.stderr)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kernels.json"
+    results: Result = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts_of(options.parts):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            found = PARTS[part]()
+        seconds = round(time.perf_counter() - begin, 1)
+        made = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": installed("triton"),
+            "commit": options.commit or commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": seconds,
+        }
+        results[part] = {"made_on": made, "found": found}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{part}: {seconds} s", flush=True)
+    (options.out / "kernels.md").write_text(kernels_report.markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

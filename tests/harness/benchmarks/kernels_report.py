@@ -1,0 +1,188 @@
+"""`results/kernels.md`, drawn from the measurements."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tests.harness.benchmarks.common import table
+
+Result = dict[str, Any]
+
+
+def markdown(results: Result) -> str:
+    """The whole page; parts that were not measured are left out."""
+    sections = ["# Kernel benchmark\n\n`make bench PART=kernels`; the figures behind it are in `kernels.json`, what was"
+                " tried and given up in `../kernels.md`."]  # fmt: skip
+    parts = {part: entry["found"] for part, entry in results.items()}
+    sections.append(_conditions(results))
+    if {"encode", "search", "layers", "chain", "dtypes", "encoders", "encoder_graphs"} <= parts.keys():
+        rows = acceptance(parts)
+        sections.append("## Acceptance\n\n" + table(["figure", "target", "measured", "met"], rows))
+    drawn = {
+        "chain": _chain,
+        "packed": _packed,
+        "encode": _encode,
+        "encoders": _encoders,
+        "compiled": _compiled,
+        "layers": _layers,
+        "dtypes": _dtypes,
+        "calls": _calls,
+    }
+    sections += [draw(parts) for part, draw in drawn.items() if part in parts]
+    return "\n\n".join(sections) + "\n"
+
+
+def _conditions(results: Result) -> str:
+    rows = [
+        [part, made["gpu"], made["torch"], made["triton"], made["commit"], made["date"]]
+        for part, entry in results.items()
+        if (made := entry["made_on"])
+    ]
+    return table(["part", "GPU", "torch", "triton", "commit", "date"], rows)
+
+
+def acceptance(parts: Result) -> list[list[str]]:
+    """Each figure that was asked for: (figure, target, measured, yes or no)."""
+    encode, chain, graphs = parts["encode"], parts["chain"], parts["encoder_graphs"]["SAM-H"]
+    eager = parts["encoders"]["SAM-H"]
+    lines = [
+        _most("encode + statistics of 640 M float32 weights, ms", 1.0, encode["encode float32"]["median"] / 1e3),
+        _least("the same, of copy bandwidth", 0.75, encode["encode float32"]["of_copy"]),
+        _least("bfloat16 weights, of copy bandwidth", 0.75, encode["encode bfloat16"]["of_copy"]),
+        _most("SAM-H searched, encoded, validated: GPU ms", 5.0, parts["search"]["gpu_ms"]),
+        _least("decode to bfloat16, of copy bandwidth", 0.8, encode["decode to bfloat16"]["of_copy"]),
+        _least("decode to float32, of copy bandwidth", 0.8, encode["decode to float32"]["of_copy"]),
+        _least("the same of packed weights; least of four", 0.8, min(_packed_decodes(encode))),
+    ]
+    lines += [
+        _most(f"SAM-H's 128 linears at {tokens} tokens, of cuBLAS", limit, chain[tokens]["ratio"])
+        for tokens, limit in (("1", 1.0), ("16", 1.0), ("4096", 1.04), ("8192", 1.02))
+    ]
+    lines += [_every_layer(parts["layers"], tokens, limit) for tokens, limit in LIMITS.items()]
+    lines += [
+        _least("SAM-H encoder against float32, graph", 4.0, graphs["float32"] / graphs["ours"]),
+        _most("SAM-H encoder against bfloat16, graph", 1.03, graphs["ours"] / graphs["bfloat16"]),
+        _least("SAM-H encoder against float32, eager", 4.0, eager["float32"]["ms"] / eager["ours"]["ms"]),
+        _most("SAM-H encoder against bfloat16, eager", 1.03, eager["ours"]["ms"] / eager["bfloat16"]["ms"]),
+        _most("SAM-H weight memory, of bfloat16", 0.52, eager["ours"]["weights_mb"] / eager["bfloat16"]["weights_mb"]),
+        _most("greatest relative error of an output, float32", 1e-5, _error(parts["dtypes"], "float32")),
+        _most("the same, bfloat16", 5e-3, max(found["error"] for found in parts["layers"].values())),
+    ]
+    return lines
+
+
+def _packed_decodes(encode: Result) -> Iterator[float]:
+    return (found["of_copy"] for name, found in encode.items() if name.startswith("decode packed"))
+
+
+LIMITS = {"1": 1.0, "16": 1.0, "256": 1.4, "4096": 1.15, "8192": 1.15}
+"""Tokens to the greatest time, of cuBLAS's, that any layer may take."""
+
+
+def _every_layer(layers: Result, tokens: str, limit: float) -> list[str]:
+    ratios = [found["ratio"] for name, found in layers.items() if name.split()[-1] == tokens]
+    line = _most(f"every layer at {tokens} tokens, of cuBLAS; greatest", limit, max(ratios))
+    over = sum(ratio > limit for ratio in ratios)
+    return [*line[:3], f"{line[3]}, {over} of {len(ratios)} above" if over else line[3]]
+
+
+def _error(dtypes: Result, kind: str) -> float:
+    return max(found["error"] for name, found in dtypes.items() if name.startswith(kind))
+
+
+def _most(figure: str, limit: float, value: float) -> list[str]:
+    return [figure, f"<= {limit:g}", f"{value:.3g}", "yes" if value <= limit else "**no**"]
+
+
+def _least(figure: str, limit: float, value: float) -> list[str]:
+    return [figure, f">= {limit:g}", f"{value:.3g}", "yes" if value >= limit else "**no**"]
+
+
+def _chain(parts: Result) -> str:
+    rows = []
+    for tokens, found in parts["chain"].items():
+        cublas, ours = found["cublas"]["median"] / 1e3, found["ours"]["median"] / 1e3
+        rows.append([tokens, f"{cublas:.3f}", f"{ours:.3f}", f"{found['ratio']:.3f}"])
+    head = ["tokens", "cuBLAS bfloat16, ms", "HyperLinear, ms", "ratio"]
+    return "## All 128 linears of SAM-H in one graph\n\n" + table(head, rows)
+
+
+def _packed(parts: Result) -> str:
+    kinds = ("ours", "packed12", "packed10")
+    rows = []
+    for name, found in parts["packed"].items():
+        cublas = found["cublas"]["median"]
+        cells = [f"{time:.1f} ({time / cublas:.2f})" for time in (found[kind]["median"] for kind in kinds)]
+        rows.append([*name.split(), f"{cublas:.1f}", *cells])
+    head = ["layers of SAM-H", "tokens", "cuBLAS bfloat16", "HyperLinear", "packed12", "packed10"]
+    text = (
+        "Microseconds a layer (ratio to cuBLAS), cold weights, CUDA graphs; `all`: the mean of the 128 in a row. Packed"
+        " weights are decoded, then multiplied."
+    )
+    return f"## Packed forms\n\n{text}\n\n{table(head, rows)}"
+
+
+def _encode(parts: Result) -> str:
+    rows = [
+        [name, f"{found['median'] / 1e3:.3f}", f"{found['tb_per_s']:.2f}", f"{found['of_copy']:.2f}"]
+        for name, found in parts["encode"].items()
+    ]
+    page = "## Encode and decode, 640 M weights\n\n" + table(["kernel", "ms", "TB/s", "of copy"], rows)
+    if search := parts.get("search"):
+        millions = search["weights"] / 1e6
+        page += (
+            f"\n\nAll {search['tensors']} linear weights of SAM-H ({millions:.0f} M) to 30 dB, step search included: "
+        )
+        page += f"{search['gpu_ms']:.2f} ms on the GPU, {search['wall_ms']:.0f} ms of the clock."
+    return page
+
+
+def _encoders(parts: Result) -> str:
+    rows = []
+    for name, found in parts["encoders"].items():
+        graphs = parts.get("encoder_graphs", {}).get(name, {})
+        for label, values in found.items():
+            rows.append(
+                [
+                    f"{name}, {label}",
+                    f"{graphs[label]:.2f}" if label in graphs else "",
+                    f"{values['ms']:.2f}",
+                    f"{values['weights_mb']:.0f}",
+                    f"{values['peak_extra_mb']:.0f}",
+                ]
+            )
+    head = ["encoder, 1024 x 1024", "graph, ms", "eager, ms", "weights, MB", "memory beside them, MB"]
+    return "## Image encoders\n\n" + table(head, rows)
+
+
+def _compiled(parts: Result) -> str:
+    rows = [
+        [f"{name}, {label}", f"{values['ms']:.2f}", f"{values['first_call_s']:.0f}"]
+        for name, found in parts["compiled"].items()
+        for label, values in found.items()
+    ]
+    return "## Image encoders under torch.compile\n\n" + table(["encoder", "ms", "first call, s"], rows)
+
+
+def _layers(parts: Result) -> str:
+    rows: dict[str, list[str]] = {}
+    for name, found in parts["layers"].items():
+        *shape, _tokens = name.split()
+        cell = f"{found['cublas']['median']:.1f} > {found['ours']['median']:.1f} ({found['ratio']:.2f})"
+        rows.setdefault(" ".join(shape), []).append(cell)
+    head = ["layer (out x in)", *(f"{tokens} tokens" for tokens in LIMITS)]
+    text = "Microseconds of cuBLAS in bfloat16 > of HyperLinear (ratio); cold weights, CUDA graphs."
+    return f"## Layers\n\n{text}\n\n" + table(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def _dtypes(parts: Result) -> str:
+    rows = [
+        [name, f"{found['cublas']:.1f}", f"{found['ours']:.1f}", f"{found['ratio']:.2f}", f"{found['error']:.1e}"]
+        for name, found in parts["dtypes"].items()
+    ]
+    head = ["type, layer of SAM-H, tokens", "cuBLAS, us", "HyperLinear, us", "ratio", "error"]
+    return "## Other types\n\n" + table(head, rows)
+
+
+def _calls(parts: Result) -> str:
+    rows = [[name, f"{value:.3g}"] for name, value in parts["calls"].items()]
+    return "## Calls\n\n" + table(["compiled kernels cached on disk", ""], rows)

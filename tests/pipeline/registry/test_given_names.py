@@ -1,0 +1,52 @@
+"""Numbers that are not given again, kept as ranges."""
+
+import random
+
+import pytest
+
+from birkhoff.pipeline.documents import read_document
+from birkhoff.pipeline.errors import IntegrityError
+from birkhoff.pipeline.registry.documents import GivenNames, given_key
+from birkhoff.pipeline.registry.names import read_given, remember_given
+from birkhoff.pipeline.store.memory import MemoryStore
+
+
+def test_ranges_hold_just_what_was_put_in() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        chosen = {rng.randint(1, 40) for _ in range(rng.randint(0, 30))}
+        parts = [set(rng.sample(sorted(chosen), len(chosen) // 2)), chosen]
+        record = GivenNames()
+        for part in parts:
+            record = read_document(GivenNames, "given", record.with_numbers(part).to_bytes())
+        assert {number for number in range(1, 42) if record.holds(number)} == chosen
+        assert all(last + 1 < first for (_, last), (first, _) in zip(record.ranges, record.ranges[1:], strict=False))
+
+
+@pytest.mark.parametrize("body", [b'{"ranges":[[3,1]]}', b'{"ranges":[[5,6],[1,2]]}', b'{"ranges":[[0,2]]}', b"[]"])
+def test_what_is_no_list_of_ranges_is_refused(body: bytes) -> None:
+    store = MemoryStore()
+    store.put(given_key("net"), body)
+    with pytest.raises(IntegrityError, match=r"models/net/given\.json"):
+        read_given(store, "net")
+
+
+def test_whoever_writes_at_once_loses_nothing() -> None:
+    store = MemoryStore()
+
+    class Rival(MemoryStore):
+        """Writes a number between another's reading and writing."""
+
+        left = 2
+
+        def replace(self, key: str, body: bytes, *, tag: str) -> str:
+            if Rival.left:
+                Rival.left -= 1
+                remember_given(store, "net", [f"v{70 + Rival.left}"])
+            return store.replace(key, body, tag=tag)
+
+    rival = Rival()
+    rival._shelf = store._shelf
+    remember_given(store, "net", ["v1"])
+    remember_given(rival, "net", ["v2", "v9"])
+    assert read_given(store, "net").ranges == ((1, 2), (9, 9), (70, 71))

@@ -1,0 +1,177 @@
+"""manifests/cluster: schemas, units and the cron line; `test_schedule` submits jobs."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from birkhoff.pipeline.artifact.oci_client import OciReference
+
+ROOT = Path(__file__).parents[3]
+CLUSTER = ROOT / "manifests" / "cluster"
+VERSION = "1.33"
+COMMAND = r"birkhoff compress \S+ .*--scheduled"
+
+# Every field of these types in KubeRay v1.6.2, from the API reference that it generates from the types of its CRDs
+# (github.com/ray-project/kuberay, docs/reference/api.md at 0a9eabde561ab59ab4bbe626072c359da9214484).
+KUBERAY: dict[str, dict[str, type]] = {
+    "RayJobSpec": {
+        **dict.fromkeys(["activeDeadlineSeconds", "backoffLimit", "preRunningDeadlineSeconds"], int),
+        **dict.fromkeys(["entrypoint", "entrypointResources", "jobId", "managedBy", "runtimeEnvYAML"], str),
+        **dict.fromkeys(["clusterSelector", "deletionStrategy", "metadata", "rayClusterSpec"], dict),
+        **dict.fromkeys(["submitterConfig", "submitterPodTemplate"], dict),
+        **dict.fromkeys(["entrypointNumCpus", "entrypointNumGpus"], float),
+        **dict.fromkeys(["shutdownAfterJobFinishes", "suspend"], bool),
+        "submissionMode": str,
+        "ttlSecondsAfterFinished": int,
+    },
+    "RayClusterSpec": {
+        **dict.fromkeys(["authOptions", "autoscalerOptions", "gcsFaultToleranceOptions", "headGroupSpec"], dict),
+        **dict.fromkeys(["headServiceAnnotations", "upgradeStrategy"], dict),
+        **dict.fromkeys(["enableInTreeAutoscaling", "suspend"], bool),
+        **dict.fromkeys(["managedBy", "rayVersion"], str),
+        "workerGroupSpecs": list,
+    },
+    "AuthOptions": {"enableK8sTokenAuth": bool, "mode": str, "secretName": str},
+    "HeadGroupSpec": {
+        **dict.fromkeys(["headService", "labels", "rayStartParams", "resources", "template"], dict),
+        "enableIngress": bool,
+        "serviceType": str,
+    },
+    "WorkerGroupSpec": {
+        **dict.fromkeys(["labels", "rayStartParams", "resources", "scaleStrategy", "template"], dict),
+        **dict.fromkeys(["idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "replicas"], int),
+        "groupName": str,
+        "suspend": bool,
+    },
+}
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all((CLUSTER / name).read_text()) if document]
+
+
+def check_fields(found: dict[str, Any], kind: str) -> None:
+    known = KUBERAY[kind]
+    assert set(found) <= set(known), kind
+    for key, value in found.items():
+        assert type(value) is known[key], f"{kind}.{key}: {value!r}"
+
+
+def test_the_cron_job_keeps_the_schema_and_never_overlaps() -> None:
+    found = documents("cronjob.yaml")
+    assert [one["kind"] for one in found] == ["CronJob", "ServiceAccount", "Role", "RoleBinding"]
+    for one in found:
+        kubernetes_validate.validate(one, VERSION, strict=True)
+    assert found[0]["spec"]["concurrencyPolicy"] == "Forbid"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(found[0] | {"spec": {"schedul": "* * * * *"}}, VERSION, strict=True)
+    (container,) = found[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    subprocess.run(["sh", "-n", "-c", container["args"][0]], check=True)
+    (volume,) = found[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["volumes"]
+    (generator,) = documents("kustomization.yaml")[0]["configMapGenerator"]
+    assert volume["configMap"]["name"] == generator["name"]
+    assert generator["files"] == ["rayjob.yaml"]
+
+
+def test_the_pod_mounts_an_image_and_loads_from_it() -> None:
+    (pod,) = documents("image-volume.yaml")
+    kubernetes_validate.validate(pod, VERSION, strict=True)
+    (volume,), (container,) = pod["spec"]["volumes"], pod["spec"]["containers"]
+    assert OciReference.parse(f"oci://{volume['image']['reference']}").tag == "stable"
+    (mount,) = container["volumeMounts"]
+    assert mount["name"] == volume["name"]
+    assert f"load_state_dict('{mount['mountPath']}')" in container["command"][-1]
+
+
+def test_the_ray_job_has_only_fields_that_kuberay_knows_and_pods_that_kubernetes_takes() -> None:
+    (job,) = documents("rayjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    check_fields(job["spec"], "RayJobSpec")
+    assert job["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+    assert re.search(COMMAND, job["spec"]["entrypoint"])
+    cluster = job["spec"]["rayClusterSpec"]
+    check_fields(cluster, "RayClusterSpec")
+    check_fields(cluster["authOptions"], "AuthOptions")
+    assert cluster["authOptions"]["mode"] == "token"
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+    assert f"rayproject/ray:{pinned[1]}-" in (CLUSTER / "Dockerfile").read_text()
+    check_fields(cluster["headGroupSpec"], "HeadGroupSpec")
+    for group in cluster["workerGroupSpecs"]:
+        check_fields(group, "WorkerGroupSpec")
+        assert {"groupName", "minReplicas", "maxReplicas"} <= set(group)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_a_field_that_kuberay_lacks_is_found() -> None:
+    with pytest.raises(AssertionError, match="RayJobSpec"):
+        check_fields({"entrypoint": "true", "deletionPolicy": "DeleteSelf"}, "RayJobSpec")  # of KubeRay 1.3
+    with pytest.raises(AssertionError, match="backoffLimit"):
+        check_fields({"backoffLimit": "0"}, "RayJobSpec")
+
+
+@pytest.mark.parametrize(
+    ("deployment", "status", "code"),
+    [
+        ("Complete", "SUCCEEDED", 0),
+        ("Failed", "FAILED", 1),
+        ("Failed", "RUNNING", 1),  # DeadlineExceeded
+        ("Failed", "", 1),  # SubmissionFailed
+        ("ValidationFailed", "", 1),
+    ],
+)
+def test_the_cron_job_ends_as_its_ray_job_does(deployment: str, status: str, code: int, tmp_path: Path) -> None:
+    (container,) = documents("cronjob.yaml")[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    answers = {
+        "kubectl": f"""case "$*" in
+            create*) echo rayjob.ray.io/x ;;
+            *jobDeploymentStatus*) [ -e asked ] && printf {deployment}; touch asked ;;
+            *jobStatus*) printf '{status}' ;;
+            *message*) echo why ;;
+        esac""",
+        "sleep": "echo slept",
+    }
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ended = subprocess.run(
+        [*container["command"], *container["args"]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout.split()) == (code, ["rayjob.ray.io/x", "slept", "why"]), ended.stderr
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        pytest.skip("systemd-analyze is not installed")
+    for name in ("birkhoff.service", "birkhoff.timer"):
+        text = (CLUSTER / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/birkhoff/.venv/bin/birkhoff", sys.executable))
+    for name in ("birkhoff.service", "birkhoff.timer"):
+        ended = subprocess.run([verify, "verify", str(tmp_path / name)], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert name not in ended.stderr
+    service = (CLUSTER / "birkhoff.service").read_text()
+    assert re.search(COMMAND, service)
+    assert "SuccessExitStatus=22" in service
+
+
+def test_the_line_of_cron_runs_the_same_command() -> None:
+    (line,) = [line for line in (CLUSTER / "crontab").read_text().splitlines() if not line.startswith("#")]
+    *times, command = line.split(maxsplit=5)
+    assert all(re.fullmatch(r"[0-9*/,-]+", time) for time in times)
+    assert re.search(COMMAND, command)
+    assert "%" not in command  # cron makes a newline of it
+    subprocess.run(["sh", "-n", "-c", command], check=True)

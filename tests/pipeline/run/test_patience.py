@@ -1,0 +1,219 @@
+"""A start of Ray on a busy machine: waited for while it makes progress, given up if it stalls, done without."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from birkhoff.pipeline.run import patience
+from birkhoff.pipeline.run.cleanup import Family, Reaper
+from birkhoff.pipeline.run.cluster import Cluster
+from birkhoff.pipeline.run.patience import STALL_CPU_SECONDS, STALL_SECONDS, START_SECONDS, Patience, wait_for
+from birkhoff.pipeline.store.open import open_store
+from tests.pipeline.command import captured
+
+Capture = pytest.CaptureFixture[str]
+
+
+class World:
+    """A clock that steps with every look at it, and processes that use CPU time until `stalls`."""
+
+    def __init__(self, *, per_second: float, stalls: float = float("inf")) -> None:
+        self.now, self._rate, self._stalls = 0.0, per_second, stalls
+
+    def clock(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def cpu(self) -> float:
+        return min(self.now, self._stalls) * self._rate
+
+
+def given_up_after(world: World) -> float:
+    waiting = Patience(world.cpu, world.clock)
+    while not waiting.over():
+        pass
+    return world.now
+
+
+def test_what_makes_progress_is_waited_for_and_what_stalls_is_not() -> None:
+    slow = 2 * STALL_CPU_SECONDS / STALL_SECONDS
+    assert given_up_after(World(per_second=slow)) > START_SECONDS
+    assert given_up_after(World(per_second=slow, stalls=100.0)) < 100 + STALL_SECONDS + 20
+    assert given_up_after(World(per_second=slow / 4)) == pytest.approx(STALL_SECONDS, abs=3)
+
+
+def test_the_last_error_comes_once_patience_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_POLL_SECONDS", 0.0)
+    asked = iter([RuntimeError("no node"), RuntimeError("no node"), "node"])
+
+    def ask() -> object:
+        answer = next(asked)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert wait_for(ask, Patience(World(per_second=1).cpu, World(per_second=1).clock)) == "node"
+
+    def refuse() -> None:
+        raise RuntimeError("no node yet")
+
+    dead = World(per_second=0)
+    with pytest.raises(RuntimeError, match="no node yet"):
+        wait_for(refuse, Patience(dead.cpu, dead.clock))
+
+
+def test_the_pinned_ray_has_what_is_replaced_and_gets_it_back() -> None:
+    import ray
+
+    services, node = ray._private.services, ray._private.node
+    before = services.get_node, node.wait_for_persisted_port
+    with patience.patient_start(ray, lambda: 0.0):
+        inside = services.get_node, node.wait_for_persisted_port
+    assert not set(before) & set(inside)
+    assert (services.get_node, node.wait_for_persisted_port) == before
+    source = Path(node.__file__).read_text()
+    assert "ray._private.services.get_node(" in source
+    assert "= wait_for_persisted_port(" in source
+
+
+def test_cpu_time_of_what_a_reaper_covers() -> None:
+    reaper = Reaper(None)
+    try:
+        with reaper.covering():
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        deadline = time.monotonic() + 60
+        while reaper.cpu_seconds() < 0.2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert reaper.cpu_seconds() >= 0.2
+    finally:
+        reaper.close()
+    assert busy.wait(60) == -signal.SIGKILL
+    assert reaper.cpu_seconds() == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_that_needs_longer_than_ray_allows_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's node stands still for 45 s, while the rest of Ray uses CPU time: Ray itself gives up after 30 s."""
+    reapers: list[Reaper] = []
+    make = Reaper.__init__
+
+    def note(self: Reaper, folder: Path | None) -> None:
+        make(self, folder)
+        reapers.append(self)
+
+    monkeypatch.setattr(Reaper, "__init__", note)
+    monkeypatch.setattr(patience, "STALL_SECONDS", 120.0)
+    throttle = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from birkhoff.pipeline.run.cleanup import Family\n"
+        "family, held = Family(sys.argv[1]), None\n"
+        "while held is None:\n"
+        "    for pid in family.alive():\n"
+        "        try: name = Path(f'/proc/{pid}/comm').read_text().strip()\n"
+        "        except OSError: continue\n"
+        "        if name == 'raylet': held = pid\n"
+        "os.kill(held, signal.SIGSTOP); time.sleep(45); os.kill(held, signal.SIGCONT)\n"
+    )
+    start = Cluster._start
+    helpers: list[subprocess.Popen[bytes]] = []
+
+    def held(self: Cluster) -> None:
+        init = Reaper.covering
+
+        def covering(reaper: Reaper) -> object:
+            helpers.append(subprocess.Popen([sys.executable, "-c", throttle, reaper._mark]))
+            return init(reaper)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Reaper, "covering", covering)
+            start(self)
+
+    monkeypatch.setattr(Cluster, "_start", held)
+    began = time.monotonic()
+    with Cluster(None) as cluster:
+        assert time.monotonic() - began > 40
+        assert not cluster.lost()
+    assert len(reapers) == 1  # the first try held
+    for helper in helpers:
+        assert helper.wait(120) == 0
+    assert not Family(reapers[0]._mark).alive()
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "birkhoff"))
+    save_file(
+        {"a.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}, tmp_path / "net.safetensors"
+    )
+    (tmp_path / "m.yaml").write_text("models: [{name: net, source: net.safetensors}]\n")
+    return [str(tmp_path / "m.yaml"), "--store", (tmp_path / "store").as_uri()]
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    def fail_with(error: Exception) -> None:
+        def fail(self: Cluster) -> None:
+            raise error
+
+        monkeypatch.setattr(Cluster, "_start", fail)
+
+    return fail_with
+
+
+def reports(words: list[str]) -> list[dict[str, object]]:
+    with open_store(words[-1]) as store:
+        keys = [info.key for info in store.list("runs/") if info.key.endswith("report.json")]
+        return [json.loads(store.get(key)) for key in keys]
+
+
+def test_without_ray_shards_run_in_this_process_and_one_line_says_so(
+    manifest: list[str], no_ray: Callable[[Exception], None], capsys: Capture
+) -> None:
+    no_ray(RuntimeError("The current node timed out during startup."))
+    code, out, err = captured(capsys, "compress", *manifest)
+    assert (code, "published" in out) == (0, True), err
+    said = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: Ray did not start (RuntimeError: The current node timed out during startup.); shards run one after "
+        "another in this process"
+    ]
+    (report,) = reports(manifest)
+    assert report["settings"]["executor"] == "inline"  # type: ignore[index]
+
+
+def test_whoever_asks_for_ray_gets_it_or_an_error_and_no_report(
+    manifest: list[str], no_ray: Callable[[Exception], None], capsys: Capture
+) -> None:
+    no_ray(RuntimeError("no room"))
+    code, _, err = captured(capsys, "compress", *manifest, "--executor", "ray")
+    assert code == 13
+    assert "error: cannot reach Ray on this machine: RuntimeError: no room; try --executor inline" in err
+    assert reports(manifest) == []
+
+
+def test_a_home_folder_that_cannot_be_written_is_named(
+    manifest: list[str], no_ray: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("HOME", "/sys")
+    no_ray(PermissionError(1, "Operation not permitted", "/sys/.ray"))
+    code, _, err = captured(capsys, "compress", *manifest)
+    assert code == 0
+    assert "warning: Ray did not start (the home folder /sys cannot be written (Operation not permitted); point" in err
+
+
+def test_workers_go_with_ray(manifest: list[str]) -> None:
+    from birkhoff.pipeline.cli import main
+
+    with pytest.raises(Exception, match="goes with Ray's workers") as caught:
+        main.app(["compress", *manifest, "--executor", "inline", "--workers", "2"], standalone_mode=False)
+    assert getattr(caught.value, "exit_code", None) == 2

@@ -1,0 +1,167 @@
+"""A cluster that a run starts is its user's and this machine's alone, whatever Ray's defaults are."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from birkhoff.pipeline.errors import WorkerError
+from birkhoff.pipeline.run import cluster as module
+from birkhoff.pipeline.run.cluster import Cluster
+
+pytestmark = pytest.mark.slow
+NOBODY = 65534
+LISTENS = "0A"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("RAY_TMPDIR", "/tmp")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+        with Cluster(None) as found:
+            yield found
+
+
+@pytest.fixture(scope="module")
+def folder(cluster: Cluster) -> Path:
+    """Ours, above the one that Ray made."""
+    return Path(cluster.ray._private.worker._global_node.get_temp_dir_path()).parent
+
+
+def family(cluster: Cluster) -> list[int]:
+    """Every process of the cluster, and this one."""
+    assert cluster._reaper is not None
+    return [*module_family(cluster._reaper._mark), os.getpid()]
+
+
+def module_family(mark: str) -> list[int]:
+    from birkhoff.pipeline.run.cleanup import Family
+
+    return Family(mark).alive()
+
+
+def listening() -> dict[str, str]:
+    """Local address in hex, by inode, of every socket on this machine that listens."""
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {words[9]: words[1].partition(":")[0] for line in lines if (words := line.split())[3] == LISTENS}
+
+
+def test_its_token_is_in_no_file_and_on_no_command_line(cluster: Cluster, home: Path, folder: Path) -> None:
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert not (home / ".ray").exists()
+    for pid in family(cluster):
+        assert token.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    held = [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert held == []
+
+
+def test_its_ports_are_on_loopback(cluster: Cluster) -> None:
+    known, found = listening(), set[str]()
+    for pid in family(cluster):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                name = str(handle.readlink())
+            except OSError:
+                continue
+            if name.startswith("socket:[") and name[8:-1] in known:
+                found.add(known[name[8:-1]])
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_its_folder_is_closed_after_it_started(folder: Path) -> None:
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert folder.stat().st_uid == os.geteuid()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="another user needs root and setpriv")
+class TestAnotherUser:
+    """What somebody else on the same machine can do; `setpriv` makes us one."""
+
+    @staticmethod
+    def as_nobody(code: str, *, timeout: float = 120, **variables: str) -> str:
+        """Standard output of Python code, run as another user; `TIMEOUT` where it did not end."""
+        environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1", **variables}
+        words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", sys.executable, "-c", code]
+        try:
+            ran = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return "TIMEOUT"
+        return ran.stdout
+
+    def test_reads_no_file_and_no_environment(self, cluster: Cluster, folder: Path) -> None:
+        code = (
+            "import os\n"
+            "for path in {paths}:\n"
+            "    try:\n"
+            "        os.listdir(path) if os.path.isdir(path) else open(path, 'rb').read()\n"
+            "        print('READ', path)\n"
+            "    except OSError as error:\n"
+            "        print('denied', path)\n"
+        )
+        paths = [str(folder), str(folder / "r"), *(f"/proc/{pid}/environ" for pid in family(cluster))]
+        said = self.as_nobody(code.format(paths=paths))
+        assert "READ" not in said
+        assert said.count("denied") == len(paths)
+
+    def test_runs_nothing_without_the_token(self, cluster: Cluster) -> None:
+        address = cluster.ray.get_runtime_context().gcs_address
+        code = (
+            "from ray._raylet import GcsClient\n"
+            f"client = GcsClient(address={address!r})\n"
+            "print('IN', client.internal_kv_keys(b'', namespace=None, timeout=5) is not None)\n"
+        )
+        if "ok" not in self.as_nobody("import ray; print('ok')"):
+            pytest.skip("another user cannot import the Ray of this environment")
+        variables = {"RAY_AUTH_MODE": "token"}
+        assert "IN" in self.as_nobody(code, **variables, RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"])  # it would work
+        assert "IN" not in self.as_nobody(code, timeout=20, **variables, RAY_AUTH_TOKEN="0" * 64)
+        assert "IN" not in self.as_nobody(code, timeout=20)
+
+
+def test_settings_are_what_they_were_once_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is joined later gets the token and the addresses of its own."""
+    import ray
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "theirs")
+    clusters = ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    with module._private(ray):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert os.environ["RAY_AUTH_TOKEN"] != "theirs"
+        assert not ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("disabled", "theirs")
+    assert clusters == ray._private.ray_constants.ENABLE_RAY_CLUSTER
+
+
+class TestARayThatDoesOtherwise:
+    class Ray:
+        __version__ = "9.9"
+
+        @staticmethod
+        def nodes() -> list[dict[str, str]]:
+            return [{"NodeManagerAddress": "10.0.0.7"}]
+
+    def test_is_not_used(self, tmp_path: Path) -> None:
+        with pytest.raises(WorkerError, match=r"Ray 9\.9 serves 10\.0\.0\.7, expected 127\.0\.0\.1 alone; use"):
+            module._check_private(tmp_path, self.Ray)
+
+    def test_a_file_system_without_permissions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path.chmod(0o777)
+        monkeypatch.setattr(Path, "chmod", lambda *_: None)
+        with pytest.raises(WorkerError, match="others can enter Ray's folder; set RAY_TMPDIR"):
+            module._check_private(tmp_path, self.Ray)

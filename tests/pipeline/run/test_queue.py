@@ -1,0 +1,119 @@
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec.profiles import PROFILES, Decision
+from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
+from birkhoff.pipeline.run.queue import TaskQueue
+from birkhoff.pipeline.shard.task import ShardTask, TensorPlan
+
+
+def task(index: int, floats: int, *, model: str = "m", name: str | None = None) -> ShardTask:
+    tensor = StoredTensor(
+        name=name or f"{model}.{index}",
+        dtype="float32",
+        shape=(floats,),
+        stride=(1,),
+        offset=0,
+        nbytes=4 * floats,
+        path="/none",
+    )
+    plan = TensorPlan(tensor=tensor, decision=Decision(codec="planes"))
+    return ShardTask(model=model, index=index, tensors=(plan,), recipe=PROFILES["balanced"].recipe())
+
+
+def test_largest_first() -> None:
+    queue = TaskQueue([task(0, 10), task(1, 30), task(2, 20)], budget=10**9)
+    assert [queue.take().index for _ in range(3)] == [1, 2, 0]  # type: ignore[union-attr]
+    assert queue.take() is None
+
+
+def test_many_small_tensors_go_before_few_larger_ones() -> None:
+    decoder = replace(task(0, 10), tensors=task(0, 10).tensors * 100)
+    queue = TaskQueue([task(1, 8 << 20), decoder], budget=10**9)
+    assert queue.take() == decoder
+
+
+def test_the_budget_holds_and_smaller_tasks_fill_it() -> None:
+    queue = TaskQueue([task(0, 100), task(1, 60), task(2, 30)], budget=560)
+    first, second = queue.take(), queue.take()
+    assert first is not None
+    assert second is not None
+    assert (first.index, second.index, queue.in_flight) == (0, 2, 520)
+    assert queue.take() is None
+    queue.done(first)
+    assert queue.take() is not None
+
+
+def test_a_task_above_the_budget_runs_alone() -> None:
+    queue = TaskQueue([task(0, 1000), task(1, 1)], budget=8)
+    big = queue.take()
+    assert big is not None
+    assert queue.take() is None
+    queue.done(big)
+    assert queue.take() is not None
+
+
+def test_twins_wait_for_each_other_and_others_overtake() -> None:
+    duplicates = [task(0, 50, model="a", name="enc"), task(0, 50, model="b", name="enc")]
+    queue = TaskQueue([*duplicates, task(1, 1)], budget=10**9)
+    first, other = queue.take(), queue.take()
+    assert first is not None
+    assert other is not None
+    assert (first.model, other.index) == ("a", 1)
+    assert queue.take() is None
+    queue.done(first)
+    assert queue.take() == duplicates[1]
+
+
+def test_twins_that_are_made_anew_in_any_case_do_not_wait() -> None:
+    duplicates = [replace(task(0, 50, model=model, name="enc"), reuse="never") for model in "ab"]
+    queue = TaskQueue(duplicates, budget=10**9)
+    assert [queue.take(), queue.take()] == duplicates
+
+
+def test_put_back_runs_again_and_drop_forgets() -> None:
+    queue = TaskQueue([task(0, 5, model="a"), task(0, 4, model="b")], budget=10**9)
+    first = queue.take()
+    assert first is not None
+    queue.put_back(first)
+    assert queue.in_flight == 0
+    assert queue.take() == first
+    queue.drop("b")
+    assert len(queue) == 0
+
+
+def test_a_task_put_back_as_alone_runs_last_and_by_itself() -> None:
+    queue = TaskQueue([task(0, 30), task(1, 20), task(2, 10)], budget=10**9)
+    first = queue.take()
+    assert first is not None
+    queue.put_back(first, alone=True)
+    others = [queue.take(), queue.take()]
+    assert [other and other.index for other in others] == [1, 2]
+    assert queue.take() is None
+    for other in others:
+        assert other is not None
+        queue.done(other)
+    again = queue.take()
+    assert again == first
+    assert queue.is_alone(first)
+    assert queue.take() is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from("abc")), max_size=25), st.integers(1, 300), st.data())
+@settings(max_examples=100, deadline=None)
+def test_every_task_runs_once_within_the_bounds(items: list[tuple[int, str]], budget: int, data: st.DataObject) -> None:
+    queue = TaskQueue([task(n, floats, name=name) for n, (floats, name) in enumerate(items)], budget=budget)
+    running: list[ShardTask] = []
+    ended: list[int] = []
+    while len(queue) or running:
+        while (started := queue.take()) is not None:
+            running.append(started)
+        assert running, "nothing runs although tasks wait"
+        assert sum(t.nbytes for t in running) <= budget or len(running) == 1
+        assert len({t.signature for t in running}) == len(running)
+        done = running.pop(data.draw(st.integers(0, len(running) - 1)))
+        queue.done(done)
+        ended.append(done.index)
+    assert sorted(ended) == list(range(len(items)))

@@ -1,0 +1,47 @@
+"""Keys of statistics: by content, so that they are found again from another folder and not after a change."""
+
+from dataclasses import replace
+
+from birkhoff.pipeline.statistics.task import COUNTS, key_of, keys_of
+from tests.pipeline.statistics.places import CODE, Place
+
+BEST = COUNTS[0]
+
+
+def test_whatever_decides_them_makes_another_key(place: Place) -> None:
+    subject, sha256 = place.subject, "a" * 64
+    config = ("config.json", {"model_type": "sam"})
+    variants = [
+        (sha256, subject, BEST),
+        ("b" * 64, subject, BEST),
+        (sha256, replace(subject, adapter="sam"), BEST),
+        (sha256, replace(subject, config=config), BEST),
+        (sha256, replace(subject, builder="module:build"), BEST),
+        (sha256, replace(subject, builder=f"{place.folder}/net.py:other"), BEST),
+        (sha256, replace(subject, inputs=None), BEST),
+        (sha256, subject, replace(BEST, pictures=1)),
+        (sha256, subject, replace(BEST, probes=1)),
+    ]
+    assert len({key_of(*variant) for variant in variants}) == len(variants)
+    assert keys_of(sha256, subject) == tuple(key_of(sha256, subject, counts) for counts in COUNTS)
+
+
+def test_places_and_what_a_proof_needs_make_none(place: Place) -> None:
+    before = key_of("a" * 64, place.subject, BEST)
+    (place.folder / "elsewhere").mkdir()
+    (place.folder / "elsewhere" / "code.py").write_text(CODE)
+    moved = replace(
+        place.subject,
+        builder=f"{place.folder}/elsewhere/code.py:build",
+        inputs=f"{place.folder}/elsewhere/code.py:batches",
+    )
+    proven = replace(place.subject, metric="m.py:f", pictures="/pictures", required=True, upstream="/clone")
+    assert {key_of("a" * 64, subject, BEST) for subject in (moved, proven)} == {before}
+    (place.folder / "net.py").write_text(CODE.replace("ReLU", "GELU"))
+    assert key_of("a" * 64, place.subject, BEST) != before
+
+
+def test_models_with_the_same_statistics_wait_for_each_other(place: Place) -> None:
+    task = place.task()
+    assert replace(task, model="other").signature == task.signature
+    assert replace(task, source_sha256="b" * 64).signature != task.signature
