@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from birkhoff.pipeline.load import transformers_hook
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "compress", "list", "load_into", "load_state_dict", "open_store", "pull", "push"]
 
 if TYPE_CHECKING:
