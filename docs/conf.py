@@ -7,6 +7,7 @@
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -32,6 +33,7 @@ include_patterns = [
     "PROMISES.md",
     "SECURITY.md",
     "codec/FORMAT.md",
+    "pipeline/README.md",
     "pipeline/SIGNING.md",
     "pipeline/registry/PROTOCOL.md",
     "manifests/README.md",
@@ -52,6 +54,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "code"  # docstrings put names between single backticks
 
+smartquotes = False  # `--quiet` is no dash
+
 html_theme = "furo"
 html_title = f"Birkhoff {version}"
 html_extra_path = ["extra"]
@@ -59,11 +63,23 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
-pygments_style = "friendly"
-pygments_dark_style = "github-dark"
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
 linkcheck_anchors = False
 
 
 def setup(app: Sphinx) -> None:
-    """Write the generated parts before Sphinx looks for sources."""
+    """Write the generated parts before Sphinx looks for sources, and mend what axe finds in its pages."""
     app.connect("builder-inited", lambda _: generate.write(ROOT / "docs" / "_build" / "generated"))
+    app.connect("html-page-context", _accessible, priority=900)  # after furo has drawn the navigation
+
+
+def _accessible(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _tree: object) -> None:
+    """Captions of the navigation get the level of a heading; code and tables that scroll can be reached by keyboard."""
+    for key, old, new in (
+        ("furo_navigation_tree", 'role="heading"', 'role="heading" aria-level="2"'),
+        ("body", "<pre>", '<pre tabindex="0">'),
+        ("body", '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+    ):
+        if isinstance(context.get(key), str):
+            context[key] = context[key].replace(old, new)
