@@ -1,4 +1,4 @@
-"""What a tensor will take at every target, estimated from one look at its weights: what a budget is solved with.
+"""Predict a tensor's compressed size at every target from one histogram, to solve budgets with.
 
 One fine histogram of the weights per context group (see `contexts`) holds all of it. For a step h its bins are merged
 to the symbols round(w / h), which gives the error, the entropy and the escapes of that step at once, and so a curve of

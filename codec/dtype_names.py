@@ -1,4 +1,4 @@
-"""Names of element types, without torch: what headers and manifests are judged by."""
+"""Names of element types, without torch, for headers and manifests."""
 
 import re
 

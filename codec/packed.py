@@ -1,4 +1,4 @@
-"""The packed in-memory form: 10 or 12 bits a pair, and a scale of its own for every 64 pairs of a row.
+"""The packed in-memory form: 10 or 12 bits per pair, and a scale for every 64 pairs of a row.
 
 Where memory counts more than fidelity, the uint16 step numbers (8 bits a weight) are coded once more, on a shorter
 trajectory: n = 2^(bits/2) rows, so n = 32 or 64, and for each group of 64 pairs (128 weights) a byte c:

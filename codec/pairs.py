@@ -1,4 +1,4 @@
-"""Which two weights make a pair.
+"""The layout of pairs: which two weights belong together.
 
 A weight matrix [R, K] is cut along K into blocks of 64 columns, and column k of a block pairs with column k + 32. The
 last block of a row may be narrower: with w columns left its halves are ceil(w/2) wide, and an odd w leaves the last

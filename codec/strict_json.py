@@ -1,4 +1,4 @@
-"""JSON as stored files use it: a duplicate key is an error, where Python's parser keeps the last one."""
+"""Strict JSON for stored files: a duplicate key is an error, while Python's parser keeps the last one."""
 
 import json
 from typing import Any
