@@ -1,4 +1,4 @@
-"""What a notebook shows: whether there is one, and tables in its HTML. Imports nothing of it."""
+"""Notebook support: detect one, and make HTML tables. Imports no notebook library."""
 
 import html
 import sys

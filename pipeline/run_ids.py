@@ -1,4 +1,4 @@
-"""Ids of runs: they sort by time, and keys below `runs/` begin with them."""
+"""Ids of runs. They sort by time and begin the keys below `runs/`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Standard streams that nobody reads: what a command does must not hang on whether its output finds a reader.
+"""Standard streams without a reader: a command does its work whether or not its output can be written.
 
 A daemon may have them closed, a pager may have gone, a disk may be full, a terminal may have hung up. A run whose last
 line cannot be written is published all the same; so nothing fails where it prints, and the exit code tells at the end.

@@ -1,4 +1,4 @@
-"""Text for people: sizes, digests, names, and what a stranger wrote, each on one line."""
+"""Text for people: sizes, digests, names and untrusted text, each on one line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -66,7 +66,7 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
+    """Return untrusted text for people: on one line, without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 

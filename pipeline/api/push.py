@@ -75,7 +75,7 @@ def push(
                 return push_oci(source, parcel, reached, allow_http=http_allowed(), report=report)
         target = stack.enter_context(borrowed_store(to, create=True))
         if target.url == source.url:
-            raise StoreError(f"{target.url} is the store it is in; name another one")
+            raise StoreError(f"{target.url} is the store it comes from; name another one")
         parcel = parcel_of(source, reference, trust)
         key = None if sign is None else Path(sign)
         delivery = delivery_to(target, aliases, rename=rename, force=force, sign=key, warn=_warn)

@@ -20,7 +20,7 @@ def list_versions(model: str | None = None, *, store: str | Store | None = None)
 
     Args:
         model: the model whose versions are meant.
-        store: the store, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out.
+        store: The store or its URL. Default: `BIRKHOFF_STORE`, then `embedded`.
 
     Raises:
         ArtifactNotFoundError: no such model.

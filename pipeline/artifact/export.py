@@ -1,4 +1,4 @@
-"""Back to a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
+"""Export a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
 
 import io
 import json

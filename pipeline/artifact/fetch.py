@@ -1,4 +1,4 @@
-"""Bringing many blobs into the cache at once: ranges of all of them, on a few threads."""
+"""Fetch many blobs into the cache at once: ranges of all of them, on a few threads."""
 
 import threading
 import time

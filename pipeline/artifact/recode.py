@@ -1,4 +1,4 @@
-"""A stored version in the present format of containers, from its own bytes alone: no source, no new quantisation.
+"""Recode a stored version in the current container format, from its own bytes: no source, no new quantisation.
 
 Each container is rewritten tensor by tensor and read back: every coordinate and every bit must be what the old one
 holds. The recoded version has records of its own, and is published by the ordinary protocol.

@@ -1,4 +1,4 @@
-"""What a reference means: a version in a store, or, offline, what it meant when it was last pulled.
+"""Resolve references: to a version in a store or, offline, to the one that was last pulled.
 
 MODEL, MODEL@latest, MODEL@v3, MODEL@<digest>
 """

@@ -1,9 +1,9 @@
-"""What a checkpoint's pickle holds, and where in it the state dict lies.
+"""Inspect a checkpoint's pickle: what it holds, and where its state dict is.
 
 No pickle is ever loaded. `pickle_reader` interprets its opcodes as data, in a process of its own with limits on memory
 and time, and calls nothing: tensors become notes, dicts tables, and everything else a placeholder that knows its name.
 So what trainers write beside the weights does no harm and is no obstacle, and a forged pickle costs its file, not the
-run. A file that names what runs commands is refused all the same: it was made to attack whoever loads it.
+run. A file that names what runs commands is refused all the same: it was made to attack those who load it.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class StorageNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNote:
-    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is no weight."""
+    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is not a weight."""
 
     flaw: str
     storage: StorageNote | None
@@ -71,7 +71,7 @@ class TensorNote:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Table:
-    """A dict of a pickle. `others`: entries whose key is no text, under its text."""
+    """A dict of a pickle. `others`: entries whose key is not text, under its text."""
 
     kind: str
     entries: dict[str, "Node"] = field(default_factory=dict)

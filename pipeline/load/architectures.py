@@ -1,4 +1,4 @@
-"""Models that are known by their tensors: the published SAM and SAM 2, in every size; their relatives in `published`.
+"""Models recognised by their tensors: the published SAM and SAM 2 in every size. `published` has their relatives.
 
 In the names of a published package that package builds them, or transformers where it is not installed; in those of
 transformers, transformers does.

@@ -1,4 +1,4 @@
-"""The changes that a load makes to a model: all prepared first, then made at once."""
+"""The changes that a load makes to a model: prepared first, then made at once."""
 
 from collections.abc import Callable
 from functools import partial

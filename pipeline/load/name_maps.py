@@ -1,4 +1,4 @@
-"""Names of published checkpoints in the models of transformers.
+"""Translate the names of published checkpoints to those of transformers' models.
 
 The published SAM (github.com/facebookresearch/segment-anything) and `SamModel` hold the same tensors under different
 names, one to one but for the positional matrix, which `SamModel` has twice. The facts are those of transformers'

@@ -1,4 +1,4 @@
-"""What builds each published member of the Segment Anything family, known by its tensors.
+"""Builders of the published members of the Segment Anything family, recognised by their tensors.
 
 A member whose code is a package is built by that package. One whose code is a repository only is built from the user's
 clone of it, named by `--upstream DIR`: nothing of theirs is copied here.
@@ -167,7 +167,7 @@ def is_member(shapes: Shapes) -> bool:
 
 
 def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | None:
-    """An untrained model of the published member that has these tensors, None where they are no member's.
+    """Return an untrained model of the published member with these tensors; None if there is none.
 
     Args:
         label: what the tensors are of, for messages.

@@ -1,4 +1,4 @@
-"""What modules derive from their parameters, derived again after those were loaded.
+"""Derive again what modules derive from their parameters, after a load.
 
 torch has two occasions for it: a module's `train(mode)`, where TinyViT's attention caches its biases for evaluation,
 and the hooks that `load_state_dict` calls at its end.

@@ -1,4 +1,4 @@
-"""What a model holds by name, for loading: its parameters, its buffers, and the weights of compressed layers.
+"""The targets of a load by name: parameters, buffers, and the weights of compressed layers.
 
 Names are those of the plain model: what torch.compile, DataParallel, DistributedDataParallel and activation
 checkpointing put between is left out.

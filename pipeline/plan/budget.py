@@ -1,4 +1,4 @@
-"""The search for the highest target whose whole version fits a budget: pure decisions, no I/O.
+"""Search the highest target whose whole version fits a budget: pure decisions, no I/O.
 
 The workers estimate every tensor's bytes over the whole grid of targets (`codec.budget`), in one look at the weights.
 The highest target that should fit is encoded, and every byte of that version counted. From there the estimated curve,

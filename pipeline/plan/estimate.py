@@ -1,4 +1,4 @@
-"""What a run would do and cost, from headers alone: for `birkhoff plan`.
+"""Estimate what a run would do and cost, from headers alone: for `birkhoff plan`.
 
 Sizes follow from the targets: B dB cost about B/6.02 bits a weight, how far from that depends on the distribution of
 the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose decay and
@@ -39,7 +39,7 @@ _PAPER_BITS = 6.0, 9.2
 """Bits a weight of the published codec, tensors that it leaves raw included."""
 
 _MATCH_BITS = 3.3, 4.75
-"""Bits a weight of ours at its error."""
+"""Bits per weight of our codec at its error."""
 
 _LOSSLESS = 0.88, 1.0
 """Bytes that byte planes leave of float weights; integers stay what they are."""

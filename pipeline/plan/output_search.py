@@ -1,4 +1,4 @@
-"""The search for the lowest target in dB whose version agrees with the original as far as is wanted: pure, no I/O.
+"""Search the lowest target in dB whose version agrees with the original well enough: pure, no I/O.
 
 Each probe is a version that is encoded and proven. A probe says how many dB it lacks or can spare: for an SQNR of
 outputs that is the difference, for agreement 20 log10 of how many times too large the disagreement is (on LiteMedSAM

@@ -1,4 +1,4 @@
-"""What a process runs on and with: versions, processors, memory. For reports, and for whoever looks for a cause."""
+"""What a process runs on and with: versions, processors, memory. For reports and diagnosis."""
 
 import os
 import platform
