@@ -96,7 +96,7 @@ def compress(
         bool,
         typer.Option(
             "--scheduled",
-            help="Exit with code 22, instead of waiting, if an earlier run of these models is still at work.",
+            help="Leave it to an earlier run of these models that is still at work, say so, and do not wait.",
         ),
     ] = False,
     log_format: LogFormatOption = LogFormat.TEXT,

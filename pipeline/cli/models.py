@@ -43,9 +43,7 @@ AdapterOption = Annotated[
     str | None,
     typer.Option(metavar="A", help="Member of the family (med_sam, sam, ...), instead of the artifact's."),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(metavar="D", help="cpu, cuda or cuda:1. Default: the GPU, if there is one.")
-]
+DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
 
 PICTURE_COLUMN = Column(title="picture", key="image")
 SEGMENT_COLUMNS = (

@@ -1,6 +1,5 @@
 """The commands for statements that other tools read: oms sign, oms verify, provenance, bom."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,8 @@ def sign(
     as_json: JsonOption = False,
 ) -> None:
     """Sign every file of a folder (model.sig), or a version, whose pulled folders then carry the signature."""
+    import tempfile
+
     from birkhoff.pipeline.artifact.cache import BlobCache
     from birkhoff.pipeline.artifact.oms import OmsKey, attach, sign_folder
     from birkhoff.pipeline.artifact.pull import pull

@@ -159,7 +159,7 @@ def normal_url(url: str) -> str:
     query = parse_qsl(rest.partition("?")[2].partition("#")[0], keep_blank_values=True)
     if any(_PERMISSIONS.fullmatch(name) for name, _ in query):
         raise ValueError(
-            "expected no signed URL and no token in it: all readers of the manifest could use it; name the object as "
+            "expected no signed URL and no token in it: whoever reads the manifest could use it; name the object as "
             "s3://BUCKET/KEY, whose credentials come from the AWS environment, or download it and give its path"
         )
     normal = f"{scheme}://{rest}" if scheme == "s3" else _web_url(f"{scheme}://{rest}")

@@ -1,4 +1,4 @@
-"""The forms in which linear layers of a loaded model hold their weights."""
+"""In which form the linear layers of a loaded model hold their weights."""
 
 import warnings
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class LayerMaker:
     """Makes the layers of one load; `report` then warns of those that keep the uint16 form.
 
     Raises:
-        CodecError: `memory` is not a form.
+        CodecError: `memory` is no form.
     """
 
     def __init__(self, memory: Memory) -> None:

@@ -143,10 +143,10 @@ class _Loading:
         self._rows: dict[str, Tensor] = {}
 
     def stage(self, coded: CodedTensor) -> None:
-        """Decode a tensor for its place in the model, if there is one of its shape.
+        """Decode a tensor for its place, if the model has one of its shape.
 
         Raises:
-            ModelMismatchError: Another stored tensor has the same place.
+            ModelMismatchError: another stored tensor has the same place.
         """
         names = self._rename(coded.name)
         for name in names:
@@ -173,7 +173,7 @@ class _Loading:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
 
     def _placed(self, coded: CodedTensor, target: Target) -> Tensor:
-        """Decode a tensor on the target's device, in its dtype."""
+        """A tensor decoded where the target is to be, in its type."""
         tensor = decode_tensor(coded, self._place(target))
         kind = tensor.dtype if target.device.type == "meta" else target.dtype
         return tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)

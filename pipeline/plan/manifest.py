@@ -67,7 +67,7 @@ class ModelEntry(Quality, Proving):
     source: SourceSpec
     """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
     files: Annotated[tuple[str, ...], Field(max_length=MAX_FILES, strict=False)] | None = None
-    """Small text files published with the weights. Default: transformers' files beside a local safetensors source."""
+    """Small text files that go with the weights; left out, those of transformers beside a local safetensors source."""
     adapter: str | None = None
     """Its member of the family, if tensors fit several: `med_sam`, `tiny_sam`, ..."""
     builder: str | None = None

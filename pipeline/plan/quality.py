@@ -11,8 +11,9 @@
       - {tensors: "mask_decoder.*", target_db: 36}
       - {tensors: "*.pos_embed", lossless: true}
 
-A model's profile or budget replaces the manifest's as a whole; an allocation alone applies to the manifest's profile or
-budget. 1-D and tiny tensors stay lossless, whatever dB a rule sets.
+What a model says of profile or budget replaces all that the manifest says of them; an allocation alone goes with the
+manifest's profile or budget. 1-D and tiny tensors stay lossless
+whatever a rule says of dB.
 """
 
 from dataclasses import dataclass, replace
