@@ -39,7 +39,7 @@ class Fidelity:
 
     @property
     def sqnr_db(self) -> float:
-        """10*log10(energy / error) in dB; infinite where nothing was lost."""
+        """10*log10(energy / error) in dB; infinite if nothing was lost."""
         return sqnr_db(self.energy, self.error)
 
 
@@ -59,7 +59,7 @@ class Bulk:
 
 
 def bulk(weight: Tensor, energy: float) -> Bulk:
-    """The bulk of real weights of any shape; `limit` is infinite if there are no outliers.
+    """Return the bulk of real weights of any shape; `limit` is infinite if there are no outliers.
 
     `energy` is the sum w^2 of all of them, which every caller has taken already.
     """
@@ -116,7 +116,7 @@ def compare(source: Tensor, decoded: Tensor) -> Fidelity:
 
 
 def to_host(*scalars: Tensor) -> list[float]:
-    """The values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
+    """Return the values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
     if not scalars or scalars[0].device.type == "cpu":
         return list(map(float, scalars))
     values: list[float] = torch.stack(scalars).tolist()
