@@ -214,7 +214,7 @@ def exit_code(error: BirkhoffError) -> int:
 
 
 def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
-    """An error for machines: its class, its exit code, its line, and what that line advises.
+    """Return an error for machines: its class, its exit code, its line, and what that line advises.
 
     Error lines say what, where and, as their last clause, what to do next.
     """
@@ -229,7 +229,7 @@ def failure_of(error: BirkhoffError) -> dict[str, object]:
 
 
 def failure(errors: Sequence[BirkhoffError | None]) -> BirkhoffError | None:
-    """What models, one entry for each, make a command end with: their one kind of error, or PartialError."""
+    """Return what models, one entry for each, make a command end with: their one kind of error, or PartialError."""
     failed = [error for error in errors if error is not None]
     if not failed:
         return None

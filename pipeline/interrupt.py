@@ -50,7 +50,7 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the user has asked to stop."""
+    """Return whether the user has asked to stop."""
     return _asked.is_set()
 
 

@@ -41,14 +41,14 @@ def guard() -> None:
 
 
 def lost_output() -> OSError | None:
-    """The error by which something printed on standard output was lost; None where all was written."""
+    """Return the error by which something printed on standard output was lost; None where all was written."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.error if isinstance(raw, _Unfailing) else None
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Whether the reader of a pipe has gone."""
+    """Return whether the reader of a pipe has gone."""
     return error.errno == errno.EPIPE
 
 

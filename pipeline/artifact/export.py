@@ -99,7 +99,7 @@ class _Records:
 
 
 def _storage(tensor: Tensor) -> UntypedStorage:
-    """The storage of this tensor alone, never a part of a larger one."""
+    """Return the storage of this tensor alone, never a part of a larger one."""
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return (tensor if whole else tensor.clone()).untyped_storage()

@@ -90,7 +90,7 @@ class _Fetcher:
             pool.submit(self._range, download, index)
 
     def _next(self, waiting: list[BlobDownload], pool: ThreadPoolExecutor) -> BlobDownload:
-        """The next download that ended; meanwhile a look at those that other processes work on."""
+        """Return the next download that ended; meanwhile a look at those that other processes work on."""
         while waiting and self._ended.empty():
             interrupt.check()
             self._look(waiting, pool)

@@ -112,7 +112,7 @@ def attach(store: Store, model: str, digest: str, bundle: bytes) -> None:
 
 
 def attached(store: Store, model: str, digest: str) -> bytes | None:
-    """The bundle of a version; None where it has none. Raises StoreError, IntegrityError."""
+    """Return the bundle of a version; None if it has none. Raises StoreError, IntegrityError."""
     try:
         body = store.get(oms_key(model, digest), length=MAX_DOCUMENT_BYTES + 1)
     except ObjectNotFoundError:
@@ -132,7 +132,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _package(name: str) -> Any:
-    """A module of model-signing. Raises TrustError where it is not installed."""
+    """Return a module of model-signing. Raises TrustError if it is not installed."""
     import importlib
 
     try:

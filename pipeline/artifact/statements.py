@@ -51,7 +51,7 @@ def provenance(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
-    """A CycloneDX document: the model, the model that it was made of, and the program that made it."""
+    """Return a CycloneDX document: the model, the model that it was made of, and the program that made it."""
     source, figures = manifest.source, manifest.figures()
     made, base, tool = (
         f"{manifest.model}@{manifest.digest}",

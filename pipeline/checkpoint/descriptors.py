@@ -92,7 +92,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def extent_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
-    """Bytes from element 0 to the end of the last element of a strided tensor; 0 for an empty one."""
+    """Return bytes from element 0 to the end of the last element of a strided tensor; 0 for an empty one."""
     if 0 in shape:
         return 0
     return itemsize * (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)))

@@ -36,7 +36,7 @@ _USUAL: dict[str, set[Content]] = {
 
 
 def sniff(path: Path) -> Content:
-    """What the first bytes say the file is.
+    """Return what the first bytes say the file is.
 
     Raises:
         SourceError: no such file, not a regular file, an empty one, or content that is not a checkpoint.
@@ -63,7 +63,7 @@ def sniff(path: Path) -> Content:
 
 
 def suffix_remark(path: Path, content: Content) -> str:
-    """What to append to an error where suffix and content disagree; empty where they agree."""
+    """Return what to append to an error where suffix and content disagree; empty if they agree."""
     usual = _USUAL.get(path.suffix.lower())
     if usual is None or content in usual:
         return ""

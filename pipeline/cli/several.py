@@ -68,7 +68,7 @@ def expand(store: "Store", given: Sequence[str]) -> list[str]:
 
 
 def model_of(reference: str) -> str:
-    """The model of a reference."""
+    """Return the model of a reference."""
     return reference.partition("@")[0]
 
 

@@ -49,7 +49,7 @@ class Code:
     module: str
     function: str
     wheel: str | None = None
-    """The package on the index; None where there is none."""
+    """The package on the index; None if there is none."""
     repository: str | None = None
     """The repository that `--upstream` is a clone of."""
     arguments: tuple[Any, ...] = ()
@@ -162,7 +162,7 @@ MEMBERS: tuple[Member, ...] = (
 
 
 def is_member(shapes: Shapes) -> bool:
-    """Whether these tensors are those of a published member."""
+    """Return whether these tensors are those of a published member."""
     return any(one.fits(shapes) for one in MEMBERS)
 
 
@@ -184,7 +184,7 @@ def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | Non
 def _build(label: str, found: Member, upstream: Path | None) -> nn.Module:
     with _on_path(upstream):
         for code in found.codes:
-            # A package is found, a repository only where it was named: its modules have common names.
+            # A package is found, a repository only if it was named: its modules have common names.
             if (code.wheel is None and upstream is None) or not _is_there(code.module):
                 continue
             try:

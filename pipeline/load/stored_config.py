@@ -50,7 +50,7 @@ _lock = threading.Lock()
 
 
 def allowed(label: str, settings: Settings, transformers: ModuleType) -> Settings:
-    """The part of a configuration that transformers may see; `label` for messages.
+    """Return the part of a configuration that transformers may see; `label` for messages.
 
     Raises:
         BuilderError: an architecture that is not among `ARCHITECTURES`, a value that is not a setting, or an older
@@ -119,7 +119,7 @@ def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleTy
 
 
 def _plain(value: object, depth: int) -> bool:
-    """Whether a value is made of numbers, texts and lists and tables of them."""
+    """Return whether a value is made of numbers, texts and lists and tables of them."""
     if isinstance(value, list):
         return depth > 0 and all(_plain(item, depth - 1) for item in value)
     if isinstance(value, dict):

@@ -124,7 +124,7 @@ def write_folder(
 
 
 def _stored(coded: CodedTensor, model: nn.Module, layers: dict[str, int]) -> dict[str, Tensor]:
-    """The tensors that a coded one becomes; its layer is noted in `layers`."""
+    """Return the tensors that a coded one becomes; its layer is noted in `layers`."""
     owner, _, leaf = coded.name.rpartition(".")
     try:
         module = model.get_submodule(owner)

@@ -56,7 +56,7 @@ class ProofTerms:
     pictures: str | None = None
 
     def met_by(self, record: ProofRecord | None) -> bool:
-        """Whether a version with this proof is one that would be published now."""
+        """Return whether a version with this proof is one that would be published now."""
         if not self.wanted:
             return True
         if record is None:
@@ -64,7 +64,7 @@ class ProofTerms:
         return self.complaint(record) is None and (self.pictures is None or record.own is not None)
 
     def complaint(self, record: ProofRecord) -> str | None:
-        """What falls below its floor, by name and figure; None if nothing does."""
+        """Return what falls below its floor, by name and figure; None if nothing does."""
         found = record.figures
         agreement, output = found["agreement_mean"], found["output_db"]
         if agreement is not None:
@@ -80,7 +80,7 @@ class ProofTerms:
 
 
 def proof_terms(whole: Proving, model: Proving, budget: BudgetRecord | None) -> ProofTerms:
-    """What a model's words and those of the manifest come to.
+    """Return what a model's words and those of the manifest come to.
 
     A target for the outputs that lies below the floor is the user's word too: it is the floor then.
     """

@@ -110,7 +110,7 @@ class Family:
 
 
 def _running() -> dict[int, tuple[int, str]]:
-    """(parent, start in ticks since boot) of every process but zombies and this one."""
+    """Return (parent, start in ticks since boot) of every process but zombies and this one."""
     found: dict[int, tuple[int, str]] = {}
     with contextlib.suppress(FileNotFoundError):
         for entry in os.listdir("/proc"):  # noqa: PTH208 (several times a second)

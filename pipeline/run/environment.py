@@ -51,7 +51,7 @@ def processors() -> int:
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it, else its architecture."""
+    """Return the processor's name as the kernel gives it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -95,11 +95,11 @@ class Passes:
         return int(self.whole) if self._search is None else self._search.passes
 
     def start(self) -> list[Task]:
-        """The first tasks."""
+        """Return the first tasks."""
         return self._encode() if self._ask is None else [self._ask()]
 
     def _encode(self) -> list[Task]:
-        """The first tasks of shards."""
+        """Return the first tasks of shards."""
         if self._terms is None:
             return [*self.plan.tasks(self._model, reuse=self._reuse)]
         if self._terms.budget.by_output:
@@ -133,7 +133,7 @@ class Passes:
         return self._next()
 
     def _end(self) -> list[Task]:
-        """All shards are there: nothing is left but the proof."""
+        """Return all shards are there: nothing is left but the proof."""
         if self._prove is None:
             self.whole = True
             return []
@@ -156,7 +156,7 @@ class Passes:
         return []
 
     def _probed_one(self, proof: Proof) -> list[Task]:
-        """A version was proven: go on from what that says."""
+        """Return a version was proven: go on from what that says."""
         assert self._outputs is not None
         assert self._terms is not None
         assert proof.record is not None  # one that is required is there, or an error
@@ -203,7 +203,7 @@ class Passes:
         return self._end()
 
     def _count(self) -> int:
-        """Every byte of the version that the present records make."""
+        """Return every byte of the version that the present records make."""
         records = [self.records[index] for index in range(len(self.plan.shards))]
         beside = 0 if self._prove is None else PROOF_BYTES
         return self._describe(self.plan, records).stored_bytes + beside
@@ -220,7 +220,7 @@ class Passes:
 
 
 def _unknown(shard: Sequence[TensorPlan]) -> ShardRecord:
-    """A record of the length that a shard's will have, with a container of no bytes."""
+    """Return a record of the length that a shard's will have, with a container of no bytes."""
     coded = [plan.tensor.shape for plan in shard if plan.decision.action == "coded"]
     matrices = [shape for shape in coded if len(shape) == 2 and shape[1] > 1]
     return ShardRecord(

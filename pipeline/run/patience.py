@@ -49,7 +49,7 @@ class Patience:
         self._remarked = False
 
     def over(self) -> bool:
-        """Whether the processes have stalled, or had `START_SECONDS`."""
+        """Return whether the processes have stalled, or had `START_SECONDS`."""
         now, cpu = self._clock(), self._cpu_seconds()
         if abs(cpu - self._cpu) > STALL_CPU_SECONDS:  # less, too: what has ended no longer counts
             self._moved, self._cpu = now, cpu
@@ -60,7 +60,7 @@ class Patience:
 
 
 def wait_for(ask: Callable[[], Any], patience: Patience) -> Any:
-    """What `ask` returns once it raises no RuntimeError any more; its last one once `patience` is over."""
+    """Return what `ask` returns once it raises no RuntimeError any more; its last one once `patience` is over."""
     while True:
         interrupt.check()
         try:

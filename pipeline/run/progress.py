@@ -44,7 +44,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._live.stop()
 
     def view(self) -> FleetView:
-        """What the terminal shows now."""
+        """Return what the terminal shows now."""
         with self._lock:
             return FleetView(self.state, dict(self._downloads))
 

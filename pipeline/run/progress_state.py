@@ -91,7 +91,7 @@ class FleetProgress:
         return sum(nbytes for _, nbytes in self._recent) / spent if self._recent and spent > 0 else None
 
     def left(self) -> float | None:
-        """Seconds left at this speed; None where there is none to go by."""
+        """Seconds left at this speed; None if there is none to go by."""
         speed = self.speed()
         return (self.nbytes - self.done_bytes) / speed if speed else None
 

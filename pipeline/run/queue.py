@@ -53,7 +53,7 @@ class TaskQueue:
         return self._in_flight
 
     def take(self) -> Task | None:
-        """The next task to start, or None if all that wait must wait on."""
+        """Return the next task to start, or None if all that wait must wait on."""
         idle = not self._running.total()
         if self._exclusive and not idle:
             return None
@@ -67,7 +67,7 @@ class TaskQueue:
         return None
 
     def is_alone(self, task: Task) -> bool:
-        """Whether a task runs only while no other does."""
+        """Return whether a task runs only while no other does."""
         return (task.model, task.index) in self._alone
 
     def done(self, task: Task) -> None:

@@ -49,7 +49,7 @@ def in_turn(
 
 
 def _dead_here(error: BusyError) -> bool:
-    """Whether the holder was a process of this machine that no longer runs."""
+    """Return whether the holder was a process of this machine that no longer runs."""
     if error.host != socket.gethostname() or error.pid is None:
         return False
     try:

@@ -45,7 +45,7 @@ class WorkerSlot:
         return first is not None and time.monotonic() - self.since > limit * first.patience
 
     def ended(self, reference: Any) -> Task:
-        """Its task behind `reference` has ended, and the next one has begun."""
+        """Return its task behind `reference` has ended, and the next one has begun."""
         self.since = time.monotonic()
         return self.tasks.pop(reference)
 
@@ -70,7 +70,7 @@ class WorkerSlots:
         return found | {reference: slot for slot in self._all for reference in slot.tasks}
 
     def free(self, waiting: int) -> WorkerSlot | None:
-        """The ready worker with the fewest tasks, if one can take more while so many tasks wait."""
+        """Return the ready worker with the fewest tasks, if one can take more while so many tasks wait."""
         most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
         ready = [slot for slot in self._all if slot.starting is None and len(slot.tasks) < most]
         return min(ready, key=lambda slot: len(slot.tasks), default=None)
