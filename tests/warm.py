@@ -19,11 +19,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SOCKET = "warm.socket"
+SOCKET = "socket"
 IMPORTED = (
     "torch",
     "transformers.models.sam.modeling_sam",
@@ -47,20 +48,21 @@ sys.exit(int(answer) if answer else 70)
 @contextlib.contextmanager
 def server(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
     """Run a server for the block; gives the script that asks it, `warm.py WORD...`."""
-    place = folder / SOCKET
-    command = [sys.executable, "-m", "tests.warm", str(place)]
-    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
-    try:
-        while not place.exists():
-            assert process.poll() is None, "the server ended before it listened"
-            time.sleep(0.05)
-        client = folder / "warm.py"
-        client.write_text(_CLIENT.format(python=sys.executable, socket=str(place)))
-        client.chmod(0o755)
-        yield client
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="warm-") as place:  # the name of a socket may have 107 bytes
+        listening = Path(place) / SOCKET
+        command = [sys.executable, "-m", "tests.warm", str(listening)]
+        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
+        try:
+            while not listening.exists():
+                assert process.poll() is None, "the server ended before it listened"
+                time.sleep(0.05)
+            client = folder / "warm.py"
+            client.write_text(_CLIENT.format(python=sys.executable, socket=str(listening)))
+            client.chmod(0o755)
+            yield client
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _serve(place: str) -> None:
