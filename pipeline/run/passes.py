@@ -1,6 +1,7 @@
-"""One model's way through the workers: its statistics, if they share its targets; every shard once, for a budget in
-bytes once to estimate and then until it fits, for a target of its outputs until the lowest dB that reach it are found;
-and its proof.
+"""The passes of one model through the workers: its statistics, its shards, its proof.
+
+Shards are encoded once. For a budget in bytes they are estimated once and then encoded until they fit; for a target of
+outputs, until the lowest dB that reaches it is found.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ PROOF_BYTES = len(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a budget has to go by: most bytes, and a target worth a try; of one for outputs neither."""
+    """The terms of a budget: the most bytes, and a target to try first; a budget for outputs has neither."""
 
     budget: BudgetRecord
     limit: int
@@ -84,7 +85,7 @@ class Passes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first time that the shards are encoded."""
+        """Whether the shards are encoded for the first time."""
         return not (self._search.passes if self._search else self._outputs.probes if self._outputs else 0)
 
     @property
@@ -133,7 +134,7 @@ class Passes:
         return self._next()
 
     def _end(self) -> list[Task]:
-        """Return all shards are there: nothing is left but the proof."""
+        """Hand out the proof, once all shards are there."""
         if self._prove is None:
             self.whole = True
             return []
@@ -156,7 +157,7 @@ class Passes:
         return []
 
     def _probed_one(self, proof: Proof) -> list[Task]:
-        """Return a version was proven: go on from what that says."""
+        """Return the tasks that follow from a proven version."""
         assert self._outputs is not None
         assert self._terms is not None
         assert proof.record is not None  # one that is required is there, or an error

@@ -1,9 +1,9 @@
-"""Waiting for Ray's own processes for as long as they make progress.
+"""Wait for Ray's own processes for as long as they make progress.
 
 Ray gives its control store and its node 30 s each to start, however busy the machine is, and no setting changes the
-second of the two. A start that is given up loses what it had done, so on a loaded machine the next try is no better.
-Inside `patient_start` the two calls with which Ray waits ask again until the processes have started, used no CPU time
-for `STALL_SECONDS`, or took `START_SECONDS` altogether. Then Ray's own error comes.
+second limit. A start that is abandoned loses its work, so on a loaded machine the next try does no better. Inside
+`patient_start`, Ray's two waiting calls retry until the processes have started, have used no CPU time for
+`STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
 """
 
 import contextlib

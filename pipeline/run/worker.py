@@ -1,4 +1,4 @@
-"""The process that encodes shards, one after another; `InlineExecutor` is this very process."""
+"""A process that encodes shards, one after another; `InlineExecutor` does so in this process."""
 
 import importlib.util
 import logging
