@@ -6,7 +6,7 @@ ARGS ?=
 # A manifest that is no path is looked up in manifests/.
 MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
 
-.PHONY: help setup setup-family test-family compress plan submit pull verify list test check fix bench fuzz store-up store-down
+.PHONY: help setup setup-family test-family compress plan submit pull verify list test check fix bench fuzz store-up store-down docs
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -91,6 +91,9 @@ fix: $(READY) ## Format, and mend what ruff can mend.
 
 bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
 	$(BIN)/python -m tests.harness.benchmarks $(PART) $(ARGS)
+
+docs: $(READY) ## Build the site in docs/_build/html; a warning is an error (BUILDER=linkcheck: ask links to elsewhere).
+	$(BIN)/python -m sphinx -W --keep-going -q -b $(or $(BUILDER),html) -c docs . docs/_build/$(or $(BUILDER),html) $(ARGS)
 
 fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.
 	@$(call needs,TARGET)$(INSTALL) --constraint constraints.txt --editable '.[fuzz]'

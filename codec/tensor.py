@@ -1,4 +1,4 @@
-"""One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
+"""Encode and decode one tensor with any codec: the place that tells codecs apart."""
 
 import math
 from collections.abc import Callable

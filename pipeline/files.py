@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, links to files that others share, and what tells a file's states apart."""
+"""Atomic file writes, links to shared files, and fingerprints of a file's state."""
 
 import contextlib
 import errno

@@ -42,7 +42,7 @@ class LogFormat(StrEnum):
 
 
 class _Lines(logging.Formatter):
-    """Lines for people: what a stranger wrote into a message is `printable`, a traceback has lines of its own."""
+    """Format lines for people. Untrusted text is made `printable`; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """The line, without traceback."""

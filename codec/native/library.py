@@ -1,4 +1,4 @@
-"""The native library, if it was built: found beside this file, loaded once, and asked for its version.
+"""Find the native library beside this file, if it was built, load it once, and check its version.
 
 `make setup` (or any installation of the package) compiles it with the system's C compiler. Without one, or under
 `BIRKHOFF_NATIVE=0`, the references in Python run instead and make the same bytes, some ten times slower: that is logged

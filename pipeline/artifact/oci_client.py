@@ -117,7 +117,7 @@ class Registry:
         return f"sha256:{sha256(body)}"
 
     def has_blob(self, digest: str, nbytes: int) -> bool:
-        """Whether the repository has a blob in this size."""
+        """Return whether the repository has a blob in this size."""
         response = self._ask("HEAD", f"blobs/{digest}")
         if response.status_code == 404:
             return False
@@ -125,7 +125,7 @@ class Registry:
         return int(response.headers.get("Content-Length", nbytes)) == nbytes
 
     def blob(self, digest: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes of a blob, unchecked. Raises ObjectNotFoundError."""
+        """Return bytes of a blob, unchecked. Raises ObjectNotFoundError."""
         if length == 0:
             return b""
         end = "" if length is None else str(start + length - 1)
@@ -165,13 +165,13 @@ class Registry:
         self._expect(response, 201, f"blob {digest}")
 
     def _begin(self, digest: str) -> str:
-        """Where a new upload goes."""
+        """Return where a new upload goes."""
         response = self._ask("POST", "blobs/uploads/", headers={"Content-Length": "0"})
         self._expect(response, 202, f"upload of {digest}")
         return self._location(response)
 
     def _location(self, response: requests.Response) -> str:
-        """Where an upload goes on; never at another host, which would get the credentials."""
+        """Return where an upload goes on; never at another host, which would get the credentials."""
         place = urljoin(response.url, response.headers.get("Location", ""))
         here, there = urlsplit(response.url), urlsplit(place)
         if (here.scheme, here.netloc) != (there.scheme, there.netloc):
@@ -229,7 +229,7 @@ class Registry:
         return f"{self._schemes[0]}://{self._reference.host}/v2/{self._reference.repository}"
 
     def _answer(self, challenge: str) -> bool:
-        """Answer a challenge, Basic or for a token; False where nothing is left to try."""
+        """Answer a challenge, Basic or for a token; False if nothing is left to try."""
         scheme, _, rest = challenge.partition(" ")
         login, facts, before = self._login(), dict(_CHALLENGE.findall(rest)), self._token
         if scheme.lower() == "basic" and login is not None:
@@ -244,7 +244,7 @@ class Registry:
         return self._token != before
 
     def _login(self) -> str | None:
-        """What a login left for the host: `user:password` in base64."""
+        """Return what a login left for the host: `user:password` in base64."""
         folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
         for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
             try:
@@ -270,6 +270,6 @@ class Registry:
 
 
 def _stands(response: requests.Response) -> int:
-    """Bytes of an upload that the registry has: its Range is of the first and the last of them."""
+    """Return bytes of an upload that the registry has: its Range is of the first and the last of them."""
     found = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
     return int(found[1]) + 1 if found and found[1] != "0" else 0

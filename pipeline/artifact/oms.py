@@ -1,8 +1,8 @@
-"""Signatures that others can check: OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
+"""OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
 
 A bundle is a Sigstore bundle around a DSSE envelope around an in-toto statement that names every file of the folder
-with its SHA-256. `model_signing verify key` or `verify certificate` of that package needs nothing of ours. In a pulled
-folder the bundle is `model.sig`; not signed is `version.json`, which says how the folder was pulled and is no weight.
+with its SHA-256. `model_signing verify key` or `verify certificate` checks it without this package. In a pulled folder
+the bundle is `model.sig`. `version.json`, which says how the folder was pulled, is not signed: it holds no weights.
 
 A version carries one bundle, of the folder that `pull` makes of it, as `oms.json` beside its manifest.
 """
@@ -80,7 +80,7 @@ def verify_folder(
     Args:
         folder: a pulled folder, or any model's.
         trusted: see `OmsKey`.
-        signature: the bundle; FOLDER/model.sig where left out.
+        signature: the bundle. Default: FOLDER/model.sig.
         ignored: paths that need not be signed; those that the bundle leaves out are ignored besides.
 
     Raises:
@@ -112,7 +112,7 @@ def attach(store: Store, model: str, digest: str, bundle: bytes) -> None:
 
 
 def attached(store: Store, model: str, digest: str) -> bytes | None:
-    """The bundle of a version; None where it has none. Raises StoreError, IntegrityError."""
+    """Return the bundle of a version; None if it has none. Raises StoreError, IntegrityError."""
     try:
         body = store.get(oms_key(model, digest), length=MAX_DOCUMENT_BYTES + 1)
     except ObjectNotFoundError:
@@ -132,7 +132,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _package(name: str) -> Any:
-    """A module of model-signing. Raises TrustError where it is not installed."""
+    """Return a module of model-signing. Raises TrustError if it is not installed."""
     import importlib
 
     try:

@@ -1,4 +1,4 @@
-"""Commands about manifests: compress, plan."""
+"""The commands that read manifests: `compress` and `plan`."""
 
 import sys
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from birkhoff.pipeline.plan.manifest import Manifest
     from birkhoff.pipeline.report.recorder import Recorder
 
-_PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
+_PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
 )
 
 
 class ExecutorName(StrEnum):
-    """Where shards run."""
+    """Where shards run: in Ray workers, or in this process."""
 
     RAY = "ray"
     INLINE = "inline"
@@ -48,7 +48,7 @@ class ExecutorName(StrEnum):
 ManifestArgument = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
 
 
-OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only this model. Repeatable.")]
 
 
 ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
@@ -56,13 +56,13 @@ ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", hel
 
 MirrorOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Take sources by their file names from this folder."),
+    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Folder to take sources from, by file name."),
 ]
 
 
 LogFormatOption = Annotated[
     LogFormat,
-    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Standard error: text, or a JSON object for each event."),
+    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Format of standard error: text, or a JSON object per event."),
 ]
 
 
@@ -75,32 +75,34 @@ def compress(
     executor: Annotated[
         ExecutorName | None,
         typer.Option(
-            help="Where shards run: on Ray's workers, or one after another in this process; the first where left out, "
-            "and the second if Ray does not start on this machine.",
+            help="Run shards in Ray workers, or one after another in this process. Default: ray, or inline if Ray does "
+            "not start on this machine.",
             show_default=False,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ray workers; one for each CPU, or 12 a GPU, where left out.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of Ray workers. Default: one per CPU, or 12 per GPU.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     mirror: MirrorOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Make every shard anew, also those in the store.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Encode every shard, also those already in the store.")
+    ] = False,
     revalidate: Annotated[
-        bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
+        bool, typer.Option("--revalidate", help="Validate shards in the store against their source again.")
     ] = False,
     sign: SignOption = None,
     scheduled: Annotated[
         bool,
         typer.Option(
             "--scheduled",
-            help="Leave it to an earlier run of these models that is still at work (exit code 22), and do not wait.",
+            help="Leave it to an earlier run of these models that is still at work, say so, and do not wait.",
         ),
     ] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
+    """Compress, validate and publish the models of a manifest; skip those that are up to date."""
     from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
     from birkhoff.pipeline.errors import ClusterError
     from birkhoff.pipeline.plan.manifest import load_manifest
@@ -121,7 +123,7 @@ def compress(
         logs.configure(log_format, debug="--debug" in sys.argv)
     if executor is ExecutorName.INLINE and (workers or address):
         raise typer.BadParameter(
-            "goes with Ray's workers, not with --executor inline", param_hint="--workers, --address"
+            "applies to Ray workers; leave out --executor inline", param_hint="--workers, --address"
         )
     chosen = select(load_manifest(manifest), only or [], profile)
     remember(store=store or chosen.store)
@@ -189,7 +191,7 @@ def compress(
 
 @contextmanager
 def _announced(record: "Recorder", *, quiet: bool) -> Iterator[None]:
-    """Say how to read the report of a run that an error ends."""
+    """Print how to read the report of a run, also if an error ends it."""
     try:
         yield
     except BirkhoffError:
@@ -211,11 +213,11 @@ def plan(
     mirror: MirrorOption = None,
     check_sources: Annotated[
         bool,
-        typer.Option("--check-sources", help="Ask the server of every address instead, and exit with 4 if one fails."),
+        typer.Option("--check-sources", help="Only ask the server of every address; exit with 4 if one fails."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
+    """Show what `compress` would do and cost. Reads headers only; downloads and writes nothing."""
     from birkhoff.pipeline.cli.tables import PLAN_COLUMNS, show
     from birkhoff.pipeline.plan.estimate import plan_rows
     from birkhoff.pipeline.plan.manifest import load_manifest
@@ -246,7 +248,7 @@ def plan(
 
 
 def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:
-    """A row for each address of the manifest, and what its server said."""
+    """Print a row for each address of the manifest, with its server's answer."""
     from birkhoff.pipeline.cli.tables import ADDRESS_COLUMNS, show
     from birkhoff.pipeline.download.check import check_addresses
 

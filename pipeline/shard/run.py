@@ -133,7 +133,7 @@ def _proven(
 ) -> ShardRecord | None:
     """The record that a stored shard deserves, made from its bytes and its source alone; None where it fails.
 
-    Whoever can write to the store can write records and blobs, but no signature: nothing of the record is believed.
+    Anyone who can write to the store can write records and blobs, but not sign: the record is not trusted.
     """
     try:
         blob = store.get(blob_key(record.blob))
