@@ -30,8 +30,9 @@ app: typer.Typer = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress fleets of vision models, prove every layer, publish versioned artifacts, pull and run them.\n\n"
     "MODEL[@REF]: REF is a version name (v3), a digest or an alias; `latest` where left out.\n\n"
-    "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), file:///DIR, or embedded, an S3 server on "
-    "this machine; BIRKHOFF_STORE, then embedded, where left out.\n\n"
+    "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), gs://BUCKET/PREFIX (Google's application "
+    "default credentials), az://CONTAINER/PREFIX (AZURE_STORAGE_* variables or `az login`), file:///DIR, or embedded, "
+    "an S3 server on this machine; BIRKHOFF_STORE, then embedded, where left out.\n\n"
     "With every command, before or after its name: --quiet shows neither progress nor what was done, only what was "
     "asked for, warnings and errors; --debug shows where an error came from; --allow-http lets other machines be "
     "reached by http://, which can be read and changed on its way.\n\n"

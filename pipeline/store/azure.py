@@ -28,7 +28,6 @@ from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
     HttpResponseError,
-    ResourceExistsError,
     ResourceNotFoundError,
 )
 from azure.core.pipeline.transport import RequestsTransport
@@ -129,6 +128,13 @@ def find_account(settings: StoreSettings) -> AzureAccount:
         key=found.get("accountkey") or os.environ.get("AZURE_STORAGE_KEY"),
         sas=found.get("sharedaccesssignature") or os.environ.get("AZURE_STORAGE_SAS_TOKEN"),
     )
+
+
+def who(settings: StoreSettings) -> str:
+    """Account and kind of credentials of a store with these settings, without any secret. Raises as `find_account`."""
+    account = find_account(settings)
+    kind = "its key" if account.key else "a shared access signature" if account.sas else "azure-identity's chain"
+    return f"account {account.name}, by {'none' if settings.anonymous else kind}"
 
 
 def _parts(connection: str) -> dict[str, str]:
@@ -355,12 +361,12 @@ class AzureStore(Store):
 
     def _info(self, operation: str, blob: BlobProperties) -> ObjectInfo:
         key = str(blob.name).removeprefix(self._prefix)
+        tag = self._tag(operation, key, blob.etag)
         if blob.last_modified is None or blob.size is None:
             raise StoreError(
                 f"{operation} {self.url}/{key}: the answer from {self._account.endpoint} has no size or time, by which "
                 "unused objects are told from new ones; use a newer release of the store, or another store"
             )
-        tag = self._tag(operation, key, blob.etag)
         return ObjectInfo(key=key, size=blob.size, tag=tag, modified=blob.last_modified.astimezone(UTC))
 
     def _tag(self, operation: str, key: str, etag: str | None) -> str:
@@ -400,10 +406,12 @@ class AzureStore(Store):
             return ObjectNotFoundError(f"{where}: no such object")
         if code in _KEPT:
             return StoreError(f"{text}; a policy, a hold, a lease or its tier keeps this object as it is")
-        if status in (304, 412) or isinstance(error, ResourceExistsError):
+        if status in (304, 412) or code == "BlobAlreadyExists":
             return PreconditionError(text)
         if status == 416:
             return _RangeError(text)
+        if status < 300:
+            return StoreUnreachableError(f"{where}: the answer is not Azure's; {ENDPOINT_HINT}")
         if code in ("Md5Mismatch", "Crc64Mismatch") or status in (408, 429) or (status >= 500 and status != 501):
             wait = retry_after(_header(error, "Retry-After"))
             return StoreUnreachableError(f"{text}; {ENDPOINT_HINT}, or try again later", retry_after=wait)

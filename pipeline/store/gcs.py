@@ -84,7 +84,7 @@ def open_gcs(address: StoreAddress, bucket: str, prefix: str) -> "GcsStore":
     endpoint = settings.endpoint or PUBLIC
     check_encryption(endpoint, allowed=settings.allow_http)
     credentials = _credentials(anonymous=settings.anonymous)
-    session = AuthorizedSession(credentials, max_refresh_attempts=1)
+    session = AuthorizedSession(credentials, max_refresh_attempts=0 if settings.anonymous else 1)
     pace_session(session, settings.read_timeout, settings.max_connections)
     client = storage.Client(
         project=None, credentials=credentials, _http=session, client_options={"api_endpoint": endpoint}
@@ -99,6 +99,15 @@ def _resolved(settings: StoreSettings) -> StoreSettings:
         return settings
     endpoint = emulator if "://" in emulator else f"http://{emulator}"
     return dataclasses.replace(settings, endpoint=check_endpoint(endpoint).rstrip("/"), anonymous=True)
+
+
+def who(settings: StoreSettings) -> str:
+    """Whose credentials a store with these settings is opened by, without any secret. Raises StoreDeniedError."""
+    if settings.anonymous:
+        return f"none, for {settings.endpoint or PUBLIC}"
+    found = _credentials(anonymous=False)
+    name = getattr(found, "service_account_email", None) or getattr(found, "quota_project_id", None)
+    return f"{type(found).__module__}{f' of {name}' if name else ''}"
 
 
 def _credentials(*, anonymous: bool) -> Any:
