@@ -144,6 +144,20 @@ def test_what_passes_is_tried_again_and_a_lost_answer_is_no_loss(place: Place) -
         assert [info.key for info in store.list()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("place", ["gcs"], indirect=True)  # Azure has no permission that only overwriting takes
+def test_who_may_not_overwrite_still_loses_or_finds_its_own_body(place: Place) -> None:
+    with place.open() as store:
+        store.put("a", BODY)
+        place.speaks(lambda *_: _google(403, "forbidden"), methods=("POST",))
+        assert store.create("a", BODY) == store.head("a").tag
+        with pytest.raises(PreconditionError, match="another body"):
+            store.create("a", b"other")
+        with pytest.raises(StoreDeniedError):
+            store.create("b", BODY)
+        with pytest.raises(StoreDeniedError):
+            store.put("a", BODY)
+
+
 def test_a_changed_body_is_no_object(place: Place) -> None:
     def flip(answer: Answer) -> None:
         answer.body = answer.body[:-1] + bytes([answer.body[-1] ^ 1])
