@@ -63,11 +63,9 @@ needs = $(if $($(1)),,$(error $(1) is not set; say, for example: make $@ $(EXAMP
 compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
 	$(call needs,MANIFEST)$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
 
-SUBMIT_ENV = {"env_vars": {"PYTHONPATH": "src"}, "excludes": [".git", "/tests", "/manifests/demo/*.png"]}
-
-submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://HEAD:8265, and wait for its end.
-	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
-		--runtime-env-json '$(SUBMIT_ENV)' -- python -m birkhoff compress $(MANIFEST_PATH) --address auto --scheduled $(ARGS)
+submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://HEAD:8265 (DRY=1: only list what goes).
+	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/python manifests/cluster/submit.py --address $(ADDRESS) \
+		$(if $(DRY),--dry-run) $(MANIFEST_PATH) $(ARGS)
 
 plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
 	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
