@@ -21,10 +21,11 @@ from birkhoff.pipeline.cli.app import (
     is_quiet,
     notes,
     output,
+    print_json,
     remark,
     warn,
 )
-from birkhoff.pipeline.errors import EXIT_CODES, SourceError, exit_code, failure
+from birkhoff.pipeline.errors import EXIT_CODES, BusyError, SourceError, exit_code, failure
 from birkhoff.pipeline.hints import hint, remember
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.text import some
@@ -148,6 +149,7 @@ def compress(
         asked = executor or ExecutorName.RAY
         record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
         with (
+            _gives_way(as_json=as_json),
             in_turn(opened, (model.name for model in chosen.models), wait=not scheduled, tell=warn),
             _announced(record, quiet=as_json),
             record,
@@ -187,6 +189,18 @@ def compress(
     failed = failure([run.error for run in runs])
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+@contextmanager
+def _gives_way(*, as_json: bool) -> Iterator[None]:
+    """End the command well where an earlier tick is at work: schedulers call every other exit code a failure."""
+    try:
+        yield
+    except BusyError as busy:
+        if as_json:
+            print_json([])
+        remark(str(busy))
+        raise typer.Exit(0) from busy
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class Manifest(Quality, Proving):
     """A whole manifest, as read; `load_manifest` makes its sources absolute."""
 
     store: str | None = None
-    """URL of the store: s3://BUCKET/PREFIX, file:///DIR or embedded."""
+    """URL of the store: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///DIR or embedded."""
     allow_http: bool = False
     """Permit plain http to a store on another machine; it can be read and changed on its way."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
