@@ -64,7 +64,11 @@ _FREE_BITS = 0.88, 1.52
 _TRIES = 5
 
 _FINER = 0.98
-"""Share of its step that a base's lattice may be made finer by, for a path that misses the target by little."""
+"""A base's lattice may be made finer down to this share of its step, where the target is missed by little. More would
+move the base itself by what a difference of 34 dB below it is."""
+
+_LEAST_MISS_DB = 0.01
+"""A step is made finer by so much at least."""
 
 _LIKE = 0.5
 """Bits a weight within which an estimate does not tell which form is smaller."""
@@ -210,13 +214,15 @@ def _plans(look: _Look, *, path: bool) -> Iterator[Plan]:
         for stride in range(least, MAX_STRIDE + 1):
             if math.gcd(times, stride) > 1:
                 continue
-            if path and _rounded(look.difference, look.width, stride * step / look.path_step, 0.0)[0] <= look.allowed:
+            nodes = _FINER * stride * step / look.path_step
+            if path and _rounded(look.difference, look.width, nodes, 0.0)[0] <= look.allowed:
                 bits = _rounded(look.difference, look.width, 2 * stride * step, 0.0)[1]
                 bits += _FREE_BITS[0] * math.exp(-_FREE_BITS[1] * bits)
                 yield Plan(times=times, stride=stride, dead=0.0, path=1, bits=bits)
             dead = _dead_zone(look, stride * step, allowed)
-            if dead is None:
+            if dead is None and _rounded(look.difference, look.width, _FINER * stride * step, 0.0)[0] > allowed:
                 break
+            dead = dead or 0.0
             bits = _rounded(look.difference, look.width, stride * step, dead)[1]
             yield Plan(times=times, stride=stride, dead=dead, path=0, bits=bits)
             if not bits:
@@ -252,11 +258,11 @@ def _settle(
         rate.check_error(error.error)
         if error.sqnr_db >= target_db:
             return Difference(plan=plan, code=code, sum=whole, error=error, direct_bits=math.inf)
-        if plan.path and step > _FINER * base.step / plan.times:
-            step = _round(0.995 * step)
-        elif plan.dead > 0:
+        if plan.dead > 0:
             plan = replace(plan, dead=max(0.0, plan.dead - 0.03))
-        else:
+            continue
+        step = _round(step * 10 ** (min(error.sqnr_db - target_db, -_LEAST_MISS_DB) / 20))
+        if step < _FINER * base.step / plan.times:
             return None
     return None
 

@@ -172,7 +172,7 @@ def compress(
         if run.version is not None and run.version.same_as is not None and not as_json:
             same = run.version.same_as
             remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
-        for said in filter(None, (run.felt(), run.found())):
+        for said in filter(None, (run.felt(), run.found(), run.differs())):
             if not as_json:
                 remark(f"{run.name}: {said}")
         for warning in run.warnings():
