@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from birkhoff.codec import planes, rate
-from birkhoff.codec.container import MAX_EXPANSION, CodedTensor, DifferenceParams, fits
+from birkhoff.codec.container import MAX_EXPANSION, CodedTensor, DifferenceParams, LatticeParams, fits
 from birkhoff.codec.difference.find import Difference, find
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import Decision
@@ -61,7 +61,8 @@ def encode(name: str, tensor: Tensor, decision: Decision, base: Base | None) -> 
     target_db = published_target(tensor) if decision.target_db is None else decision.target_db
     path = decision.path and matrix.numel() >= LEAST_PATH
     try:
-        found = find(matrix, lattice_of(base.tensor, matrix.device), target_db, path=path)
+        held = lattice_of(base.tensor, matrix.device)
+        found = find(matrix, held, target_db, path=path, base_path=_path_of(base.tensor))
     except rate.RangeError:
         found = None
     if found is None:
@@ -76,6 +77,10 @@ def encode(name: str, tensor: Tensor, decision: Decision, base: Base | None) -> 
         return encoded
     direct = encode_tensor(name, tensor, decision)
     return encoded if size < direct.tensor.nbytes else direct
+
+
+def _path_of(coded: CodedTensor) -> int:
+    return coded.params.path if isinstance(coded.params, LatticeParams) else 0
 
 
 def _encoded(name: str, tensor: Tensor, found: Difference, base: Base) -> Encoded:
