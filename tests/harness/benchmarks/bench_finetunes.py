@@ -116,11 +116,10 @@ def fine_tune(subject: Subject, rate: float, steps: int, seed: int, seen: Sequen
     for _ in range(steps):
         chosen = [seen[int(k)] for k in torch.randint(len(seen), (SEEN,), generator=generator)]
         asked = torch.stack([boxes(BOXES, generator) for _ in chosen])
-        wanted = torch.stack(
-            [torch.stack([bright(p, box) for box in held]) for p, held in zip(chosen, asked, strict=True)]
-        )
+        pairs = zip(chosen, asked, strict=True)
+        wanted = torch.stack([torch.stack([bright(picture, box) for box in held]) for picture, held in pairs])
         optimizer.zero_grad()
-        loss_of(segmenter, torch.stack(chosen), asked, wanted).backward()
+        loss_of(segmenter, *(t.to(device) for t in (torch.stack(chosen), asked, wanted))).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     names = {name for name, _ in model.named_parameters()}
