@@ -11,7 +11,9 @@ from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError
-from birkhoff.pipeline.plan.models import Planned
+from birkhoff.pipeline.plan.estimate import Based
+from birkhoff.pipeline.plan.manifest import AUTO, Manifest
+from birkhoff.pipeline.plan.models import Planned, matches_plan
 from birkhoff.pipeline.registry.documents import BaseRecord, ShardRecord
 from birkhoff.pipeline.registry.versions import Version, is_whole, latest_version, models, resolve
 from birkhoff.pipeline.shard.task import BaseShard, TensorPlan
@@ -83,12 +85,55 @@ def open_base(store: Store, version: Version) -> BaseVersion:
     return BaseVersion(artifact=artifact, record=record, entries=entries)
 
 
-def named_base(store: Store, reference: str) -> BaseVersion:
-    """The base of a reference. Raises ArtifactNotFoundError, and as `open_base`."""
-    try:
-        return open_base(store, resolve(store, reference))
-    except ArtifactNotFoundError as error:
-        raise ArtifactNotFoundError(f"base: {error}") from None
+def find_base(store: Store, planned: Planned, before: Version | None, *, again: bool = False) -> BaseVersion | None:
+    """The base of a planned model that the store holds; None where it has none.
+
+    What was found by itself once stays, so that a version does not change with what others publish, unless it is to be
+    looked for `again`. `before` is the model's latest version.
+
+    Raises:
+        ArtifactNotFoundError: no such version.
+        SourceError: the source cannot be read, to be compared with.
+        ManifestError, FormatError, IntegrityError, StoreError: as `open_base`.
+    """
+    reference = planned.entry.base
+    if reference is None:
+        return None
+    if reference != AUTO:
+        try:
+            return open_base(store, resolve(store, reference))
+        except ArtifactNotFoundError as error:
+            raise ArtifactNotFoundError(f"base: {error}") from None
+    if before is not None and not again:
+        if before.manifest.base is None and matches_plan(before.manifest, planned):
+            return None
+        if before.manifest.base is not None and (held := kept_base(store, before.manifest.base)) is not None:
+            return held
+    return best_base(store, planned)
+
+
+def forecast_base(manifest: Manifest, store: Store | None, planned: Planned, before: Version | None) -> Based:
+    """What a run would find as a model's base, for `plan`. Raises as `find_base`."""
+    entry = planned.entry
+    if entry.base is None:
+        return Based(planned=planned)
+    within = manifest.base_of(entry)
+    if within is not None:
+        version = latest_version(store, within.name) if store is not None else None
+        note = f"its size follows from {within.name}, which is compressed first"
+        if version is None or store is None:
+            return Based(planned=planned, label=within.name, note=note)
+        found: BaseVersion | None = open_base(store, version)
+    elif store is None:
+        raise ArtifactNotFoundError(f"base: {entry.base!r} is no model of the manifest, and there is no store")
+    else:
+        found = find_base(store, planned, before)
+    if found is None:
+        note = "no version of the store is so near that differences to it would save anything"
+        return Based(planned=planned, note=note)
+    part, label = share(found, planned), found.record.label
+    note = f"as differences to {label} its coded tensors take about {part:.0%} of what they take by themselves"
+    return Based(planned=found.on(planned), label=label, share=part, note=note)
 
 
 def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:

@@ -30,8 +30,12 @@ from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.text import some
 
 if TYPE_CHECKING:
+    from birkhoff.pipeline.plan.estimate import Based, BaseOf
     from birkhoff.pipeline.plan.manifest import Manifest
+    from birkhoff.pipeline.plan.models import Planned
+    from birkhoff.pipeline.registry.versions import Version
     from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.store.base import Store
 
 _PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
@@ -228,7 +232,7 @@ def plan(
         return
     remember(store=store or chosen.store)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows, errors = plan_rows(chosen, opened, mirror)
+        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened))
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
     if as_json or any(row["status"] != "failed" for row in rows):
         show(output(), columns, rows, as_json=as_json)
@@ -243,6 +247,20 @@ def plan(
     failed = failure(errors)
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+def _bases(chosen: "Manifest", opened: "Store | None") -> "BaseOf":
+    """Finds the bases of models; what reads them is loaded only if one of them names any."""
+    from birkhoff.pipeline.plan.estimate import Based
+
+    def find(planned: "Planned", latest: "Version | None") -> "Based":
+        if planned.entry.base is None:
+            return Based(planned=planned)
+        from birkhoff.pipeline.artifact.bases import forecast_base
+
+        return forecast_base(chosen, opened, planned, latest)
+
+    return find
 
 
 def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:

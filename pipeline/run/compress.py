@@ -14,6 +14,7 @@ from pathlib import Path
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.artifact.bases import find_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
 from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
@@ -27,7 +28,7 @@ from birkhoff.pipeline.registry.labels import change_labels
 from birkhoff.pipeline.registry.leases import open_run
 from birkhoff.pipeline.registry.signing import Signer
 from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_version, publish
-from birkhoff.pipeline.run.bases import base_in_run, find_base, waits_for
+from birkhoff.pipeline.run.bases import base_in_run, waits_for
 from birkhoff.pipeline.run.environment import memory_bytes
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Executor, Outcome
@@ -132,7 +133,8 @@ def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         run.before = latest_version(store, run.name)
         if waits_for(job.manifest, run.planned) is None:
-            run.planned = find_base(store, run.planned, run.before, again=job.reuse != "trust")
+            base = find_base(store, run.planned, run.before, again=job.reuse != "trust")
+            run.planned = run.planned if base is None else base.on(run.planned)
             _compare(job, run)
     except BirkhoffError as error:
         if isinstance(error, StoreError):
