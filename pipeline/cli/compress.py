@@ -31,8 +31,12 @@ from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.text import some
 
 if TYPE_CHECKING:
+    from birkhoff.pipeline.plan.estimate import Based, BaseOf
     from birkhoff.pipeline.plan.manifest import Manifest
+    from birkhoff.pipeline.plan.models import Planned
+    from birkhoff.pipeline.registry.versions import Version
     from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.store.base import Store
 
 _PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
@@ -176,7 +180,7 @@ def compress(
         if run.version is not None and run.version.same_as is not None and not as_json:
             same = run.version.same_as
             remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
-        for said in filter(None, (run.felt(), run.found())):
+        for said in filter(None, (run.felt(), run.found(), run.differs())):
             if not as_json:
                 remark(f"{run.name}: {said}")
         for warning in run.warnings():
@@ -244,7 +248,7 @@ def plan(
         return
     remember(store=store or chosen.store)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows, errors = plan_rows(chosen, opened, mirror)
+        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened))
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
     if as_json or any(row["status"] != "failed" for row in rows):
         show(output(), columns, rows, as_json=as_json)
@@ -259,6 +263,20 @@ def plan(
     failed = failure(errors)
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+def _bases(chosen: "Manifest", opened: "Store | None") -> "BaseOf":
+    """Finds the bases of models; what reads them is loaded only if one of them names any."""
+    from birkhoff.pipeline.plan.estimate import Based
+
+    def find(planned: "Planned", latest: "Version | None") -> "Based":
+        if planned.entry.base is None:
+            return Based(planned=planned)
+        from birkhoff.pipeline.artifact.bases import forecast_base
+
+        return forecast_base(chosen, opened, planned, latest)
+
+    return find
 
 
 def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:
