@@ -96,47 +96,47 @@ def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
 
 
 def unpack(
-    streams: Sequence[Stream],
-    shape: tuple[int, int],
-    escapes: int,
-    *,
-    path: int,
-    device: torch.device | str = "cpu",
+    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int
 ) -> tuple[Tensor, Tensor, Escapes]:
-    """(i, j, escapes) in memory: int8 [R, P] each, from the streams of `pack`.
-
-    On another `device` than the CPU only the entropy decoding is done here; symbols become coordinates there.
+    """(i, j, escapes) in memory, on the CPU: int8 [R, P] each, from the streams of `pack`.
 
     Raises:
         FormatError: there are more or fewer streams than the levels ask for, or one is not what it should be.
     """
     rows, pairs = shape
-    if len(streams) < 3:
-        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
-    row, column, rule = _unpack_levels(streams[0], rows, pairs)
+    row, column, rule = unpack_levels(streams, shape)
     sizes = contexts.group_sizes(row, column, rule)
-    if len(streams) != 2 + len(sizes):
-        raise FormatError(f"{len(streams)} streams stored where {2 + len(sizes)} were expected")
+    check_count(streams, len(sizes))
     flat = np.empty(2 * rows * pairs, dtype=np.uint8)
     start = 0
     for stream, size in zip(streams[1:-1], sizes, strict=True):
         rest.unpack(stream, size, flat[start : start + size])
         start += size
-    place = torch.device(device)
-    stored = rest.unpack_escapes(streams[-1], escapes, rows * pairs, reach=2 if path else 1).to(place)
-    if place.type == "cpu":
-        joined = contexts.join(flat, row, column, rule)
-        if path and native() is not None:
-            return _paths_of(joined, path, stored)
-        plane = torch.from_numpy(joined)
-    else:
-        plane = _join_on(place, flat, row, column, rule)
-    found = [_coordinates(half, path) for half in (plane[:, :pairs], plane[:, pairs:])]
-    return _in_memory(found, stored)
+    stored = unpack_escapes(streams, shape, escapes, path=path)
+    joined = contexts.join(flat, row, column, rule)
+    if path and native() is not None:
+        return _paths_of(joined, path, stored)
+    plane = torch.from_numpy(joined)
+    return _in_memory([_coordinates(half, path) for half in (plane[:, :pairs], plane[:, pairs:])], stored)
 
 
-def _unpack_levels(stream: Stream, rows: int, pairs: int) -> tuple[Bytes, Bytes, Rule]:
-    """Levels of the rows, of the columns of both planes, and the rule that groups them."""
+def unpack_escapes(streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int) -> Escapes:
+    """The escapes that are stored. Raises FormatError."""
+    return rest.unpack_escapes(streams[-1], escapes, shape[0] * shape[1], reach=2 if path else 1)
+
+
+def check_count(streams: Sequence[Stream], groups: int) -> None:
+    """Refuse more or fewer streams than a tensor of so many groups has. Raises FormatError."""
+    if len(streams) != 2 + groups:
+        raise FormatError(f"{len(streams)} streams stored where {2 + groups} were expected")
+
+
+def unpack_levels(streams: Sequence[Stream], shape: tuple[int, int]) -> tuple[Bytes, Bytes, Rule]:
+    """Levels of the rows, of the columns of both planes, and the rule that groups them. Raises FormatError."""
+    rows, pairs = shape
+    if len(streams) < 3:
+        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
+    stream = streams[0]
     if not len(stream):
         return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8), RULE_2
     found = rest.unpack(stream, 1 + rows + 2 * pairs)
@@ -148,15 +148,10 @@ def _unpack_levels(stream: Stream, rows: int, pairs: int) -> tuple[Bytes, Bytes,
 
 
 def unpack_1(
-    streams: Sequence[Stream],
-    shape: tuple[int, int],
-    escapes: int,
-    *,
-    path: int,
-    device: torch.device | str = "cpu",
+    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int
 ) -> tuple[Tensor, Tensor, Escapes]:
     """`unpack` for version 1 of the format. Raises FormatError."""
-    planes, stored = _planes_1(streams, shape, escapes, torch.device(device))
+    planes, stored = _planes_1(streams, shape, escapes)
     found = [_coordinates(plane, path) for plane in planes]
     for coordinates in found:
         coordinates.view(-1)[stored.pair] = 0
@@ -166,9 +161,7 @@ def unpack_1(
     return _in_memory(found, stored)
 
 
-def _planes_1(
-    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, place: torch.device
-) -> tuple[list[Tensor], Escapes]:
+def _planes_1(streams: Sequence[Stream], shape: tuple[int, int], escapes: int) -> tuple[list[Tensor], Escapes]:
     """Both planes of version 1's symbols, as bytes symbol + 128, and its escapes."""
     rows, pairs = shape
     if len(streams) < 4:
@@ -182,11 +175,8 @@ def _planes_1(
     for columns, wanted in zip(levels[1:], sizes, strict=True):
         data = b"".join(rest.decompress(next(groups), size) for size in wanted)
         flat: Bytes = np.frombuffer(data, dtype=np.uint8) ^ np.uint8(128)
-        if place.type == "cpu":
-            planes.append(torch.from_numpy(contexts.join(flat, levels[0], columns, RULE_1)))
-        else:
-            planes.append(_join_on(place, flat, levels[0], columns, RULE_1))
-    return planes, rest.unpack_escapes(streams[-1], escapes, rows * pairs, version=1).to(place)
+        planes.append(torch.from_numpy(contexts.join(flat, levels[0], columns, RULE_1)))
+    return planes, rest.unpack_escapes(streams[-1], escapes, rows * pairs, version=1)
 
 
 def _levels_1(stream: Stream, count: int) -> Bytes:
@@ -199,17 +189,6 @@ def _check_levels(levels: Bytes) -> Bytes:
     if levels.max(initial=0) > contexts.MAX_LEVEL:
         raise FormatError(f"level {levels.max()} is above {contexts.MAX_LEVEL}")
     return levels
-
-
-def _join_on(device: torch.device, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule) -> Tensor:
-    """`contexts.join` on a device."""
-    symbols = torch.from_numpy(flat).to(device)
-    if rows.any() or columns.any():
-        base, width, row, row_rank, column, column_rank = (
-            torch.from_numpy(table).to(device) for table in contexts.places(rows, columns, rule)
-        )
-        symbols = symbols[(base[row[:, None], column] + row_rank[:, None] * width[column] + column_rank).view(-1)]
-    return symbols.view(len(rows), len(columns))
 
 
 def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
@@ -267,19 +246,29 @@ def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, 
             room = found
         planes.append(torch.from_numpy(coordinates))
         outside.append((torch.from_numpy(index[:found]), torch.from_numpy(value[:found])))
-    i, j = planes
+    found_escapes = take_outside(planes, outside, stored)
+    return planes[0], planes[1], found_escapes
+
+
+def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tensor]], stored: Escapes) -> Escapes:
+    """The escapes in memory, on the CPU; their places in both `planes` (int8 [R, P], of any device) become 0.
+
+    `outside` are the coordinates of either plane that lie outside -128..127: flat indices, increasing, and values, on
+    the CPU. `stored` has the last word.
+    """
     pair = torch.unique(torch.cat([index for index, _ in outside]))
     pair = pair[torch.isin(pair, stored.pair, invert=True)]
     true = []
     for plane, (at, wide) in zip(planes, outside, strict=True):
-        exact = plane.view(-1)[pair].to(torch.int32)
-        if len(at):
+        exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32) if len(pair) else wide[:0]
+        if len(at) and len(pair):
             place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
             exact = torch.where(at[place] == pair, wide[place], exact)
         true.append(exact)
-        plane.view(-1)[pair] = 0
-        plane.view(-1)[stored.pair] = 0
-    return i, j, _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
+    found = _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
+    for plane in planes if len(found) else ():
+        plane.view(-1)[found.pair.to(plane.device)] = 0
+    return found
 
 
 _ROOM = 1 << 12

@@ -11,6 +11,9 @@ ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do p
 No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,6 +22,7 @@ import zstandard
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import DamagedError, Table
 from birkhoff.codec.errors import FormatError
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Bytes = npt.NDArray[np.uint8]
@@ -96,6 +100,95 @@ def _from_table(body: memoryview, size: int, out: Bytes) -> None:
         rans.decode(body[1 + used :], size, frequency, lanes, out)
     except DamagedError as error:
         raise FormatError(f"coded stream is corrupt: {error}") from None
+
+
+class Plan(NamedTuple):
+    """What a decoder of many blocks at once is told of some streams.
+
+    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: place of a block's states (of its
+    bytes, if raw), its words (bytes), place of its symbols, symbols, number of the stream, lanes (0: raw), 0.
+    """
+
+    frequency: npt.NDArray[np.uint16]
+    rows: rans.Integers
+
+
+def plan(
+    streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
+) -> Plan:
+    """The blocks of streams that are raw or coded by a table, in order.
+
+    Everything that can be told without decoding is checked: what a block declares lies inside its stream.
+
+    Args:
+        streams: none of them zstd's (see `inflated`).
+        sizes: symbols of each, all positive.
+        sources, targets: where each stream, and its symbols, will lie for the decoder.
+
+    Raises:
+        FormatError: as `unpack`.
+    """
+    library = native()
+    if library is None:
+        return reference_plan(streams, sizes, sources, targets)
+    held = [np.frombuffer(stream, np.uint8) for stream in streams]
+    address = np.array(list(map(pointer, held)), dtype=np.int64)
+    length, size, source, target = (np.array(x, np.int64) for x in (list(map(len, held)), sizes, sources, targets))
+    frequency = np.empty((len(held), 256), dtype=np.uint16)
+    rows = np.empty((int((-(-size // rans.BLOCK)).sum()), 7), dtype=np.int64)
+    arrays = address, length, size, source, target, frequency, rows
+    found = library.birkhoff_rans_plan(len(held), *map(pointer, arrays))
+    if found < 0:
+        _refuse(streams[-1 - found], sizes[-1 - found])
+    return Plan(frequency, rows)
+
+
+def reference_plan(
+    streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
+) -> Plan:
+    """`plan` in numpy."""
+    frequency = np.zeros((len(streams), 256), dtype=np.uint16)
+    rows = []
+    for number, (stream, size) in enumerate(zip(streams, sizes, strict=True)):
+        kind, lanes = (stream[0] if len(stream) else -1), 0
+        first = np.arange(0, size, rans.BLOCK)
+        symbols = np.minimum(size - first, rans.BLOCK)
+        begins, words = 1 + first, symbols
+        if kind == ANS and len(stream) > 1 and stream[1] <= 5:
+            lanes = 1 << stream[1]
+            try:
+                frequency[number], used = tables.parse(stream[2:])
+                begins, words = rans.directory(stream[2 + used :], size, lanes)
+            except DamagedError:
+                _refuse(stream, size)
+            begins = begins + 2 + used
+        if (kind != RAW if not lanes else (words > symbols).any()) or (not lanes and len(stream) != 1 + size):
+            _refuse(stream, size)
+        same = np.full(len(first), 1)
+        columns = (
+            sources[number] + begins,
+            words,
+            targets[number] + first,
+            symbols,
+            same * number,
+            same * lanes,
+            0 * same,
+        )
+        rows.append(np.stack(columns, axis=1))
+    return Plan(frequency, np.concatenate(rows).astype(np.int64))
+
+
+def _refuse(stream: bytes | memoryview, size: int) -> NoReturn:
+    """Raise what `unpack` raises."""
+    unpack(stream, size)
+    raise FormatError("coded stream is corrupt")
+
+
+def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
+    """The raw stream of one of zstd's; others as they are. Raises FormatError."""
+    if not len(stream) or stream[0] != ZSTD:
+        return stream
+    return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
 
 
 def _searched(data: Bytes) -> bytes:

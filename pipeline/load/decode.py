@@ -26,8 +26,8 @@ MAX_THREADS = 16
 T = TypeVar("T")
 
 
-def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Iterator[tuple[ShardRecord, list[T]]]:
-    """What `take` makes of every tensor, shard by shard in the order in which they are done.
+def decode_shards(artifact: Artifact, take: Callable[[list[CodedTensor]], T]) -> Iterator[tuple[ShardRecord, T]]:
+    """What `take` makes of the tensors of every shard, in the order in which they are done.
 
     `take` runs in threads.
 
@@ -35,9 +35,9 @@ def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Itera
         IntegrityError: a shard is damaged; and whatever `take` raises.
     """
 
-    def work(shard: ShardRecord) -> list[T]:
+    def work(shard: ShardRecord) -> T:
         try:
-            return [take(coded) for coded in artifact.coded_of(shard)]
+            return take(artifact.coded_of(shard))
         except FormatError as error:
             raise IntegrityError(f"{artifact.label}: blob {shard.blob}: {error}") from None
 
@@ -45,7 +45,7 @@ def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Itera
     budget = max(sum(shard.bytes for shard in shards), max(shard.source_bytes for shard in shards))
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with ThreadPoolExecutor(threads, "decode", initializer=_one_thread_inside) as pool:
-        running: dict[Future[list[T]], ShardRecord] = {}
+        running: dict[Future[T], ShardRecord] = {}
         try:
             for shard in artifact.arriving():
                 while running and sum(s.source_bytes for s in running.values()) + shard.source_bytes > budget:
@@ -58,9 +58,7 @@ def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Itera
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ended(
-    running: dict[Future[list[T]], ShardRecord], *, wait_for_one: bool = True
-) -> Iterator[tuple[ShardRecord, list[T]]]:
+def _ended(running: dict[Future[T], ShardRecord], *, wait_for_one: bool = True) -> Iterator[tuple[ShardRecord, T]]:
     done, _ = wait(running, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
     for future in done:
         yield running.pop(future), future.result()

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.tensor import decode_tensor, is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
+from birkhoff.kernels.entropy.op import decode_tensors, dense_of, lattices_of
 from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
@@ -53,8 +55,11 @@ def load_state_dict(
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        decoded = decode_shards(artifact, lambda coded: (coded.name, decode_tensor(coded, device)))
-        found = {shard.blob: tensors for shard, tensors in decoded}
+
+        def decoded(shard: list[CodedTensor]) -> list[tuple[str, Tensor]]:
+            return list(zip([coded.name for coded in shard], decode_tensors(shard, device), strict=True))
+
+        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, decoded)}
         return dict(item for shard in artifact.manifest.shards for item in found[shard.blob])
 
 
@@ -140,39 +145,53 @@ class _Loading:
         self._dense: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
 
-    def stage(self, coded: CodedTensor) -> None:
-        """Decode a tensor for its place, if the model has one of its shape.
+    def stage(self, shard: Sequence[CodedTensor]) -> None:
+        """Decode the tensors of a shard for their places, those that the model has one of their shape for.
 
         Raises:
             ModelMismatchError: another stored tensor has the same place.
         """
+        wanted = [(coded, target) for coded in shard if (target := self._target(coded)) is not None]
+        codes: dict[str, LatticeTensor] = {}
+        for device in {self._place(target) for _, target in wanted}:
+            here = [coded for coded, target in wanted if coded.codec == "lattice" and self._place(target) == device]
+            codes |= zip([coded.name for coded in here], lattices_of(here, device), strict=True)
+        for coded, target in wanted:
+            self._keep(coded, target, codes.get(coded.name))
+
+    def _target(self, coded: CodedTensor) -> Target | None:
+        """What a stored tensor is decoded for: its place, or that of the tensor that it is a part of."""
         names = self._rename(coded.name)
         for name in names:
             if (other := self._stored.setdefault(name, coded.name)) != coded.name:
                 raise ModelMismatchError(f"{other} and {coded.name} are both {name} of the model: store one of them")
         if not names:
-            return
+            return None
         name = names[0]
         if name not in self._wanted and owner(name) in self._wanted:
-            self._rows[name] = self._placed(coded, self._wanted[owner(name)])
-            return
+            return self._wanted[owner(name)]
         self._shapes |= dict.fromkeys(names, coded.shape)
         target = self._wanted.get(name)
-        if target is None or target.shape != coded.shape:
-            return
-        layer = target.layer
-        if layer is not None and is_matrix(coded) and (target.present is None or layer in self._targets.edges):
-            place, kind = self._place(target), self._dtype or target.dtype
-            self._layers[name] = self._make(coded, bias=None, device=place, dtype=kind)
-            return
-        self._dense |= dict.fromkeys(names, self._placed(coded, target))
+        return target if target is not None and target.shape == coded.shape else None
+
+    def _keep(self, coded: CodedTensor, target: Target, code: LatticeTensor | None) -> None:
+        """Make of a tensor what goes to its place; `code` is what it holds if it is of codec `lattice`."""
+        names = self._rename(coded.name)
+        name, layer = names[0], target.layer
+        if name not in self._wanted:
+            self._rows[name] = self._placed(coded, target, code)
+        elif layer is None or not is_matrix(coded) or (target.present is not None and layer not in self._targets.edges):
+            self._dense |= dict.fromkeys(names, self._placed(coded, target, code))
+        else:
+            assert code is not None  # a matrix is of codec lattice
+            self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
 
     def _place(self, target: Target) -> torch.device:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
 
-    def _placed(self, coded: CodedTensor, target: Target) -> Tensor:
+    def _placed(self, coded: CodedTensor, target: Target, code: LatticeTensor | None) -> Tensor:
         """A tensor decoded where the target is to be, in its type."""
-        tensor = decode_tensor(coded, self._place(target))
+        tensor = decode_tensor(coded, self._place(target)) if code is None else dense_of(coded, code)
         kind = tensor.dtype if target.device.type == "meta" else target.dtype
         return tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
 

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from birkhoff.codec import lattice
+from birkhoff.codec.container import parse, serialise
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
+from birkhoff.codec.profiles import Decision
+from birkhoff.codec.tensor import encode_tensor, lattice_of
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
+from birkhoff.kernels.entropy import op as entropy
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch
@@ -181,6 +185,34 @@ def bench_search() -> Result:
     graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
     return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
             "tensors": len(weights), "encoded_again": again}  # fmt: skip
+
+
+def bench_entropy() -> Result:
+    """All linear weights of SAM-H, stored at 30 dB, from compressed bytes in pinned memory to planes on the GPU."""
+    shapes, decision = list(SAM_H.values()), Decision(codec="lattice", target_db=30.0, path=True)
+    stored = [encode_tensor(str(shape), torch.randn(shape, device="cuda") * 0.03, decision) for shape in shapes]
+    tensors = [replace(one.tensor, name=f"{k}.{one.tensor.name}") for k in range(32) for one in stored]
+    blob = torch.frombuffer(bytearray(serialise(tensors)), dtype=torch.uint8).pin_memory()
+    coded = parse(memoryview(blob.numpy()))
+    expected = [lattice_of(one.tensor).to("cuda") for one in stored]
+    found = entropy.lattices_of(coded, "cuda")
+    same = all(code.equals(expected[k % len(shapes)]) for k, code in enumerate(found))
+    require(same, "coordinates differ from the codec's")
+    del found
+    wall = [1e3 * _call_seconds(lambda: entropy.lattices_of(coded, "cuda")) for _ in range(9)]
+    plan = [1e3 * _call_seconds(lambda: entropy.plan(coded, 128)) for _ in range(5)]
+    weights, device = sum(one.weights for one in coded), torch.device("cuda", 0)
+    copy = torch.empty_like(blob, device=device)
+    return {
+        "weights": weights,
+        "bytes": len(blob),
+        "streams": sum(len(one.parts) - 2 for one in coded),
+        "decode_ms": sorted(wall)[len(wall) // 2],
+        "decode_least_ms": min(wall),
+        "decode_g_weights_per_s": weights / sorted(wall)[len(wall) // 2] / 1e6,
+        "plan_ms": sorted(plan)[len(plan) // 2],
+        "copy_ms": min(1e3 * _call_seconds(lambda: copy.copy_(blob, non_blocking=True)) for _ in range(5)),
+    }
 
 
 def bench_tune() -> Result:
@@ -442,6 +474,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "calls": bench_calls,
     "encode": bench_encode,
     "search": bench_search,
+    "entropy": bench_entropy,
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
@@ -455,6 +488,7 @@ PARTS: dict[str, Callable[[], Result]] = {
 FAMILIES: dict[str, tuple[str, ...]] = {
     "encode": ("encode",),
     "decode": ("encode", "packed"),
+    "entropy": ("entropy",),
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),
@@ -472,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
     parser.add_argument(
-        "--parts", default="calls,encode,search,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
+        "--parts", default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")

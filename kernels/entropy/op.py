@@ -1,0 +1,181 @@
+"""Stored `lattice` tensors to coordinates on a device, and to weights: on a GPU many at once, from compressed bytes on.
+
+Reference: `birkhoff.codec.tensor.lattice_of`.
+
+Where Triton does not serve the device the reference decodes on the CPU. Tensors of version 1 of the format, which is
+written no more, and levels and escapes, which are few, are always read there. A GPU makes the same coordinates and
+refuses the same bytes: what can be told without decoding is checked before a byte is copied, a block that does not end
+as it should is found at its end.
+
+Shapes: R = rows, P = pairs a row, T = tensors.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birkhoff.codec import planes
+from birkhoff.codec.container import FORMAT_VERSION, CodedTensor
+from birkhoff.codec.errors import FormatError
+from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.tensor import decode_tensor, float_dtype, lattice_of
+from birkhoff.codec.trajectory import Escapes
+from birkhoff.kernels.decode.op import decode_lattice
+from birkhoff.kernels.decode.serving import triton_serves
+from birkhoff.kernels.entropy.plan import ALIGNED, Placed, Plan, bytes_of, plan
+from birkhoff.kernels.runtime.device import HAS_TRITON
+
+if HAS_TRITON:
+    from birkhoff.kernels.entropy import triton as entropy_triton
+
+_LAUNCHING = threading.Lock()
+"""Held while kernels are launched: threads would compile them side by side."""
+
+_ROOM = 1 << 16
+"""Coordinates outside -128..127 that are listed at first; where there are more, they are listed again."""
+
+
+def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
+    """The coordinates of some `lattice` tensors on `device`, in their order; `tensor.lattice_of` of each.
+
+    On a GPU their planes are views of one piece of memory. Waits for the device.
+
+    Raises:
+        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+    """
+    device = torch.device(device)
+    fast = [one for one in coded if one.version == FORMAT_VERSION] if triton_serves(device) else []
+    made = iter(_on_gpu(fast, device) if fast else ())
+    return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one).to(device) for one in coded]
+
+
+def dense_of(coded: CodedTensor, code: LatticeTensor) -> Tensor:
+    """The weights of a `lattice` tensor whose coordinates are at hand, in its shape and dtype. Raises FormatError."""
+    try:
+        dtype = float_dtype(coded)
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+    return decode_lattice(code, dtype).view(coded.shape)
+
+
+def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> list[Tensor]:
+    """Some stored tensors of any codec, dense on `device`, original dtypes and shapes; `tensor.decode_tensor` of each.
+
+    Raises:
+        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+    """
+    codes = iter(lattices_of([one for one in coded if one.codec == "lattice"], device))
+    return [dense_of(one, next(codes)) if one.codec == "lattice" else decode_tensor(one, device) for one in coded]
+
+
+def _on_cpu(coded: CodedTensor) -> LatticeTensor:
+    try:
+        return lattice_of(coded)
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """What is being decoded: the planes, and what the kernels report once they are done."""
+
+    plan: Plan
+    planes: Tensor
+    symbols: Tensor
+    numbers: Tensor
+    report: Tensor
+    """int32 [1 + T]: coordinates outside -128..127, and whether each tensor is damaged."""
+    index: Tensor
+    value: Tensor
+
+
+def _on_gpu(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
+    return finish(start(coded, device))
+
+
+def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
+    """Queue the decoding of tensors of the present version on a GPU; `finish` waits for it. Raises FormatError."""
+    made = plan(coded, entropy_triton.LANES_A_PROGRAM)
+    data, numbers = _sent(made, device)
+    symbols = torch.empty(made.symbols, dtype=torch.uint8, device=device)
+    queued = Queued(
+        plan=made,
+        planes=torch.empty(made.coordinates, dtype=torch.int8, device=device),
+        symbols=symbols,
+        numbers=numbers,
+        report=torch.zeros(1 + len(coded), dtype=torch.int32, device=device),
+        index=torch.empty(_ROOM, dtype=torch.int64, device=device),
+        value=torch.empty(_ROOM, dtype=torch.int32, device=device),
+    )
+    frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
+    rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
+    with _LAUNCHING:
+        entropy_triton.decode_blocks(data, frequency, rows, symbols, queued.report[1:])
+        _place(queued, queued.index, queued.value)
+    return queued
+
+
+def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(streams, numbers of the plan) on the device; `copy` would wait for the kernels before it, were it not pinned."""
+    begin = -(-made.bytes // ALIGNED) * ALIGNED
+    size = made.numbers.nbytes
+    on_gpu = device.type == "cuda"
+    parts = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
+    sent = torch.empty(begin + size, dtype=torch.uint8, device=device)
+    if on_gpu and all(part.is_pinned() for _, part in parts):
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for to, part in parts:
+            sent[to : to + len(part)].copy_(part, non_blocking=True)
+        staged.copy_(torch.from_numpy(made.numbers).view(torch.uint8))
+        sent[begin:].copy_(staged, non_blocking=True)
+    else:
+        staged = torch.empty(begin + size, dtype=torch.uint8, pin_memory=on_gpu)
+        for to, part in parts:
+            staged[to : to + len(part)].copy_(part)
+        staged[begin:].copy_(torch.from_numpy(made.numbers).view(torch.uint8))
+        sent.copy_(staged, non_blocking=True)
+    return sent, sent[begin:].view(torch.int64)
+
+
+def _place(queued: Queued, index: Tensor, value: Tensor) -> None:
+    described = queued.numbers[queued.plan.descriptions].view(-1, entropy_triton.PLACE)
+    programs = queued.numbers[queued.plan.programs].view(-1, 3)
+    entropy_triton.place_symbols(
+        queued.symbols, queued.numbers, described, programs, queued.planes, queued.report[:1], index, value
+    )
+
+
+def finish(queued: Queued) -> list[LatticeTensor]:
+    """Wait, and take over what was decoded. Raises FormatError."""
+    outside, *damaged = queued.report.tolist()
+    for tensor, bad in zip(queued.plan.tensors, damaged, strict=True):
+        if bad:
+            raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
+    index, value = queued.index, queued.value
+    if outside > len(index):
+        index, value = index.new_empty(outside), value.new_empty(outside)
+        queued.report[:1] = 0
+        _place(queued, index, value)
+    order = index[:outside].cpu().sort()
+    listed = order.values.numpy(), value[:outside].cpu()[order.indices].numpy()
+    return [_lattice(queued.planes, tensor, listed) for tensor in queued.plan.tensors]
+
+
+def _lattice(planes_of_all: Tensor, tensor: Placed, listed: tuple[np.ndarray, np.ndarray]) -> LatticeTensor:
+    size = tensor.shape[0] * tensor.shape[1]
+    both = [tensor.begin, tensor.begin + tensor.stride]
+    i, j = (planes_of_all[begin : begin + size].view(tensor.shape) for begin in both)
+    index, value = listed
+    ends = np.searchsorted(index, [both[0], both[1], both[1] + tensor.stride])
+    escapes = Escapes.none(i.device)
+    if ends[0] < ends[2] or len(tensor.stored):
+        outside = [
+            (torch.from_numpy(index[first:last] - begin), torch.from_numpy(value[first:last].copy()))
+            for begin, first, last in zip(both, ends, ends[1:], strict=False)
+        ]
+        escapes = planes.take_outside((i, j), outside, tensor.stored).to(i.device)
+    return LatticeTensor(i=i, j=j, escapes=escapes, step=tensor.params.step, columns=tensor.params.columns)
