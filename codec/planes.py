@@ -12,7 +12,7 @@ Shapes: R = rows, P = pairs a row, G = groups (see `contexts`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,16 +32,41 @@ from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Stream = bytes | memoryview
 
-_SMALL = 1 << 16
+SMALL = 1 << 16
 """Symbols up to which more ways of grouping are tried."""
 
 
-def pack(code: LatticeTensor, *, path: int) -> tuple[tuple[bytes, ...], int]:
+Item = tuple[LatticeTensor, int]
+"""A coded matrix, and its path: 0 none, 1 through the rows, 2 down the columns of the trellis."""
+
+Packed = tuple[tuple[Stream, ...], int]
+"""The streams of a matrix, and the number of escapes among them."""
+
+_PACKERS: dict[str, Callable[[Sequence[Item]], list[Packed]]] = {}
+
+
+def register_packer(device_type: str, packer: Callable[[Sequence[Item]], list[Packed]]) -> None:
+    """Let something faster than `reference_pack`, which makes the same bytes, pack what lies on such devices."""
+    _PACKERS[device_type] = packer
+
+
+def pack(code: LatticeTensor, *, path: int) -> Packed:
     """Streams: levels of the rows and columns, groups, escapes; and the number of escapes stored.
 
     Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on trellis paths, 1 for
     those through the rows and 2 for those down the columns.
     """
+    return pack_all([(code, path)])[0]
+
+
+def pack_all(items: Sequence[Item]) -> list[Packed]:
+    """`pack` of several matrices, all on one type of device."""
+    packer = _PACKERS.get(items[0][0].i.device.type) if items else None
+    return [reference_pack(code, path=path) for code, path in items] if packer is None else packer(items)
+
+
+def reference_pack(code: LatticeTensor, *, path: int) -> Packed:
+    """`pack` on the CPU."""
     code = code.to("cpu")
     escapes = code.escapes
     both = np.concatenate(
@@ -49,7 +74,7 @@ def pack(code: LatticeTensor, *, path: int) -> tuple[tuple[bytes, ...], int]:
         axis=1,
     )
     best = min(_groupings(both), key=lambda grouping: grouping.bytes)
-    stored = _explicit(escapes, path=path)
+    stored = explicit(escapes, path=path)
     streams = [rest.pack(group, table) for group, table in zip(best.groups, best.fits, strict=True)]
     return (best.levels, *streams, rest.pack_escapes(stored)), len(stored)
 
@@ -73,7 +98,7 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
     yield _Grouping(b"", [both.reshape(-1)], [counts], fits, rest.estimate(both.size, fits[0]))
     if len(first.groups) > 1:
         yield first
-    if both.size <= _SMALL:
+    if both.size <= SMALL:
         for row, bits in (
             (rows, contexts.SMALL_BITS),
             (0 * rows, contexts.SMALL_BITS),
@@ -196,17 +221,22 @@ def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
     coordinates: npt.NDArray[np.int8] = plane.numpy()
     symbols: Bytes = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
     if len(pair):
-        escaped = true.numpy() >> 1 if path else true.numpy()
-        outside = (escaped < LOW) | (escaped > HIGH)
-        symbols.reshape(-1)[pair.numpy()] = np.where(outside, escaped & 1 if path else 0, escaped) + 128
+        symbols.reshape(-1)[pair.numpy()] = escaped_symbols(true, path=path).numpy()
     return symbols
 
 
-def _explicit(escapes: Escapes, *, path: int) -> Escapes:
+def escaped_symbols(true: Tensor, *, path: int) -> Tensor:
+    """The symbols + 128, uint8 [E], that stand where escapes of these coordinates (int32 [E]) are."""
+    escaped = true >> 1 if path else true
+    outside = (escaped < LOW) | (escaped > HIGH)
+    return (torch.where(outside, escaped & 1 if path else 0, escaped) + 128).to(torch.uint8)
+
+
+def explicit(escapes: Escapes, *, path: int) -> Escapes:
     """The escapes that symbols do not tell."""
     if not path or not len(escapes):
         return escapes
-    outside = torch.zeros(len(escapes), dtype=torch.bool)
+    outside = torch.zeros(len(escapes), dtype=torch.bool, device=escapes.pair.device)
     for true in (escapes.i, escapes.j):
         outside |= ((true >> 1) < LOW) | ((true >> 1) > HIGH)
     return Escapes(pair=escapes.pair[outside], i=escapes.i[outside], j=escapes.j[outside])

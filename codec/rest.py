@@ -11,7 +11,7 @@ ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do p
 No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -30,7 +30,7 @@ Bytes = npt.NDArray[np.uint8]
 RAW, ZSTD, ANS = range(3)
 
 _LEVEL = 1
-_PROBE = 1 << 13
+PROBE = 1 << 13
 """Bytes that are searched for repeats first: the rest follows only if these come out smaller than by a table."""
 
 _LEAST_TABLE = 32
@@ -41,22 +41,35 @@ def pack(data: Bytes, table: Table | None = None) -> bytes:
     """The smallest stream of bytes; `table`, if given, is the one that `tables.fit` made for them."""
     if not data.size:
         return b""
-    coded = _by_table(data, table)
-    found = coded if coded is not None and len(coded) <= data.size else bytes([RAW]) + data.tobytes()
-    head = data[:_PROBE]
-    frame = _searched(head)
-    if len(frame) * data.size < len(found) * head.size:
-        frame = frame if head.size == data.size else _searched(data)
-        found = min(found, bytes([ZSTD]) + frame, key=len)
-    return found
-
-
-def _by_table(data: Bytes, table: Table | None) -> bytes | None:
-    if data.size < _LEAST_TABLE:
-        return None
     table = table or tables.fit(tables.histogram(data))
-    if table is None or table.bits >= 8 * data.size:
-        return None
+    coded = _by_table(data, table) if table is not None and pays(data.size, table) else None
+    kind, frame = smallest(data.size, None if coded is None else len(coded), data[:PROBE], lambda: data)
+    if kind == ZSTD:
+        return bytes([ZSTD]) + frame
+    return coded if kind == ANS and coded is not None else bytes([RAW]) + data.tobytes()
+
+
+def pays(size: int, table: Table) -> bool:
+    """Whether so many bytes are coded by a table at all."""
+    return size >= _LEAST_TABLE and table.bits < 8 * size
+
+
+def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Bytes]) -> tuple[int, bytes]:
+    """(kind, zstd's frame of that kind) of the smallest stream of `size` bytes.
+
+    `coded` is the length of the stream by a table, None where there is none; `head` the first `PROBE` bytes; `whole`
+    gives all of them, where they are asked for.
+    """
+    kind, found = (ANS, coded) if coded is not None and coded <= size else (RAW, 1 + size)
+    frame = _searched(head)
+    if len(frame) * size < found * head.size:
+        frame = frame if head.size == size else _searched(whole())
+        if 1 + len(frame) < found:
+            return ZSTD, frame
+    return kind, b""
+
+
+def _by_table(data: Bytes, table: Table) -> bytes:
     lanes = rans.lanes(data.size)
     return bytes([ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
 

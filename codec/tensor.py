@@ -124,7 +124,12 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
 
 
 def _stored(
-    name: str, tensor: Tensor, codec: str, *parts: bytes, params: Params = None, error: Fidelity | None = None
+    name: str,
+    tensor: Tensor,
+    codec: str,
+    *parts: bytes | memoryview,
+    params: Params = None,
+    error: Fidelity | None = None,
 ) -> CodedTensor:
     """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
     claims = Claims()

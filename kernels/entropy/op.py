@@ -1,4 +1,6 @@
-"""Stored `lattice` tensors to coordinates on a device, and to weights: on a GPU many at once, from compressed bytes on.
+"""Stored `lattice` tensors to coordinates on a device, to weights, and back: on a GPU many at once, bytes to bytes.
+
+Importing this module gives the codec's packing its kernels for CUDA tensors: `codec.planes.pack_all` then runs `pack`.
 
 Reference: `birkhoff.codec.tensor.lattice_of`.
 
@@ -10,7 +12,6 @@ as it should is found at its end.
 Shapes: R = rows, P = pairs a row, T = tensors.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from birkhoff.codec import planes
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.planes import Item, Packed
 from birkhoff.codec.tensor import decode_tensor, float_dtype, lattice_of
 from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.decode.op import decode_lattice
@@ -30,10 +32,8 @@ from birkhoff.kernels.entropy.plan import ALIGNED, Placed, Plan, bytes_of, plan
 from birkhoff.kernels.runtime.device import HAS_TRITON
 
 if HAS_TRITON:
+    from birkhoff.kernels.entropy import pack as gpu_pack
     from birkhoff.kernels.entropy import triton as entropy_triton
-
-_LAUNCHING = threading.Lock()
-"""Held while kernels are launched: threads would compile them side by side."""
 
 _ROOM = 1 << 16
 """Coordinates outside -128..127 that are listed at first; where there are more, they are listed again."""
@@ -70,6 +70,17 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
     """
     codes = iter(lattices_of([one for one in coded if one.codec == "lattice"], device))
     return [dense_of(one, next(codes)) if one.codec == "lattice" else decode_tensor(one, device) for one in coded]
+
+
+def pack(items: Sequence[Item]) -> list[Packed]:
+    """`planes.pack_all` of coordinates on a GPU: there, but for small matrices, of which more groupings are tried."""
+    large = [item for item in items if 2 * item[0].i.numel() > planes.SMALL and triton_serves(item[0].i.device)]
+    made = iter(gpu_pack.pack(large) if large else ())
+    chosen = {id(item) for item in large}
+    return [next(made) if id(item) in chosen else planes.reference_pack(item[0], path=item[1]) for item in items]
+
+
+planes.register_packer("cuda", pack)
 
 
 def _on_cpu(coded: CodedTensor) -> LatticeTensor:
@@ -113,9 +124,8 @@ def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
     )
     frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
     rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
-    with _LAUNCHING:
-        entropy_triton.decode_blocks(data, frequency, rows, symbols, queued.report[1:])
-        _place(queued, queued.index, queued.value)
+    entropy_triton.decode_blocks(data, frequency, rows, symbols, queued.report[1:])
+    _place(queued, queued.index, queued.value)
     return queued
 
 

@@ -72,7 +72,7 @@ class Plan:
 
 def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
     """The plan of `lattice` tensors of version 2, at least one. Raises FormatError, naming the tensor."""
-    numbers, runs = _Numbers(), _Runs()
+    numbers, runs = Numbers(), _Runs()
     tensors: list[Placed] = []
     descriptions: list[list[int]] = []
     coded_by: list[rest.Plan] = []
@@ -117,7 +117,7 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
     )
 
 
-class _Numbers:
+class Numbers:
     """Arrays one after the other."""
 
     def __init__(self) -> None:
@@ -137,6 +137,7 @@ class _Numbers:
         return slice(begin, begin + part.size)
 
     def all(self) -> Integers:
+        """All of them."""
         return np.concatenate(self._parts)
 
 

@@ -26,6 +26,8 @@ Shapes: B = blocks, S = streams, R = rows, P = pairs a row.
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +52,9 @@ _SLOTS_AT_ONCE = _SLOTS_A_PROGRAM if triton.knobs.runtime.interpret else 32
 
 _RAW_AT_ONCE = 512
 
+LAUNCHING = threading.Lock()
+"""Held while kernels are launched: threads would compile them side by side."""
+
 _SLOTS, _ROW, _PLACE, _LEVELS = map(tl.constexpr, (SLOTS, ROW, PLACE, LEVELS))
 
 
@@ -71,7 +76,7 @@ def _slot_kernel(frequency_ptr, slot_ptr, COUNT: tl.constexpr, CHUNK: tl.constex
 
 
 @triton.jit
-def _ranks(chosen):
+def ranks(chosen):
     """(number of chosen lanes below each, number of all) for a warp of 32, one lane a thread."""
     if INTERPRETED:
         one = chosen.to(tl.int32)
@@ -131,7 +136,7 @@ def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.conste
             tl.store(out + first + lane, entry.to(tl.uint8), mask=active)
             y = ((entry >> 8) & 4095) * (x >> 12) + (entry >> 20)
             small = active & (y < 65536)
-            below, both = _ranks(small)
+            below, both = ranks(small)
             place = taken + below
             word = _word(source + 2 * place, small & (place < words))
             x = tl.where(active, tl.where(small, y << 16 | word, y), x)
@@ -250,16 +255,17 @@ def place_symbols(
 ) -> None:
     """Symbols of groups to coordinates in `planes` (int8); those outside int8 are counted, and listed while there is
     room in `index` (int64) and `value` (int32)."""
-    _place_kernel[(len(program_N3),)](
-        symbols,
-        plan,
-        tensor_T10,
-        program_N3,
-        planes,
-        count,
-        index,
-        value,
-        len(index),
-        BLOCK=LANES_A_PROGRAM,
-        num_warps=LANES_A_PROGRAM // 32,
-    )
+    with LAUNCHING:
+        _place_kernel[(len(program_N3),)](
+            symbols,
+            plan,
+            tensor_T10,
+            program_N3,
+            planes,
+            count,
+            index,
+            value,
+            len(index),
+            BLOCK=LANES_A_PROGRAM,
+            num_warps=LANES_A_PROGRAM // 32,
+        )

@@ -198,3 +198,77 @@ def test_what_is_refused_is_named(device: str) -> None:
             lattice_of(bad)
     with pytest.raises(FormatError, match="tensor 'bad': codec raw holds no coordinates"):
         op.lattices_of([CodedTensor(name="bad", codec="raw", dtype="F32", shape=(), parts=(b"",))], device)
+
+
+def check_packed(items: Sequence[planes.Item], device: str) -> list[planes.Packed]:
+    from birkhoff.kernels.entropy import pack
+
+    found = pack.pack([(code.to(device), path) for code, path in items])
+    expected = [planes.reference_pack(code, path=path) for code, path in items]
+    assert [(list(map(bytes, streams)), escapes) for streams, escapes in found] == [
+        (list(map(bytes, streams)), escapes) for streams, escapes in expected
+    ]
+    return found
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes are grouped as large ones are, in groups as small as the format allows."""
+    monkeypatch.setattr(planes, "SMALL", 0)
+    monkeypatch.setattr(contexts, "USUAL_BITS", 8)
+
+
+def two_scales(rows: int, columns: int) -> torch.Tensor:
+    scale = torch.where(torch.arange(rows) < rows // 2, 20.0, 0.5)[:, None]
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)) * scale
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_packing_makes_the_references_bytes(device: str) -> None:
+    weight = two_scales(20, 62)
+    items = [
+        (quantise_path(weight, 1.0, 2), 2),
+        (quantise(scaled(5, 30), 0.05), 0),
+        (quantise_path(weight, 0.05, 1), 1),
+    ]
+    found = check_packed(items, device)
+    assert [len(streams) for streams, _ in found] == [5, 3, 3]
+    assert found[1][1] > 0
+    assert len(items[2][0].escapes) > found[2][1] > 0
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_packing_chooses_raw_and_repeating_streams_as_the_reference_does(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    i, j = (torch.randint(-128, 128, (4, 24), dtype=torch.int8, generator=generator) for _ in range(2))
+    raw = LatticeTensor(i=i, j=j, escapes=Escapes.none(), step=1.0, columns=48)
+    same = LatticeTensor(i=i[:1].repeat(9, 1), j=j[:1].repeat(9, 1), escapes=Escapes.none(), step=1.0, columns=48)
+    still = LatticeTensor(i=0 * i, j=0 * j, escapes=Escapes.none(), step=1.0, columns=48)
+    found = check_packed([(raw, 0), (same, 0), (still, 0)], device)
+    assert [streams[1][0] for streams, _ in found] == [rest.RAW, rest.ZSTD, rest.ZSTD]
+
+
+def test_small_matrices_are_packed_by_the_reference(device: str) -> None:
+    item = quantise(two_scales(20, 62), 1.0).to(device), 0
+    assert op.pack([item]) == [planes.reference_pack(*item[:1], path=0)]
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16, 32])
+def test_blocks_are_encoded_with_every_number_of_lanes(device: str, lanes: int) -> None:
+    from birkhoff.kernels.entropy import encoding
+
+    symbols, frequency = stream(4 * lanes + 3, 20.0)
+    sizes = 3 * lanes, lanes + 3  # two blocks of one stream, as if blocks were short
+    rows = [[0, sizes[0], 0, lanes, 0], [sizes[0], sizes[1], 0, lanes, sizes[0] + 2 * lanes]]
+    start = np.cumsum(frequency) - frequency
+    code = (frequency.astype(np.uint32) | start.astype(np.uint32) << 16)[None]
+    room = torch.zeros(sum(sizes) + 4 * lanes, dtype=torch.uint16, device=device)
+    words = torch.zeros(2, dtype=torch.int32, device=device)
+    held, row, coded = (torch.from_numpy(x).to(device) for x in (symbols, np.array(rows), code))
+    encoding.encode_blocks(held, row, coded, room, words)
+    bytes_of = room.cpu().view(torch.uint8).numpy().tobytes()
+    for (begin, size, _, _, before), written in zip(rows, words.tolist(), strict=True):
+        expected = rans.encode(symbols[begin : begin + size], frequency, lanes)
+        first = 2 * (before + size - written)
+        assert bytes_of[first : first + len(expected)] == expected
+        assert len(expected) == 4 * lanes + 2 * written

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from birkhoff.codec import lattice, reference
+from birkhoff.codec import lattice, planes, reference
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.metrics import fidelity
@@ -306,3 +306,20 @@ def test_threads_decode_side_by_side() -> None:
                 pool.map(lambda one: entropy.lattices_of([one], "cuda"), coded), expected, strict=True
             ):
                 assert found[0].to("cpu").equals(code)
+
+
+@pytest.mark.parametrize("path", [0, 1, 2])
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+@pytest.mark.parametrize(("rows", "columns"), [(3840, 1280), (640, 3001), (1, 200_000), (140_000, 2)])
+def test_matrices_are_packed_to_the_references_bytes(rows: int, columns: int, spread: float, path: int) -> None:
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight, a, b = (torch.randn(*s, generator=generator) for s in ((rows, columns), (rows, 1), (1, columns)))
+    weight = (weight * (spread * a).exp() * (spread * b).exp()).cuda()
+    codes = [lattice.quantise_path(weight, s, path) if path else lattice.quantise(weight, s) for s in (1.0, 0.1, 0.02)]
+    found = planes.pack_all([(code, path) for code in codes])
+    for code, (streams, escapes) in zip(codes, found, strict=True):
+        expected, count = planes.reference_pack(code, path=path)
+        assert [bytes(stream) == bytes(other) for stream, other in zip(streams, expected, strict=True)] == [True] * len(
+            expected
+        )
+        assert escapes == count

@@ -28,6 +28,7 @@ import birkhoff
 from birkhoff.codec.container import serialise
 from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.codec.tensor import decode_tensor
+from birkhoff.kernels.entropy import op as entropy  # noqa: F401  registers the GPU's packing
 from birkhoff.kernels.trellis import op as trellis  # noqa: F401  registers the GPU's search
 from birkhoff.pipeline.artifact.readers import open_artifact
 from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key, sha256
