@@ -228,7 +228,7 @@ def test_packing_makes_the_references_bytes(device: str) -> None:
     weight = two_scales(20, 62)
     items = [
         (quantise_path(weight, 1.0, 2), 2),
-        (quantise(scaled(5, 30), 0.05), 0),
+        (quantise(scaled(5, 30), 0.005), 0),
         (quantise_path(weight, 0.05, 1), 1),
     ]
     found = check_packed(items, device)
