@@ -14,6 +14,7 @@ Shapes: R = rows, P = pairs a row, T = tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -53,15 +54,6 @@ def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> lis
     return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one).to(device) for one in coded]
 
 
-def dense_of(coded: CodedTensor, code: LatticeTensor) -> Tensor:
-    """The weights of a `lattice` tensor whose coordinates are at hand, in its shape and dtype. Raises FormatError."""
-    try:
-        dtype = float_dtype(coded)
-    except FormatError as error:
-        raise FormatError(f"tensor {coded.name!r}: {error}") from None
-    return decode_lattice(code, dtype).view(coded.shape)
-
-
 def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> list[Tensor]:
     """Some stored tensors of any codec, dense on `device`, original dtypes and shapes; `tensor.decode_tensor` of each.
 
@@ -69,7 +61,31 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
         FormatError: a tensor's streams are not what its entry declares; the tensor is named.
     """
     codes = iter(lattices_of([one for one in coded if one.codec == "lattice"], device))
-    return [dense_of(one, next(codes)) if one.codec == "lattice" else decode_tensor(one, device) for one in coded]
+    others = iter(_moved([decode_tensor(one) for one in coded if one.codec != "lattice"], torch.device(device)))
+    return [_dense(one, next(codes)) if one.codec == "lattice" else next(others) for one in coded]
+
+
+def _dense(coded: CodedTensor, code: LatticeTensor) -> Tensor:
+    try:
+        dtype = float_dtype(coded)
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+    return decode_lattice(code, dtype).view(coded.shape)
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on a device, each in memory of its own. To a GPU they go as one: each copy would wait."""
+    if device.type != "cuda" or not tensors:
+        return [tensor.to(device) for tensor in tensors]
+    places = list(accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors), initial=0))
+    staged = torch.empty(places[-1], dtype=torch.uint8, pin_memory=True)
+    for tensor, place in zip(tensors, places, strict=False):
+        staged[place : place + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    sent = staged.to(device, non_blocking=True)
+    return [
+        sent[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape).clone()
+        for tensor, place in zip(tensors, places, strict=False)
+    ]
 
 
 def pack(items: Sequence[Item]) -> list[Packed]:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
-from birkhoff.codec.lattice import LatticeTensor
-from birkhoff.codec.tensor import decode_tensor, is_matrix
+from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
-from birkhoff.kernels.entropy.op import decode_tensors, dense_of, lattices_of
+from birkhoff.kernels.entropy.op import decode_tensors, lattices_of
 from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
@@ -152,12 +151,15 @@ class _Loading:
             ModelMismatchError: another stored tensor has the same place.
         """
         wanted = [(coded, target) for coded in shard if (target := self._target(coded)) is not None]
-        codes: dict[str, LatticeTensor] = {}
         for device in {self._place(target) for _, target in wanted}:
-            here = [coded for coded, target in wanted if coded.codec == "lattice" and self._place(target) == device]
-            codes |= zip([coded.name for coded in here], lattices_of(here, device), strict=True)
-        for coded, target in wanted:
-            self._keep(coded, target, codes.get(coded.name))
+            here = [(coded, target) for coded, target in wanted if self._place(target) == device]
+            layers = [(coded, target) for coded, target in here if self._is_layer(coded, target)]
+            rest = [(coded, target) for coded, target in here if not self._is_layer(coded, target)]
+            for (coded, target), code in zip(layers, lattices_of([coded for coded, _ in layers], device), strict=True):
+                name = self._rename(coded.name)[0]
+                self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
+            for (coded, target), tensor in zip(rest, decode_tensors([coded for coded, _ in rest], device), strict=True):
+                self._keep(self._rename(coded.name), target, tensor)
 
     def _target(self, coded: CodedTensor) -> Target | None:
         """What a stored tensor is decoded for: its place, or that of the tensor that it is a part of."""
@@ -174,26 +176,25 @@ class _Loading:
         target = self._wanted.get(name)
         return target if target is not None and target.shape == coded.shape else None
 
-    def _keep(self, coded: CodedTensor, target: Target, code: LatticeTensor | None) -> None:
-        """Make of a tensor what goes to its place; `code` is what it holds if it is of codec `lattice`."""
-        names = self._rename(coded.name)
-        name, layer = names[0], target.layer
-        if name not in self._wanted:
-            self._rows[name] = self._placed(coded, target, code)
-        elif layer is None or not is_matrix(coded) or (target.present is not None and layer not in self._targets.edges):
-            self._dense |= dict.fromkeys(names, self._placed(coded, target, code))
+    def _is_layer(self, coded: CodedTensor, target: Target) -> bool:
+        """Whether a tensor becomes the weight of a compressed layer."""
+        layer = target.layer
+        own = self._rename(coded.name)[0] in self._wanted
+        return (
+            own and layer is not None and is_matrix(coded) and (target.present is None or layer in self._targets.edges)
+        )
+
+    def _keep(self, names: Sequence[str], target: Target, tensor: Tensor) -> None:
+        """Keep a decoded tensor for its places, in their type."""
+        kind = tensor.dtype if target.device.type == "meta" else target.dtype
+        tensor = tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
+        if names[0] in self._wanted:
+            self._dense |= dict.fromkeys(names, tensor)
         else:
-            assert code is not None  # a matrix is of codec lattice
-            self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
+            self._rows[names[0]] = tensor
 
     def _place(self, target: Target) -> torch.device:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
-
-    def _placed(self, coded: CodedTensor, target: Target, code: LatticeTensor | None) -> Tensor:
-        """A tensor decoded where the target is to be, in its type."""
-        tensor = decode_tensor(coded, self._place(target)) if code is None else dense_of(coded, code)
-        kind = tensor.dtype if target.device.type == "meta" else target.dtype
-        return tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
 
     def check(self, label: str, *, strict: bool) -> None:
         """Once all are staged; raises ModelMismatchError, naming what does not fit."""
