@@ -149,8 +149,8 @@ def _entropy(parts: Result) -> str:
         for name, said in _STORED.items()
     ]
     head = f"## Stored streams\n\nAll linear weights of SAM-H ({found['weights'] / 1e6:.0f} M, drawn) at 30 dB, "
-    head += f"{found['bytes'] / 1e6:.0f} MB in {found['streams']} streams; times of the clock, the host's work included.\n\n"
-    return head + table(["from, to", "ms, median", "least", "G weights/s"], rows)
+    head += f"{found['bytes'] / 1e6:.0f} MB in {found['streams']} streams; times of the clock, with the host's work."
+    return head + "\n\n" + table(["from, to", "ms, median", "least", "G weights/s"], rows)
 
 
 _STORED = {
