@@ -30,6 +30,7 @@ from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.decode.op import decode_lattice
 from birkhoff.kernels.decode.serving import triton_serves
 from birkhoff.kernels.entropy.plan import ALIGNED, Placed, Plan, bytes_of, plan
+from birkhoff.kernels.entropy.staging import send
 from birkhoff.kernels.runtime.device import HAS_TRITON
 
 if HAS_TRITON:
@@ -38,6 +39,14 @@ if HAS_TRITON:
 
 _ROOM = 1 << 16
 """Coordinates outside -128..127 that are listed at first; where there are more, they are listed again."""
+
+
+def warm_up(device: torch.device | str) -> None:
+    """Start what a process starts once for kernels on a device: Triton, and the trial of its code there.
+
+    Half a second, most of it without the interpreter's lock; whatever decodes there first would wait for it.
+    """
+    triton_serves(torch.device(device))
 
 
 def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
@@ -78,10 +87,8 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type != "cuda" or not tensors:
         return [tensor.to(device) for tensor in tensors]
     places = list(accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors), initial=0))
-    staged = torch.empty(places[-1], dtype=torch.uint8, pin_memory=True)
-    for tensor, place in zip(tensors, places, strict=False):
-        staged[place : place + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-    sent = staged.to(device, non_blocking=True)
+    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    sent = send(list(zip(places, flat, strict=False)), places[-1], device)
     return [
         sent[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape).clone()
         for tensor, place in zip(tensors, places, strict=False)
@@ -146,24 +153,11 @@ def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
 
 
 def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(streams, numbers of the plan) on the device; `copy` would wait for the kernels before it, were it not pinned."""
+    """(streams, numbers of the plan) on the device."""
     begin = -(-made.bytes // ALIGNED) * ALIGNED
-    size = made.numbers.nbytes
-    on_gpu = device.type == "cuda"
     parts = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
-    sent = torch.empty(begin + size, dtype=torch.uint8, device=device)
-    if on_gpu and all(part.is_pinned() for _, part in parts):
-        staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for to, part in parts:
-            sent[to : to + len(part)].copy_(part, non_blocking=True)
-        staged.copy_(torch.from_numpy(made.numbers).view(torch.uint8))
-        sent[begin:].copy_(staged, non_blocking=True)
-    else:
-        staged = torch.empty(begin + size, dtype=torch.uint8, pin_memory=on_gpu)
-        for to, part in parts:
-            staged[to : to + len(part)].copy_(part)
-        staged[begin:].copy_(torch.from_numpy(made.numbers).view(torch.uint8))
-        sent.copy_(staged, non_blocking=True)
+    parts.append((begin, torch.from_numpy(made.numbers).view(torch.uint8)))
+    sent = send(parts, begin + made.numbers.nbytes, device)
     return sent, sent[begin:].view(torch.int64)
 
 

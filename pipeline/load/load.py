@@ -1,6 +1,7 @@
 """From an artifact to weights that run: dense tensors, or a model whose linear layers compute on the trajectory."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -55,10 +56,11 @@ def load_state_dict(
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
 
-        def decoded(shard: list[CodedTensor]) -> list[tuple[str, Tensor]]:
-            return list(zip([coded.name for coded in shard], decode_tensors(shard, device), strict=True))
+        def decoded(shards: Sequence[list[CodedTensor]]) -> list[list[tuple[str, Tensor]]]:
+            tensors = iter(decode_tensors([coded for shard in shards for coded in shard], device))
+            return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
 
-        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, decoded)}
+        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, decoded, torch.device(device))}
         return dict(item for shard in artifact.manifest.shards for item in found[shard.blob])
 
 
@@ -114,7 +116,7 @@ def load_into(
         maker = LayerMaker(memory)
         names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
         loading = _Loading(model, names, device, dtype, maker)
-        for _ in decode_shards(artifact, loading.stage):
+        for _ in decode_shards(artifact, loading.stage, loading.device):
             pass
         loading.check(artifact.label, strict=strict)
         swapped = loading.commit()
@@ -144,13 +146,20 @@ class _Loading:
         self._dense: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
 
-    def stage(self, shard: Sequence[CodedTensor]) -> None:
-        """Decode the tensors of a shard for their places, those that the model has one of their shape for.
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are decoded, or most of them."""
+        places = Counter(map(self._place, self._wanted.values()))
+        return self._device or max(places, key=places.__getitem__, default=torch.device("cpu"))
+
+    def stage(self, shards: Sequence[Sequence[CodedTensor]]) -> list[None]:
+        """Decode the tensors of shards for their places, those that the model has one of their shape for.
 
         Raises:
             ModelMismatchError: another stored tensor has the same place.
         """
-        wanted = [(coded, target) for coded in shard if (target := self._target(coded)) is not None]
+        every = [coded for shard in shards for coded in shard]
+        wanted = [(coded, target) for coded in every if (target := self._target(coded)) is not None]
         for device in {self._place(target) for _, target in wanted}:
             here = [(coded, target) for coded, target in wanted if self._place(target) == device]
             layers = [(coded, target) for coded, target in here if self._is_layer(coded, target)]
@@ -160,6 +169,7 @@ class _Loading:
                 self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
             for (coded, target), tensor in zip(rest, decode_tensors([coded for coded, _ in rest], device), strict=True):
                 self._keep(self._rename(coded.name), target, tensor)
+        return [None for _ in shards]
 
     def _target(self, coded: CodedTensor) -> Target | None:
         """What a stored tensor is decoded for: its place, or that of the tensor that it is a part of."""

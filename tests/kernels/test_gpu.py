@@ -18,6 +18,7 @@ from birkhoff.codec.tensor import encode_tensor, lattice_of
 from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.entropy import op as entropy
+from birkhoff.kernels.entropy import staging
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch, plan
@@ -323,3 +324,19 @@ def test_matrices_are_packed_to_the_references_bytes(rows: int, columns: int, sp
             expected
         )
         assert escapes == count
+
+
+def test_bytes_go_to_the_gpu_whatever_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_PIECE", 1000)
+    draw = np.random.default_rng(0)
+    for pinned in (0.0, 0.5, 1.0):
+        parts, place = [], 0
+        for size in draw.integers(1, 3000, 40).tolist():
+            place += int(draw.integers(0, 1500))
+            part = torch.from_numpy(draw.integers(0, 256, size).astype(np.uint8))
+            parts.append((place, part.pin_memory() if draw.random() < pinned else part))
+            place += size
+        stage = staging.Stage(torch.device("cuda", 0))
+        monkeypatch.setattr(staging, "_stage", lambda _, stage=stage: stage)
+        found = staging.send(parts, place, torch.device("cuda", 0)).cpu()
+        assert all(torch.equal(found[at : at + len(part)], part) for at, part in parts)
