@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 4
+VERSION = 5
 """Of the functions' meaning, as `native.c` says it."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -83,6 +83,7 @@ _FUNCTIONS = (
     ("birkhoff_table_parse", _INT, (_POINTER, _LONG, _POINTER)),
     ("birkhoff_rans_encode", _LONG, (_POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER)),
     ("birkhoff_rans_decode", _INT, (_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER)),
+    ("birkhoff_rans_plan", _LONG, (_LONG, *[_POINTER] * 7)),
     ("birkhoff_viterbi", None, (_POINTER, _LONG, _LONG, _POINTER)),
     (
         "birkhoff_path_numbers",
@@ -92,6 +93,7 @@ _FUNCTIONS = (
     ("birkhoff_positions", None, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
     ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),
     ("birkhoff_split", _FLOAT, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER)),
+    ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     (
         "birkhoff_regroup",

@@ -1,14 +1,16 @@
 """Load artifacts: as dense tensors, or into a model whose linear layers compute on the compressed weights."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
-from birkhoff.codec.tensor import decode_tensor, is_matrix
+from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
+from birkhoff.kernels.entropy.op import decode_tensors, lattices_of
 from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
@@ -53,8 +55,12 @@ def load_state_dict(
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        decoded = decode_shards(artifact, lambda coded: (coded.name, decode_tensor(coded, device)))
-        found = {shard.blob: tensors for shard, tensors in decoded}
+
+        def decoded(shards: Sequence[list[CodedTensor]]) -> list[list[tuple[str, Tensor]]]:
+            tensors = iter(decode_tensors([coded for shard in shards for coded in shard], device))
+            return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
+
+        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, decoded, torch.device(device))}
         return dict(item for shard in artifact.manifest.shards for item in found[shard.blob])
 
 
@@ -112,7 +118,7 @@ def load_into(
         maker = LayerMaker(memory)
         names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
         loading = _Loading(model, names, device, dtype, maker)
-        for _ in decode_shards(artifact, loading.stage):
+        for _ in decode_shards(artifact, loading.stage, loading.device):
             pass
         loading.check(artifact.label, strict=strict)
         swapped = loading.commit()
@@ -142,41 +148,65 @@ class _Loading:
         self._dense: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
 
-    def stage(self, coded: CodedTensor) -> None:
-        """Decode a tensor for its place, if the model has one of its shape.
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are decoded, or most of them."""
+        places = Counter(map(self._place, self._wanted.values()))
+        return self._device or max(places, key=places.__getitem__, default=torch.device("cpu"))
+
+    def stage(self, shards: Sequence[Sequence[CodedTensor]]) -> list[None]:
+        """Decode the tensors of shards for their places, those that the model has one of their shape for.
 
         Raises:
             ModelMismatchError: another stored tensor has the same place.
         """
+        every = [coded for shard in shards for coded in shard]
+        wanted = [(coded, target) for coded in every if (target := self._target(coded)) is not None]
+        for device in {self._place(target) for _, target in wanted}:
+            here = [(coded, target) for coded, target in wanted if self._place(target) == device]
+            layers = [(coded, target) for coded, target in here if self._is_layer(coded, target)]
+            rest = [(coded, target) for coded, target in here if not self._is_layer(coded, target)]
+            for (coded, target), code in zip(layers, lattices_of([coded for coded, _ in layers], device), strict=True):
+                name = self._rename(coded.name)[0]
+                self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
+            for (coded, target), tensor in zip(rest, decode_tensors([coded for coded, _ in rest], device), strict=True):
+                self._keep(self._rename(coded.name), target, tensor)
+        return [None for _ in shards]
+
+    def _target(self, coded: CodedTensor) -> Target | None:
+        """What a stored tensor is decoded for: its place, or that of the tensor that it is a part of."""
         names = self._rename(coded.name)
         for name in names:
             if (other := self._stored.setdefault(name, coded.name)) != coded.name:
                 raise ModelMismatchError(f"{other} and {coded.name} are both {name} of the model: store one of them")
         if not names:
-            return
+            return None
         name = names[0]
         if name not in self._wanted and owner(name) in self._wanted:
-            self._rows[name] = self._placed(coded, self._wanted[owner(name)])
-            return
+            return self._wanted[owner(name)]
         self._shapes |= dict.fromkeys(names, coded.shape)
         target = self._wanted.get(name)
-        if target is None or target.shape != coded.shape:
-            return
+        return target if target is not None and target.shape == coded.shape else None
+
+    def _is_layer(self, coded: CodedTensor, target: Target) -> bool:
+        """Whether a tensor becomes the weight of a compressed layer."""
         layer = target.layer
-        if layer is not None and is_matrix(coded) and (target.present is None or layer in self._targets.edges):
-            place, kind = self._place(target), self._dtype or target.dtype
-            self._layers[name] = self._make(coded, bias=None, device=place, dtype=kind)
-            return
-        self._dense |= dict.fromkeys(names, self._placed(coded, target))
+        own = self._rename(coded.name)[0] in self._wanted
+        return (
+            own and layer is not None and is_matrix(coded) and (target.present is None or layer in self._targets.edges)
+        )
+
+    def _keep(self, names: Sequence[str], target: Target, tensor: Tensor) -> None:
+        """Keep a decoded tensor for its places, in their type."""
+        kind = tensor.dtype if target.device.type == "meta" else target.dtype
+        tensor = tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
+        if names[0] in self._wanted:
+            self._dense |= dict.fromkeys(names, tensor)
+        else:
+            self._rows[names[0]] = tensor
 
     def _place(self, target: Target) -> torch.device:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
-
-    def _placed(self, coded: CodedTensor, target: Target) -> Tensor:
-        """A tensor decoded where the target is to be, in its type."""
-        tensor = decode_tensor(coded, self._place(target))
-        kind = tensor.dtype if target.device.type == "meta" else target.dtype
-        return tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
 
     def check(self, label: str, *, strict: bool) -> None:
         """Check that everything staged fits the model. Raises ModelMismatchError, which names what does not."""

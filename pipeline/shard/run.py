@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import birkhoff.kernels.trellis.op  # noqa: F401  registers the GPU's search
+import birkhoff.kernels.entropy.op
+import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
 from birkhoff.codec.difference.encode import Base
