@@ -17,6 +17,7 @@ ORDER = (
     "codec",
     "codec/output",
     *("kernels/runtime", "kernels/decode", "kernels/encode", "kernels/trellis", "kernels/linear", "kernels/packed"),
+    "kernels/int8",
     "kernels",
     "pipeline",
     *("pipeline/store", "pipeline/checkpoint", "pipeline/download", "pipeline/registry", "pipeline/shard"),

@@ -13,7 +13,7 @@ from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.decode import decode_shards
-from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
+from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
 from birkhoff.pipeline.load.refresh import refresh
 from birkhoff.pipeline.load.targets import Target, Targets
@@ -67,6 +67,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     memory: Memory = "uint16",
+    compute: Compute = "float",
     offline: bool = False,
     require_signature: Keys | None = None,
     signed_for: str | None = None,
@@ -97,6 +98,9 @@ def load_into(
             `packed10` take about 6.06 and 5.06 and are coded once more: of what is stored MiniLM keeps 31.4 and 25.3 dB
             (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model 28.5 and 22.6. A layer that
             would keep less than 24 or 18 dB, or save nothing, keeps the first form; a BirkhoffWarning names it.
+        compute: `int8` multiplies on int8 tensor cores (on CPUs by their instructions for bytes), the same weights in
+            as much memory: the inputs of linear layers are rounded to int8, one scale a token. A layer with more than
+            64 escaped weights computes in float; a BirkhoffWarning names it.
 
     Returns:
         Names of the modules that are HyperLinear, or its packed form, with weights of the artifact.
@@ -107,7 +111,7 @@ def load_into(
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        maker = LayerMaker(memory)
+        maker = LayerMaker(memory, compute)
         names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
         loading = _Loading(model, names, device, dtype, maker)
         for _ in decode_shards(artifact, loading.stage):

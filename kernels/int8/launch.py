@@ -1,0 +1,95 @@
+"""From a plan to a launch of the int8 product; whether the Gluon kernel runs on a device is found by trial.
+
+Shapes: M = tokens, N = out features, K = in features, W = columns of the plane.
+"""
+
+import logging
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from birkhoff.codec import reference
+from birkhoff.kernels.int8 import triton as int8_triton
+from birkhoff.kernels.int8.plan import by_rule, int8_hopper
+from birkhoff.kernels.int8.triton import Product
+from birkhoff.kernels.linear import tuned
+from birkhoff.kernels.linear.plan import Plan, Problem
+from birkhoff.kernels.runtime.prepared import Form
+
+_log = logging.getLogger("birkhoff.kernels")
+
+SHIPPED: dict[str, tuned.Table] = {}
+"""By the name of the GPU."""
+
+
+def product(form: Form, *, aligned: bool) -> Product:
+    """The product for a form, ready to run; `aligned`: the plane begins at a multiple of 16 bytes."""
+    problem = Problem(
+        tokens=form.tokens, rows=form.rows, columns=form.columns, dtype=form.dtype, aligned=aligned, int8=True
+    )
+    return prepare(plan_for(problem, form.device), form)
+
+
+@cache
+def plan_for(problem: Problem, device: torch.device) -> Plan:
+    """The plan for a problem on a device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernels = kernels_of(device)
+    return tuned.measured(problem, name, kernels, SHIPPED.get(name, {})) or by_rule(problem, kernels)
+
+
+@lru_cache(1 << 12)
+def prepare(chosen: Plan, form: Form) -> Product:
+    """The kernel of a plan, ready to run on a form."""
+    if chosen.path == "int8_hopper":
+        from birkhoff.kernels.int8 import hopper
+
+        return hopper.prepare(form, block_m=chosen.block_m, block_n=chosen.block_n, split=chosen.split)
+    return int8_triton.prepare(
+        form,
+        block_m=chosen.block_m,
+        block_n=chosen.block_n,
+        block_k=chosen.block_k,
+        warps=chosen.warps,
+        stages=chosen.stages,
+    )
+
+
+@cache
+def kernels_of(device: torch.device) -> frozenset[str]:
+    """The Gluon kernels ("int8_hopper") that run on a device."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return frozenset({"int8_hopper"} if hopper and _works(int8_hopper(128, 256, split=True), device) else ())
+
+
+def _works(chosen: Plan, device: torch.device) -> bool:
+    """Run a plan on a small problem and compare with the reference; a failure is logged and the plan not used."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    q, plane = (
+        torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((300, 640), (264, 640))
+    )
+    step = torch.tensor(0.01)
+    expected = reference.exact_product(q, plane) * 1e-4
+    form = Form(
+        tokens=300, rows=264, columns=640, stride=640, dtype=torch.bfloat16, tf32=False, bias=None, device=device
+    )
+    try:
+        run, (q, plane, step) = prepare(chosen, form), (part.to(device) for part in (q, plane, step))
+        scale = torch.full((300,), 0.01, device=device)
+        # Twice: the second launch takes the short way of `prepared`.
+        errors = [_error(run, q, plane, scale, step, expected) for _ in range(2)]
+    except Exception as error:  # Gluon is young: whatever it is, the portable kernel does the same work
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    else:
+        if all(error < 5e-3 for error in errors):
+            return True
+        problem = f"its results are off by {errors[0]:.2g} and {errors[1]:.2g}"
+    _log.warning("kernel %r is not used on %s: %s", chosen.path, device, problem)
+    return False
+
+
+def _error(run: Product, q: Tensor, plane: Tensor, scale: Tensor, step: Tensor, expected: Tensor) -> float:
+    y = torch.full(expected.shape, torch.nan, dtype=torch.bfloat16, device=q.device)
+    run(q, plane, y, scale, step, step)
+    return float((y.cpu().double() - expected).norm() / expected.norm())

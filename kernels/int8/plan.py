@@ -1,0 +1,55 @@
+"""Which kernel multiplies bytes and how it is launched: the plans worth trying, and rules between them.
+
+Measured plans are in `tuned_h200` and the user's table (`linear.tuned`); rules serve what those do not know.
+
+Shapes: M = tokens, N = out features, K = in features.
+"""
+
+from birkhoff.kernels.linear.plan import Plan, Problem
+
+
+def int8_tiles(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Plan:
+    """The portable kernel, `int8.triton`."""
+    return Plan(path="int8_tiles", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
+
+
+def int8_hopper(block_m: int, block_n: int, *, split: bool = False) -> Plan:
+    """The kernel for Hopper, `int8.hopper`."""
+    return Plan(path="int8_hopper", block_m=block_m, block_n=block_n, split=split)
+
+
+_TILES = [
+    *[(16, 32, 128, 4, 4), (16, 32, 256, 4, 4), (32, 32, 256, 4, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 6)],
+    *[(64, 32, 256, 4, 4), (64, 64, 128, 4, 4), (64, 128, 128, 4, 4), (128, 128, 128, 8, 4)],
+]
+"""Arguments of `int8_tiles` worth trying."""
+
+_HOPPER = [(64, 128), (128, 64), (64, 256), (128, 128), (256, 128), (128, 256)]
+"""Tiles of `int8_hopper` worth trying."""
+
+
+def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
+    """Every plan worth measuring for a problem on a GPU where `kernels` ("int8_hopper") run."""
+    tokens = problem.tokens
+    found = [int8_tiles(*shape) for shape in _TILES if shape[0] < 2 * max(tokens, 16) and tokens <= 64 * shape[0]]
+    if runs_on_hopper(problem, kernels):
+        shapes = [shape for shape in _HOPPER if shape[0] < 2 * tokens]
+        found += [int8_hopper(*shape, split=split) for shape in shapes for split in (False, True)]
+    return found
+
+
+def runs_on_hopper(problem: Problem, kernels: frozenset[str]) -> bool:
+    """Whether the kernel for Hopper takes a problem: 16-bit outputs whose rows begin at multiples of 16 bytes."""
+    return "int8_hopper" in kernels and problem.half and problem.aligned and problem.rows % 8 == 0
+
+
+def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
+    """The plan for a problem that no table knows."""
+    tokens, rows = problem.tokens, problem.rows
+    if tokens <= 16:
+        return int8_tiles(16, 32, 256, 4, 4)
+    if tokens <= 256:
+        return int8_tiles(64, 32, 256, 4, 4)
+    if runs_on_hopper(problem, kernels) and tokens * rows >= 1 << 21:
+        return int8_hopper(128, 256, split=True)
+    return int8_tiles(64, 64, 128, 4, 4) if tokens * rows < 1 << 22 else int8_tiles(128, 128, 128, 8, 4)
