@@ -132,7 +132,8 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
         if part < 0:
             y = acc.to(gl.float32) * scale[:, None]
             if BIAS:
-                bias = gl.load(bias_ptr + n0 + column, mask=n0 + column < N, other=0.0)
+                inside = n0 + column < N // 8 * 8  # N is a multiple of 8: said so, two values are one load
+                bias = gl.load(bias_ptr + n0 + column, mask=inside, other=0.0)
                 y += bias.to(gl.float32)[None, :]
             out = y.to(DTYPE)
             if HALVES == 1:
@@ -288,6 +289,15 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], kinds[dtype])
 
 
+def tiles_of(
+    block_m: int, block_n: int, launch: Launch, dtype: torch.dtype
+) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:
+    """(shape, layout in shared memory) of the tiles of q, of the plane and of y as they are copied."""
+    stage = block_m // launch.along_m, block_n * launch.along_m // 2 // launch.halves
+    shapes = ((block_m, BK.value, torch.int8), (block_n, BK.value, torch.int8), (*stage, dtype))
+    return tuple(([rows, columns], _layout(rows, columns, kind)) for rows, columns, kind in shapes)
+
+
 def prepare(form: Form, *, block_m: int, block_n: int, split: bool = True, launch: Launch | None = None) -> Product:
     """The launches for a form; (`block_m`, `block_n`) is a key of `LAUNCHES`.
 
@@ -299,7 +309,6 @@ def prepare(form: Form, *, block_m: int, block_n: int, split: bool = True, launc
     plan = Schedule.of(tiles, places, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
     items = plan.full + plan.cut * plan.splits
     average, multiplying, loading = shape.registers
-    stage = block_m // shape.along_m, block_n * shape.along_m // 2 // shape.halves
     overlap = pdl(form.device)
     multiply = Prepared(
         _linear_kernel,
@@ -315,11 +324,7 @@ def prepare(form: Form, *, block_m: int, block_n: int, split: bool = True, launc
         },
         {"num_warps": 4, "maxnreg": average, "launch_pdl": overlap},
         device=form.device,
-        tiles=(
-            ([block_m, 128], _layout(block_m, 128, torch.int8)),
-            ([block_n, 128], _layout(block_n, 128, torch.int8)),
-            ([*stage], _layout(*stage, form.dtype)),
-        ),
+        tiles=tiles_of(block_m, block_n, shape, form.dtype),
     )
     if not plan.cut:
         return partial(_run_whole, multiply)

@@ -30,7 +30,7 @@ _HOPPER = [(64, 128), (128, 64), (64, 256), (128, 128), (256, 128), (128, 256)]
 
 def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     """Every plan worth measuring for a problem on a GPU where `kernels` ("int8_hopper") run."""
-    tokens = problem.tokens
+    tokens = problem.bucket
     found = [int8_tiles(*shape) for shape in _TILES if shape[0] < 2 * max(tokens, 16) and tokens <= 64 * shape[0]]
     if runs_on_hopper(problem, kernels):
         shapes = [shape for shape in _HOPPER if shape[0] < 2 * tokens]
