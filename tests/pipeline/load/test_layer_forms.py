@@ -11,6 +11,7 @@ from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
 from tests.codec.by_profile import encode_tensor
@@ -83,3 +84,31 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(CodecError, match="'packed11': one of uint16, packed12, packed10 was expected"):
         LayerMaker("packed11")  # type: ignore[arg-type]
+
+
+def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
+    tensor, bias = coded(), torch.randn(64)
+    maker = LayerMaker("uint16", "int8")
+    layer = maker(tensor, bias=bias, device=CPU, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maker.report()
+    assert isinstance(layer, Int8HyperLinear)
+    assert layer.plane.nbytes == tensor.weights
+    assert torch.equal(layer.bias, bias.bfloat16())  # type: ignore[arg-type]
+    assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+
+
+def test_a_layer_of_many_escapes_computes_in_float_and_is_named() -> None:
+    maker = LayerMaker("uint16", "int8")
+    layers = [maker(tensor, bias=None, device=CPU, dtype=torch.float32) for tensor in (coded(1, 46.0), coded())]
+    assert [type(layer) for layer in layers] == [HyperLinear, Int8HyperLinear]
+    with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, because int8 would be slower.*: w \(\d+ esc"):
+        maker.report()
+
+
+def test_int8_of_a_packed_form_is_refused() -> None:
+    with pytest.raises(CodecError, match="as stored, packed12 has others: use uint16"):
+        LayerMaker("packed12", "int8")
+    with pytest.raises(CodecError, match="compute 'int4': one of float, int8 was expected"):
+        LayerMaker("uint16", "int4")  # type: ignore[arg-type]
