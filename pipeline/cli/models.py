@@ -394,7 +394,8 @@ def _evaluate_outputs(
     rows = [score.row(name) for name, score in job.scores(original, compressed).items()]
     metrics = job.metrics_of(metric, original, compressed) or {}
     found = {
-        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "source": str(against)},
+        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "compute": compute},
+        "source": str(against),
         "batches": len(batches),
         "outputs": rows,
         "metrics": metrics,
