@@ -19,21 +19,24 @@ class Int8HyperLinear(CompressedLinear):
     As much memory as HyperLinear, exactly the same weights; what is lost is the rounding of x, about 42 dB under
     normally distributed activations and less where a token has outliers. Gradients take that rounding for the identity.
 
-    Buffers (N = out features, K = in features, W = K rounded up to a multiple of 16), beside those of
-    `CompressedLinear`:
+    Buffers (N = out features, K = in features, W and X as in `int8.triton`), beside those of `CompressedLinear`:
         plane: int8 [N, W], the coordinates in the order of the columns (`codec.reference.plane_of`).
+        extra: int32 [X], the columns that the last ones of the plane repeat, for coordinates beyond a byte.
 
     The weight is constant.
     """
 
     _CODE = (
         ("plane", None),
+        ("extra", None),
         ("step_bits", torch.float32),
         ("escape_index", None),
         ("escape_bits", torch.float32),
     )
+    _SIZED = ("plane", "extra", *CompressedLinear._SIZED)
 
     plane: Tensor
+    extra: Tensor
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Int8HyperLinear(CompressedLinear):
         super().__init__(in_features, out_features)
         shape = out_features, plane_columns(in_features)
         self.register_buffer("plane", torch.zeros(shape, dtype=torch.int8, device=device))
+        self.register_buffer("extra", torch.zeros(0, dtype=torch.int32, device=device))
         self._register_rest(1.0, bias, device, dtype)
 
     @classmethod
@@ -76,13 +80,12 @@ class Int8HyperLinear(CompressedLinear):
         dtype = layer_dtype(rows, bias, dtype)
         layer = cls(code.columns, rows, bias is not None, device="meta", dtype=dtype)
         device = torch.device(device) if device is not None else code.i.device
-        layer.plane = plane_of(code.i, code.j, code.columns).to(device)
+        layer.plane, layer.extra = (part.to(device) for part in plane_of(code))
         return layer._take_rest(code.step, code.escaped_weights(), bias, device)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
-        plane, step, escape_index, escape_value = self.code()
-        return int8_weight(plane, step, escape_index, escape_value, self.in_features, dtype or self._like.dtype)
+        return int8_weight(self.code(), self.in_features, dtype or self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N].
@@ -94,11 +97,10 @@ class Int8HyperLinear(CompressedLinear):
         held: dict[str, Any] = self._buffers
         if torch.compiler.is_compiling() or is_watched(x, held["plane"], bias):
             self._refuse_onnx()
-            plane, step, escape_index, escape_value = self._watched_code()
-            return watched_int8_linear(x, plane, step, escape_index, escape_value, bias)
-        _, (plane, step, escape_index, escape_value), form = self._keep_code()
-        return direct_int8_linear(x, plane, step, escape_index, escape_value, bias, form)
+            return watched_int8_linear(x, self._watched_code(), bias)
+        _, (plane, extra, step, index, value), form = self._keep_code()
+        return direct_int8_linear(x, plane, extra, step, index, value, bias, form)
 
     def _code_form(self, code: tuple[Tensor, ...]) -> tuple[object, ...]:
-        plane, step, escape_index, _ = code
-        return code_form(plane, step, escape_index)
+        plane, extra, step, _, _ = code
+        return code_form(plane, step, extra)

@@ -106,21 +106,27 @@ def _int8_calls(problem: Problem, device: torch.device) -> tuple[_Calls, Tensor]
     plane = _random_bytes(problem.rows, plane_columns(problem.columns), device)
     plane[:, 2 * pairs_per_row(problem.columns) :] = 0
     x, bias, step = _inputs(problem, device)
-    q, scale = quantise_tokens(x)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    q, scale = quantise_tokens(x, none)
     expected = (exact_product(q, plane) * (scale * step)[:, None] + bias).float()
     planes = copies(plane, most=_copies(problem))
     plans = int8_plan.candidates(problem, int8_launch.kernels_of(device))
     form = form_of(x, problem.rows, bias)
     return {
-        chosen: [partial(_quantise_and_multiply, int8_launch.prepare(chosen, form), x, p, step, bias) for p in planes]
+        chosen: [
+            partial(_quantise_and_multiply, int8_launch.prepare(chosen, form, plane.shape[1]), x, p, none, step, bias)
+            for p in planes
+        ]
         for chosen in plans
     }, expected
 
 
-def _quantise_and_multiply(multiply: Product, x: Tensor, plane: Tensor, step: Tensor, bias: Tensor) -> Tensor:
+def _quantise_and_multiply(
+    multiply: Product, x: Tensor, plane: Tensor, extra: Tensor, step: Tensor, bias: Tensor
+) -> Tensor:
     q, scale = plane.new_empty((x.shape[0], plane.shape[1])), step.new_empty(x.shape[0])
     y = x.new_empty((x.shape[0], plane.shape[0]))
-    prepare_quantise(form_of(x, plane.shape[0], bias))(x, q, scale)
+    prepare_quantise(form_of(x, plane.shape[0], bias), 0)(x, q, scale, extra)
     multiply(q, plane, y, scale, step, bias)
     return y
 

@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from birkhoff.codec.reference import plane_columns
 from birkhoff.kernels.int8.triton import Product
 from birkhoff.kernels.linear.hopper import Schedule, _item
 from birkhoff.kernels.runtime.device import pdl, processors
@@ -298,14 +297,16 @@ def tiles_of(
     return tuple(([rows, columns], _layout(rows, columns, kind)) for rows, columns, kind in shapes)
 
 
-def prepare(form: Form, *, block_m: int, block_n: int, split: bool = True, launch: Launch | None = None) -> Product:
-    """The launches for a form; (`block_m`, `block_n`) is a key of `LAUNCHES`.
+def prepare(
+    form: Form, width: int, *, block_m: int, block_n: int, split: bool = True, launch: Launch | None = None
+) -> Product:
+    """The launches for a form and planes of `width` columns; (`block_m`, `block_n`) is a key of `LAUNCHES`.
 
     For Hopper, bfloat16 or float16, and N a multiple of 8.
     """
     shape = launch or LAUNCHES[block_m, block_n]
     places = shape.programs * processors(form.device)
-    tiles, blocks = -(-form.tokens // block_m) * -(-form.rows // block_n), -(-plane_columns(form.columns) // BK.value)
+    tiles, blocks = -(-form.tokens // block_m) * -(-form.rows // block_n), -(-width // BK.value)
     plan = Schedule.of(tiles, places, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
     items = plan.full + plan.cut * plan.splits
     average, multiplying, loading = shape.registers

@@ -23,12 +23,12 @@ SHIPPED: dict[str, tuned.Table] = {}
 """By the name of the GPU."""
 
 
-def product(form: Form, *, aligned: bool) -> Product:
-    """The product for a form, ready to run; `aligned`: the plane begins at a multiple of 16 bytes."""
+def product(form: Form, width: int, *, aligned: bool) -> Product:
+    """The product for a form and planes of `width` columns; `aligned`: they begin at a multiple of 16 bytes."""
     problem = Problem(
         tokens=form.tokens, rows=form.rows, columns=form.columns, dtype=form.dtype, aligned=aligned, int8=True
     )
-    return prepare(plan_for(problem, form.device), form)
+    return prepare(plan_for(problem, form.device), form, width)
 
 
 @cache
@@ -40,14 +40,15 @@ def plan_for(problem: Problem, device: torch.device) -> Plan:
 
 
 @lru_cache(1 << 12)
-def prepare(chosen: Plan, form: Form) -> Product:
-    """The kernel of a plan, ready to run on a form."""
+def prepare(chosen: Plan, form: Form, width: int) -> Product:
+    """The kernel of a plan, ready to run on a form and planes of `width` columns."""
     if chosen.path == "int8_hopper":
         from birkhoff.kernels.int8 import hopper
 
-        return hopper.prepare(form, block_m=chosen.block_m, block_n=chosen.block_n, split=chosen.split)
+        return hopper.prepare(form, width, block_m=chosen.block_m, block_n=chosen.block_n, split=chosen.split)
     return int8_triton.prepare(
         form,
+        width,
         block_m=chosen.block_m,
         block_n=chosen.block_n,
         block_k=chosen.block_k,
@@ -75,7 +76,7 @@ def _works(chosen: Plan, device: torch.device) -> bool:
         tokens=300, rows=264, columns=640, stride=640, dtype=torch.bfloat16, tf32=False, bias=None, device=device
     )
     try:
-        run, (q, plane, step) = prepare(chosen, form), (part.to(device) for part in (q, plane, step))
+        run, (q, plane, step) = prepare(chosen, form, 640), (part.to(device) for part in (q, plane, step))
         scale = torch.full((300,), 0.01, device=device)
         # Twice: the second launch takes the short way of `prepared`.
         errors = [_error(run, q, plane, scale, step, expected) for _ in range(2)]

@@ -5,7 +5,8 @@ The gradient for x and b is that of the decoded weight: rounding counts as the i
 
 Reference: `birkhoff.codec.reference.int8_linear`.
 
-Shapes: M = tokens, N = out features, K = in features, W = columns of the plane, E = escaped weights.
+Shapes: M = tokens, N = out features, K = in features, W = columns of the plane, X = those that repeat another, E =
+escaped weights.
 """
 
 from functools import cache, partial
@@ -37,9 +38,8 @@ if HAS_TRITON:
     from birkhoff.kernels.int8 import triton as int8_triton
     from birkhoff.kernels.int8.launch import product
     from birkhoff.kernels.int8.triton import Product
-    from birkhoff.kernels.linear import triton as linear_triton
     from birkhoff.kernels.linear.launch import form_of
-    from birkhoff.kernels.runtime.prepared import Form, Prepared
+    from birkhoff.kernels.runtime.prepared import Prepared
 
 MOST_COLUMNS = 1 << 17
 """Columns up to which a sum of products of bytes, at most 127 * 128 each, fits int32."""
@@ -47,119 +47,112 @@ MOST_COLUMNS = 1 << 17
 _EXACT = 1024
 """Columns up to which such a sum is exact in float32."""
 
-_CODE = "Tensor plane, Tensor step, Tensor escape_index, Tensor escape_value"
+_CODE = "Tensor plane, Tensor extra, Tensor step, Tensor escape_index, Tensor escape_value"
+
+Code = tuple[Tensor, ...]
+"""plane, extra, step, escape_index, escape_value."""
 
 torch.library.define("birkhoff::int8_weight", f"({_CODE}, int columns, ScalarType dtype) -> Tensor")
 torch.library.define("birkhoff::int8_linear", f"(Tensor x, {_CODE}, Tensor? bias) -> Tensor")
 
 
-def int8_weight(
-    plane: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
-) -> Tensor:
+def int8_weight(code: Code, columns: int, dtype: torch.dtype) -> Tensor:
     """Decoded weights [N, K] in `dtype`, escapes included: the bits of `dense_weight` of the same coordinates."""
-    weight: Tensor = torch.ops.birkhoff.int8_weight.default(plane, step, escape_index, escape_value, columns, dtype)
+    weight: Tensor = torch.ops.birkhoff.int8_weight.default(*code, columns, dtype)
     return weight
 
 
-def int8_linear(
-    x: Tensor, plane: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
-) -> Tensor:
+def int8_linear(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
     """x W^T + b, [..., K] to [..., N] in the dtype of x; float64 is computed in float32.
 
     Args:
         x: [..., K], any float dtype.
-        plane: int8 [N, W], `reference.plane_of` the coordinates; 0 where a pair is escaped.
-        step: float32 [], in the weights' unit.
-        escape_index: int64 [E], row*K + column of escaped weights, increasing.
-        escape_value: float32 [E], the weights there; they meet x as it is.
+        code: plane and extra, int8 [N, W] and int32 [X], `reference.plane_of` the weight; step, float32 [], in its
+            unit; escape_index and escape_value, int64 and float32 [E], what is decoded at row*K + column.
         bias: [N] or None.
 
     Raises:
         KernelError: x has not the columns that the plane has, or more than `MOST_COLUMNS`.
     """
-    if torch.compiler.is_compiling() or is_watched(x, plane, bias):
-        return watched_int8_linear(x, plane, step, escape_index, escape_value, bias)
-    return direct_int8_linear(x, plane, step, escape_index, escape_value, bias)
+    if torch.compiler.is_compiling() or is_watched(x, code[0], bias):
+        return watched_int8_linear(x, code, bias)
+    plane, extra, step, escape_index, escape_value = code
+    return direct_int8_linear(x, plane, extra, step, escape_index, escape_value, bias)
 
 
-def watched_int8_linear(
-    x: Tensor, plane: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
-) -> Tensor:
+def watched_int8_linear(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
     """`int8_linear` by the registered op, or by its form for transforms while one is active."""
     if not torch.compiler.is_compiling() and transforms.is_transformed():
-        return transforms.linear(_LAYER, x, (plane, step, escape_index, escape_value), bias)
-    y: Tensor = torch.ops.birkhoff.int8_linear.default(x, plane, step, escape_index, escape_value, bias)
+        return transforms.linear(_LAYER, x, code, bias)
+    y: Tensor = torch.ops.birkhoff.int8_linear.default(x, *code, bias)
     return y
 
 
 def direct_int8_linear(
     x: Tensor,
     plane: Tensor,
+    extra: Tensor,
     step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
+    _escape_index: Tensor,
+    _escape_value: Tensor,
     bias: Tensor | None,
     form: tuple[object, ...] | None = None,
 ) -> Tensor:
-    """`int8_linear` past the dispatcher, for calls that nothing watches; what the op computes, too.
+    """`int8_linear` past the dispatcher, its arguments in a row, for calls that nothing watches.
 
-    `form` is the `code_form` of plane, step and escape_index, from whoever has it already.
+    `form` is the `code_form` of plane, step and extra, from whoever has it already. The plane holds the escapes, too.
     """
-    return direct_call(_settle, x, plane, step, escape_index, escape_value, bias, form)
+    return direct_call(_settle, x, plane, step, extra, extra, bias, form)
 
 
-def _check(x: Tensor, plane: Tensor) -> None:
-    width = plane.shape[1]
-    if x.dim() == 0 or reference.plane_columns(x.shape[-1]) != width or not x.is_floating_point():
+def _check(x: Tensor, plane: Tensor, extra: Tensor) -> None:
+    width, extras = plane.shape[1], extra.shape[0]
+    if x.dim() == 0 or reference.plane_columns(x.shape[-1], extras) != width or not x.is_floating_point():
         raise KernelError(
-            f"int8_linear with a plane [N, {width}] takes floats [..., K] of {width - 15} to {width} columns, "
-            f"got {x.dtype} {list(x.shape)}"
+            f"int8_linear with a plane [N, {width}], {extras} of its columns further ones, takes floats [..., K] of "
+            f"{width - extras - 15} to {width - extras} columns, got {x.dtype} {list(x.shape)}"
         )
     if width > MOST_COLUMNS:
         raise KernelError(f"int8_linear sums up to {MOST_COLUMNS} columns in int32, got {width}; use HyperLinear")
 
 
-def _settle(x: Tensor, plane: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> Call:
+def _settle(x: Tensor, plane: Tensor, step: Tensor, extra: Tensor, bias: Tensor | None) -> Call:
     """Check the arguments and choose how calls like this one are computed."""
-    _check(x, plane)
-    check_rest(x, {"plane": plane, "step": step, "escape_index": escape_index}, plane.shape[0], bias)
+    _check(x, plane, extra)
+    check_rest(x, {"plane": plane, "extra": extra, "step": step}, plane.shape[0], bias)
     if x.dtype not in TRITON_DTYPES or not x.numel() or not plane.numel() or not triton_serves(x.device):
         return _eager
     form = form_of(as_matrix(x), plane.shape[0], bias)
-    multiply = product(form, aligned=plane.data_ptr() % 16 == 0)
-    return partial(_quantised, int8_triton.prepare_quantise(form), multiply, form, (*x.shape[:-1], plane.shape[0]))
+    multiply = product(form, plane.shape[1], aligned=plane.data_ptr() % 16 == 0)
+    quantise = int8_triton.prepare_quantise(form, extra.shape[0])
+    return partial(_quantised, quantise, multiply, form.tokens, (*x.shape[:-1], plane.shape[0]))
 
 
 def _quantised(
     quantise: "Prepared",
     multiply: "Product",
-    form: "Form",
+    tokens: int,
     shape: tuple[int, ...],
     x: Tensor,
     plane: Tensor,
     step: Tensor,
-    escape_index: Tensor,
-    escape_value: Tensor,
+    extra: Tensor,
+    _extra: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
     if not x.is_contiguous():
         x = as_matrix(x)
-    q = plane.new_empty((form.tokens, plane.shape[1]))
-    scale = step.new_empty((form.tokens,))
+    q = plane.new_empty((tokens, plane.shape[1]))
+    scale = step.new_empty((tokens,))
     y = x.new_empty(shape)
-    quantise(x, q, scale)
+    quantise(x, q, scale, extra)
     multiply(q, plane, y, scale, step, step if bias is None else bias)
-    if escape_index.shape[0]:
-        linear_triton.add_escapes(y, x, form, escape_index, escape_value)
     return y
 
 
-def _eager(
-    x: Tensor, plane: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
-) -> Tensor:
+def _eager(x: Tensor, plane: Tensor, step: Tensor, extra: Tensor, _extra: Tensor, bias: Tensor | None) -> Tensor:
     multiply = _byte_product if x.device.type == "cpu" else reference.exact_product
-    code = plane, step, escape_index, escape_value
-    y_MN = reference.int8_linear(x.reshape(-1, x.shape[-1]), *code, bias, multiply=multiply)
+    y_MN = reference.int8_linear(x.reshape(-1, x.shape[-1]), plane, extra, step, bias, multiply=multiply)
     return y_MN.view(*x.shape[:-1], plane.shape[0])
 
 
@@ -189,7 +182,13 @@ def _int_mm_is_exact() -> bool:
 
 
 def _int8_weight(
-    plane: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
+    plane: Tensor,
+    _extra: Tensor,
+    step: Tensor,
+    escape_index: Tensor,
+    escape_value: Tensor,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     theta = theta_from_coordinates(*reference.coordinates_of(plane, columns))
     return dense_weight(theta, step, escape_index, escape_value, columns, dtype)
@@ -200,8 +199,8 @@ def _int8_weight_fake(plane: Tensor, *rest: Any) -> Tensor:
     return plane.new_empty((plane.shape[0], columns), dtype=dtype)
 
 
-def _int8_linear_fake(x: Tensor, plane: Tensor, *_: Any) -> Tensor:
-    _check(x, plane)
+def _int8_linear_fake(x: Tensor, plane: Tensor, extra: Tensor, *_: Any) -> Tensor:
+    _check(x, plane, extra)
     return x.new_empty((*x.shape[:-1], plane.shape[0]))
 
 
@@ -213,34 +212,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: 
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    plane, step, escape_index, escape_value = ctx.saved_tensors
+    code: Code = ctx.saved_tensors
 
     def weight() -> Tensor:
-        return int8_weight(plane, step, escape_index, escape_value, ctx.columns, grad.dtype)
+        return int8_weight(code, ctx.columns, grad.dtype)
 
-    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+    needed = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
     grad_x, grad_bias = transforms.gradients(grad, needed, weight, ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias
+    return grad_x, *[None] * 5, grad_bias
 
 
 def _flops(x_shape: tuple[int, ...], plane_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
     return linear_flops(x_shape, plane_shape[0])
 
 
-def _transformed(x: Tensor, code: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    plane, step, escape_index, escape_value = code
-    return int8_linear(x, plane, step, escape_index, escape_value, bias)
-
-
-def _tangent(x: Tensor, code: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    plane, step, escape_index, escape_value = code
-    return dense_linear(x, int8_weight(plane, step, escape_index, escape_value, x.shape[-1], x.dtype), bias)
+def _tangent(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
+    return dense_linear(x, int8_weight(code, x.shape[-1], x.dtype), bias)
 
 
 _LAYER = transforms.Layer(
     product=lambda x, code, bias: torch.ops.birkhoff.int8_linear.default(x, *code, bias),
-    transformed=_transformed,
-    weight=lambda code, columns, dtype: torch.ops.birkhoff.int8_weight.default(*code, columns, dtype),
+    transformed=int8_linear,
+    weight=int8_weight,
     tangent=_tangent,
 )
 

@@ -11,8 +11,11 @@ Worked example: the pair (a_x, a_y) = (2.56, -1.28) is b = (2.56, -1.27), scale 
 (I, J) = (3, 1) and h = 0.1 the sum is 318 and y = 0.641; exact is 2.56 * 0.300390625 - 1.28 * 0.1 = 0.641.
 Quantisation: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2 (row-wise absmax).
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row, W = columns of the plane (2P, padded to a
-multiple of 16).
+Coordinates beyond a byte (escapes) take further columns of the plane, which repeat a column of b: no other path, and
+no rounding of their own.
+
+Shapes: M = tokens, N = out features, K = in features, P = pairs a row, X = further columns, W = columns of the plane
+(2P + X, padded to a multiple of 16).
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -74,6 +77,17 @@ def _to_int8(x):
 
 
 @triton.jit
+def _repeated(x_row, column, K, inside, TAIL: tl.constexpr):
+    """b at these columns, counted among whole pairs, as float32."""
+    half = tl.full(column.shape, 32, tl.int32)
+    if TAIL > 0:
+        half = tl.where(column >= K // 64 * 64, (TAIL + 1) // 2, half)
+    b = tl.load(x_row + column, mask=inside & (column < K), other=0).to(tl.float32)
+    before = tl.load(x_row + column - half, mask=inside & (column % 64 >= half), other=0).to(tl.float32)
+    return tl.fma(before, 0.00390625, b)
+
+
+@triton.jit
 def _scale_and_inverse(bits):
     greatest = tl.maximum(bits, _LEAST_BITS).to(tl.float32, bitcast=True)
     return tl.div_rn(greatest, tl.full(greatest.shape, 127.0, tl.float32)), tl.div_rn(
@@ -81,12 +95,14 @@ def _scale_and_inverse(bits):
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "extras"])
 def _quantise_kernel(
     x_ptr,  # [M, K], rows stride_m apart
     q_ptr,  # int8 [M, W]
     scale_ptr,  # float32 [M]
+    extra_ptr,  # int32 [X], the columns that are repeated
     M,
+    extras,  # X
     K,
     W,
     stride_m,
@@ -94,6 +110,7 @@ def _quantise_kernel(
     PARTS: tl.constexpr,  # of a row, each of BLOCK_P pairs
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_X: tl.constexpr,  # further columns at a time, 0 if there are none
     PDL: tl.constexpr,
 ):
     after_the_last(PDL)
@@ -123,11 +140,17 @@ def _quantise_kernel(
             tl.store(q_row + first, _to_int8(x * inverse[:, None]), mask=inside)
             tl.store(q_row + second, _to_int8(y * inverse[:, None]), mask=inside)
     tl.store(scale_ptr + m, scale, mask=m < M)
+    if BLOCK_X > 0:
+        for start in range(0, extras, BLOCK_X):
+            place = start + tl.arange(0, BLOCK_X)[None, :]
+            column = tl.load(extra_ptr + place, mask=place < extras, other=0)
+            b = _repeated(x_row, column, K, there & (place < extras), TAIL)
+            tl.store(q_row + 2 * P + place, _to_int8(b * inverse[:, None]), mask=there & (place < extras))
 
 
 @lru_cache(1 << 12)
-def prepare_quantise(form: Form) -> Prepared:
-    """The launch for (x [M, K], q int8 [M, W], scale float32 [M])."""
+def prepare_quantise(form: Form, extras: int) -> Prepared:
+    """The launch for (x [M, K], q int8 [M, W], scale float32 [M], extra int32 [X])."""
     pairs = pairs_per_row(form.columns)
     block_p = min(_MOST_PAIRS, max(32, power_of_two(pairs)))
     rows = min(max(1, 1024 // block_p), power_of_two(form.tokens))
@@ -135,12 +158,13 @@ def prepare_quantise(form: Form) -> Prepared:
     return Prepared(
         _quantise_kernel,
         (-(-form.tokens // rows),),
-        (form.tokens, form.columns, plane_columns(form.columns), form.stride),
+        (form.tokens, extras, form.columns, plane_columns(form.columns, extras), form.stride),
         {
             "TAIL": form.columns % 64,
             "PARTS": -(-pairs // block_p),
             "ROWS": rows,
             "BLOCK_P": block_p,
+            "BLOCK_X": min(256, max(16, power_of_two(extras))) if extras else 0,
             "PDL": overlap,
         },
         {"launch_pdl": overlap, "num_warps": max(1, min(16, rows * block_p // 256))},
@@ -195,9 +219,9 @@ def _linear_kernel(
     tl.store(place, rounded(y, y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def prepare(form: Form, *, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Prepared:
-    """The launch for (q, plane, y, scale, step, bias or whatever where there is none)."""
-    overlap, width = pdl(form.device), plane_columns(form.columns)
+def prepare(form: Form, width: int, *, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Prepared:
+    """The launch for (q, plane [N, `width`], y, scale, step, bias or whatever where there is none)."""
+    overlap = pdl(form.device)
     return Prepared(
         _linear_kernel,
         (-(-form.tokens // block_m) * -(-form.rows // block_n),),

@@ -12,6 +12,7 @@ from birkhoff.codec.errors import BirkhoffWarning, CodecError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits
+from birkhoff.codec.reference import extra_columns, plane_columns
 from birkhoff.codec.tensor import lattice_of
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.hyperlinear import HyperLinear
@@ -31,8 +32,8 @@ Normally distributed weights keep 31.7 and 25.7 dB; what lies 7 dB below has a t
 Compute = Literal["float", "int8"]
 """In the dtype of the input; or on int8 tensor cores, the input rounded to int8 token by token."""
 
-_MOST_ESCAPES = 64
-"""Above, adding the products of escaped weights costs more than int8 saves."""
+_MOST_EXTRA = 0.25
+"""Of a layer's columns: further ones for outliers, above which int8 saves little."""
 
 _SHOWN = 5
 
@@ -93,6 +94,7 @@ class LayerMaker:
 
 def _obstacle(code: LatticeTensor) -> str | None:
     """Why a matrix is not multiplied on int8 tensor cores, or None."""
-    if code.columns > MOST_COLUMNS:
+    extra = extra_columns(code)
+    if plane_columns(code.columns, extra) > MOST_COLUMNS:
         return f"{code.columns} columns"
-    return f"{len(code.escapes)} escapes" if len(code.escapes) > _MOST_ESCAPES else None
+    return f"{extra} further columns for outliers" if extra > max(64, _MOST_EXTRA * code.columns) else None

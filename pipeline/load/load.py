@@ -99,8 +99,9 @@ def load_into(
             (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model 28.5 and 22.6. A layer that
             would keep less than 24 or 18 dB, or save nothing, keeps the first form; a BirkhoffWarning names it.
         compute: `int8` multiplies on int8 tensor cores (on CPUs by their instructions for bytes), the same weights in
-            as much memory: the inputs of linear layers are rounded to int8, one scale a token. A layer with more than
-            64 escaped weights computes in float; a BirkhoffWarning names it.
+            as much memory: the inputs of linear layers are rounded to int8, one scale a token. Outliers beyond a
+            byte take further columns; a layer that they would make a quarter wider computes in float, and a
+            BirkhoffWarning names it.
 
     Returns:
         Names of the modules that are HyperLinear, or its packed form, with weights of the artifact.

@@ -251,19 +251,21 @@ def test_packed_layers_in_graphs_and_compiled(bits: Bits) -> None:
 def random_int8(rows: int, columns: int, *, bias: bool = True) -> Int8HyperLinear:
     layer = Int8HyperLinear(columns, rows, bias, device="cuda")
     layer.plane[:, :columns].random_(-128, 128)
+    if columns % 64 == 0:  # some that repeat others, and a block that is not whole
+        layer.extra = torch.randint(columns, (32,), dtype=torch.int32, device="cuda")
+        layer.plane = torch.cat((layer.plane, layer.plane[:, :32]), dim=1)
     layer.step = torch.tensor(0.0017, device="cuda")
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias)
     return layer
 
 
-def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised(x: torch.Tensor, layer: Int8HyperLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """By the kernel, and checked against the codec's bits."""
-    tokens, columns = x.shape
-    q = torch.zeros(tokens, reference.plane_columns(columns), dtype=torch.int8, device="cuda")
-    scale = torch.zeros(tokens, device="cuda")
-    prepare_quantise(launch.form_of(x, 1, None))(x, q, scale)
-    expected = reference.quantise_tokens(x[-300:].cpu())
+    q = torch.zeros(len(x), layer.plane.shape[1], dtype=torch.int8, device="cuda")
+    scale = torch.zeros(len(x), device="cuda")
+    prepare_quantise(launch.form_of(x, 1, None), len(layer.extra))(x, q, scale, layer.extra)
+    expected = reference.quantise_tokens(x[-300:].cpu(), layer.extra.cpu())
     assert torch.equal(q[-300:].cpu(), expected[0])
     assert torch.equal(scale[-300:].cpu(), expected[1])
     return q, scale
@@ -281,12 +283,12 @@ def int8_expected(q: torch.Tensor, scale: torch.Tensor, layer: Int8HyperLinear) 
 def test_every_int8_plan(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
     layer = random_int8(rows, columns)
     x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
-    q, scale = quantised(x)
+    q, scale = quantised(x, layer)
     expected = int8_expected(q, scale, layer)
     problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=dtype, aligned=True, int8=True)
     form = launch.form_of(x, rows, layer.bias)
     for chosen in int8_plan.candidates(problem, int8_launch.kernels_of(x.device)):
-        run = int8_launch.prepare(chosen, form)
+        run = int8_launch.prepare(chosen, form, layer.plane.shape[1])
         for _ in range(2):  # the second launch takes the short way of `prepared`
             y = torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")
             run(q, layer.plane, y, scale, layer.step, layer.bias)
@@ -305,13 +307,13 @@ def test_int8_past_two_to_the_31() -> None:
     layer = random_int8((1 << 19) + 3, 4096 + 64, bias=False)  # weights
     for tokens in (2, 100):
         x = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
-        q, scale = quantised(x)
+        q, scale = quantised(x, layer)
         tail = q.double() @ layer.plane[-5:].double().T * scale.double()[:, None] * layer.step.double()
         assert relative_error(layer(x)[:, -5:], tail) < 5e-3
     del layer
     layer = random_int8(4104, 64)  # outputs
     x = torch.randn((1 << 19) + 77, 64, device="cuda", dtype=torch.bfloat16)
-    q, scale = quantised(x)
+    q, scale = quantised(x, layer)
     y = layer(x)
     assert y.numel() > 1 << 31
     assert relative_error(y[-300:], int8_expected(q[-300:], scale[-300:], layer)) < 5e-3
@@ -319,7 +321,7 @@ def test_int8_past_two_to_the_31() -> None:
     layer = random_int8(8, 4096)  # inputs
     x = torch.randn((1 << 19) + 77, 4096, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 1 << 31
-    q, scale = quantised(x)
+    q, scale = quantised(x, layer)
     assert relative_error(layer(x)[-300:], int8_expected(q[-300:], scale[-300:], layer)) < 5e-3
 
 

@@ -1,6 +1,7 @@
 """HyperLinear on int8 tensor cores: the arithmetic against its reference, and the layer as a module."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from birkhoff.codec import lattice, reference
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.pairs import join, split
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import op as int8
@@ -24,32 +26,37 @@ TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-
 SHAPES = [(1, 17, 97), (3, 5, 64), (20, 70, 200), (2, 3, 1), (2, 3, 2), (70, 130, 33), (5, 66, 256), (2, 3, 16500)]
 
 
+NONE = torch.empty(0, dtype=torch.int32)
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.detach().cpu().double() - expected).norm() / expected.norm())
 
 
 def by_the_book(x: Tensor, layer: Int8HyperLinear) -> Tensor:
-    """The output in float64 from quantised tokens: each sum over pairs written out, the shear in the weights again."""
-    plane, step, _, _ = (part.cpu() for part in layer.code())
-    q, scale = reference.quantise_tokens(x)
+    """The output in float64 from quantised tokens."""
+    plane, extra, step, _, _ = (part.cpu() for part in layer.code())
+    q, scale = reference.quantise_tokens(x, extra)
     y = (q.double() @ plane.double().T) * scale.double()[:, None] * step.double()
     return y if layer.bias is None else y + layer.bias.detach().cpu().double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("extras", [0, 3, 300])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
 def test_tokens_are_quantised_to_the_references_bits(
-    tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str
+    tokens: int, rows: int, columns: int, extras: int, dtype: torch.dtype, device: str
 ) -> None:
     from birkhoff.kernels.int8.triton import prepare_quantise
     from birkhoff.kernels.linear.launch import form_of
 
     x = torch.randn(tokens, columns).to(dtype)
-    expected, scale = reference.quantise_tokens(x)
+    extra = torch.randint(2 * ((columns + 1) // 2), (extras,), dtype=torch.int32)
+    expected, scale = reference.quantise_tokens(x, extra)
     wide = torch.empty(tokens, columns + 7, dtype=dtype, device=device)[:, 3 : columns + 3].copy_(x)
     for there in (x.to(device), wide):
         q, found = expected.to(device).zero_(), torch.zeros(tokens, device=device)
-        prepare_quantise(form_of(there, rows, None))(there, q, found)
+        prepare_quantise(form_of(there, rows, None), extras)(there, q, found, extra.to(device))
         assert torch.equal(q.cpu(), expected)
         assert torch.equal(found.cpu(), scale)
 
@@ -66,18 +73,17 @@ def test_against_the_reference(
     assert y.dtype == dtype
     assert relative_error(y, by_the_book(x, layer)) < tolerance
     eager = layer.to("cpu")
-    assert relative_error(y, int8._eager(x, *eager.code(), eager.bias).double()) < tolerance
+    assert relative_error(y, eager(x).double()) < tolerance
 
 
 def test_a_pair_written_out() -> None:
     """The worked example of `int8.triton`."""
     x = torch.tensor([[2.56, -1.28]])
-    q, scale = reference.quantise_tokens(x)
+    q, scale = reference.quantise_tokens(x, NONE)
     assert q[0, :2].tolist() == [127, -63]
     assert float(scale[0]) == pytest.approx(2.56 / 127)
-    plane = reference.plane_of(torch.tensor([[3]], dtype=torch.int8), torch.tensor([[1]], dtype=torch.int8), 2)
-    none = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    y = reference.int8_linear(x, plane, torch.tensor(0.1), *none, None)
+    plane = torch.tensor([[3, 1, *[0] * 14]], dtype=torch.int8)
+    y = reference.int8_linear(x, plane, NONE, torch.tensor(0.1), None)
     assert float(y[0, 0]) == pytest.approx(0.641, abs=1e-4)
 
 
@@ -89,9 +95,9 @@ def test_the_shear_is_kept(columns: int, device: str) -> None:
     layer = Int8HyperLinear.from_lattice(code, device=device)
     exact = functional.linear(x, code.decode())
     assert fidelity(exact, layer(x.to(device)).cpu()).sqnr_db > 41
-    layer.plane = reference.plane_of(code.i, torch.zeros_like(code.j), columns).to(device)
+    layer.plane = reference.plane_of(replace(code, j=torch.zeros_like(code.j)))[0].to(device)
     only_i = layer(x.to(device)).cpu()
-    layer.plane = reference.plane_of(torch.zeros_like(code.i), code.j, columns).to(device)
+    layer.plane = reference.plane_of(replace(code, i=torch.zeros_like(code.i)))[0].to(device)
     assert fidelity(exact, only_i + layer(x.to(device)).cpu()).sqnr_db > 41  # the planes add up
 
 
@@ -107,21 +113,39 @@ def test_what_rounding_the_tokens_costs(heavy: bool, most: float) -> None:
     assert in_float - fidelity(exact, Int8HyperLinear.from_lattice(code)(x)).sqnr_db < most
 
 
-def escaped_layer(device: str) -> tuple[Int8HyperLinear, Tensor]:
-    weight = torch.randn(70, 99) * 0.02
-    weight[0, 0], weight[3, 98], weight[3, 40], weight[69, 63] = 2.0, -3.0, 1.0, 0.5
+def escaped_layer(device: str, columns: int = 99) -> tuple[Int8HyperLinear, Tensor]:
+    weight = torch.randn(70, columns) * 0.02
+    weight[0, 0], weight[3, -1], weight[3, 40], weight[69, 63] = 2.0, -3.0, 1.0, 0.14
     code = lattice.quantise(weight, 0.001)
     assert len(code.escapes) == 4
     return Int8HyperLinear.from_lattice(code, device=device), code.decode()
 
 
+@pytest.mark.parametrize("columns", [99, 128, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_escapes_and_strides(dtype: torch.dtype, device: str) -> None:
-    layer, weight = escaped_layer(device)
-    x = torch.randn(5, 120)[:, 10:109].to(dtype)
+def test_escapes_and_strides(dtype: torch.dtype, columns: int, device: str) -> None:
+    layer, weight = escaped_layer(device, columns)
+    x = torch.randn(5, columns + 20)[:, 10 : columns + 10].to(dtype)
     for there in (x.to(device), x.T.contiguous().to(device).T, x.to(device)[:, None]):
         y = layer(there).reshape(5, 70)
         assert relative_error(y, functional.linear(x.double(), weight.double())) < 1.5e-2
+
+
+def test_escapes_take_the_columns_that_they_need() -> None:
+    """2000 steps are 127 and 15 bytes more, -3000 are -128 and 23, 140 one."""
+    layer, weight = escaped_layer("cpu", 128)
+    assert len(layer.extra) == 15 + 23 + 7 + 1
+    assert layer.plane.shape == (70, 176)
+    assert torch.equal(layer.dense_weight(torch.float32), weight)
+    # The columns put together are the coordinates, exactly.
+    whole = layer.plane[:, :128].double().index_add_(1, layer.extra, layer.plane[:, 128 : 128 + 46].double())
+    i, j = split(whole)
+    torch.testing.assert_close(join((i + j / 256) * 0.001, j * 0.001, 128), weight.double(), rtol=1e-6, atol=1e-9)
+    for _ in range(20):
+        many = torch.randn(9, 130) * 0.02
+        many.view(-1)[torch.randint(many.numel(), (30,))] *= 40
+        code = lattice.quantise(many, 0.001)
+        assert len(reference.plane_of(code)[1]) == reference.extra_columns(code) > 30
 
 
 def test_what_is_not_finite_stays_in_its_token(device: str) -> None:
@@ -147,6 +171,7 @@ def test_greatest_and_smallest_activations(device: str) -> None:
 
 def test_sums_fit_at_the_most_columns() -> None:
     layer = Int8HyperLinear(int8.MOST_COLUMNS, 1, bias=False)
+    assert layer.plane.shape[1] == int8.MOST_COLUMNS
     layer.plane.fill_(-128)
     y = layer(torch.full((1, int8.MOST_COLUMNS), 256.0))
     # Second halves of pairs are 257 tokens' worth of 256: a little more than the first.
@@ -252,8 +277,10 @@ def test_wrong_shapes_are_named() -> None:
     layer, _ = layer_and_weight()
     with pytest.raises(KernelError, match=r"70 features got an input of shape \[2, 71\]"):
         layer(torch.randn(2, 71))
-    with pytest.raises(KernelError, match=r"plane \[N, 80\] takes floats \[..., K\] of 65 to 80 columns"):
-        int8.int8_linear(torch.randn(2, 81), *layer.code(), None)
+    with pytest.raises(
+        KernelError, match=r"takes floats \[..., K\] of \d+ to \d+ columns, got torch.float32 \[2, 171\]"
+    ):
+        int8.int8_linear(torch.randn(2, 171), layer.code(), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

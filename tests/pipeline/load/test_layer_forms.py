@@ -99,11 +99,20 @@ def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
 
 
-def test_a_layer_of_many_escapes_computes_in_float_and_is_named() -> None:
+@pytest.mark.parametrize("target_db", [30.0, 46.0])
+def test_outliers_widen_a_layer_or_keep_it_in_float(target_db: float) -> None:
     maker = LayerMaker("uint16", "int8")
-    layers = [maker(tensor, bias=None, device=CPU, dtype=torch.float32) for tensor in (coded(1, 46.0), coded())]
-    assert [type(layer) for layer in layers] == [HyperLinear, Int8HyperLinear]
-    with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, because int8 would be slower.*: w \(\d+ esc"):
+    tensor = coded(1, target_db)
+    layer = maker(tensor, bias=None, device=CPU, dtype=torch.float32)
+    if target_db == 30.0:
+        assert isinstance(layer, Int8HyperLinear)
+        assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+        x = torch.randn(9, 256)
+        assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
+        return
+    assert type(layer) is HyperLinear
+    assert type(maker(coded(), bias=None, device=CPU, dtype=torch.float32)) is Int8HyperLinear
+    with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, .*: w \(\d+ further columns for outliers\)"):
         maker.report()
 
 
