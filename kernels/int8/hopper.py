@@ -3,9 +3,9 @@
 y[m, n] = (sum over k of q[m, k] w[n, k]) * scale[m] * step + bias[n], the sum exact in int32
 
 One warp streams tiles of quantised tokens and of coordinates into a ring of shared memory with the copy engine; two
-warpgroups multiply them from there and write their half of a tile through shared memory. Nothing is decoded: the
-coordinates are the operand. Worked example, K = 2: q = (127, -3), w = (2, 5), scale 0.01, step 0.1, bias 1 make
-239 * 0.001 + 1 = 1.239.
+warpgroups multiply them from there and write through shared memory. They share a tile, or take tiles in turn: then
+one scales and writes while the other multiplies. Nothing is decoded: the coordinates are the operand. Worked example,
+K = 2: q = (127, -3), w = (2, 5), scale 0.01, step 0.1 and bias 1 make 239 * 0.001 + 1 = 1.239.
 
 Tiles that do not fill a last wave of multiprocessors are cut along K, as in `linear.hopper`; a second kernel adds.
 
@@ -44,10 +44,10 @@ BK = gl.constexpr(128)
 
 @gluon.jit
 def _load_partition(descriptors, rings, barriers, work, _pointers, _BIAS: gl.constexpr, DEPTH: gl.constexpr,
-                    _WM: gl.constexpr, _HALVES: gl.constexpr):  # fmt: skip
+                    _WM: gl.constexpr, _WN: gl.constexpr, _HALVES: gl.constexpr):  # fmt: skip
     q_desc, w_desc, _y_desc = descriptors
     q_ring, w_ring, _y_stage = rings
-    ready, empty = barriers
+    ready, empty, _go = barriers
     items, full, splits, tiles_n, blocks, _rows, _tokens = work
     BM: gl.constexpr = q_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
@@ -83,20 +83,28 @@ def _load_partition(descriptors, rings, barriers, work, _pointers, _BIAS: gl.con
 
 
 @gluon.jit
+def _length(item, full, splits, blocks):
+    """Blocks of an item."""
+    _tile, first, last, _part = _item(item, full, splits, blocks)
+    return last - first
+
+
+@gluon.jit
 def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.constexpr, BIAS: gl.constexpr,
-                        DEPTH: gl.constexpr, WM: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
+                        DEPTH: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     q_desc, w_desc, y_desc = descriptors
     q_ring, w_ring, y_stage = rings
-    ready, empty = barriers
+    ready, empty, go = barriers
     items, full, splits, tiles_n, blocks, N, M = work
     scale_ptr, step_ptr, bias_ptr, partial_ptr = pointers
     DTYPE: gl.constexpr = y_desc.dtype
     BM: gl.constexpr = q_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     TM: gl.constexpr = BM // WM  # this warpgroup's part of a tile
-    TN: gl.constexpr = BN * WM // 2
+    TN: gl.constexpr = BN // WN
     FROM_M: gl.constexpr = W * TM if WM == 2 else 0
-    FROM_N: gl.constexpr = 0 if WM == 2 else W * TN
+    FROM_N: gl.constexpr = W * TN if WN == 2 else 0
+    IN_TURN: gl.constexpr = WM * WN == 1
     PIECE: gl.constexpr = TN // HALVES
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(TN, 128), 32]
@@ -108,13 +116,19 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
     step = gl.load(step_ptr)
     row = FROM_M + gl.arange(0, TM, gl.SliceLayout(1, MMA))
     column = FROM_N + gl.arange(0, TN, gl.SliceLayout(0, MMA))
-    turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    turn, own, begin, stride = 0, 0, gl.program_id(0), gl.num_programs(0)
+    if IN_TURN and W == 1:  # the first tile is the other warpgroup's
+        turn = _length(begin, full, splits, blocks)
+        begin += stride
+    for item in range(begin, items, stride * (2 if IN_TURN else 1)):
         tile, first, last, part = _item(item, full, splits, blocks)
         m0, n0 = tile // tiles_n * BM, tile % tiles_n * BN
         scale = gl.load(scale_ptr + m0 + row, mask=m0 + row < M, other=0.0) * step
         acc = gl.zeros((TM, TN), gl.int32, MMA)
         continues = gl.to_tensor(False)
+        if IN_TURN:  # until the other has taken all its blocks: barriers tell one round of the ring from the next only
+            mbarrier.wait(go.index(W), own & 1 ^ (W ^ 1))
+            own += 1
         for block in range(first, last):
             slot = turn % DEPTH
             mbarrier.wait(ready.index(slot), turn // DEPTH & 1)
@@ -126,6 +140,8 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
             mbarrier.arrive(empty.index((turn + DEPTH - 1) % DEPTH), pred=block > first)
             continues = gl.to_tensor(True)
             turn += 1
+        if IN_TURN:
+            mbarrier.arrive(go.index(W ^ 1))
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((turn + DEPTH - 1) % DEPTH))
         if part < 0:
@@ -153,19 +169,23 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
         else:
             start = partial_ptr + part.to(gl.int64) * (BM * BN)
             gl.store(start + row[:, None] * BN + column[None, :], acc)
+        if IN_TURN:  # past the blocks of the other's next tile
+            turn += _length(item + stride, full, splits, blocks)
     if W == 0:
         gdc_launch_dependents()
     tma.store_wait(0)
 
 
 @gluon.jit
-def _first_half(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr, WM: gl.constexpr, HALVES: gl.constexpr):
-    _multiply_partition(d, r, b, w, p, 0, BIAS, DEPTH, WM, HALVES)
+def _first(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
+           HALVES: gl.constexpr):  # fmt: skip
+    _multiply_partition(d, r, b, w, p, 0, BIAS, DEPTH, WM, WN, HALVES)
 
 
 @gluon.jit
-def _second_half(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr, WM: gl.constexpr, HALVES: gl.constexpr):
-    _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH, WM, HALVES)
+def _second(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
+            HALVES: gl.constexpr):  # fmt: skip
+    _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH, WM, WN, HALVES)
 
 
 # One binary for every shape: none of the numbers below is compiled in.
@@ -186,7 +206,8 @@ def _linear_kernel(
     blocks,  # K / 128, rounded up
     BIAS: gl.constexpr,
     DEPTH: gl.constexpr,
-    WM: gl.constexpr,  # warpgroups along the tokens of a tile: 2, or 1 with both along its rows of W
+    WM: gl.constexpr,  # warpgroups along the tokens of a tile,
+    WN: gl.constexpr,  # and along its rows of W: one of the two is 2, or they take tiles in turn
     HALVES: gl.constexpr,  # steps in which a tile is written
     MULTIPLYING: gl.constexpr,  # registers of a thread that multiplies
     LOADING: gl.constexpr,  # and of one that loads
@@ -195,21 +216,24 @@ def _linear_kernel(
     BN: gl.constexpr = w_desc.block_type.shape[0]
     q_ring = gl.allocate_shared_memory(gl.int8, [DEPTH, BM, 128], q_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.int8, [DEPTH, BN, 128], w_desc.layout)
-    y_stage = gl.allocate_shared_memory(y_desc.dtype, [2, BM // WM, BN * WM // 2 // HALVES], y_desc.layout)
+    y_stage = gl.allocate_shared_memory(y_desc.dtype, [2, BM // WM, BN // WN // HALVES], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
+    go = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for warpgroup in gl.static_range(2):
+        mbarrier.init(go.index(warpgroup), count=1)
     for slot in gl.static_range(DEPTH):
         mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=WM * WN)
     fence_async_shared()
-    d, r, b = (q_desc, w_desc, y_desc), (q_ring, w_ring, y_stage), (ready, empty)
+    d, r, b = (q_desc, w_desc, y_desc), (q_ring, w_ring, y_stage), (ready, empty, go)
     w = (items, full, splits, gl.cdiv(N, BN), blocks, N, M)
     p = (scale_ptr, step_ptr, bias_ptr, partial_ptr)
     gl.warp_specialize(
         [
-            (_first_half, (d, r, b, w, p, BIAS, DEPTH, WM, HALVES)),
-            (_second_half, (d, r, b, w, p, BIAS, DEPTH, WM, HALVES)),
-            (_load_partition, (d, r, b, w, p, BIAS, DEPTH, WM, HALVES)),
+            (_first, (d, r, b, w, p, BIAS, DEPTH, WM, WN, HALVES)),
+            (_second, (d, r, b, w, p, BIAS, DEPTH, WM, WN, HALVES)),
+            (_load_partition, (d, r, b, w, p, BIAS, DEPTH, WM, WN, HALVES)),
         ],
         [4, 1],
         [MULTIPLYING, LOADING],
@@ -254,10 +278,11 @@ def _add_parts_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """Slots of the ring, warpgroups along the tokens, steps of writing a tile, programs a multiprocessor."""
+    """Slots of the ring, warpgroups along tokens and along rows, steps of writing a tile, programs a multiprocessor."""
 
     depth: int
     along_m: int
+    along_n: int
     halves: int
     programs: int
 
@@ -267,19 +292,29 @@ class Launch:
         return (168, 232, 40) if self.programs == 1 else (80, 104, 24)
 
 
-def _launch(depth: int, along_m: int = 2, halves: int = 1, programs: int = 1) -> Launch:
-    return Launch(depth=depth, along_m=along_m, halves=halves, programs=programs)
+def _shared(depth: int, along: tuple[int, int], halves: int = 1, programs: int = 1) -> Launch:
+    return Launch(depth=depth, along_m=along[0], along_n=along[1], halves=halves, programs=programs)
+
+
+def _in_turn(depth: int) -> Launch:
+    return Launch(depth=depth, along_m=1, along_n=1, halves=1, programs=1)
 
 
 LAUNCHES = {
-    (128, 256): _launch(4, halves=2),
-    (256, 128): _launch(4, halves=2),
-    (128, 128): _launch(5),
-    (64, 256): _launch(4, 1),
-    (128, 64): _launch(4, programs=2),
-    (64, 128): _launch(4, 1, programs=2),
+    (256, 128, False): _shared(4, (2, 1), halves=2),
+    (128, 256, False): _shared(4, (2, 1), halves=2),
+    (128, 128, False): _shared(5, (2, 1)),
+    (64, 256, False): _shared(4, (1, 2)),
+    (128, 64, False): _shared(4, (2, 1), programs=2),
+    (64, 128, False): _shared(4, (1, 2), programs=2),
+    (128, 128, True): _in_turn(5),
+    (64, 256, True): _in_turn(4),
+    (128, 64, True): _in_turn(8),
+    (64, 128, True): _in_turn(8),
+    (64, 64, True): _in_turn(12),
 }
-"""By tokens and rows of W a tile: what fits the 227 KB and 65536 registers of a multiprocessor."""
+"""By tokens and rows of W a tile, and whether the warpgroups take tiles in turn: what fits the 227 KB and 65536
+registers of a multiprocessor."""
 
 
 @cache
@@ -292,19 +327,19 @@ def tiles_of(
     block_m: int, block_n: int, launch: Launch, dtype: torch.dtype
 ) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:
     """(shape, layout in shared memory) of the tiles of q, of the plane and of y as they are copied."""
-    stage = block_m // launch.along_m, block_n * launch.along_m // 2 // launch.halves
+    stage = block_m // launch.along_m, block_n // launch.along_n // launch.halves
     shapes = ((block_m, BK.value, torch.int8), (block_n, BK.value, torch.int8), (*stage, dtype))
     return tuple(([rows, columns], _layout(rows, columns, kind)) for rows, columns, kind in shapes)
 
 
 def prepare(
-    form: Form, width: int, *, block_m: int, block_n: int, split: bool = True, launch: Launch | None = None
+    form: Form, width: int, tile: tuple[int, int, bool], *, split: bool, launch: Launch | None = None
 ) -> Product:
-    """The launches for a form and planes of `width` columns; (`block_m`, `block_n`) is a key of `LAUNCHES`.
+    """The launches for a form and planes of `width` columns; `tile` is a key of `LAUNCHES`.
 
-    For Hopper, bfloat16 or float16, and N a multiple of 8.
+    For Hopper, bfloat16 or float16, and N a multiple of 8. `launch` is measured in the tile's stead.
     """
-    shape = launch or LAUNCHES[block_m, block_n]
+    shape, (block_m, block_n, _) = launch or LAUNCHES[tile], tile
     places = shape.programs * processors(form.device)
     tiles, blocks = -(-form.tokens // block_m) * -(-form.rows // block_n), -(-width // BK.value)
     plan = Schedule.of(tiles, places, blocks) if split else Schedule(full=tiles, cut=0, splits=1)
@@ -319,6 +354,7 @@ def prepare(
             "BIAS": form.bias is not None,
             "DEPTH": shape.depth,
             "WM": shape.along_m,
+            "WN": shape.along_n,
             "HALVES": shape.halves,
             "MULTIPLYING": multiplying,
             "LOADING": loading,

@@ -45,7 +45,8 @@ def prepare(chosen: Plan, form: Form, width: int) -> Product:
     if chosen.path == "int8_hopper":
         from birkhoff.kernels.int8 import hopper
 
-        return hopper.prepare(form, width, block_m=chosen.block_m, block_n=chosen.block_n, split=chosen.split)
+        tile = chosen.block_m, chosen.block_n, chosen.in_turn
+        return hopper.prepare(form, width, tile, split=chosen.split)
     return int8_triton.prepare(
         form,
         width,
@@ -61,7 +62,8 @@ def prepare(chosen: Plan, form: Form, width: int) -> Product:
 def kernels_of(device: torch.device) -> frozenset[str]:
     """The Gluon kernels ("int8_hopper") that run on a device."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return frozenset({"int8_hopper"} if hopper and _works(int8_hopper(128, 256, split=True), device) else ())
+    trials = int8_hopper(128, 256, split=True), int8_hopper(128, 128, in_turn=True)
+    return frozenset({"int8_hopper"} if hopper and all(_works(trial, device) for trial in trials) else ())
 
 
 def _works(chosen: Plan, device: torch.device) -> bool:

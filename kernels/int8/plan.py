@@ -13,9 +13,9 @@ def int8_tiles(block_m: int, block_n: int, block_k: int, warps: int, stages: int
     return Plan(path="int8_tiles", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
 
 
-def int8_hopper(block_m: int, block_n: int, *, split: bool = False) -> Plan:
+def int8_hopper(block_m: int, block_n: int, *, in_turn: bool = False, split: bool = False) -> Plan:
     """The kernel for Hopper, `int8.hopper`."""
-    return Plan(path="int8_hopper", block_m=block_m, block_n=block_n, split=split)
+    return Plan(path="int8_hopper", block_m=block_m, block_n=block_n, in_turn=in_turn, split=split)
 
 
 _TILES = [
@@ -24,8 +24,9 @@ _TILES = [
 ]
 """Arguments of `int8_tiles` worth trying."""
 
-_HOPPER = [(64, 128), (128, 64), (64, 256), (128, 128), (256, 128), (128, 256)]
-"""Tiles of `int8_hopper` worth trying."""
+_HOPPER = [(64, 64, True), (64, 128, True), (64, 128, False), (128, 64, True), (128, 64, False), (64, 256, True)]
+_HOPPER += [(64, 256, False), (128, 128, True), (128, 128, False), (256, 128, False), (128, 256, False)]
+"""Arguments of `int8_hopper` worth trying: tile, and whether in turn."""
 
 
 def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
@@ -33,8 +34,14 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     tokens = problem.bucket
     found = [int8_tiles(*shape) for shape in _TILES if shape[0] < 2 * max(tokens, 16) and tokens <= 64 * shape[0]]
     if runs_on_hopper(problem, kernels):
-        shapes = [shape for shape in _HOPPER if shape[0] < 2 * tokens]
-        found += [int8_hopper(*shape, split=split) for shape in shapes for split in (False, True)]
+        shapes = [
+            shape for shape in _HOPPER if shape[0] < 2 * tokens and tokens * problem.rows < shape[0] * shape[1] << 13
+        ]
+        found += [
+            int8_hopper(block_m, block_n, in_turn=in_turn, split=split)
+            for block_m, block_n, in_turn in shapes
+            for split in (False, True)
+        ]
     return found
 
 
@@ -45,11 +52,13 @@ def runs_on_hopper(problem: Problem, kernels: frozenset[str]) -> bool:
 
 def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
     """The plan for a problem that no table knows."""
-    tokens, rows = problem.tokens, problem.rows
+    tokens, rows, long = problem.tokens, problem.rows, problem.columns >= 2048
     if tokens <= 16:
         return int8_tiles(16, 32, 256, 4, 4)
+    if tokens <= 64:
+        return int8_tiles(64, 16 if long or rows <= 1536 else 32, 256, 4, 4)
+    if not runs_on_hopper(problem, kernels):
+        return int8_tiles(64, 64, 128, 4, 4) if tokens * rows < 1 << 22 else int8_tiles(128, 128, 128, 8, 4)
     if tokens <= 256:
-        return int8_tiles(64, 32, 256, 4, 4)
-    if runs_on_hopper(problem, kernels) and tokens * rows >= 1 << 21:
-        return int8_hopper(128, 256, split=True)
-    return int8_tiles(64, 64, 128, 4, 4) if tokens * rows < 1 << 22 else int8_tiles(128, 128, 128, 8, 4)
+        return int8_hopper(128, 64, split=True) if long else int8_tiles(64, 64, 128, 4, 4)
+    return int8_hopper(128, 128, in_turn=tokens > 2048, split=long)

@@ -25,6 +25,7 @@ class Plan:
     stages: int = 0
     unroll: int = 0
     split: bool = False
+    in_turn: bool = False
 
 
 DECODE = Plan(path="decode")

@@ -56,18 +56,18 @@ def hopper(block_m: int) -> Any:
     )  # fmt: skip
 
 
-def int8(block_m: int, block_n: int) -> Any:
+def int8(block_m: int, block_n: int, in_turn: bool) -> Any:
     _, _, y, step, bias = tensors(512, 256, 1280)
     q, plane = torch.empty(512, 1280, dtype=torch.int8), torch.empty(256, 1280, dtype=torch.int8)
-    launch = int8_hopper.LAUNCHES[block_m, block_n]
+    launch = int8_hopper.LAUNCHES[block_m, block_n, in_turn]
     average, multiplying, loading = launch.registers
     return int8_hopper._linear_kernel.warmup(
         *(TensorDescriptor.from_tensor(tensor, *tile) for tensor, tile in zip(
             (q, plane, y), int8_hopper.tiles_of(block_m, block_n, launch, y.dtype), strict=True
         )),
         torch.empty(512), step, bias, torch.empty(4, dtype=torch.int32), 4, 4, 1, 256, 512, 10, BIAS=True,
-        DEPTH=launch.depth, WM=launch.along_m, HALVES=launch.halves, MULTIPLYING=multiplying, LOADING=loading,
-        num_warps=4, maxnreg=average, launch_pdl=True, grid=(4,),
+        DEPTH=launch.depth, WM=launch.along_m, WN=launch.along_n, HALVES=launch.halves,
+        MULTIPLYING=multiplying, LOADING=loading, num_warps=4, maxnreg=average, launch_pdl=True, grid=(4,),
     )  # fmt: skip
 
 
@@ -92,5 +92,6 @@ def verdict(kernel: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     driver.set_active(HopperOnPaper())
     compiled = {"small_m": small_m(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
-    compiled |= {f"int8 {tile}": int8(*tile) for tile in ((128, 256), (64, 128))}
+    tiles = (128, 256, False), (128, 128, True), (64, 128, False)
+    compiled |= {f"int8 {tile}": int8(*tile) for tile in tiles}
     print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))

@@ -82,7 +82,8 @@ def bench_tune(shapes: Shapes) -> Result:
 def as_code(plan: Plan) -> str:
     """The call that makes a plan, as in `kernels/int8/tuned_h200.py`."""
     if plan.path == "int8_hopper":
-        return f"int8_hopper({plan.block_m}, {plan.block_n}{', split=True' if plan.split else ''})"
+        options = [f", {name}=True" for name in ("in_turn", "split") if getattr(plan, name)]
+        return f"int8_hopper({plan.block_m}, {plan.block_n}{''.join(options)})"
     return f"int8_tiles({plan.block_m}, {plan.block_n}, {plan.block_k}, {plan.warps}, {plan.stages})"
 
 
