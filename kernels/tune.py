@@ -27,7 +27,6 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import launch as int8_launch
 from birkhoff.kernels.int8 import plan as int8_plan
-from birkhoff.kernels.int8.triton import Product, prepare_quantise
 from birkhoff.kernels.linear import plan, tuned
 from birkhoff.kernels.linear.launch import form_of, gpu_of, launcher
 from birkhoff.kernels.linear.op import forget_plans
@@ -114,20 +113,16 @@ def _int8_calls(problem: Problem, device: torch.device) -> tuple[_Calls, Tensor]
     form = form_of(x, problem.rows, bias)
     return {
         chosen: [
-            partial(_quantise_and_multiply, int8_launch.prepare(chosen, form, plane.shape[1]), x, p, none, step, bias)
+            partial(_into_new, int8_launch.prepare(chosen, form, plane.shape[1], 0), x, p, none, step, bias)
             for p in planes
         ]
         for chosen in plans
     }, expected
 
 
-def _quantise_and_multiply(
-    multiply: Product, x: Tensor, plane: Tensor, extra: Tensor, step: Tensor, bias: Tensor
-) -> Tensor:
-    q, scale = plane.new_empty((x.shape[0], plane.shape[1])), step.new_empty(x.shape[0])
+def _into_new(run: int8_launch.Run, x: Tensor, plane: Tensor, extra: Tensor, step: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty((x.shape[0], plane.shape[0]))
-    prepare_quantise(form_of(x, plane.shape[0], bias), 0)(x, q, scale, extra)
-    multiply(q, plane, y, scale, step, bias)
+    run(x, plane, y, step, bias, extra)
     return y
 
 

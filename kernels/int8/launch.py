@@ -4,18 +4,20 @@ Shapes: M = tokens, N = out features, K = in features, W = columns of the plane.
 """
 
 import logging
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from birkhoff.codec import reference
+from birkhoff.kernels.int8 import fused as int8_fused
 from birkhoff.kernels.int8 import triton as int8_triton
 from birkhoff.kernels.int8.plan import by_rule, int8_hopper
 from birkhoff.kernels.int8.triton import Product
 from birkhoff.kernels.linear import tuned
 from birkhoff.kernels.linear.plan import Plan, Problem
-from birkhoff.kernels.runtime.prepared import Form
+from birkhoff.kernels.runtime.prepared import Form, Prepared
 
 _log = logging.getLogger("birkhoff.kernels")
 
@@ -23,12 +25,51 @@ SHIPPED: dict[str, tuned.Table] = {}
 """By the name of the GPU."""
 
 
-def product(form: Form, width: int, *, aligned: bool) -> Product:
-    """The product for a form and planes of `width` columns; `aligned`: they begin at a multiple of 16 bytes."""
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""(x [M, K], plane [N, W], y [M, N], step [], bias [N] or anything where there is none, extra [X]), writing y."""
+
+
+def run_for(form: Form, width: int, extras: int, *, aligned: bool) -> Run:
+    """A form and planes of `width` columns, ready to run; `aligned`: they begin at a multiple of 16 bytes."""
     problem = Problem(
         tokens=form.tokens, rows=form.rows, columns=form.columns, dtype=form.dtype, aligned=aligned, int8=True
     )
-    return prepare(plan_for(problem, form.device), form, width)
+    return prepare(plan_for(problem, form.device), form, width, extras)
+
+
+@lru_cache(1 << 12)
+def prepare(chosen: Plan, form: Form, width: int, extras: int) -> Run:
+    """A plan on a form, ready to run on planes of `width` columns, `extras` of which repeat another."""
+    if chosen.path == "int8_fused":
+        return int8_fused.prepare(
+            form,
+            width,
+            extras,
+            block_m=chosen.block_m,
+            block_n=chosen.block_n,
+            block_p=chosen.block_k,
+            warps=chosen.warps,
+            stages=chosen.stages,
+        )
+    quantise = int8_triton.prepare_quantise(form, extras)
+    return partial(_quantise_and_multiply, quantise, product(chosen, form, width), form.tokens)
+
+
+def _quantise_and_multiply(
+    quantise: Prepared,
+    multiply: Product,
+    tokens: int,
+    x: Tensor,
+    plane: Tensor,
+    y: Tensor,
+    step: Tensor,
+    bias: Tensor,
+    extra: Tensor,
+) -> None:
+    q = plane.new_empty((tokens, plane.shape[1]))
+    scale = step.new_empty((tokens,))
+    quantise(x, q, scale, extra)
+    multiply(q, plane, y, scale, step, bias)
 
 
 @cache
@@ -39,9 +80,8 @@ def plan_for(problem: Problem, device: torch.device) -> Plan:
     return tuned.measured(problem, name, kernels, SHIPPED.get(name, {})) or by_rule(problem, kernels)
 
 
-@lru_cache(1 << 12)
-def prepare(chosen: Plan, form: Form, width: int) -> Product:
-    """The kernel of a plan, ready to run on a form and planes of `width` columns."""
+def product(chosen: Plan, form: Form, width: int) -> Product:
+    """The kernel of a plan, ready to run on quantised tokens and planes of `width` columns."""
     if chosen.path == "int8_hopper":
         from birkhoff.kernels.int8 import hopper
 
@@ -78,7 +118,7 @@ def _works(chosen: Plan, device: torch.device) -> bool:
         tokens=300, rows=264, columns=640, stride=640, dtype=torch.bfloat16, tf32=False, bias=None, device=device
     )
     try:
-        run, (q, plane, step) = prepare(chosen, form, 640), (part.to(device) for part in (q, plane, step))
+        run, (q, plane, step) = product(chosen, form, 640), (part.to(device) for part in (q, plane, step))
         scale = torch.full((300,), 0.01, device=device)
         # Twice: the second launch takes the short way of `prepared`.
         errors = [_error(run, q, plane, scale, step, expected) for _ in range(2)]

@@ -35,11 +35,8 @@ from birkhoff.kernels.runtime.device import HAS_TRITON
 from birkhoff.kernels.runtime.errors import KernelError
 
 if HAS_TRITON:
-    from birkhoff.kernels.int8 import triton as int8_triton
-    from birkhoff.kernels.int8.launch import product
-    from birkhoff.kernels.int8.triton import Product
+    from birkhoff.kernels.int8.launch import Run, run_for
     from birkhoff.kernels.linear.launch import form_of
-    from birkhoff.kernels.runtime.prepared import Prepared
 
 MOST_COLUMNS = 1 << 17
 """Columns up to which a sum of products of bytes, at most 127 * 128 each, fits int32."""
@@ -123,15 +120,12 @@ def _settle(x: Tensor, plane: Tensor, step: Tensor, extra: Tensor, bias: Tensor 
     if x.dtype not in TRITON_DTYPES or not x.numel() or not plane.numel() or not triton_serves(x.device):
         return _eager
     form = form_of(as_matrix(x), plane.shape[0], bias)
-    multiply = product(form, plane.shape[1], aligned=plane.data_ptr() % 16 == 0)
-    quantise = int8_triton.prepare_quantise(form, extra.shape[0])
-    return partial(_quantised, quantise, multiply, form.tokens, (*x.shape[:-1], plane.shape[0]))
+    run = run_for(form, plane.shape[1], extra.shape[0], aligned=plane.data_ptr() % 16 == 0)
+    return partial(_prepared, run, (*x.shape[:-1], plane.shape[0]))
 
 
-def _quantised(
-    quantise: "Prepared",
-    multiply: "Product",
-    tokens: int,
+def _prepared(
+    run: "Run",
     shape: tuple[int, ...],
     x: Tensor,
     plane: Tensor,
@@ -142,11 +136,8 @@ def _quantised(
 ) -> Tensor:
     if not x.is_contiguous():
         x = as_matrix(x)
-    q = plane.new_empty((tokens, plane.shape[1]))
-    scale = step.new_empty((tokens,))
     y = x.new_empty(shape)
-    quantise(x, q, scale, extra)
-    multiply(q, plane, y, scale, step, step if bias is None else bias)
+    run(x, plane, y, step, step if bias is None else bias, extra)
     return y
 
 

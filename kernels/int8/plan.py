@@ -13,6 +13,11 @@ def int8_tiles(block_m: int, block_n: int, block_k: int, warps: int, stages: int
     return Plan(path="int8_tiles", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
 
 
+def int8_fused(block_m: int, block_n: int, block_p: int, warps: int, stages: int = 3) -> Plan:
+    """The portable kernel that quantises by itself, `int8.fused`."""
+    return Plan(path="int8_fused", block_m=block_m, block_n=block_n, block_k=block_p, warps=warps, stages=stages)
+
+
 def int8_hopper(block_m: int, block_n: int, *, in_turn: bool = False, split: bool = False) -> Plan:
     """The kernel for Hopper, `int8.hopper`."""
     return Plan(path="int8_hopper", block_m=block_m, block_n=block_n, in_turn=in_turn, split=split)
@@ -24,6 +29,14 @@ _TILES = [
 ]
 """Arguments of `int8_tiles` worth trying."""
 
+_FUSED = [
+    *[(16, 32, 64, 4), (16, 64, 64, 4), (32, 32, 64, 4), (32, 64, 64, 4), (32, 128, 64, 4), (64, 32, 64, 4)],
+    *[(64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 64, 4), (64, 128, 64, 8), (64, 256, 64, 8), (128, 64, 64, 8)],
+    *[(128, 128, 64, 8), (128, 256, 64, 8)],
+]
+"""Arguments of `int8_fused` worth trying, where a row of W is short or there are few of them."""
+
+
 _HOPPER = [(64, 64, True), (64, 128, True), (64, 128, False), (128, 64, True), (128, 64, False), (64, 256, True)]
 _HOPPER += [(64, 256, False), (128, 128, True), (128, 128, False), (256, 128, False), (128, 256, False)]
 """Arguments of `int8_hopper` worth trying: tile, and whether in turn."""
@@ -33,6 +46,9 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     """Every plan worth measuring for a problem on a GPU where `kernels` ("int8_hopper") run."""
     tokens = problem.bucket
     found = [int8_tiles(*shape) for shape in _TILES if shape[0] < 2 * max(tokens, 16) and tokens <= 64 * shape[0]]
+    if problem.columns <= 576 or problem.rows <= 320:
+        blocks = [shape for shape in _FUSED if shape[0] < 2 * max(tokens, 16) and tokens <= 256 * shape[0]]
+        found += [int8_fused(*shape) for shape in blocks if shape[1] < 2 * max(problem.rows, 32)]
     if runs_on_hopper(problem, kernels):
         shapes = [
             shape for shape in _HOPPER if shape[0] < 2 * tokens and tokens * problem.rows < shape[0] * shape[1] << 13
@@ -53,6 +69,8 @@ def runs_on_hopper(problem: Problem, kernels: frozenset[str]) -> bool:
 def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
     """The plan for a problem that no table knows."""
     tokens, rows, long = problem.tokens, problem.rows, problem.columns >= 2048
+    if problem.columns <= 288 or rows <= 256:
+        return int8_fused(16, 32, 64, 4) if tokens <= 64 else int8_fused(64, 64, 64, 4)
     if tokens <= 16:
         return int8_tiles(16, 32, 256, 4, 4)
     if tokens <= 64:

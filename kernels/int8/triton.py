@@ -44,7 +44,7 @@ _LEAST_BITS = tl.constexpr(0x0D800000)
 
 
 @triton.jit
-def _activations(x_row, pair, K, inside, TAIL: tl.constexpr):
+def activations(x_row, pair, K, inside, TAIL: tl.constexpr):
     """b of pairs as float32, first and second halves, and the columns that they stand at."""
     first = pair // 32 * 64 + pair % 32
     second = first + 32
@@ -59,7 +59,7 @@ def _activations(x_row, pair, K, inside, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _greatest(x, y):
+def greatest_of(x, y):
     """The greatest |x| or |y| of each row, as the bits of its float32: these order NaN above all, so that it stays."""
     x, y = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(tl.maximum(x, y), axis=1)
@@ -89,7 +89,7 @@ prmt.b32 $0, i, k, 0x5410;
 
 
 @triton.jit
-def _to_int8(x, inverse):
+def to_int8(x, inverse):
     """x times its row's inverse, rounded, and rounded to the nearest integer, halves to even."""
     if INTERPRETED:
         return (((x * inverse[:, None]) + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
@@ -99,7 +99,7 @@ def _to_int8(x, inverse):
 
 
 @triton.jit
-def _repeated(x_row, column, K, inside, TAIL: tl.constexpr):
+def repeated(x_row, column, K, inside, TAIL: tl.constexpr):
     """b at these columns, counted among whole pairs, as float32."""
     half = tl.full(column.shape, 32, tl.int32)
     if TAIL > 0:
@@ -110,7 +110,8 @@ def _repeated(x_row, column, K, inside, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_inverse(bits):
+def scale_and_inverse(bits):
+    """A token's scale, and what its activations are multiplied with, of `greatest_of` it."""
     greatest = tl.maximum(bits, _LEAST_BITS).to(tl.float32, bitcast=True)
     return tl.div_rn(greatest, tl.full(greatest.shape, 127.0, tl.float32)), tl.div_rn(
         tl.full(greatest.shape, 127.0, tl.float32), greatest
@@ -144,30 +145,30 @@ def _quantise_kernel(
     x_row, q_row, there = x_ptr + row * stride_m, q_ptr + row * W, m[:, None] < M
     if PARTS == 1:
         inside = there & (pair < P)
-        x, y, first, second = _activations(x_row, pair, K, inside, TAIL)
-        scale, inverse = _scale_and_inverse(_greatest(x, y))
-        tl.store(q_row + first, _to_int8(x, inverse), mask=inside)
-        tl.store(q_row + second, _to_int8(y, inverse), mask=inside)
+        x, y, first, second = activations(x_row, pair, K, inside, TAIL)
+        scale, inverse = scale_and_inverse(greatest_of(x, y))
+        tl.store(q_row + first, to_int8(x, inverse), mask=inside)
+        tl.store(q_row + second, to_int8(y, inverse), mask=inside)
     else:
         greatest = tl.zeros((ROWS,), tl.int32)
         for part in range(PARTS):
             start = part * BLOCK_P + pair
-            x, y, first, second = _activations(x_row, start, K, there & (start < P), TAIL)
-            greatest = tl.maximum(greatest, _greatest(x, y))
-        scale, inverse = _scale_and_inverse(greatest)
+            x, y, first, second = activations(x_row, start, K, there & (start < P), TAIL)
+            greatest = tl.maximum(greatest, greatest_of(x, y))
+        scale, inverse = scale_and_inverse(greatest)
         for part in range(PARTS):
             start = part * BLOCK_P + pair
             inside = there & (start < P)
-            x, y, first, second = _activations(x_row, start, K, inside, TAIL)
-            tl.store(q_row + first, _to_int8(x, inverse), mask=inside)
-            tl.store(q_row + second, _to_int8(y, inverse), mask=inside)
+            x, y, first, second = activations(x_row, start, K, inside, TAIL)
+            tl.store(q_row + first, to_int8(x, inverse), mask=inside)
+            tl.store(q_row + second, to_int8(y, inverse), mask=inside)
     tl.store(scale_ptr + m, scale, mask=m < M)
     if BLOCK_X > 0:
         for start in range(0, extras, BLOCK_X):
             place = start + tl.arange(0, BLOCK_X)[None, :]
             column = tl.load(extra_ptr + place, mask=place < extras, other=0)
-            b = _repeated(x_row, column, K, there & (place < extras), TAIL)
-            tl.store(q_row + 2 * P + place, _to_int8(b, inverse), mask=there & (place < extras))
+            b = repeated(x_row, column, K, there & (place < extras), TAIL)
+            tl.store(q_row + 2 * P + place, to_int8(b, inverse), mask=there & (place < extras))
 
 
 @lru_cache(1 << 12)

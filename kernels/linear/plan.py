@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Path = Literal["decode", "tiles", "small_m", "hopper", "int8_tiles", "int8_hopper"]
+Path = Literal["decode", "tiles", "small_m", "hopper", "int8_fused", "int8_tiles", "int8_hopper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ SHIPPED: dict[str, Table] = {"NVIDIA H200": H200}
 """By the name of the GPU."""
 
 
-_EVERYWHERE = ("decode", "tiles", "int8_tiles")
+_EVERYWHERE = ("decode", "tiles", "int8_fused", "int8_tiles")
 """Paths that every GPU runs."""
 
 

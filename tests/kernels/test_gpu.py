@@ -288,10 +288,10 @@ def test_every_int8_plan(rows: int, columns: int, tokens: int, dtype: torch.dtyp
     problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=dtype, aligned=True, int8=True)
     form = launch.form_of(x, rows, layer.bias)
     for chosen in int8_plan.candidates(problem, int8_launch.kernels_of(x.device)):
-        run = int8_launch.prepare(chosen, form, layer.plane.shape[1])
+        run = int8_launch.prepare(chosen, form, layer.plane.shape[1], len(layer.extra))
         for _ in range(2):  # the second launch takes the short way of `prepared`
             y = torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")
-            run(q, layer.plane, y, scale, layer.step, layer.bias)
+            run(x, layer.plane, y, layer.step, layer.bias, layer.extra)
             assert relative_error(y, expected) < TOLERANCES[dtype], chosen
     assert relative_error(layer(x), expected) < TOLERANCES[dtype]
 

@@ -14,8 +14,9 @@ from birkhoff.codec.pairs import join, split
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import op as int8
-from birkhoff.kernels.int8.plan import by_rule, candidates
-from birkhoff.kernels.linear.plan import Problem
+from birkhoff.kernels.int8.plan import by_rule, candidates, int8_fused, int8_tiles
+from birkhoff.kernels.linear.op import forget_plans
+from birkhoff.kernels.linear.plan import Plan, Problem
 from birkhoff.kernels.runtime.errors import KernelError
 
 # Relative error of the output against float64 with the same quantised tokens: rounding to the dtype, once.
@@ -60,15 +61,31 @@ def test_tokens_are_quantised_to_the_references_bits(
         assert torch.equal(found.cpu(), scale)
 
 
+@pytest.mark.parametrize("plan", [int8_tiles(16, 32, 128, 4, 2), int8_fused(16, 32, 64, 4)], ids=lambda plan: plan.path)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
 def test_against_the_reference(
-    tokens: int, rows: int, columns: int, dtype: torch.dtype, tolerance: float, device: str
+    tokens: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    plan: Plan,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code = lattice.quantise(torch.randn(rows, columns) * 0.02, 0.001)
+    from birkhoff.kernels.int8 import launch
+
+    monkeypatch.setattr(launch, "plan_for", lambda *_: plan)
+    forget_plans()
+    weight = torch.randn(rows, columns) * 0.02
+    weight[0, columns // 2], weight[-1, -1] = 0.6, -0.4  # escapes
+    code = lattice.quantise(weight, 0.001)
     layer = Int8HyperLinear.from_lattice(code, torch.randn(rows) if rows % 2 else None, device=device)
+    assert len(layer.extra) >= 4
     x = torch.randn(tokens, columns).to(dtype)
     y = layer(x.to(device))
+    forget_plans()
     assert y.dtype == dtype
     assert relative_error(y, by_the_book(x, layer)) < tolerance
     eager = layer.to("cpu")
@@ -289,7 +306,7 @@ def test_plans_keep_to_what_runs(tokens: int, rows: int, dtype: torch.dtype, ker
     found = candidates(problem, kernels)
     assert len(found) == len(set(found)) > 0
     for plan in (by_rule(problem, kernels), *found):
-        assert plan.path in {"int8_tiles", *kernels}
+        assert plan.path in {"int8_tiles", "int8_fused", *kernels}
         if plan.path == "int8_hopper":
             assert rows % 8 == 0
             assert problem.half

@@ -84,6 +84,8 @@ def as_code(plan: Plan) -> str:
     if plan.path == "int8_hopper":
         options = [f", {name}=True" for name in ("in_turn", "split") if getattr(plan, name)]
         return f"int8_hopper({plan.block_m}, {plan.block_n}{''.join(options)})"
+    if plan.path == "int8_fused":
+        return f"int8_fused({plan.block_m}, {plan.block_n}, {plan.block_k}, {plan.warps})"
     return f"int8_tiles({plan.block_m}, {plan.block_n}, {plan.block_k}, {plan.warps}, {plan.stages})"
 
 
