@@ -1,6 +1,7 @@
 """HyperLinear on int8 tensor cores: the arithmetic against its reference, and the layer as a module."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,16 @@ from birkhoff.codec.pairs import join, split
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import op as int8
-from birkhoff.kernels.int8.plan import by_rule, candidates, int8_fused, int8_tiles
+from birkhoff.kernels.int8.plan import by_rule, candidates, int8_fused, int8_hopper, int8_tiles
+from birkhoff.kernels.linear import tuned
 from birkhoff.kernels.linear.op import forget_plans
-from birkhoff.kernels.linear.plan import Plan, Problem
+from birkhoff.kernels.linear.plan import Plan, Problem, tiles
 from birkhoff.kernels.runtime.errors import KernelError
+
+pytest.importorskip("triton")
+
+from birkhoff.kernels.int8 import launch
+from birkhoff.kernels.tune import problem_of
 
 # Relative error of the output against float64 with the same quantised tokens: rounding to the dtype, once.
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)]
@@ -74,8 +81,6 @@ def test_against_the_reference(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from birkhoff.kernels.int8 import launch
-
     monkeypatch.setattr(launch, "plan_for", lambda *_: plan)
     forget_plans()
     weight = torch.randn(rows, columns) * 0.02
@@ -310,3 +315,27 @@ def test_plans_keep_to_what_runs(tokens: int, rows: int, dtype: torch.dtype, ker
         if plan.path == "int8_hopper":
             assert rows % 8 == 0
             assert problem.half
+
+
+def test_shipped_plans_can_all_be_launched() -> None:
+    for shapes in launch.SHIPPED.values():
+        for (rows, columns), plans in shapes.items():
+            for tokens, plan in plans.items():
+                problem = problem_of(rows, columns, tokens, int8=True)
+                assert plan in candidates(problem, frozenset({"int8_hopper"})), (rows, columns, tokens)
+
+
+def test_own_plans_are_kept_beside_those_of_the_first_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path))
+    tuned.user_table.cache_clear()
+    asked, own = problem_of(999, 1280, 64, int8=True), int8_tiles(64, 64, 128, 4, 4)
+    in_float = problem_of(999, 1280, 64, int8=False)
+    assert tuned.measured(asked, "Some GPU", frozenset(), {}) is None
+    tuned.save({tuned.key("Some GPU", asked): own, tuned.key("Some GPU", in_float): tiles(16, 64, 4, 4)})
+    assert tuned.measured(asked, "Some GPU", frozenset(), {}) == own
+    assert tuned.measured(in_float, "Some GPU", frozenset(), {}) == tiles(16, 64, 4, 4)
+    table = {(999, 1280): {256: int8_hopper(64, 128)}}
+    larger = problem_of(999, 1280, 100, int8=True)
+    assert tuned.measured(larger, "Some GPU", frozenset({"int8_hopper"}), table) == int8_hopper(64, 128)
+    assert tuned.measured(larger, "Some GPU", frozenset(), table) is None
+    tuned.user_table.cache_clear()
