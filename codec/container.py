@@ -186,7 +186,7 @@ _PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claims:
-    """What the encoder says of a tensor. Decoding ignores it: one that is no number is NaN, which checks refuse."""
+    """The encoder's claims about a tensor. Decoding ignores them; others than numbers are NaN, which checks refuse."""
 
     sqnr_db: float | None = None
     max_abs: float | None = None
@@ -591,7 +591,7 @@ def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> t
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = text.split(",") if text else []
     if not all(number.isascii() and number.isdigit() and len(number) <= 18 for number in numbers):
-        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is a stranger's
+        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is untrusted
     return tuple(map(int, numbers))
 
 

@@ -88,6 +88,8 @@ class LatticeTensor:
 
     def escaped_weights(self) -> tuple[Tensor, Tensor]:
         """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes' weights."""
+        if not len(self.escapes):  # most have none, and on a GPU each operation on nothing costs as one on something
+            return self.escapes.pair, self.escapes.i.to(torch.float32)
         row, first, second, paired = escape_places(self.escapes.pair, self.columns)
         x, y = position(self.escapes.i, self.escapes.j, self.step)
         start = row * self.columns

@@ -1,4 +1,4 @@
-"""One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
+"""Encode and decode one tensor with any codec: the place that tells codecs apart."""
 
 import math
 from collections.abc import Callable
@@ -86,20 +86,17 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
         FormatError: the streams are not what the entry declares.
         BaseError: it is a difference, and its base is not at hand.
     """
-    return decode_with_code(coded, device, device)[0]
+    return decode_with_code(coded, device)[0]
 
 
-def decode_with_code(
-    coded: CodedTensor, device: torch.device | str, streams_on: torch.device | str = "cpu"
-) -> tuple[Tensor, lattice.LatticeTensor | None]:
+def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Tensor, lattice.LatticeTensor | None]:
     """`decode_tensor`, and the coordinates that a tensor on the lattice was decoded from, on `device` too; else None.
 
-    The streams are read on another device only if asked for: on the CPU that is as FORMAT.md writes it down, step by
-    step. Raises as `decode_tensor`.
+    The streams are read on the CPU, as FORMAT.md writes it down, step by step. Raises as `decode_tensor`.
     """
     try:
         if isinstance(coded.params, LatticeParams):
-            dtype, code = _float_dtype(coded), lattice_of(coded, streams_on).to(device)
+            dtype, code = float_dtype(coded), lattice_of(coded).to(device)
             return code.decode(dtype).view(coded.shape), code
         return _DECODERS[coded.codec](coded).to(device), None
     except KeyError:
@@ -131,7 +128,12 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
 
 
 def stored(
-    name: str, tensor: Tensor, codec: str, *parts: bytes, params: Params = None, error: Fidelity | None = None
+    name: str,
+    tensor: Tensor,
+    codec: str,
+    *parts: bytes | memoryview,
+    params: Params = None,
+    error: Fidelity | None = None,
 ) -> CodedTensor:
     """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
     claims = Claims()
@@ -258,45 +260,58 @@ def with_target(encoded: Encoded, target_db: float) -> Encoded:
     return replace(encoded, tensor=replace(encoded.tensor, claims=claims))
 
 
-def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattice.LatticeTensor:
+def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     """The coordinates of a tensor on the lattice, without decoding them to weights: what HyperLinear is built from.
 
     Those of a difference are the sum of its base's and its own: what comes out does not tell.
+
+    On the CPU, and the reference of what is faster on a GPU: `birkhoff.kernels.entropy.op.lattices_of`.
 
     Raises:
         FormatError: the streams are not what the entry declares.
         BaseError: it is a difference, and its base is not at hand.
     """
-    params = _lattice_params(coded)
+    own = own_lattice(coded)
+    params = coded.params
     if not isinstance(params, DifferenceParams):
-        return _own_lattice(coded, params, device)
+        return own
+    return lattice.combine(lattice_of(base_of(coded)), own, times=params.times, stride=params.stride, step=params.step)
+
+
+def base_of(coded: CodedTensor) -> CodedTensor:
+    """The tensor that a difference is to. Raises BaseError if it is not at hand."""
     if coded.base is None:
+        assert isinstance(coded.params, DifferenceParams)
         raise BaseError(
-            f"tensor {coded.name!r} is a difference to the one in container {params.base}, which is not at hand: read "
-            "both with `container.with_bases`"
+            f"tensor {coded.name!r} is a difference to the one in container {coded.params.base}, which is not at hand: "
+            "read both with `container.with_bases`"
         )
-    base = lattice_of(coded.base, device)
-    code = _own_lattice(coded, params, device)
-    return lattice.combine(base, code, times=params.times, stride=params.stride, step=params.step)
+    return coded.base
 
 
-def _own_lattice(coded: CodedTensor, params: LatticeParams, device: torch.device | str) -> lattice.LatticeTensor:
-    """The coordinates that a tensor's own streams hold."""
+def own_lattice(coded: CodedTensor) -> lattice.LatticeTensor:
+    """The coordinates that a tensor's own streams hold: of a difference, what is added to its base's.
+
+    Raises FormatError.
+    """
+    params, shape = lattice_shape(coded)
+    unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
+    i, j, escaped = unpack(coded.parts, shape, params.escapes, path=params.path)
+    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=params.step, columns=params.columns)
+
+
+def lattice_shape(coded: CodedTensor) -> tuple[LatticeParams, tuple[int, int]]:
+    """What such a tensor declares, and the shape (R, P) of its planes. Raises FormatError where they disagree."""
+    params = coded.params
+    if not isinstance(params, LatticeParams):
+        raise FormatError(f"codec {coded.codec} holds no coordinates")
     rows = coded.weights // params.columns if params.columns else 0
     if rows * params.columns != coded.weights or not rows:
         raise FormatError(f"{coded.weights} weights are not whole rows of {params.columns}")
     shape = rows, pairs_per_row(params.columns)
     if params.escapes > shape[0] * shape[1]:
         raise FormatError(f"{params.escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
-    i, j, escaped = unpack(coded.parts, shape, params.escapes, path=params.path, device=device)
-    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=params.step, columns=params.columns)
-
-
-def _lattice_params(coded: CodedTensor) -> LatticeParams:
-    if not isinstance(coded.params, LatticeParams):
-        raise FormatError(f"codec {coded.codec} holds no coordinates")
-    return coded.params
+    return params, shape
 
 
 def recode(coded: CodedTensor) -> CodedTensor:
@@ -341,7 +356,7 @@ def _encode_paper(name: str, tensor: Tensor) -> Encoded:
 
 
 def _decode_paper(coded: CodedTensor) -> Tensor:
-    dtype, params = _float_dtype(coded), coded.params
+    dtype, params = float_dtype(coded), coded.params
     (data,) = _parts(coded, 1)
     if not isinstance(params, PaperParams):
         raise FormatError(f"codec {coded.codec} holds no pairs of the published code")
@@ -366,7 +381,8 @@ def _parts(coded: CodedTensor, count: int) -> tuple[bytes | memoryview, ...]:
     return coded.parts
 
 
-def _float_dtype(coded: CodedTensor) -> torch.dtype:
+def float_dtype(coded: CodedTensor) -> torch.dtype:
+    """Dtype of a tensor of codec `lattice` or `paper`. Raises FormatError where these hold no such numbers."""
     dtype = dtype_from_code(coded.dtype)
     if dtype not in CODED_DTYPES:
         raise FormatError(f"codec {coded.codec} holds no {dtype_name(dtype)}")

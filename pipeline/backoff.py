@@ -1,4 +1,4 @@
-"""How long to wait before trying again: the one policy of stores and downloads.
+"""The wait before a retry: one policy for stores and downloads.
 
 The wait doubles with each failure in a row and is shortened by chance to as little as half, so that clients which
 failed together do not come back together. What the other side asks for (`Retry-After`) goes first, up to a bound.

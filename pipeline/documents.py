@@ -51,4 +51,4 @@ def parse_bounded(kind: type[D], key: str, body: bytes) -> D:
 def check_size(key: str, body: bytes) -> None:
     """Refuse the body of a document of which more than `MAX_DOCUMENT_BYTES` were read. Raises IntegrityError."""
     if len(body) > MAX_DOCUMENT_BYTES:
-        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of ours")
+        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of this program")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: asked once, acted on soon, never lost.
+"""Ctrl-C and SIGTERM: one request, acted on soon, never lost.
 
 Python raises KeyboardInterrupt wherever it happens to be, also inside a finaliser, which swallows it, and the command
 line library turns it into a silent exit; SIGTERM would end the process with nothing put in order. So both signals raise
@@ -50,7 +50,7 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the user has asked to stop."""
+    """Return whether the user has asked to stop."""
     return _asked.is_set()
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that nobody reads: what a command does must not hang on whether its output finds a reader.
+"""Standard streams without a reader: a command does its work whether or not its output can be written.
 
 A daemon may have them closed, a pager may have gone, a disk may be full, a terminal may have hung up. A run whose last
 line cannot be written is published all the same; so nothing fails where it prints, and the exit code tells at the end.
@@ -41,14 +41,14 @@ def guard() -> None:
 
 
 def lost_output() -> OSError | None:
-    """The error by which something printed on standard output was lost; None where all was written."""
+    """Return the error by which something printed on standard output was lost; None where all was written."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.error if isinstance(raw, _Unfailing) else None
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Whether the reader of a pipe has gone."""
+    """Return whether the reader of a pipe has gone."""
     return error.errno == errno.EPIPE
 
 

@@ -1,11 +1,11 @@
-"""Text for people: sizes, digests, names, and what a stranger wrote, each on one line."""
+"""Text for people: sizes, digests, names and untrusted text, each on one line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
 def size(count: int) -> str:
-    """Bytes for people: `5.7 MiB`."""
+    """Return bytes for people: `5.7 MiB`."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -20,12 +20,12 @@ def short(digest: str) -> str:
 
 
 def fixed(digits: int) -> Callable[[float], str]:
-    """A number with so many decimals."""
+    """Return a number with so many decimals."""
     return lambda value: f"{value:.{digits}f}"
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """A number with so many digits that count."""
+    """Return a number with so many digits that count."""
     return lambda value: f"{value:.{digits}g}"
 
 
@@ -66,12 +66,12 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
+    """Return untrusted text for people: on one line, without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def all_printable(value: Any) -> Any:
-    """A value of a table or a list with every text in it, however deep, `printable`."""
+    """Return a value of a table or a list with every text in it, however deep, `printable`."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def all_printable(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """What was probably meant by a name that is not known."""
+    """Return what was probably meant by a name that is not known."""
     import difflib  # on the way to an error only
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

@@ -61,7 +61,7 @@ def encode(name: str, tensor: Tensor, decision: Decision, base: Base | None) -> 
     target_db = published_target(tensor) if decision.target_db is None else decision.target_db
     path = decision.path and matrix.numel() >= LEAST_PATH
     try:
-        held = lattice_of(base.tensor, matrix.device)
+        held = lattice_of(base.tensor).to(matrix.device)
         found = find(matrix, held, target_db, path=path, base_path=_path_of(base.tensor))
     except rate.RangeError:
         found = None

@@ -241,7 +241,7 @@ class BlobDownload:
 
 
 def _buffer() -> memoryview:
-    """A buffer of this thread's own."""
+    """Return a buffer of this thread's own."""
     try:
         found: memoryview = _local.buffer
     except AttributeError:
@@ -256,7 +256,7 @@ def _write(file: int, piece: memoryview, place: int) -> None:
 
 
 def _allocate(file: int, size: int) -> None:
-    """Give a file its size and its room on the disk. Raises OSError where the disk is full."""
+    """Give a file its size and its room on the disk. Raises OSError if the disk is full."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

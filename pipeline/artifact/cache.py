@@ -75,11 +75,11 @@ class BlobCache:
         return None
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies, or would lie."""
+        """Return where a blob lies, or would lie."""
         return self.folder / "sha256" / digest[:2] / digest
 
     def partial_path(self, digest: str) -> Path:
-        """Where a blob is put together."""
+        """Return where a blob is put together."""
         return self.folder / "partial" / f"{digest}.part"
 
     def find(self, digest: str, size: int) -> Path | None:
@@ -148,14 +148,14 @@ class BlobCache:
                 atomic_write(path, body)
 
     def recall(self, reference: str) -> bytes | None:
-        """What `remember` kept."""
+        """Return what `remember` kept."""
         try:
             return self._note(reference).read_bytes()
         except OSError:
             return None
 
     def check_room(self, nbytes: int) -> None:
-        """Raises OutputError where the disk cannot take so many bytes more."""
+        """Raises OutputError if the disk cannot take so many bytes more."""
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lack = shortage(self.folder, nbytes)

@@ -1,4 +1,4 @@
-"""What differs between two versions, tensor by tensor: rows of `birkhoff diff`, and of reports."""
+"""Compare two versions tensor by tensor: the rows of `birkhoff diff` and of reports."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Back to a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
+"""Export a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
 
 import io
 import json
@@ -99,7 +99,7 @@ class _Records:
 
 
 def _storage(tensor: Tensor) -> UntypedStorage:
-    """The storage of this tensor alone, never a part of a larger one."""
+    """Return the storage of this tensor alone, never a part of a larger one."""
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return (tensor if whole else tensor.clone()).untyped_storage()

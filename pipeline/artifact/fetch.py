@@ -1,4 +1,4 @@
-"""Bringing many blobs into the cache at once: ranges of all of them, on a few threads."""
+"""Fetch many blobs into the cache at once: ranges of all of them, on a few threads."""
 
 import threading
 import time
@@ -90,7 +90,7 @@ class _Fetcher:
             pool.submit(self._range, download, index)
 
     def _next(self, waiting: list[BlobDownload], pool: ThreadPoolExecutor) -> BlobDownload:
-        """The next download that ended; meanwhile a look at those that other processes work on."""
+        """Return the next download that ended; meanwhile a look at those that other processes work on."""
         while waiting and self._ended.empty():
             interrupt.check()
             self._look(waiting, pool)

@@ -153,7 +153,7 @@ class OciStore(Store):
             raise
 
     def _open(self, body: bytes) -> dict[str, bytes | tuple[str, int]]:
-        """What is under each key: its bytes, or digest and size of a layer."""
+        """Return what is under each key: its bytes, or digest and size of a layer."""
         where = self.url
         try:
             whole = json.loads(body)
@@ -185,7 +185,7 @@ class OciStore(Store):
         return objects
 
     def _layer(self, digest: str, size: int) -> bytes:
-        """A small layer, checked."""
+        """Return a small layer, checked."""
         body = self._registry.blob(digest, length=min(size, MAX_DOCUMENT_BYTES))
         if f"sha256:{sha256(body)}" != digest:
             raise IntegrityError(f"{self.url}: layer {digest} is damaged; push the version again")
@@ -259,7 +259,7 @@ def _paths(parcel: Parcel) -> Iterator[tuple[BlobRecord, str]]:
 
 
 def _documents(parcel: Parcel) -> Iterator[tuple[str, str, bytes]]:
-    """(path, media type, bytes) of what a pulled folder has besides its blobs."""
+    """Yield (path, media type, bytes) of what a pulled folder has besides its blobs."""
     manifest = parcel.manifest
     signature = parcel.beside.get(OMS_FILE)
     found = Found(
@@ -283,7 +283,7 @@ def _media_type(record: BlobRecord) -> str:
 
 
 def _kept(registry: Registry, kind: str, body: bytes, annotations: dict[str, str] | None) -> dict[str, Any]:
-    """The descriptor of a document, which the repository has then."""
+    """Return the descriptor of a document, which the repository has then."""
     digest = f"sha256:{sha256(body)}"
     if not registry.has_blob(digest, len(body)):
         registry.put_blob(digest, body)

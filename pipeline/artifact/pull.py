@@ -1,4 +1,4 @@
-"""Pulling a version into a folder: missing blobs into the cache, then links from the cache into the folder.
+"""Pull a version into a folder: fetch missing blobs into the cache, then link the folder to it.
 
     FOLDER/shard-00001-of-00099.safetensors   the shards, byte by byte as stored
     FOLDER/base-00001-of-00099.safetensors    containers of its base, where its tensors are differences to such

@@ -1,4 +1,4 @@
-"""Reading published artifacts: verify, inspect, dense tensors, and loading into a model.
+"""Read published artifacts: for verify, inspect, dense tensors, and loading into a model.
 
 Three places hold an artifact: a store, the local cache in front of one, and a folder that `pull` wrote. All hand out
 shards whose digest was checked after the last copy.

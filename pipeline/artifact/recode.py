@@ -1,4 +1,4 @@
-"""A stored version in the present format of containers, from its own bytes alone: no source, no new quantisation.
+"""Recode a stored version in the current container format, from its own bytes: no source, no new quantisation.
 
 Each container is rewritten tensor by tensor and read back: every coordinate and every bit must be what the old one
 holds. The recoded version has records of its own, and is published by the ordinary protocol.
@@ -95,7 +95,7 @@ def recode_version(
 
 
 def _recode_shard(store: Store, artifact: StoredArtifact, record: ShardRecord) -> ShardRecord:
-    """The record of a shard in the present format, which is stored; the same one if it is in it."""
+    """Return the record of a shard in the present format, which is stored; the same one if it is in it."""
     old = artifact.coded_of(record)
     if all(coded.version == FORMAT_VERSION for coded in old):
         return record
@@ -114,7 +114,7 @@ def _recode_shard(store: Store, artifact: StoredArtifact, record: ShardRecord) -
 
 
 def _is_same(old: CodedTensor, new: CodedTensor) -> bool:
-    """Whether two stored tensors say and hold the same."""
+    """Return whether two stored tensors say and hold the same."""
     fields = ("name", "dtype", "shape", "claims", "lossless")
     if any(getattr(old, field) != getattr(new, field) for field in fields):
         return False

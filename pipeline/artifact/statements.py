@@ -1,8 +1,8 @@
-"""Where a version comes from and what it is made of, in the forms that other tools read.
+"""Provenance and bill of materials of a version, in the formats that other tools read.
 
 `provenance` is an in-toto statement with SLSA's predicate (https://slsa.dev/spec/v1.0/provenance), `bill_of_materials`
 a CycloneDX 1.6 ML-BOM (https://cyclonedx.org/docs/1.6/json). Both say what the version's manifest says and nothing
-else, so that whoever trusts its digest trusts them: the same version gives the same bytes everywhere.
+else, so trusting its digest means trusting them: the same version gives the same bytes everywhere.
 """
 
 import uuid
@@ -58,7 +58,7 @@ def provenance(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
-    """A CycloneDX document: the model, the model that it was made of, and the program that made it."""
+    """Return a CycloneDX document: the model, the model that it was made of, and the program that made it."""
     source, figures = manifest.source, manifest.figures()
     made, base, tool = (
         f"{manifest.model}@{manifest.digest}",

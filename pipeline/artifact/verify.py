@@ -1,4 +1,4 @@
-"""Re-checking a stored artifact: every digest, every tensor decoded, on demand against its checkpoint."""
+"""Verify a stored artifact: every digest, every tensor decoded, optionally against its checkpoint."""
 
 import math
 from collections.abc import Iterator

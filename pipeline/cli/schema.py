@@ -286,10 +286,10 @@ def document() -> dict[str, Any]:
 @app.command()
 def schema(
     command: Annotated[
-        str | None, typer.Argument(help="One command's words, such as 'cache prune', or 'error'; all where left out.")
+        str | None, typer.Argument(help="A command, such as 'cache prune', or 'error'. Default: all.")
     ] = None,
 ) -> None:
-    """Print the JSON schema of what commands write with --json."""
+    """Print the JSON schema of the commands' --json output."""
     whole = document()
     if command is not None:
         if command not in whole["$defs"]:

@@ -71,7 +71,7 @@ class DownloadCache:
         self.folder: Path = folder.absolute()
 
     def first_seen_file(self, url: str) -> Path:
-        """Where the first-seen record of an address is recorded: delete it to forget the address."""
+        """Return where the first-seen record of an address is recorded: delete it to forget the address."""
         return self.folder / "seen" / f"{_key(url)}.json"
 
     def first_seen(self, url: str) -> FirstSeen | None:
@@ -96,7 +96,7 @@ class DownloadCache:
         return None
 
     def holding(self, sha256: str) -> Path | None:
-        """A cached file with this digest from whatever address; it is hashed. Raises OSError."""
+        """Return a cached file with this digest from whatever address; it is hashed. Raises OSError."""
         with suppress(FileNotFoundError):
             for path in sorted((self.folder / sha256).iterdir()):
                 if file_sha256(path) == sha256:
@@ -104,7 +104,7 @@ class DownloadCache:
         return None
 
     def partial(self, url: str) -> "Partial":
-        """The download of an address that is under way, or a new one. Only for who holds its lock."""
+        """Return the download of an address that is under way, or a new one. Only for who holds its lock."""
         base = self.folder / "partial" / _key(url)
         base.parent.mkdir(parents=True, exist_ok=True)
         return Partial(url=shown_url(url), path=base.with_suffix(".part"), note=base.with_suffix(".json"))
@@ -160,7 +160,7 @@ class DownloadCache:
 
 
 def stands(path: Path, seen: FirstSeen) -> bool:
-    """Whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
+    """Return whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -187,7 +187,7 @@ class Partial:
             return 0
 
     def remote(self) -> Remote | None:
-        """The remote file that the bytes belong to; None where that is not known, so that they are of no use."""
+        """Return the remote file that the bytes belong to; None if that is not known, so that they are of no use."""
         try:
             note = json.loads(self.note.read_bytes())
             # A machine that went down may have lost bytes that were not synced, and left zeros in their place.
@@ -229,7 +229,7 @@ def _key(url: str) -> str:
 
 
 def _boot() -> str:
-    """Which run of the machine this is; empty where the system does not say."""
+    """Return which run of the machine this is; empty if the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -26,8 +26,8 @@ _WAIT = FetchSettings(connect_timeout=10.0, read_timeout=20.0, attempts=1)
 class Address:
     """One address of a model's source, and what was found there.
 
-    nbytes: the size that the server or the disk says, in bytes; None where it does not.
-    problem: why there is no file; empty where there is one.
+    nbytes: the size that the server or the disk says, in bytes; None if it does not.
+    problem: why there is no file; empty if there is one.
     """
 
     model: str
@@ -48,7 +48,7 @@ def check_addresses(
     mirror: Path | None = None,
     settings: FetchSettings = _WAIT,
 ) -> list[Address]:
-    """The state of every address of some models, in their order; each server is asked once for each address.
+    """Return the state of every address of some models, in their order; each server is asked once for each address.
 
     Args:
         sources: the source of each model by its name, paths absolute.

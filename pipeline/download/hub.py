@@ -82,7 +82,7 @@ class HubTransport:
 
 
 def _download(place: HubPlace, path: str, report: Report | None) -> Path:
-    """A file of the repository at the revision of `place`, in the hub's cache."""
+    """Return a file of the repository at the revision of `place`, in the hub's cache."""
     found = huggingface_hub.hf_hub_download(
         place.repository,
         path,
@@ -95,14 +95,14 @@ def _download(place: HubPlace, path: str, report: Report | None) -> Path:
 
 
 def cached(url: str, commit: str) -> Path | None:
-    """The file at a commit in the hub's cache; None where it is not there. No server is asked."""
+    """Return the file at a commit in the hub's cache; None if it is not there. No server is asked."""
     place = hub_place(url)
     found = huggingface_hub.try_to_load_from_cache(place.repository, place.path, revision=commit)
     return Path(found) if isinstance(found, str) else None
 
 
 def _refusal(url: str, place: HubPlace, error: Exception) -> SourceError:
-    """What the library said, as one line with what to do."""
+    """Return what the library said, as one line with what to do."""
     if isinstance(error, errors.GatedRepoError):
         return SourceError(
             f"{url}: {place.repository} is gated; accept its terms on its page and give a token: HF_TOKEN, or "
@@ -124,7 +124,7 @@ def _refusal(url: str, place: HubPlace, error: Exception) -> SourceError:
 
 
 def _reporting(path: str, report: Report | None) -> type[Any]:
-    """A bar for the library that draws nothing and tells `report` how far it is."""
+    """Return a bar for the library that draws nothing and tells `report` how far it is."""
     name = path.rpartition("/")[2]
 
     class Reporting(tqdm):  # type: ignore[misc]

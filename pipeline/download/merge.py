@@ -15,7 +15,7 @@ from birkhoff.pipeline.text import shown
 
 
 def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Checkpoint:
-    """The union of the parts' tensors, in the order of the parts.
+    """Return the union of the parts' tensors, in the order of the parts.
 
     Its nesting is that of the parts where they agree. Otherwise it is flat: one state dict under the new names.
 
@@ -46,7 +46,7 @@ def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Check
 
 
 def _chosen(part: SourcePart, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """The tensors that `keep` asks for, under their new names."""
+    """Return the tensors that `keep` asks for, under their new names."""
     tensors = list(checkpoint.tensors)
     if part.keep is not None:
         for glob in part.keep:

@@ -42,7 +42,7 @@ class NotDownloaded:
 
     missing: tuple[str, ...]
     nbytes: int | None
-    """What that is in bytes, as the servers say; None where one does not."""
+    """What that is in bytes, as the servers say; None if one does not."""
     problem: str = ""
     """What the servers said instead, if a file can be had from none of them now."""
 
@@ -65,7 +65,7 @@ def resolve(
     Args:
         source: what the manifest says, its paths absolute.
         cache: folder of checkpoints that must be rewritten once; see `open_checkpoint`.
-        downloads: the download cache; `downloads` under the birkhoff home where left out.
+        downloads: the download cache; `downloads` under the birkhoff home if left out.
         mirror: see `mirror_folder`.
         report: told of every chunk that arrives.
         settings: how patient to be.
@@ -106,7 +106,7 @@ def peek(
 
 
 def mirror_folder(option: Path | None) -> Path | None:
-    """The mirror: `option`, else BIRKHOFF_MIRROR, else none. Raises SourceError where that is no folder."""
+    """Return the mirror: `option`, else BIRKHOFF_MIRROR, else none. Raises SourceError if that is no folder."""
     given = option or os.environ.get("BIRKHOFF_MIRROR")
     if not given:
         return None
@@ -119,7 +119,7 @@ def mirror_folder(option: Path | None) -> Path | None:
 def _gather(
     source: Sequence[SourcePart], here: _Find, there: _Find, store: DownloadCache
 ) -> tuple[list[Path], list[SourcePart]]:
-    """The files of a source by `here`, else by `there`, those with shards beside them; and what neither has."""
+    """Return the files of a source by `here`, else by `there`, those with shards beside them; and what neither has."""
     paths, missing = [], []
     for part in source:
         path = here(part)
@@ -145,7 +145,7 @@ def _open(source: Sequence[SourcePart], paths: Sequence[Path], cache: Path, down
 
 
 def _origin(part: SourcePart, store: DownloadCache) -> str | None:
-    """Where on the hub a part comes from, at its commit; None for one that does not come from there."""
+    """Return where on the hub a part comes from, at its commit; None for one that does not come from there."""
     for url, at in zip(part.urls, pinned(part, store).urls, strict=True):
         seen = store.first_seen(url) if scheme_of(url) == "hf" else None
         if seen is not None and seen.commit is not None:

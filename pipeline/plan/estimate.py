@@ -1,4 +1,4 @@
-"""What a run would do and cost, from headers alone: for `birkhoff plan`.
+"""Estimate what a run would do and cost, from headers alone: for `birkhoff plan`.
 
 Sizes follow from the targets: B dB cost about B/6.02 bits a weight, how far from that depends on the distribution of
 the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose decay and
@@ -39,7 +39,7 @@ _PAPER_BITS = 6.0, 9.2
 """Bits a weight of the published codec, tensors that it leaves raw included."""
 
 _MATCH_BITS = 3.3, 4.75
-"""Bits a weight of ours at its error."""
+"""Bits per weight of our codec at its error."""
 
 _LOSSLESS = 0.88, 1.0
 """Bytes that byte planes leave of float weights; integers stay what they are."""
@@ -68,7 +68,7 @@ class Forecast:
     """Least and most."""
     target_db: float | None
     tensor_db: tuple[float, float] | None
-    """Least and greatest target of coded tensors; None where the published codec's error or statistics decide."""
+    """Least and greatest target of coded tensors; None if the published codec's error or statistics decide."""
     shards: int
     shared_shards: int
     seconds: float
@@ -129,7 +129,7 @@ def _stored(planned: Planned, plan: ModelPlan, share: float) -> tuple[int, int]:
 
 
 def _limit(planned: Planned) -> int | None:
-    """The most bytes that a budget allows; None without one in bytes."""
+    """Return the most bytes that a budget allows; None without one in bytes."""
     budget = planned.budget
     return None if budget is None or budget.by_output else budget.limit(planned.checkpoint.nbytes)
 
@@ -158,7 +158,7 @@ def _weights(tensors: Iterable[TensorPlan]) -> int:
 
 
 def _model_bytes(plan: ModelPlan, end: int, share: float = 1.0) -> int:
-    """Bytes of all tensors at one end of the range: 0 for the least, 1 for the most. `share` is of those coded."""
+    """Return bytes of all tensors at one end of the range (0: least, 1: most); `share` scales the coded ones."""
     parts = ((_tensor_bytes(item, end), item.decision.action == "coded") for item in plan.tensors)
     return round(sum(share * size if coded else size for size, coded in parts))
 
@@ -176,7 +176,7 @@ def _tensor_bytes(item: TensorPlan, end: int) -> float:
 
 
 def status(manifest: VersionManifest | None, source_sha256: str | None, planned: Planned) -> str:
-    """What a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
+    """Return what a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
     if manifest is None:
         return "new"
     if not matches_plan(manifest, planned):
@@ -278,7 +278,7 @@ def _plan_row(
 
 
 def _found(latest: Version | None, planned: Planned) -> float | None:
-    """The target in dB that the same budget has led to before, if it has."""
+    """Return the target in dB that the same budget has led to before, if it has."""
     target = latest.manifest.recipe.get("target_db") if latest and matches_plan(latest.manifest, planned) else None
     return target if isinstance(target, float) else None
 

@@ -1,4 +1,4 @@
-"""From a manifest to planned models: which are meant, what their checkpoints hold, and what is to become of them."""
+"""Plan the models of a manifest: which to run, what their checkpoints hold, and the decision for each tensor."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

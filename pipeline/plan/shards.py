@@ -1,4 +1,4 @@
-"""From a checkpoint's header to shards: pure functions, no tensors, no I/O.
+"""Cut a checkpoint into shards from its header: pure functions, no tensors, no I/O.
 
 A shard is a run of whole tensors of one module block: the unit of work, of sharing between models, and of what a
 worker holds in memory. Cuts depend only on the tensors near them, so that two checkpoints that share an encoder
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """The shards of a model, in the order of the checkpoint: every tensor, and what becomes of it.
+    """The shards of a model, in the order of the checkpoint: every tensor with its decision.
 
     `profile` is what the decisions were made by; what one of them does not owe to it is its `override`.
     """
@@ -115,7 +115,7 @@ def plan_model(
     shard_bytes: int,
     overrides: Mapping[str, Override] | None = None,
 ) -> ModelPlan:
-    """Decide what becomes of each tensor of a model, and cut shards, from its header; `overrides` by tensor name.
+    """Decide about each tensor of a model and cut shards, from its header; `overrides` by tensor name.
 
     Raises:
         SourceError: the checkpoint holds no tensor of a type that is coded.

@@ -57,7 +57,7 @@ def synthetic(side: int) -> list[Case]:
 
 
 def own(folder: Path) -> Iterator[Case]:
-    """The user's pictures, one at a time, asked by grids. Raises PictureError."""
+    """Yield the user's pictures, one at a time, asked by grids. Raises PictureError."""
     for path in pictures_in(folder)[:OWN_PICTURES]:
         pixels = read_picture(path)
         size = int(pixels.shape[1]), int(pixels.shape[2])

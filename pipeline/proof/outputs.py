@@ -36,7 +36,7 @@ class OutputScore:
     cosines: list[float] = field(default_factory=list)
 
     def row(self, name: str) -> dict[str, Any]:
-        """Its line in the table of `evaluate`."""
+        """Return its line in the table of `evaluate`."""
         return {"output": name, "sqnr_db": decibel(self.energy, self.error), "cosine": self.cosine}
 
     @property
@@ -46,7 +46,7 @@ class OutputScore:
 
 
 def batches_of(inputs: str) -> list[Any]:
-    """What the user's function gives. Raises BuilderError."""
+    """Return what the user's function gives. Raises BuilderError."""
     make = user_function("--inputs", inputs)
     try:
         found = list(make())
@@ -59,7 +59,7 @@ def batches_of(inputs: str) -> list[Any]:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
-    """What a model gives for each batch, on the CPU. Raises BuilderError if it cannot be called so."""
+    """Return what a model gives for each batch, on the CPU. Raises BuilderError if it cannot be called so."""
     return [_moved(_called(model, batches, number), torch.device("cpu")) for number in range(len(batches))]
 
 
@@ -79,7 +79,7 @@ def tapped(model: nn.Module, batches: Sequence[Any]) -> Callable[[int], Outputs]
 
 
 def _called(model: nn.Module, batches: Sequence[Any], number: int) -> Any:
-    """A model's output for one batch. Raises BuilderError if it cannot be called so."""
+    """Return a model's output for one batch. Raises BuilderError if it cannot be called so."""
     interrupt.check()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given = _moved(batches[number], device)
@@ -109,7 +109,7 @@ def scores(original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, Outp
 
 
 def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str, float] | None) -> Agreement:
-    """The outputs' worst SQNR and cosine, and what the metric gives."""
+    """Return the outputs' worst SQNR and cosine, and what the metric gives."""
     lossy = [db for score in found.values() if (db := decibel(score.energy, score.error)) is not None]
     return Agreement(
         inputs=batches,
@@ -120,7 +120,7 @@ def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str,
 
 
 def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, float] | None:
-    """What the user's metric says, by name; None without one. Raises BuilderError."""
+    """Return what the user's metric says, by name; None without one. Raises BuilderError."""
     if metric is None:
         return None
     measure: Callable[[Sequence[Any], Sequence[Any]], Any] = user_function("--metric", metric)
@@ -136,7 +136,7 @@ def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The real tensors in an output, by the keys and places that lead to them."""
+    """Yield the real tensors in an output, by the keys and places that lead to them."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.numel():
             yield name or "output", output.float()
@@ -147,7 +147,7 @@ def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device; objects of other kinds stay as they are."""
+    """Return the same with its tensors on a device; objects of other kinds stay as they are."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, Mapping):

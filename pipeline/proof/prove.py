@@ -110,7 +110,7 @@ def _of_masks(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -
 
 
 def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
-    """The proof of a model that no adapter knows, on the user's inputs."""
+    """Return the proof of a model that no adapter knows, on the user's inputs."""
     subject = task.subject
     assert subject.inputs is not None
     key = _key(task, model)
@@ -130,7 +130,7 @@ def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages)
 
 
 def _some(task: ProofTask, found: Agreement, where: str | None) -> Agreement:
-    """An agreement about something. Raises ProofError if the original found nothing anywhere."""
+    """Return an agreement about something. Raises ProofError if the original found nothing anywhere."""
     if not found.prompts:
         raise ProofError(f"{task.label}: the original finds nothing on {where}: agreement with it proves nothing")
     return found
@@ -191,7 +191,7 @@ def _key(task: ProofTask, model: nn.Module) -> object:
 
 
 def _decoded(task: ProofTask, store: Store) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the version to be, from its bytes in the store."""
+    """Yield the tensors of the version to be, from its bytes in the store."""
     manifest = task.manifest
     version = Version(model=task.model, name=None, digest=manifest.digest, manifest=manifest)
     return StoredArtifact(store, version).tensors()

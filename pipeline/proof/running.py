@@ -17,7 +17,7 @@ THREADED_BYTES = 128 << 20
 
 
 def built_model(subject: Subject, checkpoint: Checkpoint) -> nn.Module:
-    """An untrained model for a checkpoint, in evaluation mode. Raises BuilderError."""
+    """Return an untrained model for a checkpoint, in evaluation mode. Raises BuilderError."""
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     upstream = Path(subject.upstream) if subject.upstream else None
     configs = [subject.config, config_of(checkpoint.path)]

@@ -145,7 +145,7 @@ def _dots(values: Sequence[float | None], axis: Axis) -> str:
 
 
 def _line(values: Sequence[float | None], axis: Axis) -> str:
-    """A line over runs of equal values; gaps where there is none."""
+    """Return a line over runs of equal values; gaps where there is none."""
     parts, before = [], None
     for index, value in enumerate(values):
         end = _edge(index + 1, len(values))
@@ -193,5 +193,5 @@ def _short(value: float) -> str:
 
 
 def share_path(share: float, scale: float = WIDTH) -> str:
-    """A bar of `share` (0 to 1) of the width, full height."""
+    """Return a bar of `share` (0 to 1) of the width, full height."""
     return f"M0 0H{round(min(1.0, max(0.0, share)) * scale)}V{HEIGHT}H0Z"

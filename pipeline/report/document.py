@@ -1,4 +1,4 @@
-"""The report of a run: what became of every model, tensor by tensor.
+"""The report of a run: the result of every model, tensor by tensor.
 
 `runs/<id>/report.json` is the document below, `report.html` the same for people. `report.schema.json` beside this file
 is its JSON schema, written by `birkhoff report --schema`. Sizes are bytes, times seconds, SQNR and targets dB, ratios

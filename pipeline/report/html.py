@@ -68,7 +68,7 @@ class Skipped:
 
 
 def render(report: RunReport) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return (
         environment()
@@ -96,7 +96,7 @@ def render(report: RunReport) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """What fills the templates beside this file: it escapes everything, and refuses names that are not set."""
+    """Return what fills the templates beside this file: it escapes everything, and refuses names that are not set."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,

@@ -88,7 +88,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._options[name] = value
 
     def watch(self, executor: Executor) -> Executor:
-        """The same executor, its outcomes noted as they pass."""
+        """Return the same executor, its outcomes noted as they pass."""
         self._began = True
         return _Watched(executor, self._note)
 
@@ -105,7 +105,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             log.warning("the report of run %s could not be written: %s", self.run, first_line(failure))
 
     def report(self, error: str | None = None) -> RunReport:
-        """The report of the models as they are now; `error` is what ended the run before they ended.
+        """Return the report of the models as they are now; `error` is what ended the run before they ended.
 
         Raises:
             StoreError, IntegrityError: the store cannot give back what was published.
@@ -225,7 +225,7 @@ class _Layers:
         self._rows: dict[str, list[TensorRow]] = {}
 
     def of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
-        """Every tensor of a run's version, in the checkpoint's order."""
+        """Return every tensor of a run's version, in the checkpoint's order."""
         assert run.version is not None  # asked for published models only
         artifact = StoredArtifact(self._store, run.version)
         missing = {shard.blob: shard for shard in artifact.manifest.shards if shard.blob not in self._rows}
@@ -243,7 +243,7 @@ class _Layers:
 
 
 def _proven(run: ModelRun) -> dict[str, Any]:
-    """What the proof of a model came to: this run's, or that of the version it left alone."""
+    """Return what the proof of a model came to: this run's, or that of the version it left alone."""
     proof = run.passes.proof if run.passes else None
     if proof is None:
         return {"proof": run.version.manifest.proof if run.version else None}
@@ -252,7 +252,7 @@ def _proven(run: ModelRun) -> dict[str, Any]:
 
 
 def _probed(shard: ShardRecord, rows: list[TensorRow]) -> Iterator[tuple[TensorRow, float | None]]:
-    """Rows with their probes, which the record keeps for coded matrices only, in order."""
+    """Yield rows with their probes, which the record keeps for coded matrices only, in order."""
     matrices = [row.name for row in rows if row.action == "lattice" and len(row.shape) == 2 and row.shape[1] > 1]
     probes = dict(zip(matrices, shard.probe_db, strict=True)) if len(matrices) == len(shard.probe_db) else {}
     return ((row, probes.get(row.name)) for row in rows)

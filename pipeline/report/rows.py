@@ -36,7 +36,7 @@ def _more(model: ModelRecord) -> Row:
 
 
 def title(report: RunReport) -> str:
-    """The run in a line."""
+    """Return the run in a line."""
     totals = report.totals
     ratio = f", ratio {totals.source_bytes / totals.stored_bytes:.2f}" if totals.stored_bytes else ""
     ended = report.error or f"{totals.published} published, {totals.up_to_date} up to date, {totals.failed} failed"

@@ -50,7 +50,7 @@ def runs(store: Store) -> list[str]:
 
 
 def read_report(store: Store, reference: str = LATEST) -> RunReport:
-    """The report of a run: by its id, by the start of one that is the only one so, or `latest`.
+    """Return the report of a run: by its id, by the start of one that is the only one so, or `latest`.
 
     Raises:
         ArtifactNotFoundError: no such run, or several.

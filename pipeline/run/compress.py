@@ -74,7 +74,7 @@ def compress(
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
 
     An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
-    `begun` gets the runs before anything is done, so that whoever watches sees them also if an error ends them all.
+    `begun` gets the runs before any work, so that observers see them even if an error ends them all.
 
     Raises:
         StoreError: the store failed in a way that concerns every model.

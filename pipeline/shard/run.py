@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import birkhoff.kernels.trellis.op  # noqa: F401  registers the GPU's search
+import birkhoff.kernels.entropy.op
+import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
 from birkhoff.codec.difference.encode import Base
@@ -151,7 +152,7 @@ def _proven(
 ) -> ShardRecord | None:
     """The record that a stored shard deserves, made from its bytes and its source alone; None where it fails.
 
-    Whoever can write to the store can write records and blobs, but no signature: nothing of the record is believed.
+    Anyone who can write to the store can write records and blobs, but not sign: the record is not trusted.
     """
     try:
         blob = store.get(blob_key(record.blob))

@@ -17,7 +17,7 @@ fails (`revalidate`) or make it anew (`prove`, what a signature asks for); or ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """Where a tensor lies, and what becomes of it."""
+    """The place of a tensor, and the decision for it."""
 
     tensor: StoredTensor
     decision: Decision
@@ -55,7 +55,7 @@ class ShardTask:
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """What becomes of its tensors, by name."""
+        """Return the decisions for its tensors, by name."""
         return {plan.tensor.name: plan.decision for plan in self.tensors}
 
     @property

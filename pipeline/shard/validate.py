@@ -1,7 +1,8 @@
 """Proof of a shard from its final bytes: every tensor decoded and compared, every matrix run through HyperLinear.
 
 Nothing of the encoder is believed: the container is parsed again, and what it claims of itself must be what is
-measured.
+measured. Every stream is read by the CPU's decoder, whatever coded it and on whatever device the weights are compared:
+the kernels that a GPU codes with have no part in their own proof.
 """
 
 import hashlib

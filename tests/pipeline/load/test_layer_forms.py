@@ -9,13 +9,12 @@ from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import BirkhoffWarning, CodecError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.codec.tensor import decode_tensor
+from birkhoff.codec.tensor import decode_tensor, lattice_of
+from birkhoff.kernels.entropy.op import lattices_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
 from tests.codec.by_profile import encode_tensor
-
-CPU = torch.device("cpu")
 
 
 def coded(spikes: int = 0, target_db: float = 30.0) -> CodedTensor:
@@ -39,7 +38,7 @@ def test_layers_take_the_memory_of_their_form_and_keep_its_fidelity(
 ) -> None:
     tensor, bias = coded(), torch.randn(64)
     maker = LayerMaker(memory)
-    layer = maker(tensor, bias=bias, device=CPU, dtype=torch.bfloat16)
+    layer = maker("w", lattice_of(tensor), bias=bias, dtype=torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         maker.report()
@@ -58,7 +57,10 @@ def test_layers_take_the_memory_of_their_form_and_keep_its_fidelity(
 @pytest.mark.parametrize("spikes", [0, 1])
 def test_a_gpu_gets_the_weights_that_a_cpu_gets(memory: Memory, spikes: int) -> None:
     tensor, gpu = coded(spikes), torch.device("cuda", 0)
-    there, here = (LayerMaker(memory)(tensor, bias=None, device=d, dtype=torch.bfloat16) for d in (gpu, CPU))
+    there, here = (
+        LayerMaker(memory)("w", lattices_of([tensor], device)[0], bias=None, dtype=torch.bfloat16)
+        for device in (gpu, torch.device("cpu"))
+    )
     assert {buffer.device for buffer in there.buffers()} == {gpu}
     assert torch.equal(there.dense_weight(torch.float32).cpu(), here.dense_weight(torch.float32))  # type: ignore[operator]
 
@@ -73,7 +75,7 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 ) -> None:
     maker = LayerMaker("packed12")
     layers = [
-        maker(tensor, bias=None, device=CPU, dtype=torch.float32) for tensor in (coded(spikes, target_db), coded())
+        maker("w", lattice_of(tensor), bias=None, dtype=torch.float32) for tensor in (coded(spikes, target_db), coded())
     ]
     assert [type(layer) for layer in layers] == [HyperLinear, PackedHyperLinear]
     with pytest.warns(BirkhoffWarning, match=r"1 layers keep 16 bits a pair.* less than 24 dB or save nothing: " + why):
