@@ -45,6 +45,8 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
         labels = artifact.labels()
         said = f"; {pairs(labels)}" if labels else ""
         shared = ", allocation output" if manifest.allocation == "output" else ""
+        if manifest.base is not None and manifest.bases:
+            shared += f", differences to {manifest.base.label}"
         title = f"{artifact.label} ({manifest.profile}{shared}): {count} tensors, {sizes}{proven(manifest)}{said}"
         stream(output(), TENSOR_COLUMNS, map(row_json, rows_of(artifact)), as_json=as_json, title=title)
 

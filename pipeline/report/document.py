@@ -112,6 +112,10 @@ class ModelRecord(Document):
     profile: str
     allocation: str | None = None
     """How the target was shared among tensors."""
+    base: str | None = None
+    """The version that its tensors could be differences to: `sam-b@v3`."""
+    base_bytes: int | None = None
+    """What it needs of that version, besides its own."""
     status: Status
     seconds: float
     error: str | None = None

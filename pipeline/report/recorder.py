@@ -44,6 +44,8 @@ _THREADS = 8
 _FROM_ROW = (
     "profile",
     "allocation",
+    "base",
+    "base_bytes",
     "version",
     "digest",
     "source_bytes",
