@@ -86,6 +86,20 @@ def test_a_version_copied_by_skopeo_has_the_same_digest(
     assert set(birkhoff.load_state_dict(tmp_path / "back")) == {"w", "v"}
 
 
+def test_what_oras_pulls_is_a_folder_of_ours(registry: RunningRegistry, published: Store, tmp_path: Path) -> None:
+    client = pytest.importorskip("oras.client", reason="oras is not installed")
+    done = pushed(registry)
+    names = client.OrasClient(insecure=True).pull(f"{registry.host}/team/net:v1", outdir=str(tmp_path / "by-oras"))
+    birkhoff.pull("net", tmp_path / "by-us")
+    ours = {str(path.relative_to(tmp_path / "by-us")) for path in (tmp_path / "by-us").rglob("*") if path.is_file()}
+    assert {str(Path(name).relative_to(tmp_path / "by-oras")) for name in names} == ours
+    for name in ours - {"version.json"}:  # which says how a folder was made
+        assert (tmp_path / "by-oras" / name).read_bytes() == (tmp_path / "by-us" / name).read_bytes()
+    assert execute("verify", str(tmp_path / "by-oras")) == 0
+    assert set(birkhoff.load_state_dict(tmp_path / "by-oras")) == {"w", "v"}
+    assert done.digest == resolve(published, "net").digest
+
+
 def test_layers_are_our_blobs_and_stored_once(registry: RunningRegistry, published: Store) -> None:
     first = pushed(registry)
     assert first.copied == first.blobs == 2
