@@ -2,8 +2,8 @@
 
 The file has its full size from the start, so that ranges go straight to their places. It is locked while a process
 works on it, and renamed once the digest is right. Ranges from an earlier, killed download are reused unchecked, because
-the digest decides. If it is wrong, the blob is fetched once more from the beginning, since a bit may have flipped on the
-way; only a second wrong digest means damage in the store.
+the digest decides. If it is wrong, the blob is fetched once more from the beginning, since a bit may have flipped on
+the way; only a second wrong digest means damage in the store.
 
 The range that is next in order is hashed as it arrives, later ones in their turn, from the page cache.
 """
