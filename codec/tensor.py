@@ -13,12 +13,13 @@ from birkhoff.codec.container import (
     MAX_EXPANSION,
     Claims,
     CodedTensor,
+    DifferenceParams,
     LatticeParams,
     PaperParams,
     Params,
 )
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
-from birkhoff.codec.errors import FormatError, TargetError, TensorError
+from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
@@ -52,7 +53,7 @@ class Encoded:
 def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
 
-    Under a nominal target `output.encode` does.
+    Under a nominal target `output.encode` does, with a base `difference.encode`.
 
     Raises:
         TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
@@ -67,7 +68,7 @@ def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     if decision.target_db is None:
         return _encode_match(name, tensor, path=decision.path)
     encoded = _encode_lattice(name, tensor, decision.target_db, path=decision.path)
-    return _with_target(encoded, decision.target_db) if decision.states_target else encoded
+    return with_target(encoded, decision.target_db) if decision.states_target else encoded
 
 
 def check_storable(name: str, tensor: Tensor) -> None:
@@ -83,6 +84,7 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
     """
     return decode_with_code(coded, device, device)[0]
 
@@ -90,13 +92,13 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
 def decode_with_code(
     coded: CodedTensor, device: torch.device | str, streams_on: torch.device | str = "cpu"
 ) -> tuple[Tensor, lattice.LatticeTensor | None]:
-    """`decode_tensor`, and the coordinates that a `lattice` tensor was decoded from, on `device` too; else None.
+    """`decode_tensor`, and the coordinates that a tensor on the lattice was decoded from, on `device` too; else None.
 
     The streams are read on another device only if asked for: on the CPU that is as FORMAT.md writes it down, step by
     step. Raises as `decode_tensor`.
     """
     try:
-        if coded.codec == "lattice":
+        if isinstance(coded.params, LatticeParams):
             dtype, code = _float_dtype(coded), lattice_of(coded, streams_on).to(device)
             return code.decode(dtype).view(coded.shape), code
         return _DECODERS[coded.codec](coded).to(device), None
@@ -104,6 +106,8 @@ def decode_with_code(
         raise FormatError(
             f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
         ) from None
+    except BaseError:
+        raise  # which names the tensor
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
 
@@ -126,7 +130,7 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def _stored(
+def stored(
     name: str, tensor: Tensor, codec: str, *parts: bytes, params: Params = None, error: Fidelity | None = None
 ) -> CodedTensor:
     """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
@@ -145,7 +149,7 @@ def _stored(
 
 
 def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
-    return _stored(name, tensor, "raw", _bytes_of(tensor))
+    return stored(name, tensor, "raw", _bytes_of(tensor))
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
@@ -154,7 +158,7 @@ def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
     packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
     # Few bytes may stand for so many weights: see `container.MAX_EXPANSION`.
     if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
-        return _stored(name, tensor, "planes", *packed)
+        return stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
 
 
@@ -227,23 +231,26 @@ def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: 
     those through the rows and 2 for those down the columns."""
     streams, escapes = planes.pack(code, path=path)
     params = LatticeParams(path=int(path), columns=code.columns, step=code.step, escapes=escapes)
-    coded = _stored(name, tensor, "lattice", *streams, params=params, error=error)
+    coded = stored(name, tensor, "lattice", *streams, params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 
 def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
-    """Code a tensor at the error that the published codec makes on it, within what the lattice can serve.
+    target_db = published_target(tensor)
+    return with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
+
+
+def published_target(tensor: Tensor) -> float:
+    """The SQNR in dB that the published codec reaches on a tensor, within what the lattice can serve.
 
     What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
     """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
     lowest, highest = TARGET_DB_RANGE
-    target_db = highest if published is None else min(max(lowest, published), highest)
-    encoded = _encode_lattice(name, tensor, target_db, path=path)
-    return _with_target(encoded, target_db)
+    return highest if published is None else min(max(lowest, published), highest)
 
 
-def _with_target(encoded: Encoded, target_db: float) -> Encoded:
+def with_target(encoded: Encoded, target_db: float) -> Encoded:
     """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
     if encoded.fidelity is None:
         return encoded
@@ -252,12 +259,29 @@ def _with_target(encoded: Encoded, target_db: float) -> Encoded:
 
 
 def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattice.LatticeTensor:
-    """The coordinates of a `lattice` tensor, without decoding them to weights: what HyperLinear is built from.
+    """The coordinates of a tensor on the lattice, without decoding them to weights: what HyperLinear is built from.
+
+    Those of a difference are the sum of its base's and its own: what comes out does not tell.
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
     """
     params = _lattice_params(coded)
+    if not isinstance(params, DifferenceParams):
+        return _own_lattice(coded, params, device)
+    if coded.base is None:
+        raise BaseError(
+            f"tensor {coded.name!r} is a difference to the one in container {params.base}, which is not at hand: read "
+            "both with `container.with_bases`"
+        )
+    base = lattice_of(coded.base, device)
+    code = _own_lattice(coded, params, device)
+    return lattice.combine(base, code, times=params.times, stride=params.stride, step=params.step)
+
+
+def _own_lattice(coded: CodedTensor, params: LatticeParams, device: torch.device | str) -> lattice.LatticeTensor:
+    """The coordinates that a tensor's own streams hold."""
     rows = coded.weights // params.columns if params.columns else 0
     if rows * params.columns != coded.weights or not rows:
         raise FormatError(f"{coded.weights} weights are not whole rows of {params.columns}")
@@ -312,7 +336,7 @@ def _encode_paper(name: str, tensor: Tensor) -> Encoded:
     error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
     (x, y), (far_x, far_y) = code.centre.tolist(), code.far.tolist()
     params = PaperParams(per_row=code.per_row, U=code.U, K=code.K, bits=code.bits, centre=(x, y), far=(far_x, far_y))
-    coded = _stored(name, tensor, "paper", code.packed(), params=params, error=error)
+    coded = stored(name, tensor, "paper", code.packed(), params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 

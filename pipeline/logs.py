@@ -67,7 +67,7 @@ def configure(form: LogFormat, *, debug: bool) -> None:
     handler.addFilter(lambda record: debug or record.name != _steps.name)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
     _package.setLevel(logging.DEBUG if debug else logging.INFO)
-    for noisy in ("botocore", "boto3", "urllib3", "asyncio"):
+    for noisy in ("botocore", "boto3", "urllib3", "asyncio", "azure", "msal", "google"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

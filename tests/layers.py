@@ -15,7 +15,7 @@ TOP = ("codec", "kernels", "pipeline")
 ORDER = (
     *("codec/native", "codec/entropy"),
     "codec",
-    "codec/output",
+    *("codec/difference", "codec/output"),
     *("kernels/runtime", "kernels/decode", "kernels/encode", "kernels/trellis", "kernels/linear", "kernels/packed"),
     "kernels",
     "pipeline",

@@ -91,6 +91,6 @@ def test_it_compresses_pulls_and_loads_in_a_clean_environment(environment: Path,
 
 def test_extras_name_no_other_package_and_all_is_what_users_take() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert extras["all"] == ["birkhoff-compression[embedded,hub,oms,eval,lvis]"]
+    assert extras["all"] == ["birkhoff-compression[embedded,hub,gcs,azure,oms,eval,lvis]"]
     listed = (ROOT / "docs" / "install.md").read_text()
     assert [name for name in extras if f"`{name}`" not in listed] == []

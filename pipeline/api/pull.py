@@ -11,7 +11,7 @@ from typing import Literal
 from birkhoff.codec.errors import BirkhoffWarning
 from birkhoff.pipeline.api.transfer import transferring
 from birkhoff.pipeline.artifact.cache import BlobCache, usable_cache
-from birkhoff.pipeline.artifact.oms import attached
+from birkhoff.pipeline.artifact.oms import remembered
 from birkhoff.pipeline.artifact.references import Found, find, recall
 from birkhoff.pipeline.errors import ArtifactNotFoundError, OutputError
 from birkhoff.pipeline.notebook import facts_html
@@ -160,7 +160,7 @@ def pull_found(
 
         if card is not None:
             raise OutputError("a model card goes with a folder for transformers; say so, or leave the template out")
-        signature = None if store is None else attached(store, found.model, found.digest)
+        signature = remembered(found, store, cache)
         fetched = fetch(found, store, folder, cache, signature=signature, report=report)
     total = sum(record.bytes for record in found.manifest.stored)
     lack, problem = Lack(blobs=0, nbytes=0), None

@@ -232,28 +232,46 @@ class Registry:
         """Answer a challenge, Basic or for a token; False if nothing is left to try."""
         scheme, _, rest = challenge.partition(" ")
         login, facts, before = self._login(), dict(_CHALLENGE.findall(rest)), self._token
-        if scheme.lower() == "basic" and login is not None:
-            self._token = f"Basic {login}"
+        if scheme.lower() == "basic" and login.get("auth"):
+            self._token = f"Basic {login['auth']}"
         elif scheme.lower() == "bearer" and not is_exposed(facts.get("realm", "http://?")):
-            asked = {key: facts[key] for key in ("service", "scope") if key in facts}
-            headers = {} if login is None else {"Authorization": f"Basic {login}"}
-            found = self._session.get(facts["realm"], params=asked, headers=headers, timeout=_TIMEOUT)
-            if found.status_code == 200:
-                answer = found.json()
-                self._token = f"Bearer {answer.get('token') or answer.get('access_token')}"
+            self._token = self._bearer(facts, login) or before
         return self._token != before
 
-    def _login(self) -> str | None:
-        """Return what a login left for the host: `user:password` in base64."""
+    def _bearer(self, facts: Mapping[str, str], login: Mapping[str, str]) -> str | None:
+        """Return a token of the server that a challenge names: by a refresh token, by a password, or for anybody.
+
+        https://distribution.github.io/distribution/spec/auth/token/, and .../oauth/ for refresh tokens.
+        """
+        asked = {key: facts[key] for key in ("service", "scope") if key in facts}
+        if refresh := login.get("identitytoken"):
+            form = {"grant_type": "refresh_token", "client_id": "birkhoff-compression", "refresh_token": refresh}
+            found = self._session.post(facts["realm"], data={**asked, **form}, timeout=_TIMEOUT)
+        else:
+            headers = {"Authorization": f"Basic {login['auth']}"} if login.get("auth") else {}
+            found = self._session.get(facts["realm"], params=asked, headers=headers, timeout=_TIMEOUT)
+        if found.status_code != 200:
+            return None
+        try:
+            answer = found.json()
+            return f"Bearer {answer.get('token') or answer['access_token']}"
+        except (ValueError, KeyError, AttributeError):
+            raise StoreError(
+                f"{self._reference.url}: {urlsplit(facts['realm']).netloc} gives no token that can be read, though the "
+                "registry sends us there"
+            ) from None
+
+    def _login(self) -> dict[str, str]:
+        """Return what a login left for the host: `auth`, user:password in base64, or `identitytoken` to refresh."""
         folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
         for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
             try:
-                found = json.loads(Path(path).read_bytes())["auths"][self._reference.host]["auth"]
-                base64.b64decode(found, validate=True)
-                return str(found)
-            except (OSError, ValueError, KeyError, TypeError):
+                found = json.loads(Path(path).read_bytes())["auths"][self._reference.host]
+                base64.b64decode(found.get("auth", ""), validate=True)
+                return {name: str(found[name]) for name in ("auth", "identitytoken") if found.get(name)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
-        return None
+        return {}
 
     def _expect(self, response: requests.Response, wanted: int | tuple[int, ...], what: str) -> None:
         if response.status_code in (wanted if isinstance(wanted, tuple) else (wanted,)):

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, SIGNATURE_FILE, VERSION_FILE
+from birkhoff.pipeline.artifact.references import Found
 from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ObjectNotFoundError, TrustError
 from birkhoff.pipeline.hints import hint
@@ -118,6 +120,20 @@ def attached(store: Store, model: str, digest: str) -> bytes | None:
     except ObjectNotFoundError:
         return None
     check_size(oms_key(model, digest), body)
+    return body
+
+
+def remembered(found: Found, store: Store | None, cache: BlobCache) -> bytes | None:
+    """The bundle of a version that is pulled: the store's, else, without one, what its last pull here brought.
+
+    Raises as `attached`.
+    """
+    note = f"oms {found.model}@{found.digest}"
+    if store is None:
+        return cache.recall(note) or None
+    body = attached(store, found.model, found.digest)
+    if body is not None or cache.recall(note):
+        cache.remember(note, body or b"")
     return body
 
 

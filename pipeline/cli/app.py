@@ -30,8 +30,9 @@ app: typer.Typer = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress fleets of vision models, prove every tensor, publish versioned artifacts, pull and run them.\n\n"
     "MODEL[@REF]: REF is a version name (v3), a digest or an alias. Default: `latest`.\n\n"
-    "STORE: `s3://BUCKET/PREFIX` (standard AWS environment and profiles), `file:///DIR`, or `embedded`, an S3 server "
-    "on this machine. Default: BIRKHOFF_STORE, then `embedded`.\n\n"
+    "STORE: `s3://BUCKET/PREFIX` (standard AWS environment and profiles), `gs://BUCKET/PREFIX` (Google's application "
+    "default credentials), `az://CONTAINER/PREFIX` (AZURE_STORAGE_* variables or `az login`), `file:///DIR`, or "
+    "`embedded`, an S3 server on this machine. Default: BIRKHOFF_STORE, then `embedded`.\n\n"
     "Options of every command, before or after its name: `--quiet` prints results, warnings and errors only; `--debug` "
     "prints the traceback of an error; `--allow-http` permits plain http to other machines, which can be read and "
     "changed on its way.\n\n"

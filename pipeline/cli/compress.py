@@ -21,17 +21,22 @@ from birkhoff.pipeline.cli.app import (
     is_quiet,
     notes,
     output,
+    print_json,
     remark,
     warn,
 )
-from birkhoff.pipeline.errors import EXIT_CODES, SourceError, exit_code, failure
+from birkhoff.pipeline.errors import EXIT_CODES, BusyError, SourceError, exit_code, failure
 from birkhoff.pipeline.hints import hint, remember
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.text import some
 
 if TYPE_CHECKING:
+    from birkhoff.pipeline.plan.estimate import Based, BaseOf
     from birkhoff.pipeline.plan.manifest import Manifest
+    from birkhoff.pipeline.plan.models import Planned
+    from birkhoff.pipeline.registry.versions import Version
     from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.store.base import Store
 
 _PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
@@ -148,6 +153,7 @@ def compress(
         asked = executor or ExecutorName.RAY
         record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
         with (
+            _gives_way(as_json=as_json),
             in_turn(opened, (model.name for model in chosen.models), wait=not scheduled, tell=warn),
             _announced(record, quiet=as_json),
             record,
@@ -174,7 +180,7 @@ def compress(
         if run.version is not None and run.version.same_as is not None and not as_json:
             same = run.version.same_as
             remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
-        for said in filter(None, (run.felt(), run.found())):
+        for said in filter(None, (run.felt(), run.found(), run.differs())):
             if not as_json:
                 remark(f"{run.name}: {said}")
         for warning in run.warnings():
@@ -187,6 +193,18 @@ def compress(
     failed = failure([run.error for run in runs])
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+@contextmanager
+def _gives_way(*, as_json: bool) -> Iterator[None]:
+    """End the command well where an earlier tick is at work: schedulers call every other exit code a failure."""
+    try:
+        yield
+    except BusyError as busy:
+        if as_json:
+            print_json([])
+        remark(str(busy))
+        raise typer.Exit(0) from busy
 
 
 @contextmanager
@@ -230,7 +248,7 @@ def plan(
         return
     remember(store=store or chosen.store)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows, errors = plan_rows(chosen, opened, mirror)
+        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened))
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
     if as_json or any(row["status"] != "failed" for row in rows):
         show(output(), columns, rows, as_json=as_json)
@@ -245,6 +263,20 @@ def plan(
     failed = failure(errors)
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+def _bases(chosen: "Manifest", opened: "Store | None") -> "BaseOf":
+    """Finds the bases of models; what reads them is loaded only if one of them names any."""
+    from birkhoff.pipeline.plan.estimate import Based
+
+    def find(planned: "Planned", latest: "Version | None") -> "Based":
+        if planned.entry.base is None:
+            return Based(planned=planned)
+        from birkhoff.pipeline.artifact.bases import forecast_base
+
+        return forecast_base(chosen, opened, planned, latest)
+
+    return find
 
 
 def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:

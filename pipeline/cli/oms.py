@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from birkhoff.pipeline.cli.app import JsonOption, ReferenceArgument, StoreOption, app, print_json, report
+from birkhoff.pipeline.cli.pull import OfflineOption
 
 oms_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Sign and verify with OpenSSF Model Signing (OMS).")
 app.add_typer(oms_app, name="oms")
@@ -72,24 +73,24 @@ def verify(
 
 
 @app.command()
-def provenance(reference: ReferenceArgument, store: StoreOption = None) -> None:
+def provenance(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
     """Print a version's provenance: an in-toto statement with SLSA's predicate, in JSON."""
     from birkhoff.pipeline.artifact import statements
 
-    print_json(_of(reference, store, statements.provenance))
+    print_json(_of(reference, store, statements.provenance, offline=offline))
 
 
 @app.command()
-def bom(reference: ReferenceArgument, store: StoreOption = None) -> None:
+def bom(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
     """Print a version's bill of materials (CycloneDX), in JSON."""
     from birkhoff.pipeline.artifact import statements
 
-    print_json(_of(reference, store, statements.bill_of_materials))
+    print_json(_of(reference, store, statements.bill_of_materials, offline=offline))
 
 
-def _of(reference: str, store: str | None, statement: Any) -> dict[str, Any]:
+def _of(reference: str, store: str | None, statement: Any, *, offline: bool) -> dict[str, Any]:
     from birkhoff.pipeline.artifact.readers import open_artifact
 
-    with open_artifact(reference, store) as artifact:
+    with open_artifact(reference, store, offline=offline) as artifact:
         found: dict[str, Any] = statement(artifact.manifest)
         return found

@@ -107,6 +107,8 @@ def outputs() -> dict[str, Schema]:
     compress = {
         "model": TEXT,
         "profile": TEXT,
+        "base": _NAME,
+        "base_bytes": maybe(COUNT),
         "allocation": _NAME,
         "version": _NAME,
         "digest": _NAME,
@@ -126,6 +128,8 @@ def outputs() -> dict[str, Schema]:
     plan = {
         "model": TEXT,
         "profile": TEXT,
+        "base": _NAME,
+        "base_share": maybe(NUMBER),
         "allocation": TEXT,
         "status": {"enum": ["new", "changed", "to be read", "up to date", "to be downloaded", "failed"]},
         "budget_bytes": maybe(COUNT),

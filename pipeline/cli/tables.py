@@ -90,6 +90,7 @@ TENSOR_COLUMNS = (
 PLAN_COLUMNS = (
     Column(title="model", key="model"),
     Column(title="profile", key="profile", rank=4),
+    Column(title="base", key="base", rank=4),
     Column(title="status", key="status"),
     Column(title="source", key="source_bytes", form=size, right=True, rank=3),
     Column(title="stored ~", key="predicted_stored_bytes_range", form=span(size), right=True, rank=2),

@@ -15,6 +15,9 @@
         adapter: med_sam         # the family's member, where tensors fit several: pictures are prepared as it wants
         files: [config.json]     # what goes with the weights; left out, what `sidecars` finds
         labels: {licence: Apache-2.0}   # what is said of it; `registry.labels`
+      - name: clinic
+        source: checkpoints/clinic.pth
+        base: sam-b              # a difference to a model of this manifest, to MODEL@REF of the store, or `auto`
 
 Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
 """
@@ -48,6 +51,9 @@ _UNKNOWN = "extra_forbidden"
 SHARD_SECONDS = 900.0
 """A shard that takes longer has hung: the largest take about 20 s on a slow core."""
 
+AUTO = "auto"
+"""As a base: the version that suits best."""
+
 _Where = tuple[int | str, ...]
 """A path of keys: `("models", 0, "source")`."""
 
@@ -68,6 +74,9 @@ class ModelEntry(Quality, Proving):
     """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
     files: Annotated[tuple[str, ...], Field(max_length=MAX_FILES, strict=False)] | None = None
     """Small text files that go with the weights; left out, those of transformers beside a local safetensors source."""
+    base: str | None = None
+    """What its tensors are coded as differences to, where that is smaller: a model of the manifest, MODEL[@REF] of the
+    store, or `auto` for whichever version of the store suits best."""
     adapter: str | None = None
     """Its member of the family, if tensors fit several: `med_sam`, `tiny_sam`, ..."""
     builder: str | None = None
@@ -84,6 +93,14 @@ class ModelEntry(Quality, Proving):
 
     _name = field_validator("name")(check_name)
     _labels = field_validator("labels")(check_labels)
+
+    @field_validator("base")
+    @classmethod
+    def _check_base(cls, reference: str | None) -> str | None:
+        model, at, ref = (reference or "x").partition("@")
+        if not NAME_PATTERN.fullmatch(model) or (at and not NAME_PATTERN.fullmatch(ref)):
+            raise ValueError(f"{str(reference)[:80]!r} is no MODEL[@VERSION|ALIAS|DIGEST], nor `{AUTO}`")
+        return reference
 
     @field_validator("adapter")
     @classmethod
@@ -120,7 +137,7 @@ class Manifest(Quality, Proving):
     """A whole manifest, as read; `load_manifest` makes its sources absolute."""
 
     store: str | None = None
-    """URL of the store: s3://BUCKET/PREFIX, file:///DIR or embedded."""
+    """URL of the store: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///DIR or embedded."""
     allow_http: bool = False
     """Permit plain http to a store on another machine; it can be read and changed on its way."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
@@ -143,6 +160,10 @@ class Manifest(Quality, Proving):
     def whole(self) -> bool:
         """Return whether `cut` left out no model."""
         return self._whole
+
+    def base_of(self, entry: ModelEntry) -> ModelEntry | None:
+        """The model of this manifest that is the base of another one, if that names one."""
+        return next((model for model in self.models if model.name == entry.base), None)
 
     def cut(self, models: Iterable[ModelEntry]) -> "Manifest":
         """Return the manifest with only these models."""
@@ -189,6 +210,26 @@ class Manifest(Quality, Proving):
             profile = self.fidelity(model).profile
             if model.allocation is not None and profile.target_db is None:
                 raise no_target(f"models.{index}.allocation", profile)
+        return self
+
+    @model_validator(mode="after")
+    def _bases_stand_for_themselves(self) -> "Manifest":
+        entries = {model.name: model for model in self.models}
+        for index, model in enumerate(self.models):
+            if model.base is None:
+                continue
+            key, fidelity = f"models.{index}.base", self.fidelity(model)
+            if model.base == model.name:
+                raise wrong(key, "a model is no base of itself; name one of its versions, or another model")
+            base = entries.get(model.base)
+            if base is not None and base.base is not None:
+                raise wrong(key, f"{base.name!r} has a base itself, and differences have no chains; name another model")
+            if fidelity.budget is not None:
+                raise wrong(key, "no budget knows yet what differences take; name a profile instead")
+            if fidelity.profile.codec != "lattice":
+                raise wrong(key, f"profile {fidelity.profile.name!r} codes no differences; name another one")
+            if fidelity.profile.allocation == "output":
+                raise wrong(key, "differences keep a target of each tensor, and `allocation: output` promises none")
         return self
 
     @model_validator(mode="after")
