@@ -30,11 +30,7 @@ class BucketTransport:
             store.close()
 
     def look(self, url: str) -> Remote:
-<<<<<<< HEAD:pipeline/download/s3.py
-        """Return size and ETag of the object. Raises SourceError."""
-=======
-        """Size and tag of the object. Raises SourceError."""
->>>>>>> main:pipeline/download/bucket.py
+        """Return size and tag of the object. Raises SourceError."""
         try:
             store, key = self._place(url)
             info = store.head(key)
