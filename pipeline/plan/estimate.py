@@ -158,7 +158,7 @@ def _weights(tensors: Iterable[TensorPlan]) -> int:
 
 
 def _model_bytes(plan: ModelPlan, end: int, share: float = 1.0) -> int:
-    """Return bytes of all tensors at one end of the range: 0 for the least, 1 for the most. `share` is of those coded."""
+    """Return bytes of all tensors at one end of the range (0: least, 1: most); `share` scales the coded ones."""
     parts = ((_tensor_bytes(item, end), item.decision.action == "coded") for item in plan.tensors)
     return round(sum(share * size if coded else size for size, coded in parts))
 
