@@ -75,12 +75,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (environment / ".ready").touch()  # `make setup` has been here
     birkhoff = Path(sys.prefix) / "bin" / "birkhoff"
     subprocess.run([birkhoff, "store", "up"], cwd=folder, env=variables(folder), check=True)
-    ended = shell(folder, FIRST, 2 * SECONDS)  # on a busy machine Ray alone may take five minutes to start
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
-    with warm.server(folder, variables(folder)) as client:
-        _stand_in(environment, client)
-        yield folder
-    subprocess.run([birkhoff, "store", "down"], cwd=folder, env=variables(folder), check=True)
+    try:
+        ended = shell(folder, FIRST, 2 * SECONDS)  # on a busy machine Ray alone may take five minutes to start
+        assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+        with warm.server(folder, variables(folder)) as client:
+            _stand_in(environment, client)
+            yield folder
+    finally:
+        subprocess.run([birkhoff, "store", "down"], cwd=folder, env=variables(folder), check=True)
 
 
 def _stand_in(environment: Path, client: Path) -> None:
