@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,12 @@ from torch import Tensor
 import birkhoff.kernels.entropy.op
 import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
-from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
+from birkhoff.codec.container import FORMAT_VERSION, serialise
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.output import encode as by_output
 from birkhoff.codec.output.allocation import tensor_sizes
 from birkhoff.codec.profiles import Decision, Recipe
-from birkhoff.codec.tensor import Encoded, check_storable, encode_tensor
+from birkhoff.codec.tensor import Encoded, check_storable, encode_tensors
 from birkhoff.pipeline import logs
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
@@ -159,16 +159,27 @@ def encode_shard(
     hessian_of: HessianOf = lambda _: None,
 ) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
-    coded = [_encode(name, tensor, decisions[name], device, hessian_of) for name, tensor in sources.items()]
-    return serialise(coded)
-
-
-def _encode(name: str, tensor: Tensor, decision: Decision, device: torch.device, hessian_of: HessianOf) -> CodedTensor:
-    logs.step("encode", tensor.nbytes, name)
-    if decision.nominal:
-        return _encode_by_output(name, tensor.to(device), decision, hessian_of(name)).tensor
+    by_outputs, others = (
+        [(name, tensor) for name, tensor in sources.items() if decisions[name].nominal == nominal]
+        for nominal in (True, False)
+    )
+    coded = {
+        name: _encode_by_output(name, tensor.to(device), decisions[name], hessian_of(name)).tensor
+        for name, tensor in _announced(by_outputs)
+    }
     # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
-    return encode_tensor(name, tensor if decision.action == "lossless" else tensor.to(device), decision).tensor
+    items = (
+        (name, tensor if decisions[name].action == "lossless" else tensor.to(device), decisions[name])
+        for name, tensor in _announced(others)
+    )
+    coded |= {encoded.tensor.name: encoded.tensor for encoded in encode_tensors(items)}
+    return serialise([coded[name] for name in sources])
+
+
+def _announced(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        logs.step("encode", tensor.nbytes, name)
+        yield name, tensor
 
 
 def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:
