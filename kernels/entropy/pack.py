@@ -24,6 +24,7 @@ from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import Table
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.planes import Item, Packed
+from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.entropy import encoding
 from birkhoff.kernels.entropy.plan import Numbers
 
@@ -104,7 +105,8 @@ def pack(items: Sequence[Item]) -> list[Packed]:
     whole = _bring([stream for own in streams for stream in own], memory)
     packed: list[Packed] = []
     for matrix, own in zip(matrices, streams, strict=True):
-        stored = planes.explicit(matrix.code.escapes.to("cpu"), path=matrix.path)
+        escapes = matrix.code.escapes
+        stored = planes.explicit(escapes.to("cpu"), path=matrix.path) if len(escapes) else Escapes.none()
         packed.append(((matrix.levels, *(next(whole) for _ in own), rest.pack_escapes(stored)), len(stored)))
     return packed
 
