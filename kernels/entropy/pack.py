@@ -191,7 +191,7 @@ def _decide(matrices: Sequence[_Matrix], memory: Tensor) -> list[list[_Stream]]:
 
 def _rows(streams: Sequence[_Stream]) -> Integers:
     """(place, symbols, stream, lanes, room in words before it) of every block, [B, 5]."""
-    rows: list[Integers] = []
+    rows: list[Integers] = [np.empty((0, 5), dtype=np.int64)]
     room = 0
     for number, stream in enumerate(streams):
         lanes = rans.lanes(stream.size)

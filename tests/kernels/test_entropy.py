@@ -253,6 +253,7 @@ def test_packing_chooses_raw_and_repeating_streams_as_the_reference_does(device:
     still = LatticeTensor(i=0 * i, j=0 * j, escapes=Escapes.none(), step=1.0, columns=48)
     found = check_packed([(raw, 0), (same, 0), (still, 0)], device)
     assert [streams[1][0] for streams, _ in found] == [rest.RAW, rest.ZSTD, rest.ZSTD]
+    check_packed([(still, 0)], device)  # nothing has a table
 
 
 def test_small_matrices_are_packed_by_the_reference(device: str) -> None:
