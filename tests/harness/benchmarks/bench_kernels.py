@@ -172,20 +172,18 @@ def _packed_decodes() -> dict[str, tuple[Callable[[], object], float]]:
 def bench_search() -> Result:
     """All linear weights of SAM-H to 30 dB: search, encoding and validation; time on the GPU, and of the whole call."""
     weights = [torch.randn(shape, device="cuda") * 0.03 for _ in range(32) for shape in SAM_H.values()]
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
+    found = encode.encode_all(weights, 30.0)
     for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
         truth = fidelity(weight, code.decode())
         require(30.0 <= truth.sqnr_db <= 30.3 and close(error.error, truth.error), "a matrix misses its target")
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    again = sum(encode.finish(w, 30.0, p)[0].i is not p.i for w, p in zip(weights, passes, strict=True))
+    encode.encode_all(weights, 30.0)
     torch.cuda.synchronize()
     wall = time.perf_counter() - begin
     graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
     return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
-            "tensors": len(weights), "encoded_again": again}  # fmt: skip
+            "tensors": len(weights)}  # fmt: skip
 
 
 def bench_entropy() -> Result:
@@ -214,7 +212,7 @@ def bench_entropy() -> Result:
     count = sum(map(Tensor.numel, weights))
     many = [(paths[k % len(shapes)][0], 1) for k in range(len(weights))]
     times = {
-        "encode": _walls(lambda: _to_bytes(weights), 5),
+        "encode": _walls(lambda: planes.pack_all([(code, 0) for code, _ in encode.encode_all(weights, 30.0)]), 5),
         "pack": _walls(lambda: planes.pack_all(many), 5),
         "pack each": _walls(lambda: [planes.pack(code, path=1) for code, _ in many], 3),
         "decode": _walls(lambda: entropy.lattices_of(coded, device), 9),
@@ -234,12 +232,6 @@ def bench_entropy() -> Result:
             for name, times in times.items()
         },
     }
-
-
-def _to_bytes(weights: Sequence[Tensor]) -> object:
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    codes = [encode.finish(weight, 30.0, first)[0] for weight, first in zip(weights, passes, strict=True)]
-    return planes.pack_all([(code, 0) for code in codes])
 
 
 def _as_bytes(packed: Sequence[planes.Packed]) -> list[object]:
