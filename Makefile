@@ -79,7 +79,7 @@ verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)
 
-test: $(READY) ## Run the tests, a file at a time on each of up to four processors (ARGS='-n 0': on one).
+test: $(READY) ## Run the tests, a file at a time in each of up to four processes (ARGS='-n 0': on one).
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## Report format, lint, type and layering errors; never edits.
