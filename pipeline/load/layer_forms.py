@@ -54,7 +54,7 @@ class LayerMaker:
         self._refused: list[str] = []
 
     def __call__(
-        self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None, dtype: torch.dtype
+        self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None = None, dtype: torch.dtype
     ) -> CompressedLinear:
         """The layer of a coded matrix, on its device; `dtype` and `bias` are those of the linear layer."""
         make: Callable[..., CompressedLinear] = HyperLinear.from_lattice
