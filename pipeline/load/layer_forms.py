@@ -33,7 +33,10 @@ Compute = Literal["float", "int8"]
 """In the dtype of the input; or on int8 tensor cores, the input rounded to int8 token by token."""
 
 _MOST_EXTRA = 0.25
-"""Of a layer's columns: further ones for outliers, above which int8 saves little."""
+"""Further columns for outliers, of a layer's own, above which int8 saves little;"""
+
+_FREE_EXTRA = 256
+"""but so few are no matter: what small layers take is launches."""
 
 _SHOWN = 5
 
@@ -97,4 +100,4 @@ def _obstacle(code: LatticeTensor) -> str | None:
     extra = extra_columns(code)
     if plane_columns(code.columns, extra) > MOST_COLUMNS:
         return f"{code.columns} columns"
-    return f"{extra} further columns for outliers" if extra > max(64, _MOST_EXTRA * code.columns) else None
+    return f"{extra} further columns for outliers" if extra > max(_FREE_EXTRA, _MOST_EXTRA * code.columns) else None

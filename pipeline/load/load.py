@@ -100,8 +100,8 @@ def load_into(
             would keep less than 24 or 18 dB, or save nothing, keeps the first form; a BirkhoffWarning names it.
         compute: `int8` multiplies on int8 tensor cores (on CPUs by their instructions for bytes), the same weights in
             as much memory: the inputs of linear layers are rounded to int8, one scale a token. Outliers beyond a
-            byte take further columns; a layer that they would make a quarter wider computes in float, and a
-            BirkhoffWarning names it.
+            byte take further columns; a layer that they would make wider by 256 and by a quarter computes in float,
+            and a BirkhoffWarning names it.
 
     Returns:
         Names of the modules that are HyperLinear, or its packed form, with weights of the artifact.
