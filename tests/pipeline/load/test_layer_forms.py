@@ -99,12 +99,12 @@ def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
 
 
-@pytest.mark.parametrize("spikes", [0, 1, 4])
-def test_outliers_widen_a_layer(spikes: int) -> None:
-    maker, tensor = LayerMaker("uint16", "int8"), coded(spikes, 46.0)
+@pytest.mark.parametrize(("spikes", "target_db", "wider"), [(0, 30.0, False), (0, 46.0, True), (4, 46.0, True)])
+def test_what_a_byte_does_not_hold_widens_a_layer(spikes: int, target_db: float, wider: bool) -> None:
+    maker, tensor = LayerMaker("uint16", "int8"), coded(spikes, target_db)
     layer = maker(tensor, bias=None, device=CPU, dtype=torch.float32)
     assert isinstance(layer, Int8HyperLinear)
-    assert bool(len(layer.extra)) == bool(spikes)
+    assert bool(len(layer.extra)) == wider
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
     x = torch.randn(9, 256)
     assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
