@@ -1,4 +1,4 @@
-"""Symbols grouped by how large they are expected to be, so that each group gets an entropy code of its own.
+"""Group symbols by their expected size, so that each group gets an entropy code of its own.
 
 Rows and columns of a weight matrix differ in scale. Every row r and every column p of a plane [R, P] has a level (a
 byte, `STEPS` an octave of root mean square); symbols are grouped by the sum of the two levels, neighbouring sums
@@ -25,7 +25,8 @@ import numpy.typing as npt
 from birkhoff.codec.native.library import native, pointer
 
 STEPS = 3
-MAX_LEVEL = 63
+LEVELS = 64
+MAX_LEVEL = LEVELS - 1
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
@@ -200,6 +201,56 @@ def places(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, 
     base[order] = np.cumsum(tile[order]) - tile[order]
     tables = base.reshape(len(height), len(width)), width.astype(np.int64)
     return *tables, rows.astype(np.int64), _ranks(rows), columns.astype(np.int64), _ranks(columns)
+
+
+class Addresses(NamedTuple):
+    """Where each symbol (r, c) of a plane lies in its groups, one after the other, as sums of what is looked up.
+
+    An entry of `row` [R] and `column` [P] is 64 * rank + level, the rank among those of its level. Symbol (r, c) is
+    number `base[a, b] + rank of r * width[b] + rank of c`, at the levels a and b; `base` is [64, 64], `width` [64].
+    """
+
+    row: Integers
+    column: Integers
+    base: Integers
+    width: Integers
+    sizes: Integers
+    """Symbols of each group."""
+
+
+def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
+    """The addresses of a plane of these levels; what `places` says, in the form that kernels take."""
+    library = native()
+    if library is None:
+        return reference_addresses(rows, columns, rule)
+    rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
+    row, column = np.empty(len(rows), dtype=np.int64), np.empty(len(columns), dtype=np.int64)
+    base, width, sizes = np.empty((LEVELS, LEVELS), np.int64), np.empty(LEVELS, np.int64), np.empty(LEVELS, np.int64)
+    groups = library.birkhoff_addresses(
+        pointer(rows),
+        len(rows),
+        pointer(columns),
+        len(columns),
+        *rule,
+        *map(pointer, (row, column, base, width, sizes)),
+    )
+    return Addresses(row=row, column=column, base=base, width=width, sizes=sizes[:groups])
+
+
+def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
+    """`addresses` in numpy."""
+    found, widths, row_level, row_rank, column_level, column_rank = places(rows, columns, rule)
+    height = np.bincount(rows)
+    base, width = np.zeros((LEVELS, LEVELS), dtype=np.int64), np.zeros(LEVELS, dtype=np.int64)
+    base[: found.shape[0], : found.shape[1]] = np.where((height > 0)[:, None] & (widths > 0), found, 0)
+    width[: len(widths)] = widths
+    return Addresses(
+        row=row_rank * LEVELS + row_level,
+        column=column_rank * LEVELS + column_level,
+        base=base,
+        width=width,
+        sizes=np.array(group_sizes(rows, columns, rule), dtype=np.int64),
+    )
 
 
 def _ranks(levels_: Bytes) -> Integers:

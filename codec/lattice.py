@@ -1,4 +1,4 @@
-"""A weight matrix on the trajectory: quantise for one step, decode.
+"""A weight matrix on the trajectory: quantise for one step, decode, add a difference to a base.
 
 Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import trellis
-from birkhoff.codec.errors import TargetError
+from birkhoff.codec.errors import FormatError, TargetError
 from birkhoff.codec.metrics import to_host
 from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
@@ -88,6 +88,8 @@ class LatticeTensor:
 
     def escaped_weights(self) -> tuple[Tensor, Tensor]:
         """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes' weights."""
+        if not len(self.escapes):  # most have none, and on a GPU each operation on nothing costs as one on something
+            return self.escapes.pair, self.escapes.i.to(torch.float32)
         row, first, second, paired = escape_places(self.escapes.pair, self.columns)
         x, y = position(self.escapes.i, self.escapes.j, self.step)
         start = row * self.columns
@@ -218,3 +220,64 @@ def _gather_escapes(parts: list[_EscapedPairs], device: torch.device) -> Escapes
     pair, i, j = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.argsort(pair)
     return Escapes(pair=pair[order], i=i[order], j=j[order])
+
+
+def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int, step: float) -> LatticeTensor:
+    """The matrix of coordinates `times` * base + `stride` * code, for `step`; both of one shape and device.
+
+    Raises:
+        FormatError: a sum leaves 32 bits.
+    """
+    pair = torch.unique(torch.cat((base.escapes.pair, code.escapes.pair)))
+    planes, true = [], []
+    for own, wide, other, other_wide in (
+        (base.i, base.escapes.i, code.i, code.escapes.i),
+        (base.j, base.escapes.j, code.j, code.escapes.j),
+    ):
+        plane = own.to(torch.int16)
+        planes.append(plane.mul_(times).add_(other, alpha=stride))
+        true.append(
+            times * _coordinates(own, base.escapes.pair, wide, pair)
+            + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
+        )
+    if len(pair) and max(map(abs, to_host(*(bound.double() for t in true for bound in torch.aminmax(t))))) >= 1 << 31:
+        raise FormatError("a coordinate of a difference and its base leaves 32 bits")
+    i, j = planes
+    for plane, exact in zip(planes, true, strict=True):
+        inside = (exact >= LOW) & (exact <= HIGH)
+        plane.view(-1)[pair] = torch.where(inside, exact, 0).to(torch.int16)
+    outside = torch.zeros(len(pair), dtype=torch.bool, device=pair.device)
+    for exact in true:
+        outside |= (exact < LOW) | (exact > HIGH)
+    escapes = Escapes(pair=pair[outside], i=true[0][outside].to(torch.int32), j=true[1][outside].to(torch.int32))
+    for plane in planes:
+        plane.view(-1)[escapes.pair] = 0
+    if i.numel():
+        bounds = to_host(*(bound.float() for plane in planes for bound in torch.aminmax(plane)))
+        if min(bounds) < LOW or max(bounds) > HIGH:
+            escapes = _take_out(i.view(-1), j.view(-1), escapes)
+    return LatticeTensor(i=i.to(torch.int8), j=j.to(torch.int8), escapes=escapes, step=step, columns=base.columns)
+
+
+def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> Tensor:
+    """Coordinates int64 at some flat pair indices; `wide` are those of the escapes, at `escaped`."""
+    found = plane.view(-1)[pair].to(torch.int64)
+    if len(escaped):
+        place = torch.searchsorted(escaped, pair).clamp(max=len(escaped) - 1)
+        found = torch.where(escaped[place] == pair, wide[place].to(torch.int64), found)
+    return found
+
+
+def _take_out(i: Tensor, j: Tensor, known: Escapes) -> Escapes:
+    """Move pairs outside the box, which become 0, to the escapes."""
+    pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
+    merged = torch.cat((known.pair, pair))
+    order = torch.argsort(merged)
+    taken = Escapes(
+        pair=merged[order],
+        i=torch.cat((known.i, i[pair].to(torch.int32)))[order],
+        j=torch.cat((known.j, j[pair].to(torch.int32)))[order],
+    )
+    i[pair] = 0
+    j[pair] = 0
+    return taken

@@ -12,7 +12,7 @@ Shapes: R = rows, P = pairs a row, G = groups (see `contexts`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,16 +32,41 @@ from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Stream = bytes | memoryview
 
-_SMALL = 1 << 16
+SMALL = 1 << 16
 """Symbols up to which more ways of grouping are tried."""
 
 
-def pack(code: LatticeTensor, *, path: int) -> tuple[tuple[bytes, ...], int]:
+Item = tuple[LatticeTensor, int]
+"""A coded matrix, and its path: 0 none, 1 through the rows, 2 down the columns of the trellis."""
+
+Packed = tuple[tuple[Stream, ...], int]
+"""The streams of a matrix, and the number of escapes among them."""
+
+_PACKERS: dict[str, Callable[[Sequence[Item]], list[Packed]]] = {}
+
+
+def register_packer(device_type: str, packer: Callable[[Sequence[Item]], list[Packed]]) -> None:
+    """Let something faster than `reference_pack`, which makes the same bytes, pack what lies on such devices."""
+    _PACKERS[device_type] = packer
+
+
+def pack(code: LatticeTensor, *, path: int) -> Packed:
     """Streams: levels of the rows and columns, groups, escapes; and the number of escapes stored.
 
     Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on trellis paths, 1 for
     those through the rows and 2 for those down the columns.
     """
+    return pack_all([(code, path)])[0]
+
+
+def pack_all(items: Sequence[Item]) -> list[Packed]:
+    """`pack` of several matrices, all on one type of device."""
+    packer = _PACKERS.get(items[0][0].i.device.type) if items else None
+    return [reference_pack(code, path=path) for code, path in items] if packer is None else packer(items)
+
+
+def reference_pack(code: LatticeTensor, *, path: int) -> Packed:
+    """`pack` on the CPU."""
     code = code.to("cpu")
     escapes = code.escapes
     both = np.concatenate(
@@ -49,7 +74,7 @@ def pack(code: LatticeTensor, *, path: int) -> tuple[tuple[bytes, ...], int]:
         axis=1,
     )
     best = min(_groupings(both), key=lambda grouping: grouping.bytes)
-    stored = _explicit(escapes, path=path)
+    stored = explicit(escapes, path=path)
     streams = [rest.pack(group, table) for group, table in zip(best.groups, best.fits, strict=True)]
     return (best.levels, *streams, rest.pack_escapes(stored)), len(stored)
 
@@ -73,7 +98,7 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
     yield _Grouping(b"", [both.reshape(-1)], [counts], fits, rest.estimate(both.size, fits[0]))
     if len(first.groups) > 1:
         yield first
-    if both.size <= _SMALL:
+    if both.size <= SMALL:
         for row, bits in (
             (rows, contexts.SMALL_BITS),
             (0 * rows, contexts.SMALL_BITS),
@@ -96,47 +121,47 @@ def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
 
 
 def unpack(
-    streams: Sequence[Stream],
-    shape: tuple[int, int],
-    escapes: int,
-    *,
-    path: int,
-    device: torch.device | str = "cpu",
+    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int
 ) -> tuple[Tensor, Tensor, Escapes]:
-    """(i, j, escapes) in memory: int8 [R, P] each, from the streams of `pack`.
-
-    On another `device` than the CPU only the entropy decoding is done here; symbols become coordinates there.
+    """(i, j, escapes) in memory, on the CPU: int8 [R, P] each, from the streams of `pack`.
 
     Raises:
         FormatError: there are more or fewer streams than the levels ask for, or one is not what it should be.
     """
     rows, pairs = shape
-    if len(streams) < 3:
-        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
-    row, column, rule = _unpack_levels(streams[0], rows, pairs)
+    row, column, rule = unpack_levels(streams, shape)
     sizes = contexts.group_sizes(row, column, rule)
-    if len(streams) != 2 + len(sizes):
-        raise FormatError(f"{len(streams)} streams stored where {2 + len(sizes)} were expected")
+    check_count(streams, len(sizes))
     flat = np.empty(2 * rows * pairs, dtype=np.uint8)
     start = 0
     for stream, size in zip(streams[1:-1], sizes, strict=True):
         rest.unpack(stream, size, flat[start : start + size])
         start += size
-    place = torch.device(device)
-    stored = rest.unpack_escapes(streams[-1], escapes, rows * pairs, reach=2 if path else 1).to(place)
-    if place.type == "cpu":
-        joined = contexts.join(flat, row, column, rule)
-        if path and native() is not None:
-            return _paths_of(joined, path, stored)
-        plane = torch.from_numpy(joined)
-    else:
-        plane = _join_on(place, flat, row, column, rule)
-    found = [_coordinates(half, path) for half in (plane[:, :pairs], plane[:, pairs:])]
-    return _in_memory(found, stored)
+    stored = unpack_escapes(streams, shape, escapes, path=path)
+    joined = contexts.join(flat, row, column, rule)
+    if path and native() is not None:
+        return _paths_of(joined, path, stored)
+    plane = torch.from_numpy(joined)
+    return _in_memory([_coordinates(half, path) for half in (plane[:, :pairs], plane[:, pairs:])], stored)
 
 
-def _unpack_levels(stream: Stream, rows: int, pairs: int) -> tuple[Bytes, Bytes, Rule]:
-    """Levels of the rows, of the columns of both planes, and the rule that groups them."""
+def unpack_escapes(streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int) -> Escapes:
+    """The escapes that are stored. Raises FormatError."""
+    return rest.unpack_escapes(streams[-1], escapes, shape[0] * shape[1], reach=2 if path else 1)
+
+
+def check_count(streams: Sequence[Stream], groups: int) -> None:
+    """Refuse more or fewer streams than a tensor of so many groups has. Raises FormatError."""
+    if len(streams) != 2 + groups:
+        raise FormatError(f"{len(streams)} streams stored where {2 + groups} were expected")
+
+
+def unpack_levels(streams: Sequence[Stream], shape: tuple[int, int]) -> tuple[Bytes, Bytes, Rule]:
+    """Levels of the rows, of the columns of both planes, and the rule that groups them. Raises FormatError."""
+    rows, pairs = shape
+    if len(streams) < 3:
+        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
+    stream = streams[0]
     if not len(stream):
         return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8), RULE_2
     found = rest.unpack(stream, 1 + rows + 2 * pairs)
@@ -148,15 +173,10 @@ def _unpack_levels(stream: Stream, rows: int, pairs: int) -> tuple[Bytes, Bytes,
 
 
 def unpack_1(
-    streams: Sequence[Stream],
-    shape: tuple[int, int],
-    escapes: int,
-    *,
-    path: int,
-    device: torch.device | str = "cpu",
+    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int
 ) -> tuple[Tensor, Tensor, Escapes]:
     """`unpack` for version 1 of the format. Raises FormatError."""
-    planes, stored = _planes_1(streams, shape, escapes, torch.device(device))
+    planes, stored = _planes_1(streams, shape, escapes)
     found = [_coordinates(plane, path) for plane in planes]
     for coordinates in found:
         coordinates.view(-1)[stored.pair] = 0
@@ -166,9 +186,7 @@ def unpack_1(
     return _in_memory(found, stored)
 
 
-def _planes_1(
-    streams: Sequence[Stream], shape: tuple[int, int], escapes: int, place: torch.device
-) -> tuple[list[Tensor], Escapes]:
+def _planes_1(streams: Sequence[Stream], shape: tuple[int, int], escapes: int) -> tuple[list[Tensor], Escapes]:
     """Both planes of version 1's symbols, as bytes symbol + 128, and its escapes."""
     rows, pairs = shape
     if len(streams) < 4:
@@ -182,11 +200,8 @@ def _planes_1(
     for columns, wanted in zip(levels[1:], sizes, strict=True):
         data = b"".join(rest.decompress(next(groups), size) for size in wanted)
         flat: Bytes = np.frombuffer(data, dtype=np.uint8) ^ np.uint8(128)
-        if place.type == "cpu":
-            planes.append(torch.from_numpy(contexts.join(flat, levels[0], columns, RULE_1)))
-        else:
-            planes.append(_join_on(place, flat, levels[0], columns, RULE_1))
-    return planes, rest.unpack_escapes(streams[-1], escapes, rows * pairs, version=1).to(place)
+        planes.append(torch.from_numpy(contexts.join(flat, levels[0], columns, RULE_1)))
+    return planes, rest.unpack_escapes(streams[-1], escapes, rows * pairs, version=1)
 
 
 def _levels_1(stream: Stream, count: int) -> Bytes:
@@ -201,33 +216,27 @@ def _check_levels(levels: Bytes) -> Bytes:
     return levels
 
 
-def _join_on(device: torch.device, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule) -> Tensor:
-    """`contexts.join` on a device."""
-    symbols = torch.from_numpy(flat).to(device)
-    if rows.any() or columns.any():
-        base, width, row, row_rank, column, column_rank = (
-            torch.from_numpy(table).to(device) for table in contexts.places(rows, columns, rule)
-        )
-        symbols = symbols[(base[row[:, None], column] + row_rank[:, None] * width[column] + column_rank).view(-1)]
-    return symbols.view(len(rows), len(columns))
-
-
 def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
     """The symbols [R, P] of a plane, + 128; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
     coordinates: npt.NDArray[np.int8] = plane.numpy()
     symbols: Bytes = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
     if len(pair):
-        escaped = true.numpy() >> 1 if path else true.numpy()
-        outside = (escaped < LOW) | (escaped > HIGH)
-        symbols.reshape(-1)[pair.numpy()] = np.where(outside, escaped & 1 if path else 0, escaped) + 128
+        symbols.reshape(-1)[pair.numpy()] = escaped_symbols(true, path=path).numpy()
     return symbols
 
 
-def _explicit(escapes: Escapes, *, path: int) -> Escapes:
+def escaped_symbols(true: Tensor, *, path: int) -> Tensor:
+    """The symbols + 128, uint8 [E], that stand where escapes of these coordinates (int32 [E]) are."""
+    escaped = true >> 1 if path else true
+    outside = (escaped < LOW) | (escaped > HIGH)
+    return (torch.where(outside, escaped & 1 if path else 0, escaped) + 128).to(torch.uint8)
+
+
+def explicit(escapes: Escapes, *, path: int) -> Escapes:
     """The escapes that symbols do not tell."""
     if not path or not len(escapes):
         return escapes
-    outside = torch.zeros(len(escapes), dtype=torch.bool)
+    outside = torch.zeros(len(escapes), dtype=torch.bool, device=escapes.pair.device)
     for true in (escapes.i, escapes.j):
         outside |= ((true >> 1) < LOW) | ((true >> 1) > HIGH)
     return Escapes(pair=escapes.pair[outside], i=escapes.i[outside], j=escapes.j[outside])
@@ -267,19 +276,29 @@ def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, 
             room = found
         planes.append(torch.from_numpy(coordinates))
         outside.append((torch.from_numpy(index[:found]), torch.from_numpy(value[:found])))
-    i, j = planes
+    found_escapes = take_outside(planes, outside, stored)
+    return planes[0], planes[1], found_escapes
+
+
+def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tensor]], stored: Escapes) -> Escapes:
+    """The escapes in memory, on the CPU; their places in both `planes` (int8 [R, P], of any device) become 0.
+
+    `outside` are the coordinates of either plane that lie outside -128..127: flat indices, increasing, and values, on
+    the CPU. `stored` has the last word.
+    """
     pair = torch.unique(torch.cat([index for index, _ in outside]))
     pair = pair[torch.isin(pair, stored.pair, invert=True)]
     true = []
     for plane, (at, wide) in zip(planes, outside, strict=True):
-        exact = plane.view(-1)[pair].to(torch.int32)
-        if len(at):
+        exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32) if len(pair) else wide[:0]
+        if len(at) and len(pair):
             place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
             exact = torch.where(at[place] == pair, wide[place], exact)
         true.append(exact)
-        plane.view(-1)[pair] = 0
-        plane.view(-1)[stored.pair] = 0
-    return i, j, _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
+    found = _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
+    for plane in planes if len(found) else ():
+        plane.view(-1)[found.pair.to(plane.device)] = 0
+    return found
 
 
 _ROOM = 1 << 12

@@ -1,4 +1,4 @@
-"""Profiles: what to do with which tensor, decided from its header alone.
+"""Profiles: the decision for a tensor, from its header alone.
 
 A profile is a codec and a target. Its resolved form (`Profile.recipe`) is part of every shard's key: change it, and
 the shard is another shard. What it comes to for one tensor is a `Decision`.
@@ -89,7 +89,7 @@ FALLBACKS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What becomes of one tensor: with its weights, everything that decides its coded bytes.
+    """The decision for one tensor: with its weights, everything that determines its coded bytes.
 
     Made at planning; encoding, validation, verification and inspection read it. A list of them is a model's plan,
     whoever made it.
@@ -194,7 +194,7 @@ class Profile:
         return replace(self, mean_gain_db=round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2))
 
     def decide(self, shape: tuple[int, ...], dtype: str, override: Override | None = None, name: str = "") -> Decision:
-        """What becomes of a tensor, from its header and what is said of it alone; `dtype` is torch's name.
+        """Decide about a tensor from its header and its override alone; `dtype` is torch's name.
 
         A target does not make a lossless tensor a coded one, and that a tensor is to be lossless says nothing where it
         is so anyway: such an `override` is dropped. One with a target keeps tensors lossless that only the published

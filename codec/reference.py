@@ -1,4 +1,4 @@
-"""Eager references: what every kernel is held to, and what runs where there is no GPU.
+"""Eager references: every kernel is tested against them, and they run without a GPU.
 
 Shapes: N = rows (out features), K = columns (in features), P = pairs a row, E = escaped weights.
 """

@@ -1,4 +1,4 @@
-"""At rest: bytes as one stream, raw, under zstd or coded by a table, whichever is smallest.
+"""The form at rest: bytes as one stream, raw, by zstd or by a code table, whichever is smallest.
 
 The symbols of a lattice tensor and the byte planes of a lossless one are independent of each other, so an entropy coder
 is all there is to gain: rANS by a table of its own for each stream (see `entropy`). A search for repeats finds chance
@@ -11,6 +11,10 @@ ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do p
 No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,6 +23,7 @@ import zstandard
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import DamagedError, Table
 from birkhoff.codec.errors import FormatError
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Bytes = npt.NDArray[np.uint8]
@@ -26,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 RAW, ZSTD, ANS = range(3)
 
 _LEVEL = 1
-_PROBE = 1 << 13
+PROBE = 1 << 13
 """Bytes that are searched for repeats first: the rest follows only if these come out smaller than by a table."""
 
 _LEAST_TABLE = 32
@@ -37,22 +42,35 @@ def pack(data: Bytes, table: Table | None = None) -> bytes:
     """The smallest stream of bytes; `table`, if given, is the one that `tables.fit` made for them."""
     if not data.size:
         return b""
-    coded = _by_table(data, table)
-    found = coded if coded is not None and len(coded) <= data.size else bytes([RAW]) + data.tobytes()
-    head = data[:_PROBE]
-    frame = _searched(head)
-    if len(frame) * data.size < len(found) * head.size:
-        frame = frame if head.size == data.size else _searched(data)
-        found = min(found, bytes([ZSTD]) + frame, key=len)
-    return found
-
-
-def _by_table(data: Bytes, table: Table | None) -> bytes | None:
-    if data.size < _LEAST_TABLE:
-        return None
     table = table or tables.fit(tables.histogram(data))
-    if table is None or table.bits >= 8 * data.size:
-        return None
+    coded = _by_table(data, table) if table is not None and pays(data.size, table) else None
+    kind, frame = smallest(data.size, None if coded is None else len(coded), data[:PROBE], lambda: data)
+    if kind == ZSTD:
+        return bytes([ZSTD]) + frame
+    return coded if kind == ANS and coded is not None else bytes([RAW]) + data.tobytes()
+
+
+def pays(size: int, table: Table) -> bool:
+    """Whether so many bytes are coded by a table at all."""
+    return size >= _LEAST_TABLE and table.bits < 8 * size
+
+
+def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Bytes]) -> tuple[int, bytes]:
+    """(kind, zstd's frame of that kind) of the smallest stream of `size` bytes.
+
+    `coded` is the length of the stream by a table, None where there is none; `head` the first `PROBE` bytes; `whole`
+    gives all of them, where they are asked for.
+    """
+    kind, found = (ANS, coded) if coded is not None and coded <= size else (RAW, 1 + size)
+    frame = _searched(head)
+    if len(frame) * size < found * head.size:
+        frame = frame if head.size == size else _searched(whole())
+        if 1 + len(frame) < found:
+            return ZSTD, frame
+    return kind, b""
+
+
+def _by_table(data: Bytes, table: Table) -> bytes:
     lanes = rans.lanes(data.size)
     return bytes([ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
 
@@ -98,8 +116,103 @@ def _from_table(body: memoryview, size: int, out: Bytes) -> None:
         raise FormatError(f"coded stream is corrupt: {error}") from None
 
 
+class Plan(NamedTuple):
+    """What a decoder of many blocks at once is told of some streams.
+
+    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: place of a block's states (of its
+    bytes, if raw), its words (bytes), place of its symbols, symbols, number of the stream, lanes (0: raw), 0.
+    """
+
+    frequency: npt.NDArray[np.uint16]
+    rows: rans.Integers
+
+
+def plan(
+    streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
+) -> Plan:
+    """The blocks of streams that are raw or coded by a table, in order.
+
+    Everything that can be told without decoding is checked: what a block declares lies inside its stream.
+
+    Args:
+        streams: none of them zstd's (see `inflated`).
+        sizes: symbols of each, all positive.
+        sources, targets: where each stream, and its symbols, will lie for the decoder.
+
+    Raises:
+        FormatError: as `unpack`.
+    """
+    library = native()
+    if library is None:
+        return reference_plan(streams, sizes, sources, targets)
+    held = [np.frombuffer(stream, np.uint8) for stream in streams]
+    address = np.array(list(map(pointer, held)), dtype=np.int64)
+    length, size, source, target = (np.array(x, np.int64) for x in (list(map(len, held)), sizes, sources, targets))
+    frequency = np.empty((len(held), 256), dtype=np.uint16)
+    rows = np.empty((int((-(-size // rans.BLOCK)).sum()), 7), dtype=np.int64)
+    arrays = address, length, size, source, target, frequency, rows
+    found = library.birkhoff_rans_plan(len(held), *map(pointer, arrays))
+    if found < 0:
+        _refuse(streams[-1 - found], sizes[-1 - found])
+    return Plan(frequency, rows)
+
+
+def reference_plan(
+    streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
+) -> Plan:
+    """`plan` in numpy."""
+    frequency = np.zeros((len(streams), 256), dtype=np.uint16)
+    rows = []
+    for number, (stream, size) in enumerate(zip(streams, sizes, strict=True)):
+        kind, lanes = (stream[0] if len(stream) else -1), 0
+        first = np.arange(0, size, rans.BLOCK)
+        symbols = np.minimum(size - first, rans.BLOCK)
+        begins, words = 1 + first, symbols
+        if kind == ANS and len(stream) > 1 and stream[1] <= 5:
+            lanes = 1 << stream[1]
+            try:
+                frequency[number], used = tables.parse(stream[2:])
+                begins, words = rans.directory(stream[2 + used :], size, lanes)
+            except DamagedError:
+                _refuse(stream, size)
+            begins = begins + 2 + used
+        if (kind != RAW if not lanes else (words > symbols).any()) or (not lanes and len(stream) != 1 + size):
+            _refuse(stream, size)
+        same = np.full(len(first), 1)
+        columns = (
+            sources[number] + begins,
+            words,
+            targets[number] + first,
+            symbols,
+            same * number,
+            same * lanes,
+            0 * same,
+        )
+        rows.append(np.stack(columns, axis=1))
+    return Plan(frequency, np.concatenate(rows).astype(np.int64))
+
+
+def _refuse(stream: bytes | memoryview, size: int) -> NoReturn:
+    """Raise what `unpack` raises."""
+    unpack(stream, size)
+    raise FormatError("coded stream is corrupt")
+
+
+def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
+    """The raw stream of one of zstd's; others as they are. Raises FormatError."""
+    if not len(stream) or stream[0] != ZSTD:
+        return stream
+    return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
+
+
+_OWN = threading.local()
+"""A compressor of each thread's own: making one takes as long as its search through a probe."""
+
+
 def _searched(data: Bytes) -> bytes:
-    frame: bytes = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(data.data)
+    if (compressor := getattr(_OWN, "compressor", None)) is None:
+        compressor = _OWN.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+    frame: bytes = compressor.compress(data.data)
     return frame
 
 

@@ -1,7 +1,7 @@
-"""One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
+"""Encode and decode one tensor with any codec: the place that tells codecs apart."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +13,13 @@ from birkhoff.codec.container import (
     MAX_EXPANSION,
     Claims,
     CodedTensor,
+    DifferenceParams,
     LatticeParams,
     PaperParams,
     Params,
 )
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
-from birkhoff.codec.errors import FormatError, TargetError, TensorError
+from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
@@ -49,15 +50,46 @@ class Encoded:
     fidelity: Fidelity | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unpacked:
+    """A tensor whose coordinates are found and whose streams are still to be made; `target_db` is to be stored."""
+
+    name: str
+    tensor: Tensor
+    code: lattice.LatticeTensor
+    error: Fidelity
+    path: int
+    target_db: float | None = None
+
+    def packed(self, streams: Sequence[bytes | memoryview], escapes: int) -> Encoded:
+        """The stored tensor."""
+        params = LatticeParams(path=self.path, columns=self.code.columns, step=self.code.step, escapes=escapes)
+        coded = stored(self.name, self.tensor, "lattice", *streams, params=params, error=self.error)
+        encoded = Encoded(tensor=coded, reason="", fidelity=self.error)
+        return encoded if self.target_db is None else with_target(encoded, self.target_db)
+
+
 def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
 
-    Under a nominal target `output.encode` does.
+    Under a nominal target `output.encode` does, with a base `difference.encode`.
 
     Raises:
         TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
         TargetError: the target is out of range.
     """
+    return encode_tensors([(name, tensor, decision)])[0]
+
+
+def encode_tensors(items: Iterable[tuple[str, Tensor, Decision]]) -> list[Encoded]:
+    """`encode_tensor` of several, those that are coded all on one type of device: their streams are made together."""
+    found = [_encode(*item) for item in items]
+    unpacked = [one for one in found if isinstance(one, _Unpacked)]
+    packed = iter(planes.pack_all([(one.code, one.path) for one in unpacked]))
+    return [one.packed(*next(packed)) if isinstance(one, _Unpacked) else one for one in found]
+
+
+def _encode(name: str, tensor: Tensor, decision: Decision) -> "Encoded | _Unpacked":
     check_storable(name, tensor)
     if decision.action == "lossless":
         store = _encode_raw if decision.codec == "raw" else _encode_lossless
@@ -83,27 +115,27 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
     """
-    return decode_with_code(coded, device, device)[0]
+    return decode_with_code(coded, device)[0]
 
 
-def decode_with_code(
-    coded: CodedTensor, device: torch.device | str, streams_on: torch.device | str = "cpu"
-) -> tuple[Tensor, lattice.LatticeTensor | None]:
-    """`decode_tensor`, and the coordinates that a `lattice` tensor was decoded from, on `device` too; else None.
+def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Tensor, lattice.LatticeTensor | None]:
+    """`decode_tensor`, and the coordinates that a tensor on the lattice was decoded from, on `device` too; else None.
 
-    The streams are read on another device only if asked for: on the CPU that is as FORMAT.md writes it down, step by
-    step. Raises as `decode_tensor`.
+    The streams are read on the CPU, as FORMAT.md writes it down, step by step. Raises as `decode_tensor`.
     """
     try:
-        if coded.codec == "lattice":
-            dtype, code = _float_dtype(coded), lattice_of(coded, streams_on).to(device)
+        if isinstance(coded.params, LatticeParams):
+            dtype, code = float_dtype(coded), lattice_of(coded).to(device)
             return code.decode(dtype).view(coded.shape), code
         return _DECODERS[coded.codec](coded).to(device), None
     except KeyError:
         raise FormatError(
             f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
         ) from None
+    except BaseError:
+        raise  # which names the tensor
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
 
@@ -126,8 +158,13 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def _stored(
-    name: str, tensor: Tensor, codec: str, *parts: bytes, params: Params = None, error: Fidelity | None = None
+def stored(
+    name: str,
+    tensor: Tensor,
+    codec: str,
+    *parts: bytes | memoryview,
+    params: Params = None,
+    error: Fidelity | None = None,
 ) -> CodedTensor:
     """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
     claims = Claims()
@@ -145,7 +182,7 @@ def _stored(
 
 
 def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
-    return _stored(name, tensor, "raw", _bytes_of(tensor))
+    return stored(name, tensor, "raw", _bytes_of(tensor))
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
@@ -154,7 +191,7 @@ def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
     packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
     # Few bytes may stand for so many weights: see `container.MAX_EXPANSION`.
     if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
-        return _stored(name, tensor, "planes", *packed)
+        return stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
 
 
@@ -196,7 +233,7 @@ def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> E
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
 
 
-def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded:
+def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded | _Unpacked:
     rate.check_target(target_db)
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     reason = fallback(matrix)
@@ -210,7 +247,7 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
         return fall_back(name, tensor, "target")
 
 
-def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
+def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> _Unpacked:
     if path and matrix.numel() >= LEAST_PATH:
         try:
             code, error = rate.encode(matrix, target_db, path=1)
@@ -218,32 +255,34 @@ def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *,
             pass
         else:
             if len(code.escapes) <= MOST_ESCAPED * code.i.numel():
-                return encoded_code(name, tensor, code, error, path=1)
-    return encoded_code(name, tensor, *rate.encode(matrix, target_db), path=0)
+                return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=1)
+    code, error = rate.encode(matrix, target_db)
+    return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=0)
 
 
 def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: Fidelity, *, path: int) -> Encoded:
     """A tensor as the coordinates that were found for it; `path` says that they lie on paths of the trellis, 1 for
     those through the rows and 2 for those down the columns."""
-    streams, escapes = planes.pack(code, path=path)
-    params = LatticeParams(path=int(path), columns=code.columns, step=code.step, escapes=escapes)
-    coded = _stored(name, tensor, "lattice", *streams, params=params, error=error)
-    return Encoded(tensor=coded, reason="", fidelity=error)
+    found = _Unpacked(name=name, tensor=tensor, code=code, error=error, path=path)
+    return found.packed(*planes.pack(code, path=path))
 
 
-def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
-    """Code a tensor at the error that the published codec makes on it, within what the lattice can serve.
+def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded | _Unpacked:
+    target_db = published_target(tensor)
+    return _with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
+
+
+def published_target(tensor: Tensor) -> float:
+    """The SQNR in dB that the published codec reaches on a tensor, within what the lattice can serve.
 
     What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
     """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
     lowest, highest = TARGET_DB_RANGE
-    target_db = highest if published is None else min(max(lowest, published), highest)
-    encoded = _encode_lattice(name, tensor, target_db, path=path)
-    return _with_target(encoded, target_db)
+    return highest if published is None else min(max(lowest, published), highest)
 
 
-def _with_target(encoded: Encoded, target_db: float) -> Encoded:
+def with_target(encoded: Encoded, target_db: float) -> Encoded:
     """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
     if encoded.fidelity is None:
         return encoded
@@ -251,28 +290,63 @@ def _with_target(encoded: Encoded, target_db: float) -> Encoded:
     return replace(encoded, tensor=replace(encoded.tensor, claims=claims))
 
 
-def lattice_of(coded: CodedTensor, device: torch.device | str = "cpu") -> lattice.LatticeTensor:
-    """The coordinates of a `lattice` tensor, without decoding them to weights: what HyperLinear is built from.
+def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _Unpacked:
+    """The target goes with a coded tensor of which no recipe tells it."""
+    return replace(encoded, target_db=target_db) if isinstance(encoded, _Unpacked) else encoded
+
+
+def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
+    """The coordinates of a tensor on the lattice, without decoding them to weights: what HyperLinear is built from.
+
+    Those of a difference are the sum of its base's and its own: what comes out does not tell.
+
+    On the CPU, and the reference of what is faster on a GPU: `birkhoff.kernels.entropy.op.lattices_of`.
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
     """
-    params = _lattice_params(coded)
+    own = own_lattice(coded)
+    params = coded.params
+    if not isinstance(params, DifferenceParams):
+        return own
+    return lattice.combine(lattice_of(base_of(coded)), own, times=params.times, stride=params.stride, step=params.step)
+
+
+def base_of(coded: CodedTensor) -> CodedTensor:
+    """The tensor that a difference is to. Raises BaseError if it is not at hand."""
+    if coded.base is None:
+        assert isinstance(coded.params, DifferenceParams)
+        raise BaseError(
+            f"tensor {coded.name!r} is a difference to the one in container {coded.params.base}, which is not at hand: "
+            "read both with `container.with_bases`"
+        )
+    return coded.base
+
+
+def own_lattice(coded: CodedTensor) -> lattice.LatticeTensor:
+    """The coordinates that a tensor's own streams hold: of a difference, what is added to its base's.
+
+    Raises FormatError.
+    """
+    params, shape = lattice_shape(coded)
+    unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
+    i, j, escaped = unpack(coded.parts, shape, params.escapes, path=params.path)
+    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=params.step, columns=params.columns)
+
+
+def lattice_shape(coded: CodedTensor) -> tuple[LatticeParams, tuple[int, int]]:
+    """What such a tensor declares, and the shape (R, P) of its planes. Raises FormatError where they disagree."""
+    params = coded.params
+    if not isinstance(params, LatticeParams):
+        raise FormatError(f"codec {coded.codec} holds no coordinates")
     rows = coded.weights // params.columns if params.columns else 0
     if rows * params.columns != coded.weights or not rows:
         raise FormatError(f"{coded.weights} weights are not whole rows of {params.columns}")
     shape = rows, pairs_per_row(params.columns)
     if params.escapes > shape[0] * shape[1]:
         raise FormatError(f"{params.escapes} escapes declared among {shape[0] * shape[1]} pairs")
-    unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
-    i, j, escaped = unpack(coded.parts, shape, params.escapes, path=params.path, device=device)
-    return lattice.LatticeTensor(i=i, j=j, escapes=escaped, step=params.step, columns=params.columns)
-
-
-def _lattice_params(coded: CodedTensor) -> LatticeParams:
-    if not isinstance(coded.params, LatticeParams):
-        raise FormatError(f"codec {coded.codec} holds no coordinates")
-    return coded.params
+    return params, shape
 
 
 def recode(coded: CodedTensor) -> CodedTensor:
@@ -312,12 +386,12 @@ def _encode_paper(name: str, tensor: Tensor) -> Encoded:
     error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
     (x, y), (far_x, far_y) = code.centre.tolist(), code.far.tolist()
     params = PaperParams(per_row=code.per_row, U=code.U, K=code.K, bits=code.bits, centre=(x, y), far=(far_x, far_y))
-    coded = _stored(name, tensor, "paper", code.packed(), params=params, error=error)
+    coded = stored(name, tensor, "paper", code.packed(), params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 
 def _decode_paper(coded: CodedTensor) -> Tensor:
-    dtype, params = _float_dtype(coded), coded.params
+    dtype, params = float_dtype(coded), coded.params
     (data,) = _parts(coded, 1)
     if not isinstance(params, PaperParams):
         raise FormatError(f"codec {coded.codec} holds no pairs of the published code")
@@ -342,7 +416,8 @@ def _parts(coded: CodedTensor, count: int) -> tuple[bytes | memoryview, ...]:
     return coded.parts
 
 
-def _float_dtype(coded: CodedTensor) -> torch.dtype:
+def float_dtype(coded: CodedTensor) -> torch.dtype:
+    """Dtype of a tensor of codec `lattice` or `paper`. Raises FormatError where these hold no such numbers."""
     dtype = dtype_from_code(coded.dtype)
     if dtype not in CODED_DTYPES:
         raise FormatError(f"codec {coded.codec} holds no {dtype_name(dtype)}")

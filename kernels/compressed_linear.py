@@ -64,7 +64,7 @@ class CompressedLinear(nn.Module):
     ) -> Self:
         """Fill what was registered on the meta device: step, (index, value) of the escapes, and a copy of the bias."""
         dtype = self._like.dtype
-        self.step = torch.tensor(step, dtype=torch.float32, device=device)
+        self.step = torch.full((), step, dtype=torch.float32, device=device)  # a copy from the host would wait
         self.escape_index, self.escape_value = (part.to(device) for part in escapes)
         self._like = torch.empty(0, dtype=dtype, device=device)
         if bias is not None:

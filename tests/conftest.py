@@ -45,3 +45,13 @@ def same_process() -> Iterator[None]:
     for name, value in before.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each store of the conformance suite can do, a row each."""
+    reports = terminalreporter.getreports("passed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "capabilities"]
+    if rows:
+        terminalreporter.section("stores")
+    for row in rows:
+        terminalreporter.write_line(", ".join(f"{name}: {value}" for name, value in row.items()))

@@ -34,6 +34,7 @@ from birkhoff.codec.entropy.tables import BITS, SLOTS, DamagedError, Frequencies
 from birkhoff.codec.native.library import native, pointer
 
 Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 
 BLOCK = 1 << 17
 """Symbols of a block: enough that 32 states take 0.01 bits a symbol, few enough that a GPU decodes one in 0.3 ms."""
@@ -122,21 +123,27 @@ def _encode_some(symbols: Bytes, frequency: npt.NDArray[np.int64], lanes: int) -
 
 def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int) -> Bytes:
     """`decode` in numpy, a step of all lanes of some blocks at a time."""
-    blocks = -(-size // BLOCK)
-    directory = 4 * (blocks - 1)
-    if len(data) < directory:
-        raise DamagedError("code is truncated")
-    words = np.frombuffer(data[:directory], "<u4").astype(np.int64)
-    last = len(data) - directory - 4 * lanes * blocks - 2 * int(words.sum())
-    if last < 0 or last % 2:
-        raise DamagedError("code is truncated")
-    words = np.append(words, last // 2)
-    starts = directory + np.concatenate(([0], np.cumsum(4 * lanes + 2 * words)[:-1]))
+    starts, words = directory(data, size, lanes)
+    blocks = len(words)
     places = [range(first, min(first + _TOGETHER, blocks)) for first in range(0, blocks, _TOGETHER)]
     symbol = np.repeat(np.arange(256, dtype=np.uint8), frequency)
     return np.concatenate(
         [_decode_some(data, size, frequency.astype(np.int64), symbol, lanes, some, starts, words) for some in places]
     )
+
+
+def directory(data: bytes | memoryview, size: int, lanes: int) -> tuple[Integers, Integers]:
+    """Where each block of a stream of `size` symbols begins, and its number of words; [B] each. Raises DamagedError."""
+    blocks = -(-size // BLOCK)
+    head = 4 * (blocks - 1)
+    if len(data) < head:
+        raise DamagedError("code is truncated")
+    words = np.frombuffer(data[:head], "<u4").astype(np.int64)
+    last = len(data) - head - 4 * lanes * blocks - 2 * int(words.sum())
+    if last < 0 or last % 2:
+        raise DamagedError("code is truncated")
+    words = np.append(words, last // 2)
+    return head + np.concatenate(([0], np.cumsum(4 * lanes + 2 * words)[:-1])), words
 
 
 def _decode_some(

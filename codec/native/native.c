@@ -31,7 +31,7 @@ static int vectors = -1; /* -1: whatever the machine has; 0: base instructions o
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 4; }
+EXPORT int32_t birkhoff_native_version(void) { return 5; }
 
 /* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -380,6 +380,56 @@ EXPORT int32_t birkhoff_rans_decode(
     return from == all ? 0 : -1;
 }
 
+/* rest.plan: what a decoder of many blocks at once is told of streams [count] of whole form (kind first), each of
+ * `size` > 0 symbols: their frequencies [count][256], zeros for raw ones, and a row of seven for each block: place of
+ * its states (of its bytes, if raw), words (bytes), place of its symbols, symbols, stream, lanes (0: raw), 0. Places
+ * count from `source` and `target` of the stream. Returns the number of rows, or -1 - s of the first damaged stream. */
+EXPORT int64_t birkhoff_rans_plan(
+    int64_t count, const int64_t *address, const int64_t *length, const int64_t *size, const int64_t *source,
+    const int64_t *target, uint16_t *frequency, int64_t *rows) {
+    int64_t found = 0;
+    for (int64_t s = 0; s < count; s++, frequency += 256) {
+        const uint8_t *data = (const uint8_t *)(uintptr_t)address[s];
+        int64_t left = length[s], blocks = (size[s] + BLOCK - 1) / BLOCK, at, lanes = 0;
+        memset(frequency, 0, 256 * sizeof *frequency);
+        if (left < 1) return -1 - s;
+        if (data[0] == 0) {
+            if (left - 1 != size[s]) return -1 - s;
+            at = 1;
+        } else {
+            if (data[0] != 2 || left < 2 || data[1] > 5) return -1 - s;
+            int32_t used = birkhoff_table_parse(data + 2, left - 2, frequency);
+            if (used < 0) return -1 - s;
+            at = 2 + used, lanes = 1 << data[1];
+            if (left - at < 4 * (blocks - 1)) return -1 - s;
+        }
+        const uint8_t *directory = data + at;
+        if (lanes) at += 4 * (blocks - 1);
+        for (int64_t block = 0; block < blocks; block++, found++) {
+            int64_t symbols = size[s] - block * BLOCK < BLOCK ? size[s] - block * BLOCK : BLOCK, words = symbols;
+            if (lanes) {
+                if (left - at < 4 * lanes) return -1 - s;
+                words = left - at - 4 * lanes;
+                if (block < blocks - 1) {
+                    uint32_t stored;
+                    memcpy(&stored, directory + 4 * block, 4);
+                    if (stored > (uint64_t)words / 2) return -1 - s;
+                    words = stored;
+                } else {
+                    if (words & 1) return -1 - s;
+                    words /= 2;
+                }
+                if (words > symbols) return -1 - s;
+            }
+            int64_t row[7] = {source[s] + at, words, target[s] + block * BLOCK, symbols, s, lanes, 0};
+            memcpy(rows + 7 * found, row, sizeof row);
+            at += lanes ? 4 * lanes + 2 * words : words;
+        }
+        if (at != left) return -1 - s;
+    }
+    return found;
+}
+
 /* --- groups: entropy/groups.py ---------------------------------------------------------------------------------- */
 
 /* Row r of a plane [R, C] lies in the groups at base[row_level[r]][b] + row_rank[r] * width[b] for each column level b;
@@ -404,6 +454,37 @@ EXPORT void birkhoff_regroup(
         if (!into)
             for (int64_t column = 0; column < columns; column++) line[order[column]] = scratch[column];
     }
+}
+
+/* contexts.addresses: numbers of the groups' symbols, as sums of what is looked up by row and by column. An entry of
+ * `of_row` [rows] and `of_column` [columns] is 64 times a rank, and a level; `base` is [64][64], `width` [64], `sizes`
+ * [64], of the groups. Returns their number. */
+EXPORT int32_t birkhoff_addresses(
+    const uint8_t *row_level, int64_t rows, const uint8_t *column_level, int64_t columns, int64_t least, int32_t most,
+    int64_t *of_row, int64_t *of_column, int64_t *base, int64_t *width, int64_t *sizes) {
+    int64_t height[64] = {0}, sums[127] = {0}, left = rows * columns, start = 0;
+    int32_t group_of[127], group = 0, greatest = 0;
+    memset(width, 0, 64 * sizeof *width), memset(base, 0, 64 * 64 * sizeof *base), memset(sizes, 0, 64 * sizeof *sizes);
+    for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+    for (int64_t column = 0; column < columns; column++)
+        of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
+    for (int a = 0; a < 64; a++)
+        for (int b = 0; b < 64; b++) {
+            sums[a + b] += height[a] * width[b];
+            if (height[a] && width[b] && a + b > greatest) greatest = a + b;
+        }
+    int64_t held = 0;
+    for (int sum = 0; sum <= greatest; sum++) {
+        group_of[sum] = group, sizes[group] += sums[sum];
+        held += sums[sum], left -= sums[sum];
+        if (held >= least && left >= least && group < most - 1) group++, held = 0;
+    }
+    int64_t at[64];
+    for (int32_t g = 0; g <= group; g++) at[g] = start, start += sizes[g];
+    for (int a = 0; a < 64; a++)
+        for (int b = 0; b < 64; b++)
+            if (height[a] && width[b]) base[64 * a + b] = at[group_of[a + b]], at[group_of[a + b]] += height[a] * width[b];
+    return group + 1;
 }
 
 /* contexts.mean_squares: exact sums of (symbol - 128)^2 of a plane's rows and columns */

@@ -48,6 +48,6 @@ def decode_lattice(code: LatticeTensor, dtype: torch.dtype = torch.float32) -> T
     """Weights [N, K] in `dtype` straight from the coordinate planes, escapes included; `code.decode`'s bits."""
     if dtype not in TRITON_DTYPES or not triton_serves(code.i.device):
         return code.decode(dtype)
-    step = torch.tensor(code.step, dtype=torch.float32, device=code.i.device)
+    step = torch.full((), code.step, dtype=torch.float32, device=code.i.device)  # a copy from the host would wait
     weight = decode_triton.decode_planes(code.i.contiguous(), code.j.contiguous(), step, code.columns, dtype)
     return reference.put_escapes(weight, *code.escaped_weights())

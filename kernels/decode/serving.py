@@ -7,12 +7,14 @@ result for speed.
 """
 
 import logging
+import threading
 from functools import cache
 
 import torch
 
 from birkhoff.kernels.runtime import device as runtime
 
+_LOCK = threading.Lock()
 _log = logging.getLogger("birkhoff.kernels")
 
 
@@ -20,7 +22,8 @@ def triton_serves(device: torch.device) -> bool:
     """Whether the Triton kernels run for tensors on `device`; logs the reason once where they do not."""
     if device.type == "cpu" and runtime.is_interpreting():
         return True
-    return _serves(device.type, device.index)
+    with _LOCK:  # threads would make their trials side by side
+        return _serves(device.type, device.index)
 
 
 @cache

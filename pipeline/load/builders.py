@@ -1,4 +1,4 @@
-"""From an artifact or a checkpoint to a model that runs: which code builds it, and with which settings.
+"""Build a model for an artifact or a checkpoint: with which code, and which settings.
 
 Weights alone do not say what computes on them. In this order:
 

@@ -1,15 +1,20 @@
-"""Decoding the shards of an artifact in threads, as they arrive, with bounded memory.
+"""Decode the shards of an artifact as they arrive, with bounded memory.
 
-The entropy decoder, the digests and the operations of torch release the interpreter's lock, so threads do; each keeps
-torch to itself (one thread inside), as they would only wait for each other. What is at work at any time is bounded by
-the size of the compressed model, or one shard where that is larger.
+On a CPU in threads: the entropy decoder, the digests and the operations of torch release the interpreter's lock; each
+thread keeps torch to itself (one thread inside), as they would only wait for each other. What is at work at any time is
+bounded by the size of the compressed model, or one shard where that is larger.
+
+For a GPU threads read and check, and the caller's thread decodes whatever has been read meanwhile, together: the GPU
+wants much at once, and threads that queue small operations for it would wait for the interpreter's lock at each. Host
+memory holds no more than the compressed model.
 """
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,35 +22,43 @@ import torch
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
+from birkhoff.kernels.entropy.op import warm_up
 from birkhoff.pipeline.artifact.readers import Artifact
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.registry.documents import ShardRecord
 
 MAX_THREADS = 16
 
+TOGETHER_BYTES = 512 << 20
+"""Source bytes of shards that a GPU decodes together: planes and symbols take half of that there, for that time."""
+
 T = TypeVar("T")
 
 
-def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Iterator[tuple[ShardRecord, list[T]]]:
-    """What `take` makes of every tensor, shard by shard in the order in which they are done.
+Take = Callable[[Sequence[list[CodedTensor]]], Sequence[T]]
+"""Makes something of the tensors of each of some shards."""
 
-    `take` runs in threads.
+
+def decode_shards(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+    """What `take` makes of the tensors of every shard, in the order in which they are done.
+
+    `device` is where most of them go. For a CPU `take` runs in threads, on one shard at a time.
 
     Raises:
         IntegrityError: a shard is damaged; and whatever `take` raises.
     """
+    return (_decode_together if device.type == "cuda" else _decode_in_threads)(artifact, take, device)
 
-    def work(shard: ShardRecord) -> list[T]:
-        try:
-            return [take(coded) for coded in artifact.coded_of(shard)]
-        except FormatError as error:
-            raise IntegrityError(f"{artifact.label}: blob {shard.blob}: {error}") from None
+
+def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+    def work(shard: ShardRecord) -> T:
+        (made,) = _take(artifact, take, [shard], [artifact.coded_of(shard)])
+        return made
 
     shards = artifact.manifest.shards
     budget = max(sum(shard.bytes for shard in shards), max(shard.source_bytes for shard in shards))
-    threads = min(os.cpu_count() or 1, MAX_THREADS)
-    with ThreadPoolExecutor(threads, "decode", initializer=_one_thread_inside) as pool:
-        running: dict[Future[list[T]], ShardRecord] = {}
+    with ThreadPoolExecutor(_threads(), "decode", initializer=_one_thread_inside) as pool:
+        running: dict[Future[T], ShardRecord] = {}
         try:
             for shard in artifact.arriving():
                 while running and sum(s.source_bytes for s in running.values()) + shard.source_bytes > budget:
@@ -58,9 +71,50 @@ def decode_shards(artifact: Artifact, take: Callable[[CodedTensor], T]) -> Itera
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ended(
-    running: dict[Future[list[T]], ShardRecord], *, wait_for_one: bool = True
-) -> Iterator[tuple[ShardRecord, list[T]]]:
+def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+    with ThreadPoolExecutor(_threads(), "read") as pool:
+        running: dict[Future[list[CodedTensor]], ShardRecord] = {}
+
+        def taken(*, wait_for_one: bool) -> Iterator[tuple[ShardRecord, T]]:
+            read = list(_ended(running, wait_for_one=wait_for_one))
+            while read:
+                shards, coded = zip(*read[: _most_together(read)], strict=True)
+                read = read[len(shards) :]
+                yield from zip(shards, _take(artifact, take, shards, coded), strict=True)
+
+        try:
+            starting = pool.submit(warm_up, device)
+            for shard in artifact.arriving():
+                running[pool.submit(artifact.coded_of, shard)] = shard
+                if starting.done():
+                    yield from taken(wait_for_one=False)
+            while running:
+                yield from taken(wait_for_one=True)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _most_together(read: Sequence[tuple[ShardRecord, object]]) -> int:
+    """How many of the first shards are decoded together: at least one."""
+    sizes = accumulate(shard.source_bytes for shard, _ in read)
+    return max(1, sum(size <= TOGETHER_BYTES for size in sizes))
+
+
+def _take(
+    artifact: Artifact, take: Take[T], shards: Sequence[ShardRecord], coded: Sequence[list[CodedTensor]]
+) -> Sequence[T]:
+    try:
+        return take(coded)
+    except FormatError as error:
+        blobs = ", ".join(shard.blob for shard in shards)
+        raise IntegrityError(f"{artifact.label}: blob {blobs}: {error}") from None
+
+
+def _threads() -> int:
+    return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def _ended(running: dict[Future[T], ShardRecord], *, wait_for_one: bool = True) -> Iterator[tuple[ShardRecord, T]]:
     done, _ = wait(running, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
     for future in done:
         yield running.pop(future), future.result()

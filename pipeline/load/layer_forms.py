@@ -7,13 +7,11 @@ from typing import Literal, get_args
 import torch
 
 from birkhoff.codec import packed
-from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import BirkhoffWarning, CodecError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits
 from birkhoff.codec.reference import extra_columns, plane_columns
-from birkhoff.codec.tensor import lattice_of
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
@@ -59,27 +57,26 @@ class LayerMaker:
         self._refused: list[str] = []
 
     def __call__(
-        self, coded: CodedTensor, *, bias: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+        self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> CompressedLinear:
-        """The layer of a coded matrix, its weight on `device`; `dtype` and `bias` are those of the linear layer."""
-        code = lattice_of(coded, device)
+        """The layer of a coded matrix, on its device; `dtype` and `bias` are those of the linear layer."""
         make: Callable[..., CompressedLinear] = HyperLinear.from_lattice
         held: object = code
         if self._memory != "uint16":
             bits, floor = _PACKED[self._memory]
             form = packed.pack(code, bits)
             found = fidelity(code.decode(), form.decode()).sqnr_db
-            size = 8 * form.nbytes / coded.weights
+            size = 8 * form.nbytes / (code.i.shape[0] * code.columns)
             if found >= floor and size < 8:
                 make, held = PackedHyperLinear.from_packed, form
             else:
-                self._refused.append(f"{coded.name} ({found:.1f} dB, {size:.2f} bits a weight)")
+                self._refused.append(f"{name} ({found:.1f} dB, {size:.2f} bits a weight)")
         elif self._compute == "int8":
             if (reason := _obstacle(code)) is None:
                 make = Int8HyperLinear.from_lattice
             else:
-                self._refused.append(f"{coded.name} ({reason})")
-        return make(held, bias=bias, device=device, dtype=dtype)
+                self._refused.append(f"{name} ({reason})")
+        return make(held, bias=bias, dtype=dtype)
 
     def report(self) -> None:
         """One BirkhoffWarning that names the layers that another form does not suit, if there are any."""

@@ -1,4 +1,4 @@
-"""What compression did to a model's outputs: masks for the same prompts, and the image encoder block by block.
+"""Measure what compression did to a model's outputs: masks for the same prompts, and the encoder block by block.
 
 Agreement is the IoU of the compressed model's mask with the original's, mean and worst over all prompts: a good mean
 can hide a picture that went wrong. With truth, both models' masks are compared with it too, by IoU or by average

@@ -1,12 +1,13 @@
 """Proof of a shard from its final bytes: every tensor decoded and compared, every matrix run through HyperLinear.
 
 Nothing of the encoder is believed: the container is parsed again, and what it claims of itself must be what is
-measured.
+measured. Every stream is read by the CPU's decoder, whatever coded it and on whatever device the weights are compared:
+the kernels that a GPU codes with have no part in their own proof.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from birkhoff.codec.container import CodedTensor, LatticeParams, parse
+from birkhoff.codec.container import CodedTensor, LatticeParams, bases_of, parse, with_bases
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
 from birkhoff.codec.output.encode import is_no_worse, stored_step
@@ -53,6 +54,8 @@ class ShardChecks:
     probe_error: float
     fallbacks: dict[str, str]
     """Tensors that are lossless for what their weights are, and why: keys of `FALLBACKS`."""
+    bases: tuple[str, ...] = ()
+    """sha256 of the containers that tensors are differences to."""
 
 
 def validate_shard(
@@ -61,10 +64,12 @@ def validate_shard(
     decisions: Mapping[str, Decision],
     device: torch.device,
     hessian_of: HessianOf = lambda _: None,
+    tensors_of: Callable[[str], Mapping[str, CodedTensor]] = lambda _: {},
 ) -> ShardChecks:
     """Check a container against its source tensors (by name, in order), and against what was decided of each.
 
-    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back.
+    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back,
+    `tensors_of` the tensors of the containers that its tensors may be differences to.
 
     Raises:
         ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), is coded
@@ -72,7 +77,7 @@ def validate_shard(
             nominal target it has another step, or its output error is above that of plain rounding.
         FormatError: the container cannot be read back.
     """
-    coded_tensors = parse(blob)
+    coded_tensors = with_bases(parse(blob), tensors_of)
     if [coded.name for coded in coded_tensors] != list(sources):
         raise ValidationError("the container's tensors are not the shard's tensors: report this as a bug")
     sqnrs: list[float] = []
@@ -101,6 +106,7 @@ def validate_shard(
         probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
         probe_error=float(f"{max((error for _, error in probes), default=0.0):.2g}"),
         fallbacks=fallbacks,
+        bases=bases_of(coded_tensors),
     )
 
 

@@ -75,8 +75,11 @@ def test_groups_join_to_the_plane_and_have_the_announced_sizes(rows: list[int], 
     assert np.array_equal(contexts.join(flat, r, c, rule), plane)
     assert np.array_equal(contexts.reference_join(flat, r, c, rule), plane)
     assert np.array_equal(np.concatenate(contexts.reference_split(plane, r, c, rule)), flat)
-    on_device = planes._join_on(torch.device("cpu"), flat, r, c, rule)
-    assert np.array_equal(on_device.numpy(), plane)
+    for found in (contexts.addresses(r, c, rule), contexts.reference_addresses(r, c, rule)):
+        assert found.sizes.tolist() == contexts.group_sizes(r, c, rule)
+        base, width = found.base[found.row[:, None] & 63, found.column & 63], found.width[found.column & 63]
+        assert np.array_equal(flat[base + (found.row >> 6)[:, None] * width + (found.column >> 6)], plane)
+    assert all(map(np.array_equal, found, contexts.addresses(r, c, rule)))
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 2**16))

@@ -1,14 +1,24 @@
 """What only a GPU shows: every plan at full size, tensors past 2^31 elements, graphs and compilation."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from birkhoff.codec import lattice, reference
+from birkhoff.codec import lattice, planes, reference
+from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.errors import FormatError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
+from birkhoff.codec.profiles import Decision
+from birkhoff.codec.tensor import encode_tensor, lattice_of
 from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
+from birkhoff.kernels.entropy import op as entropy
+from birkhoff.kernels.entropy import staging
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
@@ -246,6 +256,94 @@ def test_packed_layers_in_graphs_and_compiled(bits: Bits) -> None:
     y.sum().backward()
     torch.testing.assert_close(y, functional.linear(functional.gelu(x), layer.weight, layer.bias), atol=2e-4, rtol=2e-4)
     assert x.grad is not None
+
+
+def stored(rows: int, columns: int, target_db: float, *, path: bool, spread: float = 0.7) -> CodedTensor:
+    """A matrix as it is stored, of weights whose rows and columns differ in scale."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight, a, b = (torch.randn(*s, generator=generator) for s in ((rows, columns), (rows, 1), (1, columns)))
+    weight = (weight * (spread * a).exp() * (spread * b).exp()).cuda()
+    return encode_tensor("w", weight, Decision(codec="lattice", target_db=target_db, path=path)).tensor
+
+
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("target_db", [12.0, 30.0, 48.0])
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (1, 70000), (9000, 2), (640, 3001)])
+def test_stored_matrices_of_every_size(rows: int, columns: int, target_db: float, path: bool) -> None:
+    coded = [stored(rows, columns, target_db, path=path, spread=spread) for spread in (0.7, 0.0)]
+    coded = [one for one in coded if one.codec == "lattice"]
+    assert coded
+    for one, found in zip(coded, entropy.lattices_of(coded, "cuda"), strict=True):
+        assert found.to("cpu").equals(lattice_of(one))
+
+
+def test_damage_to_large_streams_is_found_as_on_a_cpu() -> None:
+    whole = stored(1280, 5120, 30.0, path=True)
+    draw = np.random.default_rng(0)
+    damaged = 0
+    for _ in range(60):
+        parts = [bytearray(part) for part in whole.parts]
+        part = parts[draw.integers(0, len(parts) - 1)]
+        for _ in range(draw.integers(1, 3)):
+            part[draw.integers(0, len(part)) if draw.integers(0, 2) else draw.integers(0, min(len(part), 90))] ^= (
+                1 << draw.integers(0, 8)
+            )
+        if draw.integers(0, 4) == 0:
+            del part[-draw.integers(1, 9) :]
+        bad = replace(whole, parts=tuple(map(bytes, parts)))
+        try:
+            expected = lattice_of(bad)
+        except FormatError:
+            damaged += 1
+            with pytest.raises(FormatError):
+                entropy.lattices_of([whole, bad], "cuda")
+        else:
+            assert entropy.lattices_of([whole, bad], "cuda")[1].to("cpu").equals(expected)
+    assert damaged > 30
+
+
+def test_threads_decode_side_by_side() -> None:
+    coded = [stored(300 + k, 640, 30.0, path=True) for k in range(8)]
+    expected = list(map(lattice_of, coded))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for found, code in zip(
+                pool.map(lambda one: entropy.lattices_of([one], "cuda"), coded), expected, strict=True
+            ):
+                assert found[0].to("cpu").equals(code)
+
+
+@pytest.mark.parametrize("path", [0, 1, 2])
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+@pytest.mark.parametrize(("rows", "columns"), [(3840, 1280), (640, 3001), (1, 200_000), (140_000, 2)])
+def test_matrices_are_packed_to_the_references_bytes(rows: int, columns: int, spread: float, path: int) -> None:
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight, a, b = (torch.randn(*s, generator=generator) for s in ((rows, columns), (rows, 1), (1, columns)))
+    weight = (weight * (spread * a).exp() * (spread * b).exp()).cuda()
+    codes = [lattice.quantise_path(weight, s, path) if path else lattice.quantise(weight, s) for s in (1.0, 0.1, 0.02)]
+    found = planes.pack_all([(code, path) for code in codes])
+    for code, (streams, escapes) in zip(codes, found, strict=True):
+        expected, count = planes.reference_pack(code, path=path)
+        assert [bytes(stream) == bytes(other) for stream, other in zip(streams, expected, strict=True)] == [True] * len(
+            expected
+        )
+        assert escapes == count
+
+
+def test_bytes_go_to_the_gpu_whatever_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_PIECE", 1000)
+    draw = np.random.default_rng(0)
+    for pinned in (0.0, 0.5, 1.0):
+        parts, place = [], 0
+        for size in draw.integers(1, 3000, 40).tolist():
+            place += int(draw.integers(0, 1500))
+            part = torch.from_numpy(draw.integers(0, 256, size).astype(np.uint8))
+            parts.append((place, part.pin_memory() if draw.random() < pinned else part))
+            place += size
+        stage = staging.Stage(torch.device("cuda", 0))
+        monkeypatch.setattr(staging, "_stage", lambda _, stage=stage: stage)
+        found = staging.send(parts, place, torch.device("cuda", 0)).cpu()
+        assert all(torch.equal(found[at : at + len(part)], part) for at, part in parts)
 
 
 def random_int8(rows: int, columns: int, *, bias: bool = True) -> Int8HyperLinear:

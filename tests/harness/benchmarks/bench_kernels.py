@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from birkhoff.codec import lattice
+from birkhoff.codec import lattice, planes, rate
+from birkhoff.codec.container import parse, serialise
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
+from birkhoff.codec.tensor import encoded_code
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
+from birkhoff.kernels.entropy import op as entropy
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch
 from birkhoff.kernels.linear.plan import Plan, Problem
 from birkhoff.kernels.runtime.timing import compare
+from birkhoff.kernels.trellis import op as trellis  # noqa: F401  registers the GPU's search
 from birkhoff.kernels.tune import tune
 from tests.harness.benchmarks import encoders, int8_parts, kernels_report
 from tests.harness.benchmarks.common import RESULTS, commit, installed
@@ -169,20 +173,75 @@ def _packed_decodes() -> dict[str, tuple[Callable[[], object], float]]:
 def bench_search() -> Result:
     """All linear weights of SAM-H to 30 dB: search, encoding and validation; time on the GPU, and of the whole call."""
     weights = [torch.randn(shape, device="cuda") * 0.03 for _ in range(32) for shape in SAM_H.values()]
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
+    found = encode.encode_all(weights, 30.0)
     for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
         truth = fidelity(weight, code.decode())
         require(30.0 <= truth.sqnr_db <= 30.3 and close(error.error, truth.error), "a matrix misses its target")
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    again = sum(encode.finish(w, 30.0, p)[0].i is not p.i for w, p in zip(weights, passes, strict=True))
+    encode.encode_all(weights, 30.0)
     torch.cuda.synchronize()
     wall = time.perf_counter() - begin
     graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
     return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
-            "tensors": len(weights), "encoded_again": again}  # fmt: skip
+            "tensors": len(weights)}  # fmt: skip
+
+
+def bench_entropy() -> Result:
+    """All linear weights of SAM-H at 30 dB: to bytes in pinned memory, and from these to planes on the GPU.
+
+    Encoded from float32 weights, as single nodes; of paths the packing alone is timed. Decoded are paths.
+    """
+    shapes, device = list(SAM_H.values()), torch.device("cuda", 0)
+    weights = [torch.randn(shape, device=device) * 0.03 for _ in range(32) for shape in shapes]
+    paths = [rate.encode(weight, 30.0, path=1) for weight in weights[: len(shapes)]]
+    nodes = planes.pack_all([(encode.encode(weight, 30.0)[0], 0) for weight in weights])
+    for path, codes in ((0, [encode.encode(weight, 30.0)[0] for weight in weights[: len(shapes)]]),
+                        (1, [code for code, _ in paths])):  # fmt: skip
+        expected = [planes.reference_pack(code, path=path) for code in codes]
+        same = nodes[: len(shapes)] if path == 0 else planes.pack_all([(code, 1) for code in codes])
+        require(_as_bytes(same) == _as_bytes(expected), f"bytes of path {path} differ from the codec's")
+    stored = [
+        encoded_code("w", w, code, error, path=1).tensor for w, (code, error) in zip(weights, paths, strict=False)
+    ]
+    tensors = [replace(one, name=f"{k} {number}") for k in range(32) for number, one in enumerate(stored)]
+    blob = torch.frombuffer(bytearray(serialise(tensors)), dtype=torch.uint8).pin_memory()
+    coded = parse(memoryview(blob.numpy()))
+    same = [code.equals(paths[k % len(shapes)][0]) for k, code in enumerate(entropy.lattices_of(coded, device))]
+    require(all(same), "coordinates differ from the codec's")
+    copy = torch.empty_like(blob, device=device)
+    count = sum(map(Tensor.numel, weights))
+    many = [(paths[k % len(shapes)][0], 1) for k in range(len(weights))]
+    times = {
+        "encode": _walls(lambda: planes.pack_all([(code, 0) for code, _ in encode.encode_all(weights, 30.0)]), 5),
+        "pack": _walls(lambda: planes.pack_all(many), 5),
+        "pack each": _walls(lambda: [planes.pack(code, path=1) for code, _ in many], 3),
+        "decode": _walls(lambda: entropy.lattices_of(coded, device), 9),
+        "plan": _walls(lambda: entropy.plan(coded, 128), 5),
+        "copy to the GPU": _walls(lambda: copy.copy_(blob, non_blocking=True), 5),
+    }
+    return {
+        "weights": count,
+        "bytes": len(blob),
+        "streams": sum(len(one.parts) - 2 for one in coded),
+        **{
+            name: {
+                "median_ms": times[len(times) // 2],
+                "least_ms": times[0],
+                "g_weights_per_s": count / times[len(times) // 2] / 1e6,
+            }
+            for name, times in times.items()
+        },
+    }
+
+
+def _as_bytes(packed: Sequence[planes.Packed]) -> list[object]:
+    return [(list(map(bytes, streams)), escapes) for streams, escapes in packed]
+
+
+def _walls(run: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds of calls, each waited for, in order of their length."""
+    return sorted(1e3 * _call_seconds(run) for _ in range(count))
 
 
 def bench_tune() -> Result:
@@ -458,6 +517,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "calls": bench_calls,
     "encode": bench_encode,
     "search": bench_search,
+    "entropy": bench_entropy,
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
@@ -476,6 +536,7 @@ PARTS: dict[str, Callable[[], Result]] = {
 FAMILIES: dict[str, tuple[str, ...]] = {
     "encode": ("encode",),
     "decode": ("encode", "packed"),
+    "entropy": ("entropy",),
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),
@@ -495,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
     parser.add_argument(
         "--parts",
-        default="calls,encode,search,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,int8_layers,"
+        default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,int8_layers,"
         "int8_fidelity",
         help="int8_masks needs the packages of `make setup-family`, int8_tune and tune take as long as all others",
     )

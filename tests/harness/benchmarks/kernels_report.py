@@ -21,6 +21,7 @@ def markdown(results: Result) -> str:
         "chain": _chain,
         "packed": _packed,
         "encode": _encode,
+        "entropy": _entropy,
         "encoders": _encoders,
         "compiled": _compiled,
         "layers": _layers,
@@ -136,6 +137,33 @@ def _encode(parts: Result) -> str:
         )
         page += f"{search['gpu_ms']:.2f} ms on the GPU, {search['wall_ms']:.0f} ms of the clock."
     return page
+
+
+def _entropy(parts: Result) -> str:
+    found = parts["entropy"]
+    rows = [
+        [
+            said,
+            f"{found[name]['median_ms']:.1f}",
+            f"{found[name]['least_ms']:.1f}",
+            f"{found[name]['g_weights_per_s']:.1f}",
+        ]
+        for name, said in _STORED.items()
+    ]
+    head = f"## Stored streams\n\nAll linear weights of SAM-H ({found['weights'] / 1e6:.0f} M, drawn) at 30 dB, "
+    head += f"{found['bytes'] / 1e6:.0f} MB in {found['streams']} streams; times of the clock, with the host's work."
+    return head + "\n\n" + table(["from, to", "ms, median", "least", "G weights/s"], rows)
+
+
+_STORED = {
+    "encode": "float32 weights on the GPU to streams in pinned memory, single nodes",
+    "pack": "coordinates of paths to streams, all matrices together",
+    "pack each": "the same, matrix by matrix",
+    "decode": "streams in pinned memory to int8 planes on the GPU",
+    "plan": "of that, the host's reading of levels, tables and directories",
+    "copy to the GPU": "of that, the copy of the bytes",
+}
+"""What `bench_entropy` times, in its words."""
 
 
 def _encoders(parts: Result) -> str:

@@ -114,7 +114,10 @@ def test_a_store_may_stand_before_the_command(demo_store: str, capsys: Capture) 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["key", "new", "k"], "`birkhoff key` takes none"), ([], "expected a command: birkhoff list --store file:///x")],
+    [
+        (["key", "new", "k"], "`birkhoff key` takes no store"),
+        ([], "expected a command: birkhoff list --store file:///x"),
+    ],
 )
 def test_a_store_before_what_takes_none(words: list[str], said: str) -> None:
     with pytest.raises(Exception, match=re.escape(said)) as caught:

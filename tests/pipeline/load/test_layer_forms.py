@@ -9,14 +9,13 @@ from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import BirkhoffWarning, CodecError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.codec.tensor import decode_tensor
+from birkhoff.codec.tensor import decode_tensor, lattice_of
+from birkhoff.kernels.entropy.op import lattices_of
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
 from tests.codec.by_profile import encode_tensor
-
-CPU = torch.device("cpu")
 
 
 def coded(spikes: int = 0, target_db: float = 30.0) -> CodedTensor:
@@ -40,7 +39,7 @@ def test_layers_take_the_memory_of_their_form_and_keep_its_fidelity(
 ) -> None:
     tensor, bias = coded(), torch.randn(64)
     maker = LayerMaker(memory)
-    layer = maker(tensor, bias=bias, device=CPU, dtype=torch.bfloat16)
+    layer = maker("w", lattice_of(tensor), bias=bias, dtype=torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         maker.report()
@@ -59,7 +58,10 @@ def test_layers_take_the_memory_of_their_form_and_keep_its_fidelity(
 @pytest.mark.parametrize("spikes", [0, 1])
 def test_a_gpu_gets_the_weights_that_a_cpu_gets(memory: Memory, spikes: int) -> None:
     tensor, gpu = coded(spikes), torch.device("cuda", 0)
-    there, here = (LayerMaker(memory)(tensor, bias=None, device=d, dtype=torch.bfloat16) for d in (gpu, CPU))
+    there, here = (
+        LayerMaker(memory)("w", lattices_of([tensor], device)[0], bias=None, dtype=torch.bfloat16)
+        for device in (gpu, torch.device("cpu"))
+    )
     assert {buffer.device for buffer in there.buffers()} == {gpu}
     assert torch.equal(there.dense_weight(torch.float32).cpu(), here.dense_weight(torch.float32))  # type: ignore[operator]
 
@@ -74,7 +76,7 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 ) -> None:
     maker = LayerMaker("packed12")
     layers = [
-        maker(tensor, bias=None, device=CPU, dtype=torch.float32) for tensor in (coded(spikes, target_db), coded())
+        maker("w", lattice_of(tensor), bias=None, dtype=torch.float32) for tensor in (coded(spikes, target_db), coded())
     ]
     assert [type(layer) for layer in layers] == [HyperLinear, PackedHyperLinear]
     with pytest.warns(BirkhoffWarning, match=r"1 layers keep 16 bits a pair.* less than 24 dB or save nothing: " + why):
@@ -89,7 +91,7 @@ def test_an_unknown_form_is_refused() -> None:
 def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
     tensor, bias = coded(), torch.randn(64)
     maker = LayerMaker("uint16", "int8")
-    layer = maker(tensor, bias=bias, device=CPU, dtype=torch.bfloat16)
+    layer = maker("w", lattice_of(tensor), bias=bias, dtype=torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         maker.report()
@@ -102,7 +104,7 @@ def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
 @pytest.mark.parametrize(("spikes", "target_db", "wider"), [(0, 30.0, False), (0, 46.0, True), (4, 46.0, True)])
 def test_what_a_byte_does_not_hold_widens_a_layer(spikes: int, target_db: float, wider: bool) -> None:
     maker, tensor = LayerMaker("uint16", "int8"), coded(spikes, target_db)
-    layer = maker(tensor, bias=None, device=CPU, dtype=torch.float32)
+    layer = maker("w", lattice_of(tensor), bias=None, dtype=torch.float32)
     assert isinstance(layer, Int8HyperLinear)
     assert bool(len(layer.extra)) == wider
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
@@ -115,7 +117,7 @@ def test_a_layer_full_of_outliers_computes_in_float_and_is_named() -> None:
     weight[0] = 20.0  # in every column
     full = encode_tensor("w", weight, replace(PROFILES["balanced"], target_db=46.0, path=False)).tensor
     maker = LayerMaker("uint16", "int8")
-    layers = [maker(tensor, bias=None, device=CPU, dtype=torch.float32) for tensor in (full, coded())]
+    layers = [maker("w", lattice_of(tensor), bias=None, dtype=torch.float32) for tensor in (full, coded())]
     assert [type(layer) for layer in layers] == [HyperLinear, Int8HyperLinear]
     with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, .*: w \(\d+ further columns for outliers\)"):
         maker.report()

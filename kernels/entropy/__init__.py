@@ -1,0 +1,1 @@
+"""Stored streams to coordinates on a GPU, and back."""

@@ -1,0 +1,162 @@
+"""Entropy coding on a GPU: planes of symbols to sums of squares, groups, histograms and blocks of rANS.
+
+A block is coded by a warp, a lane of the warp a lane of the block, from its last step to its first. With F and C of a
+lane's symbol,
+
+    if x >= 2^20 F: the word x mod 2^16 goes out, x = floor(x / 2^16);    x = 4096 floor(x / F) + x mod F + C
+
+Words are written from the end of the block's room to the front, those of a step in the order of its lanes; the states
+then stand before the first word, as they are stored.
+
+Toy: room for six words, four lanes, lanes 1 and 3 write in the last step: lane 1's word goes to place 4 and lane 3's to
+place 5, the next step's to 3 and before.
+
+Source: `codec.entropy.rans`, `codec.contexts`; all numbers are whole, so the bytes are the same.
+
+Shapes: R = rows, C = columns of a plane, both coordinates' side by side, B = blocks, S = streams.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.contexts import LEVELS
+from birkhoff.kernels.entropy.triton import LAUNCHING, ranks
+
+TILE = 32, 128
+"""Rows and columns of a plane that a program of `_squares_kernel` or `_group_kernel` takes."""
+
+PLANE = 8
+"""Numbers that those are told of a plane."""
+
+_COUNTED = 2048
+_COPIED = 1024
+
+_PLANE, _LEVELS, _ROWS, _COLUMNS = map(tl.constexpr, (PLANE, LEVELS, *TILE))
+
+
+@triton.jit
+def _tile(plane_ptr, program_ptr):
+    """(row [R, 1], column [1, C], mask, columns of the plane, its description) of a program."""
+    program = program_ptr + tl.program_id(0).to(tl.int64) * 3
+    plane = plane_ptr + tl.load(program) * _PLANE
+    row = tl.load(program + 1) + tl.arange(0, _ROWS)[:, None]
+    column = tl.load(program + 2) + tl.arange(0, _COLUMNS)[None, :]
+    columns = tl.load(plane + 1)
+    return row, column, (row < tl.load(plane)) & (column < columns), columns, plane
+
+
+@triton.jit
+def _squares_kernel(memory_ptr, plane_ptr, program_ptr, sum_ptr):
+    """Sums of (symbol - 128)^2 by row and by column."""
+    row, column, mask, columns, plane = _tile(plane_ptr, program_ptr)
+    symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=128).to(tl.int32) - 128
+    square = symbol * symbol
+    sums = sum_ptr + tl.load(plane + 3)
+    rows = tl.load(plane)
+    by_row, by_column = tl.sum(square, axis=1).to(tl.int64), tl.sum(square, axis=0).to(tl.int64)
+    r = tl.load(program_ptr + tl.program_id(0).to(tl.int64) * 3 + 1) + tl.arange(0, _ROWS)
+    c = tl.load(program_ptr + tl.program_id(0).to(tl.int64) * 3 + 2) + tl.arange(0, _COLUMNS)
+    tl.atomic_add(sums + r, by_row, mask=r < rows)
+    tl.atomic_add(sums + rows + c, by_column, mask=c < columns)
+
+
+@triton.jit
+def _group_kernel(memory_ptr, number_ptr, plane_ptr, program_ptr):
+    """Symbols of planes to their groups."""
+    row, column, mask, columns, plane = _tile(plane_ptr, program_ptr)
+    symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=0)
+    r = tl.load(number_ptr + tl.load(plane + 4) + row, mask=row < tl.load(plane), other=0)
+    c = tl.load(number_ptr + tl.load(plane + 5) + column, mask=column < columns, other=0)
+    base = number_ptr + tl.load(plane + 6)
+    at = tl.load(base + r % _LEVELS * _LEVELS + c % _LEVELS, mask=mask, other=0) + c // _LEVELS
+    at += r // _LEVELS * tl.load(base + _LEVELS * _LEVELS + c % _LEVELS, mask=column < columns, other=0)
+    tl.store(memory_ptr + tl.load(plane + 7) + at, symbol, mask=mask)
+
+
+@triton.jit
+def _count_kernel(memory_ptr, row_ptr, count_ptr, BLOCK: tl.constexpr):
+    """count [S, 256] of blocks: (place, symbols, stream, ...) each."""
+    row = row_ptr + tl.program_id(0).to(tl.int64) * 5
+    source, size = memory_ptr + tl.load(row), tl.load(row + 1)
+    count = tl.zeros([256], tl.int32)
+    for first in range(0, size, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        symbol = tl.load(source + place, mask=place < size, other=0).to(tl.int32)
+        count += tl.histogram(symbol, 256, mask=place < size)
+    tl.atomic_add(count_ptr + tl.load(row + 2) * 256 + tl.arange(0, 256), count.to(tl.int64), mask=count > 0)
+
+
+@triton.jit
+def _encode_kernel(memory_ptr, row_ptr, code_ptr, room_ptr, words_ptr):
+    """A block (place, symbols, stream, lanes, room in words) to its states and words, which end where its room does."""
+    row = row_ptr + tl.program_id(0).to(tl.int64) * 5
+    source, size = memory_ptr + tl.load(row), tl.load(row + 1).to(tl.int32)
+    code = code_ptr + tl.load(row + 2) * 256
+    lanes = tl.load(row + 3).to(tl.int32)
+    room = room_ptr + tl.load(row + 4)
+    lane = tl.arange(0, 32)
+    x = tl.full([32], 65536, tl.uint32)
+    at = tl.zeros_like(lane) + size
+    for last in range(0, size, lanes):
+        first = (size - 1) // lanes * lanes - last
+        active = (lane < lanes) & (first + lane < size)
+        symbol = tl.load(source + first + lane, mask=active, other=0)
+        entry = tl.load(code + symbol.to(tl.int32), mask=active, other=1)
+        f = entry & 0xFFFF
+        full = active & (x >= f << 20)
+        below, both = ranks(full)
+        at -= both
+        tl.store(room + 2 * lanes + at + below, x.to(tl.uint16), mask=full)
+        y = tl.where(full, x >> 16, x)
+        whole = y // f
+        x = tl.where(active, (whole << 12) + (y - whole * f) + (entry >> 16), x)
+    tl.store(room + at + 2 * lane, x.to(tl.uint16), mask=lane < lanes)
+    tl.store(room + at + 2 * lane + 1, (x >> 16).to(tl.uint16), mask=lane < lanes)
+    tl.store(words_ptr + tl.program_id(0) + lane, size - at, mask=lane == 0)
+
+
+@triton.jit
+def _copy_kernel(source_ptr, out_ptr, row_ptr, BLOCK: tl.constexpr):
+    """Bytes (from, to, how many) of every row."""
+    row = row_ptr + tl.program_id(0).to(tl.int64) * 3
+    source, out, size = source_ptr + tl.load(row), out_ptr + tl.load(row + 1), tl.load(row + 2)
+    for first in range(0, size, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(out + place, tl.load(source + place, mask=place < size), mask=place < size)
+
+
+def squares(memory: Tensor, plane_T8: Tensor, program_N3: Tensor, sums: Tensor) -> None:
+    """Add up, in `sums` (int64, zeros), the squares of all planes' rows and columns."""
+    with LAUNCHING:
+        _squares_kernel[(len(program_N3),)](memory, plane_T8, program_N3, sums, num_warps=4)
+
+
+def group(memory: Tensor, numbers: Tensor, plane_T8: Tensor, program_N3: Tensor) -> None:
+    """Write the groups of all planes behind the planes."""
+    with LAUNCHING:
+        _group_kernel[(len(program_N3),)](memory, numbers, plane_T8, program_N3, num_warps=4)
+
+
+def count(memory: Tensor, row_B5: Tensor, count_S256: Tensor) -> None:
+    """Add up, in `count_S256` (int64, zeros), how often each byte occurs in each stream."""
+    with LAUNCHING:
+        _count_kernel[(len(row_B5),)](memory, row_B5, count_S256, BLOCK=_COUNTED, num_warps=4)
+
+
+def encode_blocks(memory: Tensor, row_B5: Tensor, code_S256: Tensor, room: Tensor, words_B: Tensor) -> None:
+    """Code every block into its part of `room` (uint16); `words_B` (int32) becomes the number of its words.
+
+    `code_S256` is uint32, F + 65536 C of each byte.
+    """
+    with LAUNCHING:
+        _encode_kernel[(len(row_B5),)](memory, row_B5, code_S256, room, words_B, num_warps=1)
+
+
+def copy(source: Tensor, out: Tensor, row_N3: Tensor) -> None:
+    """Copy pieces of bytes: (from, to, how many) each."""
+    if len(row_N3):
+        with LAUNCHING:
+            _copy_kernel[(len(row_N3),)](source, out, row_N3, BLOCK=_COPIED, num_warps=4)

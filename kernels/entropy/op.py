@@ -1,0 +1,225 @@
+"""Stored tensors on the lattice to coordinates on a device, to weights, and back: on a GPU many at once.
+
+Importing this module gives the codec's packing its kernels for CUDA tensors: `codec.planes.pack_all` then runs `pack`.
+
+Reference: `birkhoff.codec.tensor.lattice_of`.
+
+Where Triton does not serve the device the reference decodes on the CPU. Tensors of version 1 of the format, which is
+written no more, and levels and escapes, which are few, are always read there. A GPU makes the same coordinates and
+refuses the same bytes: what can be told without decoding is checked before a byte is copied, a block that does not end
+as it should is found at its end.
+
+Shapes: R = rows, P = pairs a row, T = tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from birkhoff.codec import planes
+from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
+from birkhoff.codec.errors import FormatError
+from birkhoff.codec.lattice import LatticeTensor, combine
+from birkhoff.codec.planes import Item, Packed
+from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_lattice
+from birkhoff.codec.trajectory import Escapes
+from birkhoff.kernels.decode.op import decode_lattice
+from birkhoff.kernels.decode.serving import triton_serves
+from birkhoff.kernels.entropy.plan import ALIGNED, Placed, Plan, bytes_of, plan
+from birkhoff.kernels.entropy.staging import send
+from birkhoff.kernels.runtime.device import HAS_TRITON
+
+if HAS_TRITON:
+    from birkhoff.kernels.entropy import pack as gpu_pack
+    from birkhoff.kernels.entropy import triton as entropy_triton
+
+_ROOM = 1 << 16
+"""Coordinates outside -128..127 that are listed at first; where there are more, they are listed again."""
+
+
+def warm_up(device: torch.device | str) -> None:
+    """Start what a process starts once for kernels on a device: Triton, and the trial of its code there.
+
+    Half a second, most of it without the interpreter's lock; whatever decodes there first would wait for it.
+    """
+    triton_serves(torch.device(device))
+
+
+def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
+    """The coordinates of some tensors on the lattice on `device`, in their order; `tensor.lattice_of` of each.
+
+    On a GPU their planes are views of one piece of memory, but for those of differences, which are the sum of two.
+    Waits for the device.
+
+    Raises:
+        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+        BaseError: a tensor is a difference, and its base is not at hand.
+    """
+    device = torch.device(device)
+    bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
+    own = _own_lattices([*coded, *bases], device)
+    their = iter(own[len(coded) :])
+    return [
+        _sum(one.name, one.params, next(their), code) if isinstance(one.params, DifferenceParams) else code
+        for one, code in zip(coded, own, strict=False)
+    ]
+
+
+def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeTensor) -> LatticeTensor:
+    try:
+        return combine(base, own, times=params.times, stride=params.stride, step=params.step)
+    except FormatError as error:
+        raise FormatError(f"tensor {name!r}: {error}") from None
+
+
+def _own_lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
+    """`tensor.own_lattice` of each."""
+    fast = [one for one in coded if one.version == FORMAT_VERSION] if triton_serves(device) else []
+    made = iter(_on_gpu(fast, device) if fast else ())
+    return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one).to(device) for one in coded]
+
+
+def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> list[Tensor]:
+    """Some stored tensors of any codec, dense on `device`, original dtypes and shapes; `tensor.decode_tensor` of each.
+
+    Raises:
+        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+    """
+    codes = iter(lattices_of([one for one in coded if _is_lattice(one)], device))
+    others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], torch.device(device)))
+    return [_dense(one, next(codes)) if _is_lattice(one) else next(others) for one in coded]
+
+
+def _is_lattice(coded: CodedTensor) -> bool:
+    return isinstance(coded.params, LatticeParams)
+
+
+def _dense(coded: CodedTensor, code: LatticeTensor) -> Tensor:
+    try:
+        dtype = float_dtype(coded)
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+    return decode_lattice(code, dtype).view(coded.shape)
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on a device, each in memory of its own. To a GPU they go as one: each copy would wait."""
+    if device.type != "cuda" or not tensors:
+        return [tensor.to(device) for tensor in tensors]
+    places = list(accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors), initial=0))
+    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    sent = send(list(zip(places, flat, strict=False)), places[-1], device)
+    return [
+        sent[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape).clone()
+        for tensor, place in zip(tensors, places, strict=False)
+    ]
+
+
+def pack(items: Sequence[Item]) -> list[Packed]:
+    """`planes.pack_all` of coordinates on a GPU: there, but for small matrices, of which more groupings are tried."""
+    large = [item for item in items if 2 * item[0].i.numel() > planes.SMALL and triton_serves(item[0].i.device)]
+    made = iter(gpu_pack.pack(large) if large else ())
+    chosen = {id(item) for item in large}
+    return [next(made) if id(item) in chosen else planes.reference_pack(item[0], path=item[1]) for item in items]
+
+
+planes.register_packer("cuda", pack)
+
+
+def _on_cpu(coded: CodedTensor) -> LatticeTensor:
+    try:
+        return own_lattice(coded)
+    except FormatError as error:
+        raise FormatError(f"tensor {coded.name!r}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """What is being decoded: the planes, and what the kernels report once they are done."""
+
+    plan: Plan
+    planes: Tensor
+    symbols: Tensor
+    numbers: Tensor
+    report: Tensor
+    """int32 [1 + T]: coordinates outside -128..127, and whether each tensor is damaged."""
+    index: Tensor
+    value: Tensor
+
+
+def _on_gpu(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
+    return finish(start(coded, device))
+
+
+def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
+    """Queue the decoding of tensors of the present version on a GPU; `finish` waits for it. Raises FormatError."""
+    made = plan(coded, entropy_triton.LANES_A_PROGRAM)
+    data, numbers = _sent(made, device)
+    symbols = torch.empty(made.symbols, dtype=torch.uint8, device=device)
+    queued = Queued(
+        plan=made,
+        planes=torch.empty(made.coordinates, dtype=torch.int8, device=device),
+        symbols=symbols,
+        numbers=numbers,
+        report=torch.zeros(1 + len(coded), dtype=torch.int32, device=device),
+        index=torch.empty(_ROOM, dtype=torch.int64, device=device),
+        value=torch.empty(_ROOM, dtype=torch.int32, device=device),
+    )
+    frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
+    rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
+    entropy_triton.decode_blocks(data, frequency, rows, symbols, queued.report[1:])
+    _place(queued, queued.index, queued.value)
+    return queued
+
+
+def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(streams, numbers of the plan) on the device."""
+    begin = -(-made.bytes // ALIGNED) * ALIGNED
+    parts = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
+    parts.append((begin, torch.from_numpy(made.numbers).view(torch.uint8)))
+    sent = send(parts, begin + made.numbers.nbytes, device)
+    return sent, sent[begin:].view(torch.int64)
+
+
+def _place(queued: Queued, index: Tensor, value: Tensor) -> None:
+    described = queued.numbers[queued.plan.descriptions].view(-1, entropy_triton.PLACE)
+    programs = queued.numbers[queued.plan.programs].view(-1, 3)
+    entropy_triton.place_symbols(
+        queued.symbols, queued.numbers, described, programs, queued.planes, queued.report[:1], index, value
+    )
+
+
+def finish(queued: Queued) -> list[LatticeTensor]:
+    """Wait, and take over what was decoded. Raises FormatError."""
+    outside, *damaged = queued.report.tolist()
+    for tensor, bad in zip(queued.plan.tensors, damaged, strict=True):
+        if bad:
+            raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
+    index, value = queued.index, queued.value
+    if outside > len(index):
+        index, value = index.new_empty(outside), value.new_empty(outside)
+        queued.report[:1] = 0
+        _place(queued, index, value)
+    order = index[:outside].cpu().sort()
+    listed = order.values.numpy(), value[:outside].cpu()[order.indices].numpy()
+    return [_lattice(queued.planes, tensor, listed) for tensor in queued.plan.tensors]
+
+
+def _lattice(planes_of_all: Tensor, tensor: Placed, listed: tuple[np.ndarray, np.ndarray]) -> LatticeTensor:
+    size = tensor.shape[0] * tensor.shape[1]
+    both = [tensor.begin, tensor.begin + tensor.stride]
+    i, j = (planes_of_all[begin : begin + size].view(tensor.shape) for begin in both)
+    index, value = listed
+    ends = np.searchsorted(index, [both[0], both[1], both[1] + tensor.stride])
+    escapes = Escapes.none(i.device)
+    if ends[0] < ends[2] or len(tensor.stored):
+        outside = [
+            (torch.from_numpy(index[first:last] - begin), torch.from_numpy(value[first:last].copy()))
+            for begin, first, last in zip(both, ends, ends[1:], strict=False)
+        ]
+        escapes = planes.take_outside((i, j), outside, tensor.stored).to(i.device)
+    return LatticeTensor(i=i, j=j, escapes=escapes, step=tensor.params.step, columns=tensor.params.columns)

@@ -1,0 +1,271 @@
+"""Entropy decoding on a GPU: compressed bytes to int8 coordinate planes, all tensors of a shard at once.
+
+Three launches. The first turns a table's frequencies F into 4096 slots,
+
+    slot s, where C <= s < C + F: symbol | F << 8 | (s - C) << 20
+
+The second decodes blocks, one warp each, a lane of the warp a lane of the block; with e the slot of x mod 4096,
+
+    x = F(e) * floor(x / 4096) + (e >> 20), and if x < 2^16: x = 65536 x + word
+
+A step's words go to its lanes in their order: the k-th lane that reads takes the k-th word. That number is a count of
+the bits below a lane's own in the warp's vote. A raw block is copied.
+
+Toy: four lanes after a step, x = (70000, 900, 80000, 17): lanes 1 and 3 read, the votes are 0b1010, below lane 1 there
+is no bit and below lane 3 one, so they take words 0 and 1, and the next step goes on from word 2.
+
+The third takes each symbol from its group to its place and follows the path of its lane (`codec.trellis`):
+
+    o_t = (k_t mod 2) xor o_(t-2) xor o_(t-3),    n_t = 2 k_t + o_(t-1)
+
+Sources: `codec.entropy.rans`, `codec.contexts`, `codec.trellis`. Nothing outside the streams is read, whatever they
+hold: `codec.rest.plan` has bounded every block, and a word beyond a block's own is not fetched.
+
+Shapes: B = blocks, S = streams, R = rows, P = pairs a row.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import threading
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.contexts import LEVELS
+from birkhoff.codec.entropy.tables import SLOTS
+from birkhoff.kernels.runtime.triton_ops import INTERPRETED
+
+ROW = 7
+"""Numbers of a block's row: see `codec.rest.Plan`; the last is its tensor's."""
+
+PLACE = 10
+"""Numbers that `_place_kernel` is told of a tensor."""
+
+LANES_A_PROGRAM = 128
+"""Lanes of paths that a program of `_place_kernel` follows."""
+
+_SLOTS_A_PROGRAM = 512
+_SLOTS_AT_ONCE = _SLOTS_A_PROGRAM if triton.knobs.runtime.interpret else 32
+"""Slots that threads fill together; the interpreter counts calls."""
+
+_RAW_AT_ONCE = 512
+
+LAUNCHING = threading.Lock()
+"""Held while kernels are launched: threads would compile them side by side."""
+
+_SLOTS, _ROW, _PLACE, _LEVELS = map(tl.constexpr, (SLOTS, ROW, PLACE, LEVELS))
+
+
+@triton.jit
+def _slot_kernel(frequency_ptr, slot_ptr, COUNT: tl.constexpr, CHUNK: tl.constexpr):
+    """slot [S, 4096] of frequency [S, 256]; a program fills COUNT slots of a table, CHUNK at a time."""
+    table = tl.program_id(0).to(tl.int64)
+    frequency = tl.load(frequency_ptr + table * 256 + tl.arange(0, 256)).to(tl.int32)
+    end = tl.cumsum(frequency, 0)
+    if tl.max(end) > 0:  # a raw stream has no table
+        for first in range(tl.program_id(1) * COUNT, tl.program_id(1) * COUNT + COUNT, CHUNK):
+            slot = first + tl.arange(0, CHUNK)
+            before = end[None, :] <= slot[:, None]
+            symbol = tl.sum(before.to(tl.int32), axis=1)
+            start = tl.max(tl.where(before, end[None, :], 0), axis=1)
+            f = tl.load(frequency_ptr + table * 256 + symbol).to(tl.int32)
+            entry = symbol | f << 8 | (slot - start) << 20
+            tl.store(slot_ptr + table * _SLOTS + slot, entry.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def ranks(chosen):
+    """(number of chosen lanes below each, number of all) for a warp of 32, one lane a thread."""
+    if INTERPRETED:
+        one = chosen.to(tl.int32)
+        below, both = tl.cumsum(one, 0) - one, tl.sum(one, 0) + tl.zeros_like(one)
+    else:
+        below, both = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 vote, under;
+            setp.ne.b32 p, $2, 0;
+            vote.sync.ballot.b32 vote, p, 0xffffffff;
+            mov.u32 under, %lanemask_lt;
+            and.b32 under, under, vote;
+            popc.b32 $0, under;
+            popc.b32 $1, vote;
+            }""",
+            "=r,=r,r",
+            [chosen.to(tl.int32)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return below, both
+
+
+@triton.jit
+def _word(ptr, mask):
+    """A little-endian number of two bytes at any address."""
+    low = tl.load(ptr, mask=mask, other=0).to(tl.uint32)
+    return low | tl.load(ptr + 1, mask=mask, other=0).to(tl.uint32) << 8
+
+
+@triton.jit
+def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.constexpr):
+    """A block to its symbols; bad [tensor] becomes 1 where it is damaged."""
+    row = row_ptr + tl.program_id(0).to(tl.int64) * _ROW
+    source = data_ptr + tl.load(row)
+    words = tl.load(row + 1).to(tl.int32)
+    out = out_ptr + tl.load(row + 2)
+    count = tl.load(row + 3).to(tl.int32)
+    lanes = tl.load(row + 5).to(tl.int32)
+    if lanes == 0:
+        for first in range(0, count, RAW):
+            place = first + tl.arange(0, RAW)
+            tl.store(out + place, tl.load(source + place, mask=place < count), mask=place < count)
+    else:
+        lane = tl.arange(0, 32)
+        slot = slot_ptr + tl.load(row + 4) * _SLOTS
+        inside = lane < lanes
+        x = _word(source + 4 * lane, inside) | _word(source + 4 * lane + 2, inside) << 16
+        wrong = inside & (x < 65536)
+        source += 4 * lanes
+        taken = tl.zeros_like(lane)
+        for first in range(0, count, lanes):
+            active = inside & (first + lane < count)
+            entry = tl.load(slot + (x & 4095).to(tl.int32))
+            tl.store(out + first + lane, entry.to(tl.uint8), mask=active)
+            y = ((entry >> 8) & 4095) * (x >> 12) + (entry >> 20)
+            small = active & (y < 65536)
+            below, both = ranks(small)
+            place = taken + below
+            word = _word(source + 2 * place, small & (place < words))
+            x = tl.where(active, tl.where(small, y << 16 | word, y), x)
+            taken += both
+        wrong |= (inside & (x != 65536)) | (taken != words)
+        if tl.max(wrong.to(tl.int32), 0) > 0:
+            tl.store(bad_ptr + tl.load(row + 6), 1)
+
+
+@triton.jit
+def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask):
+    """The symbol at a row and column of a plane, from its group."""
+    r = tl.load(row_ptr + row, mask=mask, other=0)
+    c = tl.load(column_ptr + column, mask=mask, other=0)
+    level = c % _LEVELS
+    at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=mask, other=0) + c // _LEVELS
+    at += r // _LEVELS * tl.load(width_ptr + level, mask=mask, other=0)
+    return tl.load(symbol_ptr + at, mask=mask, other=128).to(tl.int32) - 128
+
+
+@triton.jit
+def _step(k, one, two, three, path):
+    """(n, o) of a step, from o of the three steps before."""
+    return tl.where(path > 0, 2 * k + one, k), (k & 1) ^ two ^ three
+
+
+@triton.jit
+def _keep(n, place, mask, plane_ptr, count_ptr, index_ptr, value_ptr, room):
+    """Put coordinates into their plane, and list those that int8 does not hold."""
+    tl.store(plane_ptr + place, n.to(tl.int8), mask=mask)
+    outside = mask & ((n < -128) | (n > 127))
+    slot = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=outside)
+    kept = outside & (slot < room)
+    tl.store(index_ptr + slot, place, mask=kept)
+    tl.store(value_ptr + slot, n, mask=kept)
+
+
+@triton.jit
+def _place_kernel(
+    symbol_ptr,  # uint8, groups of all tensors
+    plan_ptr,  # int64: what the numbers of tensors refer to
+    tensor_ptr,  # int64 [T, PLACE]
+    program_ptr,  # int64 [programs, 3]: tensor, plane (0: I, 1: J), first lane
+    plane_ptr,  # int8, both planes of all tensors
+    count_ptr,  # int32 []: coordinates outside -128..127
+    index_ptr,  # int64 [room]: their places in plane_ptr
+    value_ptr,  # int32 [room]
+    room,
+    BLOCK: tl.constexpr,
+):
+    program = program_ptr + tl.program_id(0).to(tl.int64) * 3
+    half, lane = tl.load(program + 1), tl.load(program + 2) + tl.arange(0, BLOCK)
+    tensor = tensor_ptr + tl.load(program) * _PLACE
+    rows, pairs, lanes, path = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3)
+    symbols = symbol_ptr + tl.load(tensor + 4)
+    place = tl.load(tensor + 5) + half * tl.load(tensor + 6)
+    of_row = plan_ptr + tl.load(tensor + 7)
+    of_column = plan_ptr + tl.load(tensor + 8) + half * pairs
+    base = plan_ptr + tl.load(tensor + 9)
+    width = base + _LEVELS * _LEVELS
+    size = rows * pairs
+    down, along = lanes // pairs, lanes % pairs
+    at = tl.where(lane < lanes, lane, size)
+    row, column = at // pairs, at % pairs
+    one = tl.zeros([BLOCK], tl.int32)
+    two, three = one, one
+    for _ in range(0, size, 4 * lanes):
+        # Four loads before the first is used: a store between would keep the next from being asked for.
+        m0 = at < size
+        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0)
+        at1, row, column = at + lanes, row + down, column + along
+        row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
+        m1 = at1 < size
+        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1)
+        at2, row, column = at1 + lanes, row + down, column + along
+        row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
+        m2 = at2 < size
+        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2)
+        at3, row, column = at2 + lanes, row + down, column + along
+        row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
+        m3 = at3 < size
+        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3)
+        n0, o0 = _step(k0, one, two, three, path)
+        n1, o1 = _step(k1, o0, one, two, path)
+        n2, o2 = _step(k2, o1, o0, one, path)
+        n3, o3 = _step(k3, o2, o1, o0, path)
+        one, two, three = o3, o2, o1
+        _keep(n0, place + at, m0, plane_ptr, count_ptr, index_ptr, value_ptr, room)
+        _keep(n1, place + at1, m1, plane_ptr, count_ptr, index_ptr, value_ptr, room)
+        _keep(n2, place + at2, m2, plane_ptr, count_ptr, index_ptr, value_ptr, room)
+        _keep(n3, place + at3, m3, plane_ptr, count_ptr, index_ptr, value_ptr, room)
+        at, row, column = at3 + lanes, row + down, column + along
+        row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
+
+
+def decode_blocks(data: Tensor, frequency_S256: Tensor, row_B7: Tensor, out: Tensor, bad_T: Tensor) -> None:
+    """Decode every block of `codec.rest.plan` into `out` (uint8); `bad_T` (int32, zeros) becomes 1 where damaged.
+
+    `frequency_S256` is int16 or uint16, the seventh number of a row is its tensor's.
+    """
+    slots = torch.empty(len(frequency_S256), SLOTS, dtype=torch.uint32, device=data.device)
+    parts = SLOTS // _SLOTS_A_PROGRAM
+    _slot_kernel[(len(slots), parts)](frequency_S256, slots, COUNT=_SLOTS_A_PROGRAM, CHUNK=_SLOTS_AT_ONCE, num_warps=4)
+    _decode_kernel[(len(row_B7),)](data, row_B7, slots, out, bad_T, RAW=_RAW_AT_ONCE, num_warps=1)
+
+
+def place_symbols(
+    symbols: Tensor,
+    plan: Tensor,
+    tensor_T10: Tensor,
+    program_N3: Tensor,
+    planes: Tensor,
+    count: Tensor,
+    index: Tensor,
+    value: Tensor,
+) -> None:
+    """Symbols of groups to coordinates in `planes` (int8); those outside int8 are counted, and listed while there is
+    room in `index` (int64) and `value` (int32)."""
+    with LAUNCHING:
+        _place_kernel[(len(program_N3),)](
+            symbols,
+            plan,
+            tensor_T10,
+            program_N3,
+            planes,
+            count,
+            index,
+            value,
+            len(index),
+            BLOCK=LANES_A_PROGRAM,
+            num_warps=LANES_A_PROGRAM // 32,
+        )

@@ -1,0 +1,83 @@
+"""Plans of blocks: native and in numpy the same, and nothing planned that does not lie in its stream."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birkhoff.codec import rest
+from birkhoff.codec.entropy import rans
+from birkhoff.codec.errors import FormatError
+
+
+def drawn(size: int, seed: int = 0, sigma: float = 3.0) -> np.ndarray:
+    data = np.random.default_rng(seed).standard_normal(size) * sigma
+    return np.clip(np.rint(data), -128, 127).astype(np.int8).view(np.uint8) ^ np.uint8(128)
+
+
+def planned(streams: list[bytes], sizes: list[int], *, reference: bool) -> rest.Plan | str:
+    places = np.cumsum([7, *map(len, streams[:-1])]).tolist(), np.cumsum([5, *sizes[:-1]]).tolist()
+    try:
+        return (rest.reference_plan if reference else rest.plan)(streams, sizes, *places)
+    except FormatError as error:
+        return str(error)
+
+
+def test_a_plan_leads_to_every_block() -> None:
+    sizes = [100, rans.BLOCK + 1, 40, 2 * rans.BLOCK]
+    noise = np.random.default_rng(0).integers(0, 256, (2, 2 * rans.BLOCK)).astype(np.uint8)
+    data = [drawn(sizes[0]), drawn(sizes[1], 1, 2.0), noise[0, : sizes[2]], noise[1]]
+    streams = list(map(rest.pack, data))
+    assert [stream[0] for stream in streams] == [rest.ANS, rest.ANS, rest.RAW, rest.RAW]
+    found, expected = (planned(streams, sizes, reference=reference) for reference in (False, True))
+    assert isinstance(found, rest.Plan)
+    assert isinstance(expected, rest.Plan)
+    assert np.array_equal(found.frequency, expected.frequency)
+    assert np.array_equal(found.rows, expected.rows)
+    assert found.rows[:, 4].tolist() == [0, 1, 1, 2, 3, 3]
+    memory = b"\0" * 7 + b"".join(streams)
+    symbols = np.concatenate([np.zeros(5, np.uint8), *data])
+    for source, words, target, count, stream, lanes, _ in found.rows.tolist():
+        if lanes:
+            block = memory[source : source + 4 * lanes + 2 * words]
+            decoded = rans.decode(block, count, found.frequency[stream], lanes)
+        else:
+            assert words == count
+            decoded = np.frombuffer(memory[source : source + count], np.uint8)
+        assert np.array_equal(decoded, symbols[target : target + count])
+    assert found.rows[:, 3].sum() == sum(sizes)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_damage_is_planned_alike_and_never_beyond_the_stream(data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([50, 3000, rans.BLOCK + 9]))
+    stream = bytearray(rest.pack(drawn(size)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        stream[data.draw(st.integers(0, min(len(stream) - 1, 200)))] ^= data.draw(st.integers(1, 255))
+    del stream[len(stream) - data.draw(st.sampled_from([0, 0, 1, 2, 40])) :]
+    told = size + data.draw(st.sampled_from([0, 0, 0, 1, -1, rans.BLOCK]))
+    found, expected = (planned([bytes(stream)], [told], reference=reference) for reference in (False, True))
+    if isinstance(found, str) or isinstance(expected, str):
+        assert found == expected
+        with pytest.raises(FormatError):
+            rest.unpack(bytes(stream), told)
+        return
+    assert np.array_equal(found.frequency, expected.frequency)
+    assert np.array_equal(found.rows, expected.rows)
+    source, words, lanes = found.rows[:, 0] - 7, found.rows[:, 1], found.rows[:, 5]
+    assert (source >= 1).all()
+    assert (source + np.where(lanes > 0, 4 * lanes + 2 * words, words) <= len(stream)).all()
+    assert found.rows[:, 3].sum() == told
+
+
+def test_a_plan_takes_no_frame_of_zstd() -> None:
+    stream = rest.pack(np.tile(drawn(64), 100))
+    assert stream[0] == rest.ZSTD
+    for plan in (rest.plan, rest.reference_plan):
+        with pytest.raises(FormatError, match="corrupt"):
+            plan([stream], [6400], [0], [0])
+    assert rest.inflated(stream, 6400) == bytes([rest.RAW]) + np.tile(drawn(64), 100).tobytes()
+    assert rest.inflated(b"\x00a", 1) == b"\x00a"
+    with pytest.raises(FormatError, match="declares 6400 bytes"):
+        rest.inflated(stream, 6401)
