@@ -8,6 +8,10 @@ Shapes: M = tokens, N = out features, K = in features.
 from birkhoff.kernels.linear.plan import Plan, Problem
 
 
+LEAST_ROWS = 768
+"""Out features of a layer below which a GPU loses more by quantising its tokens than it gains by multiplying bytes."""
+
+
 def int8_tiles(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Plan:
     """The portable kernel, `int8.triton`."""
     return Plan(path="int8_tiles", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)

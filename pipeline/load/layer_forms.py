@@ -17,6 +17,7 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.int8.op import MOST_COLUMNS
+from birkhoff.kernels.int8.plan import LEAST_ROWS
 
 Memory = Literal["uint16", "packed12", "packed10"]
 """8 bits a weight, exactly what is stored; or about 6.06 or 5.06, coded once more with loss."""
@@ -71,7 +72,7 @@ class LayerMaker:
                 make, held = PackedHyperLinear.from_packed, form
             else:
                 self._refused.append(f"{name} ({found:.1f} dB, {size:.2f} bits a weight)")
-        elif self._compute == "int8":
+        elif self._compute == "int8" and not (code.i.is_cuda and code.i.shape[0] < LEAST_ROWS):
             if (reason := _obstacle(code)) is None:
                 make = Int8HyperLinear.from_lattice
             else:

@@ -21,6 +21,7 @@ from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import launch as int8_launch
+from birkhoff.kernels.int8.plan import LEAST_ROWS
 from birkhoff.kernels.linear.plan import Plan
 from birkhoff.kernels.runtime.timing import Times, compare
 from birkhoff.kernels.tune import problem_of, tune
@@ -144,7 +145,7 @@ def in_the_first_form(layer: Int8HyperLinear) -> HyperLinear:
 
 
 def bench_layers(shapes: Shapes) -> Result:
-    """Int8HyperLinear against cuBLAS in bfloat16 on every linear shape."""
+    """What `compute="int8"` makes of every linear shape, against cuBLAS in bfloat16."""
     found: Result = {}
     for model, each in shapes.items():
         for rows, columns in each:
@@ -158,10 +159,11 @@ def _bench_layer(rows: int, columns: int, tokens: int) -> Result:
     layers = [random_layer(rows, columns) for _ in range(count)]
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
     error = checked(layers[0], x)
-    calls = {"cublas": [partial(twin(layer), x) for layer in layers], "int8": [partial(layer, x) for layer in layers]}
+    made = [layer if rows >= LEAST_ROWS else in_the_first_form(layer) for layer in layers]
+    calls = {"cublas": [partial(twin(layer), x) for layer in layers], "int8": [partial(layer, x) for layer in made]}
     times = compare(calls, rounds=9)
     plan = int8_launch.plan_for(problem_of(rows, columns, tokens, int8=True), x.device)
-    return {**{name: asdict(value) for name, value in times.items()}, "error": error, "plan": as_code(plan),
+    return {**{name: asdict(value) for name, value in times.items()}, "error": error, "plan": as_code(plan) if rows >= LEAST_ROWS else "float",
             "ratio": _ratio(times, "int8")}  # fmt: skip
 
 
