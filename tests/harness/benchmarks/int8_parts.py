@@ -163,8 +163,12 @@ def _bench_layer(rows: int, columns: int, tokens: int) -> Result:
     calls = {"cublas": [partial(twin(layer), x) for layer in layers], "int8": [partial(layer, x) for layer in made]}
     times = compare(calls, rounds=9)
     plan = int8_launch.plan_for(problem_of(rows, columns, tokens, int8=True), x.device)
-    return {**{name: asdict(value) for name, value in times.items()}, "error": error, "plan": as_code(plan) if rows >= LEAST_ROWS else "float",
-            "ratio": _ratio(times, "int8")}  # fmt: skip
+    return {
+        **{name: asdict(value) for name, value in times.items()},
+        "error": error,
+        "plan": as_code(plan) if rows >= LEAST_ROWS else "float",
+        "ratio": _ratio(times, "int8"),
+    }
 
 
 ACTIVATIONS: dict[str, Callable[[int, int], Tensor]] = {
