@@ -108,8 +108,8 @@ def load_into(
             BirkhoffWarning names it.
         compute: `int8` multiplies on int8 tensor cores, on CPUs by their instructions for bytes: the same weights in as
             much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
-            further columns. A layer that they would make a quarter wider computes in float, and a
-            BirkhoffWarning names it.
+            further columns. A layer that they would make wider by 256 columns and by a quarter computes in float,
+            and a BirkhoffWarning names it; on a GPU layers of fewer than 768 rows do, which int8 would not make faster.
 
     Returns:
         The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
