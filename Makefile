@@ -17,7 +17,7 @@ setup: $(READY) ## Make .venv with the tested versions (idempotent; the other ta
 # On a terminal pip draws its progress; elsewhere it says in plain lines what it downloads, and how large that is.
 INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --progress-bar off) --disable-pip-version-check
 
-$(READY): pyproject.toml constraints.txt codec/native/native.c
+$(READY): pyproject.toml constraints.txt codec/native/native.c tests/pipeline/store/azurite/package.json
 	@test -x $(BIN)/python || { echo "setup: making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
 	@echo "setup 1/4: torch, by far the largest download"
 	@$(INSTALL) --constraint constraints.txt torch
@@ -79,7 +79,7 @@ verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)
 
-test: $(READY) ## Run the tests, a file at a time on each of up to four processors (ARGS='-n 0': on one).
+test: $(READY) ## Run the tests, a file at a time in each of up to four processes (ARGS='-n 0': on one).
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## Report format, lint, type and layering errors; never edits.

@@ -11,6 +11,7 @@ ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do p
 No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -204,8 +205,14 @@ def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
     return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
 
 
+_OWN = threading.local()
+"""A compressor of each thread's own: making one takes as long as its search through a probe."""
+
+
 def _searched(data: Bytes) -> bytes:
-    frame: bytes = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(data.data)
+    if (compressor := getattr(_OWN, "compressor", None)) is None:
+        compressor = _OWN.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+    frame: bytes = compressor.compress(data.data)
     return frame
 
 

@@ -1,7 +1,7 @@
 """Encode and decode one tensor with any codec: the place that tells codecs apart."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,25 @@ class Encoded:
     fidelity: Fidelity | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unpacked:
+    """A tensor whose coordinates are found and whose streams are still to be made; `target_db` is to be stored."""
+
+    name: str
+    tensor: Tensor
+    code: lattice.LatticeTensor
+    error: Fidelity
+    path: int
+    target_db: float | None = None
+
+    def packed(self, streams: Sequence[bytes | memoryview], escapes: int) -> Encoded:
+        """The stored tensor."""
+        params = LatticeParams(path=self.path, columns=self.code.columns, step=self.code.step, escapes=escapes)
+        coded = stored(self.name, self.tensor, "lattice", *streams, params=params, error=self.error)
+        encoded = Encoded(tensor=coded, reason="", fidelity=self.error)
+        return encoded if self.target_db is None else with_target(encoded, self.target_db)
+
+
 def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
 
@@ -59,6 +78,18 @@ def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
         TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
         TargetError: the target is out of range.
     """
+    return encode_tensors([(name, tensor, decision)])[0]
+
+
+def encode_tensors(items: Iterable[tuple[str, Tensor, Decision]]) -> list[Encoded]:
+    """`encode_tensor` of several, those that are coded all on one type of device: their streams are made together."""
+    found = [_encode(*item) for item in items]
+    unpacked = [one for one in found if isinstance(one, _Unpacked)]
+    packed = iter(planes.pack_all([(one.code, one.path) for one in unpacked]))
+    return [one.packed(*next(packed)) if isinstance(one, _Unpacked) else one for one in found]
+
+
+def _encode(name: str, tensor: Tensor, decision: Decision) -> "Encoded | _Unpacked":
     check_storable(name, tensor)
     if decision.action == "lossless":
         store = _encode_raw if decision.codec == "raw" else _encode_lossless
@@ -68,7 +99,7 @@ def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     if decision.target_db is None:
         return _encode_match(name, tensor, path=decision.path)
     encoded = _encode_lattice(name, tensor, decision.target_db, path=decision.path)
-    return with_target(encoded, decision.target_db) if decision.states_target else encoded
+    return _with_target(encoded, decision.target_db) if decision.states_target else encoded
 
 
 def check_storable(name: str, tensor: Tensor) -> None:
@@ -202,7 +233,7 @@ def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> E
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
 
 
-def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded:
+def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded | _Unpacked:
     rate.check_target(target_db)
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     reason = fallback(matrix)
@@ -216,7 +247,7 @@ def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) 
         return fall_back(name, tensor, "target")
 
 
-def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> Encoded:
+def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> _Unpacked:
     if path and matrix.numel() >= LEAST_PATH:
         try:
             code, error = rate.encode(matrix, target_db, path=1)
@@ -224,22 +255,21 @@ def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *,
             pass
         else:
             if len(code.escapes) <= MOST_ESCAPED * code.i.numel():
-                return encoded_code(name, tensor, code, error, path=1)
-    return encoded_code(name, tensor, *rate.encode(matrix, target_db), path=0)
+                return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=1)
+    code, error = rate.encode(matrix, target_db)
+    return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=0)
 
 
 def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: Fidelity, *, path: int) -> Encoded:
     """A tensor as the coordinates that were found for it; `path` says that they lie on paths of the trellis, 1 for
     those through the rows and 2 for those down the columns."""
-    streams, escapes = planes.pack(code, path=path)
-    params = LatticeParams(path=int(path), columns=code.columns, step=code.step, escapes=escapes)
-    coded = stored(name, tensor, "lattice", *streams, params=params, error=error)
-    return Encoded(tensor=coded, reason="", fidelity=error)
+    found = _Unpacked(name=name, tensor=tensor, code=code, error=error, path=path)
+    return found.packed(*planes.pack(code, path=path))
 
 
-def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded:
+def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded | _Unpacked:
     target_db = published_target(tensor)
-    return with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
+    return _with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
 
 
 def published_target(tensor: Tensor) -> float:
@@ -258,6 +288,11 @@ def with_target(encoded: Encoded, target_db: float) -> Encoded:
         return encoded
     claims = replace(encoded.tensor.claims, target_db=math.floor(target_db * 1000) / 1000)
     return replace(encoded, tensor=replace(encoded.tensor, claims=claims))
+
+
+def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _Unpacked:
+    """The target goes with a coded tensor of which no recipe tells it."""
+    return replace(encoded, target_db=target_db) if isinstance(encoded, _Unpacked) else encoded
 
 
 def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:

@@ -12,16 +12,16 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
+"""More than any document needs (a manifest of 10,000 shards: 6 MB), and harmless to read."""
 
 
 class Document(BaseModel):
-    """A stored document: unknown fields are refused, nothing changes once it is made."""
+    """A stored document: frozen, and unknown fields are refused."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     def to_bytes(self) -> bytes:
-        """Compact JSON in field order: equal documents are equal bytes."""
+        """Return compact JSON in field order: equal documents are equal bytes."""
         data = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 

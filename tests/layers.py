@@ -18,6 +18,7 @@ ORDER = (
     *("codec/difference", "codec/output"),
     *("kernels/runtime", "kernels/decode", "kernels/entropy", "kernels/encode", "kernels/trellis", "kernels/linear"),
     "kernels/packed",
+    "kernels/int8",
     "kernels",
     "pipeline",
     *("pipeline/store", "pipeline/checkpoint", "pipeline/download", "pipeline/registry", "pipeline/shard"),

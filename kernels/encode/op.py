@@ -6,6 +6,7 @@ Shapes: R = rows, K = columns, P = pairs a row, E = escapes.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +57,19 @@ def encode(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity
     if not _triton_takes(weight_RK) or not low <= target_db <= high:
         return rate.encode(weight_RK, target_db)
     weight_RK = weight_RK.contiguous()
-    return finish(weight_RK, target_db, start(weight_RK, target_db))
+    first = start(weight_RK, target_db)
+    return finish(weight_RK, first, _scalars(first), target_db)
+
+
+def encode_all(weights: Sequence[Tensor], target_db: float) -> list[tuple[LatticeTensor, Fidelity]]:
+    """`encode` of several matrices on one GPU, which is waited for once. Raises as `encode`."""
+    low, high = TARGET_DB_RANGE
+    if not all(map(_triton_takes, weights)) or not low <= target_db <= high:
+        return [encode(weight, target_db) for weight in weights]
+    weights = [weight.contiguous() for weight in weights]
+    passes = [start(weight, target_db) for weight in weights]
+    scalars = torch.stack(list(map(_on_device, passes))).tolist() if passes else []
+    return [finish(*one, target_db) for one in zip(weights, passes, scalars, strict=True)]
 
 
 def start(weight_RK: Tensor, target_db: float) -> "Pass":
@@ -64,9 +77,9 @@ def start(weight_RK: Tensor, target_db: float) -> "Pass":
     return encode_triton.encode_pass(weight_RK, encode_triton.search(weight_RK, target_db + _MARGIN_DB))
 
 
-def finish(weight_RK: Tensor, target_db: float, first: "Pass") -> tuple[LatticeTensor, Fidelity]:
-    """Wait for the pass of `start`, check that it meets the target, and repeat it with another step if not."""
-    code, found = _collect(weight_RK, first)
+def finish(weight_RK: Tensor, first: "Pass", scalars: list[float], target_db: float) -> tuple[LatticeTensor, Fidelity]:
+    """Check that the pass of `start` meets the target, and repeat it with another step if not."""
+    code, found = _collect(weight_RK, first, scalars)
     if not 0 < found.energy < math.inf:
         raise TargetError(
             f"the weights' energy is {found.energy:g}: no relative error can be met; store the tensor lossless"
@@ -94,13 +107,14 @@ def _triton_takes(weight_RK: Tensor) -> bool:
 
 
 def _run(weight_RK: Tensor, step: Tensor) -> tuple[LatticeTensor, Fidelity]:
-    return _collect(weight_RK, encode_triton.encode_pass(weight_RK, step))
+    coded = encode_triton.encode_pass(weight_RK, step)
+    return _collect(weight_RK, coded, _scalars(coded))
 
 
-def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]:
-    """Bring the scalars of a pass to the host, and list the escapes if there are any."""
+def _collect(weight_RK: Tensor, coded: "Pass", scalars: list[float]) -> tuple[LatticeTensor, Fidelity]:
+    """What a pass made, from its scalars; the escapes are listed if there are any."""
     escapes = Escapes.none(weight_RK.device)
-    energy, error, absolute, greatest, outside, step = _scalars(coded)
+    energy, error, absolute, greatest, outside, step = scalars
     if outside:
         pair, i, j = encode_triton.take_escapes(weight_RK, coded)
         escapes = Escapes(pair=pair, i=i, j=j)
@@ -113,7 +127,11 @@ def _collect(weight_RK: Tensor, coded: "Pass") -> tuple[LatticeTensor, Fidelity]
 
 
 def _scalars(coded: "Pass") -> list[float]:
-    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] in one copy from the device."""
-    sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
-    values: list[float] = torch.cat((sums, greatest, coded.step[None])).tolist()
+    values: list[float] = _on_device(coded).tolist()
     return values
+
+
+def _on_device(coded: "Pass") -> Tensor:
+    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] of a pass, float64."""
+    sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
+    return torch.cat((sums, greatest, coded.step[None]))

@@ -10,6 +10,8 @@ Shapes: R = rows, K = columns, P = pairs a row, B = programs, C = candidate step
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.kernels.runtime.device import power_of_two
+from birkhoff.kernels.runtime.prepared import Prepared
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED, local_columns, position, rounded
 
 _THREADS = 128
@@ -395,12 +398,30 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
     """
     rows, columns = weight_RK.shape
     device = weight_RK.device
+    launch, programs, numbers, constants = _prepare_pass(rows, columns, weight_RK.dtype, device)
     planes = torch.empty(2, rows, pairs_per_row(columns), dtype=torch.int8, device=device)
+    coded = Pass(
+        step=step,
+        i=planes[0],
+        j=planes[1],
+        stats=torch.empty(5, programs, device=device),
+        numbers=numbers,
+        constants=constants,
+    )
+    launch(weight_RK, step, coded.i, coded.j, coded.stats)
+    return coded
+
+
+@lru_cache(1 << 10)
+def _prepare_pass(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Prepared, int, tuple[int, ...], dict[str, int | bool]]:
+    """The launch of a pass, its programs, and the kernel's numbers and constants."""
     tail_half = pairs_per_row(columns % (2 * HALF))
     if tail_half == 0:
         rows, columns = 1, rows * columns
     pairs = pairs_per_row(columns)
-    per_thread = 16 // weight_RK.element_size()
+    per_thread = 16 // dtype.itemsize
     block = _THREADS * per_thread
     block_p = min(block, max(HALF, power_of_two(pairs)))
     block_r = 1 if tail_half == 0 else min(block // block_p, power_of_two(rows))
@@ -409,26 +430,17 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
     while turns < _MOST_TURNS and blocks >= 2 * turns * _LEAST_PROGRAMS:
         turns *= 2
     programs = -(-blocks // turns)
-    coded = Pass(
-        step=step,
-        i=planes[0],
-        j=planes[1],
-        stats=torch.empty(5, programs, device=device),
-        numbers=(rows, columns, pairs, blocks),
-        constants={
-            "TAIL_HALF": tail_half,
-            "EVEN": tail_half == 0 and pairs % block_p == 0,
-            "TURNS": turns,
-            "BLOCK_R": block_r,
-            "BLOCK_P": block_p,
-            "num_warps": max(1, block_r * block_p // (32 * per_thread)),
-            "enable_fp_fusion": False,
-        },
-    )
-    _encode_kernel[(programs,)](
-        weight_RK, step, coded.i, coded.j, coded.stats, *coded.numbers, **coded.constants, STAGES=_STAGES
-    )
-    return coded
+    numbers = rows, columns, pairs, blocks
+    settled: dict[str, int | bool] = {
+        "TAIL_HALF": tail_half,
+        "EVEN": tail_half == 0 and pairs % block_p == 0,
+        "TURNS": turns,
+        "BLOCK_R": block_r,
+        "BLOCK_P": block_p,
+    }
+    options = {"num_warps": max(1, block_r * block_p // (32 * per_thread)), "enable_fp_fusion": False}
+    launch = Prepared(_encode_kernel, (programs,), numbers, {**settled, "STAGES": _STAGES}, options, device=device)
+    return launch, programs, numbers, {**settled, **options}
 
 
 def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -464,44 +476,54 @@ def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) ->
 
 def search(weight_RK: Tensor, target_db: float) -> Tensor:
     """A step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
-    count, device = weight_RK.numel(), weight_RK.device
-    energies = min(_ENERGY_PROGRAMS, -(-count // 4096))
-    energy = torch.empty(energies, device=device)
-    _energy_kernel[(energies,)](weight_RK, energy, count, BLOCK=4096, num_warps=8)
+    device = weight_RK.device
+    made = _prepare_search(weight_RK.numel(), weight_RK.dtype, device, target_db)
+    energy, errors = torch.empty(made.energies, device=device), torch.empty(CANDIDATES, made.programs, device=device)
+    step = torch.empty((), device=device)
+    made.energy(weight_RK, energy)
+    made.search(weight_RK, energy, errors)
+    made.pick(energy, errors, step)
+    return step
 
+
+class _Search(NamedTuple):
+    """The launches of a search, programs of its energy and of its sample."""
+
+    energies: int
+    programs: int
+    energy: Prepared
+    search: Prepared
+    pick: Prepared
+
+
+@lru_cache(1 << 10)
+def _prepare_search(count: int, dtype: torch.dtype, device: torch.device, target_db: float) -> _Search:  # noqa: ARG001
+    """The launches for weights of a dtype, which they are compiled for."""
+    energies = min(_ENERGY_PROGRAMS, -(-count // 4096))
     blocks = -(-count // (2 * HALF))
     stride = max(1, blocks // _SAMPLE_BLOCKS)
     samples = -(-blocks // stride)
     programs = -(-samples // _SAMPLE_PER_PROGRAM)
-    errors = torch.empty(CANDIDATES, programs, device=device)
     where = target_db, _FIRST_DB, _SPACING_DB
-    energy_block = power_of_two(energies)
-    _search_kernel[(programs,)](
-        weight_RK,
-        energy,
-        errors,
-        energies,
-        count,
-        stride,
-        samples,
-        *where,
-        CANDIDATES=CANDIDATES,
-        ENERGY_BLOCK=energy_block,
-        BLOCKS=_SAMPLE_PER_PROGRAM,
-        enable_fp_fusion=False,
+    settled = {"CANDIDATES": CANDIDATES, "ENERGY_BLOCK": power_of_two(energies)}
+    return _Search(
+        energies=energies,
+        programs=programs,
+        energy=Prepared(_energy_kernel, (energies,), (count,), {"BLOCK": 4096}, {"num_warps": 8}, device=device),
+        search=Prepared(
+            _search_kernel,
+            (programs,),
+            (energies, count, stride, samples, *where),
+            {**settled, "BLOCKS": _SAMPLE_PER_PROGRAM},
+            {"enable_fp_fusion": False},
+            device=device,
+        ),
+        pick=Prepared(
+            _pick_kernel,
+            (1,),
+            (energies, programs, count, min(samples * 2 * HALF, count), *where),
+            {**settled, "BLOCK": power_of_two(programs)},
+            {},
+            device=device,
+        ),
     )
-    step = torch.empty((), device=device)
-    _pick_kernel[(1,)](
-        energy,
-        errors,
-        step,
-        energies,
-        programs,
-        count,
-        min(samples * 2 * HALF, count),
-        *where,
-        CANDIDATES=CANDIDATES,
-        ENERGY_BLOCK=energy_block,
-        BLOCK=power_of_two(programs),
-    )
-    return step

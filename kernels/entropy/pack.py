@@ -24,6 +24,7 @@ from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import Table
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.planes import Item, Packed
+from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.entropy import encoding
 from birkhoff.kernels.entropy.plan import Numbers
 
@@ -104,7 +105,8 @@ def pack(items: Sequence[Item]) -> list[Packed]:
     whole = _bring([stream for own in streams for stream in own], memory)
     packed: list[Packed] = []
     for matrix, own in zip(matrices, streams, strict=True):
-        stored = planes.explicit(matrix.code.escapes.to("cpu"), path=matrix.path)
+        escapes = matrix.code.escapes
+        stored = planes.explicit(escapes.to("cpu"), path=matrix.path) if len(escapes) else Escapes.none()
         packed.append(((matrix.levels, *(next(whole) for _ in own), rest.pack_escapes(stored)), len(stored)))
     return packed
 
@@ -189,7 +191,7 @@ def _decide(matrices: Sequence[_Matrix], memory: Tensor) -> list[list[_Stream]]:
 
 def _rows(streams: Sequence[_Stream]) -> Integers:
     """(place, symbols, stream, lanes, room in words before it) of every block, [B, 5]."""
-    rows: list[Integers] = []
+    rows: list[Integers] = [np.empty((0, 5), dtype=np.int64)]
     room = 0
     for number, stream in enumerate(streams):
         lanes = rans.lanes(stream.size)

@@ -55,7 +55,7 @@ class Prepared:
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        numbers: tuple[int, ...],
+        numbers: tuple[int | float, ...],
         constants: Mapping[str, Any],
         options: Mapping[str, Any],
         *,
@@ -67,7 +67,7 @@ class Prepared:
         Args:
             kernel: a `triton.jit` or `gluon.jit` function.
             grid: up to three sizes, all positive.
-            numbers: integers handed over at launch.
+            numbers: handed over at launch.
             constants: `tl.constexpr` parameters by name.
             options: launch options, `num_warps` and such.
             device: of the tensors.

@@ -45,6 +45,8 @@ WEIGHT_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 SETTINGS_TYPE = "application/vnd.cncf.model.weight.config.v1.raw"
 DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 PATH_KEY = "org.cncf.model.filepath"
+TITLE_KEY = "org.opencontainers.image.title"
+"""Beside ModelPack's own: by this one ORAS names the files that it pulls."""
 LABELS_KEY = "org.birkhoff.labels"
 
 _MAX_LAYERS = 100_000
@@ -105,7 +107,7 @@ def push_oci(
             report(record.bytes)
         layers = [_layer(_media_type(record), record, path) for record, path in _paths(parcel)]
         for path, kind, body in _documents(parcel):
-            layers.append(_kept(registry, kind, body, {PATH_KEY: path}))
+            layers.append(_kept(registry, kind, body, _named(path)))
         config = json.dumps(_config(parcel, layers), separators=(",", ":")).encode()
         labels = parcel.beside.get(LABELS_FILE)
         whole = {
@@ -291,7 +293,11 @@ def _kept(registry: Registry, kind: str, body: bytes, annotations: dict[str, str
 
 
 def _layer(kind: str, record: BlobRecord, path: str) -> dict[str, Any]:
-    return _descriptor(kind, f"sha256:{record.blob}", record.bytes, {PATH_KEY: path})
+    return _descriptor(kind, f"sha256:{record.blob}", record.bytes, _named(path))
+
+
+def _named(path: str) -> dict[str, str]:
+    return {PATH_KEY: path, TITLE_KEY: path}
 
 
 def _descriptor(kind: str, digest: str, size: int, annotations: dict[str, str] | None) -> dict[str, Any]:

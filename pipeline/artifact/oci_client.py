@@ -1,15 +1,16 @@
 """A registry by the OCI distribution specification 1.1: blobs and manifests of one repository, over HTTP.
 
 Credentials are those that `docker login`, `skopeo login` or `oras login` left: REGISTRY_AUTH_FILE, else config.json
-below DOCKER_CONFIG, else ~/.docker/config.json. TLS is checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http
-is for this machine, or allowed by name. An upload goes in pieces, each tried again from where the registry says it
-stands.
+below DOCKER_CONFIG, else ~/.docker/config.json, or the helper that such a file names, as those of clouds do. TLS is
+checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http is for this machine, or allowed by name. An upload goes
+in pieces, each tried again from where the registry says it stands.
 """
 
 import base64
 import json
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,14 +264,18 @@ class Registry:
 
     def _login(self) -> dict[str, str]:
         """Return what a login left for the host: `auth`, user:password in base64, or `identitytoken` to refresh."""
-        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+        folder, host = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"), self._reference.host
         for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
             try:
-                found = json.loads(Path(path).read_bytes())["auths"][self._reference.host]
+                config = json.loads(Path(path).read_bytes())
+                helper = config.get("credHelpers", {}).get(host) or config.get("credsStore")
+                found = config.get("auths", {}).get(host) or {}
                 base64.b64decode(found.get("auth", ""), validate=True)
-                return {name: str(found[name]) for name in ("auth", "identitytoken") if found.get(name)}
+                held = {name: str(found[name]) for name in ("auth", "identitytoken") if found.get(name)}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
+            if held or (helper and (held := _ask_helper(str(helper), host))):
+                return held
         return {}
 
     def _expect(self, response: requests.Response, wanted: int | tuple[int, ...], what: str) -> None:
@@ -291,3 +296,27 @@ def _stands(response: requests.Response) -> int:
     """Return bytes of an upload that the registry has: its Range is of the first and the last of them."""
     found = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
     return int(found[1]) + 1 if found and found[1] != "0" else 0
+
+
+def _ask_helper(helper: str, host: str) -> dict[str, str]:
+    """What a credential helper of Docker's keeps for a host, in `_login`'s form; nothing where it has none.
+
+    https://github.com/docker/docker-credential-helpers: `docker-credential-NAME get`, the host on its standard input.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", helper):
+        return {}
+    try:
+        ended = subprocess.run(
+            [f"docker-credential-{helper}", "get"],
+            input=host.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT[1],
+        )
+        found = json.loads(ended.stdout) if ended.returncode == 0 else {}
+        user, secret = str(found["Username"]), str(found["Secret"])
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired):
+        return {}
+    if user == "<token>":
+        return {"identitytoken": secret}
+    return {"auth": base64.b64encode(f"{user}:{secret}".encode()).decode()}

@@ -30,7 +30,7 @@ class Found:
 
     @property
     def label(self) -> str:
-        """For messages: `demo-sam@v3`."""
+        """The reference for messages: `demo-sam@v3`."""
         return f"{self.model}@{self.name or self.digest[:12]}"
 
     def pointer(self) -> dict[str, str | None]:
@@ -43,7 +43,7 @@ class Found:
 
 
 def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
-    """Return the version in a store; remembered in the cache.
+    """Return the version in a store, and remember it in the cache.
 
     Raises TrustError if it is not what `trust` demands, else as `publish.resolve`.
     """
@@ -63,7 +63,7 @@ def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
 
 
 def recall(store: str | Store | None, reference: str, cache: BlobCache, trust: Trust) -> Found:
-    """Return the version that the reference led to last, from the cache alone.
+    """Return the last version of a reference, from the cache alone.
 
     Raises:
         ArtifactNotFoundError: it was never pulled from this store.

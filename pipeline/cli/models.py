@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,12 @@ UpstreamOption = Annotated[
 AdapterOption = Annotated[
     str | None,
     typer.Option(metavar="A", help="Member of the family (med_sam, sam, ...), instead of the artifact's."),
+]
+ComputeOption = Annotated[
+    Literal["float", "int8"],
+    typer.Option(
+        help="What the compressed model's linear layers compute on; int8 rounds their inputs, token by token."
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
 
@@ -287,6 +293,7 @@ def evaluate(
     upstream: UpstreamOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
+    compute: ComputeOption = "float",
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -310,6 +317,7 @@ def evaluate(
             "builder": builder,
             "upstream": upstream,
             "device": chosen_device(device),
+            "compute": compute,
         }
         own = None if metric == Metric.iou.value else metric
         _evaluate_outputs(reference, against, inputs, own, **where, out=out, as_json=as_json)
@@ -343,6 +351,7 @@ def evaluate(
             upstream=upstream,
             adapter=adapter,
             device=place,
+            compute=compute,
             advanced=lambda: advanced(1),
         ).document()
     if out is not None:
@@ -377,6 +386,7 @@ def _evaluate_outputs(
     builder: str | None,
     upstream: Path | None,
     device: str,
+    compute: Literal["float", "int8"],
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -392,11 +402,12 @@ def _evaluate_outputs(
     batches = job.batches_of(inputs)
     code = {"builder": builder, "upstream": upstream, "device": device}
     original = job.outputs_of(original_model(against, reference=reference, store=store, **code), batches)  # type: ignore[arg-type]
-    compressed = job.outputs_of(compressed_model(reference, store, near=against, **code), batches)  # type: ignore[arg-type]
+    compressed = job.outputs_of(compressed_model(reference, store, near=against, compute=compute, **code), batches)  # type: ignore[arg-type]
     rows = [score.row(name) for name, score in job.scores(original, compressed).items()]
     metrics = job.metrics_of(metric, original, compressed) or {}
     found = {
-        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "source": str(against)},
+        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "compute": compute},
+        "source": str(against),
         "batches": len(batches),
         "outputs": rows,
         "metrics": metrics,

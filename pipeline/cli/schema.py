@@ -222,6 +222,7 @@ def outputs() -> dict[str, Schema]:
                 "model": TEXT,
                 "digest": TEXT,
                 "profile": TEXT,
+                "compute": TEXT,
                 "source": TEXT,
                 "adapter": TEXT,
                 "protocol": an_object(
@@ -250,6 +251,7 @@ def outputs() -> dict[str, Schema]:
                 "model": TEXT,
                 "digest": TEXT,
                 "profile": TEXT,
+                "compute": TEXT,
                 "source": TEXT,
                 "batches": COUNT,
                 "outputs": rows({"output": TEXT, "sqnr_db": _DB, "cosine": NUMBER}, OUTPUT_COLUMNS),

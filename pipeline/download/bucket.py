@@ -30,7 +30,7 @@ class BucketTransport:
             store.close()
 
     def look(self, url: str) -> Remote:
-        """Size and tag of the object. Raises SourceError."""
+        """Return size and tag of the object. Raises SourceError."""
         try:
             store, key = self._place(url)
             info = store.head(key)
@@ -41,7 +41,7 @@ class BucketTransport:
         return Remote(size=info.size, etag=info.tag)
 
     def download(self, url: str, partial: Partial, report: Report | None) -> Remote:
-        """Bring `partial` to completion, range by range; returns what the object was. Raises SourceError, OSError."""
+        """Complete `partial`, range by range; return the object's description. Raises SourceError, OSError."""
         remote = self.look(url)
         assert remote.size is not None  # a store always says
         if partial.remote() != remote or partial.done > remote.size:

@@ -15,7 +15,7 @@ from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.decode import decode_shards
-from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
+from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
 from birkhoff.pipeline.load.refresh import refresh
 from birkhoff.pipeline.load.targets import Target, Targets
@@ -73,6 +73,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     memory: Memory = "uint16",
+    compute: Compute = "float",
     offline: bool = False,
     require_signature: Keys | None = None,
     signed_for: str | None = None,
@@ -105,6 +106,10 @@ def load_into(
             MiniLM keeps 31.4 and 25.3 dB (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model
             28.5 and 22.6. A layer that would keep less than 24 or 18 dB, or save nothing, stays `uint16`; a
             BirkhoffWarning names it.
+        compute: `int8` multiplies on int8 tensor cores, on CPUs by their instructions for bytes: the same weights in as
+            much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
+            further columns. A layer that they would make a quarter wider computes in float, and a
+            BirkhoffWarning names it.
 
     Returns:
         The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
@@ -115,7 +120,7 @@ def load_into(
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        maker = LayerMaker(memory)
+        maker = LayerMaker(memory, compute)
         names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
         loading = _Loading(model, names, device, dtype, maker)
         for _ in decode_shards(artifact, loading.stage, loading.device):

@@ -1,4 +1,4 @@
-"""Outputs of any module on the user's inputs, and how much those of two models differ.
+"""Run any module on the user's inputs, and compare the outputs of two models.
 
     def batches():                     # --inputs FILE.py:batches: what the model is called with, one after the other
         yield torch.rand(4, 3, 64, 64)             # a tensor, a tuple of arguments, or a mapping of named ones
@@ -6,8 +6,7 @@
     def metric(original, compressed):  # --metric FILE.py:metric: lists of outputs, one for each batch
         return {"top1": ...}                       # a number, or numbers by name
 
-Every output has its SQNR in dB and the mean cosine of its samples with the original's. Tensors that are not real are
-not compared.
+Each output gets its SQNR in dB and the mean cosine of its samples with the original's. Only real tensors are compared.
 """
 
 import math
@@ -46,7 +45,7 @@ class OutputScore:
 
 
 def batches_of(inputs: str) -> list[Any]:
-    """Return what the user's function gives. Raises BuilderError."""
+    """Return the batches of the user's function. Raises BuilderError."""
     make = user_function("--inputs", inputs)
     try:
         found = list(make())
@@ -59,7 +58,7 @@ def batches_of(inputs: str) -> list[Any]:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
-    """Return what a model gives for each batch, on the CPU. Raises BuilderError if it cannot be called so."""
+    """Return a model's outputs for each batch, on the CPU. Raises BuilderError if they cannot be called."""
     return [_moved(_called(model, batches, number), torch.device("cpu")) for number in range(len(batches))]
 
 
@@ -109,7 +108,7 @@ def scores(original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, Outp
 
 
 def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str, float] | None) -> Agreement:
-    """Return the outputs' worst SQNR and cosine, and what the metric gives."""
+    """Return the worst SQNR and cosine of the outputs, and the user's metric."""
     lossy = [db for score in found.values() if (db := decibel(score.energy, score.error)) is not None]
     return Agreement(
         inputs=batches,
@@ -120,7 +119,7 @@ def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str,
 
 
 def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, float] | None:
-    """Return what the user's metric says, by name; None without one. Raises BuilderError."""
+    """Return the values of the user's metric by name; None without one. Raises BuilderError."""
     if metric is None:
         return None
     measure: Callable[[Sequence[Any], Sequence[Any]], Any] = user_function("--metric", metric)
@@ -160,7 +159,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _cosines(first: Tensor, second: Tensor) -> list[float]:
-    """Cosine of each sample of a batch, whose samples are along the first dimension."""
+    """Return the cosine of each sample of a batch, along the first dimension."""
     a, b = (
         tensor.reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.reshape(1, -1) for tensor in (first, second)
     )

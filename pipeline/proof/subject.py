@@ -1,6 +1,4 @@
-"""How a planned model would be run, from its headers alone: for its proof, if there is anything to prove, and for its
-statistics.
-"""
+"""Decide from headers alone how a planned model is run, for its proof and its statistics."""
 
 from birkhoff.pipeline.errors import ProofError
 from birkhoff.pipeline.families import CONFIG_FILE, TRANSFORMERS

@@ -1,7 +1,7 @@
-"""Gathers a run's report: from the outcomes of its shards while it goes on, from the stored versions when it has ended.
+"""Gather a run's report: from the outcomes of shards during the run, and from the stored versions at its end.
 
-Per-tensor figures are read back from the headers of the stored shards, so a report tells what is in the store and not
-what the encoder meant to put there.
+Per-tensor figures are read back from the headers of stored shards, so a report describes the store and not the intent
+of the encoder.
 """
 
 import base64
@@ -36,10 +36,10 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.report")
 
 SLOWEST = 20
-"""Shards that a report lists."""
+"""How many shards a report lists."""
 
 _THREADS = 8
-"""Headers read at a time."""
+"""How many headers are read at a time."""
 
 _FROM_ROW = (
     "profile",
@@ -57,7 +57,7 @@ _FROM_ROW = (
     "stages",
     "error",
 )
-"""What a model's record takes over from its line in the result table."""
+"""The keys that a model's record takes from its row in the result table."""
 
 
 class Recorder(AbstractContextManager["Recorder"]):
@@ -80,11 +80,11 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.written: bool = False
 
     def follow(self, runs: Sequence[ModelRun]) -> None:
-        """Report on these models."""
+        """Follow these models."""
         self._runs = runs
 
     def note_option(self, name: str, value: object) -> None:
-        """An option came to be another one than was asked for."""
+        """Note that an option differs from the requested one."""
         self._options[name] = value
 
     def watch(self, executor: Executor) -> Executor:
@@ -176,7 +176,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         )
 
     def _last(self) -> dict[tuple[str, int], bool]:
-        """Whether a shard was taken from the store: a budget encodes it several times, and the last time counts."""
+        """Return whether a shard came from the store; under a budget the last of several encodings counts."""
         return {(timing.model, timing.index): timing.reused for timing in self._timings}
 
     def _totals(self, runs: Sequence[ModelRun]) -> Totals:
@@ -243,7 +243,7 @@ class _Layers:
 
 
 def _proven(run: ModelRun) -> dict[str, Any]:
-    """Return what the proof of a model came to: this run's, or that of the version it left alone."""
+    """Return the result of a model's proof: this run's, or that of the version it left alone."""
     proof = run.passes.proof if run.passes else None
     if proof is None:
         return {"proof": run.version.manifest.proof if run.version else None}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,14 @@ from torch import Tensor
 import birkhoff.kernels.entropy.op
 import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
-from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise
+from birkhoff.codec.container import FORMAT_VERSION, serialise
 from birkhoff.codec.difference.encode import Base
 from birkhoff.codec.difference.encode import encode as by_difference
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.output import encode as by_output
 from birkhoff.codec.output.allocation import tensor_sizes
 from birkhoff.codec.profiles import Decision, Recipe
-from birkhoff.codec.tensor import Encoded, check_storable, encode_tensor
+from birkhoff.codec.tensor import Encoded, check_storable, encode_tensors
 from birkhoff.pipeline import logs
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
@@ -178,26 +178,32 @@ def encode_shard(
     base_of: Callable[[str], Base | None] = lambda _: None,
 ) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
-    return serialise(
-        [_encode(name, tensor, decisions[name], device, hessian_of, base_of) for name, tensor in sources.items()]
-    )
-
-
-def _encode(
-    name: str,
-    tensor: Tensor,
-    decision: Decision,
-    device: torch.device,
-    hessian_of: HessianOf,
-    base_of: Callable[[str], Base | None],
-) -> CodedTensor:
-    logs.step("encode", tensor.nbytes, name)
-    if decision.nominal:
-        return _encode_by_output(name, tensor.to(device), decision, hessian_of(name)).tensor
+    bases = {
+        name: base
+        for name in sources
+        if decisions[name].action == "coded" and not decisions[name].nominal and (base := base_of(name)) is not None
+    }
+    coded = {
+        name: _encode_by_output(name, tensor.to(device), decisions[name], hessian_of(name)).tensor
+        for name, tensor in _announced({name: sources[name] for name in sources if decisions[name].nominal})
+    }
+    coded |= {
+        name: by_difference(name, tensor.to(device), decisions[name], bases[name]).tensor
+        for name, tensor in _announced({name: sources[name] for name in bases})
+    }
     # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
-    if decision.action == "lossless":
-        return encode_tensor(name, tensor, decision).tensor
-    return by_difference(name, tensor.to(device), decision, base_of(name)).tensor
+    items = (
+        (name, tensor if decisions[name].action == "lossless" else tensor.to(device), decisions[name])
+        for name, tensor in _announced({name: tensor for name, tensor in sources.items() if name not in coded})
+    )
+    coded |= {encoded.tensor.name: encoded.tensor for encoded in encode_tensors(items)}
+    return serialise([coded[name] for name in sources])
+
+
+def _announced(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        logs.step("encode", tensor.nbytes, name)
+        yield name, tensor
 
 
 def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:

@@ -96,16 +96,24 @@ def open_azure(address: StoreAddress, container: str, prefix: str) -> "AzureStor
     session = requests.Session()
     pace_session(session, settings.read_timeout, settings.max_connections)
     options: dict[str, Any] = {
-        "transport": RequestsTransport(session=session, session_owner=False),
+        "transport": _transport(session, settings),
         "retry_total": 0,
-        "connection_timeout": settings.connect_timeout,
-        "read_timeout": settings.read_timeout,
         "max_single_put_size": _ONE_REQUEST_BYTES,
         "max_single_get_size": 1 << 40,
     }
     client = ContainerClient(account.endpoint, container, credential=_credential(account, settings), **options)
     settings = dataclasses.replace(settings, endpoint=account.endpoint)
     return AzureStore(dataclasses.replace(address, settings=settings), client, session, account, prefix)
+
+
+def _transport(session: requests.Session, settings: StoreSettings) -> RequestsTransport:
+    """A way to the service over a session that somebody else closes."""
+    return RequestsTransport(
+        session=session,
+        session_owner=False,
+        connection_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+    )
 
 
 def find_account(settings: StoreSettings) -> AzureAccount:
@@ -285,7 +293,7 @@ class AzureStore(Store):
             self._client.container_name,
             name,
             credential=signature,
-            transport=RequestsTransport(session=self._session, session_owner=False),
+            transport=_transport(self._session, self.address.settings),
             retry_total=0,
         )
         try:

@@ -206,7 +206,7 @@ class GcsStore(Store):
                 self._call("touch", key, partial(self._copy, source, target, tag))
                 return
             except PreconditionError:
-                continue  # another writer came first, and made it young; the time of that is as good, though unseen
+                continue  # another writer came first: what stands there now is looked at anew
 
     def delete(self, key: str, *, permit: str | None = None) -> None:
         """See Store."""

@@ -110,3 +110,15 @@ def test_other_types_run_in_the_codec() -> None:
     code, error = encode.quantise(weight, 0.01)
     assert_same_code(code, lattice.quantise(weight, 0.01))
     assert error == fidelity(weight, code.decode(torch.float64))
+
+
+def test_several_matrices_together_are_what_each_is(device: str) -> None:
+    weights = [(torch.randn(9, 70) * 0.02).to(device), torch.randn(3, 131).to(device)]
+    weights[1][0, 0] = 400.0  # an escape
+    for (code, error), weight in zip(encode.encode_all(weights, 30.0), weights, strict=True):
+        expected, same = encode.encode(weight, 30.0)
+        assert_same_code(code, expected.to("cpu"))
+        assert error == same
+    assert encode.encode_all([], 30.0) == []
+    with pytest.raises(TargetError):
+        encode.encode_all(weights, 99.0)

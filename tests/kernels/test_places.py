@@ -15,7 +15,7 @@ FOUND = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/op.py"))
 
 
 def test_every_family_is_known() -> None:
-    assert FOUND == ["decode", "encode", "entropy", "linear", "packed", "trellis"]
+    assert FOUND == ["decode", "encode", "entropy", "int8", "linear", "packed", "trellis"]
     assert sorted(FAMILIES) == FOUND
 
 

@@ -33,13 +33,14 @@ from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
 from birkhoff.kernels.entropy import op as entropy
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch
 from birkhoff.kernels.linear.plan import Plan, Problem
 from birkhoff.kernels.runtime.timing import compare
 from birkhoff.kernels.trellis import op as trellis  # noqa: F401  registers the GPU's search
 from birkhoff.kernels.tune import tune
-from tests.harness.benchmarks import encoders, kernels_report
+from tests.harness.benchmarks import encoders, int8_parts, kernels_report
 from tests.harness.benchmarks.common import RESULTS, commit, installed
 from tests.harness.benchmarks.encoders import ENCODERS
 
@@ -171,20 +172,18 @@ def _packed_decodes() -> dict[str, tuple[Callable[[], object], float]]:
 def bench_search() -> Result:
     """All linear weights of SAM-H to 30 dB: search, encoding and validation; time on the GPU, and of the whole call."""
     weights = [torch.randn(shape, device="cuda") * 0.03 for _ in range(32) for shape in SAM_H.values()]
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    found = [encode.finish(weight, 30.0, first) for weight, first in zip(weights, passes, strict=True)]
+    found = encode.encode_all(weights, 30.0)
     for weight, (code, error) in zip(weights[:4], found[:4], strict=True):
         truth = fidelity(weight, code.decode())
         require(30.0 <= truth.sqnr_db <= 30.3 and close(error.error, truth.error), "a matrix misses its target")
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    again = sum(encode.finish(w, 30.0, p)[0].i is not p.i for w, p in zip(weights, passes, strict=True))
+    encode.encode_all(weights, 30.0)
     torch.cuda.synchronize()
     wall = time.perf_counter() - begin
     graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
     return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
-            "tensors": len(weights), "encoded_again": again}  # fmt: skip
+            "tensors": len(weights)}  # fmt: skip
 
 
 def bench_entropy() -> Result:
@@ -213,7 +212,7 @@ def bench_entropy() -> Result:
     count = sum(map(Tensor.numel, weights))
     many = [(paths[k % len(shapes)][0], 1) for k in range(len(weights))]
     times = {
-        "encode": _walls(lambda: _to_bytes(weights), 5),
+        "encode": _walls(lambda: planes.pack_all([(code, 0) for code, _ in encode.encode_all(weights, 30.0)]), 5),
         "pack": _walls(lambda: planes.pack_all(many), 5),
         "pack each": _walls(lambda: [planes.pack(code, path=1) for code, _ in many], 3),
         "decode": _walls(lambda: entropy.lattices_of(coded, device), 9),
@@ -233,12 +232,6 @@ def bench_entropy() -> Result:
             for name, times in times.items()
         },
     }
-
-
-def _to_bytes(weights: Sequence[Tensor]) -> object:
-    passes = [encode.start(weight, 30.0) for weight in weights]
-    codes = [encode.finish(weight, 30.0, first)[0] for weight, first in zip(weights, passes, strict=True)]
-    return planes.pack_all([(code, 0) for code in codes])
 
 
 def _as_bytes(packed: Sequence[planes.Packed]) -> list[object]:
@@ -377,13 +370,20 @@ def bench_dtypes() -> Result:
     return found
 
 
-def compress(model: nn.Module, target_db: float = 30.0) -> None:
-    """Replace every `nn.Linear` by HyperLinear, in place."""
+FORMS: dict[str, type[HyperLinear] | type[Int8HyperLinear]] = {"ours": HyperLinear, "ours, int8": Int8HyperLinear}
+"""Compressed models by their label in the results, and the layer that each is made of."""
+
+
+def compress(
+    model: nn.Module, kind: type[HyperLinear] | type[Int8HyperLinear] = HyperLinear, target_db: float = 30.0
+) -> nn.Module:
+    """Replace every `nn.Linear` by a compressed layer, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 code, _ = encode.encode(child.weight.detach().float(), target_db)
-                setattr(parent, name, HyperLinear.from_lattice(code, child.bias, dtype=child.weight.dtype))
+                setattr(parent, name, kind.from_lattice(code, child.bias, dtype=child.weight.dtype))
+    return model
 
 
 def bench_encoders(compiled: Sequence[str] = ()) -> Result:
@@ -396,14 +396,10 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
     found: Result = {}
     outputs: dict[str, Tensor] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    models = {
-        "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-        "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-    }
+    models = {"bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(), **_compressed(name)}
     if not compiled:
         models["float32"] = encoders.build(ENCODERS[name], "cuda")
     decoded = encoders.build(ENCODERS[name], "cuda").bfloat16()
-    compress(models["ours"])
     for dense, coded in zip(_linears(decoded), _linears(models["ours"]), strict=True):
         dense.weight.data = coded.dense_weight(torch.bfloat16)
     for label, model in models.items():
@@ -422,11 +418,17 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
             "first_call_s": first,
         }
     reference = decoded(pixel_values=pixels.bfloat16()).last_hidden_state
-    found["ours"]["error_against_decoded"] = relative_error(outputs["ours"], reference)
-    found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
+    for label in FORMS:
+        found[label]["error_against_decoded"] = relative_error(outputs[label], reference)
+        found[label]["error_against_original"] = relative_error(outputs[label], outputs["bfloat16"])
     for label, seconds in encoders.wall(runs).items():
         found[label]["ms"] = 1e3 * seconds
     return found
+
+
+def _compressed(name: str) -> dict[str, nn.Module]:
+    """An encoder in bfloat16 in each of FORMS."""
+    return {label: compress(encoders.build(ENCODERS[name], "cuda").bfloat16(), kind) for label, kind in FORMS.items()}
 
 
 def bench_encoder_graphs() -> Result:
@@ -437,9 +439,8 @@ def bench_encoder_graphs() -> Result:
         models = {
             "float32": encoders.build(ENCODERS[name], "cuda"),
             "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-            "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+            **_compressed(name),
         }
-        compress(models["ours"])
         runs: dict[str, list[Callable[[], object]]] = {}
         for label, model in models.items():
             encoders.keep_positions(model)
@@ -449,7 +450,7 @@ def bench_encoder_graphs() -> Result:
 
 
 def _linears(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, HyperLinear))]
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, CompressedLinear))]
 
 
 def bench_calls() -> Result:
@@ -476,6 +477,7 @@ def bench_calls() -> Result:
         "Hopper kernel": partial(qkv, many),
         "Hopper kernel, cut": partial(lin2, inputs[4096, 5120]),
         "decoded first": partial(proj, many),
+        "int8": partial(int8_parts.random_layer(*SAM_H["qkv"]), many),
         "packed": partial(packed, many),
         "Hopper kernel, as an op": partial(by_op, many, *held),
         "nn.Linear, few tokens": partial(twins["proj"], inputs[4, 1280]),
@@ -518,6 +520,11 @@ PARTS: dict[str, Callable[[], Result]] = {
     "encoders": bench_encoders,
     "encoder_graphs": bench_encoder_graphs,
     "compiled": partial(bench_encoders, ["SAM-B"]),
+    "int8_tune": partial(int8_parts.bench_tune, SHAPES),
+    "int8_chain": partial(int8_parts.bench_chain, list(SAM_H.values())),
+    "int8_layers": partial(int8_parts.bench_layers, SHAPES),
+    "int8_fidelity": int8_parts.bench_fidelity,
+    "int8_masks": int8_parts.bench_masks,
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -527,6 +534,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),
+    "int8": ("int8_chain", "int8_layers", "int8_fidelity", "int8_masks", "encoders", "encoder_graphs"),
 }
 """The parts that measure each family of `kernels/`; `--parts` takes their names too."""
 
@@ -541,7 +549,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
     parser.add_argument(
-        "--parts", default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
+        "--parts",
+        default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,int8_layers,"
+        "int8_fidelity",
+        help="int8_masks needs the packages of `make setup-family`, int8_tune and tune take as long as all others",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")

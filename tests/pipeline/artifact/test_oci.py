@@ -1,6 +1,7 @@
 """Versions in a real registry, Debian's docker-registry, and copied by skopeo."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -84,6 +85,20 @@ def test_a_version_copied_by_skopeo_has_the_same_digest(
     for path in sorted((tmp_path / "direct").iterdir()):
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     assert set(birkhoff.load_state_dict(tmp_path / "back")) == {"w", "v"}
+
+
+def test_what_oras_pulls_is_a_folder_of_ours(registry: RunningRegistry, published: Store, tmp_path: Path) -> None:
+    client = pytest.importorskip("oras.client", reason="oras is not installed")
+    done = pushed(registry)
+    names = client.OrasClient(insecure=True).pull(f"{registry.host}/team/net:v1", outdir=str(tmp_path / "by-oras"))
+    birkhoff.pull("net", tmp_path / "by-us")
+    ours = {str(path.relative_to(tmp_path / "by-us")) for path in (tmp_path / "by-us").rglob("*") if path.is_file()}
+    assert {str(Path(name).relative_to(tmp_path / "by-oras")) for name in names} == ours
+    for name in ours - {"version.json"}:  # which says how a folder was made
+        assert (tmp_path / "by-oras" / name).read_bytes() == (tmp_path / "by-us" / name).read_bytes()
+    assert execute("verify", str(tmp_path / "by-oras")) == 0
+    assert set(birkhoff.load_state_dict(tmp_path / "by-oras")) == {"w", "v"}
+    assert done.digest == resolve(published, "net").digest
 
 
 def test_layers_are_our_blobs_and_stored_once(registry: RunningRegistry, published: Store) -> None:
@@ -211,6 +226,28 @@ def test_a_login_by_refresh_token_is_used(published: Store, tmp_path: Path, monk
                 with pytest.raises(StoreDeniedError) as caught:
                     birkhoff.push("net", f"oci://{closed.host}/team/net:v2")
                 assert refresh not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["credHelpers", "credsStore"])
+@pytest.mark.parametrize(("user", "secret"), [(USER, PASSWORD), ("<token>", REFRESH)])
+def test_a_helper_is_asked_for_the_login(
+    published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, user: str, secret: str
+) -> None:
+    """A program as the clouds' registries bring it, which keeps what is not to stand in a file."""
+    with token_server(tmp_path) as tokens, running(tmp_path / "closed", token=tokens.config) as closed:
+        program = tmp_path / "bin" / "docker-credential-tests"
+        program.parent.mkdir()
+        answer = json.dumps({"ServerURL": closed.host, "Username": user, "Secret": secret})
+        program.write_text(f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get {closed.host}' ] || exit 1\necho '{answer}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        config = {"auths": {closed.host: {}}, named: {closed.host: "tests"} if named == "credHelpers" else "tests"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        birkhoff.push("net", f"oci://{closed.host}/team/net:v1")
+        program.write_text("#!/bin/sh\nexit 1\n")
+        with pytest.raises(StoreDeniedError, match="docker login"):
+            birkhoff.push("net", f"oci://{closed.host}/team/net:v2")
 
 
 def test_tls_is_checked(published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

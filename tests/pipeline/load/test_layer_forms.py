@@ -12,6 +12,7 @@ from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor, lattice_of
 from birkhoff.kernels.entropy.op import lattices_of
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
 from tests.codec.by_profile import encode_tensor
@@ -85,3 +86,40 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(CodecError, match="'packed11': one of uint16, packed12, packed10 was expected"):
         LayerMaker("packed11")  # type: ignore[arg-type]
+
+
+def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
+    tensor, bias = coded(), torch.randn(64)
+    maker = LayerMaker("uint16", "int8")
+    layer = maker("w", lattice_of(tensor), bias=bias, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maker.report()
+    assert isinstance(layer, Int8HyperLinear)
+    assert layer.plane.nbytes == tensor.weights
+    assert torch.equal(layer.bias, bias.bfloat16())  # type: ignore[arg-type]
+    assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+
+
+@pytest.mark.parametrize("target_db", [30.0, 46.0])
+def test_outliers_widen_a_layer_or_keep_it_in_float(target_db: float) -> None:
+    maker = LayerMaker("uint16", "int8")
+    tensor = coded(1, target_db)
+    layer = maker("w", lattice_of(tensor), bias=None, dtype=torch.float32)
+    if target_db == 30.0:
+        assert isinstance(layer, Int8HyperLinear)
+        assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+        x = torch.randn(9, 256)
+        assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
+        return
+    assert type(layer) is HyperLinear
+    assert type(maker("w", lattice_of(coded()), bias=None, dtype=torch.float32)) is Int8HyperLinear
+    with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, .*: w \(\d+ further columns for outliers\)"):
+        maker.report()
+
+
+def test_int8_of_a_packed_form_is_refused() -> None:
+    with pytest.raises(CodecError, match="as stored, packed12 has others: use uint16"):
+        LayerMaker("packed12", "int8")
+    with pytest.raises(CodecError, match="compute 'int4': one of float, int8 was expected"):
+        LayerMaker("uint16", "int4")  # type: ignore[arg-type]
