@@ -43,11 +43,13 @@ _LEAST = 1e-9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Felt:
     """What decides a tensor's share: how many weights it has, the root mean square of their bulk, their mean
-    sensitivity (0 where no output feels them, or nobody asked)."""
+    sensitivity (0 where no output feels them, or nobody asked), and the share of the outputs' error that feedback
+    leaves."""
 
     weights: int
     rms: float
     sensitivity: float
+    left: float = 1.0
 
 
 def root_mean_square(weight: Tensor) -> float:
@@ -61,11 +63,12 @@ def gains_db(tensors: Mapping[str, Felt]) -> dict[str, float]:
 
     A tensor that no output feels gets what the median one would with its root mean square; weights of zeros get 0.
     """
-    felt = [item.sensitivity for item in tensors.values() if item.sensitivity > 0]
+    felt = [item.sensitivity * item.left for item in tensors.values() if item.sensitivity > 0]
     usual = median(felt) if felt else 1.0
 
     def gain(item: Felt) -> float:
-        found = item.sensitivity if item.sensitivity > _LEAST * usual else usual
+        found = item.sensitivity * item.left
+        found = found if found > _LEAST * usual else usual
         return 10 * POWER * math.log10(found * item.rms**2) if item.rms > 0 else 0.0
 
     gains = {name: gain(item) for name, item in tensors.items()}

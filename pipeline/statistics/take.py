@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.output.allocation import root_mean_square
+from birkhoff.codec.output.feedback import left
 from birkhoff.codec.output.packing import pack
 from birkhoff.codec.output.statistics import gather
 from birkhoff.codec.pairs import matrix_shape
@@ -90,10 +91,12 @@ def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Sta
         stages.end("read")
         names = _names(model, checkpoint)
         hessians: dict[str, HessianRecord] = {}
+        shares: dict[str, float] = {}
 
         def keep(parameter: str, hessian_KK: Tensor) -> None:
             interrupt.check()
             logs.step("statistics", hessian_KK.nbytes, parameter)
+            shares.update(dict.fromkeys(names[parameter], left(hessian_KK)))
             record = keep_hessian(store, pack(hessian_KK), len(hessian_KK))
             hessians.update(dict.fromkeys(names[parameter], record))
 
@@ -107,6 +110,7 @@ def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Sta
         probes=counts.probes,
         device=device.type,
         sensitivities={name: found[parameter] for parameter, stored in names.items() for name in stored},
+        left=shares,
         rms=rms,
         hessians=hessians,
     )

@@ -55,6 +55,15 @@ def test_what_no_output_feels_counts_as_usual_and_zeros_as_nothing() -> None:
     assert gains_db({}) == {}
 
 
+def test_what_feedback_makes_up_for_need_not_be_coded_finely() -> None:
+    felt = {
+        "fed": Felt(weights=5, rms=0.1, sensitivity=8.0, left=0.25),
+        "alone": Felt(weights=5, rms=0.1, sensitivity=2.0),
+        "unfelt": Felt(weights=5, rms=0.1, sensitivity=0.0),
+    }
+    assert gains_db(felt) == {"fed": 0.0, "alone": 0.0, "unfelt": 0.0}
+
+
 def test_root_mean_square_leaves_outliers_out() -> None:
     weight = torch.ones(4096, dtype=torch.float16)
     weight[0] = 1000

@@ -42,6 +42,16 @@ def test_worked_example_of_the_module() -> None:
     assert feedback.output_error(weight, lattice.quantise(weight, 1.0), hessian) == pytest.approx(0.608, abs=1e-4)
 
 
+def test_what_feedback_leaves_is_known_before_anything_is_rounded() -> None:
+    assert feedback.left(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=0.0) == pytest.approx(1.19 / 2, abs=1e-3)
+    assert feedback.left(torch.eye(7)) == pytest.approx(1.0)
+    weight, hessian = layer(256)
+    hessian = feedback.normalised(hessian).float()
+    rounded = feedback.output_error(weight, lattice.quantise(weight, 0.02), hessian)
+    fed = feedback.output_error(weight, feedback.quantise(weight, 0.02, feedback.factorise(hessian)), hessian)
+    assert fed / rounded == pytest.approx(feedback.left(hessian), rel=0.25)
+
+
 @pytest.mark.parametrize("columns", [150, 64, 33, 2])
 def test_every_order_is_of_all_columns_with_second_weights_first(columns: int) -> None:
     factor = feedback.factorise(torch.diag(torch.rand(columns) + 0.1))
