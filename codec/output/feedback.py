@@ -32,8 +32,9 @@ from torch import Tensor
 from birkhoff.codec import lattice, rate, trellis
 from birkhoff.codec.errors import TensorError
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.output.columns import eager_round_block, round_block
 from birkhoff.codec.pairs import columns_of_pairs, pairs_per_row, split
-from birkhoff.codec.trajectory import N, reciprocal
+from birkhoff.codec.trajectory import reciprocal
 
 DAMPING = 0.05
 """Added to the diagonal of a Hessian, in units of its mean: what so few samples do not tell. Flat from 0.03 to 0.1."""
@@ -125,24 +126,14 @@ def quantise(weight_RK: Tensor, step: float, factor: Factor, *, path: bool = Fal
     rows, columns = weight_RK.shape
     lanes = _lanes(rows, columns) if path else 0
     device = weight_RK.device
-    order, upper = factor.order.to(device), factor.upper.to(device)
+    order, partner, upper = factor.order.to(device), factor.partner.to(device), factor.upper.to(device).contiguous()
     w_KR = weight_RK.to(torch.float32).mul(reciprocal(step)).T[order].contiguous()
     n_KR, error_KR = torch.empty_like(w_KR), torch.empty_like(w_KR)
-    partner, pivots = factor.partner.tolist(), upper.diagonal().tolist()
+    # On a CPU not through the operator: its first call imports the whole compiler.
+    rounded = eager_round_block if device.type == "cpu" else round_block
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        inside = upper[start:stop, start:stop].T.contiguous()
-        for c in range(start, stop):
-            w, n = w_KR[c], n_KR[c]
-            if c > start:
-                w.addmv_(error_KR[start:c].T, inside[c - start, : c - start], alpha=-1)
-            if partner[c] >= 0:
-                w.sub_(n_KR[partner[c]], alpha=1 / N)
-            if lanes:
-                trellis.search_(n.copy_(w), lanes)
-            else:
-                torch.round(w, out=n)
-            torch.sub(w, n, out=error_KR[c]).div_(pivots[c])
+        rounded(w_KR, n_KR, error_KR, upper, partner, start, stop, lanes)
         w_KR[stop:].addmm_(upper[start:stop, stop:].T, error_KR[start:stop], alpha=-1)
     n_RK = torch.empty_like(weight_RK, dtype=torch.float32)
     n_RK[:, order] = n_KR.T

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import birkhoff.kernels.feedback.op
 import birkhoff.kernels.trellis.op  # noqa: F401  registers the GPU's search
 from birkhoff.codec.budget import Floats, sizes
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, serialise

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,14 @@ from torch.nn import functional
 
 from birkhoff.codec import lattice
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.output import feedback
+from birkhoff.codec.output.columns import eager_round_block
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
+from birkhoff.kernels.feedback import op as _feedback_op  # noqa: F401  registers the GPU's kernels
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch
@@ -181,6 +185,37 @@ def bench_search() -> Result:
     graph = compare({"all": [lambda: [encode.start(weight, 30.0) for weight in weights]]}, rounds=10)["all"]
     return {"weights": sum(map(Tensor.numel, weights)), "gpu_ms": graph.median / 1e3, "wall_ms": 1e3 * wall,
             "tensors": len(weights), "encoded_again": again}  # fmt: skip
+
+
+def bench_feedback() -> Result:
+    """One layer's matrices of SAM-H rounded with error feedback, as nodes and as paths: ms of the whole call."""
+    rows: list[Result] = []
+    for name, (count, columns) in SAM_H.items():
+        weight = torch.randn(count, columns, device="cuda") * 0.03
+        x = torch.randn(6000, 64, device="cuda") @ torch.randn(64, columns, device="cuda")
+        hessian = feedback.normalised(x.T @ x + torch.eye(columns, device="cuda")).float()
+        factor = feedback.factorise(hessian)
+        for path in (False, True):
+            found = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+            with mock.patch.object(feedback, "round_block", eager_round_block):
+                wanted = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+                eager_ms = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            require(abs(found / wanted - 1) < 0.02, "the kernels lose more than the eager loop")
+            milliseconds = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            rows.append({"matrix": name, "path": path, "ms": milliseconds, "eager_ms": eager_ms})
+    return {"rows": rows}
+
+
+def _call_ms(call: Callable[[], object]) -> float:
+    """Best of three, once it is compiled."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return min(times[1:])
 
 
 def bench_tune() -> Result:
@@ -442,6 +477,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "calls": bench_calls,
     "encode": bench_encode,
     "search": bench_search,
+    "feedback": bench_feedback,
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
@@ -455,6 +491,7 @@ PARTS: dict[str, Callable[[], Result]] = {
 FAMILIES: dict[str, tuple[str, ...]] = {
     "encode": ("encode",),
     "decode": ("encode", "packed"),
+    "feedback": ("feedback",),
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),

@@ -1,0 +1,81 @@
+"""Error feedback inside a block of columns on a GPU: rows beside each other, columns one after the other.
+
+The formula and its worked example stand in `birkhoff.codec.output.columns`. Rows need nothing of each other, so that a
+program keeps some of them and goes through all columns of a block, where weights are rounded each for itself. Paths of
+the trellis join the rows of a column: then a launch prepares u for one column, and the search of `trellis.triton`
+follows.
+
+Toy: one row, w = (0.4, 0.4), U = [[2.294, -2.065], [0, 1]]: the first column stores n = 0 and e = 0.1744, the second
+loads e and U_01, and stores u = 0.4 + 0.1744 * 2.065 = 0.76, n = 1 and e = -0.24.
+
+Shapes: R = rows, K = columns.
+"""
+# The Triton language is not Python's type system:
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from birkhoff.codec.trajectory import N
+from birkhoff.kernels.trellis import triton as trellis_triton
+from birkhoff.kernels.trellis.triton import _nearest
+
+_ROWS_PER_BLOCK = 64
+
+
+@triton.jit
+def _columns_kernel(
+    w_ptr, n_ptr, error_ptr, upper_ptr, partner_ptr, start, first, stop, rows, columns,
+    STEPS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    row = row.to(tl.int64)
+    for column in range(first, stop):
+        u = tl.load(w_ptr + column * rows + row, mask=inside, other=0.0)
+        for before in range(start, column):
+            e = tl.load(error_ptr + before * rows + row, mask=inside, other=0.0)
+            u -= e * tl.load(upper_ptr + before * columns + column)
+        partner = tl.load(partner_ptr + column)
+        if partner >= 0:
+            u -= tl.load(n_ptr + partner * rows + row, mask=inside, other=0.0) * (1.0 / STEPS)
+        tl.store(w_ptr + column * rows + row, u, mask=inside)
+        if ROUNDS:
+            n = _nearest(u)
+            pivot = tl.load(upper_ptr + column * columns + column)
+            tl.store(n_ptr + column * rows + row, n, mask=inside)
+            tl.store(error_ptr + column * rows + row, (u - n) / pivot, mask=inside)
+            tl.debug_barrier()  # the next column reads what this one has stored
+        else:
+            tl.store(n_ptr + column * rows + row, u, mask=inside)
+
+
+@triton.jit
+def _error_kernel(w_ptr, n_ptr, error_ptr, upper_ptr, column, rows, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    at = column * rows + row.to(tl.int64)
+    pivot = tl.load(upper_ptr + column * columns + column)
+    lost = tl.load(w_ptr + at, mask=inside, other=0.0) - tl.load(n_ptr + at, mask=inside, other=0.0)
+    tl.store(error_ptr + at, lost / pivot, mask=inside)
+
+
+def round_block(
+    w_KR: Tensor, n_KR: Tensor, error_KR: Tensor, upper_KK: Tensor, partner: Tensor, start: int, stop: int, lanes: int
+) -> None:
+    """Round columns start..stop-1 in place, as `birkhoff.codec.output.columns.eager_round_block`."""
+    columns, rows = w_KR.shape
+    grid, fixed = (triton.cdiv(rows, _ROWS_PER_BLOCK),), {"BLOCK": _ROWS_PER_BLOCK, "num_warps": 2}
+    matrices = w_KR, n_KR, error_KR, upper_KK
+    if not lanes:
+        _columns_kernel[grid](*matrices, partner, start, start, stop, rows, columns, STEPS=N, ROUNDS=True, **fixed)
+        return
+    taken = torch.empty(triton.cdiv(rows, lanes) * lanes, dtype=torch.uint8, device=w_KR.device)
+    for column in range(start, stop):
+        _columns_kernel[grid](
+            *matrices, partner, start, column, column + 1, rows, columns, STEPS=N, ROUNDS=False, **fixed
+        )
+        trellis_triton.search_column_(n_KR[column], taken, lanes)
+        _error_kernel[grid](*matrices, column, rows, columns, **fixed)
