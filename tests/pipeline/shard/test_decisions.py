@@ -160,7 +160,7 @@ def test_statistics_allot_steps_and_promise_nothing() -> None:
     )
     assert plan.shares is not None
     assert plan.shares.gains_db.keys() == nominal.keys()
-    assert nominal[first].target_db == pytest.approx((nominal[second].target_db or 0) + 15, abs=0.02)
+    assert nominal[first].target_db == pytest.approx((nominal[second].target_db or 0) + 16, abs=0.02)
     assert {nominal[name].target_db for name in (second, *others)} == {nominal[second].target_db}
     assert [name for name, decision in nominal.items() if decision.hessian == "a" * 64] == [first]
     weights = {item.tensor.name: prod(item.tensor.shape) for item in plan.tensors if item.decision.nominal}
