@@ -13,11 +13,19 @@ from birkhoff.kernels.decode.serving import triton_serves
 
 @columns.round_block.register_kernel("cuda")
 def _round_block(
-    w_KR: Tensor, n_KR: Tensor, error_KR: Tensor, upper_KK: Tensor, partner: Tensor, start: int, stop: int, lanes: int
+    w_KR: Tensor,
+    n_KR: Tensor,
+    error_KR: Tensor,
+    upper_KK: Tensor,
+    partner: Tensor,
+    start: int,
+    stop: int,
+    lanes: int,
+    base_KR: Tensor | None = None,
 ) -> None:
     if not triton_serves(w_KR.device):
-        columns.eager_round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes)
+        columns.eager_round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)
         return
     from birkhoff.kernels.feedback import triton as feedback_triton
 
-    feedback_triton.round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes)
+    feedback_triton.round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)
