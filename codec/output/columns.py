@@ -36,7 +36,7 @@ def eager_round_block(
     start: int,
     stop: int,
     lanes: int,
-    base_KR: Tensor | None = None,
+    base_KR: Tensor | None,
 ) -> None:
     """Round columns start..stop-1, in place: the reference.
 

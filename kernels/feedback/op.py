@@ -21,7 +21,7 @@ def _round_block(
     start: int,
     stop: int,
     lanes: int,
-    base_KR: Tensor | None = None,
+    base_KR: Tensor | None,
 ) -> None:
     if not triton_serves(w_KR.device):
         columns.eager_round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)

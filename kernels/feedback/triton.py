@@ -92,7 +92,7 @@ def round_block(
     start: int,
     stop: int,
     lanes: int,
-    base_KR: Tensor | None = None,
+    base_KR: Tensor | None,
 ) -> None:
     """Round columns start..stop-1 in place, as `birkhoff.codec.output.columns.eager_round_block`."""
     rows, count = w_KR.shape[1], stop - start
