@@ -12,8 +12,8 @@
       - {tensors: "*.pos_embed", lossless: true}
 
 What a model says of profile or budget replaces all that the manifest says of them; an allocation alone goes with the
-manifest's profile or budget. 1-D and tiny tensors stay lossless
-whatever a rule says of dB.
+manifest's profile or budget. 1-D and tiny tensors stay lossless whatever a rule says of dB; only `allocation: output`
+codes them.
 """
 
 from dataclasses import dataclass, replace

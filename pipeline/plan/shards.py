@@ -59,8 +59,11 @@ class ModelPlan:
                 weights=prod(tensor.shape),
                 rms=statistics.rms[tensor.name],
                 sensitivity=statistics.sensitivities.get(tensor.name, 0.0),
+                left=statistics.left.get(tensor.name, 1.0),
             )
             for tensor in self._following
+            if statistics.sensitivities.get(tensor.name)
+            or not self.profile.is_vector(tensor.shape, tensor.dtype, tensor.name)
         }
         hessians = {name: record.blob for name, record in statistics.hessians.items()}
         shares = Shares(gains_db=gains_db(felt), hessians=hessians)

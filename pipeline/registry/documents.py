@@ -123,6 +123,8 @@ class StatisticsRecord(Document):
     """Kind of device that took it: `cpu` or `cuda`."""
     sensitivities: dict[str, Positive]
     """Mean squared share of the outputs by the square of the weights' unit; 0 for what no output feels."""
+    left: dict[str, Positive] = Field(default_factory=dict)
+    """Share of the outputs' error that feedback leaves, of each tensor with a Hessian."""
     rms: dict[str, Positive]
     """Root mean square of the bulk of each tensor's weights."""
     hessians: dict[str, HessianRecord]

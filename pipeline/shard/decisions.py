@@ -37,11 +37,17 @@ def decide(
     if shares is None or profile.target_db is None:
         return decisions
     targets = targets_db(shares.gains_db, profile.target_db)
-    return decisions | {
-        name: replace(decision, target_db=targets[name], hessian=shares.hessians.get(name))
+    return {
+        name: _shared(decision, targets.get(name), shares.hessians.get(name)) if decision.nominal else decision
         for name, decision in decisions.items()
-        if decision.nominal and name in targets
     }
+
+
+def _shared(decision: Decision, target_db: float | None, hessian: str | None) -> Decision:
+    """What becomes of a tensor with its own target; it is lossless if nothing tells what it may lose."""
+    if target_db is None:
+        return Decision(codec="planes", reason="no output feels it")
+    return replace(decision, target_db=target_db, hessian=hessian)
 
 
 def decisions_of(manifest: VersionManifest, entries: Iterable[Entry]) -> dict[str, Decision]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import birkhoff.kernels.entropy.op
+import birkhoff.kernels.feedback.op
 import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
 from birkhoff.codec.container import FORMAT_VERSION, serialise

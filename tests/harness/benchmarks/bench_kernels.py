@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from torch.nn import functional
 from birkhoff.codec import lattice, planes, rate
 from birkhoff.codec.container import parse, serialise
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.output import feedback
+from birkhoff.codec.output.columns import eager_round_block
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.codec.tensor import encoded_code
 from birkhoff.kernels.compressed_linear import CompressedLinear
@@ -33,6 +36,7 @@ from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
 from birkhoff.kernels.entropy import op as entropy
+from birkhoff.kernels.feedback import op as _feedback_op  # noqa: F401  registers the GPU's kernels
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
@@ -242,6 +246,37 @@ def _as_bytes(packed: Sequence[planes.Packed]) -> list[object]:
 def _walls(run: Callable[[], object], count: int) -> list[float]:
     """Milliseconds of calls, each waited for, in order of their length."""
     return sorted(1e3 * _call_seconds(run) for _ in range(count))
+
+
+def bench_feedback() -> Result:
+    """One layer's matrices of SAM-H rounded with error feedback, as nodes and as paths: ms of the whole call."""
+    rows: list[Result] = []
+    for name, (count, columns) in SAM_H.items():
+        weight = torch.randn(count, columns, device="cuda") * 0.03
+        x = torch.randn(6000, 64, device="cuda") @ torch.randn(64, columns, device="cuda")
+        hessian = feedback.normalised(x.T @ x + torch.eye(columns, device="cuda")).float()
+        factor = feedback.factorise(hessian)
+        for path in (False, True):
+            found = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+            with mock.patch.object(feedback, "round_block", eager_round_block):
+                wanted = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+                eager_ms = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            require(abs(found / wanted - 1) < 0.02, "the kernels lose more than the eager loop")
+            milliseconds = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            rows.append({"matrix": name, "path": path, "ms": milliseconds, "eager_ms": eager_ms})
+    return {"rows": rows}
+
+
+def _call_ms(call: Callable[[], object]) -> float:
+    """Best of three, once it is compiled."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return min(times[1:])
 
 
 def bench_tune() -> Result:
@@ -518,6 +553,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "encode": bench_encode,
     "search": bench_search,
     "entropy": bench_entropy,
+    "feedback": bench_feedback,
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
@@ -537,6 +573,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "encode": ("encode",),
     "decode": ("encode", "packed"),
     "entropy": ("entropy",),
+    "feedback": ("feedback",),
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),

@@ -136,6 +136,13 @@ def _encode(parts: Result) -> str:
             f"\n\nAll {search['tensors']} linear weights of SAM-H ({millions:.0f} M) to 30 dB, step search included: "
         )
         page += f"{search['gpu_ms']:.2f} ms on the GPU, {search['wall_ms']:.0f} ms of the clock."
+    if feedback := parts.get("feedback"):
+        rows = [
+            [row["matrix"], "paths" if row["path"] else "nodes", f"{row['ms']:.0f}", f"{row['eager_ms']:.0f}"]
+            for row in feedback["rows"]
+        ]
+        page += "\n\nMatrices of one layer of SAM-H rounded with error feedback:\n\n"
+        page += table(["matrix", "as", "ms", "eager loop, ms"], rows)
     return page
 
 
