@@ -286,19 +286,24 @@ def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tenso
     `outside` are the coordinates of either plane that lie outside -128..127: flat indices, increasing, and values, on
     the CPU. `stored` has the last word.
     """
+    if not any(len(at) for at, _ in outside):
+        return _emptied(planes, stored)
     pair = torch.unique(torch.cat([index for index, _ in outside]))
     pair = pair[torch.isin(pair, stored.pair, invert=True)]
     true = []
     for plane, (at, wide) in zip(planes, outside, strict=True):
-        exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32) if len(pair) else wide[:0]
-        if len(at) and len(pair):
+        exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32)
+        if len(at):
             place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
             exact = torch.where(at[place] == pair, wide[place], exact)
         true.append(exact)
-    found = _merged(stored, Escapes(pair=pair, i=true[0], j=true[1]))
-    for plane in planes if len(found) else ():
-        plane.view(-1)[found.pair.to(plane.device)] = 0
-    return found
+    return _emptied(planes, _merged(stored, Escapes(pair=pair, i=true[0], j=true[1])))
+
+
+def _emptied(planes: Sequence[Tensor], escapes: Escapes) -> Escapes:
+    for plane in planes if len(escapes) else ():
+        plane.view(-1)[escapes.pair.to(plane.device)] = 0
+    return escapes
 
 
 _ROOM = 1 << 12

@@ -17,11 +17,10 @@ SEEN = (
     "docs/index.html",
     "docs/tutorial.html",
     "docs/how-to/troubleshoot.html",
-    "docs/reference/cli.html",
     "docs/reference/python.html",
     "manifests/README.html",
 )
-"""Pages that are looked at: prose, code, wide tables, and both that are generated."""
+"""Pages that are looked at: prose, code, wide tables, docstrings. The page of commands is as long as all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +74,11 @@ def test_links_lead_to_files_and_headings(site: Path) -> None:
 def test_pages_are_accessible_and_fit_the_screen(site: Path, scheme: str, screen: str) -> None:
     pytest.importorskip("playwright", reason="playwright is not installed")
     found = {}
-    for name in SEEN:
-        with look(site / name, scheme, screen) as seen:
+    with look(site / SEEN[0], scheme, screen) as seen:
+        for name in SEEN:
+            seen.page.goto((site / name).as_uri(), wait_until="load")
             said = [line for line in seen.complaints if not line.startswith(f"request: {site.as_uri()}")]
             wrong = [f"{one['impact']} {one['id']}" for one in seen.axe() if one["impact"] in ("serious", "critical")]
             found[name] = (wrong, said, max(0, seen.overflow()))
+            seen.complaints.clear()  # axe fetches styles, which a file may not
     assert found == dict.fromkeys(SEEN, ([], [], 0))

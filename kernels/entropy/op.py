@@ -12,7 +12,7 @@ as it should is found at its end.
 Shapes: R = rows, P = pairs a row, T = tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -89,9 +89,23 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
     Raises:
         FormatError: a tensor's streams are not what its entry declares; the tensor is named.
     """
+    return [found for found in decode(coded, frozenset(), device) if isinstance(found, Tensor)]
+
+
+def decode(
+    coded: Sequence[CodedTensor], as_lattices: Container[str], device: torch.device | str
+) -> list[LatticeTensor | Tensor]:
+    """The same, but the coordinates of those tensors on the lattice that are named; all in one batch."""
     codes = iter(lattices_of([one for one in coded if _is_lattice(one)], device))
     others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], torch.device(device)))
-    return [_dense(one, next(codes)) if _is_lattice(one) else next(others) for one in coded]
+    found: list[LatticeTensor | Tensor] = []
+    for one in coded:
+        if not _is_lattice(one):
+            found.append(next(others))
+        else:
+            code = next(codes)
+            found.append(code if one.name in as_lattices else _dense(one, code))
+    return found
 
 
 def _is_lattice(coded: CodedTensor) -> bool:

@@ -15,13 +15,14 @@ from birkhoff.kernels.int8 import fused as int8_fused
 from birkhoff.kernels.int8 import triton as int8_triton
 from birkhoff.kernels.int8.plan import by_rule, int8_hopper
 from birkhoff.kernels.int8.triton import Product
+from birkhoff.kernels.int8.tuned_h200 import PLANS as H200
 from birkhoff.kernels.linear import tuned
 from birkhoff.kernels.linear.plan import Plan, Problem
 from birkhoff.kernels.runtime.prepared import Form, Prepared
 
 _log = logging.getLogger("birkhoff.kernels")
 
-SHIPPED: dict[str, tuned.Table] = {}
+SHIPPED: dict[str, tuned.Table] = {"NVIDIA H200": H200}
 """By the name of the GPU."""
 
 

@@ -7,6 +7,9 @@ Shapes: M = tokens, N = out features, K = in features.
 
 from birkhoff.kernels.linear.plan import Plan, Problem
 
+LEAST_ROWS = 768
+"""Out features of a layer below which a GPU loses more by quantising its tokens than it gains by multiplying bytes."""
+
 
 def int8_tiles(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Plan:
     """The portable kernel, `int8.triton`."""
@@ -78,5 +81,7 @@ def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
     if not runs_on_hopper(problem, kernels):
         return int8_tiles(64, 64, 128, 4, 4) if tokens * rows < 1 << 22 else int8_tiles(128, 128, 128, 8, 4)
     if tokens <= 256:
-        return int8_hopper(128, 64, split=True) if long else int8_tiles(64, 64, 128, 4, 4)
-    return int8_hopper(128, 128, in_turn=tokens > 2048, split=long)
+        return int8_hopper(128, 64, in_turn=True, split=True) if long else int8_tiles(64, 64, 128, 4, 4)
+    if tokens <= 2048 and rows < 3000 and not long:
+        return int8_hopper(128, 64, split=True)
+    return int8_hopper(128, 128, in_turn=True, split=long)

@@ -17,6 +17,7 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.int8.op import MOST_COLUMNS
+from birkhoff.kernels.int8.plan import LEAST_ROWS
 
 Memory = Literal["uint16", "packed12", "packed10"]
 """8 bits a weight, exactly what is stored; or about 6.06 or 5.06, coded once more with loss."""
@@ -31,7 +32,10 @@ Compute = Literal["float", "int8"]
 """In the dtype of the input; or on int8 tensor cores, the input rounded to int8 token by token."""
 
 _MOST_EXTRA = 0.25
-"""Of a layer's columns: further ones for outliers, above which int8 saves little."""
+"""Further columns for outliers, of a layer's own, above which int8 saves little;"""
+
+_FREE_EXTRA = 256
+"""but so few are no matter: what small layers take is launches."""
 
 _SHOWN = 5
 
@@ -54,7 +58,7 @@ class LayerMaker:
         self._refused: list[str] = []
 
     def __call__(
-        self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None, dtype: torch.dtype
+        self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None = None, dtype: torch.dtype
     ) -> CompressedLinear:
         """The layer of a coded matrix, on its device; `dtype` and `bias` are those of the linear layer."""
         make: Callable[..., CompressedLinear] = HyperLinear.from_lattice
@@ -68,7 +72,7 @@ class LayerMaker:
                 make, held = PackedHyperLinear.from_packed, form
             else:
                 self._refused.append(f"{name} ({found:.1f} dB, {size:.2f} bits a weight)")
-        elif self._compute == "int8":
+        elif self._compute == "int8" and not (code.i.is_cuda and code.i.shape[0] < LEAST_ROWS):
             if (reason := _obstacle(code)) is None:
                 make = Int8HyperLinear.from_lattice
             else:
@@ -94,4 +98,4 @@ def _obstacle(code: LatticeTensor) -> str | None:
     extra = extra_columns(code)
     if plane_columns(code.columns, extra) > MOST_COLUMNS:
         return f"{code.columns} columns"
-    return f"{extra} further columns for outliers" if extra > max(64, _MOST_EXTRA * code.columns) else None
+    return f"{extra} further columns for outliers" if extra > max(_FREE_EXTRA, _MOST_EXTRA * code.columns) else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
-from birkhoff.kernels.entropy.op import decode_tensors, lattices_of
+from birkhoff.kernels.entropy.op import decode, decode_tensors
 from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
@@ -108,8 +108,8 @@ def load_into(
             BirkhoffWarning names it.
         compute: `int8` multiplies on int8 tensor cores, on CPUs by their instructions for bytes: the same weights in as
             much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
-            further columns. A layer that they would make a quarter wider computes in float, and a
-            BirkhoffWarning names it.
+            further columns. A layer that they would make wider by 256 columns and by a quarter computes in float,
+            and a BirkhoffWarning names it; on a GPU layers of fewer than 768 rows do, which int8 would not make faster.
 
     Returns:
         The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
@@ -167,15 +167,15 @@ class _Loading:
         """
         every = [coded for shard in shards for coded in shard]
         wanted = [(coded, target) for coded in every if (target := self._target(coded)) is not None]
+        layers = {coded.name for coded, target in wanted if self._is_layer(coded, target)}
         for device in {self._place(target) for _, target in wanted}:
             here = [(coded, target) for coded, target in wanted if self._place(target) == device]
-            layers = [(coded, target) for coded, target in here if self._is_layer(coded, target)]
-            rest = [(coded, target) for coded, target in here if not self._is_layer(coded, target)]
-            for (coded, target), code in zip(layers, lattices_of([coded for coded, _ in layers], device), strict=True):
-                name = self._rename(coded.name)[0]
-                self._layers[name] = self._make(coded.name, code, bias=None, dtype=self._dtype or target.dtype)
-            for (coded, target), tensor in zip(rest, decode_tensors([coded for coded, _ in rest], device), strict=True):
-                self._keep(self._rename(coded.name), target, tensor)
+            for (coded, target), found in zip(here, decode([one for one, _ in here], layers, device), strict=True):
+                names = self._rename(coded.name)
+                if isinstance(found, Tensor):
+                    self._keep(names, target, found)
+                else:
+                    self._layers[names[0]] = self._make(coded.name, found, dtype=self._dtype or target.dtype)
         return [None for _ in shards]
 
     def _target(self, coded: CodedTensor) -> Target | None:

@@ -4,7 +4,6 @@ Times of int8 include the quantisation of the tokens. Neighbours in the same run
 scales on fp8 and `torch._int_mm`, both the product alone, on tokens that are quantised already.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,10 +16,12 @@ from torch.nn import functional
 
 from birkhoff.codec import reference
 from birkhoff.codec.metrics import fidelity
+from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.int8 import launch as int8_launch
+from birkhoff.kernels.int8.plan import LEAST_ROWS
 from birkhoff.kernels.linear.plan import Plan
 from birkhoff.kernels.runtime.timing import Times, compare
 from birkhoff.kernels.tune import problem_of, tune
@@ -144,7 +145,7 @@ def in_the_first_form(layer: Int8HyperLinear) -> HyperLinear:
 
 
 def bench_layers(shapes: Shapes) -> Result:
-    """Int8HyperLinear against cuBLAS in bfloat16 on every linear shape."""
+    """What `compute="int8"` makes of every linear shape, against cuBLAS in bfloat16."""
     found: Result = {}
     for model, each in shapes.items():
         for rows, columns in each:
@@ -158,11 +159,16 @@ def _bench_layer(rows: int, columns: int, tokens: int) -> Result:
     layers = [random_layer(rows, columns) for _ in range(count)]
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
     error = checked(layers[0], x)
-    calls = {"cublas": [partial(twin(layer), x) for layer in layers], "int8": [partial(layer, x) for layer in layers]}
+    made = [layer if rows >= LEAST_ROWS else in_the_first_form(layer) for layer in layers]
+    calls = {"cublas": [partial(twin(layer), x) for layer in layers], "int8": [partial(layer, x) for layer in made]}
     times = compare(calls, rounds=9)
     plan = int8_launch.plan_for(problem_of(rows, columns, tokens, int8=True), x.device)
-    return {**{name: asdict(value) for name, value in times.items()}, "error": error, "plan": as_code(plan),
-            "ratio": _ratio(times, "int8")}  # fmt: skip
+    return {
+        **{name: asdict(value) for name, value in times.items()},
+        "error": error,
+        "plan": as_code(plan) if rows >= LEAST_ROWS else "float",
+        "ratio": _ratio(times, "int8"),
+    }
 
 
 ACTIVATIONS: dict[str, Callable[[int, int], Tensor]] = {
@@ -207,27 +213,33 @@ def _as_fp8(x: Tensor) -> Tensor:
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-def bench_masks() -> Result:
-    """LiteMedSAM's masks, computed in float and in int8 on the same bytes, against the original's and each other's."""
+def bench_masks(work: Path, profiles: Sequence[str] = ("balanced", "fine")) -> Result:
+    """LiteMedSAM's masks, computed in float and in int8 on the same bytes, against the original's and each other's.
+
+    Published into `work`, unless it lies there from a run before.
+    """
     from birkhoff.pipeline.load.builders import original_model
     from birkhoff.pipeline.segment.adapters.families import segmenter_of
     from birkhoff.pipeline.segment.compressed import compressed_segmenter
     from tests.harness.benchmarks import bench_lite_medsam as lite
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original = segmenter_of(original_model(lite.weights(), device=device), None)
+    reference_ = f"{lite.MODEL}@latest"
     found: Result = {}
-    with tempfile.TemporaryDirectory() as work:
-        for profile in ("balanced", "fine"):
-            store = (Path(work) / profile).absolute().as_uri()
-            bytes_ = lite.publish(profile, store)
-            original = segmenter_of(original_model(lite.weights(), device="cuda"), None)
-            reference_ = f"{lite.MODEL}@latest"
-            in_float, in_int8 = (
-                compressed_segmenter(reference_, store, device="cuda", compute=compute) for compute in ("float", "int8")
-            )
-            found[profile] = bytes_ | {
-                "float": lite.agreement(original, in_float),
-                "int8": lite.agreement(original, in_int8),
-                "between": lite.agreement(in_float, in_int8),
-                "layers": sum(isinstance(module, Int8HyperLinear) for module in in_int8.model.modules()),
-            }
+    for profile in profiles:
+        store = (work / profile).absolute().as_uri()
+        if not (work / profile).exists():
+            lite.publish(profile, store)
+        in_float, in_int8 = (
+            compressed_segmenter(reference_, store, device=device, compute=compute) for compute in ("float", "int8")
+        )
+        layers = [module for module in in_int8.model.modules() if isinstance(module, CompressedLinear)]
+        found[profile] = {
+            "float": lite.agreement(original, in_float),
+            "int8": lite.agreement(original, in_int8),
+            "between": lite.agreement(in_float, in_int8),
+            "layers": len(layers),
+            "int8_layers": sum(isinstance(layer, Int8HyperLinear) for layer in layers),
+        }
     return found

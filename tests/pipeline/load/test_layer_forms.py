@@ -101,19 +101,24 @@ def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
 
 
-@pytest.mark.parametrize("target_db", [30.0, 46.0])
-def test_outliers_widen_a_layer_or_keep_it_in_float(target_db: float) -> None:
-    maker = LayerMaker("uint16", "int8")
-    tensor = coded(1, target_db)
+@pytest.mark.parametrize(("spikes", "target_db", "wider"), [(0, 30.0, False), (0, 46.0, True), (4, 46.0, True)])
+def test_what_a_byte_does_not_hold_widens_a_layer(spikes: int, target_db: float, wider: bool) -> None:
+    maker, tensor = LayerMaker("uint16", "int8"), coded(spikes, target_db)
     layer = maker("w", lattice_of(tensor), bias=None, dtype=torch.float32)
-    if target_db == 30.0:
-        assert isinstance(layer, Int8HyperLinear)
-        assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
-        x = torch.randn(9, 256)
-        assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
-        return
-    assert type(layer) is HyperLinear
-    assert type(maker("w", lattice_of(coded()), bias=None, dtype=torch.float32)) is Int8HyperLinear
+    assert isinstance(layer, Int8HyperLinear)
+    assert bool(len(layer.extra)) == wider
+    assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+    x = torch.randn(9, 256)
+    assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
+
+
+def test_a_layer_full_of_outliers_computes_in_float_and_is_named() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weight[0] = 20.0  # in every column
+    full = encode_tensor("w", weight, replace(PROFILES["balanced"], target_db=46.0, path=False)).tensor
+    maker = LayerMaker("uint16", "int8")
+    layers = [maker("w", lattice_of(tensor), bias=None, dtype=torch.float32) for tensor in (full, coded())]
+    assert [type(layer) for layer in layers] == [HyperLinear, Int8HyperLinear]
     with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, .*: w \(\d+ further columns for outliers\)"):
         maker.report()
 
