@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 
 import zstandard
@@ -245,6 +245,20 @@ class Entry:
         return self.codec in LOSSLESS_CODECS
 
 
+class Consecutive(tuple[memoryview, ...]):
+    """Streams that follow each other in one piece of memory, `whole`."""
+
+    whole: memoryview
+
+    @classmethod
+    def cut(cls, whole: memoryview, sizes: Iterable[int]) -> "Consecutive":
+        """Cut a piece of memory into streams of these sizes, which take all of it."""
+        ends = list(accumulate(sizes, initial=0))
+        found = cls(whole[begin:end] for begin, end in pairwise(ends))
+        found.whole = whole
+        return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedTensor(Entry):
     """One tensor as it is stored: its entry, and its streams as `parts`."""
@@ -363,10 +377,7 @@ class Head:
 
     def tensor(self, number: int, blob: memoryview) -> CodedTensor:
         """A tensor as it is stored, its streams as views of the container."""
-        entry, at, parts = self.entries[number], self.begins[number], []
-        for size in self.parts[number]:
-            parts.append(blob[at : at + size])
-            at += size
+        entry, at, sizes = self.entries[number], self.begins[number], self.parts[number]
         return CodedTensor(
             name=entry.name,
             codec=entry.codec,
@@ -375,7 +386,7 @@ class Head:
             params=entry.params,
             claims=entry.claims,
             version=entry.version,
-            parts=tuple(parts),
+            parts=Consecutive.cut(blob[at : at + sum(sizes)], sizes),
         )
 
 

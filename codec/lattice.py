@@ -61,7 +61,7 @@ class LatticeTensor:
             self.decode_into(out)
         if len(self.escapes):
             index, value = self.escaped_weights()
-            out.view(-1)[index] = value.to(dtype)
+            out.view(-1)[index.to(out.device)] = value.to(out.device, dtype)
         return out
 
     def decode_into(self, out: Tensor) -> None:

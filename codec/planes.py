@@ -297,7 +297,7 @@ def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tenso
             place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
             exact = torch.where(at[place] == pair, wide[place], exact)
         true.append(exact)
-    return _emptied(planes, _merged(stored, Escapes(pair=pair, i=true[0], j=true[1])))
+    return _emptied(planes, merged(stored, Escapes(pair=pair, i=true[0], j=true[1])))
 
 
 def _emptied(planes: Sequence[Tensor], escapes: Escapes) -> Escapes:
@@ -310,7 +310,7 @@ _ROOM = 1 << 12
 """Coordinates outside the box that are expected at most."""
 
 
-def _merged(a: Escapes, b: Escapes) -> Escapes:
+def merged(a: Escapes, b: Escapes) -> Escapes:
     """Escapes of both, by rising index."""
     if not len(b):
         return a
@@ -338,4 +338,4 @@ def _take_out(i: Tensor, j: Tensor, stored: Escapes) -> Escapes:
     taken = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
     i[pair] = 0
     j[pair] = 0
-    return _merged(stored, taken)
+    return merged(stored, taken)

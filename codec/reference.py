@@ -21,9 +21,9 @@ def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> 
 
 
 def put_escapes(weight_NK: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Write float32 escape values [E] at their flat indices [E] into contiguous weights, in place."""
+    """Write float32 escape values [E] at their flat indices [E], of any device, into contiguous weights, in place."""
     if index.numel():
-        weight_NK.view(-1)[index] = value.to(weight_NK.dtype)
+        weight_NK.view(-1)[index.to(weight_NK.device)] = value.to(weight_NK.device, weight_NK.dtype)
     return weight_NK
 
 

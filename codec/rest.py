@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import zstandard
 
+from birkhoff.codec.container import Consecutive
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import DamagedError, Table
 from birkhoff.codec.errors import FormatError
@@ -145,13 +146,19 @@ def plan(
     library = native()
     if library is None:
         return reference_plan(streams, sizes, sources, targets)
-    held = [np.frombuffer(stream, np.uint8) for stream in streams]
-    address = np.array(list(map(pointer, held)), dtype=np.int64)
-    length, size, source, target = (np.array(x, np.int64) for x in (list(map(len, held)), sizes, sources, targets))
-    frequency = np.empty((len(held), 256), dtype=np.uint16)
+    if isinstance(streams, Consecutive):
+        start = pointer(np.frombuffer(streams.whole, np.uint8))
+        length = np.array(list(map(len, streams)), dtype=np.int64)
+        address = start + np.cumsum(length) - length
+    else:
+        held = [np.frombuffer(stream, np.uint8) for stream in streams]
+        address = np.array(list(map(pointer, held)), dtype=np.int64)
+        length = np.array(list(map(len, held)), dtype=np.int64)
+    size, source, target = (np.array(x, np.int64) for x in (sizes, sources, targets))
+    frequency = np.empty((len(streams), 256), dtype=np.uint16)
     rows = np.empty((int((-(-size // rans.BLOCK)).sum()), 7), dtype=np.int64)
     arrays = address, length, size, source, target, frequency, rows
-    found = library.birkhoff_rans_plan(len(held), *map(pointer, arrays))
+    found = library.birkhoff_rans_plan(len(streams), *map(pointer, arrays))
     if found < 0:
         _refuse(streams[-1 - found], sizes[-1 - found])
     return Plan(frequency, rows)

@@ -13,10 +13,11 @@ Shapes: R = rows, P = pairs a row, T = tensors.
 """
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_latti
 from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.decode.op import decode_lattice
 from birkhoff.kernels.decode.serving import triton_serves
-from birkhoff.kernels.entropy.plan import ALIGNED, Placed, Plan, bytes_of, plan
+from birkhoff.kernels.entropy.plan import ALIGNED, Integers, Placed, Plan, bytes_of, plan
 from birkhoff.kernels.entropy.staging import send
 from birkhoff.kernels.runtime.device import HAS_TRITON
 
@@ -59,12 +60,18 @@ def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> lis
         FormatError: a tensor's streams are not what its entry declares; the tensor is named.
         BaseError: a tensor is a difference, and its base is not at hand.
     """
-    device = torch.device(device)
+    return [code.to(device) for code in _lattices(coded, torch.device(device))]
+
+
+def _lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
+    """`lattices_of`, the few escapes still on the CPU: what is computed of them is launches that wait, on a GPU."""
     bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
     own = _own_lattices([*coded, *bases], device)
     their = iter(own[len(coded) :])
     return [
-        _sum(one.name, one.params, next(their), code) if isinstance(one.params, DifferenceParams) else code
+        _sum(one.name, one.params, next(their).to(device), code.to(device))
+        if isinstance(one.params, DifferenceParams)
+        else code
         for one, code in zip(coded, own, strict=False)
     ]
 
@@ -77,10 +84,10 @@ def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeT
 
 
 def _own_lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    """`tensor.own_lattice` of each."""
+    """`tensor.own_lattice` of each, the escapes on the CPU."""
     fast = [one for one in coded if one.version == FORMAT_VERSION] if triton_serves(device) else []
     made = iter(_on_gpu(fast, device) if fast else ())
-    return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one).to(device) for one in coded]
+    return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one, device) for one in coded]
 
 
 def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> list[Tensor]:
@@ -95,9 +102,11 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
 def decode(
     coded: Sequence[CodedTensor], as_lattices: Container[str], device: torch.device | str
 ) -> list[LatticeTensor | Tensor]:
-    """The same, but the coordinates of those tensors on the lattice that are named; all in one batch."""
-    codes = iter(lattices_of([one for one in coded if _is_lattice(one)], device))
-    others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], torch.device(device)))
+    """The same, but the coordinates of those tensors on the lattice that are named, their escapes perhaps on the CPU; all
+    in one batch."""
+    device = torch.device(device)
+    codes = iter(_lattices([one for one in coded if _is_lattice(one)], device))
+    others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], device))
     found: list[LatticeTensor | Tensor] = []
     for one in coded:
         if not _is_lattice(one):
@@ -144,9 +153,10 @@ def pack(items: Sequence[Item]) -> list[Packed]:
 planes.register_packer("cuda", pack)
 
 
-def _on_cpu(coded: CodedTensor) -> LatticeTensor:
+def _on_cpu(coded: CodedTensor, device: torch.device) -> LatticeTensor:
     try:
-        return own_lattice(coded)
+        code = own_lattice(coded)
+        return replace(code, i=code.i.to(device), j=code.j.to(device))
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
 
@@ -220,20 +230,58 @@ def finish(queued: Queued) -> list[LatticeTensor]:
         _place(queued, index, value)
     order = index[:outside].cpu().sort()
     listed = order.values.numpy(), value[:outside].cpu()[order.indices].numpy()
-    return [_lattice(queued.planes, tensor, listed) for tensor in queued.plan.tensors]
+    escapes = _escapes(queued, *listed)
+    return [_lattice(queued.planes, *one) for one in zip(queued.plan.tensors, escapes, strict=True)]
 
 
-def _lattice(planes_of_all: Tensor, tensor: Placed, listed: tuple[np.ndarray, np.ndarray]) -> LatticeTensor:
+def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> list[Escapes]:
+    """The escapes of each tensor in memory, on the CPU; their places in the planes become 0.
+
+    `index` are the places of coordinates outside int8, increasing, `value` they. Where one of a pair is, the other is
+    asked for: all of them at once, and all become 0 at once.
+    """
+    pairs: list[Integers] = []
+    for tensor in queued.plan.tensors:
+        begin, middle, end = _bounds(tensor)
+        first, second, last = np.searchsorted(index, (begin, middle, end))
+        outside = np.union1d(index[first:second] - begin, index[second:last] - middle)
+        pairs.append(np.setdiff1d(outside, tensor.stored.pair.numpy(), assume_unique=True))
+    places = [
+        np.concatenate((pair + begin, pair + middle))
+        for pair, (begin, middle, _) in zip(pairs, map(_bounds, queued.plan.tensors), strict=True)
+    ]
+    every, device = np.concatenate(places), queued.planes.device
+    exact = np.empty(0, dtype=np.int32)
+    if len(every):
+        exact = queued.planes[torch.from_numpy(every).to(device)].to(torch.int32).cpu().numpy()
+        at = np.minimum(np.searchsorted(index, every), len(index) - 1)
+        exact = np.where(index[at] == every, value[at], exact)
+    found: list[Escapes] = []
+    taken = 0
+    for tensor, pair in zip(queued.plan.tensors, pairs, strict=True):
+        i, j = exact[taken : taken + len(pair)], exact[taken + len(pair) : taken + 2 * len(pair)]
+        taken += 2 * len(pair)
+        more = Escapes(
+            pair=torch.from_numpy(pair), i=torch.from_numpy(i.astype(np.int32)), j=torch.from_numpy(j.astype(np.int32))
+        )
+        found.append(planes.merged(tensor.stored, more))
+    stored = [
+        tensor.stored.pair.numpy() + begin
+        for tensor in queued.plan.tensors
+        if len(tensor.stored)
+        for begin in _bounds(tensor)[:2]
+    ]
+    if zeros := [part for part in (every, *stored) if len(part)]:
+        queued.planes[torch.from_numpy(np.concatenate(zeros)).to(device)] = 0
+    return found
+
+
+def _bounds(tensor: Placed) -> tuple[int, int, int]:
+    """Where the planes of a tensor begin, and where the second ends."""
+    return tensor.begin, tensor.begin + tensor.stride, tensor.begin + 2 * tensor.stride
+
+
+def _lattice(planes_of_all: Tensor, tensor: Placed, escapes: Escapes) -> LatticeTensor:
     size = tensor.shape[0] * tensor.shape[1]
-    both = [tensor.begin, tensor.begin + tensor.stride]
-    i, j = (planes_of_all[begin : begin + size].view(tensor.shape) for begin in both)
-    index, value = listed
-    ends = np.searchsorted(index, [both[0], both[1], both[1] + tensor.stride])
-    escapes = Escapes.none(i.device)
-    if ends[0] < ends[2] or len(tensor.stored):
-        outside = [
-            (torch.from_numpy(index[first:last] - begin), torch.from_numpy(value[first:last].copy()))
-            for begin, first, last in zip(both, ends, ends[1:], strict=False)
-        ]
-        escapes = planes.take_outside((i, j), outside, tensor.stored).to(i.device)
+    i, j = (planes_of_all[begin : begin + size].view(tensor.shape) for begin in _bounds(tensor)[:2])
     return LatticeTensor(i=i, j=j, escapes=escapes, step=tensor.params.step, columns=tensor.params.columns)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from birkhoff.codec import contexts, planes, rest, trellis
-from birkhoff.codec.container import CodedTensor, LatticeParams
+from birkhoff.codec.container import CodedTensor, Consecutive, LatticeParams
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import lattice_shape
 from birkhoff.codec.trajectory import Escapes
@@ -84,8 +84,7 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
             found = contexts.addresses(row, column, rule)
             sizes = found.sizes.tolist()
             planes.check_count(one.parts, len(sizes))
-            groups = list(map(rest.inflated, one.parts[1:-1], sizes))
-            _, *sources, _ = map(runs.add, (one.parts[0], *groups, one.parts[-1]))
+            groups, sources = runs.add_groups(one.parts, sizes)
             blocks = rest.plan(groups, sizes, sources, list(accumulate(sizes[:-1], initial=symbols)))
             stored = planes.unpack_escapes(one.parts, shape, params.escapes, path=params.path)
         except FormatError as error:
@@ -166,6 +165,17 @@ class _Runs:
         place = self._to + self._end - self._begin
         self._end += len(stream)
         return place
+
+    def add_groups(self, parts: Sequence[Stream], sizes: Sequence[int]) -> tuple[Sequence[Stream], Sequence[int]]:
+        """The streams of a tensor's groups, none of them zstd's, and where they go."""
+        if isinstance(parts, Consecutive) and not any(len(part) and part[0] == rest.ZSTD for part in parts[1:-1]):
+            inner = list(map(len, parts[1:-1]))
+            begin = len(parts[0])
+            groups = Consecutive.cut(parts.whole[begin : begin + sum(inner)], inner)
+            return groups, list(accumulate(inner[:-1], initial=self.add(parts.whole) + begin))
+        inflated = list(map(rest.inflated, parts[1:-1], sizes))
+        _, *sources, _ = map(self.add, (parts[0], *inflated, parts[-1]))
+        return inflated, sources
 
     def _end_run(self) -> None:
         size = self._end - self._begin

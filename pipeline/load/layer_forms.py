@@ -65,6 +65,7 @@ class LayerMaker:
         held: object = code
         if self._memory != "uint16":
             bits, floor = _PACKED[self._memory]
+            code = code.to(code.i.device)
             form = packed.pack(code, bits)
             found = fidelity(code.decode(), form.decode()).sqnr_db
             size = 8 * form.nbytes / (code.i.shape[0] * code.columns)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec import rest
+from birkhoff.codec.container import Consecutive
 from birkhoff.codec.entropy import rans
 from birkhoff.codec.errors import FormatError
 
@@ -81,3 +82,13 @@ def test_a_plan_takes_no_frame_of_zstd() -> None:
     assert rest.inflated(b"\x00a", 1) == b"\x00a"
     with pytest.raises(FormatError, match="declares 6400 bytes"):
         rest.inflated(stream, 6401)
+
+
+def test_streams_that_follow_each_other_are_planned_as_others_are() -> None:
+    sizes = [100, 3000, 40]
+    streams = [rest.pack(drawn(size, k)) for k, size in enumerate(sizes)]
+    together = Consecutive.cut(memoryview(b"".join(streams)), map(len, streams))
+    assert list(map(bytes, together)) == streams
+    found, expected = (rest.plan(given, sizes, [0, 1, 2], [0, 1, 2]) for given in (together, streams))
+    assert np.array_equal(found.rows, expected.rows)
+    assert np.array_equal(found.frequency, expected.frequency)
