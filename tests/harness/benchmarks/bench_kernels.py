@@ -593,8 +593,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
     parser.add_argument(
         "--parts",
-        default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,int8_layers,"
-        "int8_fidelity",
+        default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,"
+        "int8_layers,int8_fidelity",
         help="int8_masks needs the packages of `make setup-family`, int8_tune and tune take as long as all others",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
