@@ -102,8 +102,10 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
 def decode(
     coded: Sequence[CodedTensor], as_lattices: Container[str], device: torch.device | str
 ) -> list[LatticeTensor | Tensor]:
-    """The same, but the coordinates of those tensors on the lattice that are named, their escapes perhaps on the CPU; all
-    in one batch."""
+    """The same, but the coordinates of those tensors on the lattice that are named, all in one batch.
+
+    Their escapes may still be on the CPU.
+    """
     device = torch.device(device)
     codes = iter(_lattices([one for one in coded if _is_lattice(one)], device))
     others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], device))
