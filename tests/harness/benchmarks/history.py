@@ -170,7 +170,10 @@ def _key(line: dict[str, Any]) -> str:
 
 
 def _blocks(data: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, str], Any]]:
-    """(path, conditions, part) of what has conditions of its own."""
+    """(path, conditions, part) of what has conditions of its own, rows of a list too."""
+    if isinstance(data, list):
+        for row in data:
+            yield from _blocks(row, (*path, _name(row)))
     if not isinstance(data, dict):
         return
     if own := _conditions(data):
