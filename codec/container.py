@@ -2,14 +2,16 @@
 
 Every tensor of the source has one entry in the index, in the source's order. Version 2 keeps the index as one zstd
 frame and all streams behind it, in the same order; version 1, which is read for ever and written no more, has the
-entries in the file's metadata and a stored tensor for each.
+entries in the file's metadata and a stored tensor for each. Version 3 is version 2 with differences to tensors of other
+containers, and is written for nothing else.
 """
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -17,10 +19,13 @@ import zstandard
 
 from birkhoff.codec import strict_json
 from birkhoff.codec.dtype_names import width_of_code
-from birkhoff.codec.errors import FormatError, VersionError
+from birkhoff.codec.errors import BaseError, FormatError, VersionError
 
 FORMAT_VERSION = 2
-"""What is written; every version up to it is read."""
+"""What is written of tensors that stand for themselves, and of the streams of all."""
+
+DIFFERENCE_VERSION = 3
+"""Of containers that hold a difference, which readers of version 2 must refuse; every version up to it is read."""
 
 VERSION_KEY = "__birkhoff__"
 
@@ -47,6 +52,11 @@ LOSSLESS_CODECS = ("raw", "planes")
 
 MAX_DIMENSIONS = 32
 MAX_PARTS = 128
+
+MAX_TIMES, MAX_STRIDE = 15, 127
+"""Bounds on the factors of a difference: sums of products with bytes stay within 16 bits."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +94,43 @@ class LatticeParams:
             "step": _hex(self.step),
             "escapes": str(self.escapes),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DifferenceParams(LatticeParams):
+    """What codec `difference` needs besides: coordinates are `times` * the base's + `stride` * those of the streams."""
+
+    base: str
+    """sha256 of the container that holds the base, a `lattice` tensor of the same name and shape."""
+    times: int
+    stride: int
+
+    @classmethod
+    def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "DifferenceParams":
+        """From the tokens of an entry. Raises FormatError."""
+        own = LatticeParams.parse(tokens, version)
+        base, times, stride = tokens.get("base", ""), _number(tokens, "times"), _number(tokens, "stride")
+        if not _SHA256.fullmatch(base):
+            raise FormatError(f"parameter base is {base[:80]!r}, not a sha256 in hex")
+        if not (1 <= times <= MAX_TIMES and 1 <= stride <= MAX_STRIDE):
+            raise FormatError(
+                f"parameters times and stride are {times} and {stride}; 1 to {MAX_TIMES} and 1 to {MAX_STRIDE} are "
+                "allowed"
+            )
+        return cls(
+            path=own.path,
+            columns=own.columns,
+            step=own.step,
+            escapes=own.escapes,
+            base=base,
+            times=times,
+            stride=stride,
+        )
+
+    def tokens(self) -> dict[str, str]:
+        """As an entry holds it."""
+        own = LatticeParams.tokens(self)
+        return {**own, "base": self.base, "times": str(self.times), "stride": str(self.stride)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +176,7 @@ Params = LatticeParams | PaperParams | None
 
 _PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
     "lattice": LatticeParams.parse,
+    "difference": DifferenceParams.parse,
     "raw": lambda _tokens, _version: None,
     "planes": lambda _tokens, _version: None,
     "paper": PaperParams.parse,
@@ -138,7 +186,7 @@ _PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claims:
-    """What the encoder says of a tensor. Decoding ignores it: one that is no number is NaN, which checks refuse."""
+    """The encoder's claims about a tensor. Decoding ignores them; others than numbers are NaN, which checks refuse."""
 
     sqnr_db: float | None = None
     max_abs: float | None = None
@@ -216,6 +264,8 @@ class CodedTensor(Entry):
     """One tensor as it is stored: its entry, and its streams as `parts`."""
 
     parts: tuple[bytes | memoryview, ...]
+    base: "CodedTensor | None" = field(default=None, compare=False, repr=False)
+    """Of a difference, the tensor that it is to, once `with_bases` has found it."""
 
     @property
     def nbytes(self) -> int:
@@ -252,7 +302,7 @@ def serialise(tensors: list[CodedTensor]) -> bytes:
     index = zstandard.ZstdCompressor(level=_INDEX_LEVEL, write_content_size=True).compress(text)
     end = len(index) + sum(tensor.nbytes for tensor in tensors)
     header = {
-        "__metadata__": {VERSION_KEY: str(FORMAT_VERSION)},
+        "__metadata__": {VERSION_KEY: str(DIFFERENCE_VERSION if any(map(is_difference, tensors)) else FORMAT_VERSION)},
         INDEX: _stored_bytes(0, len(index)),
         DATA: _stored_bytes(len(index), end),
     }
@@ -260,6 +310,52 @@ def serialise(tensors: list[CodedTensor]) -> bytes:
     head += b" " * (-len(head) % 8)
     streams = (part for tensor in tensors for part in tensor.parts)
     return b"".join((struct.pack("<Q", len(head)), head, index, *streams))
+
+
+def is_difference(entry: Entry) -> bool:
+    """Whether a tensor is a difference to one of another container."""
+    return isinstance(entry.params, DifferenceParams)
+
+
+def bases_of(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """sha256 of the containers that differences among some entries are to, each once, sorted."""
+    params = (entry.params for entry in entries)
+    return tuple(sorted({held.base for held in params if isinstance(held, DifferenceParams)}))
+
+
+def with_bases(
+    tensors: Iterable[CodedTensor], tensors_of: Callable[[str], Mapping[str, CodedTensor]]
+) -> list[CodedTensor]:
+    """Tensors of a container that can be decoded: each difference with its base.
+
+    Args:
+        tensors: as `parse` gives them.
+        tensors_of: the tensors, by name, of the container of a sha256; whoever reads it has checked that digest.
+
+    Raises:
+        BaseError: a base is no `lattice` tensor of that name, shape and rows; and whatever `tensors_of` raises.
+    """
+    return [_with_base(tensor, tensors_of) if is_difference(tensor) else tensor for tensor in tensors]
+
+
+def _with_base(tensor: CodedTensor, tensors_of: Callable[[str], Mapping[str, CodedTensor]]) -> CodedTensor:
+    params = tensor.params
+    assert isinstance(params, DifferenceParams)
+    base = tensors_of(params.base).get(tensor.name)
+    if base is None:
+        raise BaseError(f"tensor {tensor.name!r}: its base, container {params.base}, holds no tensor of that name")
+    if not fits(base, tensor.shape, params.columns):
+        raise BaseError(
+            f"tensor {tensor.name!r}: its base in container {params.base} is {base.codec} {list(base.shape)}, expected "
+            f"lattice {list(tensor.shape)} in rows of {params.columns}"
+        )
+    return replace(tensor, base=base)
+
+
+def fits(base: Entry, shape: tuple[int, ...], columns: int) -> bool:
+    """Whether a stored tensor can be the base of one of this shape in so many columns: it must stand for itself."""
+    params = base.params
+    return type(params) is LatticeParams and (base.shape, params.columns) == (shape, columns)
 
 
 def _stored_bytes(begin: int, end: int) -> dict[str, object]:
@@ -345,7 +441,7 @@ def parse_head(head: bytes) -> Head:
     if len(head) < size:
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {size}")
     header, version = _parse_json(head[:size])
-    return _head_1(header, size) if version == 1 else _head_2(header, head[size:], size)
+    return _head_1(header, size) if version == 1 else _head_2(header, head[size:], size, version)
 
 
 def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
@@ -361,29 +457,29 @@ def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
     version = metadata.get(VERSION_KEY)
     if version is None or not (version.isascii() and version.isdigit() and len(version) < 10 and version[0] != "0"):
         raise FormatError(f"container does not say its format version: {VERSION_KEY} is {version!r}")
-    if not 1 <= int(version) <= FORMAT_VERSION:
+    if not 1 <= int(version) <= DIFFERENCE_VERSION:
         raise VersionError(
-            f"container has format version {version}; this code reads 1 to {FORMAT_VERSION}: "
+            f"container has format version {version}; this code reads 1 to {DIFFERENCE_VERSION}: "
             "upgrade birkhoff-compression to read it"
         )
     return header, int(version)
 
 
-def _head_2(header: dict[str, object], rest: bytes, start: int) -> Head:
-    """Version 2: an index and the streams as two stored tensors."""
+def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) -> Head:
+    """Versions 2 and 3: an index and the streams as two stored tensors."""
     metadata = header.pop("__metadata__")
-    if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: "2"}:
-        raise FormatError(f"container holds {sorted(header)[:3]!r}, version 2 has {INDEX!r} and {DATA!r} alone")
+    if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: str(version)}:
+        raise FormatError(f"container holds {sorted(header)[:3]!r}, version {version} has {INDEX!r} and {DATA!r} alone")
     (begin, end), (data, last) = _extent(header, INDEX), _extent(header, DATA)
     if begin != 0 or data != end:
         raise FormatError(f"container's index and data lie at bytes {begin} and {data}, expected 0 and {end}")
     texts = _unpack_index(rest[:end])
-    read = [parse_entry(name, text, version=2) for name, text in texts.items()]
+    read = [parse_entry(name, text, version=version) for name, text in texts.items()]
     ends = list(accumulate((sum(parts) for _, parts in read), initial=start + data))
     if ends[-1] != start + last:
         raise FormatError(f"container holds {last - data} bytes of data, its tensors take {ends[-1] - start - data}")
     return Head(
-        version=2,
+        version=version,
         entries=tuple(entry for entry, _ in read),
         parts=tuple(parts for _, parts in read),
         begins=tuple(ends[:-1]),
@@ -472,7 +568,7 @@ def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> 
         )
 
 
-def parse_entry(name: str, text: str, *, version: int = FORMAT_VERSION) -> tuple[Entry, tuple[int, ...]]:
+def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> tuple[Entry, tuple[int, ...]]:
     """An entry of the index, and the byte lengths of its streams. Raises FormatError."""
     try:
         tokens = strict_json.unique_keys([tuple(token.split("=", 1)) for token in text.split(" ")])  # type: ignore[misc]
@@ -485,20 +581,28 @@ def parse_entry(name: str, text: str, *, version: int = FORMAT_VERSION) -> tuple
         raise FormatError(f"tensor {name!r}: metadata lacks or garbles {error}") from None
     width_of_code(dtype)
     _check_bounds(name, shape, sizes)
-    if codec not in _PARAMS:
-        raise FormatError(f"tensor {name!r}: unknown codec {codec!r}; known: {', '.join(_PARAMS)}")
+    known = [key for key in _PARAMS if key != "difference" or version >= DIFFERENCE_VERSION]
+    if codec not in known:
+        raise FormatError(f"tensor {name!r}: unknown codec {codec!r}; known: {', '.join(known)}")
     try:
         params = _PARAMS[codec](tokens, version)
     except FormatError as error:
         raise FormatError(f"tensor {name!r}: {error}") from None
-    claims = Claims.parse(tokens)
-    return Entry(name=name, codec=codec, dtype=dtype, shape=shape, params=params, claims=claims, version=version), sizes
+    return Entry(
+        name=name,
+        codec=codec,
+        dtype=dtype,
+        shape=shape,
+        params=params,
+        claims=Claims.parse(tokens),
+        version=min(version, FORMAT_VERSION),
+    ), sizes
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = text.split(",") if text else []
     if not all(number.isascii() and number.isdigit() and len(number) <= 18 for number in numbers):
-        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is a stranger's
+        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is untrusted
     return tuple(map(int, numbers))
 
 

@@ -1,4 +1,4 @@
-"""Symbols grouped by how large they are expected to be, so that each group gets an entropy code of its own.
+"""Group symbols by their expected size, so that each group gets an entropy code of its own.
 
 Rows and columns of a weight matrix differ in scale. Every row r and every column p of a plane [R, P] has a level (a
 byte, `STEPS` an octave of root mean square); symbols are grouped by the sum of the two levels, neighbouring sums

@@ -1,4 +1,4 @@
-"""Names of element types, without torch: what headers and manifests are judged by."""
+"""Names of element types, without torch, for headers and manifests."""
 
 import re
 
@@ -34,7 +34,7 @@ CODED_NAMES = ("float16", "bfloat16", "float32", "float64")
 
 
 def is_float(name: str) -> bool:
-    """Whether a torch dtype name is one that the lossy codecs take."""
+    """Return whether a torch dtype name is one that the lossy codecs take."""
     return name in CODED_NAMES
 
 
@@ -47,7 +47,7 @@ def name_of_code(code: str) -> str:
 
 
 def width_of_code(code: str) -> int:
-    """Bytes of an element: 4 of `F32`. Raises FormatError for a code that no container can hold."""
+    """Return bytes of an element: 4 of `F32`. Raises FormatError for a code that no container can hold."""
     name_of_code(code)
     bits = re.search("[0-9]+", code)  # the first number of a code counts them; BOOL has none
     return 1 if bits is None else int(bits[0]) // 8

@@ -5,7 +5,8 @@ BirkhoffError
 │   ├── TensorError         a weight tensor that must not be coded: NaN, Inf
 │   └── TargetError         a fidelity target outside what the codec can reach
 ├── FormatError             bytes that are not what the format page says: truncated, mutated, forged
-│   └── VersionError        a format version this code does not read
+│   ├── VersionError        a format version this code does not read
+│   └── BaseError           a difference without the tensor that it is to
 └── (birkhoff.pipeline.errors adds manifests, sources, stores and artifacts)
 """
 
@@ -36,3 +37,7 @@ class FormatError(BirkhoffError):
 
 class VersionError(FormatError):
     """A format version that this code does not read."""
+
+
+class BaseError(FormatError):
+    """A tensor that is a difference to another one, which is not at hand."""

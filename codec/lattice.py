@@ -1,4 +1,4 @@
-"""A weight matrix on the trajectory: quantise for one step, decode.
+"""A weight matrix on the trajectory: quantise for one step, decode, add a difference to a base.
 
 Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import trellis
-from birkhoff.codec.errors import TargetError
+from birkhoff.codec.errors import FormatError, TargetError
 from birkhoff.codec.metrics import to_host
 from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
@@ -220,3 +220,86 @@ def _gather_escapes(parts: list[_EscapedPairs], device: torch.device) -> Escapes
     pair, i, j = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.argsort(pair)
     return Escapes(pair=pair[order], i=i[order], j=j[order])
+
+
+def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int, step: float) -> LatticeTensor:
+    """The matrix of coordinates `times` * base + `stride` * code, for `step`; both of one shape and device.
+
+    Raises:
+        FormatError: a sum leaves 32 bits.
+    """
+    planes, outside = _added(base, code, times, stride)
+    pair = torch.unique(torch.cat((base.escapes.pair, code.escapes.pair)))
+    if len(pair):
+        outside = _with_escapes(base, code, times, stride, planes, outside, pair)
+    return LatticeTensor(i=planes[0], j=planes[1], escapes=outside, step=step, columns=base.columns)
+
+
+def _added(base: LatticeTensor, code: LatticeTensor, times: int, stride: int) -> tuple[list[Tensor], Escapes]:
+    """int8 planes of the sums of two matrices' planes, and the pairs outside the box, which are 0 there."""
+    sources = (base.i, base.j, code.i, code.j)
+    library = native() if base.i.device.type == "cpu" and all(plane.is_contiguous() for plane in sources) else None
+    if library is None:
+        planes = [
+            b.to(torch.int16).mul_(times).add_(c, alpha=stride) for b, c in zip(sources, sources[2:], strict=False)
+        ]
+        i, j = (plane.view(-1) for plane in planes)
+        pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
+        escapes = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
+        i[pair] = 0
+        j[pair] = 0
+        return [plane.to(torch.int8) for plane in planes], escapes
+    out = [torch.empty_like(base.i), torch.empty_like(base.j)]
+    size, room = base.i.numel(), _ROOM + 2 * (len(base.escapes) + len(code.escapes))
+    while True:
+        index, wide = torch.empty(room, dtype=torch.int64), torch.empty(room, 2, dtype=torch.int32)
+        places = (index.data_ptr(), wide.data_ptr())
+        found = library.birkhoff_add(
+            *(plane.data_ptr() for plane in sources), size, times, stride, *(p.data_ptr() for p in out), *places, room
+        )
+        if found <= room:
+            return out, Escapes(pair=index[:found], i=wide[:found, 0].contiguous(), j=wide[:found, 1].contiguous())
+        room = found
+
+
+def _with_escapes(
+    base: LatticeTensor,
+    code: LatticeTensor,
+    times: int,
+    stride: int,
+    planes: list[Tensor],
+    outside: Escapes,
+    pair: Tensor,
+) -> Escapes:
+    """All escapes of a sum, of those of its planes; `pair` are those of either matrix, whose planes hold 0 there."""
+    i, j = (
+        times * _coordinates(own, base.escapes.pair, wide, pair)
+        + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
+        for own, wide, other, other_wide in (
+            (base.i, base.escapes.i, code.i, code.escapes.i),
+            (base.j, base.escapes.j, code.j, code.escapes.j),
+        )
+    )
+    bounds = to_host(*(bound.double() for exact in (i, j) for bound in torch.aminmax(exact)))
+    if max(map(abs, bounds)) >= 1 << 31:
+        raise FormatError("a coordinate of a difference and its base leaves 32 bits")
+    inside = (i >= LOW) & (i <= HIGH) & (j >= LOW) & (j <= HIGH)
+    for plane, exact in zip(planes, (i, j), strict=True):
+        plane.view(-1)[pair] = torch.where(inside, exact, 0).to(torch.int8)
+    others = torch.isin(outside.pair, pair, invert=True)
+    found = torch.cat((outside.pair[others], pair[~inside]))
+    order = torch.argsort(found)
+    wide_i, wide_j = (
+        torch.cat((known[others], exact[~inside].to(torch.int32)))[order]
+        for known, exact in ((outside.i, i), (outside.j, j))
+    )
+    return Escapes(pair=found[order], i=wide_i, j=wide_j)
+
+
+def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> Tensor:
+    """Coordinates int64 at some flat pair indices; `wide` are those of the escapes, at `escaped`."""
+    found = plane.view(-1)[pair].to(torch.int64)
+    if len(escaped):
+        place = torch.searchsorted(escaped, pair).clamp(max=len(escaped) - 1)
+        found = torch.where(escaped[place] == pair, wide[place].to(torch.int64), found)
+    return found

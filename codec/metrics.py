@@ -1,11 +1,11 @@
-"""How far a decoded tensor is from its source: relative, with units, the same everywhere.
+"""Measure how far a decoded tensor is from its source: relative, with units, the same everywhere.
 
 An error is judged against the energy of the *bulk* of the weights. Few outliers can carry most of the energy of a
 tensor, and an error that is small beside them can be all of what the others hold. The rule, for every tensor:
 
     While the weights above 16 times the root mean square (fewer than one in 256, whatever they are) carry more than
     half of the energy, they are left out of it, and the root mean square is taken anew, over as many weights as before.
-    Zeros alone are no bulk.
+    Zeros alone are not a bulk.
 
 The error of the outliers still counts. Where the rule leaves nothing out, all but the largest 256th part of the weights
 hold at least half of the energy, and so lie within 3 dB of the SQNR of the whole.
@@ -39,7 +39,7 @@ class Fidelity:
 
     @property
     def sqnr_db(self) -> float:
-        """10*log10(energy / error) in dB; infinite where nothing was lost."""
+        """10*log10(energy / error) in dB; infinite if nothing was lost."""
         return sqnr_db(self.energy, self.error)
 
 
@@ -59,7 +59,7 @@ class Bulk:
 
 
 def bulk(weight: Tensor, energy: float) -> Bulk:
-    """The bulk of real weights of any shape; `limit` is infinite where there are no outliers.
+    """Return the bulk of real weights of any shape; `limit` is infinite if there are no outliers.
 
     `energy` is the sum w^2 of all of them, which every caller has taken already.
     """
@@ -116,7 +116,7 @@ def compare(source: Tensor, decoded: Tensor) -> Fidelity:
 
 
 def to_host(*scalars: Tensor) -> list[float]:
-    """The values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
+    """Return the values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
     if not scalars or scalars[0].device.type == "cpu":
         return list(map(float, scalars))
     values: list[float] = torch.stack(scalars).tolist()

@@ -1,4 +1,4 @@
-"""The packed in-memory form: 10 or 12 bits a pair, and a scale of its own for every 64 pairs of a row.
+"""The packed in-memory form: 10 or 12 bits per pair, and a scale for every 64 pairs of a row.
 
 Where memory counts more than fidelity, the uint16 step numbers (8 bits a weight) are coded once more, on a shorter
 trajectory: n = 2^(bits/2) rows, so n = 32 or 64, and for each group of 64 pairs (128 weights) a byte c:
@@ -104,7 +104,7 @@ def scales(code: Tensor, step: float | Tensor) -> Tensor:
 
 
 def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
-    """The packed form of a coded matrix, on its device, the same on each. Lossy: compare `decode()` of both.
+    """Return the packed form of a coded matrix, on its device, the same on each. Lossy: compare `decode()` of both.
 
     Raises:
         CodecError: `bits` is neither 10 nor 12.
@@ -191,7 +191,7 @@ def _float32(value: float) -> float:
 
 
 def _greatest(code: LatticeTensor) -> float:
-    """The greatest |weight| that the planes can hold, or a little more: what a group's scale never exceeds."""
+    """Return the greatest |weight| that the planes can hold, or a little more: what a group's scale never exceeds."""
     if not code.i.numel():
         return 0.0
     low_i, high_i = (float(bound) for bound in torch.aminmax(code.i))

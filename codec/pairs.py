@@ -1,4 +1,4 @@
-"""Which two weights make a pair.
+"""The layout of pairs: which two weights belong together.
 
 A weight matrix [R, K] is cut along K into blocks of 64 columns, and column k of a block pairs with column k + 32. The
 last block of a row may be narrower: with w columns left its halves are ceil(w/2) wide, and an odd w leaves the last
@@ -26,7 +26,7 @@ def pairs_per_row(columns: int) -> int:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The [R, K] in which a tensor is coded.
+    """Return the [R, K] in which a tensor is coded.
 
     Matrices keep their rows (HyperLinear needs them). Convolutions and tables keep their first dimension as rows where
     a row fills a block; otherwise the tensor is one row, so that padding is at most one weight.
@@ -67,7 +67,7 @@ def split(weight_RK: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 
 def join(x_RP: Tensor, y_RP: Tensor, columns: int, out: Tensor | None = None) -> Tensor:
-    """The weights [R, K] of pairs, in the dtype of `out` if given (a buffer to fill), else of `x_RP`."""
+    """Return the weights [R, K] of pairs, in the dtype of `out` if given (a buffer to fill), else of `x_RP`."""
     weight = x_RP.new_empty(x_RP.shape[0], columns) if out is None else out
     for span, pairs, half, missing in _spans(columns):
         if missing:

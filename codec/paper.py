@@ -125,7 +125,7 @@ class PaperCode:
 
 
 def encode(weight: Tensor, *, per_row: bool) -> PaperCode | None:
-    """Code a weight of any floating dtype, in float32 on its own device; None where it stays raw.
+    """Code a weight of any floating dtype, in float32 on its own device; None if it stays raw.
 
     `per_row` pairs within the rows of a matrix, as the published codec does for linear layers; otherwise
     pairs are consecutive elements in row-major order. Odd counts are filled with the mean second coordinate
@@ -189,7 +189,7 @@ def published_error(weight: Tensor, *, per_row: bool) -> float | None:
 
 
 def trajectory(U: int, centre: Tensor) -> Tensor:
-    """All nodes about a centre, float32 [U, 2], bit for bit the published code's; U is 1225 or 1600."""
+    """Return all nodes about a centre, float32 [U, 2], bit for bit the published code's; U is 1225 or 1600."""
     theta_U = torch.arange(U, dtype=torch.float32, device=centre.device)
     x_U, y_U = (theta_U * step % _side(centre) for step in STEP[U])
     return torch.stack([x_U, y_U], dim=1) + (centre - _side(centre) / 2)
@@ -233,7 +233,7 @@ def pack_bits(index: np.ndarray[Any, Any], bits: int) -> bytes:
 def unpack_bits(data: bytes, count: int, bits: int) -> np.ndarray[Any, Any]:
     """Read the `count` integers of `bits` = 1..32 bits that `pack_bits` wrote, uint32 [count].
 
-    Raises FormatError where the length is not theirs or a bit in front of them is set.
+    Raises FormatError if the length is not theirs or a bit in front of them is set.
     """
     if not 1 <= bits <= 32:
         raise FormatError(f"packed index: expected 1..32 bits, got {bits}")
@@ -363,7 +363,7 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _side(like: Tensor) -> Tensor:
-    """The side of the box, a float32 scalar on the device of `like`; a float64 half of it would differ."""
+    """Return the side of the box, a float32 scalar on the device of `like`; a float64 half of it would differ."""
     return like.new_tensor(BOX_SIDE, dtype=torch.float32)
 
 
@@ -380,7 +380,7 @@ def _radii(centre: Tensor, far: Tensor, K: int) -> Tensor:
 
 
 def _codebook(node_U2: Tensor, centre: Tensor, radii: Tensor) -> Tensor:
-    """Every pair that an index can decode to, float32 [C, 2]."""
+    """Return every pair that an index can decode to, float32 [C, 2]."""
     if len(radii) == 1:
         return node_U2
     shrink = (radii[0] / radii)[:, None, None]

@@ -1,4 +1,4 @@
-"""Profiles: what to do with which tensor, decided from its header alone.
+"""Profiles: the decision for a tensor, from its header alone.
 
 A profile is a codec and a target. Its resolved form (`Profile.recipe`) is part of every shard's key: change it, and
 the shard is another shard. What it comes to for one tensor is a `Decision`.
@@ -65,6 +65,9 @@ _LIKE_ALL_DB = 1.0
 
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
+LEAST_VECTOR = 64
+"""Weights from which a small parameter is coded under allocation by output: a code table costs more on fewer."""
+
 ENCODER_VERSION = 5
 """Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
 
@@ -89,7 +92,7 @@ FALLBACKS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What becomes of one tensor: with its weights, everything that decides its coded bytes.
+    """The decision for one tensor: with its weights, everything that determines its coded bytes.
 
     Made at planning; encoding, validation, verification and inspection read it. A list of them is a model's plan,
     whoever made it.
@@ -151,7 +154,9 @@ class Profile:
 
     With `output`, `target_db` is the mean of nominal targets, which say a tensor's step and promise no SQNR: what each
     gets over the mean, and the Hessian through which its errors are fed back, come from the model's `statistics` and
-    stand beside the profile. Here they are unknown, and every tensor gets the mean.
+    stand beside the profile. Here they are unknown, and every tensor gets the mean. With `vectors`, biases, scales of
+    norms and other small parameters are coded too, which no other allocation dares to: their sensitivity says how
+    finely. One that no output feels stays lossless.
 
     `raw_buffers`: the published codec leaves buffers of BatchNorm as they are, as its method does; a variance that it
     has rounded to 0 or below makes NaN of every output.
@@ -170,6 +175,9 @@ class Profile:
     statistics: str | None = None
     """Under allocation by output, the key of the statistics that it is by; None before these are known."""
     raw_buffers: bool = False
+    vectors: bool = True
+    """Under allocation by output, whether parameters of `LEAST_VECTOR` weights and more are coded whatever their form;
+    versions of before have none that are."""
 
     def of_model(self, headers: Iterable[Header]) -> "Profile":
         """The profile for a model of these tensors: under allocation by header, with their mean gain.
@@ -194,7 +202,7 @@ class Profile:
         return replace(self, mean_gain_db=round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2))
 
     def decide(self, shape: tuple[int, ...], dtype: str, override: Override | None = None, name: str = "") -> Decision:
-        """What becomes of a tensor, from its header and what is said of it alone; `dtype` is torch's name.
+        """Decide about a tensor from its header and its override alone; `dtype` is torch's name.
 
         A target does not make a lossless tensor a coded one, and that a tensor is to be lossless says nothing where it
         is so anyway: such an `override` is dropped. One with a target keeps tensors lossless that only the published
@@ -206,6 +214,8 @@ class Profile:
             reason = f"{override:g} dB by override"
             return self._lattice(override, states_target=True, override=override, reason=reason)
         reason = _uncoded(self.codec, shape, dtype, self.min_weights)
+        if reason and self.is_vector(shape, dtype, name):
+            reason = ""
         if self.raw_buffers and len(shape) <= 1 and name.rsplit(".", 1)[-1] in _BATCH_NORM_BUFFERS:
             reason = reason or "a buffer of BatchNorm"
         if reason:
@@ -220,6 +230,14 @@ class Profile:
             return replace(self._lattice(self.target_db, states_target=False), nominal=True)
         share = self._share_db(shape)
         return self._lattice(self.target_db if share is None else share, states_target=share is not None)
+
+    def is_vector(self, shape: tuple[int, ...], dtype: str, name: str) -> bool:
+        """Whether a tensor is coded, if an output feels it, although it is small or has one dimension."""
+        if self.allocation != "output" or not self.vectors or self.target_db is None or not is_float(dtype):
+            return False
+        if not _uncoded(self.codec, shape, dtype, self.min_weights):
+            return False
+        return prod(shape) >= LEAST_VECTOR and name.rsplit(".", 1)[-1] not in _BATCH_NORM_BUFFERS
 
     def _share_db(self, shape: tuple[int, ...]) -> float | None:
         """A tensor's target under the allocation; None where it is the profile's."""
@@ -262,6 +280,7 @@ class Profile:
             mean_gain_db=None if mean is None else float(mean),
             statistics=None if statistics is None else str(statistics),
             raw_buffers=recipe.get("buffers") == "raw",
+            vectors=bool(recipe.get("vectors", 0)),
         )
 
     @property
@@ -285,6 +304,8 @@ class Profile:
         recipe |= {"path": int(self.path), "min_weights": self.min_weights}
         if self.allocation != "uniform":
             recipe["allocation"] = self.allocation
+        if self.allocation == "output" and self.vectors:
+            recipe["vectors"] = 1
         if self.mean_gain_db is not None:
             recipe["mean_gain_db"] = self.mean_gain_db
         if self.statistics is not None:

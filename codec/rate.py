@@ -103,7 +103,7 @@ class _Goal:
     def excess(self, error: float) -> float:
         """dB above the target at a summed squared error, limited so that one step of the search stays sane.
 
-        Raises RangeError where a weight was rounded out of its type's range: float16 ends at 65504.
+        Raises RangeError if a weight was rounded out of its type's range: float16 ends at 65504.
         """
         check_error(error)
         return min(sqnr_db(self.energy, error) - self.target_db, 20.0)
@@ -113,7 +113,7 @@ def _search(weight_RK: Tensor, goal: _Goal) -> float:
     """The step of single nodes that lies `_MARGIN_DB` above the goal on a sample, or what corrections made of it."""
     step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
     sample = _sample(weight_RK)
-    # Quantisation error spreads evenly over a tensor even where its energy does not: scale the error, not the energy.
+    # Quantisation error spreads evenly over a tensor even if its energy does not: scale the error, not the energy.
     scale = weight_RK.numel() / sample.numel()
     for _ in range(_SEARCHES):
         error = compare(sample, quantise(sample, step).decode(sample.dtype)).error * scale
@@ -130,7 +130,7 @@ def path_step(symbols: int) -> float:
 
 
 def step_of_run(steps: int) -> float:
-    """The same for runs of so many steps; the gain was measured for 64 to 256."""
+    """Return the same for runs of so many steps; the gain was measured for 64 to 256."""
     return 0.5 * 10 ** ((1.085 - 7.3 / steps) / 20)
 
 
@@ -160,7 +160,7 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
 
 
 def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
-    """The error of a coded matrix, without ever holding all of it decoded."""
+    """Return the error of a coded matrix, without ever holding all of it decoded."""
     rows, columns = weight_RK.shape
     height = max(1, (_CHUNK if weight_RK.device.type == "cpu" else _CHUNK_GPU) // columns)
     parts = [
@@ -177,7 +177,7 @@ def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
 
 
 def _round(step: float) -> float:
-    """The step as the float32 that is stored."""
+    """Return the step as the float32 that is stored."""
     return float(torch.tensor(step, dtype=torch.float32))
 
 
@@ -188,7 +188,7 @@ def _energy(weight_RK: Tensor) -> float:
 
 
 def _sample(weight_RK: Tensor) -> Tensor:
-    """A matrix [S, 64] of blocks spread evenly over the weights, or all of them where they are few."""
+    """Return a matrix [S, 64] of blocks spread evenly over the weights, or all of them where they are few."""
     flat = weight_RK.reshape(-1)
     blocks = flat.numel() // (2 * HALF)
     wanted = _SAMPLE // (2 * HALF)

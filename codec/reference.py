@@ -1,13 +1,16 @@
-"""Eager references: what every kernel is held to, and what runs where there is no GPU.
+"""Eager references: every kernel is tested against them, and they run without a GPU.
 
 Shapes: N = rows (out features), K = columns (in features), P = pairs a row, E = escaped weights.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from birkhoff.codec.lattice import LatticeTensor
-from birkhoff.codec.trajectory import Escapes, coordinates_from_theta
+from birkhoff.codec.pairs import columns_of_pairs, join, pairs_per_row, split
+from birkhoff.codec.trajectory import HIGH, LOW, Escapes, coordinates_from_theta
 
 
 def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -22,3 +25,98 @@ def put_escapes(weight_NK: Tensor, index: Tensor, value: Tensor) -> Tensor:
     if index.numel():
         weight_NK.view(-1)[index.to(weight_NK.device)] = value.to(weight_NK.device, weight_NK.dtype)
     return weight_NK
+
+
+PLANE_ALIGNMENT = 16
+"""Bytes that rows of a plane begin at multiples of: what the copy engine of a GPU asks for."""
+
+
+def plane_columns(columns: int, extra: int = 0) -> int:
+    """W, the columns of the plane of a matrix of K = `columns`: whole pairs and `extra` ones, to a multiple of 16."""
+    return -(-(2 * pairs_per_row(columns) + extra) // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+
+
+def plane_of(code: LatticeTensor) -> tuple[Tensor, Tensor]:
+    """Coordinates as one int8 plane [N, W] in the order of the columns, I where x stands and J where y does.
+
+    What an escaped coordinate has beyond a byte stands in further columns behind the pairs, as many as it takes; the
+    second result, int32 [X], says which column each of them repeats. The rest of W is 0.
+    """
+    pairs = code.i.shape[1]
+    parts = [join(code.i, code.j, 2 * pairs)]
+    row, column, rest = _escaped(code)
+    parts[0][row, column] = rest.clamp(LOW, HIGH).to(torch.int8)
+    extra = [column[:0]]
+    while (beyond := rest - rest.clamp(LOW, HIGH)).any():
+        row, column, rest = (part[beyond != 0] for part in (row, column, beyond))
+        repeated, place = torch.unique(column, return_inverse=True)
+        parts.append(parts[0].new_zeros(len(parts[0]), len(repeated)))
+        parts[-1][row, place] = rest.clamp(LOW, HIGH).to(torch.int8)
+        extra.append(repeated)
+    count = sum(map(len, extra))
+    padding = parts[0].new_zeros(len(parts[0]), plane_columns(code.columns, count) - 2 * pairs - count)
+    return torch.cat((*parts, padding), dim=1), torch.cat(extra).to(torch.int32)
+
+
+def extra_columns(code: LatticeTensor) -> int:
+    """X, the further columns that `plane_of` a matrix takes for its escapes."""
+    _, column, value = _escaped(code)
+    most = torch.zeros(2 * code.i.shape[1], dtype=value.dtype, device=value.device)
+    beyond = torch.where(value < 0, (LOW - value + -LOW - 1) // -LOW, (value - HIGH + HIGH - 1) // HIGH).clamp(min=0)
+    # Of a column with coordinates of both signs, the longer of the two.
+    return int(most.scatter_reduce_(0, column, beyond, "amax").sum())
+
+
+def _escaped(code: LatticeTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column among whole pairs, coordinate), int64, of both coordinates of every escaped pair."""
+    pairs = code.i.shape[1]
+    first, second = columns_of_pairs(code.escapes.pair % pairs, 2 * pairs)
+    row = code.escapes.pair // pairs
+    return torch.cat((row, row)), torch.cat((first, second)), torch.cat((code.escapes.i, code.escapes.j)).long()
+
+
+def coordinates_of(plane_NW: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """(I, J), int8 [N, P], of a plane; of escaped pairs as near as bytes come."""
+    return split(plane_NW[:, : 2 * pairs_per_row(columns)])
+
+
+def quantise_tokens(x_MK: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as int8 [M, W], one float32 scale a token [M]: what a plane with these `extra` is multiplied with.
+
+    The shear of the weights, x = (I + J/256) h, is moved to the activations: b = (a_x, a_y + a_x/256); then
+    scale = max |b| / 127 and q = round(b / scale), halves to even. A token that holds NaN or infinity gets a scale that
+    is not finite.
+    """
+    tokens, columns = x_MK.shape
+    width = 2 * pairs_per_row(columns)
+    first, second = split(torch.nn.functional.pad(x_MK.to(torch.float32), (0, width - columns)))
+    second = second.add_(first, alpha=1 / 256)
+    greatest = torch.maximum(first.abs().amax(1), second.abs().amax(1)) if columns else x_MK.new_zeros(tokens)
+    greatest = greatest.to(torch.float32).clamp(min=2.0**-100)
+    inverse = torch.full_like(greatest, 127).div_(greatest)[:, None]  # 127 / greatest rounds twice in torch
+    q = x_MK.new_zeros((tokens, plane_columns(columns, len(extra))), dtype=torch.int8)
+    join(first.mul_(inverse).round_(), second.mul_(inverse).round_(), width, out=q[:, :width])
+    q[:, width : width + len(extra)] = q[:, extra]
+    return q, greatest / 127
+
+
+def exact_product(q_MW: Tensor, plane_NW: Tensor) -> Tensor:
+    """q w^T of int8 matrices: whole numbers below 2^53, exact in float64."""
+    return q_MW.double() @ plane_NW.double().T
+
+
+def int8_linear(
+    x_MK: Tensor,
+    plane_NW: Tensor,
+    extra: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    multiply: Callable[[Tensor, Tensor], Tensor] = exact_product,
+) -> Tensor:
+    """x W^T + b, [M, N] in the dtype of x, of quantised tokens and `plane_of` the weight.
+
+    `step` is float32 [], `multiply` takes int8 [M, W] and [N, W] to the exact product [M, N].
+    """
+    q, scale = quantise_tokens(x_MK, extra)
+    y = multiply(q, plane_NW).float() * (scale * step)[:, None]
+    return (y if bias is None else y + bias.float()).to(x_MK.dtype)

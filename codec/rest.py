@@ -1,4 +1,4 @@
-"""At rest: bytes as one stream, raw, under zstd or coded by a table, whichever is smallest.
+"""The form at rest: bytes as one stream, raw, by zstd or by a code table, whichever is smallest.
 
 The symbols of a lattice tensor and the byte planes of a lossless one are independent of each other, so an entropy coder
 is all there is to gain: rANS by a table of its own for each stream (see `entropy`). A search for repeats finds chance

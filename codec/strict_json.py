@@ -1,4 +1,4 @@
-"""JSON as stored files use it: a duplicate key is an error, where Python's parser keeps the last one."""
+"""Strict JSON for stored files: a duplicate key is an error, while Python's parser keeps the last one."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ class DuplicateKeyError(ValueError):
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of pairs whose keys all differ. Raises DuplicateKeyError."""
+    """Return a dict of pairs whose keys all differ. Raises DuplicateKeyError."""
     table = dict(pairs)
     if len(table) < len(pairs):
         raise DuplicateKeyError("a key appears twice")

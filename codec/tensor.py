@@ -1,4 +1,4 @@
-"""One tensor to its stored form and back, whatever the codec: the place where codecs are told apart."""
+"""Encode and decode one tensor with any codec: the place that tells codecs apart."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +13,13 @@ from birkhoff.codec.container import (
     MAX_EXPANSION,
     Claims,
     CodedTensor,
+    DifferenceParams,
     LatticeParams,
     PaperParams,
     Params,
 )
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
-from birkhoff.codec.errors import FormatError, TargetError, TensorError
+from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, fidelity, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
@@ -63,17 +64,15 @@ class _Unpacked:
     def packed(self, streams: Sequence[bytes | memoryview], escapes: int) -> Encoded:
         """The stored tensor."""
         params = LatticeParams(path=self.path, columns=self.code.columns, step=self.code.step, escapes=escapes)
-        coded = _stored(self.name, self.tensor, "lattice", *streams, params=params, error=self.error)
-        if self.target_db is not None:  # rounded down, lest it claim too much
-            claims = replace(coded.claims, target_db=math.floor(self.target_db * 1000) / 1000)
-            coded = replace(coded, claims=claims)
-        return Encoded(tensor=coded, reason="", fidelity=self.error)
+        coded = stored(self.name, self.tensor, "lattice", *streams, params=params, error=self.error)
+        encoded = Encoded(tensor=coded, reason="", fidelity=self.error)
+        return encoded if self.target_db is None else with_target(encoded, self.target_db)
 
 
 def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
     """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
 
-    Under a nominal target `output.encode` does.
+    Under a nominal target `output.encode` does, with a base `difference.encode`.
 
     Raises:
         TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
@@ -116,17 +115,18 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
     """
     return decode_with_code(coded, device)[0]
 
 
 def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Tensor, lattice.LatticeTensor | None]:
-    """`decode_tensor`, and the coordinates that a `lattice` tensor was decoded from, on `device` too; else None.
+    """`decode_tensor`, and the coordinates that a tensor on the lattice was decoded from, on `device` too; else None.
 
     The streams are read on the CPU, as FORMAT.md writes it down, step by step. Raises as `decode_tensor`.
     """
     try:
-        if coded.codec == "lattice":
+        if isinstance(coded.params, LatticeParams):
             dtype, code = float_dtype(coded), lattice_of(coded).to(device)
             return code.decode(dtype).view(coded.shape), code
         return _DECODERS[coded.codec](coded).to(device), None
@@ -134,6 +134,8 @@ def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Te
         raise FormatError(
             f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
         ) from None
+    except BaseError:
+        raise  # which names the tensor
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
 
@@ -156,7 +158,7 @@ def _from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, 
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def _stored(
+def stored(
     name: str,
     tensor: Tensor,
     codec: str,
@@ -180,7 +182,7 @@ def _stored(
 
 
 def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
-    return _stored(name, tensor, "raw", _bytes_of(tensor))
+    return stored(name, tensor, "raw", _bytes_of(tensor))
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
@@ -189,7 +191,7 @@ def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
     packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
     # Few bytes may stand for so many weights: see `container.MAX_EXPANSION`.
     if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
-        return _stored(name, tensor, "planes", *packed)
+        return stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
 
 
@@ -266,15 +268,26 @@ def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: 
 
 
 def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded | _Unpacked:
-    """Code a tensor at the error that the published codec makes on it, within what the lattice can serve.
+    target_db = published_target(tensor)
+    return _with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
+
+
+def published_target(tensor: Tensor) -> float:
+    """The SQNR in dB that the published codec reaches on a tensor, within what the lattice can serve.
 
     What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
     """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
     lowest, highest = TARGET_DB_RANGE
-    target_db = highest if published is None else min(max(lowest, published), highest)
-    encoded = _encode_lattice(name, tensor, target_db, path=path)
-    return _with_target(encoded, target_db)
+    return highest if published is None else min(max(lowest, published), highest)
+
+
+def with_target(encoded: Encoded, target_db: float) -> Encoded:
+    """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
+    if encoded.fidelity is None:
+        return encoded
+    claims = replace(encoded.tensor.claims, target_db=math.floor(target_db * 1000) / 1000)
+    return replace(encoded, tensor=replace(encoded.tensor, claims=claims))
 
 
 def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _Unpacked:
@@ -283,12 +296,38 @@ def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _U
 
 
 def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
-    """The coordinates of a `lattice` tensor, without decoding them to weights: what HyperLinear is built from.
+    """The coordinates of a tensor on the lattice, without decoding them to weights: what HyperLinear is built from.
+
+    Those of a difference are the sum of its base's and its own: what comes out does not tell.
 
     On the CPU, and the reference of what is faster on a GPU: `birkhoff.kernels.entropy.op.lattices_of`.
 
     Raises:
         FormatError: the streams are not what the entry declares.
+        BaseError: it is a difference, and its base is not at hand.
+    """
+    own = own_lattice(coded)
+    params = coded.params
+    if not isinstance(params, DifferenceParams):
+        return own
+    return lattice.combine(lattice_of(base_of(coded)), own, times=params.times, stride=params.stride, step=params.step)
+
+
+def base_of(coded: CodedTensor) -> CodedTensor:
+    """The tensor that a difference is to. Raises BaseError if it is not at hand."""
+    if coded.base is None:
+        assert isinstance(coded.params, DifferenceParams)
+        raise BaseError(
+            f"tensor {coded.name!r} is a difference to the one in container {coded.params.base}, which is not at hand: "
+            "read both with `container.with_bases`"
+        )
+    return coded.base
+
+
+def own_lattice(coded: CodedTensor) -> lattice.LatticeTensor:
+    """The coordinates that a tensor's own streams hold: of a difference, what is added to its base's.
+
+    Raises FormatError.
     """
     params, shape = lattice_shape(coded)
     unpack = planes.unpack_1 if coded.version == 1 else planes.unpack
@@ -297,7 +336,7 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
 
 
 def lattice_shape(coded: CodedTensor) -> tuple[LatticeParams, tuple[int, int]]:
-    """What a `lattice` tensor declares, and the shape (R, P) of its planes. Raises FormatError where they disagree."""
+    """What such a tensor declares, and the shape (R, P) of its planes. Raises FormatError where they disagree."""
     params = coded.params
     if not isinstance(params, LatticeParams):
         raise FormatError(f"codec {coded.codec} holds no coordinates")
@@ -347,7 +386,7 @@ def _encode_paper(name: str, tensor: Tensor) -> Encoded:
     error = fidelity(tensor, paper.decode(code).to(tensor.dtype))
     (x, y), (far_x, far_y) = code.centre.tolist(), code.far.tolist()
     params = PaperParams(per_row=code.per_row, U=code.U, K=code.K, bits=code.bits, centre=(x, y), far=(far_x, far_y))
-    coded = _stored(name, tensor, "paper", code.packed(), params=params, error=error)
+    coded = stored(name, tensor, "paper", code.packed(), params=params, error=error)
     return Encoded(tensor=coded, reason="", fidelity=error)
 
 

@@ -104,5 +104,5 @@ class Escapes:
         return cls(pair=empty.to(torch.int64), i=empty, j=empty)
 
     def to(self, device: torch.device | str) -> "Escapes":
-        """The same escapes on another device."""
+        """Return the same escapes on another device."""
         return Escapes(pair=self.pair.to(device), i=self.i.to(device), j=self.j.to(device))

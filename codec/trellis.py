@@ -145,7 +145,7 @@ _COMPARE: tuple[Callable[..., object], Callable[[Tensor], Any]] = (np.less, Tens
 
 
 def _by_bit(state_8L: Tensor) -> Tensor:
-    """What belongs to the states 2q + o, as [o, q, L]."""
+    """Return what belongs to the states 2q + o, as [o, q, L]."""
     by_bit: Tensor = state_8L.unflatten(0, (4, 2)).transpose(0, 1)
     return by_bit
 
@@ -193,7 +193,7 @@ def symbols(n: Tensor) -> Tensor:
 
 
 def numbers(k: Tensor, lanes: int | None = None) -> Tensor:
-    """The whole numbers int16 [S] of a plane of symbols k (any integer type, [S]), following the automaton.
+    """Return the whole numbers int16 [S] of a plane of symbols k (any integer type, [S]), following the automaton.
 
     `lanes` is L, that of path 1 if not given.
     """

@@ -32,6 +32,9 @@ class CompressedLinear(nn.Module):
     _CODE: ClassVar[tuple[tuple[str, torch.dtype | None], ...]]
     """Buffers in the order of the op's arguments, and the type of their values where that is not the buffer's."""
 
+    _SIZED: ClassVar[tuple[str, ...]] = ("escape_index", "escape_bits")
+    """Buffers that take the shape of what a state dict holds."""
+
     step_bits: Tensor
     escape_index: Tensor
     escape_bits: Tensor
@@ -171,9 +174,10 @@ class CompressedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _to_bits(state_dict, prefix)
-        for name in ("escape_index", "escape_bits"):
-            stored = state_dict.get(prefix + name)
-            if stored is not None and stored.shape != getattr(self, name).shape:
+        for name in self._SIZED:
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            # Rows of a matrix are those of the layer.
+            if stored is not None and stored.shape != own.shape and stored.shape[:-1] == own.shape[:-1]:
                 setattr(self, name, getattr(self, name).new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -1,7 +1,7 @@
-"""How long to wait before trying again: the one policy of stores and downloads.
+"""The wait before a retry: one policy for stores and downloads.
 
-The wait doubles with each failure in a row and is shortened by chance to as little as half, so that clients which
-failed together do not come back together. What the other side asks for (`Retry-After`) goes first, up to a bound.
+The wait doubles with each consecutive failure, and jitter shortens it to as little as half, so that clients that failed
+together do not retry together. The server's `Retry-After` takes precedence, up to a bound.
 """
 
 import random
@@ -9,14 +9,14 @@ import time
 from email.utils import parsedate_to_datetime
 
 FIRST_SECONDS = 0.5
-"""Before the second try, at most. Four tries wait 1.7 to 3.5 s in all."""
+"""The longest wait before the second try, in seconds. Four tries wait 1.7 to 3.5 s in total."""
 
 LONGEST_SECONDS = 60.0
-"""Also of what a server may ask for."""
+"""The longest wait, also at a server's request."""
 
 
 class Backoff:
-    """The failures in a row of one piece of work that may be tried `attempts` times.
+    """The consecutive failures of work that may be tried `attempts` times.
 
     `first` is the longest wait before the second try, in seconds.
     """
@@ -29,7 +29,7 @@ class Backoff:
     def again(self, asked: float | None = None) -> bool:
         """Count a failure, then wait and return True; False at once if that was the last try.
 
-        `asked` is what the other side wants us to wait, in seconds.
+        `asked` is the wait that the server requests, in seconds.
         """
         self.failures += 1
         if self.failures >= self._attempts:
@@ -38,7 +38,7 @@ class Backoff:
         return True
 
     def reset(self) -> None:
-        """Forget the failures so far: the work has moved on since."""
+        """Forget the failures so far, because the work has advanced."""
         self.failures = 0
 
     def _pause(self) -> float:
@@ -46,7 +46,7 @@ class Backoff:
 
 
 def retry_after(text: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date. None for neither."""
+    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3), a number or a date; None for neither."""
     text = (text or "").strip()
     if text.isdecimal():
         return float(text)

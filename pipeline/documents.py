@@ -12,16 +12,16 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""More than any document has (a manifest of 10,000 shards: 6 MB), and no burden for who reads it."""
+"""More than any document needs (a manifest of 10,000 shards: 6 MB), and harmless to read."""
 
 
 class Document(BaseModel):
-    """A stored document: unknown fields are refused, nothing changes once it is made."""
+    """A stored document: frozen, and unknown fields are refused."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     def to_bytes(self) -> bytes:
-        """Compact JSON in field order: equal documents are equal bytes."""
+        """Return compact JSON in field order: equal documents are equal bytes."""
         data = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
@@ -51,4 +51,4 @@ def parse_bounded(kind: type[D], key: str, body: bytes) -> D:
 def check_size(key: str, body: bytes) -> None:
     """Refuse the body of a document of which more than `MAX_DOCUMENT_BYTES` were read. Raises IntegrityError."""
     if len(body) > MAX_DOCUMENT_BYTES:
-        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of ours")
+        raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of this program")

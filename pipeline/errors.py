@@ -1,11 +1,11 @@
 """Errors of the pipeline and the exit code of every kind.
 
 BirkhoffError                   (birkhoff.codec.errors)
-├── ManifestError               a manifest that does not say what it should
+├── ManifestError               a manifest that is not valid
 ├── SourceError                 a checkpoint that is missing, truncated, corrupt or of an unknown kind
-│   ├── SourceGoneError         there is no such file at its address
+│   ├── SourceGoneError         its address has no such file
 │   └── UnsafeSourceError       a pickle that would run code
-├── StoreError                  the object store did not do what was asked
+├── StoreError                  the object store failed
 │   ├── StoreUnreachableError   no answer, or not the answer of an object store
 │   ├── StoreDeniedError        wrong key, missing permission, read-only
 │   ├── ObjectNotFoundError     no such object
@@ -14,15 +14,15 @@ BirkhoffError                   (birkhoff.codec.errors)
 │   ├── ConditionsError         the store has no conditional writes
 │   └── PreconditionError       a conditional write lost: the object exists already, or has changed
 ├── ArtifactNotFoundError       no such model, version, alias or digest
-├── AliasError                  an alias that cannot be called so, cannot go back, or is protected
-├── LabelError                  a label that cannot be one, or one too many
+├── AliasError                  an alias with a bad name, without a way back, or protected
+├── LabelError                  a label that is not valid, or one too many
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
-├── ModelMismatchError          an artifact whose tensors are not those of the model to load into
+├── ModelMismatchError          an artifact that does not fit the model to load into
 ├── BuilderError                a model whose code is not here, or that `segment` cannot drive
 ├── PictureError                a picture, prompt or annotation that cannot be used
 ├── TrustError                  a signature missing or wrong, or an alias that went back
 ├── OutputError                 a file or folder that cannot be written
-├── BudgetError                 a budget that no quality fits into
+├── BudgetError                 a budget that no quality fits
 ├── ValidationError             an encoded tensor that does not meet its target
 │   └── ProofError              a model whose outputs do not agree with the original's, or cannot be proven to
 ├── BusyError                   an earlier tick of the same schedule is still at work
@@ -39,7 +39,7 @@ from birkhoff.pipeline.text import printable
 
 
 class ManifestError(BirkhoffError):
-    """A manifest that does not say what it should."""
+    """A manifest that is not valid."""
 
 
 class SourceError(BirkhoffError):
@@ -47,7 +47,7 @@ class SourceError(BirkhoffError):
 
 
 class SourceGoneError(SourceError):
-    """There is no such file at its address: asking again will not help."""
+    """The address has no such file; a retry will not help."""
 
 
 class UnsafeSourceError(SourceError):
@@ -55,13 +55,13 @@ class UnsafeSourceError(SourceError):
 
 
 class StoreError(BirkhoffError):
-    """The object store did not do what was asked."""
+    """The object store failed."""
 
 
 class StoreUnreachableError(StoreError):
-    """No answer from the store, or not the answer of an object store.
+    """No answer from the store, or not that of an object store: a failure worth retrying.
 
-    `retry_after` is what the store asks to wait before the next try, in seconds; None where it says nothing.
+    `retry_after` is the wait that the store asks for, in seconds; None if it does not say.
     """
 
     def __init__(self, *arguments: object, retry_after: float | None = None) -> None:
@@ -78,13 +78,13 @@ class ObjectNotFoundError(StoreError):
 
 
 class StoreConflictError(StoreError):
-    """The store could not decide between two writers that met, and did neither's bidding."""
+    """Two writers met at one object, and the store obeyed neither."""
 
 
 class ConditionsError(StoreError):
-    """The store refuses conditional writes, or has tags that no condition ever matches.
+    """The store refuses conditional writes, or its tags never match a condition.
 
-    `finding` says which, in words that go on from the store's name: "answers If-Match with 501 NotImplemented".
+    `finding` says which, as a phrase that follows the store's name: "answers If-Match with 501 NotImplemented".
     """
 
     def __init__(self, message: str, finding: str) -> None:
@@ -96,7 +96,7 @@ class ConditionsError(StoreError):
 
 
 class PermitEndedError(StoreError):
-    """The store refused a deletion, because its permit had ended by then."""
+    """The store refused a deletion because its permit had ended."""
 
 
 class PreconditionError(StoreError):
@@ -108,11 +108,11 @@ class ArtifactNotFoundError(BirkhoffError):
 
 
 class AliasError(BirkhoffError):
-    """An alias that cannot be called so, cannot go back, or is protected."""
+    """An alias with a bad name, without a way back, or protected."""
 
 
 class LabelError(BirkhoffError):
-    """A label that cannot be one, or one too many."""
+    """A label that is not valid, or one too many."""
 
 
 class IntegrityError(BirkhoffError):
@@ -120,11 +120,11 @@ class IntegrityError(BirkhoffError):
 
 
 class ModelMismatchError(BirkhoffError):
-    """An artifact whose tensors are not those of the model to load into."""
+    """An artifact that does not fit the model to load into."""
 
 
 class BuilderError(BirkhoffError):
-    """A model that cannot be built here: its code or its configuration is missing, or nothing drives it."""
+    """A model that cannot be built here: its code or configuration is missing, or no adapter runs it."""
 
 
 class PictureError(BirkhoffError):
@@ -132,7 +132,7 @@ class PictureError(BirkhoffError):
 
 
 class TrustError(BirkhoffError):
-    """A signature that is missing or does not hold, a key file that is none, or an alias that went back unnoticed."""
+    """A signature that is missing or wrong, a file that is not a key, or an alias that went back."""
 
 
 class OutputError(BirkhoffError):
@@ -140,7 +140,7 @@ class OutputError(BirkhoffError):
 
 
 class BudgetError(BirkhoffError):
-    """A budget that no quality fits into."""
+    """A budget that no quality fits."""
 
 
 class ValidationError(BirkhoffError):
@@ -214,7 +214,7 @@ def exit_code(error: BirkhoffError) -> int:
 
 
 def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
-    """An error for machines: its class, its exit code, its line, and what that line advises.
+    """Return an error for machines: its class, its exit code, its line, and what that line advises.
 
     Error lines say what, where and, as their last clause, what to do next.
     """
@@ -224,12 +224,12 @@ def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
 
 
 def failure_of(error: BirkhoffError) -> dict[str, object]:
-    """The same of an error of ours."""
+    """Return the same for a BirkhoffError."""
     return failure_facts(type(error).__name__, exit_code(error), str(error))
 
 
 def failure(errors: Sequence[BirkhoffError | None]) -> BirkhoffError | None:
-    """What models, one entry for each, make a command end with: their one kind of error, or PartialError."""
+    """Return what models, one entry for each, make a command end with: their one kind of error, or PartialError."""
     failed = [error for error in errors if error is not None]
     if not failed:
         return None

@@ -1,4 +1,4 @@
-"""Members of the Segment Anything family by the names that `adapter:` takes; `segment.adapters` runs them.
+"""Members of the Segment Anything family under the names of `adapter:`; `segment.adapters` runs them.
 
 And the files that go with a transformers model.
 """

@@ -1,13 +1,11 @@
-"""Files that appear whole or not at all, links to files that others share, and what tells a file's states apart."""
+"""Atomic file writes, links to shared files, and fingerprints of a file's state."""
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,6 +32,8 @@ def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
     Raises OSError.
     """
+    import tempfile  # in functions: commands that write nothing start without it
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     os.close(handle)
     temporary = Path(name)
@@ -110,6 +110,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: there is one of that name that holds something, or it cannot be written.
     """
+    import tempfile
+
     check_new_folder(folder)
     target, temporary = folder.absolute(), None
     try:
@@ -127,6 +129,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes in hex, in constant memory. Raises OSError."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

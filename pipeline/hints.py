@@ -1,8 +1,7 @@
-"""Commands that messages tell people to run, written so that they do the same as printed.
+"""Commands that messages recommend, complete enough to run as printed.
 
-A hint carries what the command at hand was told beyond its arguments: how the program was called, which store was named
-on its command line or in its manifest, and that plain http was allowed. The command line says so once (`remember`);
-without it, as in a library, a hint is what the environment means.
+A hint includes how the program was called, the store of the command line or manifest, and whether plain http is
+allowed. The command line notes them once (`remember`). Without it, as in a library, a hint relies on the environment.
 """
 
 import shlex
@@ -18,17 +17,17 @@ _context: dict[str, str] = {}
 
 
 def remember(**facts: str | None) -> None:
-    """Note `program`, `store` or `allow_http` of the command at hand; None leaves what is known."""
+    """Note `program`, `store` or `allow_http` of the current command; None keeps what is known."""
     _context.update({name: value for name, value in facts.items() if value is not None})
 
 
 def forget() -> None:
-    """A new command begins."""
+    """Forget the previous command."""
     _context.clear()
 
 
 def hint(*words: str) -> str:
-    """A whole command line: `hint("history", "net")` is `birkhoff history net --store file:///models`."""
+    """Return a whole command line: `hint("history", "net")` is `birkhoff history net --store file:///models`."""
     line = [_context.get("program", _PROGRAM), *map(shlex.quote, words)]
     if words[0] not in _WITHOUT_STORE and "store" in _context:
         line += ["--store", shlex.quote(_context["store"])]
@@ -38,7 +37,7 @@ def hint(*words: str) -> str:
 
 
 def program() -> str:
-    """How this process was called: `birkhoff` if that leads here, else as it was typed."""
+    """Return how this process was called: `birkhoff` if that resolves to it, else as typed."""
     called = Path(sys.argv[0])
     if (called.parent.name, called.name) == (_PROGRAM, "__main__.py"):
         return f"{shlex.quote(sys.executable)} -m birkhoff"

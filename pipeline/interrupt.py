@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: asked once, acted on soon, never lost.
+"""Ctrl-C and SIGTERM: one request, acted on soon, never lost.
 
-Python raises KeyboardInterrupt wherever it happens to be, also inside a finaliser, which swallows it, and the command
-line library turns it into a silent exit; SIGTERM would end the process with nothing put in order. So both signals raise
-an exception of ours, and leave a mark for loops to see. Compiled libraries can make nonsense of an exception that
-arrives in the middle of a call; such calls are made inside `deferred`, where there is the mark alone.
+Python raises KeyboardInterrupt at any point, even inside a finaliser, which swallows it, and the command line library
+turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise our own exception and
+set a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such
+calls are made inside `deferred`, where only the flag is set.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _deferred = 0
 
 
 class Interrupted(BaseException):
-    """The user asked to stop. Not an Exception: no handler of errors may keep it. `exit_code` is the shell's."""
+    """The user asked to stop. Not an Exception, so that no error handler catches it. `exit_code` is the shell's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let a signal that comes inside the block wait for its end, in the main thread; for calls that end soon."""
+    """Defer a signal to the end of the block, in the main thread; for short calls."""
     global _deferred
     _deferred += 1
     try:
@@ -50,7 +50,7 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the user has asked to stop."""
+    """Return whether the user has asked to stop."""
     return _asked.is_set()
 
 
@@ -59,7 +59,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def stop(number: int) -> None:
-    """Act as if the signal had come: raise Interrupted, or leave the mark where that is deferred."""
+    """Act as if the signal had come: raise Interrupted, or set the flag while deferred."""
     global _number  # handlers get no state of their own
     _number = signal.Signals(number)
     _asked.set()

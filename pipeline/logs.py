@@ -42,7 +42,7 @@ class LogFormat(StrEnum):
 
 
 class _Lines(logging.Formatter):
-    """Lines for people: what a stranger wrote into a message is `printable`, a traceback has lines of its own."""
+    """Format lines for people. Untrusted text is made `printable`; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """The line, without traceback."""
@@ -67,7 +67,7 @@ def configure(form: LogFormat, *, debug: bool) -> None:
     handler.addFilter(lambda record: debug or record.name != _steps.name)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
     _package.setLevel(logging.DEBUG if debug else logging.INFO)
-    for noisy in ("botocore", "boto3", "urllib3", "asyncio"):
+    for noisy in ("botocore", "boto3", "urllib3", "asyncio", "azure", "msal", "google"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -1,4 +1,4 @@
-"""Where this package keeps what it needs on this host."""
+"""The folders for state and caches on this machine."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ _VARIABLE = "BIRKHOFF_HOME"
 
 
 def birkhoff_home() -> Path:
-    """$BIRKHOFF_HOME, or .birkhoff in the current directory; absolute, and not made here."""
+    """Return $BIRKHOFF_HOME, or .birkhoff in the current directory; absolute, and not created here."""
     return Path(os.environ.get(_VARIABLE) or ".birkhoff").absolute()
 
 
 def cache_folder() -> Path:
-    """Where pulled blobs are kept: below $BIRKHOFF_HOME if set, else the user's cache, so that all folders share it."""
+    """Return the folder of pulled blobs: below $BIRKHOFF_HOME if set, else in the user's cache."""
     if os.environ.get(_VARIABLE):
         return birkhoff_home() / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "birkhoff"
 
 
 def source_cache() -> Path:
-    """Where sources that must be converted or unpacked once are kept."""
+    """Return the folder of sources that were converted or unpacked."""
     return birkhoff_home() / "sources"

@@ -1,4 +1,4 @@
-"""Ids of runs: they sort by time, and keys below `runs/` begin with them."""
+"""Ids of runs. They sort by time and begin the keys below `runs/`."""
 
 import re
 
@@ -7,6 +7,6 @@ RUN_ID = r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{4}"
 
 
 def run_of(key: str) -> str | None:
-    """The run whose report an object belongs to, by its key; None for any other object."""
+    """Return the run whose report an object belongs to, by its key; None for any other object."""
     found = re.fullmatch(rf"runs/({RUN_ID})/.+", key)
     return found[1] if found else None

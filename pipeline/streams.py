@@ -1,7 +1,7 @@
-"""Standard streams that nobody reads: what a command does must not hang on whether its output finds a reader.
+"""Standard streams without a reader: a command does its work whether or not its output can be written.
 
-A daemon may have them closed, a pager may have gone, a disk may be full, a terminal may have hung up. A run whose last
-line cannot be written is published all the same; so nothing fails where it prints, and the exit code tells at the end.
+A daemon may have closed them, a pager may have quit, a disk may be full, a terminal may have hung up. A run is
+published even if its last line cannot be written. So printing never fails, and the exit code reports it at the end.
 """
 
 import errno
@@ -11,11 +11,11 @@ import sys
 from typing import Any, TextIO
 
 BROKEN_PIPE = 141
-"""The shell's code for a command that was ended by SIGPIPE, as others end whose reader has gone."""
+"""The shell's exit code for SIGPIPE, with which other commands end if their reader goes away."""
 
 
 class _Unfailing(io.FileIO):
-    """A stream that takes what cannot be written, and keeps the first error."""
+    """A stream that discards what cannot be written, and keeps the first error."""
 
     error: OSError | None = None
 
@@ -29,7 +29,7 @@ class _Unfailing(io.FileIO):
 
 
 def guard() -> None:
-    """Open the standard streams that are closed, and let writes to the others never fail."""
+    """Open closed standard streams, and make writes to the others never fail."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -41,14 +41,14 @@ def guard() -> None:
 
 
 def lost_output() -> OSError | None:
-    """The error by which something printed on standard output was lost; None where all was written."""
+    """Return the error that lost some standard output; None if everything was written."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.error if isinstance(raw, _Unfailing) else None
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Whether the reader of a pipe has gone."""
+    """Return whether the reader of a pipe went away."""
     return error.errno == errno.EPIPE
 
 

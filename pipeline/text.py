@@ -1,11 +1,11 @@
-"""Text for people: sizes, digests, names, and what a stranger wrote, each on one line."""
+"""Text for people: sizes, digests, names and untrusted text, each on one line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
 def size(count: int) -> str:
-    """Bytes for people: `5.7 MiB`."""
+    """Return bytes for people: `5.7 MiB`."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -15,17 +15,17 @@ def size(count: int) -> str:
 
 
 def short(digest: str) -> str:
-    """First 12 digits of a digest: enough to tell versions apart."""
+    """Return the first 12 digits of a digest: enough to tell versions apart."""
     return digest[:12]
 
 
 def fixed(digits: int) -> Callable[[float], str]:
-    """A number with so many decimals."""
+    """Return a number with so many decimals."""
     return lambda value: f"{value:.{digits}f}"
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """A number with so many digits that count."""
+    """Return a number with so many digits that count."""
     return lambda value: f"{value:.{digits}g}"
 
 
@@ -40,12 +40,12 @@ def pairs(table: Mapping[str, str]) -> str:
 
 
 def span(form: Callable[[Any], str]) -> Callable[[Sequence[Any]], str]:
-    """Two values as `5.7 to 6.4`, or as one where they read alike."""
+    """Return two values as `5.7 to 6.4`, or as one if they read alike."""
     return lambda ends: " to ".join(dict.fromkeys(map(form, ends)))
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Block characters for a terminal, lowest to highest; in the middle where all are equal."""
+    """Return block characters, from lowest to highest; middle blocks if all values are equal."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     if high == low:
         return "▄" * len(values)
@@ -53,25 +53,25 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """`repr` of something read from a file: one line and short, whatever the file says."""
+    """Return the `repr` of data from a file: on one line and short, whatever the file holds."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first telling line of a library's error, for use inside a one-line message."""
+    """Return type and first informative line of a library's error, for a one-line message."""
     # torch puts a page of advice on trusting the file before what went wrong.
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text that may quote a stranger's, for people: one line, and nothing in it that a terminal obeys."""
+    """Return untrusted text for people: on one line, without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def all_printable(value: Any) -> Any:
-    """A value of a table or a list with every text in it, however deep, `printable`."""
+    """Return a value of a table or a list with every text in it, however deep, `printable`."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -80,14 +80,14 @@ def all_printable(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """What was probably meant by a name that is not known."""
+    """Return the known name that an unknown one probably stands for."""
     import difflib  # on the way to an error only
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """` 'nmae', did you mean 'name'?`, or the name alone where nothing known is near."""
+    """` 'nmae', did you mean 'name'?`, or the name alone if no known name is near."""
     close = nearest(name, known)
     return f" {name!r}" if close is None else f" {name!r}, did you mean {close!r}?"
 

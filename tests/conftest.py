@@ -25,6 +25,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are processors: many tests wait, for servers, for Ray, for a signal to arrive."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest first: side by side with others, it would be waited for at the end."""
     items.sort(key=lambda item: item.path.name != "test_pages.py")
@@ -45,3 +51,13 @@ def same_process() -> Iterator[None]:
     for name, value in before.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each store of the conformance suite can do, a row each."""
+    reports = terminalreporter.getreports("passed")
+    rows = [value for report in reports for name, value in report.user_properties if name == "capabilities"]
+    if rows:
+        terminalreporter.section("stores")
+    for row in rows:
+        terminalreporter.write_line(", ".join(f"{name}: {value}" for name, value in row.items()))

@@ -15,9 +15,10 @@ TOP = ("codec", "kernels", "pipeline")
 ORDER = (
     *("codec/native", "codec/entropy"),
     "codec",
-    "codec/output",
-    *("kernels/runtime", "kernels/decode", "kernels/entropy", "kernels/encode", "kernels/trellis", "kernels/linear"),
-    "kernels/packed",
+    *("codec/difference", "codec/output"),
+    *("kernels/runtime", "kernels/decode", "kernels/entropy", "kernels/encode", "kernels/trellis"),
+    *("kernels/feedback", "kernels/linear", "kernels/packed"),
+    "kernels/int8",
     "kernels",
     "pipeline",
     *("pipeline/store", "pipeline/checkpoint", "pipeline/download", "pipeline/registry", "pipeline/shard"),

@@ -1,4 +1,7 @@
-"""The pages of this repository: their fenced blocks, their links, and the commands that they name."""
+"""The pages of this repository: their fenced blocks, their links, and the commands that they name.
+
+What the site generates (`docs/_build`) is no page: it comes from the code.
+"""
 
 import re
 import shlex
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("codec", "kernels", "pipeline", "manifests", "tests")
+FOLDERS = ("codec", "docs", "kernels", "pipeline", "manifests", "tests")
 PROGRAMS = ("birkhoff", "make", "python")
 
 _BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -76,6 +79,6 @@ def read(name: str) -> Page:
 
 def pages() -> dict[str, Page]:
     """Every page, by its name."""
-    files = [*ROOT.glob("*.md"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.md"))]
+    files = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
     names = sorted(path.relative_to(ROOT).as_posix() for path in files)
-    return {name: read(name) for name in names if not any(part.startswith(".") for part in Path(name).parts)}
+    return {name: read(name) for name in names if not any(part[0] in "._" for part in Path(name).parts)}

@@ -1,4 +1,4 @@
-"""The codec's inner loops in C, built where there is a compiler; for all of them references in Python run without.
+"""The codec's inner loops in C, built if there is a compiler. References in Python run without it.
 
-Imports nothing of ours.
+Imports nothing of the project.
 """

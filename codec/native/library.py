@@ -1,4 +1,4 @@
-"""The native library, if it was built: found beside this file, loaded once, and asked for its version.
+"""Find the native library beside this file, if it was built, load it once, and check its version.
 
 `make setup` (or any installation of the package) compiles it with the system's C compiler. Without one, or under
 `BIRKHOFF_NATIVE=0`, the references in Python run instead and make the same bytes, some ten times slower: that is logged
@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 5
+VERSION = 6
 """Of the functions' meaning, as `native.c` says it."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -94,6 +94,11 @@ _FUNCTIONS = (
     ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),
     ("birkhoff_split", _FLOAT, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER)),
     ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
+    (
+        "birkhoff_add",
+        _LONG,
+        (*(_POINTER,) * 4, _LONG, _INT, _INT, *(_POINTER,) * 4, _LONG),
+    ),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     (
         "birkhoff_regroup",

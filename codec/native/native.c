@@ -31,7 +31,7 @@ static int vectors = -1; /* -1: whatever the machine has; 0: base instructions o
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 5; }
+EXPORT int32_t birkhoff_native_version(void) { return 6; }
 
 /* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -756,4 +756,57 @@ static float split_base(const float *w, int64_t r, int64_t c, float factor, floa
 EXPORT float birkhoff_split(
     const float *weight, int64_t rows, int64_t columns, float factor, float *first, float *second) {
     return (use_avx2() ? split_avx2 : split_base)(weight, rows, columns, factor, first, second);
+}
+
+/* lattice.combine of planes of pairs: each coordinate is times * base + stride * own. A pair with one outside -128..127
+ * becomes 0, and its index and its two coordinates (one after the other) are noted. Returns how many there are; past
+ * `room` none is noted. Factors are small enough for 16 bits. */
+INLINE int64_t added(
+    const int8_t *const base[2], const int8_t *const own[2], int64_t size, int32_t times, int32_t stride,
+    int8_t *const out[2], int64_t *index, int32_t *wide, int64_t room) {
+    const int16_t m = (int16_t)times, n = (int16_t)stride;
+    int64_t outside = 0;
+    for (int64_t start = 0; start < size; start += 1024) {
+        int64_t count = size - start < 1024 ? size - start : 1024;
+        const int8_t *restrict bi = base[0] + start, *restrict bj = base[1] + start;
+        const int8_t *restrict oi = own[0] + start, *restrict oj = own[1] + start;
+        int8_t *restrict to_i = out[0] + start, *restrict to_j = out[1] + start;
+        int16_t far = 0;
+        for (int64_t at = 0; at < count; at++) {
+            int16_t i = (int16_t)(m * bi[at] + n * oi[at]), j = (int16_t)(m * bj[at] + n * oj[at]);
+            /* 0 if both fit a byte: what is left of n when its byte, sign and all, is taken away */
+            int16_t left = (int16_t)((i - (int8_t)i) | (j - (int8_t)j));
+            int16_t keep = left ? 0 : -1;
+            far |= left;
+            to_i[at] = (int8_t)(i & keep), to_j[at] = (int8_t)(j & keep);
+        }
+        for (int64_t at = 0; far && at < count; at++) {
+            int32_t i = m * bi[at] + n * oi[at], j = m * bj[at] + n * oj[at];
+            if (i < -128 || i > 127 || j < -128 || j > 127) {
+                if (outside < room) index[outside] = start + at, wide[2 * outside] = i, wide[2 * outside + 1] = j;
+                outside++;
+            }
+        }
+    }
+    return outside;
+}
+
+TARGET_AVX2 static int64_t added_avx2(
+    const int8_t *const base[2], const int8_t *const own[2], int64_t size, int32_t times, int32_t stride,
+    int8_t *const out[2], int64_t *index, int32_t *wide, int64_t room) {
+    return added(base, own, size, times, stride, out, index, wide, room);
+}
+
+static int64_t added_base(
+    const int8_t *const base[2], const int8_t *const own[2], int64_t size, int32_t times, int32_t stride,
+    int8_t *const out[2], int64_t *index, int32_t *wide, int64_t room) {
+    return added(base, own, size, times, stride, out, index, wide, room);
+}
+
+EXPORT int64_t birkhoff_add(
+    const int8_t *base_i, const int8_t *base_j, const int8_t *own_i, const int8_t *own_j, int64_t size, int32_t times,
+    int32_t stride, int8_t *i, int8_t *j, int64_t *index, int32_t *wide, int64_t room) {
+    const int8_t *const base[2] = {base_i, base_j}, *const own[2] = {own_i, own_j};
+    int8_t *const out[2] = {i, j};
+    return (use_avx2() ? added_avx2 : added_base)(base, own, size, times, stride, out, index, wide, room);
 }

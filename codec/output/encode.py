@@ -23,6 +23,13 @@ from birkhoff.codec.trajectory import N
 _LEAST_ERROR = 1e-30
 """Of an output, where none is left."""
 
+REFINEMENTS = 2
+"""Times that single nodes are all rounded once more."""
+
+REFINED_BITS = 0.08
+"""More than that saves a weight, at equal error of the output: 0.06 bits, where paths save up to 0.17 above 2 bits and
+nothing at 1.5."""
+
 _LOSS_SLACK = 1e-4
 """Sums may be taken in another order, and a Hessian on another device."""
 
@@ -121,12 +128,26 @@ def _fed_back(matrix: Tensor, single: float, hessian_KK: Tensor, *, path: bool) 
     code = feedback.quantise(matrix, single, factor)
     nodes = code, 0, feedback.output_error(matrix, code, hessian_KK)
     if not path or matrix.numel() < LEAST_PATH:
-        return nodes
+        return _refined(matrix, nodes, hessian_KK, factor)
     code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, path=True)
     if not _is_short(code):
-        return nodes
+        return _refined(matrix, nodes, hessian_KK, factor)
     paths = code, feedback.DOWN, feedback.output_error(matrix, code, hessian_KK)
+    if _bits(nodes) - REFINED_BITS * matrix.numel() < _bits(paths):
+        nodes = _refined(matrix, nodes, hessian_KK, factor)
     return min(nodes, paths, key=_bits)
+
+
+def _refined(
+    matrix: Tensor, nodes: tuple[LatticeTensor, int, float], hessian_KK: Tensor, factor: feedback.Factor
+) -> tuple[LatticeTensor, int, float]:
+    for _ in range(REFINEMENTS):
+        code = feedback.refine(matrix, nodes[0], hessian_KK, factor)
+        error = feedback.output_error(matrix, code, hessian_KK)
+        if error >= nodes[2]:
+            break
+        nodes = code, 0, error
+    return nodes
 
 
 def _bits(choice: tuple[LatticeTensor, int, float]) -> float:

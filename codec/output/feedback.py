@@ -32,8 +32,9 @@ from torch import Tensor
 from birkhoff.codec import lattice, rate, trellis
 from birkhoff.codec.errors import TensorError
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.output.columns import eager_round_block, round_block
 from birkhoff.codec.pairs import columns_of_pairs, pairs_per_row, split
-from birkhoff.codec.trajectory import N, reciprocal
+from birkhoff.codec.trajectory import reciprocal
 
 DAMPING = 0.05
 """Added to the diagonal of a Hessian, in units of its mean: what so few samples do not tell. Flat from 0.03 to 0.1."""
@@ -100,6 +101,20 @@ def factorise(hessian_KK: Tensor, damping: float = DAMPING) -> Factor:
     return Factor(order=order, partner=partner, upper=upper.float())
 
 
+def left(hessian_KK: Tensor, damping: float = DAMPING) -> float:
+    """Share of the outputs' error that feedback leaves: of nodes rounded with it, over those rounded each for itself.
+
+    With errors of like size in every column, rounding leaves the trace of H. Feedback leaves the sum of 1 / U_cc^2,
+    which the columns after each cannot make up for, without the damping's part of it, sum_d (U_cd / U_cc)^2 a column.
+    In the worked example 1 / 2.294^2 + 1 = 1.19 of 2.
+
+    Raises as `factorise`.
+    """
+    squares = factorise(hessian_KK, damping).upper.double().square_()
+    pivots = squares.diagonal().clone()
+    return float(((1 - damping * squares.sum(dim=1)) / pivots).mean())
+
+
 def quantise(weight_RK: Tensor, step: float, factor: Factor, *, path: bool = False) -> LatticeTensor:
     """The matrix on the lattice for one step, with feedback.
 
@@ -108,30 +123,61 @@ def quantise(weight_RK: Tensor, step: float, factor: Factor, *, path: bool = Fal
         step: of the coordinates, in the weights' unit.
         path: search paths of the trellis down the columns.
     """
-    rows, columns = weight_RK.shape
-    lanes = _lanes(rows, columns) if path else 0
-    device = weight_RK.device
-    order, upper = factor.order.to(device), factor.upper.to(device)
-    w_KR = weight_RK.to(torch.float32).mul(reciprocal(step)).T[order].contiguous()
+    lanes = _lanes(*weight_RK.shape) if path else 0
+    w_KR = _ordered(weight_RK, step, factor)
+    n_KR = _sweep(w_KR, factor.upper.contiguous(), factor.partner, lanes)
+    return _code(n_KR, step, factor)
+
+
+def refine(
+    weight_RK: Tensor, code: LatticeTensor, hessian_KK: Tensor, factor: Factor, damping: float = DAMPING
+) -> LatticeTensor:
+    """The matrix in single nodes for the same step, each column rounded once more, now that all others are known.
+
+    A column c whose error is e_c does best, the errors e_d of the others being what they are, at w'_c + sum_d e_d H_dc
+    / H_cc, d = c included. Rounded to that, the outputs' error cannot grow (but for the shear of first weights, which
+    is small); twice it falls by 8 %. Paths of the trellis, whose neighbours have to move along, would lose 1 %.
+    Source: K. Behdin et al., "QuantEase" (arXiv 2309.01885).
+
+    Args:
+        code: what `quantise` made of the weight in single nodes, on the same device.
+        factor: of that Hessian and damping.
+    """
+    there = factor.order.to(hessian_KK.device)
+    h_KK = normalised(hessian_KK)[there][:, there]
+    h_KK.diagonal().add_(damping)
+    h_KK = h_KK.float()
+    was_KR = _ordered(code.decode(torch.float32), code.step, factor)
+    lost_KR = _ordered(weight_RK, code.step, factor).sub_(was_KR)
+    w_KR = was_KR + (h_KK @ lost_KR) / h_KK.diagonal()[:, None]
+    moves_KK = -h_KK / h_KK.diagonal()
+    moves_KK.diagonal().fill_(1)
+    return _code(_sweep(w_KR, moves_KK, factor.partner, 0, was_KR), code.step, factor)
+
+
+def _sweep(w_KR: Tensor, factor_KK: Tensor, partner: Tensor, lanes: int, base_KR: Tensor | None = None) -> Tensor:
+    """Coordinates of columns in the order of rounding, float32 [K, R]: see `columns`. Overwrites `w_KR`, `base_KR`."""
     n_KR, error_KR = torch.empty_like(w_KR), torch.empty_like(w_KR)
-    partner, pivots = factor.partner.tolist(), upper.diagonal().tolist()
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        inside = upper[start:stop, start:stop].T.contiguous()
-        for c in range(start, stop):
-            w, n = w_KR[c], n_KR[c]
-            if c > start:
-                w.addmv_(error_KR[start:c].T, inside[c - start, : c - start], alpha=-1)
-            if partner[c] >= 0:
-                w.sub_(n_KR[partner[c]], alpha=1 / N)
-            if lanes:
-                trellis.search_(n.copy_(w), lanes)
-            else:
-                torch.round(w, out=n)
-            torch.sub(w, n, out=error_KR[c]).div_(pivots[c])
-        w_KR[stop:].addmm_(upper[start:stop, stop:].T, error_KR[start:stop], alpha=-1)
-    n_RK = torch.empty_like(weight_RK, dtype=torch.float32)
-    n_RK[:, order] = n_KR.T
+    partner = partner.to(w_KR.device)
+    # On a CPU not through the operator: its first call imports the whole compiler.
+    rounded = eager_round_block if w_KR.device.type == "cpu" else round_block
+    for start in range(0, len(w_KR), _BLOCK):
+        stop = min(start + _BLOCK, len(w_KR))
+        rounded(w_KR, n_KR, error_KR, factor_KK, partner, start, stop, lanes, base_KR)
+        w_KR[stop:].addmm_(factor_KK[start:stop, stop:].T, error_KR[start:stop], alpha=-1)
+    return n_KR
+
+
+def _ordered(weight_RK: Tensor, step: float, factor: Factor) -> Tensor:
+    """Weights in units of the step, columns in the order of rounding: float32 [K, R], contiguous."""
+    ordered: Tensor = weight_RK.to(torch.float32).mul(reciprocal(step)).T[factor.order.to(weight_RK.device)]
+    return ordered.contiguous()
+
+
+def _code(n_KR: Tensor, step: float, factor: Factor) -> LatticeTensor:
+    columns, rows = n_KR.shape
+    n_RK = n_KR.new_empty(rows, columns)
+    n_RK[:, factor.order.to(n_KR.device)] = n_KR.T
     return lattice.of_coordinates(*split(n_RK), step, columns)
 
 

@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from birkhoff.codec.errors import CodecError
 from birkhoff.codec.pairs import matrix_shape
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 """Raised when the same model, outputs and seed give other statistics."""
 
 HESSIAN_BYTES = 4 << 30
-"""Bytes of Hessians that are gathered in one pass, on the model's device; more take further passes."""
+HESSIAN_BYTES_GPU = 16 << 30
+"""Bytes of Hessians that are gathered in one pass, on the model's device; more take further passes.
+
+SAM-H's take 8 GB."""
 
 Outputs = Mapping[str, tuple[float, Tensor]]
 """Weight and value of each output of one batch, by name; values of any float dtype, with a graph."""
@@ -45,7 +48,7 @@ def gather(
     seed: int,
     keep: Callable[[str, Tensor], object],
     wanted: Collection[str] | None = None,
-    limit_bytes: int = HESSIAN_BYTES,
+    limit_bytes: int | None = None,
 ) -> dict[str, float]:
     """Take a model's statistics; equal arguments on equal devices give equal ones.
 
@@ -61,6 +64,7 @@ def gather(
         keep: is given the name of a parameter and its Hessian, float32 [K, K] on the model's device, one at a time.
             Its diagonal has a mean of 1 or 2, one for each estimate there is. A matrix that no output feels has none.
         wanted: names of parameters whose Hessians are asked for; all those with rows and columns where None.
+        limit_bytes: bytes of Hessians gathered in one pass; HESSIAN_BYTES, on a GPU HESSIAN_BYTES_GPU, where None.
 
     Returns:
         Mean sensitivity of a weight of each float parameter, by name: squared share of the outputs by the square of
@@ -76,11 +80,13 @@ def gather(
         if rows > 1 and columns > 1 and (wanted is None or name in wanted)
     }
     sensitivity = dict.fromkeys(parameters, 0.0)
-    with _gradients(parameters.values()):
+    if limit_bytes is None:
+        limit_bytes = HESSIAN_BYTES_GPU if any(value.is_cuda for value in parameters.values()) else HESSIAN_BYTES
+    with _gradients(parameters.values()), _tensor_cores():
         for number, group in enumerate(_groups(matrices, limit_bytes)):
             sums = _Sums(model, group)
             with sums.watching():
-                for gradients in _probe(outputs, parameters, batches, probes, seed):
+                for gradients in _probe(sums.counted(outputs), parameters, batches, probes, seed):
                     for name, gradient in gradients.items():
                         sums.add_gradient(name, gradient)
                         if number == 0:
@@ -116,6 +122,7 @@ class _Sums:
 
     def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self._names = set(names)
+        self._counts = False
         self._inputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         by_id = {id(value): name for name, value in model.named_parameters() if name in self._names}
@@ -136,8 +143,22 @@ class _Sums:
                 stack.callback(handle.remove)
             yield
 
+    def counted(self, outputs: Callable[[int], Outputs]) -> Callable[[int], Outputs]:
+        """`outputs`, whose inputs of layers count; those of layers that run again in backward passes do not."""
+
+        def run(batch: int) -> Outputs:
+            self._counts = True
+            try:
+                return outputs(batch)
+            finally:
+                self._counts = False
+
+        return run
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], _out: object) -> None:
+            if not self._counts:
+                return
             x = layer_inputs(module, inputs[0].detach()).float()
             self._inputs[name] = _added(self._inputs.get(name), x)
 
@@ -164,6 +185,18 @@ class _Sums:
             if part is not None and mean > 0:
                 total = part / mean if total is None else total.add_(part, alpha=1 / mean)
         return total
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU multiply float32 in TF32: ten bits of every factor are enough for a mean over samples."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def _added(total: Tensor | None, x_nK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stored `lattice` tensors to coordinates on a device, to weights, and back: on a GPU many at once, bytes to bytes.
+"""Stored tensors on the lattice to coordinates on a device, to weights, and back: on a GPU many at once.
 
 Importing this module gives the codec's packing its kernels for CUDA tensors: `codec.planes.pack_all` then runs `pack`.
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import planes
-from birkhoff.codec.container import FORMAT_VERSION, CodedTensor
+from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
 from birkhoff.codec.errors import FormatError
-from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.lattice import LatticeTensor, combine
 from birkhoff.codec.planes import Item, Packed
-from birkhoff.codec.tensor import decode_tensor, float_dtype, lattice_of
+from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_lattice
 from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.decode.op import decode_lattice
 from birkhoff.kernels.decode.serving import triton_serves
@@ -51,18 +51,41 @@ def warm_up(device: torch.device | str) -> None:
 
 
 def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
-    """The coordinates of some `lattice` tensors on `device`, in their order; `tensor.lattice_of` of each.
+    """The coordinates of some tensors on the lattice on `device`, in their order; `tensor.lattice_of` of each.
 
-    On a GPU their planes are views of one piece of memory. Waits for the device.
+    On a GPU their planes are views of one piece of memory, but for those of differences, which are the sum of two.
+    Waits for the device.
 
     Raises:
         FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+        BaseError: a tensor is a difference, and its base is not at hand.
     """
     return [code.to(device) for code in _lattices(coded, torch.device(device))]
 
 
 def _lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    """`lattices_of`, the few escapes still on the CPU: what is computed of them is launches that wait, on a GPU."""
+    """`lattices_of`, the few escapes of what is no difference still on the CPU: on a GPU all that is computed of them
+    is launches that wait."""
+    bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
+    own = _own_lattices([*coded, *bases], device)
+    their = iter(own[len(coded) :])
+    return [
+        _sum(one.name, one.params, next(their).to(device), code.to(device))
+        if isinstance(one.params, DifferenceParams)
+        else code
+        for one, code in zip(coded, own, strict=False)
+    ]
+
+
+def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeTensor) -> LatticeTensor:
+    try:
+        return combine(base, own, times=params.times, stride=params.stride, step=params.step)
+    except FormatError as error:
+        raise FormatError(f"tensor {name!r}: {error}") from None
+
+
+def _own_lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
+    """`tensor.own_lattice` of each, the escapes still on the CPU."""
     fast = [one for one in coded if one.version == FORMAT_VERSION] if triton_serves(device) else []
     made = iter(_on_gpu(fast, device) if fast else ())
     return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one, device) for one in coded]
@@ -80,19 +103,23 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
 def decode(
     coded: Sequence[CodedTensor], as_lattices: Container[str], device: torch.device | str
 ) -> list[LatticeTensor | Tensor]:
-    """The same, but the coordinates of those `lattice` tensors that are named, their escapes still on the CPU; all in
-    one batch."""
+    """The same, but the coordinates of those tensors on the lattice that are named, their escapes on the CPU or on the
+    device; all in one batch."""
     device = torch.device(device)
-    codes = iter(_lattices([one for one in coded if one.codec == "lattice"], device))
-    others = iter(_moved([decode_tensor(one) for one in coded if one.codec != "lattice"], device))
+    codes = iter(_lattices([one for one in coded if _is_lattice(one)], device))
+    others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], device))
     found: list[LatticeTensor | Tensor] = []
     for one in coded:
-        if one.codec != "lattice":
+        if not _is_lattice(one):
             found.append(next(others))
         else:
             code = next(codes)
             found.append(code if one.name in as_lattices else _dense(one, code))
     return found
+
+
+def _is_lattice(coded: CodedTensor) -> bool:
+    return isinstance(coded.params, LatticeParams)
 
 
 def _dense(coded: CodedTensor, code: LatticeTensor) -> Tensor:
@@ -129,7 +156,7 @@ planes.register_packer("cuda", pack)
 
 def _on_cpu(coded: CodedTensor, device: torch.device) -> LatticeTensor:
     try:
-        code = lattice_of(coded)
+        code = own_lattice(coded)
         return replace(code, i=code.i.to(device), j=code.j.to(device))
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None

@@ -13,7 +13,7 @@ Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = esca
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,9 @@ if HAS_TRITON:
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """The arguments of `hyperlinear` to its result."""
+
+Settle = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Call]
+"""(x, theta or whatever holds the code, step, escape_index, bias) to how calls of that form are computed."""
 
 _MOST_CALLS = 1 << 13
 _calls: dict[tuple[object, ...], Call] = {}
@@ -143,19 +146,33 @@ def direct_hyperlinear(
 
     `form` is the `code_form` of theta, step and escape_index, from whoever has it already.
     """
+    return direct_call(_settle, x, theta, step, escape_index, escape_value, bias, form)
+
+
+def direct_call(
+    settle: Settle,
+    x: Tensor,
+    code: Tensor,
+    step: Tensor,
+    escape_index: Tensor,
+    escape_value: Tensor,
+    bias: Tensor | None,
+    form: tuple[object, ...] | None,
+) -> Tensor:
+    """Compute a linear layer as `settle` decides for the form of its arguments, once for each."""
     if form is None:
-        form = code_form(theta, step, escape_index)
+        form = code_form(code, step, escape_index)
     key = (
-        x.shape, x.dtype, x.get_device(), form,
+        settle, x.shape, x.dtype, x.get_device(), form,
         None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
         x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32, is_interpreting(),
     )  # fmt: skip
     if form[0] and x.is_contiguous() and x.data_ptr() % 16 == 0 and (bias is None or bias.is_contiguous()):
-        call = _calls.get(key) or _keep(key, _settle(x, theta, step, escape_index, bias))
+        call = _calls.get(key) or _keep(key, settle(x, code, step, escape_index, bias))
     else:
-        theta, bias = theta.contiguous(), None if bias is None else bias.contiguous()
-        call = _settle(x, theta, step, escape_index, bias)
-    return call(x, theta, step, escape_index, escape_value, bias)
+        code, bias = code.contiguous(), None if bias is None else bias.contiguous()
+        call = settle(x, code, step, escape_index, bias)
+    return call(x, code, step, escape_index, escape_value, bias)
 
 
 def code_form(theta: Tensor, step: Tensor, escape_index: Tensor) -> tuple[object, ...]:
@@ -191,10 +208,10 @@ def _check(x: Tensor, theta: Tensor) -> None:
 def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> Call:
     """Check the arguments and choose how calls like this one are computed."""
     _check(x, theta)
-    _check_rest(x, theta, step, escape_index, bias)
+    check_rest(x, {"theta": theta, "step": step, "escape_index": escape_index}, theta.shape[0], bias)
     if x.dtype not in TRITON_DTYPES or not x.numel() or not theta.numel() or not triton_serves(x.device):
         return partial(_decode_first, decode_theta)
-    x_MK = _matrix(x)
+    x_MK = as_matrix(x)
     form = form_of(x_MK, theta.shape[0], bias)
     pointers = x_MK.data_ptr() | theta.data_ptr()
     aligned = (pointers | form.stride * x.element_size()) % 16 == 0
@@ -205,16 +222,17 @@ def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: 
     return partial(_fused, run, form, (*x.shape[:-1], theta.shape[0]))
 
 
-def _check_rest(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> None:
-    rest = {"theta": theta, "step": step, "escape_index": escape_index, "bias": bias}
+def check_rest(x: Tensor, code: Mapping[str, Tensor], rows: int, bias: Tensor | None) -> None:
+    """Raise KernelError where tensors of a layer lie elsewhere than x, or the bias is not one value per row."""
+    rest = {**code, "bias": bias}
     elsewhere = [name for name, tensor in rest.items() if tensor is not None and tensor.device != x.device]
     if elsewhere:
         raise KernelError(f"hyperlinear got x on {x.device} but {', '.join(elsewhere)} elsewhere; move the layer there")
-    if bias is not None and bias.shape != (theta.shape[0],):
-        raise KernelError(f"hyperlinear with {theta.shape[0]} rows takes a bias of as many, got {list(bias.shape)}")
+    if bias is not None and bias.shape != (rows,):
+        raise KernelError(f"hyperlinear with {rows} rows takes a bias of as many, got {list(bias.shape)}")
 
 
-def _matrix(x: Tensor) -> Tensor:
+def as_matrix(x: Tensor) -> Tensor:
     """[..., K] as [M, K] with rows of neighbouring elements, copied where need be."""
     x_MK = x.reshape(-1, x.shape[-1])
     if x_MK.stride(1) != 1 or x_MK.stride(0) < x_MK.shape[1]:
@@ -234,7 +252,7 @@ def _fused(
     bias: Tensor | None,
 ) -> Tensor:
     if not x.is_contiguous():
-        x = _matrix(x)
+        x = as_matrix(x)
     y = x.new_empty(shape)
     run(x, theta, step, bias, y)
     if escape_index.shape[0]:

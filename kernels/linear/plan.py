@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Path = Literal["decode", "tiles", "small_m", "hopper"]
+Path = Literal["decode", "tiles", "small_m", "hopper", "int8_fused", "int8_tiles", "int8_hopper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +20,12 @@ class Plan:
     path: Path
     block_m: int = 0
     block_n: int = 0
+    block_k: int = 0
     warps: int = 0
     stages: int = 0
     unroll: int = 0
     split: bool = False
+    in_turn: bool = False
 
 
 DECODE = Plan(path="decode")
@@ -47,7 +49,11 @@ def hopper(block_m: int, *, split: bool = False) -> Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a plan is chosen for. `aligned`: rows of x begin at multiples of 16 bytes. `tf32`: allowed for float32."""
+    """What a plan is chosen for.
+
+    `aligned`: rows of x begin at multiples of 16 bytes. `tf32`: allowed for float32. `int8`: on int8 tensor cores, by
+    the plans of `kernels.int8.plan`.
+    """
 
     tokens: int
     rows: int
@@ -55,6 +61,7 @@ class Problem:
     dtype: torch.dtype
     aligned: bool
     tf32: bool = False
+    int8: bool = False
 
     @property
     def half(self) -> bool:

@@ -20,12 +20,14 @@ class Layer:
     """A kind of layer as functions of its constant tensors, the code.
 
     `product` computes (x [..., K], code, bias [N] or None) to [..., N] as the registered op does, `transformed` does so
-    under whatever transforms are active. `weight` decodes (code, K, dtype) to [N, K].
+    under whatever transforms are active. `weight` decodes (code, K, dtype) to [N, K]. `tangent` computes as
+    `transformed` does, from the tangents of x and the bias; None where that is the same, as of a linear layer it is.
     """
 
     product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
     transformed: Callable[[Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
     weight: Callable[[tuple[Tensor, ...], int, torch.dtype], Tensor]
+    tangent: Callable[[Tensor, tuple[Tensor, ...], Tensor | None], Tensor] | None = None
 
 
 def is_transformed() -> bool:
@@ -76,7 +78,7 @@ class _Linear(torch.autograd.Function):
         """The tangent of the output for those of the input and the bias, of which one may be None."""
         code = ctx.saved_tensors
         if x is not None:
-            moved: Tensor = ctx.layer.transformed(x, code, bias)
+            moved: Tensor = (ctx.layer.tangent or ctx.layer.transformed)(x, code, bias)
             return moved
         assert bias is not None  # the function is called for some tangent
         return bias.to(ctx.dtype).expand(*ctx.leading, -1)

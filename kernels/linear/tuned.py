@@ -17,23 +17,34 @@ from birkhoff.kernels.linear.tuned_h200 import PLANS as H200
 
 _log = logging.getLogger("birkhoff.kernels")
 
-SHIPPED: dict[str, dict[tuple[int, int], dict[int, Plan]]] = {"NVIDIA H200": H200}
-"""GPU name to (rows, columns) to tokens (a power of two) to plan; for 16-bit floats."""
+Table = dict[tuple[int, int], dict[int, Plan]]
+"""(rows, columns) to tokens (a power of two) to plan; for 16-bit floats."""
+
+SHIPPED: dict[str, Table] = {"NVIDIA H200": H200}
+"""By the name of the GPU."""
+
+
+_EVERYWHERE = ("decode", "tiles", "int8_fused", "int8_tiles")
+"""Paths that every GPU runs."""
 
 
 @cache
 def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
     """The plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("small_m", "hopper") run."""
-    if problem.half and problem.aligned:
-        plan = user_table().get(key(gpu, problem)) or _shipped(gpu, problem)
-        if plan is not None and (plan.path in ("decode", "tiles") or plan.path in kernels):
-            return plan
-    return by_rule(problem, kernels)
+    return measured(problem, gpu, kernels, SHIPPED.get(gpu, {})) or by_rule(problem, kernels)
 
 
-def _shipped(gpu: str, problem: Problem) -> Plan | None:
+def measured(problem: Problem, gpu: str, kernels: frozenset[str], shipped: Table) -> Plan | None:
+    """What was measured for a problem, by the user or for the shipped table, if it runs here."""
+    if not (problem.half and problem.aligned):
+        return None
+    plan = user_table().get(key(gpu, problem)) or _shipped(shipped, problem)
+    return plan if plan is not None and (plan.path in _EVERYWHERE or plan.path in kernels) else None
+
+
+def _shipped(table: Table, problem: Problem) -> Plan | None:
     """The plan of the next number of tokens that was measured."""
-    plans = SHIPPED.get(gpu, {}).get((problem.rows, problem.columns), {})
+    plans = table.get((problem.rows, problem.columns), {})
     tokens = min((measured for measured in plans if measured >= problem.bucket), default=0)
     return plans.get(tokens)
 
@@ -41,7 +52,8 @@ def _shipped(gpu: str, problem: Problem) -> Plan | None:
 def key(gpu: str, problem: Problem) -> str:
     """Key of the user's table: whatever can change which plan is best."""
     versions = f"torch {torch.__version__}|{_triton_version()}"
-    return f"{gpu}|{versions}|{problem.rows}x{problem.columns}|{problem.bucket}"
+    compute = "|int8" if problem.int8 else ""
+    return f"{gpu}|{versions}|{problem.rows}x{problem.columns}|{problem.bucket}{compute}"
 
 
 @cache

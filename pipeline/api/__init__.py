@@ -1,1 +1,1 @@
-"""What Python programs and notebooks call: one model compressed in memory, versions pulled, pushed and listed."""
+"""The Python API for programs and notebooks: compress a model in memory; pull, push and list versions."""

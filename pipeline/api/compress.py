@@ -1,4 +1,4 @@
-"""`birkhoff.compress`: one model in memory, without a manifest; planned, validated and published as any other."""
+"""`birkhoff.compress`: compress a model in memory, planned, validated and published like any model of a manifest."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ from birkhoff.pipeline.store.default import borrowed_store
 
 
 class OverrideTerms(TypedDict, total=False):
-    """One of `overrides`: `tensors`, a glob on their names, and either of the others."""
+    """An entry of `overrides`: `tensors`, a glob on their names, and one of the other keys."""
 
     tensors: str
     target_db: float
@@ -43,7 +43,7 @@ class OverrideTerms(TypedDict, total=False):
 
 
 class ModelTerms(TypedDict, total=False):
-    """What a manifest says of a model (`manifests/README.md`). Paths are relative to the working directory."""
+    """The keys of a model in a manifest (`manifests/README.md`). Paths are relative to the working directory."""
 
     profile: str
     target_ratio: float
@@ -75,34 +75,34 @@ def compress(
     progress: bool = True,
     **terms: Unpack[ModelTerms],
 ) -> Version:
-    """Compress, validate and publish a model that is in memory; one whose content is the latest version is left alone.
+    """Compress, validate and publish a model that is in memory, unless the latest version has the same content.
 
-    Its tensors go through a file in the temporary folder, in which they take their own size, and shards run one after
-    another in this process: `birkhoff compress` with a manifest is for fleets. A transformers model takes its
-    configuration along, unless `files` says what to take.
+    The tensors are written to a temporary file of their own size, and shards run one after another in this process; use
+    `birkhoff compress` with a manifest for fleets. The configuration of a transformers model is published with it,
+    unless `files` names other files.
 
     Args:
-        model: a module, or a state dict: tensors of any shapes, dtypes and devices by name. It is not changed.
-        name: under this name the version is published: letters, digits, `.`, `_` and `-`.
-        store: the store that gets it, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out.
-        sign: file of a private key of `birkhoff key new`, to sign it with.
-        progress: show how far it is, in a terminal or a notebook.
-        **terms: as a manifest says them of a model: `profile`, a budget, `overrides`, `proof`, ...
+        model: A module, or a state dict of tensors of any shape, dtype and device. It is not changed.
+        name: Name of the model in the store: letters, digits, `.`, `_` and `-`.
+        store: The store or its URL. Default: `BIRKHOFF_STORE`, then `embedded`.
+        sign: File of the private key to sign with (`birkhoff key new`).
+        progress: Show progress, in a terminal or a notebook.
+        **terms: Keys of a model in a manifest: `profile`, a budget, `overrides`, `proof`, ...
 
     Returns:
-        The version, which `birkhoff.load_into(model, version.reference)` loads.
+        The version; `birkhoff.load_into(model, version.reference)` loads it.
 
     Warns:
-        BirkhoffWarning: tensors were kept lossless though coding was asked for, the version is larger than the model,
-            no proof of its masks could be made, or the store has no conditional writes.
+        BirkhoffWarning: Tensors were kept lossless although coding was requested, the version is larger than the model,
+            its masks could not be proven, or the store has no conditional writes.
 
     Raises:
-        ManifestError: a term or the name does not say what a manifest may say.
-        SourceError: the model has no tensors, tensors on the meta device, or compressed layers.
-        CodecError: weights that cannot be coded: NaN or Inf.
-        ProofError, BudgetError, ValidationError: it would fall below what was asked; nothing was published.
-        TrustError: the key cannot be used.
-        StoreError: the store failed.
+        ManifestError: A term or the name is not valid in a manifest.
+        SourceError: The model has no tensors, has tensors on the meta device, or is compressed already.
+        CodecError: Weights contain NaN or Inf.
+        ProofError, BudgetError, ValidationError: The result would miss a target; nothing was published.
+        TrustError: The key cannot be used.
+        StoreError: The store failed.
     """
     tensors = _tensors(model)
     signer = None if sign is None else load_signer(Path(sign))
@@ -135,18 +135,18 @@ def compress(
         raise run.error
     for warning in run.warnings():
         _warn(f"{name}: {warning}")
-    assert run.version is not None  # it ended without an error
+    assert run.version is not None  # because the run ended without an error
     return run.version
 
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Its tensors on the CPU; tied ones stay one, a part of a larger storage becomes its own. Raises SourceError."""
+    """Return the tensors on the CPU. Tied tensors stay one; views of larger storages are copied. Raises SourceError."""
     if isinstance(model, nn.Module):
         done = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
         if done:
             raise SourceError(
-                f"{len(done)} layers of the model are compressed already ({done[0]}, ...); compress the model that was "
-                "loaded from the original weights"
+                f"{len(done)} layers of the model are compressed already ({done[0]}, ...); compress a model with the "
+                "original weights"
             )
     found: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
     kept = {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -1,4 +1,4 @@
-"""A run's progress in a notebook: the view that a terminal has, drawn over itself in the cell's output."""
+"""Progress of a run in a notebook: the terminal's view, redrawn in the output of the cell."""
 
 import io
 
@@ -8,11 +8,11 @@ from birkhoff.pipeline.api.transfer import Display
 from birkhoff.pipeline.run.progress import Progress
 
 _WIDTH = 110
-"""Columns of the view."""
+"""Width of the view, in columns."""
 
 
 class NotebookProgress(Progress):
-    """Draws when the run has come further, in the thread that runs it: a cell's output belongs to that."""
+    """Redraws when the run advances, in the thread of the run, because only that may write to the cell's output."""
 
     def __init__(self, *, models: int) -> None:
         super().__init__(_console(), models=models, quiet=True)
@@ -36,7 +36,7 @@ class NotebookProgress(Progress):
 
 
 def _console() -> Console:
-    """One that records what it would draw; rich would show it as an output of its own (`force_jupyter`)."""
+    """Return a console that records; rich would otherwise open an output of its own (`force_jupyter`)."""
     return Console(
         file=io.StringIO(),
         record=True,

@@ -1,4 +1,4 @@
-"""Versions into folders: `birkhoff.pull`, and what the command of that name does for each."""
+"""Pull versions into folders: `birkhoff.pull`, and the steps that `birkhoff pull` shares with it."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ from typing import Literal
 from birkhoff.codec.errors import BirkhoffWarning
 from birkhoff.pipeline.api.transfer import transferring
 from birkhoff.pipeline.artifact.cache import BlobCache, usable_cache
-from birkhoff.pipeline.artifact.oms import attached
+from birkhoff.pipeline.artifact.oms import remembered
 from birkhoff.pipeline.artifact.references import Found, find, recall
 from birkhoff.pipeline.errors import ArtifactNotFoundError, OutputError
 from birkhoff.pipeline.notebook import facts_html
@@ -24,29 +24,29 @@ from birkhoff.pipeline.store.default import borrowed_store, http_allowed
 from birkhoff.pipeline.text import short, size
 
 FolderFormat = Literal["birkhoff", "transformers"]
-"""What a pulled folder is: the artifact as stored, or what `from_pretrained` of transformers reads."""
+"""Form of a pulled folder: the artifact as stored, or a folder for transformers' `from_pretrained`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """A version that lies in a folder now."""
+    """A pulled version."""
 
     model: str
     version: str | None
-    """Its name, such as `v3`; None where it was asked for by digest and has none."""
+    """Its name, such as `v3`; None if it was requested by digest and has none."""
     digest: str
     manifest: VersionManifest
     folder: Path
     fetched_bytes: int
-    """That came from the store; the rest was here."""
+    """Bytes fetched from the store; the rest was in the folder or the cache."""
     missing_blobs: int | None
-    """Blobs that the store lacks, and this machine's cache had; None where no store was asked."""
+    """Blobs that the store lacks and the cache of this machine had; None if no store was asked."""
     missing_bytes: int | None
     problem: str | None
-    """For people, where blobs are missing: nobody else can pull it."""
+    """A line for people if blobs are missing: other machines cannot pull this version."""
 
     def facts(self) -> dict[str, object]:
-        """Under the keys of `--json`."""
+        """Return the result under the keys of `--json`."""
         return {
             "model": self.model,
             "version": self.version,
@@ -76,30 +76,30 @@ def pull(
     card: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Pulled:
-    """Fetch a version into a folder, every digest checked; fetches only what neither folder nor cache holds.
+    """Fetch a version into a folder and check every digest; fetch only what neither folder nor cache holds.
 
     Args:
-        reference: `MODEL[@VERSION|ALIAS|DIGEST]`, or `oci://HOST/REPOSITORY:TAG` of a registry.
-        folder: new, empty, or of an earlier pull.
-        store: the store, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out.
-        format: `birkhoff`, as stored, or `transformers`, for `from_pretrained`; the second wants a new or empty folder.
-        offline: take it from the cache alone.
-        require_signature: files of public keys, one of which must have signed the version for the store that is read.
-        signed_for: the store that it must be signed for instead: of a mirror, the one it mirrors.
-        accept_older: accept an alias that was put back to an older state than this machine has seen.
-        card: template of the model card that a folder for transformers gets, Jinja's; the own one where left out.
-        progress: show a bar, in a terminal or a notebook.
+        reference: `MODEL[@VERSION|ALIAS|DIGEST]`, or `oci://HOST/REPOSITORY:TAG` for a registry.
+        folder: A new or empty folder, or one of an earlier pull.
+        store: The store or its URL. Default: `BIRKHOFF_STORE`, then `embedded`.
+        format: `birkhoff` for the artifact as stored; `transformers` for `from_pretrained`, into a new or empty folder.
+        offline: Use the cache only.
+        require_signature: Files of public keys; one of them must have signed the version for this store.
+        signed_for: The store that signatures must name instead, if this one is its mirror.
+        accept_older: Accept an alias in an older state than this machine has seen.
+        card: Jinja template of the model card for `format="transformers"`. Default: the built-in one.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Warns:
-        BirkhoffWarning: blobs came from this machine's cache that the store lacks.
+        BirkhoffWarning: The store lacks blobs that the cache of this machine had.
 
     Raises:
-        ArtifactNotFoundError: no such version, or offline it is not in the cache.
-        TrustError: the signature is missing or does not hold, or the alias was put back.
-        IntegrityError: stored bytes that do not match their digest.
-        BuilderError, ModelMismatchError: transformers cannot build it.
-        OutputError: the folder cannot be written, or holds something else.
-        StoreError: the store cannot be reached or read.
+        ArtifactNotFoundError: There is no such version, or, offline, none in the cache.
+        TrustError: A signature is missing or wrong, or the alias went back to an older state.
+        IntegrityError: Stored bytes do not match their digest.
+        BuilderError, ModelMismatchError: transformers cannot build the model.
+        OutputError: The folder cannot be written, or holds something else.
+        StoreError: The store cannot be reached or read.
     """
     trust, folder = Trust.of(require_signature, audience=signed_for, accept_older=accept_older), Path(folder)
     with ExitStack() as stack:
@@ -122,7 +122,7 @@ def pull(
 
 @contextmanager
 def origin_of(reference: str, store: str | Store | None) -> Iterator[tuple[Store, str]]:
-    """Where a reference leads, and how it is named there: an image of a registry is a store that holds one version."""
+    """Open the store of a reference, and return its name there. A registry's image is a store of one version."""
     if reference.startswith("oci://"):
         from birkhoff.pipeline.artifact.oci import OciStore
         from birkhoff.pipeline.artifact.oci_client import OciReference
@@ -135,7 +135,7 @@ def origin_of(reference: str, store: str | Store | None) -> Iterator[tuple[Store
 
 
 def check_not_remote(reference: str) -> None:
-    """Refuse an image of a registry where no server may be asked. Raises ArtifactNotFoundError."""
+    """Refuse a registry's image while offline. Raises ArtifactNotFoundError."""
     if reference.startswith("oci://"):
         raise ArtifactNotFoundError(f"{reference}: a registry is asked each time; pull it without --offline")
 
@@ -150,7 +150,7 @@ def pull_found(
     card: Path | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Pulled:
-    """Fetch a version that was found; `store` is None offline. Raises as `pull`."""
+    """Fetch a version after it was found. `store` is None if offline. Raises what `pull` raises."""
     if form == "transformers":
         from birkhoff.pipeline.load.transformers_folder import pull_folder
 
@@ -160,7 +160,7 @@ def pull_found(
 
         if card is not None:
             raise OutputError("a model card goes with a folder for transformers; say so, or leave the template out")
-        signature = None if store is None else attached(store, found.model, found.digest)
+        signature = remembered(found, store, cache)
         fetched = fetch(found, store, folder, cache, signature=signature, report=report)
     total = sum(record.bytes for record in found.manifest.stored)
     lack, problem = Lack(blobs=0, nbytes=0), None

@@ -1,4 +1,4 @@
-"""Versions into other stores and registries: `birkhoff.push`, and what `birkhoff copy` does for each."""
+"""Push versions to stores and registries: `birkhoff.push`, and the steps that `birkhoff copy` shares with it."""
 
 import os
 import warnings
@@ -37,31 +37,31 @@ def push(
     accept_older: bool = False,
     progress: bool = True,
 ) -> Installed | OciPushed:
-    """Bring a version into another store, only what it lacks, with its name, signatures and labels: `birkhoff copy`.
+    """Copy a version to another store, only what it lacks, with its name, signatures and labels.
 
-    Into a registry it goes as one image by the ModelPack specification: `birkhoff push`.
+    This is `birkhoff copy`. To a registry the version goes as one ModelPack image; that is `birkhoff push`.
 
     Args:
-        reference: `MODEL[@VERSION|ALIAS|DIGEST]`; an alias that is named travels along.
-        to: the store that gets it, or its URL; a folder is made. `oci://HOST/REPOSITORY:TAG` is a registry, whose
-            tag is moved, and for which aliases, rename, force and sign mean nothing.
-        store: where it is, as in `pull`.
-        aliases: point these at it there, besides.
-        rename: take the next free name there instead of the one it has.
-        force: move aliases there although they are protected.
-        sign: file of the private key that signs it there.
-        require_signature, signed_for, accept_older: what it must be signed by, as in `pull`.
-        progress: show a bar, in a terminal or a notebook.
+        reference: `MODEL[@VERSION|ALIAS|DIGEST]`. An alias that is named here is copied too.
+        to: The target store or its URL; a folder is created. For `oci://HOST/REPOSITORY:TAG`, a registry, the tag
+            moves, and `aliases`, `rename`, `force` and `sign` do not apply.
+        store: The source, as in `pull`.
+        aliases: Further aliases to point at the version in the target.
+        rename: Take the next free name in the target instead of its own.
+        force: Move aliases in the target even if they are protected.
+        sign: File of the private key to sign with for the target.
+        require_signature, signed_for, accept_older: Which signatures to require, as in `pull`.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Warns:
-        BirkhoffWarning: the target has no conditional writes, or the version's signatures name another store.
+        BirkhoffWarning: The target has no conditional writes, or the version's signatures name another store.
 
     Raises:
-        ArtifactNotFoundError: no such version, or it has no name.
-        PreconditionError: its name is another version's there.
-        AliasError: an alias there is protected.
-        IntegrityError: a blob is missing or damaged; nothing was named.
-        TrustError, StoreError: as in `pull`; both stores are the same one.
+        ArtifactNotFoundError: There is no such version, or it has no name.
+        PreconditionError: The target has another version under this name.
+        AliasError: An alias in the target is protected.
+        IntegrityError: A blob is missing or damaged; nothing was named.
+        TrustError, StoreError: As in `pull`; StoreError also if both stores are the same.
     """
     trust = Trust.of(require_signature, audience=signed_for, accept_older=accept_older)
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def push(
                 return push_oci(source, parcel, reached, allow_http=http_allowed(), report=report)
         target = stack.enter_context(borrowed_store(to, create=True))
         if target.url == source.url:
-            raise StoreError(f"{target.url} is the store it is in; name another one")
+            raise StoreError(f"{target.url} is the store it comes from; name another one")
         parcel = parcel_of(source, reference, trust)
         key = None if sign is None else Path(sign)
         delivery = delivery_to(target, aliases, rename=rename, force=force, sign=key, warn=_warn)
@@ -86,7 +86,7 @@ def push(
 
 
 def parcel_of(source: Store, reference: str, trust: Trust) -> Parcel:
-    """All of a version but its blobs, if it is what `trust` demands. Raises as `push`."""
+    """Return a version without its blobs, if `trust` accepts it. Raises what `push` raises."""
     version = resolve(source, reference)
     check_version(source, version, trust)
     return pack(source, version)
@@ -95,7 +95,7 @@ def parcel_of(source: Store, reference: str, trust: Trust) -> Parcel:
 def delivery_to(
     target: Store, aliases: Sequence[str], *, rename: bool, force: bool, sign: Path | None, warn: Warn
 ) -> Delivery:
-    """What is to become of versions in a store, once it was asked what it can. Raises TrustError, StoreError."""
+    """Probe a store and return how versions are delivered to it. Raises TrustError, StoreError."""
     signer = None if sign is None else load_signer(sign)
     single = not check_store(target).conditional_writes
     if single:
@@ -104,7 +104,7 @@ def delivery_to(
 
 
 def tell_of_signatures(done: Installed, target: Store, warn: Warn) -> None:
-    """Say what readers of the target have to say, where signatures name another store."""
+    """Warn if signatures name another store, with the option that readers then need."""
     if done.signed_for:
         warn(
             f"{done.parcel.label}: its signatures name {some(done.signed_for, 3)}, not {target.url}; readers there say "

@@ -1,4 +1,4 @@
-"""A bar for bytes on their way, in a terminal or a notebook."""
+"""A progress bar for transfers, in a terminal or a notebook."""
 
 import html
 import sys
@@ -12,12 +12,12 @@ from birkhoff.pipeline.notebook import in_notebook
 from birkhoff.pipeline.text import printable, size
 
 _PAUSE_SECONDS = 0.2
-"""Between two pictures of a bar in a notebook."""
+"""Seconds between two drawings in a notebook."""
 
 
 @contextmanager
 def transferring(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error or in a notebook; what it gives may be called from any thread."""
+    """Show a bar on a terminal's standard error or in a notebook. The function it yields is thread-safe."""
     if not quiet and in_notebook():
         with _notebook_bar(label, total) as advance:
             yield advance
@@ -46,14 +46,14 @@ def transferring(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[i
 
 
 class Display:
-    """One output of a notebook's cell, drawn over itself; `text` is what a frontend without HTML shows."""
+    """An output of a notebook cell that is redrawn in place; `text` serves frontends without HTML."""
 
     def __init__(self) -> None:
         self._handle: Any = None
         self._drawn = 0.0
 
     def draw(self, html: str, text: str, *, last: bool = False) -> None:
-        """Show this instead of what was there; at most a few times a second, but for the last."""
+        """Replace the output, at most a few times per second, except for the last time."""
         now = time.monotonic()
         if not last and now - self._drawn < _PAUSE_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""What a store holds: `birkhoff.list`."""
+"""List the versions of a store: `birkhoff.list`."""
 
 from birkhoff.pipeline.notebook import rows_html
 from birkhoff.pipeline.registry.listing import ListedVersion, newest_versions, versions_of
@@ -7,7 +7,7 @@ from birkhoff.pipeline.store.default import borrowed_store
 
 
 class Versions(list[ListedVersion]):
-    """Versions of a store; a notebook shows them as one table."""
+    """A list of versions that a notebook shows as a table."""
 
     def _repr_html_(self) -> str:
         facts = [{"version": version.reference, **version.facts()} for version in self]
@@ -16,11 +16,11 @@ class Versions(list[ListedVersion]):
 
 
 def list_versions(model: str | None = None, *, store: str | Store | None = None) -> Versions:
-    """The latest version of every model of a store, or all named versions of one, oldest first.
+    """Return the latest version of every model in a store, or all named versions of one model, oldest first.
 
     Args:
         model: the model whose versions are meant.
-        store: the store, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out.
+        store: The store or its URL. Default: `BIRKHOFF_STORE`, then `embedded`.
 
     Raises:
         ArtifactNotFoundError: no such model.

@@ -1,1 +1,1 @@
-"""Reading versions, stored or pulled: references, the cache of blobs, pull, verify, export, diff."""
+"""Read versions, stored or pulled: references, the cache of blobs, pull, verify, export, diff."""

@@ -1,12 +1,11 @@
-"""One blob on its way from a store into the cache: ranges in any order, hashed in order, visible only when proven.
+"""Download one blob into the cache: ranges in any order, hashed in order, visible only when the digest is right.
 
-The file has its full size from the start, so that ranges go straight to their places; it is locked while someone works
-on it, and moves to its final name once the digest is right. Ranges that were there from an earlier, killed download are
-taken over on trust: the digest decides. Where it is wrong the blob is fetched once more from nothing, as a bit may have
-flipped on the way, too; only what is wrong then is damage in the store.
+The file has its full size from the start, so that ranges go straight to their places. It is locked while a process
+works on it, and renamed once the digest is right. Ranges from an earlier, killed download are reused unchecked, because
+the digest decides. If it is wrong, the blob is fetched once more from the beginning, since a bit may have flipped on
+the way; only a second wrong digest means damage in the store.
 
-A range that is next in order is hashed as it arrives; others when their turn comes, from the system's memory of what
-was just written.
+The range that is next in order is hashed as it arrives, later ones in their turn, from the page cache.
 """
 
 import contextlib
@@ -25,26 +24,26 @@ from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.store.base import Store
 
 RANGE_BYTES = 8 << 20
-"""Fetched by one request, and what a kill may cost."""
+"""Bytes per request, and the most that a kill costs."""
 
 _local = threading.local()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """What to fetch: the digest by which it is known and stored, and its size in bytes."""
+    """A blob to fetch: its digest and its size in bytes."""
 
     digest: str
     size: int
 
     @property
     def ranges(self) -> int:
-        """Requests that it takes."""
+        """How many requests it takes."""
         return max(1, -(-self.size // RANGE_BYTES))
 
 
 class BlobDownload:
-    """The work on one blob. `run` may be called from several threads, once for each range."""
+    """The download of one blob. `run` may be called from several threads, once for each range."""
 
     def __init__(self, blob: Blob, store: Store, cache: BlobCache, *, label: str) -> None:
         self.blob = blob
@@ -53,11 +52,11 @@ class BlobDownload:
         self._opened: bool | None = None
         self._file = -1
         self._again = False
-        """Whether what arrived first was wrong."""
+        """Whether the first download was wrong."""
         self._restart()
 
     def open(self) -> bool:
-        """Take the partial file, whose lock nobody else may hold; False where another process works on this blob.
+        """Lock the partial file; return False if another process works on this blob.
 
         The first answer stands until `retake`. Raises OSError.
         """
@@ -67,23 +66,23 @@ class BlobDownload:
             return self._opened
 
     def retake(self) -> bool:
-        """Try again after `open` said False; whether the file is this one's now. Raises OSError."""
+        """Try again after `open` returned False; return whether the file is locked now. Raises OSError."""
         with self._lock:
             self._opened = self._take()
             return self._opened
 
     @property
     def busy(self) -> bool:
-        """Whether another process was seen at work."""
+        """Whether another process was seen working on it."""
         return self._opened is False
 
     @property
     def ready(self) -> bool:
-        """Whether the blob lies in the cache."""
+        """Whether the blob is in the cache."""
         return self._ready
 
     def run(self, index: int, report: Callable[[int], None]) -> None:
-        """Fetch a range, unless it is there; the last one to end puts the blob into its place.
+        """Fetch a range, unless it is there; the last one to end moves the blob into place.
 
         Raises:
             IntegrityError: the stored object is missing, truncated or has another digest.
@@ -100,7 +99,7 @@ class BlobDownload:
             self._finish(report)
 
     def close(self) -> None:
-        """Let go of the file; what has arrived stays for the next time."""
+        """Release the file; what has arrived stays for the next time."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)
@@ -138,7 +137,7 @@ class BlobDownload:
         return True
 
     def _take_over(self) -> None:
-        """Count what an earlier download has left, and make room for all."""
+        """Count what an earlier download left, and allocate the rest."""
         if os.fstat(self._file).st_size == self.blob.size and self.blob.ranges > 1:
             with contextlib.suppress(FileNotFoundError):
                 noted = self._notes.read_bytes()[: self.blob.ranges]
@@ -188,7 +187,7 @@ class BlobDownload:
                 self._hashing = False
 
     def _hash_what_is_next(self) -> bool:
-        """Hash ranges whose turn has come; True for the one caller that hashed, or found hashed, the last."""
+        """Hash the ranges that are next; return True to the one caller that hashed, or found hashed, the last."""
         while True:
             with self._lock:
                 if self._hashing or self._ready:
@@ -241,7 +240,7 @@ class BlobDownload:
 
 
 def _buffer() -> memoryview:
-    """A buffer of this thread's own."""
+    """Return a buffer of this thread's own."""
     try:
         found: memoryview = _local.buffer
     except AttributeError:
@@ -256,7 +255,7 @@ def _write(file: int, piece: memoryview, place: int) -> None:
 
 
 def _allocate(file: int, size: int) -> None:
-    """Give a file its size and its room on the disk. Raises OSError where the disk is full."""
+    """Give a file its size and allocate it on disk. Raises OSError if the disk is full."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

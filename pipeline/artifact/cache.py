@@ -1,13 +1,13 @@
 """The local cache of blobs: files under the SHA-256 of their bytes, shared by models, folders and processes.
 
-    FOLDER/sha256/ab/<hex>        a blob, complete and read-only; it appears by a rename
-    FOLDER/partial/<hex>.part     a download under way: of full size from the start, locked while someone works on it
+    FOLDER/sha256/ab/<hex>        a blob, complete and read-only; renamed into place
+    FOLDER/partial/<hex>.part     a running download: of full size from the start, locked while a process works on it
     FOLDER/partial/<hex>.done     a byte for each range of it that has arrived
-    FOLDER/refs/<key>.json        what a reference to a store led to last, for `--offline`
+    FOLDER/refs/<key>.json        the last result of a reference to a store, for `--offline`
 
-FOLDER is `cache` under BIRKHOFF_HOME where that is set, else `birkhoff` under XDG_CACHE_HOME (~/.cache). It may be
-deleted whole while nothing runs. Nothing in it is believed: whoever reads a blob checks its digest, and one that is
-wrong is removed and fetched again. Hence no blob is synced to the disk: a machine that goes down costs a download.
+FOLDER is `cache` under BIRKHOFF_HOME if that is set, else `birkhoff` under XDG_CACHE_HOME (~/.cache). It may be deleted
+as a whole while nothing runs. Nothing in it is trusted: every reader of a blob checks its digest, and a wrong blob is
+removed and fetched again. So blobs are not synced to disk: a crash of the machine costs a download.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from birkhoff.pipeline.hints import hint
 from birkhoff.pipeline.paths import cache_folder
 
 BUFFER_BYTES = 1 << 20
-"""Read, hashed and written together: they stay in a core's cache."""
+"""Bytes read, hashed and written at a time; they fit a core's cache."""
 
 _REMEDY = "point BIRKHOFF_HOME or XDG_CACHE_HOME at a folder that can be written"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheUsage:
-    """What lies in a cache. `bytes` of blobs; `partial_bytes` that downloads under way, or given up, take on the disk.
+    """The contents of a cache: `bytes` of blobs, and `partial_bytes` of running or abandoned downloads.
 
     `linked` blobs have a second name, in a pulled folder: removing them from the cache frees nothing.
     """
@@ -50,7 +50,7 @@ class CacheUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What `prune` removed, or would remove; bytes of the files, without those that live on in pulled folders."""
+    """What `prune` removed, or would remove; bytes of the files, without those that pulled folders still use."""
 
     blobs: int
     bytes: int
@@ -58,13 +58,13 @@ class Pruned:
 
 
 class BlobCache:
-    """The cache in `folder`, made on first use. May be shared by threads and processes."""
+    """The cache in `folder`, created on first use. Threads and processes may share it."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder: Path = (folder or cache_folder()).absolute()
 
     def obstacle(self) -> str | None:
-        """Why nothing can be written here; None if it can. Tries it."""
+        """Try to write, and return the obstacle; None if there is none."""
         try:
             for name in ("partial", "sha256"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -75,15 +75,15 @@ class BlobCache:
         return None
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies, or would lie."""
+        """Return the path of a blob, whether it is there or not."""
         return self.folder / "sha256" / digest[:2] / digest
 
     def partial_path(self, digest: str) -> Path:
-        """Where a blob is put together."""
+        """Return the path of a blob's partial file."""
         return self.folder / "partial" / f"{digest}.part"
 
     def find(self, digest: str, size: int) -> Path | None:
-        """The file of a blob if it is here in its right size; its bytes are not read, its time of use is noted."""
+        """Return the file of a blob if it has the right size; note its use, read no bytes."""
         path = self.path(digest)
         try:
             facts = path.stat()
@@ -96,7 +96,7 @@ class BlobCache:
         return path
 
     def whole(self, blobs: Iterable[tuple[str, int]]) -> set[str]:
-        """Digests of those (digest, size) that are here, each file read and hashed; damaged ones are removed."""
+        """Return the digests of those (digest, size) that are here; read and hash each file, remove damaged ones."""
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             return {digest for digest in pool.map(self._checked, blobs) if digest}
 
@@ -113,7 +113,7 @@ class BlobCache:
         return None
 
     def read(self, digest: str) -> bytes | None:
-        """The bytes of a blob if it is here and they are right; a file of others is removed. Raises OutputError."""
+        """Return the bytes of a blob if they are here and right; remove a wrong file. Raises OutputError."""
         path = self.path(digest)
         try:
             with path.open("rb") as file:
@@ -126,13 +126,13 @@ class BlobCache:
         return None
 
     def _discard(self, path: Path, seen: os.stat_result) -> None:
-        """Remove a file that was seen to be damaged, but not one that another process has put in its place since."""
+        """Remove a damaged file, but not one that another process has put in its place since."""
         with disk_errors(self.folder), contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), seen):
                 path.unlink()
 
     def adopt(self, digest: str, partial: Path) -> None:
-        """Make a file that was just hashed a blob. Raises OSError."""
+        """Turn a file that was just hashed into a blob. Raises OSError."""
         path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.chmod(0o444)
@@ -140,7 +140,7 @@ class BlobCache:
         partial.replace(path)
 
     def remember(self, reference: str, body: bytes) -> None:
-        """Keep what a reference led to, for times without the store; where nothing can be written, do without."""
+        """Keep the result of a reference for offline use; skip it if nothing can be written."""
         path = self._note(reference)
         with contextlib.suppress(OSError, OutputError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +148,14 @@ class BlobCache:
                 atomic_write(path, body)
 
     def recall(self, reference: str) -> bytes | None:
-        """What `remember` kept."""
+        """Return the result that `remember` kept."""
         try:
             return self._note(reference).read_bytes()
         except OSError:
             return None
 
     def check_room(self, nbytes: int) -> None:
-        """Raises OutputError where the disk cannot take so many bytes more."""
+        """Raises OutputError if the disk cannot take so many bytes more."""
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lack = shortage(self.folder, nbytes)
@@ -165,7 +165,7 @@ class BlobCache:
             )
 
     def usage(self) -> CacheUsage:
-        """Count what is here."""
+        """Count the contents."""
         blobs = [facts for _, facts in _files(self.folder / "sha256")]
         partial = [facts for path, facts in _files(self.folder / "partial") if path.suffix == ".part"]
         return CacheUsage(
@@ -201,7 +201,7 @@ class BlobCache:
 
 
 def file_digest(path: Path) -> str:
-    """`file_sha256`, or empty for a file that cannot be read, which matches no digest."""
+    """Return `file_sha256`; empty, which matches no digest, for a file that cannot be read."""
     try:
         return file_sha256(path)
     except OSError:
@@ -231,7 +231,7 @@ def usable_cache(target: Path, tell: Callable[[str], object]) -> Iterator[BlobCa
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """OSError below the cache as OutputError with path and remedy."""
+    """Turn an OSError below the cache into an OutputError with path and remedy."""
     try:
         yield
     except OSError as error:
@@ -248,7 +248,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _prune_partial(path: Path, *, dry_run: bool) -> bool:
-    """Remove a download, with its note, that nobody works on; whether there was one."""
+    """Remove a download that no process works on, with its note; return whether there was one."""
     if path.suffix != ".part":
         return False
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:

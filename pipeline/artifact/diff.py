@@ -1,4 +1,4 @@
-"""What differs between two versions, tensor by tensor: rows of `birkhoff diff`, and of reports."""
+"""Compare two versions tensor by tensor: the rows of `birkhoff diff` and of reports."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Difference:
     """One for each tensor: `change` is `added`, `removed`, `changed`, `recoded` or `same`; metrics under `*_a`, `*_b`.
     Tensors are in B's order, removed ones last."""
     title: str
-    """Both versions, and how many tensors are what."""
+    """Both versions, and the number of tensors by kind of change."""
 
 
 def diff(store: Store, reference_a: str, reference_b: str) -> Difference:
-    """Compare the tensors of two versions, of one model or of two, by what is stored of them.
+    """Compare the stored tensors of two versions, of one model or of two.
 
     A tensor is `same` if its streams and parameters are, and otherwise `changed`, or `recoded` where both versions were
     made from the same source file, so that only the recipe can differ. Shards that the versions share are compared by
@@ -49,7 +49,7 @@ def diff(store: Store, reference_a: str, reference_b: str) -> Difference:
 
 
 def _contents(artifact: StoredArtifact, other: StoredArtifact) -> dict[str, str]:
-    """Digest of every tensor that lies in a shard which `other` does not have."""
+    """Return the digest of every tensor in shards that `other` lacks."""
     shared = {shard.blob for shard in other.manifest.shards}
     found: dict[str, str] = {}
     for shard in artifact.manifest.shards:

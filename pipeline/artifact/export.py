@@ -1,4 +1,4 @@
-"""Back to a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
+"""Export a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def export(artifact: Artifact, path: Path) -> int:
 
 
 def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
-    """What `torch.save` writes, byte by byte: it gets tensors whose memory is never touched, and `_Records` their data.
+    """Write what `torch.save` writes, byte by byte, from tensors without memory; `_Records` supplies the data.
 
     `torch.save` itself asks for all tensors at once; the function below it takes whatever writes records.
     """
@@ -63,7 +63,7 @@ def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
 
 
 class _KeptError(io.RawIOBase):
-    """A file whose first failed write stays known: torch's writer says of it that it was unexpected, and not why."""
+    """A file that keeps its first failed write, because torch's writer does not report the reason."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _KeptError(io.RawIOBase):
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write to the file, or, once it failed, to nowhere: the writer closes its archive all the same."""
+        """Write to the file, or nowhere after a failure: the writer closes its archive either way."""
         if self.error is not None:
             return len(data)
         try:
@@ -82,7 +82,7 @@ class _KeptError(io.RawIOBase):
 
 
 class _Records:
-    """A writer of records for torch, which puts the artifact's data in the place of a storage's own."""
+    """A record writer for torch that writes the artifact's data instead of a storage's."""
 
     def __init__(self, writer: Any, artifact: Artifact, rows: list[TensorRow]) -> None:
         self._writer, self._label = writer, artifact.label
@@ -99,14 +99,14 @@ class _Records:
 
 
 def _storage(tensor: Tensor) -> UntypedStorage:
-    """The storage of this tensor alone, never a part of a larger one."""
+    """Return the storage of this tensor alone, never a part of a larger one."""
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return (tensor if whole else tensor.clone()).untyped_storage()
 
 
 def _write_safetensors(artifact: Artifact, file: BinaryIO) -> None:
-    """Header first, which `inspect` gives without the data; wide types first, as readers that map files like it."""
+    """Write the header, known from `inspect` alone, then the data; wide types first, for readers that map files."""
     rows = sorted(inspect(artifact), key=lambda row: -DTYPES[row.dtype].itemsize)
     header: dict[str, object] = {}
     places: dict[str, int] = {}

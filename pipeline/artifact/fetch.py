@@ -1,4 +1,4 @@
-"""Bringing many blobs into the cache at once: ranges of all of them, on a few threads."""
+"""Fetch many blobs into the cache at once: ranges of all of them, on a few threads."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from birkhoff.pipeline.artifact.cache import BlobCache, disk_errors
 from birkhoff.pipeline.store.base import Store
 
 THREADS = 8
-"""Requests under way. More than cores: most of the time a thread waits for the other side."""
+"""Concurrent requests. More than cores, because threads mostly wait for the server."""
 
 _POLL_SECONDS = 0.05
 
@@ -29,7 +29,7 @@ def fetch(
     label: str,
     report: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Blob]:
-    """Bring blobs that the cache lacks into it; yields each when it is there, proven by its digest.
+    """Fetch the blobs that the cache lacks; yield each when it is there, checked by its digest.
 
     Several processes may fetch the same blobs: each blob is fetched by one of them, and the others wait for it.
 
@@ -62,7 +62,7 @@ class _Fetcher:
         self._stop = threading.Event()
 
     def run(self, here: list[Blob]) -> Iterator[Blob]:
-        """Blobs that are there, then the others in the order in which they are ready."""
+        """Yield blobs that are there, then the others as they become ready."""
         pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="pull")
         try:
             for download in self._downloads:
@@ -90,7 +90,7 @@ class _Fetcher:
             pool.submit(self._range, download, index)
 
     def _next(self, waiting: list[BlobDownload], pool: ThreadPoolExecutor) -> BlobDownload:
-        """The next download that ended; meanwhile a look at those that other processes work on."""
+        """Return the next download that ended; meanwhile poll those of other processes."""
         while waiting and self._ended.empty():
             interrupt.check()
             self._look(waiting, pool)
@@ -101,7 +101,7 @@ class _Fetcher:
         return item
 
     def _look(self, waiting: list[BlobDownload], pool: ThreadPoolExecutor) -> None:
-        """Take over blobs that another process has finished, or given up."""
+        """Take over blobs that another process finished or gave up."""
         for download in list(waiting):
             with disk_errors(self._cache.folder):
                 if download.busy and not download.retake():
@@ -114,7 +114,7 @@ class _Fetcher:
                 self._submit(download, pool)
 
     def _range(self, download: BlobDownload, index: int) -> None:
-        """One range in a thread of the pool; every end is told to the consumer."""
+        """Fetch one range in a thread of the pool, and tell the consumer how it ended."""
         try:
             if self._stop.is_set():
                 return

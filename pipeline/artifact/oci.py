@@ -45,6 +45,8 @@ WEIGHT_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 SETTINGS_TYPE = "application/vnd.cncf.model.weight.config.v1.raw"
 DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 PATH_KEY = "org.cncf.model.filepath"
+TITLE_KEY = "org.opencontainers.image.title"
+"""Beside ModelPack's own: by this one ORAS names the files that it pulls."""
 LABELS_KEY = "org.birkhoff.labels"
 
 _MAX_LAYERS = 100_000
@@ -105,7 +107,7 @@ def push_oci(
             report(record.bytes)
         layers = [_layer(_media_type(record), record, path) for record, path in _paths(parcel)]
         for path, kind, body in _documents(parcel):
-            layers.append(_kept(registry, kind, body, {PATH_KEY: path}))
+            layers.append(_kept(registry, kind, body, _named(path)))
         config = json.dumps(_config(parcel, layers), separators=(",", ":")).encode()
         labels = parcel.beside.get(LABELS_FILE)
         whole = {
@@ -153,7 +155,7 @@ class OciStore(Store):
             raise
 
     def _open(self, body: bytes) -> dict[str, bytes | tuple[str, int]]:
-        """What is under each key: its bytes, or digest and size of a layer."""
+        """Return what is under each key: its bytes, or digest and size of a layer."""
         where = self.url
         try:
             whole = json.loads(body)
@@ -185,7 +187,7 @@ class OciStore(Store):
         return objects
 
     def _layer(self, digest: str, size: int) -> bytes:
-        """A small layer, checked."""
+        """Return a small layer, checked."""
         body = self._registry.blob(digest, length=min(size, MAX_DOCUMENT_BYTES))
         if f"sha256:{sha256(body)}" != digest:
             raise IntegrityError(f"{self.url}: layer {digest} is damaged; push the version again")
@@ -259,7 +261,7 @@ def _paths(parcel: Parcel) -> Iterator[tuple[BlobRecord, str]]:
 
 
 def _documents(parcel: Parcel) -> Iterator[tuple[str, str, bytes]]:
-    """(path, media type, bytes) of what a pulled folder has besides its blobs."""
+    """Yield (path, media type, bytes) of what a pulled folder has besides its blobs."""
     manifest = parcel.manifest
     signature = parcel.beside.get(OMS_FILE)
     found = Found(
@@ -283,7 +285,7 @@ def _media_type(record: BlobRecord) -> str:
 
 
 def _kept(registry: Registry, kind: str, body: bytes, annotations: dict[str, str] | None) -> dict[str, Any]:
-    """The descriptor of a document, which the repository has then."""
+    """Return the descriptor of a document, which the repository has then."""
     digest = f"sha256:{sha256(body)}"
     if not registry.has_blob(digest, len(body)):
         registry.put_blob(digest, body)
@@ -291,7 +293,11 @@ def _kept(registry: Registry, kind: str, body: bytes, annotations: dict[str, str
 
 
 def _layer(kind: str, record: BlobRecord, path: str) -> dict[str, Any]:
-    return _descriptor(kind, f"sha256:{record.blob}", record.bytes, {PATH_KEY: path})
+    return _descriptor(kind, f"sha256:{record.blob}", record.bytes, _named(path))
+
+
+def _named(path: str) -> dict[str, str]:
+    return {PATH_KEY: path, TITLE_KEY: path}
 
 
 def _descriptor(kind: str, digest: str, size: int, annotations: dict[str, str] | None) -> dict[str, Any]:

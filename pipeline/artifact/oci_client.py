@@ -1,15 +1,16 @@
 """A registry by the OCI distribution specification 1.1: blobs and manifests of one repository, over HTTP.
 
 Credentials are those that `docker login`, `skopeo login` or `oras login` left: REGISTRY_AUTH_FILE, else config.json
-below DOCKER_CONFIG, else ~/.docker/config.json. TLS is checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http
-is for this machine, or allowed by name. An upload goes in pieces, each tried again from where the registry says it
-stands.
+below DOCKER_CONFIG, else ~/.docker/config.json, or the helper that such a file names, as those of clouds do. TLS is
+checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http is for this machine, or allowed by name. An upload goes
+in pieces, each tried again from where the registry says it stands.
 """
 
 import base64
 import json
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class Registry:
         return f"sha256:{sha256(body)}"
 
     def has_blob(self, digest: str, nbytes: int) -> bool:
-        """Whether the repository has a blob in this size."""
+        """Return whether the repository has a blob in this size."""
         response = self._ask("HEAD", f"blobs/{digest}")
         if response.status_code == 404:
             return False
@@ -125,7 +126,7 @@ class Registry:
         return int(response.headers.get("Content-Length", nbytes)) == nbytes
 
     def blob(self, digest: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes of a blob, unchecked. Raises ObjectNotFoundError."""
+        """Return bytes of a blob, unchecked. Raises ObjectNotFoundError."""
         if length == 0:
             return b""
         end = "" if length is None else str(start + length - 1)
@@ -165,13 +166,13 @@ class Registry:
         self._expect(response, 201, f"blob {digest}")
 
     def _begin(self, digest: str) -> str:
-        """Where a new upload goes."""
+        """Return where a new upload goes."""
         response = self._ask("POST", "blobs/uploads/", headers={"Content-Length": "0"})
         self._expect(response, 202, f"upload of {digest}")
         return self._location(response)
 
     def _location(self, response: requests.Response) -> str:
-        """Where an upload goes on; never at another host, which would get the credentials."""
+        """Return where an upload goes on; never at another host, which would get the credentials."""
         place = urljoin(response.url, response.headers.get("Location", ""))
         here, there = urlsplit(response.url), urlsplit(place)
         if (here.scheme, here.netloc) != (there.scheme, there.netloc):
@@ -229,31 +230,53 @@ class Registry:
         return f"{self._schemes[0]}://{self._reference.host}/v2/{self._reference.repository}"
 
     def _answer(self, challenge: str) -> bool:
-        """Answer a challenge, Basic or for a token; False where nothing is left to try."""
+        """Answer a challenge, Basic or for a token; False if nothing is left to try."""
         scheme, _, rest = challenge.partition(" ")
         login, facts, before = self._login(), dict(_CHALLENGE.findall(rest)), self._token
-        if scheme.lower() == "basic" and login is not None:
-            self._token = f"Basic {login}"
+        if scheme.lower() == "basic" and login.get("auth"):
+            self._token = f"Basic {login['auth']}"
         elif scheme.lower() == "bearer" and not is_exposed(facts.get("realm", "http://?")):
-            asked = {key: facts[key] for key in ("service", "scope") if key in facts}
-            headers = {} if login is None else {"Authorization": f"Basic {login}"}
-            found = self._session.get(facts["realm"], params=asked, headers=headers, timeout=_TIMEOUT)
-            if found.status_code == 200:
-                answer = found.json()
-                self._token = f"Bearer {answer.get('token') or answer.get('access_token')}"
+            self._token = self._bearer(facts, login) or before
         return self._token != before
 
-    def _login(self) -> str | None:
-        """What a login left for the host: `user:password` in base64."""
-        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    def _bearer(self, facts: Mapping[str, str], login: Mapping[str, str]) -> str | None:
+        """Return a token of the server that a challenge names: by a refresh token, by a password, or for anybody.
+
+        https://distribution.github.io/distribution/spec/auth/token/, and .../oauth/ for refresh tokens.
+        """
+        asked = {key: facts[key] for key in ("service", "scope") if key in facts}
+        if refresh := login.get("identitytoken"):
+            form = {"grant_type": "refresh_token", "client_id": "birkhoff-compression", "refresh_token": refresh}
+            found = self._session.post(facts["realm"], data={**asked, **form}, timeout=_TIMEOUT)
+        else:
+            headers = {"Authorization": f"Basic {login['auth']}"} if login.get("auth") else {}
+            found = self._session.get(facts["realm"], params=asked, headers=headers, timeout=_TIMEOUT)
+        if found.status_code != 200:
+            return None
+        try:
+            answer = found.json()
+            return f"Bearer {answer.get('token') or answer['access_token']}"
+        except (ValueError, KeyError, AttributeError):
+            raise StoreError(
+                f"{self._reference.url}: {urlsplit(facts['realm']).netloc} gives no token that can be read, though the "
+                "registry sends us there"
+            ) from None
+
+    def _login(self) -> dict[str, str]:
+        """Return what a login left for the host: `auth`, user:password in base64, or `identitytoken` to refresh."""
+        folder, host = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"), self._reference.host
         for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
             try:
-                found = json.loads(Path(path).read_bytes())["auths"][self._reference.host]["auth"]
-                base64.b64decode(found, validate=True)
-                return str(found)
-            except (OSError, ValueError, KeyError, TypeError):
+                config = json.loads(Path(path).read_bytes())
+                helper = config.get("credHelpers", {}).get(host) or config.get("credsStore")
+                found = config.get("auths", {}).get(host) or {}
+                base64.b64decode(found.get("auth", ""), validate=True)
+                held = {name: str(found[name]) for name in ("auth", "identitytoken") if found.get(name)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
-        return None
+            if held or (helper and (held := _ask_helper(str(helper), host))):
+                return held
+        return {}
 
     def _expect(self, response: requests.Response, wanted: int | tuple[int, ...], what: str) -> None:
         if response.status_code in (wanted if isinstance(wanted, tuple) else (wanted,)):
@@ -270,6 +293,30 @@ class Registry:
 
 
 def _stands(response: requests.Response) -> int:
-    """Bytes of an upload that the registry has: its Range is of the first and the last of them."""
+    """Return bytes of an upload that the registry has: its Range is of the first and the last of them."""
     found = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
     return int(found[1]) + 1 if found and found[1] != "0" else 0
+
+
+def _ask_helper(helper: str, host: str) -> dict[str, str]:
+    """What a credential helper of Docker's keeps for a host, in `_login`'s form; nothing where it has none.
+
+    https://github.com/docker/docker-credential-helpers: `docker-credential-NAME get`, the host on its standard input.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", helper):
+        return {}
+    try:
+        ended = subprocess.run(
+            [f"docker-credential-{helper}", "get"],
+            input=host.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT[1],
+        )
+        found = json.loads(ended.stdout) if ended.returncode == 0 else {}
+        user, secret = str(found["Username"]), str(found["Secret"])
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired):
+        return {}
+    if user == "<token>":
+        return {"identitytoken": secret}
+    return {"auth": base64.b64encode(f"{user}:{secret}".encode()).decode()}

@@ -1,8 +1,8 @@
-"""Signatures that others can check: OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
+"""OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
 
 A bundle is a Sigstore bundle around a DSSE envelope around an in-toto statement that names every file of the folder
-with its SHA-256. `model_signing verify key` or `verify certificate` of that package needs nothing of ours. In a pulled
-folder the bundle is `model.sig`; not signed is `version.json`, which says how the folder was pulled and is no weight.
+with its SHA-256. `model_signing verify key` or `verify certificate` checks it without this package. In a pulled folder
+the bundle is `model.sig`. `version.json`, which says how the folder was pulled, is not signed: it holds no weights.
 
 A version carries one bundle, of the folder that `pull` makes of it, as `oms.json` beside its manifest.
 """
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, SIGNATURE_FILE, VERSION_FILE
+from birkhoff.pipeline.artifact.references import Found
 from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size
 from birkhoff.pipeline.errors import ArtifactNotFoundError, ObjectNotFoundError, TrustError
 from birkhoff.pipeline.hints import hint
@@ -80,7 +82,7 @@ def verify_folder(
     Args:
         folder: a pulled folder, or any model's.
         trusted: see `OmsKey`.
-        signature: the bundle; FOLDER/model.sig where left out.
+        signature: the bundle. Default: FOLDER/model.sig.
         ignored: paths that need not be signed; those that the bundle leaves out are ignored besides.
 
     Raises:
@@ -112,12 +114,26 @@ def attach(store: Store, model: str, digest: str, bundle: bytes) -> None:
 
 
 def attached(store: Store, model: str, digest: str) -> bytes | None:
-    """The bundle of a version; None where it has none. Raises StoreError, IntegrityError."""
+    """Return the bundle of a version; None if it has none. Raises StoreError, IntegrityError."""
     try:
         body = store.get(oms_key(model, digest), length=MAX_DOCUMENT_BYTES + 1)
     except ObjectNotFoundError:
         return None
     check_size(oms_key(model, digest), body)
+    return body
+
+
+def remembered(found: Found, store: Store | None, cache: BlobCache) -> bytes | None:
+    """The bundle of a version that is pulled: the store's, else, without one, what its last pull here brought.
+
+    Raises as `attached`.
+    """
+    note = f"oms {found.model}@{found.digest}"
+    if store is None:
+        return cache.recall(note) or None
+    body = attached(store, found.model, found.digest)
+    if body is not None or cache.recall(note):
+        cache.remember(note, body or b"")
     return body
 
 
@@ -132,7 +148,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _package(name: str) -> Any:
-    """A module of model-signing. Raises TrustError where it is not installed."""
+    """Return a module of model-signing. Raises TrustError if it is not installed."""
     import importlib
 
     try:

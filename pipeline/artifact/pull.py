@@ -1,6 +1,7 @@
-"""Pulling a version into a folder: missing blobs into the cache, then links from the cache into the folder.
+"""Pull a version into a folder: fetch missing blobs into the cache, then link the folder to it.
 
     FOLDER/shard-00001-of-00099.safetensors   the shards, byte by byte as stored
+    FOLDER/base-00001-of-00099.safetensors    containers of its base, where its tensors are differences to such
     FOLDER/files/config.json                  small files that go with the weights, where the version has any
     FOLDER/version.json                       model, name and digest, the signatures that were asked for, and `files`,
                                               the names that `pull` has put here
@@ -28,7 +29,7 @@ from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, read_document
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, OutputError
 from birkhoff.pipeline.files import atomic_file, atomic_write, place
 from birkhoff.pipeline.hints import hint
-from birkhoff.pipeline.registry.documents import FILE_NAME, BlobRecord, FileRecord, VersionManifest
+from birkhoff.pipeline.registry.documents import FILE_NAME, BlobRecord, FileRecord, ShardRecord, VersionManifest
 from birkhoff.pipeline.store.base import Store
 
 MANIFEST_FILE = "manifest.json"
@@ -37,7 +38,7 @@ FILES_FOLDER = "files"
 SIGNATURE_FILE = "model.sig"
 
 _OWN = re.compile(
-    rf"shard-[0-9]{{5,}}-of-[0-9]{{5,}}\.safetensors|{FILES_FOLDER}/(?:{FILE_NAME.pattern})|{re.escape(SIGNATURE_FILE)}"
+    rf"(?:shard|base)-[0-9]{{5,}}-of-[0-9]{{5,}}\.safetensors|{FILES_FOLDER}/(?:{FILE_NAME.pattern})|{re.escape(SIGNATURE_FILE)}"
 )
 """Names that `pull` gives to files."""
 
@@ -50,14 +51,18 @@ BlobId = tuple[str, str, int]
 
 def blob_id(record: BlobRecord) -> BlobId:
     """What tells the records of a version apart: the name or key, and the blob."""
-    return (record.name if isinstance(record, FileRecord) else record.key, record.blob, record.bytes)
+    name = record.name if isinstance(record, FileRecord) else record.key if isinstance(record, ShardRecord) else ""
+    return (name, record.blob, record.bytes)
 
 
 def blob_files(manifest: VersionManifest) -> dict[BlobId, str]:
-    """Path of each blob's file in a pulled folder: a shard's, or that of a file that goes with the weights."""
+    """Path of each blob's file in a pulled folder: of a shard, of a base, of a file that goes with the weights."""
     files: dict[BlobId, str] = {}
     for number, shard in enumerate(manifest.shards, 1):
         files.setdefault(blob_id(shard), f"shard-{number:05}-of-{len(manifest.shards):05}.safetensors")
+    bases = manifest.bases
+    for number, base in enumerate(bases, 1):
+        files[blob_id(base)] = f"base-{number:05}-of-{len(bases):05}.safetensors"
     return files | {blob_id(file): f"{FILES_FOLDER}/{file.name}" for file in manifest.files or ()}
 
 

@@ -1,4 +1,4 @@
-"""Reading published artifacts: verify, inspect, dense tensors, and loading into a model.
+"""Read published artifacts: for verify, inspect, dense tensors, and loading into a model.
 
 Three places hold an artifact: a store, the local cache in front of one, and a folder that `pull` wrote. All hand out
 shards whose digest was checked after the last copy.
@@ -8,16 +8,18 @@ import contextlib
 import json
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from birkhoff.codec.container import LOSSLESS_CODECS, CodedTensor, Entry, head_size, parse, parse_head
+from birkhoff.codec.container import LOSSLESS_CODECS, CodedTensor, Entry, Head, head_size, parse, parse_head, with_bases
 from birkhoff.codec.dtype_names import name_of_code, width_of_code
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.profiles import FALLBACKS, Decision
@@ -46,6 +48,9 @@ _HEADER_GUESS = 256 << 10
 
 _HEADERS_AHEAD = 8
 """Headers read beside each other."""
+
+_BASES_HELD = 8
+"""Containers of a base that stay in memory: mostly one shard after the other is a difference to each."""
 
 
 class Artifact(ABC):
@@ -94,7 +99,7 @@ class Artifact(ABC):
     def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
         """The stored tensors of a shard. May be called from any thread. Raises IntegrityError naming the blob."""
         try:
-            found = parse(self.blob(shard))
+            found = with_bases(parse(self.blob(shard)), partial(self._tensors_of, shard))
             dense = sum(coded.weights * width_of_code(coded.dtype) for coded in found)
         except FormatError as error:
             raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None
@@ -104,6 +109,29 @@ class Artifact(ABC):
                 "one of them is forged; do not use it, and ask its publisher"
             )
         return found
+
+    def _tensors_of(self, shard: ShardRecord, digest: str) -> dict[str, CodedTensor]:
+        """The tensors of a container that a shard's are differences to, by name. Raises IntegrityError naming it."""
+        base = next((base for base in shard.bases or () if base.blob == digest), None)
+        if base is None:
+            raise IntegrityError(
+                f"{self.label}: blob {shard.blob} is a difference to blob {digest}, which its manifest does not name: "
+                "one of them is forged; do not use it, and ask its publisher"
+            )
+        if (held := self._bases.get(digest)) is None:
+            origin = self.manifest.base.label if self.manifest.base is not None else "its base"
+            try:
+                held = {coded.name: coded for coded in parse(self.blob(base))}
+            except (IntegrityError, ArtifactNotFoundError) as error:
+                raise type(error)(
+                    f"{error}; it is of {origin}, to which tensors of {self.label} are differences"
+                ) from None
+            self._bases.put(digest, held)
+        return held
+
+    @cached_property
+    def _bases(self) -> "_Recent":
+        return _Recent()
 
     def coded(self) -> Iterator[CodedTensor]:
         """Every stored tensor in the checkpoint's order, one shard in memory at a time. Raises as `coded_of`."""
@@ -116,6 +144,24 @@ class Artifact(ABC):
 
         for coded in self.coded():
             yield coded.name, decode_tensor(coded)
+
+
+class _Recent:
+    """The containers of a base that were asked for last, for several threads."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, CodedTensor]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, digest: str) -> dict[str, CodedTensor] | None:
+        with self._lock:
+            return self._held.get(digest)
+
+    def put(self, digest: str, tensors: dict[str, CodedTensor]) -> None:
+        with self._lock:
+            self._held[digest] = tensors
+            while len(self._held) > _BASES_HELD:
+                del self._held[next(iter(self._held))]
 
 
 class StoredArtifact(Artifact):
@@ -167,12 +213,13 @@ class CachedArtifact(Artifact):
         if self._store is None:
             yield from self.manifest.shards
             return
-        shards: dict[str, list[ShardRecord]] = {}
-        for shard in self.manifest.shards:
-            shards.setdefault(shard.blob, []).append(shard)
-        blobs = (Blob(digest=shard.blob, size=shard.bytes) for shard in self.manifest.shards)
+        records: tuple[BlobRecord, ...] = (*self.manifest.shards, *self.manifest.bases)
+        blobs = (Blob(digest=record.blob, size=record.bytes) for record in records)
+        left, here = list(self.manifest.shards), set[str]()
         for blob in fetch(self._store, blobs, self._cache, label=self.label):
-            yield from shards[blob.digest]
+            here.add(blob.digest)
+            yield from (shard for shard in left if here.issuperset(shard.needs))
+            left = [shard for shard in left if not here.issuperset(shard.needs)]
 
     def blob(self, record: BlobRecord) -> bytes:
         """The bytes of a blob, checked; a damaged or missing file of the cache is fetched anew."""
@@ -350,6 +397,12 @@ def inspect(artifact: Artifact) -> Iterator[TensorRow]:
 
     A few headers are in memory at a time, however many tensors there are. Raises FormatError, StoreError.
     """
+    for head in heads(artifact):
+        yield from _rows(artifact, head)
+
+
+def heads(artifact: Artifact) -> Iterator[Head]:
+    """What the containers of an artifact say before their streams, in the order of its shards. Raises as `inspect`."""
     with ThreadPoolExecutor(_HEADERS_AHEAD, thread_name_prefix="inspect") as pool:
         waiting: deque[Future[bytes]] = deque()
         left = iter(artifact.manifest.shards)
@@ -357,7 +410,7 @@ def inspect(artifact: Artifact) -> Iterator[TensorRow]:
             for _ in artifact.manifest.shards:
                 for shard in islice(left, _HEADERS_AHEAD - len(waiting)):
                     waiting.append(pool.submit(_read_header, artifact, shard))
-                yield from _rows(artifact, waiting.popleft().result())
+                yield parse_head(waiting.popleft().result())
                 interrupt.check()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -365,7 +418,7 @@ def inspect(artifact: Artifact) -> Iterator[TensorRow]:
 
 def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
     """The tensors of one shard, in its order, from its header alone."""
-    return _rows(artifact, _read_header(artifact, shard))
+    return _rows(artifact, parse_head(_read_header(artifact, shard)))
 
 
 def _read_header(artifact: Artifact, shard: ShardRecord) -> bytes:
@@ -378,8 +431,7 @@ def _read_header(artifact: Artifact, shard: ShardRecord) -> bytes:
     return head
 
 
-def _rows(artifact: Artifact, header: bytes) -> list[TensorRow]:
-    head = parse_head(header)
+def _rows(artifact: Artifact, head: Head) -> list[TensorRow]:
     decisions = decisions_of(artifact.manifest, head.entries)
     return [
         _row(entry, sum(parts), decisions[entry.name]) for entry, parts in zip(head.entries, head.parts, strict=True)

@@ -1,4 +1,4 @@
-"""A stored version in the present format of containers, from its own bytes alone: no source, no new quantisation.
+"""Recode a stored version in the current container format, from its own bytes: no source, no new quantisation.
 
 Each container is rewritten tensor by tensor and read back: every coordinate and every bit must be what the old one
 holds. The recoded version has records of its own, and is published by the ordinary protocol.
@@ -27,15 +27,15 @@ from birkhoff.pipeline.store.base import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recoded:
-    """A version as it was, and as it is now: the same one if there was nothing to do."""
+    """A version before and after: the same one if there was nothing to do."""
 
     before: Version
     after: Version
     shards: int
-    """Containers that were rewritten."""
+    """How many containers were rewritten."""
 
     def facts(self) -> dict[str, object]:
-        """Under the keys of `--json`."""
+        """Return the result under the keys of `--json`."""
         return {
             "model": self.after.model,
             "version": self.after.name,
@@ -56,7 +56,7 @@ def recode_version(
     single_publisher: bool = False,
     signer: Signer | None = None,
 ) -> Recoded:
-    """Publish a version whose containers are of the present format, with the labels of the one that it is made from.
+    """Publish a version in the current container format, with the labels of its original.
 
     Args:
         store: where the version is, and where it goes.
@@ -95,7 +95,7 @@ def recode_version(
 
 
 def _recode_shard(store: Store, artifact: StoredArtifact, record: ShardRecord) -> ShardRecord:
-    """The record of a shard in the present format, which is stored; the same one if it is in it."""
+    """Store a shard in the current format and return its record; the same record if it is current."""
     old = artifact.coded_of(record)
     if all(coded.version == FORMAT_VERSION for coded in old):
         return record
@@ -114,7 +114,7 @@ def _recode_shard(store: Store, artifact: StoredArtifact, record: ShardRecord) -
 
 
 def _is_same(old: CodedTensor, new: CodedTensor) -> bool:
-    """Whether two stored tensors say and hold the same."""
+    """Return whether two stored tensors have equal entries and contents."""
     fields = ("name", "dtype", "shape", "claims", "lossless")
     if any(getattr(old, field) != getattr(new, field) for field in fields):
         return False

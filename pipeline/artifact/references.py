@@ -1,4 +1,4 @@
-"""What a reference means: a version in a store, or, offline, what it meant when it was last pulled.
+"""Resolve references: to a version in a store or, offline, to the one that was last pulled.
 
 MODEL, MODEL@latest, MODEL@v3, MODEL@<digest>
 """
@@ -19,7 +19,7 @@ from birkhoff.pipeline.store.default import default_store_url
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A version that a reference led to. `name` such as v3; None where it was asked for by digest and has none."""
+    """A version that a reference led to. `name` such as v3; None if it was asked for by digest and has none."""
 
     model: str
     name: str | None
@@ -30,7 +30,7 @@ class Found:
 
     @property
     def label(self) -> str:
-        """For messages: `demo-sam@v3`."""
+        """The reference for messages: `demo-sam@v3`."""
         return f"{self.model}@{self.name or self.digest[:12]}"
 
     def pointer(self) -> dict[str, str | None]:
@@ -38,12 +38,12 @@ class Found:
         return {"model": self.model, "version": self.name, "digest": self.digest}
 
     def note(self) -> dict[str, object]:
-        """What a pulled folder and the cache keep of it, beside the manifest."""
+        """Return what a pulled folder and the cache keep of it, beside the manifest."""
         return {**self.pointer(), "signatures": [record.model_dump(mode="json") for record in self.signatures]}
 
 
 def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
-    """The version in a store; remembered in the cache.
+    """Return the version in a store, and remember it in the cache.
 
     Raises TrustError if it is not what `trust` demands, else as `publish.resolve`.
     """
@@ -63,7 +63,7 @@ def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
 
 
 def recall(store: str | Store | None, reference: str, cache: BlobCache, trust: Trust) -> Found:
-    """The version that the reference led to last, from the cache alone.
+    """Return the last version of a reference, from the cache alone.
 
     Raises:
         ArtifactNotFoundError: it was never pulled from this store.
@@ -98,6 +98,6 @@ def recall(store: str | Store | None, reference: str, cache: BlobCache, trust: T
 
 
 def noted_signatures(note: dict[str, Any]) -> tuple[VersionSignatures, ...]:
-    """The signatures of a `Found.note`. Raises IntegrityError, TypeError."""
+    """Return the signatures of a `Found.note`. Raises IntegrityError, TypeError."""
     held = note.get("signatures", [])
     return tuple(read_document(VersionSignatures, "a signature", json.dumps(entry).encode()) for entry in held[:64])

@@ -1,8 +1,8 @@
-"""Where a version comes from and what it is made of, in the forms that other tools read.
+"""Provenance and bill of materials of a version, in the formats that other tools read.
 
 `provenance` is an in-toto statement with SLSA's predicate (https://slsa.dev/spec/v1.0/provenance), `bill_of_materials`
 a CycloneDX 1.6 ML-BOM (https://cyclonedx.org/docs/1.6/json). Both say what the version's manifest says and nothing
-else, so that whoever trusts its digest trusts them: the same version gives the same bytes everywhere.
+else, so trusting its digest means trusting them: the same version gives the same bytes everywhere.
 """
 
 import uuid
@@ -16,11 +16,14 @@ _SPACE = uuid.UUID("5f6c1f0e-3a1d-5d2f-9a53-0c9f2b6b8c11")
 
 
 def provenance(manifest: VersionManifest) -> dict[str, Any]:
-    """An in-toto statement: subjects are the manifest and every blob, dependencies the source, by their SHA-256."""
+    """An in-toto statement: subjects are the manifest and its own blobs, dependencies the source, and the base with the
+    containers of it that tensors are differences to, all by their SHA-256."""
     source = manifest.source
     dependency = {"name": source.file, "digest": {"sha256": source.sha256}}
     origins = [{"uri": url, "digest": {"gitCommit": _commit(url)}} for url in source.origin or ()]
-    blobs = {record.blob: record for record in manifest.stored}
+    blobs = {record.blob: record for record in manifest.own}
+    bases = [] if manifest.base is None else [(f"{manifest.base.model}/manifest.json", manifest.base.digest)]
+    bases += [(f"blobs/sha256/{base.blob[:2]}/{base.blob}", base.blob) for base in manifest.bases]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [
@@ -38,7 +41,11 @@ def provenance(manifest: VersionManifest) -> dict[str, Any]:
                     **({} if manifest.budget is None else {"budget": manifest.budget.model_dump(exclude_none=True)}),
                     **({} if manifest.overrides is None else {"overrides": manifest.overrides}),
                 },
-                "resolvedDependencies": [dependency, *origins],
+                "resolvedDependencies": [
+                    dependency,
+                    *origins,
+                    *({"name": name, "digest": {"sha256": digest}} for name, digest in bases),
+                ],
             },
             "runDetails": {
                 "builder": {
@@ -51,7 +58,7 @@ def provenance(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
-    """A CycloneDX document: the model, the model that it was made of, and the program that made it."""
+    """Return a CycloneDX document: the model, the model that it was made of, and the program that made it."""
     source, figures = manifest.source, manifest.figures()
     made, base, tool = (
         f"{manifest.model}@{manifest.digest}",
@@ -89,6 +96,7 @@ def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
                 "properties": [
                     {"name": "birkhoff:profile", "value": manifest.profile},
                     {"name": "birkhoff:stored_bytes", "value": str(manifest.stored_bytes)},
+                    *_base_property(manifest),
                     *(
                         {"name": f"birkhoff:recipe:{key}", "value": str(value)}
                         for key, value in manifest.recipe.items()
@@ -108,6 +116,11 @@ def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
         ],
         "dependencies": [{"ref": made, "dependsOn": [base]}, {"ref": base, "dependsOn": []}],
     }
+
+
+def _base_property(manifest: VersionManifest) -> list[dict[str, str]]:
+    base = manifest.base
+    return [] if base is None else [{"name": "birkhoff:base", "value": f"{base.model}@{base.digest}"}]
 
 
 def _commit(url: str) -> str:

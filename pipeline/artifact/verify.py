@@ -1,4 +1,4 @@
-"""Re-checking a stored artifact: every digest, every tensor decoded, on demand against its checkpoint."""
+"""Verify a stored artifact: every digest, every tensor decoded, optionally against its checkpoint."""
 
 import math
 from collections.abc import Iterator
@@ -61,9 +61,9 @@ def verify(artifact: Artifact, against: Path | None = None) -> Verification:
         raise ValidationError(
             f"{against} holds {len(sources)} tensors that {artifact.label} lacks: {next(iter(sources))}, ..."
         )
-    for record in artifact.manifest.files or ():
-        artifact.blob(record)
     stored = artifact.manifest.stored
+    for record in stored[len(artifact.manifest.shards) :]:
+        artifact.blob(record)
     return Verification(
         blobs=len(stored),
         bytes=sum(record.bytes for record in stored),

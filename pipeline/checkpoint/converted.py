@@ -103,7 +103,7 @@ def open_legacy(path: Path, legacy: Legacy, cache: Path, under: str | None = Non
 
 
 def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, on storages read from the file."""
+    """Return the tensors of a state dict, on storages read from the file."""
     size = path.stat().st_size
     claimed = sum(count * _itemsize(path, dtype) for dtype, count in legacy.contents.storages.values())
     if claimed > size:
@@ -159,7 +159,7 @@ def _places(path: Path, legacy: Legacy, size: int) -> dict[str, int]:
 
 
 def _read_storage(path: Path, place: int | None, nbytes: int) -> torch.Tensor:
-    """The bytes of a storage; zeros where the file lists none, never what the allocator left there."""
+    """Return the bytes of a storage; zeros where the file lists none, never what the allocator left there."""
     storage = torch.zeros(nbytes, dtype=torch.uint8)
     if place is not None and nbytes:
         with path.open("rb") as file:
@@ -169,7 +169,7 @@ def _read_storage(path: Path, place: int | None, nbytes: int) -> torch.Tensor:
 
 
 def _itemsize(path: Path, dtype: str) -> int:
-    """Bytes of an element of a storage."""
+    """Return bytes of an element of a storage."""
     if dtype in ELEMENT_BYTES:
         return ELEMENT_BYTES[dtype]
     raise SourceError(f"{path}: a legacy checkpoint with storages of {shown(dtype)}; load it and torch.save it again")
@@ -194,7 +194,7 @@ def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, t
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on a storage of its own, which safetensors asks for; a copy only where it is a view."""
+    """Return the tensor on a storage of its own, which safetensors asks for; a copy only if it is a view."""
     dense = tensor.detach().contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 
@@ -221,7 +221,7 @@ def _open_copy(path: Path, target: Path) -> Checkpoint:
 
 
 def unpack_checkpoint(path: Path, cache: Path) -> Path:
-    """The one `.pt` or `.pth` member of the zip file `path`, unpacked into `cache` on first use.
+    """Return the one `.pt` or `.pth` member of the zip file `path`, unpacked into `cache` on first use.
 
     Raises:
         SourceError: no or several such members, one that is encrypted, corrupt or inflates absurdly, or one that

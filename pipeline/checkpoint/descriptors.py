@@ -1,4 +1,4 @@
-"""Descriptors of a checkpoint: what a planner and a worker must know about a tensor without holding it.
+"""Descriptors of a checkpoint: what planner and worker need to know about a tensor without loading it.
 
 A descriptor is a few hundred bytes, picklable, and enough to read its tensor from any process that sees the
 file. All byte counts are plain integers, all offsets count from the start of the named file.
@@ -72,7 +72,7 @@ class Checkpoint:
     nesting: tuple[str, ...] = ()
     """Keys that lead to the state dict: `("model",)` where it sits under `checkpoint["model"]`."""
     skipped: tuple[tuple[str, str], ...] = ()
-    """(key, type) of the entries that are no weights, such as `("epoch", "int")`."""
+    """(key, type) of the entries that are not weights, such as `("epoch", "int")`."""
     origin: tuple[str, ...] = ()
     """Where files of it are for everybody, at a commit each: `hf://ORG/REPO@COMMIT/FILE`."""
 
@@ -92,7 +92,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def extent_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
-    """Bytes from element 0 to the end of the last element of a strided tensor; 0 for an empty one."""
+    """Return bytes from element 0 to the end of the last element of a strided tensor; 0 for an empty one."""
     if 0 in shape:
         return 0
     return itemsize * (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)))
@@ -102,7 +102,7 @@ def check_tensor(path: Path, name: str, dtype: str, shape: Sequence[int], stride
     """Refuse a tensor that no checkpoint of weights holds.
 
     Raises:
-        SourceError: a name that is no text, an unknown dtype, too many dimensions, or a view that expands to
+        SourceError: a name that is not text, an unknown dtype, too many dimensions, or a view that expands to
             an absurd size.
     """
     label = f"{path}: tensor {shown(name)}"

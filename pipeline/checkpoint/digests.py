@@ -25,7 +25,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
 
 
 def known_digest(checkpoint: Checkpoint) -> str | None:
-    """The digest if it is remembered; reads nothing of the checkpoint. Raises SourceError."""
+    """Return the digest if it is remembered; reads nothing of the checkpoint. Raises SourceError."""
     return recalled_digest(_note(checkpoint.path), checkpoint_state(checkpoint))
 
 

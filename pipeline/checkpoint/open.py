@@ -116,7 +116,7 @@ def _open(path: Path, content: Content, cache: Path | None, under: str | None) -
 
 
 def _open_packed(path: Path, cache: Path | None, under: str | None) -> Checkpoint:
-    """A checkpoint packed into a zip file: the facts of the inner file under the outer file's name."""
+    """Return a checkpoint packed into a zip file: the facts of the inner file under the outer file's name."""
     inner = unpack_checkpoint(path, _required(path, cache, "a zip that packs a checkpoint"))
     try:
         content = sniff(inner)

@@ -11,7 +11,7 @@ starts in 20 ms and under `python -I -S`.
 
     stdin                the pickles, one behind the other
     argv                 how many
-    stdout               what `answer` returns; nothing where a limit was met
+    stdout               what `answer` returns; nothing if a limit was met
 """
 
 import gc
@@ -293,7 +293,7 @@ class _Machine:
         return items
 
     def name(self, name: str, near: str) -> Global:
-        """A class or function that the pickle names."""
+        """Return a class or function that the pickle names."""
         name = name[:_NAME_CHARACTERS]
         parts = name.split(".")
         modules = {".".join(parts[:depth]) for depth in (1, 2)}
@@ -450,7 +450,7 @@ def _set_all(table: object, items: list[Any]) -> None:
 
 
 def _called(target: object, args: object) -> object:
-    """What stands for a call."""
+    """Return what stands for a call."""
     if not isinstance(args, tuple):
         raise ValueError("a call whose arguments are no tuple")
     if not isinstance(target, Global):
@@ -470,7 +470,7 @@ def _called(target: object, args: object) -> object:
 
 
 def _table(kind: str, args: tuple[Any, ...]) -> Table:
-    """A dict, empty or, as Python 2 wrote it, of a list of pairs."""
+    """Return a dict, empty or, as Python 2 wrote it, of a list of pairs."""
     table = Table(kind)
     if len(args) == 1 and isinstance(args[0], list):
         for pair in args[0]:
@@ -480,7 +480,7 @@ def _table(kind: str, args: tuple[Any, ...]) -> Table:
 
 
 def _storage(place: object) -> object:
-    """What a persistent id of torch.save means: ("storage", class, key, location, elements[, view])."""
+    """Return what a persistent id of torch.save means: ("storage", class, key, location, elements[, view])."""
     if not (isinstance(place, tuple) and place and isinstance(place[0], str)):
         raise ValueError("a persistent id that torch.save does not write")
     if place[0] == "module" and len(place) > 1 and isinstance(place[1], Global):  # the class, with its source
@@ -637,7 +637,7 @@ class _Printer:
 
 
 def described(pickle: Pickle) -> dict[str, Any]:
-    """A pickle as JSON can say it. Raises MemoryError where that grows beyond bounds."""
+    """Return a pickle as JSON can say it. Raises MemoryError if that grows beyond bounds."""
     printer = _Printer()
     root = printer.place(pickle.root)
     printer.walk()

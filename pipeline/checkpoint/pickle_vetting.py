@@ -1,9 +1,9 @@
-"""What a checkpoint's pickle holds, and where in it the state dict lies.
+"""Inspect a checkpoint's pickle: what it holds, and where its state dict is.
 
 No pickle is ever loaded. `pickle_reader` interprets its opcodes as data, in a process of its own with limits on memory
 and time, and calls nothing: tensors become notes, dicts tables, and everything else a placeholder that knows its name.
 So what trainers write beside the weights does no harm and is no obstacle, and a forged pickle costs its file, not the
-run. A file that names what runs commands is refused all the same: it was made to attack whoever loads it.
+run. A file that names what runs commands is refused all the same: it was made to attack those who load it.
 """
 
 import contextlib
@@ -52,14 +52,14 @@ class StorageNote:
 
     key: str
     dtype: str
-    """Of its elements; empty where they are bytes."""
+    """Of its elements; empty if they are bytes."""
     count: int
     start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNote:
-    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is no weight."""
+    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is not a weight."""
 
     flaw: str
     storage: StorageNote | None
@@ -71,7 +71,7 @@ class TensorNote:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Table:
-    """A dict of a pickle. `others`: entries whose key is no text, under its text."""
+    """A dict of a pickle. `others`: entries whose key is not text, under its text."""
 
     kind: str
     entries: dict[str, "Node"] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Table:
     """Entries that are tensors."""
 
     def items(self) -> list[tuple[str, "Node"]]:
-        """All entries."""
+        """Return all entries."""
         return [*self.entries.items(), *self.others]
 
 
@@ -120,7 +120,7 @@ class StateDict:
 
 
 def read_pickles(path: Path, data: bytes, count: int = 1) -> tuple[Contents, ...]:
-    """What the first `count` pickles in `data` hold; `path` is for messages.
+    """Return what the first `count` pickles in `data` hold; `path` is for messages.
 
     Raises:
         UnsafeSourceError: one names what runs commands or code.
@@ -146,7 +146,7 @@ def read_pickles(path: Path, data: bytes, count: int = 1) -> tuple[Contents, ...
 
 
 def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
-    """The answer of `pickle_reader`, run as a process. Raises SourceError where its limits end it."""
+    """Return the answer of `pickle_reader`, run as a process. Raises SourceError if its limits end it."""
     with tempfile.TemporaryFile() as pickles:  # not a pipe, which would have to be fed while the answer is waited for
         pickles.write(data)
         pickles.seek(0)
@@ -174,7 +174,7 @@ def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
 
 
 def _said(process: subprocess.Popen[bytes]) -> bytes | None:
-    """What the process printed before it ended; None where that took too long. Heeds Ctrl-C."""
+    """Return what the process printed before it ended; None if that took too long. Heeds Ctrl-C."""
     for _ in range(int(_WALL_SECONDS / _POLL_SECONDS)):
         interrupt.check()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -257,7 +257,7 @@ def find_state_dict(path: Path, contents: Contents, under: str | None = None) ->
 
 
 def _below(path: Path, loaded: Table, under: str) -> StateDict:
-    """The state dict behind the keys of `under`; a key may hold dots itself."""
+    """Return the state dict behind the keys of `under`; a key may hold dots itself."""
     table, rest = loaded, under
     nesting: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -292,7 +292,7 @@ def _count_tensors(value: Node) -> int:
 
 
 def _choose(path: Path, contents: Contents, loaded: Table, nested: list[str]) -> str:
-    """The key of the state dict among those `nested` keys that lead to tensors."""
+    """Return the key of the state dict among those `nested` keys that lead to tensors."""
     if len(nested) == 1:
         return nested[0]
     for preferred in ("model", "state_dict"):
@@ -346,7 +346,7 @@ def _collect(path: Path, state: Node, *, nesting: tuple[str, ...], outer: Table)
 
 
 def _shown_key(text: str) -> str:
-    """A key that is no text, which came as text: without the quotes that a text gets."""
+    """Return a key that is no text, which came as text: without the quotes that a text gets."""
     return shown(text)[1:-1]
 
 

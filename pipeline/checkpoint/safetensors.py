@@ -93,7 +93,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_raw_header(path: Path, file: BinaryIO) -> bytes:
-    """The JSON bytes of the header, once their claimed length is known to be possible."""
+    """Return the JSON bytes of the header, once their claimed length is known to be possible."""
     size = path.stat().st_size
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES:
@@ -108,7 +108,7 @@ def _read_raw_header(path: Path, file: BinaryIO) -> bytes:
 
 
 def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate keys."""
+    """Return a JSON object without duplicate keys."""
     try:
         parsed = strict_json.parse(raw)
     except strict_json.DuplicateKeyError as error:

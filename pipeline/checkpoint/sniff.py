@@ -14,7 +14,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _SNIFF_BYTES = 512
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_PROTOCOLS = range(2, 6)
-# A header longer than this is no length but text or noise; the reader's own limit is far below.
+# A header longer than this is not a length but text or noise; the reader's own limit is far below.
 _MAX_PLAUSIBLE_HEADER = 1 << 48
 # (offset, lower-case bytes, what that is and what to do)
 _FOREIGN = (
@@ -36,10 +36,10 @@ _USUAL: dict[str, set[Content]] = {
 
 
 def sniff(path: Path) -> Content:
-    """What the first bytes say the file is.
+    """Return what the first bytes say the file is.
 
     Raises:
-        SourceError: no such file, no regular file, an empty one, or content that is no checkpoint.
+        SourceError: no such file, not a regular file, an empty one, or content that is not a checkpoint.
     """
     if not path.exists():
         raise SourceError(f"{path}: no such file; check the path")
@@ -63,7 +63,7 @@ def sniff(path: Path) -> Content:
 
 
 def suffix_remark(path: Path, content: Content) -> str:
-    """What to append to an error where suffix and content disagree; empty where they agree."""
+    """Return what to append to an error where suffix and content disagree; empty if they agree."""
     usual = _USUAL.get(path.suffix.lower())
     if usual is None or content in usual:
         return ""

@@ -37,7 +37,7 @@ class _Record:
     """Bytes from the start of the file to the member's data."""
     nbytes: int
     crc32: int | None
-    """Checksum of the data; None where it was not written, which torch can be told."""
+    """Checksum of the data; None if it was not written, which torch can be told."""
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def is_torch_zip(path: Path) -> bool:
-    """Whether a zip file was written by `torch.save` (or `torch.jit.save`), judged by its pickle's name."""
+    """Return whether a zip file was written by `torch.save` (or `torch.jit.save`), judged by its pickle's name."""
     with open_zip(path) as archive:
         return any(name.count("/") == 1 and name.endswith(f"/{_PICKLE}") for name in archive.namelist())
 
@@ -124,7 +124,7 @@ def _read_records(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> dict[
 
 
 def _locate(path: Path, info: zipfile.ZipInfo, file: BinaryIO) -> _Record:
-    """Where the data of one member lie, according to its local header."""
+    """Return where the data of one member lie, according to its local header."""
     label = f"{path}: member {shown(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise SourceError(f"{label} is compressed, expected it stored; load and torch.save the checkpoint again")

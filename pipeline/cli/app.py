@@ -1,4 +1,4 @@
-"""The app that commands register on, and what they share: options, standard output, lines on standard error."""
+"""The typer app that commands register on, with the options and output functions that they share."""
 
 import json
 import logging
@@ -28,30 +28,37 @@ app: typer.Typer = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Compress fleets of vision models, prove every layer, publish versioned artifacts, pull and run them.\n\n"
-    "MODEL[@REF]: REF is a version name (v3), a digest or an alias; `latest` where left out.\n\n"
-    "STORE: s3://BUCKET/PREFIX (standard AWS environment and profiles), file:///DIR, or embedded, an S3 server on "
-    "this machine; BIRKHOFF_STORE, then embedded, where left out.\n\n"
-    "With every command, before or after its name: --quiet shows neither progress nor what was done, only what was "
-    "asked for, warnings and errors; --debug shows where an error came from; --allow-http lets other machines be "
-    "reached by http://, which can be read and changed on its way.\n\n"
-    "With --json standard output holds one JSON document, also of a failure (`birkhoff schema`).",
+    help="Compress fleets of vision models, prove every tensor, publish versioned artifacts, pull and run them.\n\n"
+    "MODEL[@REF]: REF is a version name (v3), a digest or an alias. Default: `latest`.\n\n"
+    "STORE: `s3://BUCKET/PREFIX` (standard AWS environment and profiles), `gs://BUCKET/PREFIX` (Google's application "
+    "default credentials), `az://CONTAINER/PREFIX` (AZURE_STORAGE_* variables or `az login`), `file:///DIR`, or "
+    "`embedded`, an S3 server on this machine. Default: BIRKHOFF_STORE, then `embedded`.\n\n"
+    "Options of every command, before or after its name: `--quiet` prints results, warnings and errors only; `--debug` "
+    "prints the traceback of an error; `--allow-http` permits plain http to other machines, which can be read and "
+    "changed on its way.\n\n"
+    "With `--json`, standard output is one JSON document, also if the command fails (`birkhoff schema`).",
 )
 
 
 SignOption = Annotated[
-    Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this private key of `birkhoff key new`.")
+    Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this private key (`birkhoff key new`).")
 ]
 SignatureOption = Annotated[
     list[Path] | None,
-    typer.Option("--require-signature", metavar="PUBFILE", help="Only if signed by this public key; several: by any."),
+    typer.Option(
+        "--require-signature",
+        metavar="PUBFILE",
+        help="Refuse what this public key did not sign. Repeatable: any one of the keys.",
+    ),
 ]
 AudienceOption = Annotated[
     str | None,
-    typer.Option("--signed-for", metavar="STORE", help="Of a mirror: the store that signatures name."),
+    typer.Option(
+        "--signed-for", metavar="STORE", help="The store that signatures must name, if this one is its mirror."
+    ),
 ]
 OlderOption = Annotated[
-    bool, typer.Option("--accept-older", help="Accept an alias that was put back to an older state than seen before.")
+    bool, typer.Option("--accept-older", help="Accept an alias in an older state than this machine has seen.")
 ]
 
 
@@ -64,20 +71,21 @@ def _named_store(url: str | None) -> str | None:
 
 
 StoreOption = Annotated[
-    str | None, typer.Option("--store", metavar="URL", help="The store; see above.", callback=_named_store)
+    str | None,
+    typer.Option("--store", metavar="URL", help="The store: s3://, file:// or embedded.", callback=_named_store),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def output() -> "Console":
-    """Where tables go, by `tables.show`: standard output, wide when it is no terminal."""
-    from rich.console import Console  # in functions: a command that prints no table does not wait for it
+    """Return the console for tables: standard output, 200 columns wide unless it is a terminal."""
+    from rich.console import Console  # imported here, so that commands without tables start without it
 
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def notes() -> "Console":
-    """Where everything else goes: standard error. Lines by `say`, `remark`, `warn` and `complain`, no others."""
+    """Return the console for standard error; only `say`, `remark`, `warn` and `complain` print on it."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -96,7 +104,7 @@ def _root(
     if store is not None and name is not None:
         command = getattr(context.command, "commands", {}).get(name)
         if command is not None and all(parameter.name != "store" for parameter in command.params):
-            raise typer.BadParameter(f"`birkhoff {name}` takes none", param_hint="--store")
+            raise typer.BadParameter(f"`birkhoff {name}` takes no store", param_hint="--store")
         context.default_map = {name: {"store": store}}
     elif store is not None:
         raise typer.BadParameter(f"expected a command: {hints.hint('list')}", param_hint="--store")
@@ -106,23 +114,23 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether `--quiet` was said: nothing but what was asked to be shown, warnings and errors."""
+    """Set whether only results, warnings and errors are printed."""
     global _quiet  # one command a process
     _quiet = quiet
 
 
 def is_quiet() -> bool:
-    """Whether progress, remarks and the facts of what was done are unwanted."""
+    """Return whether to leave out progress, remarks and the facts of what was done."""
     return _quiet
 
 
 def print_json(value: object, file: IO[str] | None = None) -> None:
-    """The one document that a command with `--json` writes to standard output; numbers that JSON lacks become null."""
+    """Write the one document of `--json` to standard output; NaN and infinities become null."""
     typer.echo(json_text(value, indent=2), file=file)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """A value, or a part of one, as that document has it."""
+    """Serialise a value, or a part of one, as `print_json` does."""
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 
@@ -135,12 +143,12 @@ def _finite(value: object) -> object:
 
 
 def failure_document(kind: str, code: int, message: str) -> dict[str, object]:
-    """What `--json` writes of a command that failed."""
+    """Return the document that `--json` writes if a command fails."""
     return {"error": failure_facts(kind, code, message)}
 
 
 def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
-    """The facts of a finished command as one line or as JSON."""
+    """Print the facts of a finished command, as one line or as JSON."""
     if as_json:
         print_json(facts)
         return
@@ -151,7 +159,7 @@ def report(facts: dict[str, Any], as_json: bool, verb: str) -> None:
 
 
 def _said(key: str, value: object) -> str:
-    """A fact for people; nothing for what there is none of."""
+    """Format a fact for people; an empty string if there is nothing to say."""
     name = key.replace("_", " ")
     if value is None or value is False or value == "" or (value == 0 and not name.endswith("bytes")):
         return ""
@@ -163,12 +171,12 @@ def _said(key: str, value: object) -> str:
 
 
 def say(text: str) -> None:
-    """A line on standard error, with nothing of a stranger's in it that a terminal obeys."""
+    """Print a line on standard error, without control characters from untrusted text."""
     notes().print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def remark(message: str) -> None:
-    """A line for what is worth knowing; not with `--quiet`."""
+    """Print a line that is worth knowing; nothing with `--quiet`."""
     if _quiet:
         return
     if logs.as_json():
@@ -178,7 +186,7 @@ def remark(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """A line for what works, but not as one may think."""
+    """Print a warning: it works, but perhaps not as expected."""
     if logs.as_json():
         log.warning("%s", printable(message))
         return
@@ -186,7 +194,7 @@ def warn(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """The one line of an error."""
+    """Print the one line of an error."""
     if logs.as_json():
         log.error("%s", printable(message))
         return

@@ -1,7 +1,7 @@
-"""What the shell proposes: models of the store that is meant, and after `@` their aliases and versions.
+"""Shell completion of MODEL[@REF]: models of the store, and after `@` their aliases and versions.
 
-Proposals must be cheap and quiet: a store that does not answer at once, or an embedded server that does not run, gives
-none, and no server is started.
+Completion must be fast and silent. A store that does not answer within a second, or an embedded server that is not
+running, completes nothing; no server is started.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ _SECONDS = 1.0
 
 
 def references(context: typer.Context, incomplete: str) -> list[str]:
-    """Proposals for `MODEL[@REF]`."""
+    """Complete `MODEL[@REF]`."""
     try:
         return [found for found in _known(context.params.get("store"), incomplete) if found.startswith(incomplete)]
     except (BirkhoffError, OSError):
-        return []  # a shell waits for us: what is wrong shows when the command runs
+        return []  # a shell is waiting; the error shows when the command runs
 
 
 def _known(store: str | None, incomplete: str) -> Iterator[str]:

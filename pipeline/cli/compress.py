@@ -1,4 +1,4 @@
-"""Commands about manifests: compress, plan."""
+"""The commands that read manifests: `compress` and `plan`."""
 
 import sys
 from collections.abc import Iterator
@@ -21,25 +21,30 @@ from birkhoff.pipeline.cli.app import (
     is_quiet,
     notes,
     output,
+    print_json,
     remark,
     warn,
 )
-from birkhoff.pipeline.errors import EXIT_CODES, SourceError, exit_code, failure
+from birkhoff.pipeline.errors import EXIT_CODES, BusyError, SourceError, exit_code, failure
 from birkhoff.pipeline.hints import hint, remember
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.text import some
 
 if TYPE_CHECKING:
+    from birkhoff.pipeline.plan.estimate import Based, BaseOf
     from birkhoff.pipeline.plan.manifest import Manifest
+    from birkhoff.pipeline.plan.models import Planned
+    from birkhoff.pipeline.registry.versions import Version
     from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.store.base import Store
 
-_PROFILE_HELP = "Profile for every model, over the manifest's: " + "; ".join(
+_PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".join(
     f"{profile.name} ({profile.summary})" for profile in PROFILES.values()
 )
 
 
 class ExecutorName(StrEnum):
-    """Where shards run."""
+    """Where shards run: in Ray workers, or in this process."""
 
     RAY = "ray"
     INLINE = "inline"
@@ -48,7 +53,7 @@ class ExecutorName(StrEnum):
 ManifestArgument = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
 
 
-OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="This model only; repeatable.")]
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Only this model. Repeatable.")]
 
 
 ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", help=_PROFILE_HELP)]
@@ -56,13 +61,13 @@ ProfileOption = Annotated[str | None, typer.Option("--profile", metavar="P", hel
 
 MirrorOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Take sources by their file names from this folder."),
+    typer.Option(metavar="DIR", envvar="BIRKHOFF_MIRROR", help="Folder to take sources from, by file name."),
 ]
 
 
 LogFormatOption = Annotated[
     LogFormat,
-    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Standard error: text, or a JSON object for each event."),
+    typer.Option(envvar="BIRKHOFF_LOG_FORMAT", help="Format of standard error: text, or a JSON object per event."),
 ]
 
 
@@ -75,32 +80,34 @@ def compress(
     executor: Annotated[
         ExecutorName | None,
         typer.Option(
-            help="Where shards run: on Ray's workers, or one after another in this process; the first where left out, "
-            "and the second if Ray does not start on this machine.",
+            help="Run shards in Ray workers, or one after another in this process. Default: ray, or inline if Ray does "
+            "not start on this machine.",
             show_default=False,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ray workers; one for each CPU, or 12 a GPU, where left out.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of Ray workers. Default: one per CPU, or 12 per GPU.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     mirror: MirrorOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Make every shard anew, also those in the store.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Encode every shard, also those already in the store.")
+    ] = False,
     revalidate: Annotated[
-        bool, typer.Option("--revalidate", help="Prove shards that are in the store against their source once more.")
+        bool, typer.Option("--revalidate", help="Validate shards in the store against their source again.")
     ] = False,
     sign: SignOption = None,
     scheduled: Annotated[
         bool,
         typer.Option(
             "--scheduled",
-            help="Leave it to an earlier run of these models that is still at work (exit code 22), and do not wait.",
+            help="Leave it to an earlier run of these models that is still at work, say so, and do not wait.",
         ),
     ] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress, validate and publish the models of a manifest; what is up to date is left alone."""
+    """Compress, validate and publish the models of a manifest; skip those that are up to date."""
     from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
     from birkhoff.pipeline.errors import ClusterError
     from birkhoff.pipeline.plan.manifest import load_manifest
@@ -121,7 +128,7 @@ def compress(
         logs.configure(log_format, debug="--debug" in sys.argv)
     if executor is ExecutorName.INLINE and (workers or address):
         raise typer.BadParameter(
-            "goes with Ray's workers, not with --executor inline", param_hint="--workers, --address"
+            "applies to Ray workers; leave out --executor inline", param_hint="--workers, --address"
         )
     chosen = select(load_manifest(manifest), only or [], profile)
     remember(store=store or chosen.store)
@@ -146,6 +153,7 @@ def compress(
         asked = executor or ExecutorName.RAY
         record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
         with (
+            _gives_way(as_json=as_json),
             in_turn(opened, (model.name for model in chosen.models), wait=not scheduled, tell=warn),
             _announced(record, quiet=as_json),
             record,
@@ -172,7 +180,7 @@ def compress(
         if run.version is not None and run.version.same_as is not None and not as_json:
             same = run.version.same_as
             remark(f"{run.name}: {run.version.name} has the content of {same}; `latest` goes forward only")
-        for said in filter(None, (run.felt(), run.found())):
+        for said in filter(None, (run.felt(), run.found(), run.differs())):
             if not as_json:
                 remark(f"{run.name}: {said}")
         for warning in run.warnings():
@@ -188,8 +196,20 @@ def compress(
 
 
 @contextmanager
+def _gives_way(*, as_json: bool) -> Iterator[None]:
+    """End the command well where an earlier tick is at work: schedulers call every other exit code a failure."""
+    try:
+        yield
+    except BusyError as busy:
+        if as_json:
+            print_json([])
+        remark(str(busy))
+        raise typer.Exit(0) from busy
+
+
+@contextmanager
 def _announced(record: "Recorder", *, quiet: bool) -> Iterator[None]:
-    """Say how to read the report of a run that an error ends."""
+    """Print how to read the report of a run, also if an error ends it."""
     try:
         yield
     except BirkhoffError:
@@ -211,11 +231,11 @@ def plan(
     mirror: MirrorOption = None,
     check_sources: Annotated[
         bool,
-        typer.Option("--check-sources", help="Ask the server of every address instead, and exit with 4 if one fails."),
+        typer.Option("--check-sources", help="Only ask the server of every address; exit with 4 if one fails."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what `compress` would do and cost; reads headers only, downloads and writes nothing."""
+    """Show what `compress` would do and cost. Reads headers only; downloads and writes nothing."""
     from birkhoff.pipeline.cli.tables import PLAN_COLUMNS, show
     from birkhoff.pipeline.plan.estimate import plan_rows
     from birkhoff.pipeline.plan.manifest import load_manifest
@@ -228,7 +248,7 @@ def plan(
         return
     remember(store=store or chosen.store)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows, errors = plan_rows(chosen, opened, mirror)
+        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened))
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
     if as_json or any(row["status"] != "failed" for row in rows):
         show(output(), columns, rows, as_json=as_json)
@@ -245,8 +265,22 @@ def plan(
         raise typer.Exit(exit_code(failed))
 
 
+def _bases(chosen: "Manifest", opened: "Store | None") -> "BaseOf":
+    """Finds the bases of models; what reads them is loaded only if one of them names any."""
+    from birkhoff.pipeline.plan.estimate import Based
+
+    def find(planned: "Planned", latest: "Version | None") -> "Based":
+        if planned.entry.base is None:
+            return Based(planned=planned)
+        from birkhoff.pipeline.artifact.bases import forecast_base
+
+        return forecast_base(chosen, opened, planned, latest)
+
+    return find
+
+
 def _show_addresses(chosen: "Manifest", mirror: Path | None, *, as_json: bool) -> None:
-    """A row for each address of the manifest, and what its server said."""
+    """Print a row for each address of the manifest, with its server's answer."""
     from birkhoff.pipeline.cli.tables import ADDRESS_COLUMNS, show
     from birkhoff.pipeline.download.check import check_addresses
 

@@ -1,4 +1,4 @@
-"""The command `doctor`. Registered on the app of `cli`."""
+"""The command `doctor`."""
 
 from dataclasses import asdict
 
@@ -17,7 +17,7 @@ FINDING_COLUMNS = (
 
 @app.command()
 def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Check what a run here would use, and advise; exit code 0 only if it would work."""
+    """Check what a run would use, and say what to fix; exit with 0 only if a run would work."""
     from birkhoff.pipeline.cli.doctor_checks import examine
     from birkhoff.pipeline.cli.tables import show
 
@@ -28,7 +28,7 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
         line = f"{finding.check}: {finding.found}; {finding.advice}"
         if finding.state == "fails":
             complain(line)
-        elif finding.advice and console.is_terminal:  # whole, which it may not be in the table
+        elif finding.advice and console.is_terminal:  # in full; the table may have cut it
             remark(line)
     failing = [finding.code for finding in found if finding.state == "fails"]
     if failing:

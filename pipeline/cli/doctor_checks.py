@@ -7,10 +7,11 @@ never used is tried out in a temporary folder, Triton decodes on the GPU. Nothin
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ _LOW_DISK_BYTES = 10 << 30
 
 EXTRAS = {
     "hub": ("huggingface_hub", "sources on the Hugging Face Hub (hf://)"),
+    "gcs": ("google.cloud.storage", "stores on Google Cloud Storage (gs://)"),
+    "azure": ("azure.storage.blob", "stores on Azure Blob Storage (az://)"),
     "oms": ("model_signing", "signatures that other tools check (birkhoff oms)"),
 }
 """Optional parts: the module that each needs, and what is not to be had without it."""
@@ -161,10 +164,17 @@ def _ray() -> Finding:
 
 def _extra(name: str) -> Finding:
     module, purpose = EXTRAS[name]
-    if find_spec(module) is None:
+    if not _is_installed(module):
         advice = f"for {purpose}: pip install 'birkhoff-compression[{name}]'"
         return Finding(check=name, state="note", found="not installed", advice=advice)
-    return Finding(check=name, state="ok", found=f"{module} {version(module.replace('_', '-'))}")
+    return Finding(check=name, state="ok", found=f"{module} {version(re.sub(r'[._]', '-', module))}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def _folders() -> Iterator[Finding]:
@@ -203,8 +213,8 @@ def _store(url: str) -> Iterator[Finding]:
 
 
 def _opened(store: Store, shown: str) -> Iterator[Finding]:
-    if store.url.startswith("s3://"):
-        yield _credentials()
+    if (scheme := store.url.partition("://")[0]) in _CREDENTIALS:
+        yield Finding(check="credentials", state="ok", found=_CREDENTIALS[scheme](store))
     try:
         capabilities = check_store(store)
     except StoreDeniedError as refusal:
@@ -229,7 +239,8 @@ def _opened(store: Store, shown: str) -> Iterator[Finding]:
             check="late deletions",
             state="note",
             found="accepted: a collection that stops midway blocks publishing what it was about to delete",
-            advice="then end its process for good, and delete runs/condemned.json (pipeline/registry/PROTOCOL.md)",
+            advice="then end its process for good, and delete runs/condemned.json (pipeline/registry/PROTOCOL.md)"
+            + _SIGNING.get(store.url.partition("://")[0], ""),
         )
 
 
@@ -253,30 +264,64 @@ def _read_only(store: Store, refusal: StoreDeniedError) -> Finding:
     )
 
 
-def _credentials() -> Finding:
+def _aws(_: Store) -> str:
     """Where the AWS chain found credentials; whether they are right shows only at the store."""
     from boto3.session import Session
 
     found = Session().get_credentials()
     if found is None:
         raise StoreDeniedError("no AWS credentials were found")
-    return Finding(check="credentials", state="ok", found=f"from the AWS chain: {found.method}")
+    return f"from the AWS chain: {found.method}"
+
+
+def _google(store: Store) -> str:
+    from birkhoff.pipeline.store.gcs import who
+
+    return f"Google's: {who(store.address.settings)}"
+
+
+def _azure(store: Store) -> str:
+    from birkhoff.pipeline.store.azure import who
+
+    return f"Azure's: {who(store.address.settings)}"
+
+
+_CREDENTIALS: dict[str, Callable[[Store], str]] = {"s3": _aws, "gs": _google, "az": _azure}
+"""Whose credentials a store of each scheme is opened by."""
+
+_SIGNING = {
+    "gs": "; credentials that can sign, such as a service account's key file, make the store refuse them",
+    "az": "; an account's key, AZURE_STORAGE_KEY, makes the store refuse them",
+}
+
+_ALLOWED = "of a user who may read and write there (manifests/iam has the least policy)"
+_OTHERWISE = "`make store-up` starts a store on this machine, and --store file:///DIR needs none"
+_ADVICE = {
+    "s3": (
+        f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, {_ALLOWED}",
+        f"see that the server runs and AWS_ENDPOINT_URL_S3 names it; {_OTHERWISE}",
+    ),
+    "gs": (
+        f"run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file, {_ALLOWED}",
+        "see that this machine reaches storage.googleapis.com, and that STORAGE_EMULATOR_HOST is not set; "
+        f"{_OTHERWISE}",
+    ),
+    "az": (
+        "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, or run `az login`, "
+        f"{_ALLOWED}",
+        f"see that this machine reaches the account that the AZURE_STORAGE_* variables name; {_OTHERWISE}",
+    ),
+}
+"""What to do where credentials are not enough, and where nothing answers."""
 
 
 def _of_error(url: str, error: BirkhoffError) -> Finding:
     """What a store that does not serve us calls for."""
+    denied, unreachable = _ADVICE.get(url.partition("://")[0], _ADVICE["s3"])
     if isinstance(error, StoreDeniedError):
-        check = "credentials"
-        advice = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, of a user who may read and write "
-            "there (manifests/iam has the least policy)"
-        )
+        check, advice = "credentials", denied
     elif isinstance(error, StoreUnreachableError):
-        check = "store"
-        advice = (
-            "see that the server runs and AWS_ENDPOINT_URL_S3 names it; `make store-up` starts one on this machine, "
-            "and --store file:///DIR needs none"
-        )
+        check, advice = "store", unreachable
     else:
         check, advice = "store", "mend what it says; --store file:///DIR needs no server"
     if url.startswith("file://"):

@@ -1,4 +1,4 @@
-"""Commands that read one artifact, stored or pulled: inspect, verify, export."""
+"""The commands that read artifacts, stored or pulled: inspect, verify, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +32,7 @@ VERIFY_COLUMNS = (
 
 @app.command()
 def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show every tensor of a version: shape, codec, bits a weight, SQNR, greatest error."""
+    """Show every tensor of a version: shape, codec, bits per weight, SQNR, greatest error."""
     from birkhoff.pipeline.artifact.readers import inspect as rows_of
     from birkhoff.pipeline.artifact.readers import open_artifact, row_json
     from birkhoff.pipeline.cli.tables import TENSOR_COLUMNS, stream
@@ -45,6 +45,8 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
         labels = artifact.labels()
         said = f"; {pairs(labels)}" if labels else ""
         shared = ", allocation output" if manifest.allocation == "output" else ""
+        if manifest.base is not None and manifest.bases:
+            shared += f", differences to {manifest.base.label}"
         title = f"{artifact.label} ({manifest.profile}{shared}): {count} tensors, {sizes}{proven(manifest)}{said}"
         stream(output(), TENSOR_COLUMNS, map(row_json, rows_of(artifact)), as_json=as_json, title=title)
 
@@ -52,14 +54,16 @@ def inspect(reference: ReferenceArgument, store: StoreOption = None, as_json: Js
 @app.command()
 def verify(
     given: ReferencesArgument,
-    against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="Measure against this checkpoint too.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="SOURCE", help="Also measure against this checkpoint.")
+    ] = None,
     store: StoreOption = None,
     require_signature: SignatureOption = None,
     signed_for: AudienceOption = None,
     accept_older: OlderOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Re-check stored versions, or pulled folders: every digest, every tensor decoded."""
+    """Check stored versions or pulled folders: every digest, and every tensor decoded."""
     from dataclasses import asdict
 
     from birkhoff.pipeline.artifact.readers import open_artifact

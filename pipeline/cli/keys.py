@@ -1,4 +1,4 @@
-"""Commands about signing keys, and `sign`. Registered on the app of `cli`."""
+"""The commands `key` and `sign`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +7,15 @@ import typer
 
 from birkhoff.pipeline.cli.app import JsonOption, ReferenceArgument, StoreOption, app, report
 
-key_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Signing keys (Ed25519).")
+key_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Make and show signing keys (Ed25519).")
 app.add_typer(key_app, name="key")
 
 
 @key_app.command()
 def new(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The private key; FILE.pub will be the public one.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File of the private key; FILE.pub gets the public key.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Make a key pair: `--sign FILE` signs, `--require-signature FILE.pub` checks."""
@@ -27,7 +29,7 @@ def new(
 def show(
     file: Annotated[Path, typer.Argument(metavar="PUBFILE", help="A public key.")], as_json: JsonOption = False
 ) -> None:
-    """Print the id of a public key, by which signatures name it."""
+    """Print the id by which signatures name a public key."""
     from birkhoff.pipeline.registry.signing import load_public
 
     report({"key": load_public(file).id, "public": str(file)}, as_json, "key")
@@ -36,11 +38,11 @@ def show(
 @app.command()
 def sign(
     reference: ReferenceArgument,
-    key: Annotated[Path, typer.Option("--key", metavar="KEYFILE", help="A private key of `birkhoff key new`.")],
+    key: Annotated[Path, typer.Option("--key", metavar="KEYFILE", help="A private key (`birkhoff key new`).")],
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a version that is published already, and the alias that it is named by; changes nothing else."""
+    """Sign a published version and the alias that names it; change nothing else."""
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.registry.versions import sign_published
     from birkhoff.pipeline.store.default import open_default_store

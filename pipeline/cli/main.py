@@ -1,4 +1,4 @@
-"""Entry point: every command module registers itself, then one command runs, and its error becomes one line."""
+"""Entry point: command modules register themselves, one command runs, and its error becomes one line."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from birkhoff.pipeline.files import FULL
 from birkhoff.pipeline.logs import LogFormat
 from birkhoff.pipeline.store.default import HTTP_VARIABLE
 
-# Commands stand in --help in this order.
+# --help lists commands in this order.
 # isort: off
 from birkhoff.pipeline.cli import compress  # noqa: F401
 from birkhoff.pipeline.cli import versions  # noqa: F401
@@ -35,18 +35,18 @@ from birkhoff.pipeline.cli import schema  # noqa: F401
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-"""What typer raises of a command line that is wrong; typer gives no name to it."""
+"""What typer raises for a wrong command line; typer does not export it."""
 
 _DISK = (*FULL, errno.EROFS)
 
 _JSON = "--json"
 GLOBAL_FLAGS = ("--debug", "--allow-http", "--quiet")
-"""Every command takes these, before or after its name. So it is with `--json` and `--store`, of the commands that
-have them."""
+"""Every command takes these, before or after its name. `--json` and `--store` may stand there too, for the commands
+that have them."""
 
 
 def execute(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; an error becomes one line, and with `--json` a document too."""
+    """Run one command line and return its exit code. An error becomes one line, and with `--json` a document too."""
     words, flags = _split(arguments)
     hints.forget()
     hints.remember(program=hints.program(), allow_http="yes" if "--allow-http" in flags else None)
@@ -68,12 +68,12 @@ def run(command: Callable[[], object], *, debug: bool, as_json: bool = False) ->
         if debug:
             traceback.print_exc()
         return _end(error, as_json)
-    except typer.Abort:  # Ctrl-C at a moment when typer looked
+    except typer.Abort:  # Ctrl-C, noticed by typer
         return _end(interrupt.Interrupted(), as_json)
     except _UsageError as error:
         return _end_usage(error, as_json)
     except Exception as error:
-        if interrupt.asked():  # a library made something else of it
+        if interrupt.asked():  # a library raised another error for it
             return _end(interrupt.Interrupted(), as_json)
         if debug:
             raise
@@ -90,7 +90,7 @@ def run(command: Callable[[], object], *, debug: bool, as_json: bool = False) ->
 
 
 def _end(error: BirkhoffError | interrupt.Interrupted, as_json: bool) -> int:
-    """Say how a command ended, and return its exit code."""
+    """Print the error that ended a command, and return its exit code."""
     if isinstance(error, interrupt.Interrupted):
         message, code = "interrupted; run the same command again to go on from here", error.exit_code
     else:
@@ -102,7 +102,7 @@ def _end(error: BirkhoffError | interrupt.Interrupted, as_json: bool) -> int:
 
 
 def _end_usage(error: Any, as_json: bool) -> int:
-    """The same for a command line that is wrong."""
+    """Print what is wrong with a command line, and return the exit code."""
     error.show()
     if as_json:
         print_json(failure_document("UsageError", error.exit_code, error.format_message()))
@@ -110,7 +110,7 @@ def _end_usage(error: Any, as_json: bool) -> int:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
-    """(words of the command, with `--json` behind it wherever it stood; the global flags)."""
+    """Return the command's words, with `--json` moved to the end, and the global flags."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     head, tail = arguments[:end], arguments[end:]
     words = [word for word in head if word not in (*GLOBAL_FLAGS, _JSON)]
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def _with_output(code: str | int | None) -> str | int | None:
-    """The exit code of a command that is done: one that went well has also to have written its output."""
+    """Return the final exit code: a command that succeeded must also have written its output."""
     lost = streams.lost_output()
     if code or lost is None:
         return code

@@ -1,4 +1,4 @@
-"""Commands that run models: segment, evaluate. Registered on the app of `cli`."""
+"""The commands that run models: `segment` and `evaluate`."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,17 +31,23 @@ BuilderOption = Annotated[
     str | None,
     typer.Option(
         metavar="B",
-        help="What builds the model: module:function, FILE.py:function or a transformers configuration (.json or its "
-        "folder). Left out: the configuration that goes with the weights, or the architecture of the tensors.",
+        help="Code that builds the model: module:function, FILE.py:function, or a transformers configuration (.json or "
+        "its folder). Default: the configuration beside the weights, or the architecture the tensors imply.",
     ),
 ]
 UpstreamOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="A clone of the publishers' repository, for members without a package."),
+    typer.Option(metavar="DIR", help="Clone of the publishers' repository, if their code is not a package."),
 ]
 AdapterOption = Annotated[
     str | None,
-    typer.Option(metavar="A", help="The family's member that the weights are, over the artifact's: med_sam, sam, ..."),
+    typer.Option(metavar="A", help="Member of the family (med_sam, sam, ...), instead of the artifact's."),
+]
+ComputeOption = Annotated[
+    Literal["float", "int8"],
+    typer.Option(
+        help="What the compressed model's linear layers compute on; int8 rounds their inputs, token by token."
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
 
@@ -58,43 +64,52 @@ SEGMENT_COLUMNS = (
 @app.command()
 def segment(
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="A picture, or a folder of pictures.", show_default=False)
+        Path, typer.Argument(metavar="IMAGE", help="A picture or a folder of pictures.", show_default=False)
     ],
-    model: Annotated[str, typer.Option("--model", metavar="MODEL[@REF]", help="Or a folder of `pull`.")],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL[@REF]", help="The model, or a pulled folder.")],
     out: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE.png", help="The picture to write; of a folder's, the folder."),
+        typer.Option(
+            "--output", "-o", metavar="FILE.png", help="The picture to write, or the folder for a folder of pictures."
+        ),
     ],
     point: Annotated[
-        list[str] | None, typer.Option(metavar="X,Y", help="A pixel of an object; each one asks for an object.")
+        list[str] | None, typer.Option(metavar="X,Y", help="A pixel of an object. Repeatable: one object each.")
     ] = None,
     box: Annotated[
-        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="An object's box; each one asks for an object.")
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="The box of an object. Repeatable: one object each.")
     ] = None,
     everything: Annotated[
         bool,
-        typer.Option("--everything", help="All objects, found by a grid of points as the family's publishers do it."),
+        typer.Option("--everything", help="Find all objects by a grid of points, as the publishers' generators do."),
     ] = False,
     grid: Annotated[
-        int | None, typer.Option(min=1, max=256, metavar="N", help="--everything asks at N x N points; published: 32.")
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="With --everything: ask at N x N points. Published: 32."),
     ] = None,
     predicted_iou: Annotated[
         float | None,
-        typer.Option(min=0, max=1, metavar="IOU", help="... keeps masks that the model trusts more; published: 0.88."),
+        typer.Option(
+            min=0, max=1, metavar="IOU", help="With --everything: least IoU that the model predicts. Published: 0.88."
+        ),
     ] = None,
     stability: Annotated[
         float | None,
-        typer.Option(min=0, max=1, metavar="IOU", help="... that hardly change with the threshold; published: 0.95."),
+        typer.Option(
+            min=0, max=1, metavar="IOU", help="With --everything: least stability under the threshold. Published: 0.95."
+        ),
     ] = None,
     crop_layers: Annotated[
-        int | None, typer.Option(min=0, max=4, metavar="N", help="... asks again on 4, 16, ... crops; published: 0.")
+        int | None,
+        typer.Option(min=0, max=4, metavar="N", help="With --everything: ask again on 4, 16, ... crops. Published: 0."),
     ] = None,
     min_region: Annotated[
         int | None,
-        typer.Option(min=0, metavar="PIXELS", help="... fills holes and removes islands smaller than this; 0."),
+        typer.Option(min=0, metavar="PIXELS", help="With --everything: fill holes and remove islands below this size."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="Draw this checkpoint's masks beside, and print the IoU.")
+        Path | None,
+        typer.Option(metavar="SOURCE", help="Draw this checkpoint's masks beside, and print the IoU of both."),
     ] = None,
     builder: BuilderOption = None,
     upstream: UpstreamOption = None,
@@ -103,9 +118,9 @@ def segment(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment a picture with a compressed model and draw the masks; of a folder each picture.
+    """Segment a picture, or each picture of a folder, with a compressed model, and draw the masks.
 
-    A folder's pictures that cannot be used are skipped and counted.
+    Pictures of a folder that cannot be read are skipped and counted.
     """
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.errors import PictureError
@@ -193,21 +208,21 @@ _OF_MASKS = "--annotations, --boxes, --random, --fail-below, --adapter"
 
 
 class Truth(StrEnum):
-    """What a mask is compared with."""
+    """The truth that masks are compared with."""
 
     annotations = "annotations"
     results = "results"
 
 
 class Multimask(StrEnum):
-    """Which mask of a model is meant."""
+    """The mask to take if a model gives several."""
 
     single = "single"
     best = "best"
 
 
 class Metric(StrEnum):
-    """How masks are compared with the truth."""
+    """The measure by which masks are compared with the truth."""
 
     iou = "iou"
     ap = "ap"
@@ -220,42 +235,45 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of pictures.")] = None,
     inputs: Annotated[
         str | None,
-        typer.Option(metavar="F", help="Of any module: FILE.py:function or module:function that gives its batches."),
+        typer.Option(
+            metavar="F", help="FILE.py:function or module:function that gives batches, to compare any module."
+        ),
     ] = None,
     annotations: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="COCO's or LVIS' annotations, or the folder of SA-1B's; without, prompts from a grid."
+            metavar="FILE", help="COCO or LVIS annotations, or a folder of SA-1B's. Default: prompts on a grid."
         ),
     ] = None,
     boxes: Annotated[
         Path | None,
-        typer.Option(metavar="RESULTS", help="A detector's results in COCO's form; its boxes are the prompts."),
+        typer.Option(metavar="RESULTS", help="A detector's results in COCO's form, whose boxes become the prompts."),
     ] = None,
     truth: Annotated[
-        Truth, typer.Option(help="With --boxes: what masks are compared with, for --metric iou.")
+        Truth, typer.Option(help="With --boxes and --metric iou: the masks to compare with.")
     ] = Truth.annotations,
     multimask: Annotated[
-        Multimask, typer.Option(help="The model's single mask, or of several the best by predicted IoU.")
+        Multimask, typer.Option(help="The model's single mask, or its best by predicted IoU.")
     ] = Multimask.single,
     metric: Annotated[
         str,
         typer.Option(
             metavar="M",
-            help="iou: IoU with the truth; ap: with --boxes, average precision as COCO and LVIS define it; or with "
-            "--inputs FILE.py:function or module:function of both models' outputs for all batches.",
+            help="iou: IoU with the truth. ap: average precision as COCO and LVIS define it, with --boxes. With "
+            "--inputs: FILE.py:function or module:function of both models' outputs for all batches.",
         ),
     ] = Metric.iou.value,
     random: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="N annotated objects a picture, drawn by --seed, each by its box and a pixel."
+            min=1, metavar="N", help="Prompt for N annotated objects per picture, by box and pixel, drawn by --seed."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="What --random draws by.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N pictures only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of --random.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N pictures.")] = None,
     grid: Annotated[
-        int, typer.Option(min=1, max=64, metavar="N", help="Without annotations: N x N points and N x N boxes.")
+        int,
+        typer.Option(min=1, max=64, metavar="N", help="Without annotations: prompt with N x N points and N x N boxes."),
     ] = 4,
     fail_below: Annotated[
         float | None,
@@ -264,24 +282,25 @@ def evaluate(
             min=0.0,
             max=1.0,
             metavar="IOU",
-            help="Fail with exit code 12 if the mean agreement of any kind of prompt is less.",
+            help="Exit with code 12 if the mean agreement of any kind of prompt is lower.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write the JSON here, or if it ends in .html a page."),
+        typer.Option("--output", "-o", metavar="FILE", help="Write a JSON file, or a page if it ends in .html."),
     ] = None,
     builder: BuilderOption = None,
     upstream: UpstreamOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
+    compute: ComputeOption = "float",
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a compressed model's masks with the original's: same pictures, same prompts; mean and worst.
+    """Compare a compressed model's masks with the original's on the same pictures and prompts: mean and worst.
 
-    With annotations both are compared with the truth too. What cannot be used of pictures, annotations and results is
-    skipped, counted and listed. With --inputs the outputs of any module are compared instead.
+    With annotations, both are compared with the truth too. Pictures, annotations and results that cannot be used are
+    skipped, counted and listed. With --inputs, the outputs of any module are compared instead.
     """
     from birkhoff.pipeline.files import atomic_write
     from birkhoff.pipeline.report.evaluation import page
@@ -298,6 +317,7 @@ def evaluate(
             "builder": builder,
             "upstream": upstream,
             "device": chosen_device(device),
+            "compute": compute,
         }
         own = None if metric == Metric.iou.value else metric
         _evaluate_outputs(reference, against, inputs, own, **where, out=out, as_json=as_json)
@@ -331,6 +351,7 @@ def evaluate(
             upstream=upstream,
             adapter=adapter,
             device=place,
+            compute=compute,
             advanced=lambda: advanced(1),
         ).document()
     if out is not None:
@@ -365,6 +386,7 @@ def _evaluate_outputs(
     builder: str | None,
     upstream: Path | None,
     device: str,
+    compute: Literal["float", "int8"],
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -380,11 +402,12 @@ def _evaluate_outputs(
     batches = job.batches_of(inputs)
     code = {"builder": builder, "upstream": upstream, "device": device}
     original = job.outputs_of(original_model(against, reference=reference, store=store, **code), batches)  # type: ignore[arg-type]
-    compressed = job.outputs_of(compressed_model(reference, store, near=against, **code), batches)  # type: ignore[arg-type]
+    compressed = job.outputs_of(compressed_model(reference, store, near=against, compute=compute, **code), batches)  # type: ignore[arg-type]
     rows = [score.row(name) for name, score in job.scores(original, compressed).items()]
     metrics = job.metrics_of(metric, original, compressed) or {}
     found = {
-        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "source": str(against)},
+        **{"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "compute": compute},
+        "source": str(against),
         "batches": len(batches),
         "outputs": rows,
         "metrics": metrics,

@@ -1,31 +1,33 @@
-"""Commands for statements that other tools read: oms sign, oms verify, provenance, bom."""
+"""The commands for statements that other tools read: oms sign, oms verify, provenance, bom."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from birkhoff.pipeline.cli.app import JsonOption, ReferenceArgument, StoreOption, app, print_json, report
+from birkhoff.pipeline.cli.pull import OfflineOption
 
-oms_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Signatures of the OpenSSF (OMS), for any tool to check.")
+oms_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Sign and verify with OpenSSF Model Signing (OMS).")
 app.add_typer(oms_app, name="oms")
 
 ChainOption = Annotated[
-    list[Path] | None, typer.Option("--chain", metavar="PEM", help="Certificates up to a trusted root; repeatable.")
+    list[Path] | None, typer.Option("--chain", metavar="PEM", help="Certificates up to a trusted root. Repeatable.")
 ]
 
 
 @oms_app.command()
 def sign(
     what: Annotated[str, typer.Argument(metavar="FOLDER|MODEL[@REF]", help="A pulled folder, or a version.")],
-    key: Annotated[Path, typer.Option("--key", metavar="PEM", help="Private key on an elliptic curve.")],
+    key: Annotated[Path, typer.Option("--key", metavar="PEM", help="Private key of an elliptic curve.")],
     certificate: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate of that key.")] = None,
     chain: ChainOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign every file of a folder (model.sig), or a version, whose folders then come with the signature."""
+    """Sign every file of a folder (model.sig), or a version, whose pulled folders then carry the signature."""
+    import tempfile
+
     from birkhoff.pipeline.artifact.cache import BlobCache
     from birkhoff.pipeline.artifact.oms import OmsKey, attach, sign_folder
     from birkhoff.pipeline.artifact.pull import pull
@@ -50,43 +52,45 @@ def sign(
 @oms_app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of any model with an OMS signature.")],
-    key: Annotated[Path | None, typer.Option("--key", metavar="PEM", help="The public key that is trusted.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="PEM", help="The trusted public key.")] = None,
     chain: ChainOption = None,
     signature: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The signature; FOLDER/model.sig where left out.")
+        Path | None, typer.Option(metavar="FILE", help="The signature. Default: FOLDER/model.sig.")
     ] = None,
-    ignore: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Need not be signed; repeatable.")] = None,
+    ignore: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Path that need not be signed. Repeatable.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check that a folder holds exactly what its signature names, and who signed it (exit code 20)."""
     from birkhoff.pipeline.artifact.oms import OmsKey, verify_folder
 
     if (key is None) == (not chain):
-        raise typer.BadParameter("say who is trusted: either a public key or certificates", param_hint="--key, --chain")
+        raise typer.BadParameter("expected either a public key or certificates", param_hint="--key, --chain")
     trusted = OmsKey(key=key, chain=tuple(chain or ()))
     verify_folder(folder, trusted, signature=signature, ignored=ignore or ())
     report({"folder": str(folder), "trusted": str(key or ", ".join(map(str, chain or ())))}, as_json, "verified")
 
 
 @app.command()
-def provenance(reference: ReferenceArgument, store: StoreOption = None) -> None:
-    """Print where a version comes from: an in-toto statement with SLSA's predicate, in JSON."""
+def provenance(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
+    """Print a version's provenance: an in-toto statement with SLSA's predicate, in JSON."""
     from birkhoff.pipeline.artifact import statements
 
-    print_json(_of(reference, store, statements.provenance))
+    print_json(_of(reference, store, statements.provenance, offline=offline))
 
 
 @app.command()
-def bom(reference: ReferenceArgument, store: StoreOption = None) -> None:
-    """Print what a version is made of: a CycloneDX bill of materials, in JSON."""
+def bom(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
+    """Print a version's bill of materials (CycloneDX), in JSON."""
     from birkhoff.pipeline.artifact import statements
 
-    print_json(_of(reference, store, statements.bill_of_materials))
+    print_json(_of(reference, store, statements.bill_of_materials, offline=offline))
 
 
-def _of(reference: str, store: str | None, statement: Any) -> dict[str, Any]:
+def _of(reference: str, store: str | None, statement: Any, *, offline: bool) -> dict[str, Any]:
     from birkhoff.pipeline.artifact.readers import open_artifact
 
-    with open_artifact(reference, store) as artifact:
+    with open_artifact(reference, store, offline=offline) as artifact:
         found: dict[str, Any] = statement(artifact.manifest)
         return found

@@ -1,4 +1,4 @@
-"""Commands of whoever uses artifacts: pull and the cache. Registered on the app of `cli`."""
+"""The commands `pull` and `cache`."""
 
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -34,13 +34,13 @@ from birkhoff.pipeline.cli.versions import duration
 from birkhoff.pipeline.text import short, size
 
 cache_app: typer.Typer = typer.Typer(
-    no_args_is_help=False, invoke_without_command=True, help="The local cache of pulled blobs."
+    no_args_is_help=False, invoke_without_command=True, help="Show or prune the cache of pulled blobs."
 )
 app.add_typer(cache_app, name="cache")
 
 
 class Format(StrEnum):
-    """What a pulled folder is: the artifact as stored, or what `from_pretrained` of transformers reads."""
+    """Form of a pulled folder: the artifact as stored, or a folder for transformers' `from_pretrained`."""
 
     BIRKHOFF = "birkhoff"
     TRANSFORMERS = "transformers"
@@ -56,7 +56,7 @@ PULL_COLUMNS = (
     Column(title="digest", key="digest", form=short, rank=4, whole=True),
 )
 
-OfflineOption = Annotated[bool, typer.Option("--offline", help="From the cache alone; ask no store.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the cache only; ask no store.")]
 
 
 @app.command()
@@ -64,15 +64,17 @@ def pull(
     given: ReferencesArgument,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder to fetch into; of several, DIR/MODEL for each."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to fetch into; DIR/MODEL if there are several models."
+        ),
     ],
     store: StoreOption = None,
     form: Annotated[
-        Format, typer.Option("--format", help="As stored, or a folder for from_pretrained of transformers.")
+        Format, typer.Option("--format", help="The artifact as stored, or a folder for transformers' from_pretrained.")
     ] = Format.BIRKHOFF,
     card: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --format transformers: a Jinja template of the model card."),
+        typer.Option(metavar="FILE", help="Jinja template of the model card, with --format transformers."),
     ] = None,
     offline: OfflineOption = False,
     require_signature: SignatureOption = None,
@@ -80,7 +82,7 @@ def pull(
     accept_older: OlderOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch versions into folders, every digest checked; fetches only what neither folder nor cache holds."""
+    """Fetch versions into folders and check every digest; fetch only what neither folder nor cache holds."""
     from birkhoff.pipeline.api.pull import check_not_remote, origin_of, pull_found
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.artifact.cache import BlobCache, usable_cache
@@ -89,7 +91,7 @@ def pull(
     from birkhoff.pipeline.store.default import open_default_store
 
     if card is not None and form is not Format.TRANSFORMERS:
-        raise typer.BadParameter("goes with --format transformers", param_hint="--card")
+        raise typer.BadParameter("applies to --format transformers", param_hint="--card")
     trust = Trust.of(require_signature, audience=signed_for, accept_older=accept_older)
     with ExitStack() as stack:
         cache = BlobCache() if offline else stack.enter_context(usable_cache(output, warn))
@@ -117,7 +119,7 @@ def pull(
             report(facts if as_json or facts["missing_blobs"] else _less(facts, "missing_"), as_json, "pulled")
             return
         if opened is None and any(map(is_glob, given)):
-            raise typer.BadParameter("a glob asks the store for its models; name them, or leave --offline out")
+            raise typer.BadParameter("a glob needs the store; name the models, or leave out --offline")
         meant = list(given) if opened is None else expand(opened, given)
         check_models_differ(meant)
         run_each(
@@ -135,7 +137,7 @@ def _less(facts: Facts, prefix: str) -> Facts:
 
 @cache_app.callback()
 def usage(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Show where the cache lies and what it holds."""
+    """Show where the cache is and what it holds."""
     from birkhoff.pipeline.artifact.cache import BlobCache
 
     if context.invoked_subcommand is None:
@@ -144,12 +146,14 @@ def usage(context: typer.Context, as_json: JsonOption = False) -> None:
 
 @cache_app.command()
 def prune(
-    unused: Annotated[str, typer.Option(metavar="TIME", help="Blobs not used for so long: 30m, 12h, 7d, 0s.")] = "30d",
-    keep: Annotated[int, typer.Option(metavar="MIB", min=0, help="Leave so many MiB of the last used ones.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    unused: Annotated[
+        str, typer.Option(metavar="TIME", help="Remove blobs unused for this long: 30m, 12h, 7d, 0s.")
+    ] = "30d",
+    keep: Annotated[int, typer.Option(metavar="MIB", min=0, help="Keep this many MiB of the most recently used.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove blobs not used for a while, and downloads that nobody goes on with; pulled folders stay whole."""
+    """Remove unused blobs and abandoned downloads; pulled folders stay complete."""
     from birkhoff.pipeline.artifact.cache import BlobCache
 
     pruned = BlobCache().prune(unused=duration(unused), keep_bytes=keep << 20, dry_run=dry_run)

@@ -1,4 +1,4 @@
-"""The command `report`: lists runs, prints one, writes its page. Registered on the app of `cli`."""
+"""The command `report`: list runs, print one, write its page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,17 +36,15 @@ MODEL_COLUMNS = (
 
 @app.command("report")
 def report_(
-    run: Annotated[
-        str, typer.Argument(metavar="[RUN]", help="A run's id, or its start; the newest where left out.")
-    ] = ("latest"),
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="A run's id, or its first characters.")] = ("latest"),
     every: Annotated[bool, typer.Option("--list", help="List the runs that have a report.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write its page to a file.")] = None,
-    browse: Annotated[bool, typer.Option("--open", help="Open its page in the browser.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the page to this file.")] = None,
+    browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of reports.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what became of a run: models, sizes, fidelity, changes; `--html` or `--open` for every tensor of it."""
+    """Show a run's results: models, sizes, fidelity, changes. `--html` and `--open` show every tensor."""
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.report import document as documents
     from birkhoff.pipeline.report import stored

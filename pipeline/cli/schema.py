@@ -107,6 +107,8 @@ def outputs() -> dict[str, Schema]:
     compress = {
         "model": TEXT,
         "profile": TEXT,
+        "base": _NAME,
+        "base_bytes": maybe(COUNT),
         "allocation": _NAME,
         "version": _NAME,
         "digest": _NAME,
@@ -126,6 +128,8 @@ def outputs() -> dict[str, Schema]:
     plan = {
         "model": TEXT,
         "profile": TEXT,
+        "base": _NAME,
+        "base_share": maybe(NUMBER),
         "allocation": TEXT,
         "status": {"enum": ["new", "changed", "to be read", "up to date", "to be downloaded", "failed"]},
         "budget_bytes": maybe(COUNT),
@@ -218,6 +222,7 @@ def outputs() -> dict[str, Schema]:
                 "model": TEXT,
                 "digest": TEXT,
                 "profile": TEXT,
+                "compute": TEXT,
                 "source": TEXT,
                 "adapter": TEXT,
                 "protocol": an_object(
@@ -246,6 +251,7 @@ def outputs() -> dict[str, Schema]:
                 "model": TEXT,
                 "digest": TEXT,
                 "profile": TEXT,
+                "compute": TEXT,
                 "source": TEXT,
                 "batches": COUNT,
                 "outputs": rows({"output": TEXT, "sqnr_db": _DB, "cosine": NUMBER}, OUTPUT_COLUMNS),
@@ -282,10 +288,10 @@ def document() -> dict[str, Any]:
 @app.command()
 def schema(
     command: Annotated[
-        str | None, typer.Argument(help="One command's words, such as 'cache prune', or 'error'; all where left out.")
+        str | None, typer.Argument(help="A command, such as 'cache prune', or 'error'. Default: all.")
     ] = None,
 ) -> None:
-    """Print the JSON schema of what commands write with --json."""
+    """Print the JSON schema of the commands' --json output."""
     whole = document()
     if command is not None:
         if command not in whole["$defs"]:

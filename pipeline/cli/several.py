@@ -1,7 +1,7 @@
-"""Commands over several models: references and globs of models, one row for each, one rule for the exit code.
+"""Commands over several models: references and globs, a row for each, one rule for the exit code.
 
-A model that fails ends nothing: the others go on. The exit code is 0 if none failed, that of their one kind of error if
-all did, else 14, as for `compress`.
+A model that fails does not stop the others. The exit code is 0 if none failed, that of the error if all failed with the
+same kind, else 14, as for `compress`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ ReferencesArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL[@REF]...",
-        help="One or more; a glob such as 'sam-*@stable' stands for every model that it matches.",
+        help="One or more models; a glob such as 'sam-*@stable' takes every model that matches.",
         show_default=False,
         autocompletion=references,
     ),
@@ -35,17 +35,17 @@ ReferencesArgument = Annotated[
 
 
 def is_glob(reference: str) -> bool:
-    """Whether a reference may stand for several models."""
+    """Return whether a reference may match several models."""
     return not _MAGIC.isdisjoint(reference.partition("@")[0])
 
 
 def is_one(given: Sequence[str]) -> bool:
-    """Whether a command is about one artifact, and says of it what it always has."""
+    """Return whether a command is about one artifact, so that it prints a line and not a table."""
     return len(given) == 1 and not is_glob(given[0])
 
 
 def expand(store: "Store", given: Sequence[str]) -> list[str]:
-    """The references that are meant, each once, those of a glob sorted.
+    """Return the references that globs and names stand for, each once, those of a glob sorted.
 
     Raises:
         ArtifactNotFoundError: a glob matches no model.
@@ -68,7 +68,7 @@ def expand(store: "Store", given: Sequence[str]) -> list[str]:
 
 
 def model_of(reference: str) -> str:
-    """The model of a reference."""
+    """Return the model of a reference."""
     return reference.partition("@")[0]
 
 

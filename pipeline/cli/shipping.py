@@ -1,4 +1,4 @@
-"""Commands that bring versions elsewhere, or into the present format: copy, save, load, recode."""
+"""The commands that move versions: copy, push, save, load; and `recode`."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,13 +28,11 @@ AliasesOption = Annotated[
     typer.Option(
         "--alias",
         metavar="ALIAS",
-        help="Point this alias at it there; repeatable. One that is named in MODEL@ALIAS travels by itself.",
+        help="Point this alias at the copy. Repeatable. The alias of MODEL@ALIAS travels by itself.",
     ),
 ]
-RenameOption = Annotated[
-    bool, typer.Option("--rename", help="Take the next free name there instead of the one it has.")
-]
-MoveOption = Annotated[bool, typer.Option("--force", help="Move an alias there although it is protected.")]
+RenameOption = Annotated[bool, typer.Option("--rename", help="Take the next free name there instead of its own.")]
+MoveOption = Annotated[bool, typer.Option("--force", help="Move an alias there even if it is protected.")]
 
 COPY_COLUMNS = (
     Column(title="model", key="model"),
@@ -51,7 +49,7 @@ COPY_COLUMNS = (
 @app.command()
 def copy(
     given: ReferencesArgument,
-    to: Annotated[str, typer.Option("--to", metavar="URL", help="The store that gets it; made if it is a new folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="The target store; a new folder is created.")],
     alias: AliasesOption = None,
     rename: RenameOption = False,
     force: MoveOption = False,
@@ -62,7 +60,7 @@ def copy(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring versions into another store, only what it lacks, with name, signatures and labels."""
+    """Copy versions to another store, only what it lacks, with name, signatures and labels."""
     from birkhoff.pipeline.api.push import delivery_to, parcel_of, tell_of_signatures
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.registry.shipping import copy as copy_version
@@ -74,7 +72,7 @@ def copy(
         source = stack.enter_context(open_default_store(store))
         target = stack.enter_context(open_default_store(to, create=True))
         if target.url == source.url:
-            raise typer.BadParameter(f"{target.url} is the store it is in", param_hint="--to")
+            raise typer.BadParameter(f"{target.url} is the store it comes from", param_hint="--to")
         parcels = expand(source, given)
         delivery = delivery_to(target, alias or (), rename=rename, force=force, sign=sign, warn=warn)
 
@@ -94,14 +92,14 @@ def copy(
 @app.command()
 def push(
     reference: ReferenceArgument,
-    to: Annotated[str, typer.Argument(metavar="oci://HOST/REPO:TAG", help="The image in a registry.")],
+    to: Annotated[str, typer.Argument(metavar="oci://HOST/REPO:TAG", help="Image in a registry.")],
     require_signature: SignatureOption = None,
     signed_for: AudienceOption = None,
     accept_older: OlderOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a version into an OCI registry, by the ModelPack specification; `pull oci://...` brings it back."""
+    """Push a version to an OCI registry as a ModelPack image; `pull oci://...` fetches it."""
     from birkhoff.pipeline.api.push import parcel_of
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.artifact.oci import push_oci
@@ -121,14 +119,14 @@ def push(
 @app.command()
 def save(
     reference: ReferenceArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file, a tar.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The tar file to write.")],
     require_signature: SignatureOption = None,
     signed_for: AudienceOption = None,
     accept_older: OlderOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a version into one file, for a machine that no network reaches; `load` publishes it there."""
+    """Write a version to one file, for a machine without a network; `load` publishes it there."""
     from birkhoff.pipeline.api.push import parcel_of
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.registry.archive import save as save_version
@@ -146,7 +144,9 @@ def save(
 
 @app.command()
 def load(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `birkhoff save`.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that `birkhoff save` wrote.", show_default=False)
+    ],
     alias: AliasesOption = None,
     rename: RenameOption = False,
     force: MoveOption = False,
@@ -154,7 +154,7 @@ def load(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish the version of a file that `save` wrote, with name, signatures and labels, every digest checked."""
+    """Publish a version from a file of `save`, with name, signatures and labels; check every digest."""
     from birkhoff.pipeline.api.push import delivery_to, tell_of_signatures
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.registry.archive import load as load_version
@@ -178,13 +178,13 @@ def load(
 def recode(
     reference: ReferenceArgument,
     make_latest: Annotated[
-        bool, typer.Option("--make-latest", help="An older version too: `latest` then points at it, recoded.")
+        bool, typer.Option("--make-latest", help="Also recode an older version, and point `latest` at it.")
     ] = False,
     sign: SignOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a version in the present format of containers, without loss and without its source."""
+    """Publish a version in the current container format, without loss and without its source."""
     from birkhoff.pipeline.api.push import delivery_to
     from birkhoff.pipeline.artifact.recode import recode_version
     from birkhoff.pipeline.store.default import open_default_store
@@ -198,11 +198,11 @@ def recode(
             single_publisher=delivery.single_publisher,
             signer=delivery.signer,
         )
-    report(done.facts(), as_json, "recoded" if done.shards else "of the present format already")
+    report(done.facts(), as_json, "recoded" if done.shards else "already in the current format")
 
 
 def _said(facts: Facts, as_json: bool) -> Facts:
-    """Facts as one line says them; of signatures there is a warning."""
+    """Return the facts for one line; signatures have a warning of their own."""
     if as_json:
         return facts
     return {**facts, "aliases": ", ".join(facts["aliases"]), "labels": pairs(facts["labels"]), "signed_for": ""}

@@ -1,10 +1,10 @@
-"""Commands of the embedded S3 server: store up, down, env."""
+"""The commands of the embedded S3 server: store up, down, env."""
 
 import typer
 
 from birkhoff.pipeline.cli.app import JsonOption, app, print_json
 
-store_app: typer.Typer = typer.Typer(no_args_is_help=True, help="The embedded S3 server.")
+store_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Start, stop and reach the embedded S3 server.")
 app.add_typer(store_app, name="store")
 
 
@@ -18,7 +18,7 @@ def up() -> None:
 
 @store_app.command()
 def down() -> None:
-    """Stop it, unless someone uses it."""
+    """Stop the server, unless a process uses it."""
     from birkhoff.pipeline.store import seaweedfs
 
     typer.echo(f"embedded store: {seaweedfs.down()}")
@@ -26,9 +26,9 @@ def down() -> None:
 
 @store_app.command()
 def env(as_json: JsonOption = False) -> None:
-    """Print the variables with which S3 tools reach it: `eval "$(birkhoff store env)"`.
+    """Print the variables that let S3 tools reach the server: `eval "$(birkhoff store env)"`.
 
-    AWS's own are for its command line and SDKs, S3_ENDPOINT_URL is for s5cmd, and RCLONE_CONFIG_* make rclone's remote
+    AWS_* serve the AWS command line and SDKs, S3_ENDPOINT_URL serves s5cmd, and RCLONE_CONFIG_* define rclone's remote
     birkhoff:.
     """
     import shlex

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from shutil import copyfileobj
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 from birkhoff.pipeline.cli.app import json_text, print_json
@@ -26,9 +24,6 @@ _LEAST_WIDTH = 8
 
 _MOST_TEXT = 60
 """Cells that a text gets at most, where its column does not say: an error's line may be much longer."""
-
-_MEASURED = 500
-"""Rows up to which a table is drawn with lines, at a millisecond a row; plain columns are fitted to as many."""
 
 _MEASURED = 500
 """Rows up to which a table is drawn with lines, at a millisecond a row; plain columns are fitted to as many."""
@@ -95,6 +90,7 @@ TENSOR_COLUMNS = (
 PLAN_COLUMNS = (
     Column(title="model", key="model"),
     Column(title="profile", key="profile", rank=4),
+    Column(title="base", key="base", rank=4),
     Column(title="status", key="status"),
     Column(title="source", key="source_bytes", form=size, right=True, rank=3),
     Column(title="stored ~", key="predicted_stored_bytes_range", form=span(size), right=True, rank=2),
@@ -167,6 +163,9 @@ def stream(
         return
     everything = chain(first, more, left)
     if as_json:
+        from shutil import copyfileobj
+        from tempfile import TemporaryFile
+
         with TemporaryFile("w+", encoding="utf-8") as file:
             for number, row in enumerate(everything):
                 file.write(f"{',' if number else '['}\n  {json_text(row)}")

@@ -1,4 +1,4 @@
-"""Commands about versions: promote, rollback, remove, label, history, diff, gc, list."""
+"""The commands about versions: promote, rollback, remove, label, history, diff, gc, list."""
 
 import re
 from datetime import timedelta
@@ -29,7 +29,7 @@ _DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
 
 
 def duration(text: str) -> timedelta:
-    """`30m`, `12h`, `7d`, `2w` or `0s`. Raises typer.BadParameter."""
+    """Parse `30m`, `12h`, `7d`, `2w` or `0s`. Raises typer.BadParameter."""
     found = _DURATION.fullmatch(text)
     if found is None:
         raise typer.BadParameter(f"expected a whole number and one of s, m, h, d, w, such as 7d or 12h, got {text!r}")
@@ -38,7 +38,7 @@ def duration(text: str) -> timedelta:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
 AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Move the alias although it is protected.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Move the alias even if it is protected.")]
 
 
 HISTORY_COLUMNS = (
@@ -88,7 +88,9 @@ def promote(
     alias: AliasArgument = ALIAS_STABLE,
     protect: Annotated[
         bool | None,
-        typer.Option("--protect/--no-protect", help="From now on the alias moves with --force only, or freely again."),
+        typer.Option(
+            "--protect/--no-protect", help="From now on, let the alias move by --force only, or freely again."
+        ),
     ] = None,
     force: ForceOption = False,
     sign: SignOption = None,
@@ -106,7 +108,7 @@ def promote(
     with open_default_store(store) as opened:
         version = resolve(opened, reference)
         if version.name is None:
-            raise ArtifactNotFoundError(f"{reference} has no name (any more); compress its source again to publish it")
+            raise ArtifactNotFoundError(f"{reference} has no name any more; compress its source again to publish it")
         moved = move(opened, version.model, version.name, alias, protect=protect, force=force, signer=signer)
     _show_move(moved.facts(), as_json, "promoted")
 
@@ -116,14 +118,14 @@ def rollback(
     model: ModelArgument,
     alias: AliasArgument = ALIAS_STABLE,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="REF", help="This version instead of the one the alias came from.")
+        str | None, typer.Option("--to", metavar="REF", help="Go to this version instead of the previous one.")
     ] = None,
     force: ForceOption = False,
     sign: SignOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take an alias back to the version it pointed at before; once more, and it goes back one more."""
+    """Take an alias back to the version it pointed at before; each call goes back one more."""
     from birkhoff.pipeline.registry.aliases import rollback as move
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.registry.versions import resolve
@@ -143,7 +145,7 @@ def remove(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give up a version's name (MODEL@v3), or take an alias away (MODEL@stable); `gc` frees the bytes later."""
+    """Remove a version's name (MODEL@v3) or an alias (MODEL@stable); `gc` frees the bytes later."""
     from birkhoff.pipeline.registry.aliases import remove as remove_alias
     from birkhoff.pipeline.registry.gc import remove_version
     from birkhoff.pipeline.registry.names import VERSION_NAME
@@ -171,11 +173,13 @@ def label(
     labels: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to set.", show_default=False)
     ] = None,
-    drop: Annotated[list[str] | None, typer.Option("--drop", metavar="KEY", help="A label to take away.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option("--drop", metavar="KEY", help="Label to remove. Repeatable.")
+    ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Set labels of a version, such as licence=Apache-2.0, or show them; its digest stays what it is."""
+    """Set labels of a version, such as licence=Apache-2.0, or show them; its digest does not change."""
     from birkhoff.pipeline.registry.labels import label as change
     from birkhoff.pipeline.registry.labels import read_labels
     from birkhoff.pipeline.registry.versions import resolve
@@ -199,13 +203,13 @@ def label(
 def _pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise typer.BadParameter(f"expected KEY=VALUE, got {text[:80]!r}; --drop KEY takes a label away")
+        raise typer.BadParameter(f"expected KEY=VALUE, got {text[:80]!r}; --drop KEY removes a label")
     return key, value
 
 
 @app.command()
 def history(model: ModelArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show the versions of a model and every move of its aliases, oldest first, and the trend of its versions."""
+    """Show a model's versions and every move of its aliases, oldest first, and their trend."""
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.registry.history import history_rows, trend
     from birkhoff.pipeline.store.default import open_default_store
@@ -223,7 +227,7 @@ def diff(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which tensors differ between two versions, and what each stores of them."""
+    """Show which tensors differ between two versions, with both sides' metrics."""
     from birkhoff.pipeline.artifact.diff import diff as compare
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.store.default import open_default_store
@@ -236,24 +240,24 @@ def diff(
 
 @app.command()
 def gc(
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Default: only show what would be deleted.")] = False,
     grace: Annotated[
-        str, typer.Option(metavar="TIME", help="Keep what was written or retired less long ago; readers live on it.")
+        str, typer.Option(metavar="TIME", help="Keep what was written or retired within this time: readers may use it.")
     ] = "7d",
     keep: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Retire versions beyond a model's newest N that no alias points at."),
+        typer.Option(
+            min=1, metavar="N", help="Retire all but a model's newest N versions, unless an alias points at them."
+        ),
     ] = None,
     wait: Annotated[
-        str, typer.Option(metavar="TIME", help="Give open runs so long to end; new ones are held off meanwhile.")
+        str, typer.Option(metavar="TIME", help="Wait this long for open runs to end; new ones wait meanwhile.")
     ] = "0s",
-    keep_runs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Keep the reports of the newest N runs, whatever their age.")
-    ] = 100,
+    keep_runs: Annotated[int, typer.Option(min=0, metavar="N", help="Keep the reports of the newest N runs.")] = 100,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete what no version name, alias or open run refers to; shows what that is unless told --yes."""
+    """Show what no version name, alias or open run refers to; delete it with --yes."""
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.registry.gc import collect
     from birkhoff.pipeline.store.default import open_default_store
@@ -273,7 +277,7 @@ def gc(
 
 
 def _collected(found: "Collection", deleting: str) -> str:
-    """What a collection came to, in one line; `deleting` is the command that deletes what this one showed."""
+    """Summarise a collection in one line; `deleting` is the command that deletes what this one showed."""
     if not found.garbage and not found.retired:
         return f"nothing to delete: {sum(found.kept.values())} objects are in use or too young to go"
     freed = size(sum(item.info.size for item in found.garbage))
@@ -292,7 +296,7 @@ def _show_move(facts: dict[str, Any], as_json: bool, verb: str) -> None:
 
 @app.command("list")
 def list_(
-    model: Annotated[str | None, typer.Argument(help="All versions of this model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Show all versions of this model.")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,12 +1,12 @@
-"""The download cache: files under the SHA-256 of their bytes, and what is known of the addresses they came from.
+"""The download cache: files under the SHA-256 of their bytes, and records of their addresses.
 
-    FOLDER/<sha256>/<name>        a download, complete and read-only; it appears by a rename
+    FOLDER/<sha256>/<name>        a download, complete and read-only; renamed into place
     FOLDER/seen/<key>.json        first-seen record of an address: digest, size, ETag, time
-    FOLDER/partial/<key>.part     a download under way, with <key>.json: the ETag and size it belongs to
+    FOLDER/partial/<key>.part     a running download, with <key>.json: the ETag and size it belongs to
     FOLDER/locks/<key>            held while an address is being downloaded
 
-<key> is the SHA-256 of the address. Nothing is ever removed but damaged copies and finished partial files; the
-folder may be deleted whole while nothing runs.
+<key> is the SHA-256 of the address. Only damaged copies and finished partial files are ever removed. The folder may be
+deleted as a whole while nothing runs.
 """
 
 import fcntl
@@ -27,18 +27,18 @@ from birkhoff.pipeline.files import atomic_file, file_sha256, file_state, rememb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
-    """What a server says about a file without sending it. `size` in bytes; None for what it does not say."""
+    """A server's description of a file. `size` in bytes; None for what it does not say."""
 
     size: int | None = None
     etag: str | None = None
     modified: str | None = None
-    """The Last-Modified header as it came."""
+    """The Last-Modified header, verbatim."""
     commit: str | None = None
-    """Of the repository, where the file is in one."""
+    """The commit of the repository, if the file is in one."""
 
     @property
     def validator(self) -> str | None:
-        """What If-Range takes (RFC 9110, 13.1.5): a strong ETag, else the time of the last change."""
+        """The validator for If-Range (RFC 9110, 13.1.5): a strong ETag, else the time of the last change."""
         if self.etag is not None and not self.etag.startswith("W/"):
             return self.etag
         return self.modified if self.etag is None else None
@@ -46,7 +46,7 @@ class Remote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstSeen:
-    """First-seen record of an address, or of a local file: the digest that holds ever after."""
+    """First-seen record of an address or a local file: the digest that is required from then on."""
 
     url: str
     """Without its query."""
@@ -65,17 +65,17 @@ class FirstSeen:
 
 
 class DownloadCache:
-    """The cache in `folder`, made on first use. May be shared by threads and processes."""
+    """The cache in `folder`, created on first use. Threads and processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path = folder.absolute()
 
     def first_seen_file(self, url: str) -> Path:
-        """Where the first-seen record of an address is recorded: delete it to forget the address."""
+        """Return the file of an address's first-seen record; delete it to forget the address."""
         return self.folder / "seen" / f"{_key(url)}.json"
 
     def first_seen(self, url: str) -> FirstSeen | None:
-        """First-seen record of an address; None for a new one. Raises SourceError for a damaged record."""
+        """Return the first-seen record of an address; None for a new one. Raises SourceError if it is damaged."""
         record = self.first_seen_file(url)
         try:
             return FirstSeen(**json.loads(record.read_bytes()))
@@ -85,7 +85,7 @@ class DownloadCache:
             raise SourceError(f"{record}: not a record of a download ({error}); delete it") from error
 
     def copy(self, seen: FirstSeen) -> Path | None:
-        """The cached file of an address, or None. One that has changed under our feet is hashed, and removed if wrong.
+        """Return the cached file of an address, or None. A file that has changed is hashed, and removed if wrong.
 
         Raises SourceError.
         """
@@ -96,7 +96,7 @@ class DownloadCache:
         return None
 
     def holding(self, sha256: str) -> Path | None:
-        """A cached file with this digest from whatever address; it is hashed. Raises OSError."""
+        """Return a cached file with this digest, from any address, after hashing it. Raises OSError."""
         with suppress(FileNotFoundError):
             for path in sorted((self.folder / sha256).iterdir()):
                 if file_sha256(path) == sha256:
@@ -104,7 +104,7 @@ class DownloadCache:
         return None
 
     def partial(self, url: str) -> "Partial":
-        """The download of an address that is under way, or a new one. Only for who holds its lock."""
+        """Return the running download of an address, or a new one. The caller must hold its lock."""
         base = self.folder / "partial" / _key(url)
         base.parent.mkdir(parents=True, exist_ok=True)
         return Partial(url=shown_url(url), path=base.with_suffix(".part"), note=base.with_suffix(".json"))
@@ -151,7 +151,7 @@ class DownloadCache:
 
     @contextmanager
     def lock(self, url: str) -> Iterator[None]:
-        """Hold off every other process and thread that wants to download the same address."""
+        """Lock an address against downloads by other processes and threads."""
         lock = self.folder / "locks" / _key(url)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("ab") as file:
@@ -160,7 +160,7 @@ class DownloadCache:
 
 
 def stands(path: Path, seen: FirstSeen) -> bool:
-    """Whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
+    """Return whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -172,7 +172,7 @@ def stands(path: Path, seen: FirstSeen) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partial:
-    """A download under way: its first bytes, and the state of the remote file that they belong to."""
+    """A running download: its first bytes, and the state of the remote file that they belong to."""
 
     url: str
     path: Path
@@ -180,14 +180,14 @@ class Partial:
 
     @property
     def done(self) -> int:
-        """Bytes that are there."""
+        """How many bytes have arrived."""
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
 
     def remote(self) -> Remote | None:
-        """The remote file that the bytes belong to; None where that is not known, so that they are of no use."""
+        """Return the remote file that the bytes belong to; None if unknown, so that they are useless."""
         try:
             note = json.loads(self.note.read_bytes())
             # A machine that went down may have lost bytes that were not synced, and left zeros in their place.
@@ -218,7 +218,7 @@ def check_space(folder: Path, nbytes: int, label: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a small file so that it appears whole. Raises OSError."""
+    """Write a small file atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
@@ -229,7 +229,7 @@ def _key(url: str) -> str:
 
 
 def _boot() -> str:
-    """Which run of the machine this is; empty where the system does not say."""
+    """Return which run of the machine this is; empty if the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

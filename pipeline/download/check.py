@@ -1,4 +1,4 @@
-"""`plan --check-sources`: what the server of each address of a manifest says, without downloading anything."""
+"""`plan --check-sources`: ask the server of each address of a manifest, without downloading anything."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +18,16 @@ AddressState = Literal["here", "mirror", "answers", "gone", "fails"]
 server says that there is no such file, or a path leads nowhere; `fails`: no answer, or a refusal that may pass."""
 
 _AT_ONCE = 16
-"""Servers asked at the same time."""
+"""How many servers are asked at the same time."""
 _WAIT = FetchSettings(connect_timeout=10.0, read_timeout=20.0, attempts=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """One address of a model's source, and what was found there.
+    """An address of a model's source, and the answer.
 
-    nbytes: the size that the server or the disk says, in bytes; None where it does not.
-    problem: why there is no file; empty where there is one.
+    nbytes: the size that the server or the disk says, in bytes; None if it does not.
+    problem: why there is no file; empty if there is one.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Address:
 
     @property
     def good(self) -> bool:
-        """Whether a file is there."""
+        """Whether the address has a file."""
         return self.state in ("here", "mirror", "answers")
 
 
@@ -48,7 +48,7 @@ def check_addresses(
     mirror: Path | None = None,
     settings: FetchSettings = _WAIT,
 ) -> list[Address]:
-    """The state of every address of some models, in their order; each server is asked once for each address.
+    """Return the state of every address of some models, in their order; each server is asked once for each address.
 
     Args:
         sources: the source of each model by its name, paths absolute.

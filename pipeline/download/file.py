@@ -23,6 +23,7 @@ from birkhoff.pipeline.download.spec import (
 from birkhoff.pipeline.errors import SourceError, SourceGoneError
 from birkhoff.pipeline.families import HUB_FILES
 from birkhoff.pipeline.files import file_sha256
+from birkhoff.pipeline.store.base import BUCKETS
 
 if TYPE_CHECKING:
     from birkhoff.pipeline.download.hub import HubTransport
@@ -259,11 +260,11 @@ def _hub(part: SourcePart) -> "HubTransport":
 
 
 def _transport(url: str, part: SourcePart, settings: FetchSettings) -> _Transport:
-    if scheme_of(url) != "s3":
+    if scheme_of(url) not in BUCKETS:
         return HttpTransport(settings, allow_http=part.allow_http)
-    from birkhoff.pipeline.download.s3 import S3Transport  # boto3 takes 0.2 s
+    from birkhoff.pipeline.download.bucket import BucketTransport
 
-    return S3Transport(settings, allow_http=part.allow_http)
+    return BucketTransport(settings, allow_http=part.allow_http)
 
 
 def _first_seen_records(part: SourcePart, cache: DownloadCache) -> Iterator[tuple[str, FirstSeen]]:

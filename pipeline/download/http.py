@@ -8,7 +8,7 @@ import http.client
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -19,7 +19,7 @@ from birkhoff.pipeline.backoff import FIRST_SECONDS, Backoff, retry_after
 from birkhoff.pipeline.download.cache import Partial, Remote, check_space
 from birkhoff.pipeline.download.spec import check_plain_http, file_name, scheme_of, shown_url
 from birkhoff.pipeline.errors import SourceError, SourceGoneError
-from birkhoff.pipeline.store.least_speed import pace_pools
+from birkhoff.pipeline.store.least_speed import pace_session
 from birkhoff.pipeline.text import first_line
 
 Report = Callable[[str, int, int | None], None]
@@ -65,28 +65,6 @@ class TransientError(Exception):
         self.wait = wait
 
 
-class _PacedAdapter(requests.adapters.HTTPAdapter):
-    """Connections, also by way of proxies, whose answers are held to their pace."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        super().__init__()
-
-    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        super().init_poolmanager(*arguments, **options)
-        self._pace(self.poolmanager)
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        known = proxy in self.proxy_manager
-        manager = super().proxy_manager_for(proxy, **options)
-        return manager if known else self._pace(manager)
-
-    def _pace(self, manager: Any) -> Any:
-        manager.pool_classes_by_scheme = dict(manager.pool_classes_by_scheme)  # the library's own is everybody's
-        pace_pools(manager.pool_classes_by_scheme, self._seconds)
-        return manager
-
-
 class HttpTransport:
     """Reads http(s) addresses. Not to be shared by threads."""
 
@@ -94,8 +72,7 @@ class HttpTransport:
         self._settings = settings
         self._allow_http = allow_http
         self._session = requests.Session()
-        for scheme in ("https://", "http://"):
-            self._session.mount(scheme, _PacedAdapter(settings.read_timeout))
+        pace_session(self._session, settings.read_timeout)
         # Encoded bytes have another length, digest and ETag than the file.
         self._session.headers.update(
             {"Accept-Encoding": "identity", "User-Agent": f"birkhoff-compression/{birkhoff.__version__}"}

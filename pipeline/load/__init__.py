@@ -1,1 +1,1 @@
-"""Artifacts into models: names, layers, builders, transformers' classes."""
+"""Load artifacts into models: names, layers, builders, transformers' classes."""

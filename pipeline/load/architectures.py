@@ -1,4 +1,4 @@
-"""Models that are known by their tensors: the published SAM and SAM 2, in every size; their relatives in `published`.
+"""Models recognised by their tensors: the published SAM and SAM 2 in every size. `published` has their relatives.
 
 In the names of a published package that package builds them, or transformers where it is not installed; in those of
 transformers, transformers does.
@@ -66,7 +66,7 @@ _MEMORY_2_1 = "no_obj_embed_spatial"
 
 
 def known(label: str, shapes: Shapes, upstream: Path | None = None) -> nn.Module:
-    """An untrained model of the architecture that has these tensors.
+    """Return an untrained model of the architecture that has these tensors.
 
     Args:
         label: what the tensors are of, for messages.
@@ -86,7 +86,7 @@ def known(label: str, shapes: Shapes, upstream: Path | None = None) -> nn.Module
 
 
 def is_known(shapes: Shapes) -> bool:
-    """Whether `known` has an architecture for these tensors; its code need not be here."""
+    """Return whether `known` has an architecture for these tensors; its code need not be here."""
     sam = bool(_RELATIVE & shapes.keys()) and any(_width(shapes, bias) in _SIZES for bias in _PATCH_BIASES)
     encoders = (
         ("image_encoder.trunk", "patch_embed.proj.bias"),
@@ -136,7 +136,7 @@ def _sam2(label: str, shapes: Shapes) -> nn.Module | None:
 
 
 def hiera_settings(size: str) -> dict[str, Any]:
-    """The vision configuration of transformers for a published SAM 2: size `t`, `s`, `b+` or `l`."""
+    """Return the vision configuration of transformers for a published SAM 2: size `t`, `s`, `b+` or `l`."""
     width = next(width for (width, _), name in _SIZES_2.items() if name == size)
     widths = [width << stage for stage in range(4)]
     backbone = {

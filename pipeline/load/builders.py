@@ -1,4 +1,4 @@
-"""From an artifact or a checkpoint to a model that runs: which code builds it, and with which settings.
+"""Build a model for an artifact or a checkpoint: with which code, and which settings.
 
 Weights alone do not say what computes on them. In this order:
 
@@ -28,6 +28,7 @@ from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, SourceError
 from birkhoff.pipeline.families import CONFIG_FILE
 from birkhoff.pipeline.load.architectures import known, package
+from birkhoff.pipeline.load.layer_forms import Compute
 from birkhoff.pipeline.load.load import load_into
 from birkhoff.pipeline.load.name_maps import joined, renaming
 from birkhoff.pipeline.load.published import Shapes
@@ -47,6 +48,7 @@ def compressed_model(
     upstream: Path | None = None,
     near: Path | None = None,
     device: str,
+    compute: Compute = "float",
     accept: Callable[[nn.Module, str | None], object] | None = None,
 ) -> nn.Module:
     """A model that computes on an artifact's compressed weights, in evaluation mode.
@@ -57,6 +59,7 @@ def compressed_model(
         upstream: as in `published.member`.
         near: a checkpoint of the same model, whose configuration is looked for too.
         device: where the weights go.
+        compute: as in `load_into`.
         accept: is shown the model, and the adapter that the artifact names, while only headers were read; raises to
             refuse it before its weights are fetched.
 
@@ -76,7 +79,7 @@ def compressed_model(
         except BuilderError as error:
             whole = sum({shard.blob: shard.bytes for shard in artifact.manifest.shards}.values())
             raise BuilderError(f"{error}; {artifact.fetched} of {whole} bytes were fetched") from error
-    load_into(model, reference, store, device=device)
+    load_into(model, reference, store, device=device, compute=compute)
     return model.to(device).eval()
 
 

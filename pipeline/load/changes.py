@@ -1,4 +1,4 @@
-"""The changes that a load makes to a model: all prepared first, then made at once."""
+"""The changes that a load makes to a model: prepared first, then made at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -119,7 +119,7 @@ class Changes:
 
 
 def _bias_for(old: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Parameter | None:
-    """The bias of a linear layer on a device, in a dtype: the very same if it is so already."""
+    """Return the bias of a linear layer on a device, in a dtype: the very same if it is so already."""
     bias = old.bias
     if not isinstance(bias, nn.Parameter) or (bias.device, bias.dtype) == (device, dtype):
         return bias if isinstance(bias, nn.Parameter) else None
@@ -133,5 +133,5 @@ def _form(layer: nn.Module) -> object:
 
 
 def _is_writable(present: Tensor) -> bool:
-    """Whether values can be copied into a tensor."""
+    """Return whether values can be copied into a tensor."""
     return not (present.is_meta or present.is_inference() or torch._debug_has_internal_overlap(present) == 1)

@@ -1,4 +1,4 @@
-"""Decoding the shards of an artifact as they arrive, with bounded memory.
+"""Decode the shards of an artifact as they arrive, with bounded memory.
 
 On a CPU in threads: the entropy decoder, the digests and the operations of torch release the interpreter's lock; each
 thread keeps torch to itself (one thread inside), as they would only wait for each other. What is at work at any time is

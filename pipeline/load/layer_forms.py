@@ -1,4 +1,4 @@
-"""In which form the linear layers of a loaded model hold their weights."""
+"""In which form the linear layers of a loaded model hold their weights, and on what they compute."""
 
 import warnings
 from collections.abc import Callable
@@ -11,9 +11,13 @@ from birkhoff.codec.errors import BirkhoffWarning, CodecError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.packed import Bits
+from birkhoff.codec.reference import extra_columns, plane_columns
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
+from birkhoff.kernels.int8.op import MOST_COLUMNS
+from birkhoff.kernels.int8.plan import LEAST_ROWS
 
 Memory = Literal["uint16", "packed12", "packed10"]
 """8 bits a weight, exactly what is stored; or about 6.06 or 5.06, coded once more with loss."""
@@ -24,20 +28,33 @@ _PACKED: dict[str, tuple[Bits, float]] = {"packed12": (12, 24.0), "packed10": (1
 Normally distributed weights keep 31.7 and 25.7 dB; what lies 7 dB below has a tail that the form does not suit.
 """
 
+Compute = Literal["float", "int8"]
+"""In the dtype of the input; or on int8 tensor cores, the input rounded to int8 token by token."""
+
+_MOST_EXTRA = 0.25
+"""Further columns for outliers, of a layer's own, above which int8 saves little;"""
+
+_FREE_EXTRA = 256
+"""but so few are no matter: what small layers take is launches."""
+
 _SHOWN = 5
 
 
 class LayerMaker:
-    """Makes the layers of one load; `report` then warns of those that keep the uint16 form.
+    """Makes the layers of one load; `report` then warns of those that keep the first form.
 
     Raises:
-        CodecError: `memory` is no form.
+        CodecError: `memory` or `compute` is no form, or int8 is asked for with a packed form.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        if memory not in get_args(Memory):
-            raise CodecError(f"memory {memory!r}: one of {', '.join(get_args(Memory))} was expected")
+    def __init__(self, memory: Memory, compute: Compute = "float") -> None:
+        for name, value, known in (("memory", memory, get_args(Memory)), ("compute", compute, get_args(Compute))):
+            if value not in known:
+                raise CodecError(f"{name} {value!r}: one of {', '.join(known)} was expected")
+        if compute == "int8" and memory != "uint16":
+            raise CodecError(f"compute 'int8' multiplies the coordinates as stored, {memory} has others: use uint16")
         self._memory = memory
+        self._compute = compute
         self._refused: list[str] = []
 
     def __call__(
@@ -56,17 +73,30 @@ class LayerMaker:
                 make, held = PackedHyperLinear.from_packed, form
             else:
                 self._refused.append(f"{name} ({found:.1f} dB, {size:.2f} bits a weight)")
+        elif self._compute == "int8" and not (code.i.is_cuda and code.i.shape[0] < LEAST_ROWS):
+            if (reason := _obstacle(code)) is None:
+                make = Int8HyperLinear.from_lattice
+            else:
+                self._refused.append(f"{name} ({reason})")
         return make(held, bias=bias, dtype=dtype)
 
     def report(self) -> None:
-        """One BirkhoffWarning that names the layers that the packed form does not suit, if there are any."""
+        """One BirkhoffWarning that names the layers that another form does not suit, if there are any."""
         if not self._refused:
             return
-        _, floor = _PACKED[self._memory]
-        more = ", ..." if len(self._refused) > _SHOWN else ""
-        warnings.warn(
-            f"{len(self._refused)} layers keep 16 bits a pair, because {self._memory} would hold them at less than "
-            f"{floor:g} dB or save nothing: {', '.join(self._refused[:_SHOWN])}{more}",
-            BirkhoffWarning,
-            stacklevel=3,
-        )
+        count, more = len(self._refused), ", ..." if len(self._refused) > _SHOWN else ""
+        if self._compute == "int8":
+            text = f"{count} layers compute in float, because int8 would be slower or overflow"
+        else:
+            _, floor = _PACKED[self._memory]
+            text = f"{count} layers keep 16 bits a pair, because {self._memory} would hold them at less than "
+            text += f"{floor:g} dB or save nothing"
+        warnings.warn(f"{text}: {', '.join(self._refused[:_SHOWN])}{more}", BirkhoffWarning, stacklevel=3)
+
+
+def _obstacle(code: LatticeTensor) -> str | None:
+    """Why a matrix is not multiplied on int8 tensor cores, or None."""
+    extra = extra_columns(code)
+    if plane_columns(code.columns, extra) > MOST_COLUMNS:
+        return f"{code.columns} columns"
+    return f"{extra} further columns for outliers" if extra > max(_FREE_EXTRA, _MOST_EXTRA * code.columns) else None

@@ -1,4 +1,4 @@
-"""From an artifact to weights that run: dense tensors, or a model whose linear layers compute on the trajectory."""
+"""Load artifacts: as dense tensors, or into a model whose linear layers compute on the compressed weights."""
 
 import os
 from collections import Counter
@@ -15,7 +15,7 @@ from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.decode import decode_shards
-from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
+from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
 from birkhoff.pipeline.load.refresh import refresh
 from birkhoff.pipeline.load.targets import Target, Targets
@@ -37,21 +37,21 @@ def load_state_dict(
     require_signature: Keys | None = None,
     signed_for: str | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of an artifact, dense, in their original names, order, shapes and dtypes.
+    """Return all tensors of an artifact, dense, with their original names, order, shapes and dtypes.
 
     Args:
-        ref_or_dir: a folder that `birkhoff pull` wrote, or `MODEL[@VERSION|ALIAS|DIGEST]` in a store.
-        store: the store, or its URL; `BIRKHOFF_STORE`, then `embedded`, where left out. Read through the local cache.
-        device: where the tensors go, and where they are decoded.
-        offline: take a reference from the cache alone.
-        require_signature: files of public keys, one of which must have signed the version for the store that is read.
-        signed_for: the store that it must be signed for instead: of a mirror, the one it mirrors.
+        ref_or_dir: A pulled folder, or `MODEL[@VERSION|ALIAS|DIGEST]` in a store.
+        store: The store or its URL, read through the local cache. Default: `BIRKHOFF_STORE`, then `embedded`.
+        device: The device on which tensors are decoded and returned.
+        offline: Use the cache only.
+        require_signature: Files of public keys; one of them must have signed the version for this store.
+        signed_for: The store that signatures must name instead, if this one is its mirror.
 
     Raises:
-        ArtifactNotFoundError: no such folder, model or version.
-        TrustError: the signature is missing or does not hold, or the alias was put back to an older state.
-        IntegrityError: stored bytes that do not match their digest.
-        StoreError: the store cannot be reached or read.
+        ArtifactNotFoundError: There is no such folder, model or version.
+        TrustError: A signature is missing or wrong, or the alias went back to an older state.
+        IntegrityError: Stored bytes do not match their digest.
+        StoreError: The store cannot be reached or read.
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
@@ -73,47 +73,54 @@ def load_into(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     memory: Memory = "uint16",
+    compute: Compute = "float",
     offline: bool = False,
     require_signature: Keys | None = None,
     signed_for: str | None = None,
 ) -> list[str]:
-    """Load an artifact into a model, in place: coded `nn.Linear` become HyperLinear, the rest is loaded dense.
+    """Load an artifact into a model in place: coded `nn.Linear` become HyperLinear, everything else is loaded dense.
 
-    Tensors are decoded beside the model, on its device, as their shards arrive; the model is changed at the end, all at
-    once, or not at all. Modules on the meta device are filled in. Host memory beside the model: the compressed model.
+    Tensors are decoded beside the model, on its device, while shards arrive. The model changes at the end, as a whole
+    or not at all. Modules on the meta device are filled in. Beside the model, host memory holds the compressed model
+    only.
 
-    A model can be loaded again, while it serves: layers that are compressed already get their new code in place, each
-    at once. A call that runs meanwhile may meet layers of both versions; hold calls back if it must not. A model that
-    torch.compile, DataParallel or DistributedDataParallel wraps may be given too, the last once its layers are
-    compressed; one that FSDP shards is refused.
+    A model can be loaded again while it serves: each layer that is compressed already gets its new code in place. A
+    call that runs meanwhile may see layers of both versions; block calls if it must not. Models wrapped by
+    torch.compile, DataParallel or DistributedDataParallel are accepted, the last one only after its layers are
+    compressed. Models sharded by FSDP are refused.
 
-    Every module keeps its mode. One with a `train` or `eval` of its own, such as TinyViT's attention, which caches
-    biases there, is put into its mode again, and the hooks that `load_state_dict` calls at its end are called.
+    Every module keeps its mode. Modules with a `train` or `eval` of their own, such as TinyViT's attention, which
+    caches biases there, are put into their mode again, and the hooks that end `load_state_dict` are called.
 
     Args:
-        model: any module whose state-dict names are those of the artifact; or transformers' `SamModel` or
-            `Sam2Model` for an artifact of a published SAM or SAM 2 checkpoint (see `name_maps`). The prefixes
-            `module.`, `_orig_mod.` and `model.` of stored names are left out, unless the model has names that begin so.
-        ref_or_dir, store, offline, require_signature, signed_for: as in `load_state_dict`.
-        device: where the model goes; each parameter's own device (CPU for meta) where left out.
-        dtype: float type of the loaded weights, and of what HyperLinear computes in; the model's own where left out.
-        strict: refuse missing and unexpected tensors; a wrong shape is always refused, and so is an artifact of which
-            nothing fits.
-        memory: form of the linear layers' weights, 8 bits a weight and exactly what is stored; `packed12` and
-            `packed10` take about 6.06 and 5.06 and are coded once more: of what is stored MiniLM keeps 31.4 and 25.3 dB
-            (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model 28.5 and 22.6. A layer that
-            would keep less than 24 or 18 dB, or save nothing, keeps the first form; a BirkhoffWarning names it.
+        model: A module whose state-dict names are those of the artifact, or transformers' `SamModel` or `Sam2Model` for
+            an artifact of a published SAM or SAM 2 checkpoint (see `name_maps`). The prefixes `module.`, `_orig_mod.`
+            and `model.` of stored names are dropped unless the model has names with them.
+        ref_or_dir, store, offline, require_signature, signed_for: As in `load_state_dict`.
+        device: The device to move the model to. Default: each parameter's own, the CPU for meta.
+        dtype: Float dtype of the loaded weights and of HyperLinear's computation. Default: the model's.
+        strict: Refuse missing and unexpected tensors. A wrong shape, and an artifact of which nothing fits, are always
+            refused.
+        memory: Form of the linear layers' weights. `uint16` takes 8 bits per weight and is exactly what is stored.
+            `packed12` and `packed10` take about 6.06 and 5.06 bits and are coded once more: relative to what is stored,
+            MiniLM keeps 31.4 and 25.3 dB (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model
+            28.5 and 22.6. A layer that would keep less than 24 or 18 dB, or save nothing, stays `uint16`; a
+            BirkhoffWarning names it.
+        compute: `int8` multiplies on int8 tensor cores, on CPUs by their instructions for bytes: the same weights in as
+            much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
+            further columns. A layer that they would make wider by 256 columns and by a quarter computes in float,
+            and a BirkhoffWarning names it; on a GPU layers of fewer than 768 rows do, which int8 would not make faster.
 
     Returns:
-        Names of the modules that are HyperLinear, or its packed form, with weights of the artifact.
+        The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
 
     Raises:
-        ModelMismatchError: tensors missing, unexpected or of another shape; each is named.
-        ArtifactNotFoundError, IntegrityError, TrustError, StoreError: as in `load_state_dict`.
+        ModelMismatchError: Tensors are missing, unexpected or of another shape; each is named.
+        ArtifactNotFoundError, IntegrityError, TrustError, StoreError: As in `load_state_dict`.
     """
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        maker = LayerMaker(memory)
+        maker = LayerMaker(memory, compute)
         names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
         loading = _Loading(model, names, device, dtype, maker)
         for _ in decode_shards(artifact, loading.stage, loading.device):
@@ -125,7 +132,7 @@ def load_into(
 
 
 class _Loading:
-    """What is known about the model and what has been decoded for it; `stage` is for threads."""
+    """The model's targets and the tensors decoded for them; `stage` is thread-safe."""
 
     def __init__(
         self,
@@ -207,7 +214,7 @@ class _Loading:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
 
     def check(self, label: str, *, strict: bool) -> None:
-        """Once all are staged; raises ModelMismatchError, naming what does not fit."""
+        """Check that everything staged fits the model. Raises ModelMismatchError, which names what does not."""
         rows = joined(self._rows)
         self._shapes |= {name: tuple(tensor.shape) for name, tensor in rows.items()}
         self._dense |= rows
@@ -236,16 +243,16 @@ class _Loading:
             )
 
     def _replaces(self) -> bool:
-        """Whether a module with parameters of its own goes, or comes."""
+        """Return whether a module with parameters would be replaced or added."""
         dense = [self._wanted[name] for name in self._dense if name in self._wanted]
         return any(self._wanted[name].present is not None for name in self._layers) or any(
             target.present is None for target in dense
         )
 
     def commit(self) -> list[str]:
-        """Put everything into its place; returns the names of the layers that are compressed now.
+        """Put everything into its place; return the names of the layers that are compressed now.
 
-        Whatever can fail, for want of memory or otherwise, is made before anything is changed.
+        Every step that can fail, such as an allocation, comes before the first change.
 
         Raises:
             ModelMismatchError: the model is a single compressed layer, and the artifact's has another form.
@@ -274,7 +281,7 @@ class _Loading:
 
 
 def _remedy(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """What to do about names that differ by what stands before them, if that is all."""
+    """Return the remedy if names differ by a prefix only; else an empty string."""
     for beyond, inner, advice in (
         (missing, unexpected, "its names are those of {0}: load into model.{0}"),
         (unexpected, missing, 'the model is what it calls {0}: load into torch.nn.ModuleDict({{"{0}": model}})'),
@@ -286,7 +293,7 @@ def _remedy(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """`cuda` as the tensors there say it: `cuda:0`."""
+    """Return the device with its index, as tensors report it: `cuda:0` for `cuda`."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

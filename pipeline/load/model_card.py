@@ -27,7 +27,7 @@ _MASKS = "mask-generation"
 
 
 def model_card(facts: Mapping[str, object], template: Path | None = None) -> str:
-    """The text of a card; `facts` by `card_facts`.
+    """Return the text of a card; `facts` by `card_facts`.
 
     Raises:
         OutputError: the template cannot be read, or uses what there is not.
@@ -55,11 +55,11 @@ def card_facts(
     source_card: bytes | None,
     labels: Mapping[str, str],
 ) -> dict[str, object]:
-    """What a template may use, each a text or a number; `metadata` is what the hub reads.
+    """Return what a template may use, each a text or a number; `metadata` is what the hub reads.
 
     Args:
         manifest: the version's.
-        version: its name; None where it has none.
+        version: its name; None if it has none.
         architecture: transformers' class of the model.
         settings: its configuration.
         source_card: README.md of the source's repository, if the version carries it.
@@ -99,7 +99,7 @@ def card_facts(
 
 
 def card_metadata(card: bytes | None) -> dict[str, Any]:
-    """The metadata at the head of a card: YAML between lines of three dashes; empty where there is none."""
+    """Return the metadata at the head of a card: YAML between lines of three dashes; empty if there is none."""
     text = (card or b"").decode(errors="replace").replace("\r\n", "\n")
     if not text.startswith("---\n") or "\n---" not in text[3:]:
         return {}
@@ -141,5 +141,5 @@ def _row(name: str, found: Agreement) -> dict[str, object]:
 
 
 def _code(text: str) -> str:
-    """A stranger's text for a code span or a cell of a table."""
+    """Return a stranger's text for a code span or a cell of a table."""
     return printable(text).replace("`", "'").replace("|", "/")

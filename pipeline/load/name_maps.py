@@ -1,4 +1,4 @@
-"""Names of published checkpoints in the models of transformers.
+"""Translate the names of published checkpoints to those of transformers' models.
 
 The published SAM (github.com/facebookresearch/segment-anything) and `SamModel` hold the same tensors under different
 names, one to one but for the positional matrix, which `SamModel` has twice. The facts are those of transformers'
@@ -101,7 +101,7 @@ _SAM3_RULES: _Rules = (
 
 
 def renaming(model_names: Collection[str], stored_names: Iterable[str]) -> Rename:
-    """How the names of an artifact become those of a model; `stored_names` are looked at until they tell.
+    """Return how the names of an artifact become those of a model; `stored_names` are looked at until they tell.
 
     A prefix that a wrapper put before the stored names is left out where no name of the model begins with it.
     """
@@ -150,7 +150,7 @@ def sam3_tracker_names(name: str) -> tuple[str, ...]:
 
 
 def owner(name: str) -> str:
-    """The parameter that a name is of: itself, but for `NAME[2]`, a row of `NAME`."""
+    """Return the parameter that a name is of: itself, but for `NAME[2]`, a row of `NAME`."""
     found = _ROW.fullmatch(name)
     return found[1] if found else name
 

@@ -1,4 +1,4 @@
-"""What builds each published member of the Segment Anything family, known by its tensors.
+"""Builders of the published members of the Segment Anything family, recognised by their tensors.
 
 A member whose code is a package is built by that package. One whose code is a repository only is built from the user's
 clone of it, named by `--upstream DIR`: nothing of theirs is copied here.
@@ -49,7 +49,7 @@ class Code:
     module: str
     function: str
     wheel: str | None = None
-    """The package on the index; None where there is none."""
+    """The package on the index; None if there is none."""
     repository: str | None = None
     """The repository that `--upstream` is a clone of."""
     arguments: tuple[Any, ...] = ()
@@ -162,12 +162,12 @@ MEMBERS: tuple[Member, ...] = (
 
 
 def is_member(shapes: Shapes) -> bool:
-    """Whether these tensors are those of a published member."""
+    """Return whether these tensors are those of a published member."""
     return any(one.fits(shapes) for one in MEMBERS)
 
 
 def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | None:
-    """An untrained model of the published member that has these tensors, None where they are no member's.
+    """Return an untrained model of the published member with these tensors; None if there is none.
 
     Args:
         label: what the tensors are of, for messages.
@@ -184,7 +184,7 @@ def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | Non
 def _build(label: str, found: Member, upstream: Path | None) -> nn.Module:
     with _on_path(upstream):
         for code in found.codes:
-            # A package is found, a repository only where it was named: its modules have common names.
+            # A package is found, a repository only if it was named: its modules have common names.
             if (code.wheel is None and upstream is None) or not _is_there(code.module):
                 continue
             try:

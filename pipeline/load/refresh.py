@@ -1,4 +1,4 @@
-"""What modules derive from their parameters, derived again after those were loaded.
+"""Derive again what modules derive from their parameters, after a load.
 
 torch has two occasions for it: a module's `train(mode)`, where TinyViT's attention caches its biases for evaluation,
 and the hooks that `load_state_dict` calls at its end.
@@ -37,7 +37,7 @@ def _reapply_modes(modules: list[nn.Module]) -> None:
 
 
 def _listens(module: nn.Module) -> bool:
-    """Whether the module has a `train` or `eval` of its own."""
+    """Return whether the module has a `train` or `eval` of its own."""
     kind = type(module)
     return (
         kind.train is not nn.Module.train
@@ -47,7 +47,7 @@ def _listens(module: nn.Module) -> bool:
 
 
 def _parents_first(model: nn.Module) -> list[nn.Module]:
-    """Every module once, after all that hold it."""
+    """Return every module once, after all that hold it."""
     order = TopologicalSorter[nn.Module]({model: ()})
     for module in model.modules():
         for child in module.children():

@@ -1,4 +1,4 @@
-"""What a transformers configuration from a store may say: hyperparameters of known architectures, and nothing else.
+"""Check transformers configurations from a store: hyperparameters of known architectures, and nothing else.
 
 transformers finds classes, backbones, kernels and weights by what a configuration says, some of it on the Hugging Face
 Hub. So a configuration that came with weights is cut down, before transformers sees it, to settings that its own class
@@ -32,7 +32,7 @@ ARCHITECTURES = frozenset(
     }
 )
 """`model_type` of those that are built. None of their classes takes the name of a backbone, a kernel, a file or a
-repository; `tests/pipeline/load/test_stored_config.py` holds this for the transformers at hand."""
+repository; `tests/pipeline/load/test_stored_config.py` checks this for the installed transformers."""
 
 _COMMON = frozenset(
     {"architectures", "dtype", "id2label", "image_mean", "image_std", "is_encoder_decoder", "label2id", "torch_dtype"}
@@ -50,10 +50,10 @@ _lock = threading.Lock()
 
 
 def allowed(label: str, settings: Settings, transformers: ModuleType) -> Settings:
-    """The part of a configuration that transformers may see; `label` for messages.
+    """Return the part of a configuration that transformers may see; `label` for messages.
 
     Raises:
-        BuilderError: an architecture that is not among `ARCHITECTURES`, a value that is no setting, or an older
+        BuilderError: an architecture that is not among `ARCHITECTURES`, a value that is not a setting, or an older
             transformers than `MINIMUM`.
     """
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -119,7 +119,7 @@ def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleTy
 
 
 def _plain(value: object, depth: int) -> bool:
-    """Whether a value is made of numbers, texts and lists and tables of them."""
+    """Return whether a value is made of numbers, texts and lists and tables of them."""
     if isinstance(value, list):
         return depth > 0 and all(_plain(item, depth - 1) for item in value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a model holds by name, for loading: its parameters, its buffers, and the weights of compressed layers.
+"""The targets of a load by name: parameters, buffers, and the weights of compressed layers.
 
 Names are those of the plain model: what torch.compile, DataParallel, DistributedDataParallel and activation
 checkpointing put between is left out.
@@ -27,7 +27,7 @@ _WRAPPERS = {
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` makes of one."""
+    """Return whether a module is what `torch.compile` makes of one."""
     return _kind(module) == _COMPILED
 
 
@@ -97,7 +97,7 @@ class Targets:
 
 
 def _walk(module: nn.Module, raw: str, bare: str, edges: Edges) -> Iterator[tuple[str, str, nn.Module]]:
-    """(prefix in the state dict, prefix in the plain model, module) of a module and all below it."""
+    """Yield (prefix in the state dict, prefix in the plain model, module) of a module and all below it."""
     yield raw, bare, module
     wrapped = _WRAPPERS.get(_kind(module))
     for name, child in module._modules.items():
@@ -110,7 +110,7 @@ def _walk(module: nn.Module, raw: str, bare: str, edges: Edges) -> Iterator[tupl
 
 
 def _own(module: nn.Module, raw: str, saved: Collection[str]) -> Iterator[tuple[str, Target]]:
-    """The targets of a module itself that its state dict has, by name."""
+    """Yield the targets of a module itself that its state dict has, by name."""
     held: list[tuple[str, Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
     if isinstance(module, CompressedLinear):
         matrix, dtype = (module.out_features, module.in_features), module._like.dtype

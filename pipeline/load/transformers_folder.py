@@ -1,4 +1,4 @@
-"""Folders for `from_pretrained` of transformers: ordinary safetensors, linear layers on the trajectory.
+"""Folders for transformers' `from_pretrained`: ordinary safetensors with compressed linear layers.
 
     FOLDER/config.json                          the model's, with `quantization_config` of method `birkhoff`
     FOLDER/model-00001-of-00003.safetensors     a file for each shard, under the model's names
@@ -54,7 +54,7 @@ def pull_folder(
     Args:
         found, store, cache, report: as in `pull`.
         folder: new or empty.
-        card: template of the model card, Jinja's; the own one where left out.
+        card: Jinja template of the model card. Default: the built-in one.
 
     Raises:
         BuilderError: the version carries no configuration of transformers, or one that it cannot build.
@@ -98,7 +98,7 @@ def write_folder(
         model: the transformers model, on the meta device will do; it says which tensors are linear layers.
         config: what its `config.json` holds.
         folder: new or empty.
-        card: its README.md; the one that the artifact carries where left out.
+        card: its README.md. Default: the one in the artifact.
 
     Raises:
         OutputError: the folder holds something, or cannot be written.
@@ -124,7 +124,7 @@ def write_folder(
 
 
 def _stored(coded: CodedTensor, model: nn.Module, layers: dict[str, int]) -> dict[str, Tensor]:
-    """The tensors that a coded one becomes; its layer is noted in `layers`."""
+    """Return the tensors that a coded one becomes; its layer is noted in `layers`."""
     owner, _, leaf = coded.name.rpartition(".")
     try:
         module = model.get_submodule(owner)

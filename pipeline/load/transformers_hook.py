@@ -1,4 +1,4 @@
-"""Makes transformers know the quantization method `birkhoff`, whichever of the two packages is imported first.
+"""Register the quantization method `birkhoff` with transformers, whichever package is imported first.
 
 transformers has no entry point for quantizers: they register in a module that it imports with its models. Where that is
 imported already, ours registers at once, else right after it; nothing is imported that the user does not import. For

@@ -1,4 +1,4 @@
-"""What a `config.json` says of weights that are ours."""
+"""The quantization method in a `config.json`."""
 
 METHOD = "birkhoff"
 """`quant_method` of the folders' `quantization_config`."""

@@ -89,7 +89,7 @@ def _put(model: "nn.Module", name: str, module: "nn.Module") -> None:
 
 
 def _first_form(layer: "HyperLinear") -> "nn.Module":
-    """What stands in a layer's place while its buffers are loaded in the form that they had first."""
+    """Return what stands in a layer's place while its buffers are loaded in the form that they had first."""
     from torch import nn
 
     held = nn.Module()

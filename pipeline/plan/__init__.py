@@ -1,1 +1,1 @@
-"""From a manifest to what will be done: models, overrides, shards, budgets, estimates."""
+"""Plan a manifest: models, overrides, shards, budgets, estimates."""

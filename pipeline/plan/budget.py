@@ -1,4 +1,4 @@
-"""The search for the highest target whose whole version fits a budget: pure decisions, no I/O.
+"""Search the highest target whose whole version fits a budget: pure decisions, no I/O.
 
 The workers estimate every tensor's bytes over the whole grid of targets (`codec.budget`), in one look at the weights.
 The highest target that should fit is encoded, and every byte of that version counted. From there the estimated curve,
@@ -71,7 +71,7 @@ class Search:
         return len(self._measured)
 
     def next(self) -> int | None:
-        """The step to encode now; None where the search has ended, with or without a `best`."""
+        """Return the step to encode now; None if the search has ended, with or without a `best`."""
         over = [step for step, size in self._measured.items() if size > self.limit]
         if (len(self._measured) >= PASSES and self.best is not None) or len(over) >= MISSES or self.lowest in over:
             return None
@@ -96,12 +96,12 @@ class Search:
             self.best = trial
 
     def least(self) -> tuple[int, bool]:
-        """(bytes at the lowest target, whether they were counted and not estimated)."""
+        """Return (bytes at the lowest target, whether they were counted and not estimated)."""
         found = self._measured.get(self.lowest)
         return (round(float(self._calibrated()[self.lowest])), False) if found is None else (found, True)
 
     def _calibrated(self) -> Floats:
-        """The estimated sizes, scaled to the passes that came nearest to the limit.
+        """Return the estimated sizes, scaled to the passes that came nearest to the limit.
 
         By how much an estimate is wrong drifts with the target: two passes tell how, as far again as they lie apart.
         """

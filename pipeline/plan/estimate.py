@@ -1,4 +1,4 @@
-"""What a run would do and cost, from headers alone: for `birkhoff plan`.
+"""Estimate what a run would do and cost, from headers alone: for `birkhoff plan`.
 
 Sizes follow from the targets: B dB cost about B/6.02 bits a weight, how far from that depends on the distribution of
 the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose decay and
@@ -8,17 +8,17 @@ target is the one whose sizes fit. Times and memory are those of CPU workers on 
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.dtype_names import is_float
-from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.errors import BirkhoffError, FormatError
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.download.resolve import NotDownloaded, peek
-from birkhoff.pipeline.errors import SourceError, failure_of
+from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, SourceError, failure_of
 from birkhoff.pipeline.paths import source_cache
 from birkhoff.pipeline.plan.budget import lowest_step
 from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
@@ -39,7 +39,7 @@ _PAPER_BITS = 6.0, 9.2
 """Bits a weight of the published codec, tensors that it leaves raw included."""
 
 _MATCH_BITS = 3.3, 4.75
-"""Bits a weight of ours at its error."""
+"""Bits per weight of our codec at its error."""
 
 _LOSSLESS = 0.88, 1.0
 """Bytes that byte planes leave of float weights; integers stay what they are."""
@@ -68,17 +68,37 @@ class Forecast:
     """Least and most."""
     target_db: float | None
     tensor_db: tuple[float, float] | None
-    """Least and greatest target of coded tensors; None where the published codec's error or statistics decide."""
+    """Least and greatest target of coded tensors; None if the published codec's error or statistics decide."""
     shards: int
     shared_shards: int
     seconds: float
     memory_bytes: int
 
 
-def forecast(planned: Planned, seen: Counter[object], found_db: float | None = None) -> Forecast:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Based:
+    """A planned model with what is known of its base."""
+
+    planned: Planned
+    label: str | None = None
+    """The base; None without one."""
+    share: float = 1.0
+    """Of the coded tensors' direct bytes, what they take as differences to it."""
+    note: str = ""
+
+
+BaseOf = Callable[[Planned, Version | None], Based]
+"""Finds a model's base; the version is its latest."""
+
+
+def _no_base(planned: Planned, _: Version | None) -> Based:
+    return Based(planned=planned)
+
+
+def forecast(planned: Planned, seen: Counter[object], found_db: float | None = None, share: float = 1.0) -> Forecast:
     """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one.
 
-    `found_db` is the target that the model's budget has led to before, if it has.
+    `found_db` is the target that the model's budget has led to before, if it has; `share` as in `Based`.
     """
     plan = planned.plan
     if planned.budget is not None:
@@ -90,7 +110,7 @@ def forecast(planned: Planned, seen: Counter[object], found_db: float | None = N
     workers = os.cpu_count() or 1
     largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
     return Forecast(
-        stored_bytes=_stored(planned, plan),
+        stored_bytes=_stored(planned, plan, share),
         target_db=plan.profile.target_db,
         tensor_db=_tensor_db(plan),
         shards=len(plan.shards),
@@ -100,16 +120,16 @@ def forecast(planned: Planned, seen: Counter[object], found_db: float | None = N
     )
 
 
-def _stored(planned: Planned, plan: ModelPlan) -> tuple[int, int]:
+def _stored(planned: Planned, plan: ModelPlan, share: float) -> tuple[int, int]:
     """Least and most bytes of the version; no more than a budget allows, which is kept or the model fails."""
     files = sum(record.bytes for record in planned.file_records)
-    low, high = (_model_bytes(plan, end) + files for end in (0, 1))
+    low, high = (_model_bytes(plan, end, share) + files for end in (0, 1))
     limit = _limit(planned)
     return (low, high) if limit is None else (min(low, limit), min(high, limit))
 
 
 def _limit(planned: Planned) -> int | None:
-    """The most bytes that a budget allows; None without one in bytes."""
+    """Return the most bytes that a budget allows; None without one in bytes."""
     budget = planned.budget
     return None if budget is None or budget.by_output else budget.limit(planned.checkpoint.nbytes)
 
@@ -137,9 +157,10 @@ def _weights(tensors: Iterable[TensorPlan]) -> int:
     return sum(prod(item.tensor.shape) for item in tensors)
 
 
-def _model_bytes(plan: ModelPlan, end: int) -> int:
-    """Bytes of all tensors at one end of the range: 0 for the least, 1 for the most."""
-    return round(sum(_tensor_bytes(item, end) for item in plan.tensors))
+def _model_bytes(plan: ModelPlan, end: int, share: float = 1.0) -> int:
+    """Return bytes of all tensors at one end of the range (0: least, 1: most); `share` scales the coded ones."""
+    parts = ((_tensor_bytes(item, end), item.decision.action == "coded") for item in plan.tensors)
+    return round(sum(share * size if coded else size for size, coded in parts))
 
 
 def _tensor_bytes(item: TensorPlan, end: int) -> float:
@@ -155,7 +176,7 @@ def _tensor_bytes(item: TensorPlan, end: int) -> float:
 
 
 def status(manifest: VersionManifest | None, source_sha256: str | None, planned: Planned) -> str:
-    """What a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
+    """Return what a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
     if manifest is None:
         return "new"
     if not matches_plan(manifest, planned):
@@ -166,18 +187,31 @@ def status(manifest: VersionManifest | None, source_sha256: str | None, planned:
 
 
 def plan_rows(
-    manifest: Manifest, store: Store | None, mirror: Path | None
+    manifest: Manifest, store: Store | None, mirror: Path | None, base_of: BaseOf = _no_base
 ) -> tuple[list[dict[str, object]], list[BirkhoffError | None]]:
     """One row per model of a manifest, its tensors by action and reason under `groups`, and the models' errors.
 
     Downloads nothing: a model still to be downloaded has a `note` instead of figures, one whose source cannot be had
-    its `error`. Without a store, all models are `new`.
+    its `error`. Without a store, all models are `new`. `base_of` finds the bases of models that name one.
     """
     seen: Counter[object] = Counter()
     found = [_plan(manifest, entry, mirror) for entry in manifest.models]
     check_rules(manifest, [plan if isinstance(plan, Planned) else None for plan in found])
-    rows = [_plan_row(manifest, entry, plan, store, seen) for entry, plan in zip(manifest.models, found, strict=True)]
-    return rows, [plan if isinstance(plan, BirkhoffError) else None for plan in found]
+    rows: list[dict[str, object]] = []
+    errors: list[BirkhoffError | None] = []
+    for entry, plan in zip(manifest.models, found, strict=True):
+        try:
+            rows.append(_plan_row(manifest, entry, plan, store, seen, base_of))
+            errors.append(plan if isinstance(plan, BirkhoffError) else None)
+        except (ArtifactNotFoundError, ManifestError, SourceError, FormatError) as error:  # of its base
+            rows.append(_failed(manifest, entry, error))
+            errors.append(error)
+    return rows, errors
+
+
+def _failed(manifest: Manifest, entry: ModelEntry, error: BirkhoffError) -> dict[str, object]:
+    row: dict[str, object] = {"model": entry.name, "profile": manifest.fidelity(entry).profile.name}
+    return row | {"status": "failed", "error": str(error), "failure": failure_of(error)}
 
 
 def _plan(manifest: Manifest, entry: ModelEntry, mirror: Path | None) -> Planned | NotDownloaded | BirkhoffError:
@@ -196,15 +230,20 @@ def _plan_row(
     planned: Planned | NotDownloaded | BirkhoffError,
     store: Store | None,
     seen: Counter[object],
+    base_of: BaseOf,
 ) -> dict[str, object]:
     row: dict[str, object] = {"model": entry.name, "profile": manifest.fidelity(entry).profile.name}
     if isinstance(planned, BirkhoffError):
-        return row | {"status": "failed", "error": str(planned), "failure": failure_of(planned)}
+        return _failed(manifest, entry, planned)
     if isinstance(planned, NotDownloaded):
         return row | {"status": "to be downloaded", "note": str(planned)}
     latest = latest_version(store, entry.name) if store is not None else None
+    based = base_of(planned, latest)
+    planned = based.planned
+    if based.note:
+        row["note"] = based.note
     state = status(latest.manifest if latest else None, known_digest(planned.checkpoint), planned)
-    expected = forecast(planned, seen, _found(latest, planned))
+    expected = forecast(planned, seen, _found(latest, planned), based.share)
     low, high = expected.stored_bytes
     if latest is not None and state == "up to date":
         low = high = latest.stored_bytes
@@ -216,6 +255,8 @@ def _plan_row(
         note = "targets of single tensors follow from what its outputs feel, which a run takes first"
         row["note"] = f"{row['note']}; {note}" if "note" in row else note
     return row | {
+        "base": based.label,
+        "base_share": round(based.share, 3) if planned.base is not None else None,
         "allocation": planned.plan.profile.allocation,
         "budget_bytes": _limit(planned),
         "predicted_target_db": expected.target_db if planned.budget and not searched else None,
@@ -237,7 +278,7 @@ def _plan_row(
 
 
 def _found(latest: Version | None, planned: Planned) -> float | None:
-    """The target in dB that the same budget has led to before, if it has."""
+    """Return the target in dB that the same budget has led to before, if it has."""
     target = latest.manifest.recipe.get("target_db") if latest and matches_plan(latest.manifest, planned) else None
     return target if isinstance(target, float) else None
 

@@ -15,6 +15,9 @@
         adapter: med_sam         # the family's member, where tensors fit several: pictures are prepared as it wants
         files: [config.json]     # what goes with the weights; left out, what `sidecars` finds
         labels: {licence: Apache-2.0}   # what is said of it; `registry.labels`
+      - name: clinic
+        source: checkpoints/clinic.pth
+        base: sam-b              # a difference to a model of this manifest, to MODEL@REF of the store, or `auto`
 
 Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
 """
@@ -46,10 +49,13 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _UNKNOWN = "extra_forbidden"
 
 SHARD_SECONDS = 900.0
-"""A shard that takes longer has hung; the largest take some 20 s on one slow core."""
+"""A shard that takes longer has hung: the largest take about 20 s on a slow core."""
+
+AUTO = "auto"
+"""As a base: the version that suits best."""
 
 _Where = tuple[int | str, ...]
-"""A key path: `("models", 0, "source")`."""
+"""A path of keys: `("models", 0, "source")`."""
 
 
 def check_name(name: str) -> str:
@@ -60,30 +66,41 @@ def check_name(name: str) -> str:
 
 
 class ModelEntry(Quality, Proving):
-    """One model of a manifest; what it says of profile or budget replaces what the manifest says."""
+    """A model of a manifest; its profile or budget replaces the manifest's."""
 
     name: str
-    """Under this name its versions are published."""
+    """Name under which its versions are published."""
     source: SourceSpec
     """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
     files: Annotated[tuple[str, ...], Field(max_length=MAX_FILES, strict=False)] | None = None
     """Small text files that go with the weights; left out, those of transformers beside a local safetensors source."""
+    base: str | None = None
+    """What its tensors are coded as differences to, where that is smaller: a model of the manifest, MODEL[@REF] of the
+    store, or `auto` for whichever version of the store suits best."""
     adapter: str | None = None
-    """The family's member that it is, where its tensors fit several: `med_sam`, `tiny_sam`, ..."""
+    """Its member of the family, if tensors fit several: `med_sam`, `tiny_sam`, ..."""
     builder: str | None = None
-    """What builds it for its proof, as `--builder`; a path is relative to the manifest."""
+    """Code that builds the model, as `--builder`; paths are relative to the manifest."""
     upstream: str | None = None
-    """A clone of the publishers' repository, as `--upstream`, relative to the manifest."""
+    """Clone of the publishers' repository, as `--upstream`, relative to the manifest."""
     inputs: str | None = None
-    """FILE.py:function or module:function that gives batches for the proof of a model that no adapter knows."""
+    """FILE.py:function or module:function that gives batches, for the proof of a model without an adapter."""
     metric: str | None = None
-    """The same for a function that compares the original's outputs with the compressed model's."""
+    """FILE.py:function or module:function that compares both models' outputs."""
 
     labels: Annotated[dict[str, str], Field(default_factory=dict, max_length=MAX_LABELS)]
-    """What is said of its versions (licence, data set, ...), over the manifest's; no part of their digest."""
+    """Labels of its versions (licence, data set, ...), which override the manifest's; not part of the digest."""
 
     _name = field_validator("name")(check_name)
     _labels = field_validator("labels")(check_labels)
+
+    @field_validator("base")
+    @classmethod
+    def _check_base(cls, reference: str | None) -> str | None:
+        model, at, ref = (reference or "x").partition("@")
+        if not NAME_PATTERN.fullmatch(model) or (at and not NAME_PATTERN.fullmatch(ref)):
+            raise ValueError(f"{str(reference)[:80]!r} is no MODEL[@VERSION|ALIAS|DIGEST], nor `{AUTO}`")
+        return reference
 
     @field_validator("adapter")
     @classmethod
@@ -120,20 +137,20 @@ class Manifest(Quality, Proving):
     """A whole manifest, as read; `load_manifest` makes its sources absolute."""
 
     store: str | None = None
-    """URL of the store: s3://BUCKET/PREFIX, file:///DIR or embedded."""
+    """URL of the store: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///DIR or embedded."""
     allow_http: bool = False
-    """Reach the store at an http:// endpoint on another machine, readable and changeable on its way."""
+    """Permit plain http to a store on another machine; it can be read and changed on its way."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
-    """Source bytes a shard aims at, in MiB: the unit of work, of sharing and of a worker's memory."""
+    """Source MiB per shard: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
-    """Source bytes at work at any time, in MiB; an eighth of the machine's memory where left out."""
+    """Source MiB at work at any time. Default: an eighth of the machine's memory."""
     shard_seconds: Annotated[float, Field(gt=0, strict=False)] = SHARD_SECONDS
-    """How long a worker may take for a shard before it counts as hung, is killed, and the shard tried elsewhere; for
-    statistics it may take 16 times as long."""
+    """Seconds that a worker may take for a shard; then it is killed, and the shard retried. Statistics may take
+    16 times as long."""
     keep: Annotated[int, Field(ge=1)] | None = None
-    """Versions a model keeps; older ones that no alias points at are retired when a new one is published."""
+    """Versions to keep per model; publishing a new one retires older ones that no alias points at."""
     labels: Annotated[dict[str, str], Field(default_factory=dict, max_length=MAX_LABELS)]
-    """What is said of every model's versions."""
+    """Labels of every model's versions."""
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1, strict=False)]
     """The models, in the order of the result table."""
     _labels = field_validator("labels")(check_labels)
@@ -141,25 +158,29 @@ class Manifest(Quality, Proving):
 
     @property
     def whole(self) -> bool:
-        """Whether no model was left out by `cut`."""
+        """Return whether `cut` left out no model."""
         return self._whole
 
+    def base_of(self, entry: ModelEntry) -> ModelEntry | None:
+        """The model of this manifest that is the base of another one, if that names one."""
+        return next((model for model in self.models if model.name == entry.base), None)
+
     def cut(self, models: Iterable[ModelEntry]) -> "Manifest":
-        """The manifest with these of its models."""
+        """Return the manifest with only these models."""
         cut = self.model_copy(update={"models": tuple(models)})
         cut._whole = self._whole and len(cut.models) == len(self.models)
         return cut
 
     def labels_of(self, entry: ModelEntry) -> dict[str, str]:
-        """What is said of the versions of one of its models."""
+        """Return the labels of a model's versions."""
         return {**self.labels, **entry.labels}
 
     def fidelity(self, entry: ModelEntry) -> Fidelity:
-        """What one of its models is to get."""
+        """Return the fidelity that a model gets."""
         return resolve(self, entry)
 
     def proving(self, entry: ModelEntry) -> ProofTerms:
-        """What the proof of one of its models is to come to."""
+        """Return the terms of a model's proof."""
         return proof_terms(self, entry, self.fidelity(entry).budget)
 
     @field_validator("store")
@@ -192,6 +213,26 @@ class Manifest(Quality, Proving):
         return self
 
     @model_validator(mode="after")
+    def _bases_stand_for_themselves(self) -> "Manifest":
+        entries = {model.name: model for model in self.models}
+        for index, model in enumerate(self.models):
+            if model.base is None:
+                continue
+            key, fidelity = f"models.{index}.base", self.fidelity(model)
+            if model.base == model.name:
+                raise wrong(key, "a model is no base of itself; name one of its versions, or another model")
+            base = entries.get(model.base)
+            if base is not None and base.base is not None:
+                raise wrong(key, f"{base.name!r} has a base itself, and differences have no chains; name another model")
+            if fidelity.budget is not None:
+                raise wrong(key, "no budget knows yet what differences take; name a profile instead")
+            if fidelity.profile.codec != "lattice":
+                raise wrong(key, f"profile {fidelity.profile.name!r} codes no differences; name another one")
+            if fidelity.profile.allocation == "output":
+                raise wrong(key, "differences keep a target of each tensor, and `allocation: output` promises none")
+        return self
+
+    @model_validator(mode="after")
     def _floors_are_of_promises(self) -> "Manifest":
         for index, model in enumerate(self.models):
             fidelity = self.fidelity(model)
@@ -212,7 +253,7 @@ def load_manifest(path: Path) -> Manifest:
     """Read a manifest and make its sources absolute paths.
 
     Raises:
-        ManifestError: the file cannot be read, is no YAML, or does not say what a manifest says.
+        ManifestError: the file cannot be read, is not YAML, or is not a valid manifest.
     """
     text = _read(path)
     try:
@@ -248,10 +289,10 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def manifest_of(data: Mapping[str, Any]) -> Manifest:
-    """The manifest that says what a mapping says, for models that no file describes; paths stay as they are.
+    """Validate a mapping as a manifest, for models without a file; paths stay as they are.
 
     Raises:
-        ManifestError: it does not say what a manifest says; the line names the key.
+        ManifestError: it is not a valid manifest; the line names the key.
     """
     try:
         return Manifest.model_validate(data)

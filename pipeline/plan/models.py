@@ -1,7 +1,7 @@
-"""From a manifest to planned models: which are meant, what their checkpoints hold, and what is to become of them."""
+"""Plan the models of a manifest: which to run, what their checkpoints hold, and the decision for each tensor."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from birkhoff.codec.profiles import PROFILES
@@ -17,7 +17,8 @@ from birkhoff.pipeline.plan.proving import ProofTerms
 from birkhoff.pipeline.plan.quality import BUDGETS
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.plan.sidecars import Companion
-from birkhoff.pipeline.registry.documents import BudgetRecord, FileRecord, VersionManifest
+from birkhoff.pipeline.registry.documents import BaseRecord, BudgetRecord, FileRecord, VersionManifest
+from birkhoff.pipeline.shard.task import BaseShard
 from birkhoff.pipeline.text import suggestion
 
 
@@ -33,6 +34,12 @@ class Planned:
     """What goes with the weights."""
     proof: ProofTerms = field(default_factory=ProofTerms)
     """What its proof must come to."""
+    base: BaseRecord | None = None
+    """The version that its tensors may be differences to, once it is known."""
+
+    def on(self, base: BaseRecord, shards: tuple[BaseShard, ...]) -> "Planned":
+        """The model with a base: the version, and which of its shards hold tensors that fit."""
+        return replace(self, base=base, plan=replace(self.plan, bases=shards))
 
     @property
     def takes_statistics(self) -> bool:
@@ -127,7 +134,7 @@ def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
 
 
 def matches_plan(manifest: VersionManifest, planned: Planned) -> bool:
-    """Whether a version has recipe, budget, overrides, adapter and files of a plan, and a proof that its terms allow.
+    """Whether a version has recipe, budget, overrides, adapter, files and base of a plan, and a proof as its terms say.
 
     Under a budget the target is an outcome, so it is ignored; under allocation by output the key of its statistics is.
     """
@@ -138,4 +145,6 @@ def matches_plan(manifest: VersionManifest, planned: Planned) -> bool:
         found = {key: value for key, value in found.items() if key != "statistics"}
     terms = found, manifest.budget, manifest.overrides or {}, manifest.adapter, manifest.files or ()
     planned_terms = planned.budget, planned.plan.overrides, planned.entry.adapter, planned.file_records
+    if (manifest.base and manifest.base.digest) != (planned.base and planned.base.digest):
+        return False
     return terms == (wanted, *planned_terms) and planned.proof.met_by(manifest.proof)

@@ -1,4 +1,4 @@
-"""The search for the lowest target in dB whose version agrees with the original as far as is wanted: pure, no I/O.
+"""Search the lowest target in dB whose version agrees with the original well enough: pure, no I/O.
 
 Each probe is a version that is encoded and proven. A probe says how many dB it lacks or can spare: for an SQNR of
 outputs that is the difference, for agreement 20 log10 of how many times too large the disagreement is (on LiteMedSAM
@@ -76,7 +76,7 @@ class OutputSearch:
             self.best = step
 
     def next(self) -> int | None:
-        """The step to prove now; None where the search has ended, with or without a `best`."""
+        """Return the step to prove now; None if the search has ended, with or without a `best`."""
         if not self._lacking:
             return self._near(self.grid.step(START_DB))
         if self.probes >= PROBES:
@@ -106,12 +106,12 @@ class OutputSearch:
         return self.grid.steps(min(_FARTHEST_DB, max(-_FARTHEST_DB, lacking)))
 
     def _beyond(self, step: int, move: int) -> int | None:
-        """A step beyond all that were tried, or None at the grid's end."""
+        """Return a step beyond all that were tried, or None at the grid's end."""
         found = self._near(step + move)
         return None if found in self._lacking else found
 
     def _near(self, step: int) -> int:
-        """The nearest step that may be tried: on the resolution's own grid, or an end."""
+        """Return the nearest step that may be tried: on the resolution's own grid, or an end."""
         every = self.grid.steps(RESOLUTION_DB)
         last = self.grid.steps(self.grid.high - self.grid.low)
         return min(max(self.lowest, round(step / every) * every), last)

@@ -1,4 +1,4 @@
-"""From the globs of a manifest to what they say of each tensor: pure functions over names."""
+"""Resolve the globs of a manifest to an override for each tensor: pure functions over names."""
 
 import difflib
 from collections.abc import Iterable, Sequence

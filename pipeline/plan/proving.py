@@ -1,11 +1,11 @@
-"""What a manifest may say of the proof of its models, for all of them or for one.
+"""The keys of a manifest about proofs, for all models or for one.
 
-    proof: true                  # a model without a proof is not published; left out, it is made where it can be
-    floor_agreement: 0.9         # the least mean IoU with the original's masks; left out: 0.75
-    floor_output_db: 15          # of a model without masks, the least SQNR of its outputs; left out: 10
-    pictures: scans/             # the user's own pictures, measured besides the synthetic ones
+    proof: true                  # publish nothing without a proof; default: make one if it can be made
+    floor_agreement: 0.9         # the least mean IoU with the original's masks; default 0.75
+    floor_output_db: 15          # for models without masks, the least SQNR of their outputs; default 10
+    pictures: scans/             # the user's own pictures, measured beside the synthetic ones
 
-`proof: false` publishes without one. What a model says stands over what the manifest says.
+`proof: false` publishes without one. A model's keys override the manifest's.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class Proving(Strict):
     """The keys about proofs that a manifest and each of its models have in common."""
 
     proof: bool | None = None
-    """`true`: publish nothing without a proof; `false`: make none; left out: make one where it can be made."""
+    """`true`: publish nothing without a proof; `false`: make none. Default: make one if it can be made."""
     floor_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The least mean IoU of masks with the original's at which a version is published."""
+    """The least mean IoU of masks with the original's; below it nothing is published. Default: 0.75."""
     floor_output_db: float | None = None
-    """The least SQNR of the outputs of a model without masks, dB."""
+    """The least SQNR of outputs, for models without masks, dB. Default: 10."""
     pictures: str | None = None
-    """Folder of the user's own pictures, relative to the manifest."""
+    """Folder of your own pictures, relative to the manifest."""
 
     @model_validator(mode="after")
     def _proof_is_made(self) -> "Proving":
@@ -47,7 +47,7 @@ class Proving(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProofTerms:
-    """What a model's proof must come to, if one is to be made."""
+    """The terms that a model's proof must meet, if one is made."""
 
     wanted: bool = True
     required: bool = False
@@ -56,7 +56,7 @@ class ProofTerms:
     pictures: str | None = None
 
     def met_by(self, record: ProofRecord | None) -> bool:
-        """Whether a version with this proof is one that would be published now."""
+        """Return whether a version with this proof is one that would be published now."""
         if not self.wanted:
             return True
         if record is None:
@@ -64,7 +64,7 @@ class ProofTerms:
         return self.complaint(record) is None and (self.pictures is None or record.own is not None)
 
     def complaint(self, record: ProofRecord) -> str | None:
-        """What falls below its floor, by name and figure; None if nothing does."""
+        """Return what falls below its floor, by name and figure; None if nothing does."""
         found = record.figures
         agreement, output = found["agreement_mean"], found["output_db"]
         if agreement is not None:
@@ -80,7 +80,7 @@ class ProofTerms:
 
 
 def proof_terms(whole: Proving, model: Proving, budget: BudgetRecord | None) -> ProofTerms:
-    """What a model's words and those of the manifest come to.
+    """Return what a model's words and those of the manifest come to.
 
     A target for the outputs that lies below the floor is the user's word too: it is the floor then.
     """

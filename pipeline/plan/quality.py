@@ -1,19 +1,19 @@
-"""What a manifest may say of fidelity, for all its models or for one: a profile or a budget, and overrides.
+"""The keys of a manifest about fidelity, for all models or for one: a profile or a budget, and overrides.
 
-    target_ratio: 7              # a budget: the best there is in a seventh of the source's bytes
-    max_bytes: 64MiB             # or in so many, every byte of the version counted
+    target_ratio: 7              # a budget: the best quality in a seventh of the source's bytes
+    max_bytes: 64MiB             # or in this many bytes, every byte of the version counted
     target_agreement: 0.97       # or the fewest bytes whose masks have this mean IoU with the original's
     target_output_db: 30         # or whose outputs (mask logits) have this SQNR
     allocation: uniform          # one dB for every tensor; `size`, `header` (the default), `output`: see `Profile`
-    floor_db: 12                 # the least that a budget may leave a coded tensor; left out: 15
-    profile: fast                # how to encode; any other profile is a quality of its own, and no budget goes with it
-    overrides:                   # single tensors by glob; the last rule that matches holds, a model's come last
+    floor_db: 12                 # the least that a budget may leave a coded tensor; default 15
+    profile: fast                # how to encode; any other profile sets a quality, and excludes a budget
+    overrides:                   # single tensors by glob; the last rule that matches applies, a model's come last
       - {tensors: "mask_decoder.*", target_db: 36}
       - {tensors: "*.pos_embed", lossless: true}
 
 What a model says of profile or budget replaces all that the manifest says of them; an allocation alone goes with the
-manifest's profile or budget. 1-D and tiny tensors stay lossless
-whatever a rule says of dB.
+manifest's profile or budget. 1-D and tiny tensors stay lossless whatever a rule says of dB; only `allocation: output`
+codes them.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from birkhoff.pipeline.registry.documents import BudgetRecord
 from birkhoff.pipeline.text import suggestion
 
 BUDGETS = ("target_ratio", "max_bytes", "target_agreement", "target_output_db")
-"""The keys that stand for a target to be found; one of them."""
+"""The keys that name an outcome whose target is searched; at most one of them."""
 
 
 def check_profile(name: str) -> str:
@@ -64,12 +64,12 @@ class Strict(BaseModel):
 
 
 class OverrideRule(Strict):
-    """What is said of some tensors, over the profile or the budget."""
+    """A rule for some tensors, which overrides profile and budget."""
 
     tensors: Annotated[str, Field(min_length=1)]
-    """Glob on tensor names, as of a shell: `*`, `?`, `[abc]`; `*` goes across dots."""
+    """Shell glob on tensor names: `*`, `?`, `[abc]`; `*` matches dots too."""
     target_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
-    """Least SQNR of those of them that are coded, dB."""
+    """The least SQNR of those that are coded, dB."""
     lossless: Literal[True] | None = None
     """Keep them bit for bit."""
     _place: str = PrivateAttr(default="overrides")
@@ -101,21 +101,21 @@ class Quality(Strict):
     """The keys that a manifest and each of its models have in common."""
 
     profile: str | None = None
-    """Name of a profile."""
+    """Name of a profile. Default: `balanced`."""
     target_ratio: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] | None = None
-    """Budget: source bytes over every byte stored, at least."""
+    """Budget: the least ratio of source bytes to stored bytes."""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
-    """Budget: every byte stored, at most; a number or a size such as `64MiB`."""
+    """Budget: the most stored bytes; a number or a size such as `64MiB`."""
     target_agreement: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The least mean IoU of masks with the original's, in the proof; the smallest version that reaches it is found."""
+    """The least mean IoU of masks with the original's; the smallest version that reaches it is searched."""
     target_output_db: Annotated[float, Field(ge=0, le=100)] | None = None
-    """The least SQNR of mask logits, or another model's outputs, in the proof, dB."""
+    """The least SQNR of mask logits, or of another model's outputs, dB; searched likewise."""
     allocation: Allocation | None = None
-    """How the target of a profile or a budget is shared among tensors."""
+    """How the target of a profile or a budget is shared among tensors. Default: `header`."""
     floor_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
-    """The least target that a budget may give a coded tensor, dB; 15 where left out."""
+    """The least target that a budget may give a coded tensor, dB. Default: 15."""
     overrides: Annotated[tuple[OverrideRule, ...], Field(strict=False)] = ()
-    """Single tensors; the last rule that matches holds."""
+    """Rules for single tensors; the last one that matches applies."""
 
     @field_validator("profile")
     @classmethod

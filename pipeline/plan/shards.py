@@ -1,4 +1,4 @@
-"""From a checkpoint's header to shards: pure functions, no tensors, no I/O.
+"""Cut a checkpoint into shards from its header: pure functions, no tensors, no I/O.
 
 A shard is a run of whole tensors of one module block: the unit of work, of sharing between models, and of what a
 worker holds in memory. Cuts depend only on the tensors near them, so that two checkpoints that share an encoder
@@ -18,14 +18,14 @@ from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.registry.documents import StatisticsRecord
 from birkhoff.pipeline.shard.decisions import Shares, decide
-from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
+from birkhoff.pipeline.shard.task import BaseShard, Reuse, ShardTask, TensorPlan
 
 MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """The shards of a model, in the order of the checkpoint: every tensor, and what becomes of it.
+    """The shards of a model, in the order of the checkpoint: every tensor with its decision.
 
     `profile` is what the decisions were made by; what one of them does not owe to it is its `override`.
     """
@@ -34,6 +34,8 @@ class ModelPlan:
     shards: tuple[tuple[TensorPlan, ...], ...]
     shares: Shares | None = None
     """Under allocation by output, what statistics have allotted; None before they are known."""
+    bases: tuple[BaseShard, ...] = ()
+    """Shards of a base version, with the tensors in them that those of this model can be differences to."""
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -57,8 +59,11 @@ class ModelPlan:
                 weights=prod(tensor.shape),
                 rms=statistics.rms[tensor.name],
                 sensitivity=statistics.sensitivities.get(tensor.name, 0.0),
+                left=statistics.left.get(tensor.name, 1.0),
             )
             for tensor in self._following
+            if statistics.sensitivities.get(tensor.name)
+            or not self.profile.is_vector(tensor.shape, tensor.dtype, tensor.name)
         }
         hessians = {name: record.blob for name, record in statistics.hessians.items()}
         shares = Shares(gains_db=gains_db(felt), hessians=hessians)
@@ -79,15 +84,21 @@ class ModelPlan:
             )
             for shard in self.shards
         )
-        return ModelPlan(profile=profile, shards=tuple(shards), shares=shares)
+        return ModelPlan(profile=profile, shards=tuple(shards), shares=shares, bases=self.bases)
 
     def tasks(self, model: str, *, reuse: Reuse = "trust") -> list[ShardTask]:
         """What makes its shards."""
         recipe = self.profile.recipe()
         return [
-            ShardTask(model=model, index=index, tensors=shard, recipe=recipe, reuse=reuse)
+            ShardTask(model=model, index=index, tensors=shard, recipe=recipe, reuse=reuse, bases=self._bases_of(shard))
             for index, shard in enumerate(self.shards)
         ]
+
+    def _bases_of(self, shard: tuple[TensorPlan, ...]) -> tuple[BaseShard, ...]:
+        """The shards of the base that hold tensors of a shard, with these alone."""
+        names = {plan.tensor.name for plan in shard if plan.decision.action == "coded"}
+        found = (replace(base, tensors=tuple(name for name in base.tensors if name in names)) for base in self.bases)
+        return tuple(base for base in found if base.tensors)
 
     def estimates(self, model: str, targets_db: Iterable[float], *, reuse: Reuse = "trust") -> list[ShardTask]:
         """What estimates the sizes of its shards at each of some targets of its profile, dB."""
@@ -107,7 +118,7 @@ def plan_model(
     shard_bytes: int,
     overrides: Mapping[str, Override] | None = None,
 ) -> ModelPlan:
-    """Decide what becomes of each tensor of a model, and cut shards, from its header; `overrides` by tensor name.
+    """Decide about each tensor of a model and cut shards, from its header; `overrides` by tensor name.
 
     Raises:
         SourceError: the checkpoint holds no tensor of a type that is coded.

@@ -33,19 +33,19 @@ class Companion:
 
 
 def named(paths: Sequence[str]) -> tuple[Companion, ...]:
-    """The files that a manifest names, in the order of their names. Raises SourceError."""
+    """Return the files that a manifest names, in the order of their names. Raises SourceError."""
     found = [_read(Path(path).name, Path(path)) for path in paths]
     return tuple(sorted(found, key=lambda sidecar: sidecar.record.name))
 
 
 def of_hub(weights: Path) -> tuple[Companion, ...]:
-    """The files of a model's repository beside weights that came from there, in the order of their names."""
+    """Return the files of a model's repository beside weights that came from there, in the order of their names."""
     found = (weights.with_name(name) for name in HUB_FILES)
     return tuple(_read(path.name, path) for path in sorted(found) if path.is_file())
 
 
 def beside(weights: Path) -> tuple[Companion, ...]:
-    """The files of transformers beside weights, in the order of their names; none without a configuration.
+    """Return the files of transformers beside weights, in the order of their names; none without a configuration.
 
     A configuration under the weights' own name goes alone: the others there may belong to other weights.
     Raises SourceError for one that is too large, or empty.
@@ -60,14 +60,14 @@ def beside(weights: Path) -> tuple[Companion, ...]:
 
 
 def config_beside(place: Path) -> Path | None:
-    """The transformers configuration of a folder, or of a file or its folder; None where there is none."""
+    """Return the transformers configuration of a folder, or of a file or its folder; None if there is none."""
     candidates = [place / CONFIG_FILE] if place.is_dir() else [place.with_suffix(".json"), place.parent / CONFIG_FILE]
     found = place.exists()
     return next((path for path in candidates if found and path.is_file() and settings_of(path)), None)
 
 
 def settings_of(path: Path) -> dict[str, Any] | None:
-    """The settings in a transformers configuration file; None where it is not one."""
+    """Return the settings in a transformers configuration file; None if it is not one."""
     try:
         with path.open("rb") as file:
             return settings_in(file.read(MAX_FILE_BYTES + 1))
@@ -76,7 +76,7 @@ def settings_of(path: Path) -> dict[str, Any] | None:
 
 
 def settings_in(body: bytes) -> dict[str, Any] | None:
-    """The settings of a transformers configuration, none of which names code; None where it is not one."""
+    """Return the settings of a transformers configuration, none of which names code; None if it is not one."""
     try:
         found = json.loads(body)
         if len(body) > MAX_FILE_BYTES or not isinstance(found, dict) or not isinstance(found.get("model_type"), str):

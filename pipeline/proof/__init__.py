@@ -1,1 +1,1 @@
-"""Proof of a version before it is published: its outputs beside the original's."""
+"""Prove a version before it is published: compare its outputs with the original's."""

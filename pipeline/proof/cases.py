@@ -1,7 +1,7 @@
-"""What a proof is made on: synthetic pictures that set no step, drawn shapes whose masks are known, the user's own.
+"""The inputs of a proof: synthetic pictures, drawn shapes whose masks are known, and the user's own pictures.
 
-The synthetic pictures are those of `codec.output`, of seeds that nothing else uses. Their boxes are anywhere; those of
-the shapes are the shapes' own. Points are the middles of boxes.
+Synthetic pictures come from `codec.output`, with seeds that no allocation uses. Their boxes are random; those of shapes
+are the shapes' own. Points are the centres of boxes.
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,30 @@ from birkhoff.pipeline.segment.dataset import Case
 from birkhoff.pipeline.segment.prompts import Prompts, box_grid, boxes_of, pictures_in, point_grid, read_picture
 
 SEED = 0x9B00F
-"""Of the proof's pictures; statistics have others."""
+"""Seed of the proof's pictures; statistics use others."""
 
 PICTURES = 3
 SHAPES = 1
-"""Pictures of each kind: four passes of each model's encoder, which are nearly all of a proof's cost."""
+"""Pictures of each kind: four passes of each model's encoder, nearly the whole cost of a proof."""
 
 BOXES, POINTS = 6, 2
-"""Prompts a picture."""
+"""Prompts per picture."""
 
 MOST_SIDE = 512
-"""Pixels of a synthetic picture's side, if the model's input has no fewer: a larger input enlarges it."""
+"""Side of a synthetic picture in pixels, at most the model's input; a larger input enlarges it."""
 
 OWN_PICTURES = 32
-"""The first pictures of the user's folder, by name."""
+"""How many pictures of the user's folder are used, by name."""
 
 OWN_SIDE = 1024
-"""Longer side to which a larger picture of the user's is reduced, which is the input of the largest models."""
+"""Longer side to which the user's pictures are reduced: the input of the largest models."""
 
 _OWN_BOXES, _OWN_POINTS = 3, 2
-"""Boxes, and points, across and down a picture of the user's."""
+"""Boxes and points across and down a user's picture."""
 
 
 def synthetic(side: int) -> list[Case]:
-    """Pictures for a model whose input has `side` pixels; those of the shapes have their masks as truth."""
+    """Return pictures for a model whose input has `side` pixels; drawn shapes come with their masks as truth."""
     side = min(side, MOST_SIDE)
     pictures = synthetic_pictures(PICTURES, side, SEED)
     boxes = synthetic_boxes(PICTURES, BOXES, side, SEED + 1)
@@ -57,7 +57,7 @@ def synthetic(side: int) -> list[Case]:
 
 
 def own(folder: Path) -> Iterator[Case]:
-    """The user's pictures, one at a time, asked by grids. Raises PictureError."""
+    """Yield the user's pictures, one at a time, asked by grids. Raises PictureError."""
     for path in pictures_in(folder)[:OWN_PICTURES]:
         pixels = read_picture(path)
         size = int(pixels.shape[1]), int(pixels.shape[2])

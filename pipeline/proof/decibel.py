@@ -1,4 +1,4 @@
-"""SQNR of outputs as proofs record it."""
+"""The SQNR of outputs, as proofs record it."""
 
 import math
 

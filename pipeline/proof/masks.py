@@ -1,7 +1,7 @@
-"""Outputs of a segmenter on the pictures of a proof, and how much those of two models agree.
+"""Run a segmenter on the pictures of a proof, and compare the outputs of two models.
 
-Only outputs are kept, so that the original and the compressed model are in memory one after the other: a picture's
-embedding, and the decoder's logits of every prompt, of which masks are made again at any time.
+Only outputs are kept, so that the original and the compressed model are in memory one after the other: each picture's
+embedding, and the decoder's logits for every prompt, from which masks are recomputed when needed.
 """
 
 import io
@@ -22,18 +22,18 @@ from birkhoff.pipeline.segment.dataset import Case
 from birkhoff.pipeline.segment.masks import in_parts
 
 LEAST_MASK = 0.001
-"""Share of a picture below which the original's mask finds nothing: two models that find nothing agree on nothing."""
+"""Share of a picture below which the original's mask counts as empty: two empty masks agree on nothing."""
 
 PERCENTILE = 0.05
 
 _ROWS = 2
 _WIDEST = 1120
-"""Rows, and pixels across, of the picture in a report."""
+"""Rows and width in pixels of the picture in a report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What a model made of one picture: its view without the finer maps, and logits [K, s, s] by kind of prompt."""
+    """A model's outputs for one picture: its view without the finer maps, and logits [K, s, s] by kind of prompt."""
 
     case: Case
     view: View
@@ -56,12 +56,12 @@ def look(segmenter: Segmenter, cases: Iterable[Case]) -> list[Seen]:
 
 
 def masks(segmenter: Segmenter, seen: Seen) -> tuple[Tensor, ...]:
-    """Masks at the picture's resolution, bool [K, H, W] by kind of prompt."""
+    """Return masks at the picture's resolution, bool [K, H, W] by kind of prompt."""
     return tuple(segmenter.full(low[None], seen.view)[0] > 0 for low in seen.logits)
 
 
 def shapes_iou(segmenter: Segmenter, seen: Sequence[Seen]) -> float:
-    """Mean IoU of the masks that boxes asked for with the truth, over the pictures that have it."""
+    """Return the mean IoU of box masks with the truth, over the pictures that have a truth."""
     values = [
         float(value)
         for one in seen
@@ -94,7 +94,7 @@ def agreement(segmenter: Segmenter, original: Sequence[Seen], compressed: Sequen
 
 
 def picture(segmenter: Segmenter, original: Sequence[Seen], compressed: Sequence[Seen]) -> bytes:
-    """Masks of both models side by side, of the pictures on which they agree least: WebP."""
+    """Return a WebP of both models' masks side by side, for the pictures on which they agree least."""
     rows = []
     for first, second in zip(original, compressed, strict=True):
         before, after = masks(segmenter, first)[0], masks(segmenter, second)[0]

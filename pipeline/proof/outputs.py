@@ -1,4 +1,4 @@
-"""Outputs of any module on the user's inputs, and how much those of two models differ.
+"""Run any module on the user's inputs, and compare the outputs of two models.
 
     def batches():                     # --inputs FILE.py:batches: what the model is called with, one after the other
         yield torch.rand(4, 3, 64, 64)             # a tensor, a tuple of arguments, or a mapping of named ones
@@ -6,8 +6,7 @@
     def metric(original, compressed):  # --metric FILE.py:metric: lists of outputs, one for each batch
         return {"top1": ...}                       # a number, or numbers by name
 
-Every output has its SQNR in dB and the mean cosine of its samples with the original's. Tensors that are not real are
-not compared.
+Each output gets its SQNR in dB and the mean cosine of its samples with the original's. Only real tensors are compared.
 """
 
 import math
@@ -36,7 +35,7 @@ class OutputScore:
     cosines: list[float] = field(default_factory=list)
 
     def row(self, name: str) -> dict[str, Any]:
-        """Its line in the table of `evaluate`."""
+        """Return its line in the table of `evaluate`."""
         return {"output": name, "sqnr_db": decibel(self.energy, self.error), "cosine": self.cosine}
 
     @property
@@ -46,7 +45,7 @@ class OutputScore:
 
 
 def batches_of(inputs: str) -> list[Any]:
-    """What the user's function gives. Raises BuilderError."""
+    """Return the batches of the user's function. Raises BuilderError."""
     make = user_function("--inputs", inputs)
     try:
         found = list(make())
@@ -59,7 +58,7 @@ def batches_of(inputs: str) -> list[Any]:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
-    """What a model gives for each batch, on the CPU. Raises BuilderError if it cannot be called so."""
+    """Return a model's outputs for each batch, on the CPU. Raises BuilderError if they cannot be called."""
     return [_moved(_called(model, batches, number), torch.device("cpu")) for number in range(len(batches))]
 
 
@@ -79,7 +78,7 @@ def tapped(model: nn.Module, batches: Sequence[Any]) -> Callable[[int], Outputs]
 
 
 def _called(model: nn.Module, batches: Sequence[Any], number: int) -> Any:
-    """A model's output for one batch. Raises BuilderError if it cannot be called so."""
+    """Return a model's output for one batch. Raises BuilderError if it cannot be called so."""
     interrupt.check()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given = _moved(batches[number], device)
@@ -109,7 +108,7 @@ def scores(original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, Outp
 
 
 def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str, float] | None) -> Agreement:
-    """The outputs' worst SQNR and cosine, and what the metric gives."""
+    """Return the worst SQNR and cosine of the outputs, and the user's metric."""
     lossy = [db for score in found.values() if (db := decibel(score.energy, score.error)) is not None]
     return Agreement(
         inputs=batches,
@@ -120,7 +119,7 @@ def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str,
 
 
 def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, float] | None:
-    """What the user's metric says, by name; None without one. Raises BuilderError."""
+    """Return the values of the user's metric by name; None without one. Raises BuilderError."""
     if metric is None:
         return None
     measure: Callable[[Sequence[Any], Sequence[Any]], Any] = user_function("--metric", metric)
@@ -136,7 +135,7 @@ def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The real tensors in an output, by the keys and places that lead to them."""
+    """Yield the real tensors in an output, by the keys and places that lead to them."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.numel():
             yield name or "output", output.float()
@@ -147,7 +146,7 @@ def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device; objects of other kinds stay as they are."""
+    """Return the same with its tensors on a device; objects of other kinds stay as they are."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, Mapping):
@@ -160,7 +159,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _cosines(first: Tensor, second: Tensor) -> list[float]:
-    """Cosine of each sample of a batch, whose samples are along the first dimension."""
+    """Return the cosine of each sample of a batch, along the first dimension."""
     a, b = (
         tensor.reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.reshape(1, -1) for tensor in (first, second)
     )

@@ -1,7 +1,7 @@
-"""Proof at the model's level: original and compressed run on the same inputs, one after the other.
+"""Prove a whole model: run original and compressed model on the same inputs, one after the other.
 
-The compressed weights are decoded from the shards in the store, which is what readers get. Of the original only its
-outputs stay in memory; those of the last proof are kept, because a search for a target asks for them again.
+The compressed weights are decoded from the shards in the store, as readers get them. Only the original's outputs stay
+in memory; those of the last proof are kept, because a search for a target needs them again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,15 +32,15 @@ SHAPES_SOUND = 0.8
 reaches 0.98 as itself and 0.6 with the pictures of MobileSAM."""
 
 SHAPES_BETTER = 0.1
-"""By so much another way must be better to be named as the right one."""
+"""By how much another way must be better to be named as the right one."""
 
 SHAPES_LEAST = 0.3
-"""Below this the original finds nothing of what is asked for, and agreement with it proves nothing."""
+"""Below this the original finds nothing, and agreement with it proves nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reference:
-    """What the original made of the inputs."""
+    """The original's outputs."""
 
     key: object
     synthetic: Sequence[masks.Seen] = ()
@@ -51,14 +51,14 @@ class _Reference:
 
 
 _last: list[_Reference] = []
-"""The reference of the last proof of this process: one, or none."""
+"""The reference of this process's last proof: one or none."""
 
 
 def prove(task: ProofTask, store: Store, device: torch.device) -> Proof:
     """Compare a model's shards in a store with its checkpoint.
 
     Raises:
-        ProofError: the proof cannot be made and is required, or the original is not run as it wants to be.
+        ProofError: the proof is required and cannot be made, or the original is run in the wrong way.
         BuilderError: the model is not of the family named.
         SourceError, StoreError, IntegrityError, PictureError: as reading raises.
     """
@@ -77,7 +77,7 @@ def prove(task: ProofTask, store: Store, device: torch.device) -> Proof:
 
 
 def _missing(task: ProofTask, error: Exception, stages: Stages) -> Proof:
-    """No proof, and why. Raises ProofError if there must be one."""
+    """Return the reason for a missing proof. Raises ProofError if a proof is required."""
     if task.subject.required:
         raise ProofError(f"{task.label} is required, and cannot be made: {error}")
     stages.end("prove")
@@ -110,7 +110,7 @@ def _of_masks(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -
 
 
 def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
-    """The proof of a model that no adapter knows, on the user's inputs."""
+    """Return the proof of a model that no adapter knows, on the user's inputs."""
     subject = task.subject
     assert subject.inputs is not None
     key = _key(task, model)
@@ -130,14 +130,14 @@ def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages)
 
 
 def _some(task: ProofTask, found: Agreement, where: str | None) -> Agreement:
-    """An agreement about something. Raises ProofError if the original found nothing anywhere."""
+    """Return an agreement about something. Raises ProofError if the original found nothing anywhere."""
     if not found.prompts:
         raise ProofError(f"{task.label}: the original finds nothing on {where}: agreement with it proves nothing")
     return found
 
 
 def _reference(task: ProofTask, segmenter: Segmenter) -> _Reference:
-    """Outputs of the original, whose weights are put into the model, unless the last proof has left them."""
+    """Return the original's outputs, computed by loading its weights unless the last proof left them."""
     subject, key = task.subject, _key(task, segmenter.model)
     if _last and _last[0].key == key:
         return _last[0]
@@ -153,7 +153,7 @@ def _reference(task: ProofTask, segmenter: Segmenter) -> _Reference:
 
 
 def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case], sound: float) -> None:
-    """Refuse a model whose masks miss plain shapes, but are good if pictures are prepared as another member wants.
+    """Refuse a model whose masks miss plain shapes, but fit if pictures are prepared as for another member.
 
     Raises:
         ProofError: it is, or no member's way gives masks that have anything to do with what was asked for.
@@ -185,13 +185,13 @@ def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case],
 
 
 def _key(task: ProofTask, model: nn.Module) -> object:
-    """Equal for proofs whose originals give the same outputs."""
+    """Return a key that is equal for proofs whose originals give the same outputs."""
     device = next((parameter.device for parameter in model.parameters()), None)
     return task.manifest.source.sha256, replace(task.subject, required=False), str(device)
 
 
 def _decoded(task: ProofTask, store: Store) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the version to be, from its bytes in the store."""
+    """Yield the tensors of the future version, decoded from its bytes in the store."""
     manifest = task.manifest
     version = Version(model=task.model, name=None, digest=manifest.digest, manifest=manifest)
     return StoredArtifact(store, version).tensors()

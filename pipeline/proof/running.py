@@ -1,4 +1,4 @@
-"""A model that is to be run beside a fleet's work: built for a checkpoint, with as many threads as it is worth."""
+"""Build a model to run beside a fleet's work, and choose its number of threads."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from birkhoff.pipeline.load.builders import built, config_of
 from birkhoff.pipeline.proof.task import Subject
 
 THREADED_BYTES = 128 << 20
-"""Size of a checkpoint from which the operations of its model are worth several threads."""
+"""Size of a checkpoint from which its model's operations are worth several threads."""
 
 
 def built_model(subject: Subject, checkpoint: Checkpoint) -> nn.Module:
-    """An untrained model for a checkpoint, in evaluation mode. Raises BuilderError."""
+    """Return an untrained model for a checkpoint, in evaluation mode. Raises BuilderError."""
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     upstream = Path(subject.upstream) if subject.upstream else None
     configs = [subject.config, config_of(checkpoint.path)]

@@ -1,6 +1,4 @@
-"""How a planned model would be run, from its headers alone: for its proof, if there is anything to prove, and for its
-statistics.
-"""
+"""Decide from headers alone how a planned model is run, for its proof and its statistics."""
 
 from birkhoff.pipeline.errors import ProofError
 from birkhoff.pipeline.families import CONFIG_FILE, TRANSFORMERS
@@ -11,7 +9,7 @@ from birkhoff.pipeline.proof.task import Subject
 
 
 def subject_of(planned: Planned) -> Subject | None:
-    """How a model is run for its proof; None where none is wanted, or no adapter runs such a model.
+    """Return how a model is run for its proof; None if none is wanted, or no adapter runs such a model.
 
     Raises:
         ProofError: a proof is required, and nothing tells how to run the model.
@@ -28,7 +26,7 @@ NOT_RUN = "no adapter runs such a model; name its `adapter`, or the `builder` an
 
 
 def run_as(planned: Planned) -> Subject | None:
-    """How a model is run; None if nothing tells."""
+    """Return how a model is run; None if nothing tells."""
     entry, terms = planned.entry, planned.proof
     config = _config(planned)
     shapes = {tensor.name: tensor.shape for tensor in planned.checkpoint.tensors}
@@ -49,7 +47,7 @@ def run_as(planned: Planned) -> Subject | None:
 
 
 def _config(planned: Planned) -> tuple[str, dict[str, object]] | None:
-    """The transformers configuration that goes with the weights, or lies beside them."""
+    """Return the transformers configuration that goes with the weights, or lies beside them."""
     for file in planned.files:
         if file.record.name == CONFIG_FILE and (settings := settings_in(file.body)) is not None:
             return f"{CONFIG_FILE} of {planned.entry.name}", settings

@@ -1,4 +1,4 @@
-"""The proof of a model's final bytes as the driver hands it out, and what comes back. Imports no model code."""
+"""The task and the result of a proof, as the driver exchanges them with workers. Imports no model code."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,23 +7,23 @@ from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.registry.documents import ProofRecord, VersionManifest
 
 COPIES = 3
-"""Memory of a proof over the bytes of its model: the model, tensors on their way into it, what it computes."""
+"""Memory of a proof, as a multiple of its model's bytes: the model, tensors on their way into it, activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """How a model is run: code that builds it, and what it is run on. Paths are absolute."""
+    """How a model is run: the code that builds it, and its inputs. Paths are absolute."""
 
     adapter: str | None = None
-    """The family's member, where the manifest names it."""
+    """The member of the family, if the manifest names it."""
     builder: str | None = None
-    """As `--builder`; left out: the configuration, then the architecture that the tensors tell."""
+    """As `--builder`. Default: the configuration, then the architecture that the tensors imply."""
     upstream: str | None = None
     """As `--upstream`."""
     config: tuple[str, dict[str, Any]] | None = field(default=None, hash=False)
-    """The transformers configuration that goes with the weights: where it was found, and what it says."""
+    """The transformers configuration beside the weights: its path and its content."""
     inputs: str | None = None
-    """FILE.py:function that gives batches, for a model that no adapter knows."""
+    """FILE.py:function that gives batches, for a model without an adapter."""
     metric: str | None = None
     """FILE.py:function that compares two outputs."""
     pictures: str | None = None
@@ -34,7 +34,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProofTask:
-    """A proof to be made, of shards that are all in the store."""
+    """A proof to make, of shards that are all in the store."""
 
     model: str
     manifest: VersionManifest
@@ -52,37 +52,37 @@ class ProofTask:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes, about."""
+        """About how much memory it takes."""
         return COPIES * self.checkpoint.nbytes
 
     @property
     def effort(self) -> int:
-        """It comes before every shard: only its model waits for it, and nothing can follow beside it."""
+        """Return an effort above every shard's: a model waits for its proof, and nothing else of it can run."""
         return self.nbytes << 10
 
     @property
     def signature(self) -> object:
-        """Equal to no other task's."""
+        """Return a signature unlike any other task's."""
         return (self.model, self.index)
 
     @property
     def patience(self) -> int:
-        """Times as long as a shard that it may take."""
+        """How many times longer than a shard it may take."""
         return 1
 
     @property
     def memory_remedy(self) -> str:
-        """What to do where it has no memory."""
+        """The remedy if it runs out of memory."""
         return "use a machine with more memory, or leave the proof out by `proof: false` in the manifest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What comes back: the record, or why there is none."""
+    """The result: a record, or the reason why there is none."""
 
     record: ProofRecord | None
     missing: str = ""
-    """Why no proof could be made, and how to have one."""
+    """Why no proof could be made, and how to get one."""
     picture: bytes = b""
     """WebP: masks of both models side by side; empty for a model without masks."""
     stages: dict[str, float]

@@ -39,6 +39,28 @@ FLOOR_DB = -99.0
 """Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
 
 
+class BaseBlob(Document):
+    """A container of another version, to whose tensors those of a shard are differences."""
+
+    blob: Digest
+    """sha256 of the container."""
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class BaseRecord(Document):
+    """The version that a version was made as a difference to. What it needs of that are the `bases` of its shards."""
+
+    model: str
+    version: VersionName | None = None
+    """The name that it had then."""
+    digest: Digest
+
+    @property
+    def label(self) -> str:
+        """For messages: `sam-b@v3`."""
+        return f"{self.model}@{self.version or self.digest[:12]}"
+
+
 class ShardRecord(Document):
     """A shard that was encoded, validated and uploaded."""
 
@@ -59,6 +81,13 @@ class ShardRecord(Document):
     """Greatest relative error of HyperLinear's output against `F.linear` with the decoded weight."""
     fallbacks: dict[str, str] | None = None
     """Tensors that are lossless for what their weights are, with the `reason` stored with each."""
+    bases: Annotated[tuple[BaseBlob, ...] | None, Field(min_length=1)] = None
+    """Containers without which it cannot be decoded: those that its tensors are differences to."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """sha256 of every blob that it takes to decode it: its own first."""
+        return (self.blob, *(base.blob for base in self.bases or ()))
 
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -94,6 +123,8 @@ class StatisticsRecord(Document):
     """Kind of device that took it: `cpu` or `cuda`."""
     sensitivities: dict[str, Positive]
     """Mean squared share of the outputs by the square of the weights' unit; 0 for what no output feels."""
+    left: dict[str, Positive] = Field(default_factory=dict)
+    """Share of the outputs' error that feedback leaves, of each tensor with a Hessian."""
     rms: dict[str, Positive]
     """Root mean square of the bulk of each tensor's weights."""
     hessians: dict[str, HessianRecord]
@@ -186,7 +217,7 @@ class FileRecord(Document):
         return name
 
 
-BlobRecord = ShardRecord | FileRecord
+BlobRecord = ShardRecord | BaseBlob | FileRecord
 """What names a blob, and says how large it is."""
 
 
@@ -267,6 +298,8 @@ class VersionManifest(Document):
     """What goes with the weights, by name."""
     proof: ProofRecord | None = None
     """What its outputs were measured to be before it was published; None where no proof was made."""
+    base: BaseRecord | None = None
+    """The version that its tensors could be differences to."""
 
     @field_validator("files")
     @classmethod
@@ -278,8 +311,20 @@ class VersionManifest(Document):
 
     @property
     def stored(self) -> tuple[BlobRecord, ...]:
-        """The record of every blob that the version refers to, shards first."""
+        """The record of every blob that the version needs: shards, then what they are differences to, then files."""
+        return (*self.shards, *self.bases, *(self.files or ()))
+
+    @property
+    def own(self) -> tuple[BlobRecord, ...]:
+        """Those of `stored` that would not be there without this version, or one that has the same."""
         return (*self.shards, *(self.files or ()))
+
+    @property
+    def bases(self) -> tuple[BaseBlob, ...]:
+        """Containers of the base that shards are differences to, each once, without those that are its own shards."""
+        own = {shard.blob for shard in self.shards}
+        found = (base for shard in self.shards for base in shard.bases or ())
+        return tuple({base.blob: base for base in found if base.blob not in own}.values())
 
     @property
     def allocation(self) -> str | None:
@@ -296,10 +341,16 @@ class VersionManifest(Document):
     def stored_bytes(self) -> int:
         """Every byte that the digest stands for: this document, blobs, shard records.
 
-        Names, aliases and signatures, some hundred bytes each, point at a version and change while it does not.
+        Names, aliases and signatures, some hundred bytes each, point at a version and change while it does not. What a
+        base holds is the base's: see `base_bytes`.
         """
         records = sum(len(shard.to_bytes()) for shard in self.shards)
-        return len(self.to_bytes()) + sum(record.bytes for record in self.stored) + records
+        return len(self.to_bytes()) + sum(record.bytes for record in self.own) + records
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of its base's containers that it needs besides `stored_bytes`; 0 if it stands for itself."""
+        return sum(base.bytes for base in self.bases)
 
     @property
     def ratio(self) -> float:

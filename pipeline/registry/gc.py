@@ -4,7 +4,8 @@
 
 * every version that a name or an alias refers to: live, or retired less than the grace period ago;
 * every other version's manifest, shard record and blob written or touched less than the grace period ago;
-* all shard records and blobs (also of files) of the versions it keeps, and the blobs of the shard records it keeps;
+* all shard records and blobs (also of files, and of bases: see `_needed`) of the versions it keeps, and the blobs that
+  the shard records it keeps need;
 * the statistics that a version it keeps was made by, those within the grace period, and the Hessians of both;
 * the reports of the newest `keep_runs` runs, and every report written less than the grace period ago.
 
@@ -299,6 +300,15 @@ def _bury_expired(store: Store, pointers: _Pointers, young: datetime) -> None:
                 bury(store, model, name, record, info.tag)
 
 
+def _needed(manifest: VersionManifest) -> set[str]:
+    """Keys of the blobs without which a version cannot be read.
+
+    Those of its base are among them, whatever has become of the base: that version may lose its names and its manifest
+    while others are differences to it.
+    """
+    return {blob_key(record.blob) for record in manifest.stored}
+
+
 class _Mark:
     """Tells garbage from what stays."""
 
@@ -328,11 +338,11 @@ class _Mark:
         found.deleted, found.retired = self._deletes, sorted(self._retired)
         kept = [manifest for model, state in self._pointers.look().items() for manifest in self._versions(model, state)]
         shards = {shard_key(shard.key) for manifest in kept for shard in manifest.shards}
-        blobs = {blob_key(record.blob) for manifest in kept for record in manifest.stored}
+        blobs = {key for manifest in kept for key in _needed(manifest)}
         stay = self._judge("shard", None, self._store.list("shards/"), shards)
         # Records that no version refers to, too young to go, hold their blobs by themselves.
         records = each(lambda key: fetch_document(self._store, ShardRecord, key), sorted(stay - shards))
-        blobs |= {blob_key(record.blob) for record in records}
+        blobs |= {blob_key(blob) for record in records for blob in record.needs}
         blobs |= self._statistics({key for manifest in kept for key in manifest.statistics_keys})
         self._judge("blob", None, self._store.list("blobs/"), blobs)
         self._reports()
@@ -350,7 +360,7 @@ class _Mark:
                 self._held.add((model, digest))
                 self._late.add(version_key(model, digest).rpartition("/")[0])
                 self._late.update(shard_key(shard.key) for shard in manifest.shards)
-                self._late.update(blob_key(record.blob) for record in manifest.stored)
+                self._late.update(_needed(manifest))
                 for key in manifest.statistics_keys:
                     self._late.update((key, *self._hessians(key)))
 

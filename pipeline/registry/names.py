@@ -3,7 +3,8 @@
 A name is claimed first, checked, and only then made live; every step is a compare-and-swap of its record, so the
 publisher who makes a claim live and the collection that buries it cannot both win. A retired name stays as a
 tombstone, and a model's highest name is never removed: the next number lies above every number ever given. Of names
-that resolved once, `given.json` keeps the numbers when their tombstones go: a copy that wants such a name is refused.
+that resolved once, `given.json` keeps the numbers when their tombstones go: a copy that wants such a name is refused,
+and a publisher who listed names before that takes another one.
 """
 
 import re
@@ -204,6 +205,10 @@ def claim_name(
                 continue
         else:
             found = Claim(name=name, record=record, tag=tag)
+        if wanted is None and read_given(store, model).holds(taken):
+            # Given, given up and collected since the listing; the claim is left, and buried like any other.
+            lost, taken = name, max(map(number, given(store, model)))
+            continue
         if wanted is not None and not found.record.live:
             _check_new(store, model, name, digest)  # its record may have gone, and be a new one now
         return found

@@ -1,4 +1,4 @@
-"""What a new version changed against the one before it, at a cost that the change bounds."""
+"""Compare a new version with the one before it, at a cost bounded by the change."""
 
 from birkhoff.pipeline.artifact.diff import diff
 from birkhoff.pipeline.registry.documents import VersionManifest, sqnr_summary
@@ -7,10 +7,10 @@ from birkhoff.pipeline.report.document import ChangeRecord, TensorChange
 from birkhoff.pipeline.store.base import Store
 
 LISTED = 40
-"""Changed tensors that a report names."""
+"""How many changed tensors a report names."""
 
 _MOST_BYTES = 128 << 20
-"""Tensors are compared by their stored bytes; where more than this differs, whole shards are counted instead."""
+"""Stored bytes up to which tensors are compared one by one; beyond, whole shards are counted."""
 
 
 def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
@@ -36,7 +36,7 @@ def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
 
 
 def _differing(old: VersionManifest, new: VersionManifest) -> int:
-    """Stored bytes of the shards that only one of them has."""
+    """Return the stored bytes of shards that only one version has."""
     sizes_old, sizes_new = ({shard.blob: shard.bytes for shard in manifest.shards} for manifest in (old, new))
     return sum((sizes_old | sizes_new)[blob] for blob in sizes_old.keys() ^ sizes_new.keys())
 

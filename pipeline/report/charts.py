@@ -1,4 +1,4 @@
-"""The charts of a report as SVG path data: numbers only, so nothing of a checkpoint's text ever gets into a path.
+"""The charts of a report as SVG path data: numbers only, so no text of a checkpoint enters a path.
 
 A chart is `WIDTH` x `HEIGHT` units and is stretched to its place; strokes keep their width (`non-scaling-stroke`), so a
 point is a stroke of no length with round or square ends. Ten characters a tensor hold a fleet's page below its limit.
@@ -12,27 +12,27 @@ from birkhoff.pipeline.report.document import LayerRecord
 
 WIDTH, HEIGHT = 1000, 100
 _MARGIN = 6
-"""Units above and below the outermost point."""
+"""Margin above and below the outermost point, in units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """One panel: path data, what its axis spans, and the same in words."""
+    """One panel: path data, the span of its axis, and both in words."""
 
     key: str
     """Names its style: `bits`, `sqnr`, `error`, `probe`."""
     title: str
     legend: str
-    """What its marks mean."""
+    """The meaning of its marks."""
     marks: str
     """Path of the data."""
     target: str = ""
-    """Path of the line that the data must reach."""
+    """Path of the target line."""
     low: str
     high: str
     """Labels of the axis's ends."""
     words: str
-    """The chart in figures, also for those who do not see it."""
+    """The chart in words and figures, for screen readers too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Axis:
 
 
 def charts(coded: Sequence[LayerRecord]) -> list[Chart]:
-    """Panels over the lossy tensors of a model in the checkpoint's order; those without any value are left out."""
+    """Return panels over a model's lossy tensors, in the checkpoint's order; empty panels are left out."""
     panels = (_bits(coded), _sqnr(coded), _error(coded), _probe(coded))
     return [panel for panel in panels if panel is not None]
 
@@ -145,7 +145,7 @@ def _dots(values: Sequence[float | None], axis: Axis) -> str:
 
 
 def _line(values: Sequence[float | None], axis: Axis) -> str:
-    """A line over runs of equal values; gaps where there is none."""
+    """Return a line over runs of equal values; gaps where there is none."""
     parts, before = [], None
     for index, value in enumerate(values):
         end = _edge(index + 1, len(values))
@@ -193,5 +193,5 @@ def _short(value: float) -> str:
 
 
 def share_path(share: float, scale: float = WIDTH) -> str:
-    """A bar of `share` (0 to 1) of the width, full height."""
+    """Return a bar of `share` (0 to 1) of the width, full height."""
     return f"M0 0H{round(min(1.0, max(0.0, share)) * scale)}V{HEIGHT}H0Z"

@@ -1,11 +1,11 @@
-"""The report of a run: what became of every model, tensor by tensor.
+"""The report of a run: the result of every model, tensor by tensor.
 
 `runs/<id>/report.json` is the document below, `report.html` the same for people. `report.schema.json` beside this file
 is its JSON schema, written by `birkhoff report --schema`. Sizes are bytes, times seconds, SQNR and targets dB, ratios
 source bytes over stored bytes; a field without a value is left out.
 
-A run writes its report when all its models have ended, well or badly. One that found everything up to date writes none:
-nothing happened, and a schedule would fill the store with copies of the last report.
+A run writes its report when all its models have ended, successfully or not. A run that found everything up to date
+writes none: a schedule would otherwise fill the store with copies of the last report.
 """
 
 import json
@@ -24,7 +24,7 @@ PAGE_FILE = "report.html"
 
 
 class LayerRecord(Document):
-    """A stored tensor: what its shard's header says, and what the validation of its shard measured."""
+    """A stored tensor: the entry in its shard's header, and the measurements of the shard's validation."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ class LayerRecord(Document):
     bits_per_weight: float
     """Stored bits, without the header's entry."""
     sqnr_db: float | None = None
-    """Of the decoded tensor against its source; not set for a lossless one."""
+    """SQNR of the decoded tensor against its source; not set for a lossless one."""
     target_db: float | None = None
-    """What `sqnr_db` had to reach; not set where nothing was promised."""
+    """The target of `sqnr_db`; not set if nothing was promised."""
     nominal_db: float | None = None
-    """Under allocation by output, what says the step: nothing that `sqnr_db` had to reach."""
+    """Under `allocation: output`, the nominal target that gives the step; `sqnr_db` need not reach it."""
     max_abs_error: float = 0.0
     """Greatest |w - w'|, in the weights' unit."""
     probe_db: float | None = None
@@ -58,7 +58,7 @@ class LayerRecord(Document):
 
 
 class ShardTiming(Document):
-    """What one shard took."""
+    """The time that one shard took."""
 
     model: str
     index: int
@@ -86,7 +86,7 @@ class TensorChange(Document):
 
 
 class ChangeRecord(Document):
-    """What a new version changed against the one that `latest` pointed at before the run."""
+    """Changes of a new version against the one that `latest` pointed at before the run."""
 
     version: str | None
     """The version before."""
@@ -100,7 +100,7 @@ class ChangeRecord(Document):
     shards_same: int
     shards_new: int
     tensors: dict[str, int] | None = None
-    """Tensors by kind of change; not set where so much differs that they were not compared one by one."""
+    """Tensors by kind of change; not set if too much differs to compare them one by one."""
     listed: tuple[TensorChange, ...] = ()
     """The first of those that differ."""
 
@@ -112,6 +112,10 @@ class ModelRecord(Document):
     profile: str
     allocation: str | None = None
     """How the target was shared among tensors."""
+    base: str | None = None
+    """The version that its tensors could be differences to: `sam-b@v3`."""
+    base_bytes: int | None = None
+    """What it needs of that version, besides its own."""
     status: Status
     seconds: float
     error: str | None = None
@@ -132,16 +136,16 @@ class ModelRecord(Document):
     output_db: float | None = None
     """SQNR of its mask logits, or its outputs, in the proof."""
     proof: ProofRecord | None = None
-    """The whole proof, also of a model that it kept from being published."""
+    """The whole proof, also if it prevented publication."""
     unproven: str | None = None
-    """Why this run could make no proof, and how to have one."""
+    """Why this run could make no proof, and how to get one."""
     masks: str | None = None
-    """A WebP picture of the proof, base64: masks of both models side by side, where they agree least."""
+    """A WebP picture of the proof, base64: both models' masks side by side, where they agree least."""
     probe_error: float | None = None
     """Greatest relative error of HyperLinear against `F.linear` with the decoded weight."""
     shards: int | None = None
     shards_reused: int = 0
-    """Shards that the store had already: of an earlier run, or of another model of this one."""
+    """Shards that the store already had: from an earlier run, or from another model of this run."""
     reused_bytes: int = 0
     """Stored bytes of those."""
     stages: dict[str, float] = Field(default_factory=dict)
@@ -163,7 +167,7 @@ class Totals(Document):
     stored_bytes: int = 0
     """Sum over the models, each taken by itself."""
     unique_bytes: int = 0
-    """Bytes of the different shards: what the models take together, since shards of equal content are stored once."""
+    """Bytes of distinct shards: what the models take together, because equal shards are stored once."""
     new_bytes: int = 0
     """Bytes of the shards that this run made."""
     shards: int = 0
@@ -188,7 +192,7 @@ class RunReport(Document):
     environment: Environment
     totals: Totals
     error: str | None = None
-    """What ended the run before its models ended."""
+    """The error that ended the run before its models ended."""
     models: tuple[ModelRecord, ...]
     slowest: tuple[ShardTiming, ...] = ()
     """The shards that took longest, longest first."""

@@ -13,7 +13,7 @@ WORST = 20
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page as HTML text; `found` is the document of `birkhoff evaluate --json`."""
+    """Return the page as HTML text; `found` is the document of `birkhoff evaluate --json`."""
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return (
         environment()

@@ -22,7 +22,7 @@ from birkhoff.pipeline.text import fixed, shape, short, size
 
 _HERE = Path(__file__).parent
 _OPEN_MODELS = 3
-"""With so few models their sections start open."""
+"""Up to this many models, their sections start open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """What the page shows of one model."""
+    """The section of one model."""
 
     model: ModelRecord
     anchor: str
@@ -68,7 +68,7 @@ class Skipped:
 
 
 def render(report: RunReport) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return (
         environment()
@@ -96,7 +96,7 @@ def render(report: RunReport) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """What fills the templates beside this file: it escapes everything, and refuses names that are not set."""
+    """Return the environment of the templates beside this file: it escapes everything and refuses undefined names."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -111,7 +111,7 @@ def environment() -> jinja2.Environment:
 
 
 def digest(text: str) -> str:
-    """SHA-256 of a style or a script, as the page's policy names it."""
+    """Return the SHA-256 of a style or a script, as the page's policy names it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -167,7 +167,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 
 def skipped(models: Iterable[ModelRecord]) -> list[Skipped]:
-    """Lossless tensors by reason, the most bytes first; a model's equal to another's count again."""
+    """Return lossless tensors by reason, the most bytes first; equal tensors of two models count twice."""
     found: dict[str, Skipped] = {}
     for model in models:
         for layer in model.layers:
@@ -181,7 +181,7 @@ def skipped(models: Iterable[ModelRecord]) -> list[Skipped]:
 
 
 def _stages(models: Iterable[ModelRecord]) -> list[tuple[str, float]]:
-    """Worker seconds of the run by stage, the longest first."""
+    """Return worker seconds of the run by stage, the longest first."""
     total: dict[str, float] = {}
     for model in models:
         for stage, seconds in model.stages.items():

@@ -1,7 +1,7 @@
-"""Gathers a run's report: from the outcomes of its shards while it goes on, from the stored versions when it has ended.
+"""Gather a run's report: from the outcomes of shards during the run, and from the stored versions at its end.
 
-Per-tensor figures are read back from the headers of the stored shards, so a report tells what is in the store and not
-what the encoder meant to put there.
+Per-tensor figures are read back from the headers of stored shards, so a report describes the store and not the intent
+of the encoder.
 """
 
 import base64
@@ -36,14 +36,16 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.report")
 
 SLOWEST = 20
-"""Shards that a report lists."""
+"""How many shards a report lists."""
 
 _THREADS = 8
-"""Headers read at a time."""
+"""How many headers are read at a time."""
 
 _FROM_ROW = (
     "profile",
     "allocation",
+    "base",
+    "base_bytes",
     "version",
     "digest",
     "source_bytes",
@@ -55,7 +57,7 @@ _FROM_ROW = (
     "stages",
     "error",
 )
-"""What a model's record takes over from its line in the result table."""
+"""The keys that a model's record takes from its row in the result table."""
 
 
 class Recorder(AbstractContextManager["Recorder"]):
@@ -78,15 +80,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.written: bool = False
 
     def follow(self, runs: Sequence[ModelRun]) -> None:
-        """Report on these models."""
+        """Follow these models."""
         self._runs = runs
 
     def note_option(self, name: str, value: object) -> None:
-        """An option came to be another one than was asked for."""
+        """Note that an option differs from the requested one."""
         self._options[name] = value
 
     def watch(self, executor: Executor) -> Executor:
-        """The same executor, its outcomes noted as they pass."""
+        """Return the same executor, its outcomes noted as they pass."""
         self._began = True
         return _Watched(executor, self._note)
 
@@ -103,7 +105,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             log.warning("the report of run %s could not be written: %s", self.run, first_line(failure))
 
     def report(self, error: str | None = None) -> RunReport:
-        """The report of the models as they are now; `error` is what ended the run before they ended.
+        """Return the report of the models as they are now; `error` is what ended the run before they ended.
 
         Raises:
             StoreError, IntegrityError: the store cannot give back what was published.
@@ -174,7 +176,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         )
 
     def _last(self) -> dict[tuple[str, int], bool]:
-        """Whether a shard was taken from the store: a budget encodes it several times, and the last time counts."""
+        """Return whether a shard came from the store; under a budget the last of several encodings counts."""
         return {(timing.model, timing.index): timing.reused for timing in self._timings}
 
     def _totals(self, runs: Sequence[ModelRun]) -> Totals:
@@ -223,7 +225,7 @@ class _Layers:
         self._rows: dict[str, list[TensorRow]] = {}
 
     def of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
-        """Every tensor of a run's version, in the checkpoint's order."""
+        """Return every tensor of a run's version, in the checkpoint's order."""
         assert run.version is not None  # asked for published models only
         artifact = StoredArtifact(self._store, run.version)
         missing = {shard.blob: shard for shard in artifact.manifest.shards if shard.blob not in self._rows}
@@ -241,7 +243,7 @@ class _Layers:
 
 
 def _proven(run: ModelRun) -> dict[str, Any]:
-    """What the proof of a model came to: this run's, or that of the version it left alone."""
+    """Return the result of a model's proof: this run's, or that of the version it left alone."""
     proof = run.passes.proof if run.passes else None
     if proof is None:
         return {"proof": run.version.manifest.proof if run.version else None}
@@ -250,7 +252,7 @@ def _proven(run: ModelRun) -> dict[str, Any]:
 
 
 def _probed(shard: ShardRecord, rows: list[TensorRow]) -> Iterator[tuple[TensorRow, float | None]]:
-    """Rows with their probes, which the record keeps for coded matrices only, in order."""
+    """Yield rows with their probes, which the record keeps for coded matrices only, in order."""
     matrices = [row.name for row in rows if row.action == "lattice" and len(row.shape) == 2 and row.shape[1] > 1]
     probes = dict(zip(matrices, shard.probe_db, strict=True)) if len(matrices) == len(shard.probe_db) else {}
     return ((row, probes.get(row.name)) for row in rows)

@@ -1,6 +1,6 @@
-"""Reports in a store: their ids, writing and finding them, and how many stay.
+"""Reports in a store: ids, writing, finding, and retention.
 
-The page is written before the document: a run that has its document is whole.
+The page is written before the document, so a run with a document is complete.
 """
 
 import logging
@@ -44,13 +44,13 @@ def write_report(store: Store, report: RunReport) -> None:
 
 
 def runs(store: Store) -> list[str]:
-    """Ids of the runs that have a report, oldest first."""
+    """Return the ids of runs with a report, oldest first."""
     found = ((run_of(info.key), info.key) for info in store.list("runs/"))
     return [run for run, key in found if run and key.endswith(f"/{REPORT_FILE}")]
 
 
 def read_report(store: Store, reference: str = LATEST) -> RunReport:
-    """The report of a run: by its id, by the start of one that is the only one so, or `latest`.
+    """Return the report of a run: by its id, by the start of one that is the only one so, or `latest`.
 
     Raises:
         ArtifactNotFoundError: no such run, or several.

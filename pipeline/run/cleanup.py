@@ -1,13 +1,13 @@
-"""Ends what a driver leaves behind, however it ends: Ctrl-C, SIGTERM, SIGKILL or its normal end.
+"""End what a driver leaves behind, however it ends: Ctrl-C, SIGTERM, SIGKILL or normally.
 
-Ray's own processes die with their driver at different speeds: its agents outlive a killed one by up to a minute. So
-everything that a `Reaper` covers starts with a mark in its environment, which children inherit, and a small process
-waits on a pipe that only the driver holds. Ray's agents wipe their environment when they take a title, and are orphans
-once the raylet that started them is gone: so that process looks around while it waits, and remembers the children of
-what carries the mark. When the pipe closes, it kills them all and removes the folder they worked in. It is this file,
-run as a script: standard library only, so that it starts at once.
+Ray's processes outlive their driver for different times, its agents by up to a minute. So everything that a `Reaper`
+covers starts with a mark in its environment, which children inherit, and a small process waits on a pipe that only the
+driver holds. Ray's agents wipe their environment when they set a title, and become orphans once their raylet is gone.
+Therefore that process polls while it waits, and remembers the children of marked processes. When the pipe closes, it
+kills them all and removes their folder. It is this file, run as a script, with the standard library only, so that it
+starts at once.
 
-Linux only, where /proc tells environments and parents; elsewhere only the folder is removed.
+Linux only: /proc shows environments and parents. Elsewhere only the folder is removed.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class Family:
 
 
 def _running() -> dict[int, tuple[int, str]]:
-    """(parent, start in ticks since boot) of every process but zombies and this one."""
+    """Return (parent, start in ticks since boot) of every process but zombies and this one."""
     found: dict[int, tuple[int, str]] = {}
     with contextlib.suppress(FileNotFoundError):
         for entry in os.listdir("/proc"):  # noqa: PTH208 (several times a second)

@@ -1,10 +1,10 @@
-"""The Ray cluster that shards run on: one of our own for as long as a run takes, or one that is joined.
+"""The Ray cluster that shards run on: a private one for the duration of a run, or one that is joined.
 
-Our own has no dashboard, is never an existing one by accident, and leaves no process and no file behind, however the
-driver ends (see `cleanup`); with --debug its logs stay. Nobody else on this machine or beyond has a part in it: it asks
-for a token that was drawn for it and is in the environment of its processes alone (Ray's own lies in ~/.ray, for all to
-read), its ports are those of the loopback interface, and its files are below a folder that only its user can enter (Ray
-opens its own to everybody). `_check_private` looks, once Ray runs, and a cluster that is open is not used.
+The private cluster has no dashboard, is never an existing one by accident, and leaves no process and no file behind,
+however the driver ends (see `cleanup`); with --debug its logs stay. Nobody else can reach it: it asks for a token that
+is drawn for it and exists only in the environment of its processes (Ray's own lies in ~/.ray, readable by all), its
+ports are on the loopback interface, and its files lie below a folder that only its user can enter (Ray opens its own to
+everybody). `_check_private` verifies this once Ray runs; an open cluster is not used.
 
 A joined one gets this package along with the job, so that all nodes run the driver's code. Its nodes need the
 dependencies, the store's credentials in their own environment, and the checkpoints under the driver's paths (a shared
@@ -124,7 +124,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         _check_private(folder, self.ray)
 
     def lost(self) -> bool:
-        """Whether the node that was started here has died. The nodes of a joined cluster are looked after there."""
+        """Return whether the node that was started here has died; a joined cluster looks after its own."""
         return self._address is None and not any(node["Alive"] for node in self.ray.nodes())
 
     def restart(self) -> None:
@@ -151,7 +151,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
 
 def _reason(error: Exception) -> str:
-    """Why Ray did not start; a home folder that it cannot write is named as such."""
+    """Return why Ray did not start, naming a home folder that it cannot write."""
     home = Path.home()
     if isinstance(error, OSError) and error.filename and home in Path(os.fsdecode(error.filename)).parents:
         return f"the home folder {home} cannot be written ({error.strerror}); point HOME at one that can"

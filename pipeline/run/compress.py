@@ -5,7 +5,7 @@ Reads as the table of contents of the pipeline; each step has its module.
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.artifact.bases import find_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
 from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
@@ -27,6 +28,7 @@ from birkhoff.pipeline.registry.labels import change_labels
 from birkhoff.pipeline.registry.leases import open_run
 from birkhoff.pipeline.registry.signing import Signer
 from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_version, publish
+from birkhoff.pipeline.run.bases import base_in_run, waits_for
 from birkhoff.pipeline.run.environment import memory_bytes
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Executor, Outcome
@@ -72,7 +74,7 @@ def compress(
     """Compress, validate and publish every model of a manifest; one run for each, in its order.
 
     An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
-    `begun` gets the runs before anything is done, so that whoever watches sees them also if an error ends them all.
+    `begun` gets the runs before any work, so that observers see them even if an error ends them all.
 
     Raises:
         StoreError: the store failed in a way that concerns every model.
@@ -94,6 +96,9 @@ def compress(
     begun(runs)
     _prepare_all(job, runs, mirror)
     check_rules(manifest, [run.planned for run in runs])
+    for run in runs:
+        if run.status is None and (base := _awaited(job, run, runs)) is not None and base.status is not None:
+            _take_base(job, run, base)
     waiting = {run.name: run for run in runs if run.status is None}
     if waiting:
         # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
@@ -119,22 +124,52 @@ def _prepare_all(job: _Job, runs: Sequence[ModelRun], mirror: Path | None) -> No
 
 def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
     """Plan one model and find out whether its latest version is what would be made."""
-    store, signer = job.store, job.signer
+    store = job.store
     try:
         run.planned = plan()
         run.subject = subject_of(run.planned)
         run.felt_as = _felt_as(run.planned)
         run.source_state = checkpoint_state(run.planned.checkpoint)
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
-        latest = run.before = latest_version(store, run.name)
-        same = job.reuse == "trust" and latest is not None and _same(latest.manifest, run)
-        if same and latest and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
-            run.version, run.status = latest, "up to date"
-            _say_labels(store, run)
+        run.before = latest_version(store, run.name)
+        if waits_for(job.manifest, run.planned) is None:
+            base = find_base(store, run.planned, run.before, again=job.reuse != "trust")
+            run.planned = run.planned if base is None else base.on(run.planned)
+            _compare(job, run)
     except BirkhoffError as error:
         if isinstance(error, StoreError):
             raise
         run.fail(error)
+
+
+def _compare(job: _Job, run: ModelRun) -> None:
+    """Find out whether a model's latest version is what would be made. Raises as `latest_version`."""
+    store, signer, latest = job.store, job.signer, run.before
+    same = job.reuse == "trust" and latest is not None and _same(latest.manifest, run)
+    if same and latest and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
+        run.version, run.status = latest, "up to date"
+        _say_labels(store, run)
+
+
+def _awaited(job: _Job, run: ModelRun, runs: Iterable[ModelRun]) -> ModelRun | None:
+    """The run of the model that another one is a difference to."""
+    name = None if run.planned is None else waits_for(job.manifest, run.planned)
+    return next((other for other in runs if other.name == name), None)
+
+
+def _take_base(job: _Job, run: ModelRun, base: ModelRun) -> None:
+    """Go on with a model once its base's run has ended."""
+    assert run.planned is not None
+    try:
+        run.planned = base_in_run(job.store, run.planned, base)
+        _compare(job, run)
+    except BirkhoffError as error:
+        if isinstance(error, StoreError):
+            raise
+        run.fail(error)
+    if run.status is not None:
+        run.seconds = job.seconds()
+        job.progress.planned(run.name, run.source_bytes, run.status, shards=len(run.planned.plan.shards))
 
 
 def _felt_as(planned: Planned) -> Subject | None:
@@ -159,7 +194,9 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
     """Run the shards of the models that wait, and publish each model with its last one."""
     # A signature vouches for every byte, also for those that others had stored before.
     reuse: Reuse = "prove" if job.signer is not None and job.reuse == "trust" else job.reuse
-    starts = (task for run in waiting.values() for task in _start(run, reuse))
+    # A model with a base among them starts when that is published.
+    later = {name: base for name, run in waiting.items() if (base := _awaited(job, run, waiting.values())) is not None}
+    starts = (task for name, run in waiting.items() if name not in later for task in _start(run, reuse))
     queue = TaskQueue(starts, budget=_in_flight(job.manifest))
     for outcome in executor.run(queue):
         run = waiting[outcome.task.model]
@@ -171,6 +208,11 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
             _tell(job.progress, run, outcome)
         if run.status == "failed":
             queue.drop(run.name)
+        for name in [name for name, base in later.items() if base is run and run.status is not None]:
+            del later[name]
+            _take_base(job, waiting[name], run)
+            if waiting[name].status is None:
+                queue.add(_start(waiting[name], reuse))
 
 
 def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
@@ -298,4 +340,5 @@ def _version_manifest(
         shards=tuple(records),
         files=planned.file_records or None,
         proof=proof.record if proof else None,
+        base=planned.base,
     )

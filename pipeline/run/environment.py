@@ -1,4 +1,4 @@
-"""What a process runs on and with: versions, processors, memory. For reports, and for whoever looks for a cause."""
+"""What a process runs on and with: versions, processors, memory. For reports and diagnosis."""
 
 import os
 import platform
@@ -51,7 +51,7 @@ def processors() -> int:
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it, else its architecture."""
+    """Return the processor's name as the kernel gives it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -93,6 +93,6 @@ def _add(counter: Any, value: float, tags: dict[str, str]) -> None:
 
 
 def metrics() -> Metrics | None:
-    """This process's metrics, None where it has nothing to do with Ray."""
+    """This process's metrics, None if it has nothing to do with Ray."""
     ray = sys.modules.get("ray")
     return Metrics() if ray is not None and ray.is_initialized() else None

@@ -57,6 +57,8 @@ class ModelRun:
         return {
             "model": self.name,
             "profile": self.profile,
+            "base": manifest.base.label if manifest and manifest.base else None,
+            "base_bytes": manifest.base_bytes if manifest else None,
             "allocation": manifest.allocation if manifest else None,
             "version": self.version.name if self.version else None,
             "digest": self.version.digest if self.version else None,
@@ -91,6 +93,17 @@ class ModelRun:
             return None
         target = self.version.manifest.recipe["target_db"]
         return f"{budget.label} is reached at {target:g} dB, the lowest that does of {self.passes.count} proven"
+
+    def differs(self) -> str | None:
+        """What the version is a difference to, and how much of it is; None for a model without a base."""
+        if self.version is None or self.planned is None or self.planned.entry.base is None:
+            return None
+        manifest = self.version.manifest
+        if manifest.base is None:
+            return "no version of the store is so near that differences to it would save anything; coded for itself"
+        count = sum(shard.bases is not None for shard in manifest.shards)
+        whole = f"{count} of {len(manifest.shards)} shards hold differences to {manifest.base.label}"
+        return f"{whole}, of which it needs {size(manifest.base_bytes)} besides its own" if count else whole
 
     def warnings(self) -> list[str]:
         """What may not be meant: a version larger than its source, tensors lossless though coding was asked for."""

@@ -1,4 +1,4 @@
-"""What executors give back: one outcome for every task that was not dropped."""
+"""The results of executors: one outcome for every task that was not dropped."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -29,5 +29,5 @@ class Executor(AbstractContextManager["Executor"], Protocol):
     """Runs shards."""
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Outcomes of all tasks, in the order in which they end; tasks dropped meanwhile are left out."""
+        """Yield the outcomes of all tasks as they end, except those dropped meanwhile."""
         ...

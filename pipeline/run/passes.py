@@ -1,6 +1,7 @@
-"""One model's way through the workers: its statistics, if they share its targets; every shard once, for a budget in
-bytes once to estimate and then until it fits, for a target of its outputs until the lowest dB that reach it are found;
-and its proof.
+"""The passes of one model through the workers: its statistics, its shards, its proof.
+
+Shards are encoded once. For a budget in bytes they are estimated once and then encoded until they fit; for a target of
+outputs, until the lowest dB that reaches it is found.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ PROOF_BYTES = len(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a budget has to go by: most bytes, and a target worth a try; of one for outputs neither."""
+    """The terms of a budget: the most bytes, and a target to try first; a budget for outputs has neither."""
 
     budget: BudgetRecord
     limit: int
@@ -84,7 +85,7 @@ class Passes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first time that the shards are encoded."""
+        """Whether the shards are encoded for the first time."""
         return not (self._search.passes if self._search else self._outputs.probes if self._outputs else 0)
 
     @property
@@ -95,11 +96,11 @@ class Passes:
         return int(self.whole) if self._search is None else self._search.passes
 
     def start(self) -> list[Task]:
-        """The first tasks."""
+        """Return the first tasks."""
         return self._encode() if self._ask is None else [self._ask()]
 
     def _encode(self) -> list[Task]:
-        """The first tasks of shards."""
+        """Return the first tasks of shards."""
         if self._terms is None:
             return [*self.plan.tasks(self._model, reuse=self._reuse)]
         if self._terms.budget.by_output:
@@ -133,7 +134,7 @@ class Passes:
         return self._next()
 
     def _end(self) -> list[Task]:
-        """All shards are there: nothing is left but the proof."""
+        """Hand out the proof, once all shards are there."""
         if self._prove is None:
             self.whole = True
             return []
@@ -156,7 +157,7 @@ class Passes:
         return []
 
     def _probed_one(self, proof: Proof) -> list[Task]:
-        """A version was proven: go on from what that says."""
+        """Return the tasks that follow from a proven version."""
         assert self._outputs is not None
         assert self._terms is not None
         assert proof.record is not None  # one that is required is there, or an error
@@ -203,7 +204,7 @@ class Passes:
         return self._end()
 
     def _count(self) -> int:
-        """Every byte of the version that the present records make."""
+        """Return every byte of the version that the present records make."""
         records = [self.records[index] for index in range(len(self.plan.shards))]
         beside = 0 if self._prove is None else PROOF_BYTES
         return self._describe(self.plan, records).stored_bytes + beside
@@ -220,7 +221,7 @@ class Passes:
 
 
 def _unknown(shard: Sequence[TensorPlan]) -> ShardRecord:
-    """A record of the length that a shard's will have, with a container of no bytes."""
+    """Return a record of the length that a shard's will have, with a container of no bytes."""
     coded = [plan.tensor.shape for plan in shard if plan.decision.action == "coded"]
     matrices = [shape for shape in coded if len(shape) == 2 and shape[1] > 1]
     return ShardRecord(

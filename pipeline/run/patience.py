@@ -1,9 +1,9 @@
-"""Waiting for Ray's own processes for as long as they make progress.
+"""Wait for Ray's own processes for as long as they make progress.
 
 Ray gives its control store and its node 30 s each to start, however busy the machine is, and no setting changes the
-second of the two. A start that is given up loses what it had done, so on a loaded machine the next try is no better.
-Inside `patient_start` the two calls with which Ray waits ask again until the processes have started, used no CPU time
-for `STALL_SECONDS`, or took `START_SECONDS` altogether. Then Ray's own error comes.
+second limit. A start that is abandoned loses its work, so on a loaded machine the next try does no better. Inside
+`patient_start`, Ray's two waiting calls retry until the processes have started, have used no CPU time for
+`STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Patience:
         self._remarked = False
 
     def over(self) -> bool:
-        """Whether the processes have stalled, or had `START_SECONDS`."""
+        """Return whether the processes have stalled, or had `START_SECONDS`."""
         now, cpu = self._clock(), self._cpu_seconds()
         if abs(cpu - self._cpu) > STALL_CPU_SECONDS:  # less, too: what has ended no longer counts
             self._moved, self._cpu = now, cpu
@@ -60,7 +60,7 @@ class Patience:
 
 
 def wait_for(ask: Callable[[], Any], patience: Patience) -> Any:
-    """What `ask` returns once it raises no RuntimeError any more; its last one once `patience` is over."""
+    """Return what `ask` returns once it raises no RuntimeError any more; its last one once `patience` is over."""
     while True:
         interrupt.check()
         try:

@@ -16,7 +16,7 @@ from birkhoff.pipeline.text import printable
 log: logging.Logger = logging.getLogger("birkhoff.run")
 
 LINE_SECONDS = 30.0
-"""Where there is no terminal, a line says how far the fleet is at most this often."""
+"""Seconds between two lines about the fleet, without a terminal."""
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -44,12 +44,12 @@ class Progress(AbstractContextManager["Progress"]):
             self._live.stop()
 
     def view(self) -> FleetView:
-        """What the terminal shows now."""
+        """Return what the terminal shows now."""
         with self._lock:
             return FleetView(self.state, dict(self._downloads))
 
     def downloaded(self, file: str, here: int, total: int | None) -> None:
-        """Of a source file so many bytes are here."""
+        """Note how many bytes of a source file have arrived."""
         with self._lock:
             first = file not in self._downloads
             self._downloads[file] = (here, total)
@@ -58,14 +58,14 @@ class Progress(AbstractContextManager["Progress"]):
             self._line(f"downloading {file}" + (f", {total} bytes" if total else ""))
 
     def planned(self, model: str, nbytes: int, status: str | None, *, shards: int = 0) -> None:
-        """A model's header was read; `status` is set if nothing is to be done for it."""
+        """Note that a model's header was read; `status` is set if there is nothing to do for it."""
         self.state.plan(model, nbytes, shards, status)
         log.info("planned", extra={"model": model, "bytes": nbytes, "shards": shards})
         if status is not None:
             self._ended(model, status)
 
     def advanced(self, model: str, nbytes: int, status: str | None, *, reused: bool = False) -> None:
-        """A shard of `nbytes` source bytes ended; `status` is set if its model ended with it."""
+        """Note that a shard of `nbytes` source bytes ended; `status` is set if its model ended with it."""
         self.state.advance(model, nbytes, status, reused=reused)
         log.info("shard", extra={"model": model, "bytes": nbytes, "reused": reused})
         if status is not None:

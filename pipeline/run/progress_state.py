@@ -1,4 +1,4 @@
-"""How far a run has come: counts, speed and time left. No terminal in here."""
+"""The state of a run's progress: counts, speed and time left. Draws nothing."""
 
 import time
 from collections import deque
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from birkhoff.pipeline.text import size
 
 _WINDOW_SECONDS = 30.0
-"""Speed is taken over this long."""
+"""Seconds over which speed is measured."""
 
 _TELLING_SHARE = 0.01
 """Of the work: the first small shard, seconds after the start, says nothing of the speed to come."""
@@ -67,11 +67,11 @@ class FleetProgress:
         return self.clock() - self._since
 
     def plan(self, name: str, nbytes: int, shards: int, status: str | None) -> None:
-        """A model is known; `status` is set if nothing is to be done for it."""
+        """Add a model; `status` is set if there is nothing to do for it."""
         self.planned[name] = ModelProgress(name=name, nbytes=nbytes, shards=shards, status=status)
 
     def advance(self, name: str, nbytes: int, status: str | None, *, reused: bool) -> None:
-        """A shard of `nbytes` source bytes ended (0: a step that counts no bytes); `status` is set with the last."""
+        """Note that a shard of `nbytes` source bytes ended (0: a step without bytes); `status` is set with the last."""
         model = self.planned[name]
         model.done_bytes = min(model.nbytes, model.done_bytes + nbytes)
         model.done_shards = min(model.shards, model.done_shards + bool(nbytes))
@@ -91,7 +91,7 @@ class FleetProgress:
         return sum(nbytes for _, nbytes in self._recent) / spent if self._recent and spent > 0 else None
 
     def left(self) -> float | None:
-        """Seconds left at this speed; None where there is none to go by."""
+        """Seconds left at this speed; None if there is none to go by."""
         speed = self.speed()
         return (self.nbytes - self.done_bytes) / speed if speed else None
 

@@ -71,12 +71,12 @@ class FleetView:
 
 
 def state_of(model: ModelProgress) -> str:
-    """A model's status, `working` or `waiting`."""
+    """Return a model's status, `working` or `waiting`."""
     return model.status or ("working" if model.done_shards else "waiting")
 
 
 def _choose(models: list[ModelProgress], room: int) -> tuple[list[ModelProgress], list[ModelProgress]]:
-    """(models that have a line, in their own order; the others)."""
+    """Return (models that have a line, in their own order; the others)."""
     if len(models) <= room:
         return models, []
     ranked = sorted(models, key=lambda model: _ORDER.index(state_of(model)))

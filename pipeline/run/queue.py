@@ -1,9 +1,9 @@
-"""Which shard next: a pure decision over tasks, sizes and what is running; Ray only carries it out.
+"""Choose the next shard: a pure decision over tasks, sizes and running shards, which Ray carries out.
 
-Longest first, so that no long shard is left alone at the end. Within a byte budget, so that memory is bounded by the
-machine and not by the fleet. And never two duplicate candidates at once: shards of equal names, shapes and recipe (a
-frozen encoder in two models) probably hold equal bytes, so the second waits for the first and then finds it in the
-store. Shards that are made anew in any case look for nothing there, and do not wait.
+Longest first, so that no long shard remains alone at the end. Within a byte budget, so that memory is bounded by the
+machine and not by the fleet. Never run two shards that may be duplicates at once: shards with equal names, shapes and
+recipe (a frozen encoder in two models) probably hold equal bytes, so the second waits, then finds the first in the
+store. Shards that are encoded again in any case do not look there, and do not wait.
 """
 
 from collections import Counter
@@ -53,7 +53,7 @@ class TaskQueue:
         return self._in_flight
 
     def take(self) -> Task | None:
-        """The next task to start, or None if all that wait must wait on."""
+        """Return the next task to start, or None if all that wait must wait on."""
         idle = not self._running.total()
         if self._exclusive and not idle:
             return None
@@ -67,15 +67,15 @@ class TaskQueue:
         return None
 
     def is_alone(self, task: Task) -> bool:
-        """Whether a task runs only while no other does."""
+        """Return whether a task runs only while no other does."""
         return (task.model, task.index) in self._alone
 
     def done(self, task: Task) -> None:
-        """A task that was taken has ended, well or badly."""
+        """Note that a task that was taken has ended, successfully or not."""
         self._count_running(self._entry(task), -1)
 
     def put_back(self, task: Task, *, alone: bool = False) -> None:
-        """A task that was taken has to run again, by itself if `alone`: then after all that can run beside others."""
+        """Queue a task again; if `alone`, to run by itself, after all that can run beside others."""
         self.done(task)
         if alone:
             self._alone.add((task.model, task.index))
@@ -84,7 +84,7 @@ class TaskQueue:
             self._waiting.insert(0, self._entry(task))
 
     def add(self, tasks: Iterable[Task]) -> None:
-        """More tasks, found necessary while others ran."""
+        """Add tasks that became necessary while others ran."""
         if more := list(map(self._entry, tasks)):
             self._waiting = sorted([*self._waiting, *more], key=lambda entry: -entry.effort)
 

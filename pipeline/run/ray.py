@@ -2,8 +2,8 @@
 
 Both draw from a `TaskQueue` and yield outcomes in the order in which they end. An error of ours is an outcome of its
 shard, not the end of the run. A worker that dies, or is killed as its shard took too long, is replaced, and the shard
-it was at is tried again, `TRIES` times in all, the last time alone. A shard that ran out of memory is tried once more,
-alone; then it has failed.
+it was at is tried again, `TRIES` times in all, the last time alone. A worker whose node has gone says nothing against
+its shard: that is how spot nodes end. A shard that ran out of memory is tried once more, alone; then it has failed.
 """
 
 import logging
@@ -32,6 +32,9 @@ log: logging.Logger = logging.getLogger("birkhoff.execute")
 TRIES = 3
 """Times a shard is tried when its worker dies."""
 
+NODE_LOSSES = 10
+"""Nodes that may go while they are at one shard, before it counts as what ends them."""
+
 WORKERS_PER_GPU = 12
 """Reading, entropy coding and validation keep CPUs busy while the GPU waits; each worker costs it 0.5 GB."""
 
@@ -49,6 +52,8 @@ POLL_SECONDS = 1.0
 # What Ray's memory monitor says of a worker it has killed. Of one that something else has killed it lists guesses, the
 # kernel's OOM killer among them, so that "OOM" alone tells nothing.
 _MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
+_NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
+"""What Ray says of an actor whose node does not answer any more."""
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
@@ -71,6 +76,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     ) -> None:
         self._store, self._limit = store, shard_seconds
         self._deaths: Counter[tuple[str, int]] = Counter()
+        self._lost_nodes: Counter[tuple[str, int]] = Counter()
         self._restarts = 0
         self._cluster = Cluster(address)
         self._ray = self._cluster.ray
@@ -210,6 +216,15 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         died, memory = _died(reason), isinstance(reason, Exception) and self._killed_for_memory(reason)
         if last := logs.last_step(task.model, task.index):
             died = f"{died} at {last}"
+        if self._node_went(reason):
+            self._lost_nodes[task.model, task.index] += 1
+            if (lost := self._lost_nodes[task.model, task.index]) < NODE_LOSSES:
+                log.warning("%s: the node of its worker went; trying again", task.label)
+                self._count_retry(task, "node lost")
+                queue.put_back(task, alone=lost == NODE_LOSSES - 1)
+                return None
+            queue.done(task)
+            return Outcome(task=task, error=WorkerError(f"{task.label}: {lost} nodes went while they were at it"))
         self._deaths[task.model, task.index] += 1
         deaths = self._deaths[task.model, task.index]
         if not (memory and queue.is_alone(task)) and deaths < TRIES:
@@ -228,6 +243,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _count_retry(self, task: Task, reason: str) -> None:
         if self._metrics:
             self._metrics.retried(task.model, reason)
+
+    def _node_went(self, reason: Exception | str) -> bool:
+        """Whether a worker is dead because its node is: preempted, or broken."""
+        died = self._ray.exceptions.RayActorError
+        return isinstance(reason, died) and (reason.preempted or bool(_NODE_DEATH.search(str(reason))))
 
     def _killed_for_memory(self, error: Exception) -> bool:
         kinds = self._ray.exceptions

@@ -1,4 +1,4 @@
-"""Runs of the same models, one after the other: a scheduled one gives way, any other waits."""
+"""The schedule lock: runs of the same models go one after the other. A scheduled run gives way, any other waits."""
 
 import os
 import random
@@ -19,7 +19,7 @@ _POLL_SECONDS = 1.0
 def in_turn(
     store: Store, models: Iterable[str], *, wait: bool, tell: Callable[[str], object] = lambda _: None
 ) -> Iterator[None]:
-    """Be the only run of these models in the store for as long as the block lasts.
+    """Hold the schedule lock of these models in the store for the block.
 
     With `wait` an earlier one is waited for, after `tell` got who it is. A process of this machine that died is not:
     its lease counts on for a minute, and the same command is to go on at once. On a machine whose name another one has
@@ -49,7 +49,7 @@ def in_turn(
 
 
 def _dead_here(error: BusyError) -> bool:
-    """Whether the holder was a process of this machine that no longer runs."""
+    """Return whether the holder was a process of this machine that no longer runs."""
     if error.host != socket.gethostname() or error.pid is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""How a model's part of a run ends."""
+"""The status with which a model's part of a run ends."""
 
 from typing import Literal
 

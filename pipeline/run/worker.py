@@ -1,4 +1,4 @@
-"""The process that encodes shards, one after another; `InlineExecutor` is this very process."""
+"""A process that encodes shards, one after another; `InlineExecutor` does so in this process."""
 
 import importlib.util
 import logging
@@ -79,7 +79,7 @@ class Worker:
         return run_shard(task, store, self._device)
 
     def identity(self) -> dict[str, Any]:
-        """What this process is: id, whether it sees a GPU, where its code is, who owns a top-level `kernels`."""
+        """Return what this process is: id, whether it sees a GPU, where its code is, who owns a top-level `kernels`."""
         spec = importlib.util.find_spec("kernels")
         facts = {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "package": birkhoff.__file__}
         return {**facts, "kernels": spec and spec.origin}
@@ -117,14 +117,14 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
 
 
 def _lacked_memory(error: Exception) -> bool:
-    """Whether an error of Python, torch or CUDA means that there was no memory."""
+    """Return whether an error of Python, torch or CUDA means that there was no memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def out_of_memory_outcome(task: Task, reason: Exception | str) -> Outcome:
-    """The failure of a task that had no memory, with the remedy."""
+    """Return the failure of a task that had no memory, with the remedy."""
     why = reason if isinstance(reason, str) else first_line(reason)
     message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); {task.memory_remedy}"
     return Outcome(task=task, error=WorkerError(message), out_of_memory=True)

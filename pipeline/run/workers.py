@@ -1,7 +1,7 @@
-"""The driver's view of its workers: which are ready, what each has been given, and since when it works on the first.
+"""The driver's view of its workers: which are ready, the tasks of each, and since when it works on the first.
 
-A worker runs its tasks in the order in which it got them, so the first one is the one at work. Tasks go only to workers
-that have answered once: after a node has gone, the workers that were to replace those on it may never start.
+A worker runs its tasks in order, so the first one is running. Tasks go only to workers that have answered once: after a
+node is lost, the replacements of its workers may never start.
 """
 
 import time
@@ -34,7 +34,7 @@ class WorkerSlot:
     """When the first of its tasks began, in seconds of `time.monotonic`."""
 
     def give(self, task: Task) -> None:
-        """Put a task behind those it has."""
+        """Append a task to its queue."""
         if not self.tasks:
             self.since = time.monotonic()
         self.tasks[self.actor.run.remote(task)] = task
@@ -45,7 +45,7 @@ class WorkerSlot:
         return first is not None and time.monotonic() - self.since > limit * first.patience
 
     def ended(self, reference: Any) -> Task:
-        """Its task behind `reference` has ended, and the next one has begun."""
+        """Note that its task behind `reference` has ended, and the next one begun; return the ended one."""
         self.since = time.monotonic()
         return self.tasks.pop(reference)
 
@@ -65,18 +65,18 @@ class WorkerSlots:
         return iter(self._all)
 
     def references(self) -> dict[Any, WorkerSlot]:
-        """Whatever is waited for, and the worker it comes from."""
+        """Return every awaited reference with its worker."""
         found = {slot.starting: slot for slot in self._all if slot.starting is not None}
         return found | {reference: slot for slot in self._all for reference in slot.tasks}
 
     def free(self, waiting: int) -> WorkerSlot | None:
-        """The ready worker with the fewest tasks, if one can take more while so many tasks wait."""
+        """Return the ready worker with the fewest tasks, if one can take more while so many tasks wait."""
         most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
         ready = [slot for slot in self._all if slot.starting is None and len(slot.tasks) < most]
         return min(ready, key=lambda slot: len(slot.tasks), default=None)
 
     def replace(self, slot: WorkerSlot) -> None:
-        """Give a worker up and start another one."""
+        """Replace a worker by a new one."""
         self._all.remove(slot)
         self._add()
 
@@ -85,11 +85,11 @@ class WorkerSlots:
         return [slot for slot in self._all if slot.overdue(limit)]
 
     def count_start(self, slot: WorkerSlot) -> None:
-        """A worker has started."""
+        """Note that a worker has started."""
         slot.starting, self._failed = None, 0
 
     def count_failed_start(self, reason: str) -> None:
-        """A worker died while it started. Raises WorkerError if they all do."""
+        """Note that a worker died while starting. Raises WorkerError if they all do."""
         self._failed += 1
         if self._failed > FAILED_STARTS * len(self._all):
             raise WorkerError(f"workers die at their start, the last of {self._failed} by {reason}; run with --debug")

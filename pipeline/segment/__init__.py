@@ -1,1 +1,1 @@
-"""Models at work: prompts, masks, pictures, and the comparison with the original."""
+"""Run models: prompts, masks, pictures, and the comparison with the original."""

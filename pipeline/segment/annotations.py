@@ -49,7 +49,7 @@ class Skipped:
         self._found.setdefault((what, reason), {})[name] = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line for each reason: `what`, `reason`, `count` and the `first` few names."""
+        """Return a line for each reason: `what`, `reason`, `count` and the `first` few names."""
         return [
             {"what": what, "reason": reason, "count": len(names), "first": list(names)[:LISTED]}
             for (what, reason), names in sorted(self._found.items())
@@ -60,7 +60,7 @@ class Skipped:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file. Raises PictureError."""
+    """Return a JSON file. Raises PictureError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,24 +70,24 @@ def read_json(path: Path) -> Any:
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that one can calculate with."""
+    """Return whether a value is a number that one can calculate with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_id(value: object) -> bool:
-    """Whether a value can be what a picture, an object or a category is known by."""
+    """Return whether a value can be what a picture, an object or a category is known by."""
     return isinstance(value, int | str)
 
 
 def numbers(value: object, count: int) -> list[float]:
-    """A list of so many finite numbers. Raises ValueError."""
+    """Return a list of so many finite numbers. Raises ValueError."""
     if not (isinstance(value, list) and len(value) == count and all(map(finite, value))):
         raise ValueError
     return [float(number) for number in value]
 
 
 def mask_of(entry: object, size: tuple[int, int]) -> Tensor:
-    """The mask of a row on a picture of size (H, W): bool [H, W].
+    """Return the mask of a row on a picture of size (H, W): bool [H, W].
 
     Raises:
         UnusableError: no polygon or run-length mask, one for another size, or an empty one.
@@ -105,13 +105,13 @@ def mask_of(entry: object, size: tuple[int, int]) -> Tensor:
 
 
 def encoded(mask: Tensor) -> dict[str, Any]:
-    """A mask (bool [H, W]) in COCO's run-length coding, ready for JSON. Raises PictureError."""
+    """Return a mask (bool [H, W]) in COCO's run-length coding, ready for JSON. Raises PictureError."""
     runs = rasteriser().encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": [int(length) for length in runs["size"]], "counts": runs["counts"].decode()}
 
 
 def box_of(row: Row, size: tuple[int, int]) -> list[float]:
-    """The box x0, y0, x1, y1 of a detector's row, in pixels, as its x, y, width, height say; it may overhang.
+    """Return the box x0, y0, x1, y1 of a detector's row, in pixels, as its x, y, width, height say; it may overhang.
 
     Raises:
         UnusableError: no box, one without area, or one outside the picture of size (H, W).
@@ -128,7 +128,7 @@ def box_of(row: Row, size: tuple[int, int]) -> list[float]:
 
 
 def click_of(entry: Row, size: tuple[int, int]) -> list[float] | None:
-    """The click x, y that an annotation gives for its object; None if it gives none. Raises UnusableError."""
+    """Return the click x, y that an annotation gives for its object; None if it gives none. Raises UnusableError."""
     given = entry.get("point_coords")
     if not given:
         return None
@@ -151,7 +151,7 @@ def rasteriser() -> Any:
 
 
 def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Any:
-    """The union of polygons x, y, x, y, ...; what cannot be one would make the rasteriser run wild."""
+    """Return the union of polygons x, y, x, y, ...; what cannot be one would make the rasteriser run wild."""
     if not polygons:
         raise ValueError("no polygon")
     reach = max(size)
@@ -167,7 +167,7 @@ def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Any:
 
 
 def _of_runs(runs: Mapping[str, Any], size: tuple[int, int]) -> Any:
-    """A mask of run-length coding, compressed (a text) or plain (a list of lengths)."""
+    """Return a mask of run-length coding, compressed (a text) or plain (a list of lengths)."""
     given = numbers(runs["size"], 2)
     if given != [float(length) for length in size]:
         shown = f"a mask of {[int(length) for length in given]} pixels on a picture of {list(size)} (height, width)"

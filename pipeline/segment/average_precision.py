@@ -1,6 +1,6 @@
 """Average precision of masks, as COCO and LVIS define it.
 
-COCO's is computed by pycocotools, LVIS' (federated: a category counts on a picture only where it was looked for) by
+COCO's is computed by pycocotools, LVIS' (federated: a category counts on a picture only if it was looked for) by
 faster-coco-eval: the `lvis` package of its authors asks NumPy for a name that went with version 1.24, and brings
 OpenCV and Matplotlib. Both give the same numbers.
 """
@@ -62,7 +62,7 @@ class Detections:
                 self.found[model].append({**kept, "segmentation": encoded(mask)})
 
     def scores(self, model: str) -> dict[str, float | None]:
-        """Average precision and recall by name, 0 to 1; None where there is no object to be found.
+        """Average precision and recall by name, 0 to 1; None if there is no object to be found.
 
         Raises:
             PictureError: the annotations are LVIS' and faster-coco-eval is missing.
@@ -75,7 +75,7 @@ class Detections:
 
 
 def federated(images: Iterable[Row], categories: Iterable[Row]) -> bool:
-    """Whether annotations are LVIS', which say what was looked for on a picture, and how rare a category is."""
+    """Return whether annotations are LVIS', which say what was looked for on a picture, and how rare a category is."""
     return any("neg_category_ids" in image for image in images) and all("frequency" in row for row in categories)
 
 

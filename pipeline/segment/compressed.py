@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from birkhoff.pipeline.load.builders import compressed_model
+from birkhoff.pipeline.load.layer_forms import Compute
 from birkhoff.pipeline.segment.adapters.base import Segmenter
 from birkhoff.pipeline.segment.adapters.families import segmenter_of
 
@@ -18,8 +19,11 @@ def compressed_segmenter(
     near: Path | None = None,
     adapter: str | None = None,
     device: str,
+    compute: Compute = "float",
 ) -> Segmenter:
     """The model of an artifact behind its adapter: the one named, else the artifact's own, else the usual one.
+
+    `compute` is that of `load_into`.
 
     A model that no adapter drives is refused after its headers were read and before its weights are fetched.
 
@@ -33,7 +37,7 @@ def compressed_segmenter(
         found.append(segmenter_of(model, own if adapter is None else adapter))
 
     model = compressed_model(
-        reference, store, builder=builder, upstream=upstream, near=near, device=device, accept=accept
+        reference, store, builder=builder, upstream=upstream, near=near, device=device, compute=compute, accept=accept
     )
     (segmenter,) = found
     segmenter.model = model

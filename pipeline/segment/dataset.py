@@ -73,7 +73,7 @@ class Protocol:
     seed: int = 0
 
     def document(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Return the same for JSON."""
         return {
             "annotations": None if self.annotations is None else str(self.annotations),
             "boxes": None if self.boxes is None else str(self.boxes),
@@ -163,7 +163,7 @@ class Dataset:
         return self._of_results(picture, pixels)
 
     def _of_objects(self, picture: Picture, pixels: Tensor) -> Case:
-        """A case whose prompts come from the annotations, and whose truth they are."""
+        """Return a case whose prompts come from the annotations, and whose truth they are."""
         size, name = (int(pixels.shape[1]), int(pixels.shape[2])), picture.path.name
         generator = self._generator(name)
         order = [*range(len(picture.objects))]
@@ -229,7 +229,7 @@ class Dataset:
         return Case(name=name, pixels=pixels, asked=asked, truth=torch.stack(truth) if truth else None, scored=scored)
 
     def _masks(self, picture: Picture, size: tuple[int, int]) -> Iterator[tuple[Row, Tensor]]:
-        """The usable annotations of a picture with their masks; those of crowds only for average precision."""
+        """Yield the usable annotations of a picture with their masks; those of crowds only for average precision."""
         for place, entry in picture.objects:
             try:
                 self._check_category(entry)
@@ -255,20 +255,20 @@ class Dataset:
 
 
 def middle_pixel(mask: Tensor) -> Tensor:
-    """The pixel (x, y) of a mask (bool [H, W]) that is nearest to its middle."""
+    """Return the pixel (x, y) of a mask (bool [H, W]) that is nearest to its middle."""
     pixels = mask.nonzero().to(torch.float32)
     nearest = pixels[(pixels - pixels.mean(dim=0)).square().sum(dim=1).argmin()]
     return nearest.flip(0)
 
 
 def drawn_pixel(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """A pixel (x, y) of a mask (bool [H, W]), each as likely as any other."""
+    """Return a pixel (x, y) of a mask (bool [H, W]), each as likely as any other."""
     pixels = mask.nonzero()
     return pixels[torch.randint(len(pixels), (), generator=generator)].flip(0)
 
 
 def _meant(row: Row, box: Sequence[float], objects: Sequence[tuple[Row, Tensor]]) -> Tensor:
-    """The mask of the annotated object that a detector's box overlaps most. Raises UnusableError."""
+    """Return the mask of the annotated object that a detector's box overlaps most. Raises UnusableError."""
     rivals = [mask for entry, mask in objects if entry.get("category_id") == row.get("category_id")]
     if rivals:
         theirs = boxes_of(torch.stack(rivals)) + torch.tensor([0, 0, 1, 1])  # the last pixel's far edge
@@ -280,7 +280,7 @@ def _meant(row: Row, box: Sequence[float], objects: Sequence[tuple[Row, Tensor]]
 
 
 def _cleaned(entry: Row, mask: Tensor) -> Row:
-    """An annotation as COCO's evaluation wants it, its mask checked and coded anew."""
+    """Return an annotation as COCO's evaluation wants it, its mask checked and coded anew."""
     area = entry.get("area")
     return {
         "image_id": entry["image_id"],
@@ -299,7 +299,7 @@ def open_dataset(
     grid: int = GRID,
     protocol: Protocol | None = None,
 ) -> Dataset:
-    """The pictures of a folder, the first `limit` by name; with annotations those that have any.
+    """Return the pictures of a folder, the first `limit` by name; with annotations those that have any.
 
     A picture of COCO's or LVIS' annotations lies in the folder under its file name, or under the path that the
     annotations give (`train2017/000000000009.jpg`). For average precision every annotated picture counts, also one
@@ -378,7 +378,7 @@ def _coco(path: Path, folder: Path, protocol: Protocol, skipped: Skipped) -> tup
 
 
 def _records(images: Sequence[Any], skipped: Skipped) -> dict[Any, Row]:
-    """The pictures' rows by their id."""
+    """Return the pictures' rows by their id."""
     records: dict[Any, Row] = {}
     for index, image in enumerate(images):
         place = f"images[{index}]"
@@ -394,7 +394,7 @@ def _records(images: Sequence[Any], skipped: Skipped) -> dict[Any, Row]:
 def _by_picture(
     rows: Sequence[Any], what: Literal["annotation", "result"], records: Mapping[Any, Row], skipped: Skipped
 ) -> dict[Any, Entries]:
-    """Rows by their picture's id; those that name none are skipped."""
+    """Return rows by their picture's id; those that name none are skipped."""
     found: defaultdict[Any, list[tuple[str, Row]]] = defaultdict(list)
     places: set[str] = set()
     for index, row in enumerate(rows):

@@ -61,12 +61,12 @@ class Panel:
 
 
 def zoom_of(size: tuple[int, int]) -> int:
-    """How often a pixel of a picture of size (H, W) is repeated."""
+    """Return how often a pixel of a picture of size (H, W) is repeated."""
     return max(1, -(-_SMALLEST // max(size)))
 
 
 def sheet(titles: Sequence[Title], rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Rows of panels under column titles, all panels of the first one's width, each row of its own height."""
+    """Return rows of panels under column titles, all panels of the first one's width, each row of its own height."""
     width = len(titles) * (rows[0][0].image.width + GAP) + GAP
     heights = [max(panel.image.height for panel in row) + FOOT + GAP for row in rows]
     paper = Image.new("RGB", (width, HEAD + sum(heights)), WHITE)
@@ -87,7 +87,7 @@ def sheet(titles: Sequence[Title], rows: Sequence[Sequence[Panel]]) -> Image.Ima
 
 
 def with_prompts(pixels: Tensor, asked: Sequence[Prompts]) -> Image.Image:
-    """The picture with its prompts: boxes, and dots for points."""
+    """Return the picture with its prompts: boxes, and dots for points."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     image = _image(_zoom(pixels, zoom))
     _mark(image, asked, zoom)
@@ -95,7 +95,7 @@ def with_prompts(pixels: Tensor, asked: Sequence[Prompts]) -> Image.Image:
 
 
 def overlay(pixels: Tensor, masks: Tensor, asked: Sequence[Prompts] = ()) -> Image.Image:
-    """The picture with every mask [K, H, W] tinted and edged in a colour of its own, and the prompts."""
+    """Return the picture with every mask [K, H, W] tinted and edged in a colour of its own, and the prompts."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     shown = _zoom(pixels, zoom)
     for number in masks.sum(dim=(1, 2)).argsort(descending=True, stable=True).tolist():  # small ones on large ones
@@ -108,7 +108,7 @@ def overlay(pixels: Tensor, masks: Tensor, asked: Sequence[Prompts] = ()) -> Ima
 
 
 def masked(pixels: Tensor, masks: Tensor, colour: Colour) -> Image.Image:
-    """The picture, faded outside the masks [K, H, W], tinted within, and the edge of each drawn."""
+    """Return the picture, faded outside the masks [K, H, W], tinted within, and the edge of each drawn."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     inside = _zoom(masks.any(dim=0, keepdim=True), zoom)[0]
     shown = _blend(_zoom(pixels, zoom), WHITE, 0.55, where=~inside)
@@ -134,7 +134,7 @@ def difference(pixels: Tensor, original: Tensor, compressed: Tensor) -> Image.Im
 
 
 def picture(pixels: Tensor, asked: Sequence[Prompts], found: Masks, original: Masks | None) -> Image.Image:
-    """What `segment` writes: the overlay, or beside an original the four panels of a comparison."""
+    """Return what `segment` writes: the overlay, or beside an original the four panels of a comparison."""
     if original is None:
         return overlay(pixels, found.masks, asked)
     return sheet(COMPARED, [comparison(pixels, asked, original.masks, found.masks)])
@@ -143,7 +143,7 @@ def picture(pixels: Tensor, asked: Sequence[Prompts], found: Masks, original: Ma
 def comparison(
     pixels: Tensor, asked: Sequence[Prompts], original: Tensor, compressed: Tensor, lines: Sequence[str] = ("", "", "")
 ) -> list[Panel]:
-    """The panels of one picture, masks bool [K, H, W]: prompts, original, compressed, difference.
+    """Return the panels of one picture, masks bool [K, H, W]: prompts, original, compressed, difference.
 
     `lines` stand below the first three; below the last stand the IoU of the two and the pixels that differ.
     """
@@ -214,7 +214,7 @@ def _blend(pixels: Tensor, colour: Colour, share: float, where: Tensor | None = 
 
 
 def _edge(mask: Tensor) -> Tensor:
-    """The pixels of a mask (bool [H, W]) within `_EDGE` of its border."""
+    """Return the pixels of a mask (bool [H, W]) within `_EDGE` of its border."""
     outside = functional.max_pool2d((~mask).float()[None], kernel_size=2 * _EDGE + 1, stride=1, padding=_EDGE)[0]
     return mask & (outside > 0)
 

@@ -1,4 +1,4 @@
-"""What compression did to a model's outputs: masks for the same prompts, and the image encoder block by block.
+"""Measure what compression did to a model's outputs: masks for the same prompts, and the encoder block by block.
 
 Agreement is the IoU of the compressed model's mask with the original's, mean and worst over all prompts: a good mean
 can hide a picture that went wrong. With truth, both models' masks are compared with it too, by IoU or by average
@@ -22,6 +22,7 @@ from birkhoff.codec.metrics import fidelity, sqnr_db
 from birkhoff.pipeline.artifact.readers import open_artifact
 from birkhoff.pipeline.errors import PictureError
 from birkhoff.pipeline.load.builders import original_model
+from birkhoff.pipeline.load.layer_forms import Compute
 from birkhoff.pipeline.segment.adapters.base import PromptKind, Segmenter, ious
 from birkhoff.pipeline.segment.adapters.families import segmenter_of
 from birkhoff.pipeline.segment.average_precision import Detections, check_metric
@@ -146,11 +147,13 @@ def evaluate(
     upstream: Path | None = None,
     adapter: str | None = None,
     device: str = "cpu",
+    compute: Compute = "float",
     advanced: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Compare an artifact with its source on pictures, one at a time; `advanced` is called after each.
 
-    Both models are in memory, and the original's block outputs of one picture.
+    Both models are in memory, and the original's block outputs of one picture. `compute` is that of `load_into`, for
+    the artifact.
 
     Pictures and rows that cannot be used are skipped, and counted in the result.
 
@@ -163,10 +166,17 @@ def evaluate(
         check_metric(data)
     with open_artifact(reference, store) as artifact:
         manifest = artifact.manifest
-        about = {"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile}
+        about = {"model": manifest.model, "digest": manifest.digest, "profile": manifest.profile, "compute": compute}
         adapter = adapter or manifest.adapter
     compressed = compressed_segmenter(
-        reference, store, builder=builder, upstream=upstream, near=source, adapter=adapter, device=device
+        reference,
+        store,
+        builder=builder,
+        upstream=upstream,
+        near=source,
+        adapter=adapter,
+        device=device,
+        compute=compute,
     )
     theirs = original_model(source, builder=builder, upstream=upstream, reference=reference, store=store, device=device)
     original = segmenter_of(theirs, adapter)

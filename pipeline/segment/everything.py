@@ -4,7 +4,7 @@ This is the automatic mask generator that the family publishes (A. Kirillov et a
 2304.02643, appendix B): the masks that the model itself trusts and that hardly change with the threshold, and of any
 two with nearly the same box the more trusted; perhaps again on overlapping crops, and without small holes and islands.
 
-Two members publish another mode. TinySAM (arXiv 2312.13789) asks by a coarse grid first, and then only where no mask
+Two members publish another mode. TinySAM (arXiv 2312.13789) asks by a coarse grid first, and then only if no mask
 is sure; EfficientSAM takes the most trusted mask of each point. MobileSAMv2 (arXiv 2312.09579) asks by the boxes of a
 detector of its own, which is no part of the model here: its boxes can be given as prompts, and without them its
 decoder is asked by the grid.
@@ -55,7 +55,7 @@ class Everything:
     most_trusted: of each point's masks only the one of the highest predicted IoU, and boxes are compared only after
         small regions are gone (EfficientSAM).
     from_corner: points begin at the picture's corner instead of in the middle of cells (EfficientSAM).
-    coarse_first: by a grid of a quarter first, then only where no mask is sure (TinySAM); without crops.
+    coarse_first: by a grid of a quarter first, then only if no mask is sure (TinySAM); without crops.
     """
 
     across: int = 32
@@ -81,7 +81,7 @@ _PUBLISHED: Mapping[str, Everything] = {
 
 
 def published(family: str, **changed: Any) -> Everything:
-    """How a family's publishers ask for everything; `changed` fields override it, those that are None do not.
+    """Return how a family's publishers ask for everything; `changed` fields override it, those that are None do not.
 
     Sources: the mask generators of segment-anything and sam2, TinySAM's hierarchical one, EfficientSAM's notebook.
     """
@@ -118,7 +118,7 @@ def everything(
 
 
 def crop_boxes(size: tuple[int, int], how: Everything) -> Iterator[tuple[int, Box]]:
-    """The whole picture of size (H, W) and its crops, each with its layer."""
+    """Yield the whole picture of size (H, W) and its crops, each with its layer."""
     height, width = size
     yield 0, (0, 0, width, height)
     for layer in range(1, how.crop_layers + 1):
@@ -158,7 +158,7 @@ class _Packed:
         return cls(box=(x0, y0, x1, y1), bits=np.packbits(mask[y0:y1, x0:x1].numpy()))
 
     def whole(self, size: tuple[int, int]) -> Tensor:
-        """The mask on a picture of size (H, W)."""
+        """Return the mask on a picture of size (H, W)."""
         x0, y0, x1, y1 = self.box
         bits = np.unpackbits(self.bits, count=(y1 - y0) * (x1 - x0)).reshape(y1 - y0, x1 - x0)
         mask = torch.zeros(size, dtype=torch.bool)
@@ -166,7 +166,7 @@ class _Packed:
         return mask
 
     def moved(self, x: int, y: int) -> "_Packed":
-        """The same further right and down."""
+        """Return the same further right and down."""
         x0, y0, x1, y1 = self.box
         return _Packed(box=(x0 + x, y0 + y, x1 + x, y1 + y), bits=self.bits)
 
@@ -192,7 +192,7 @@ class _Found:
         return cls(masks=packed, boxes=boxes, trust=trust, crop_area=torch.zeros(len(packed)))
 
     def at(self, index: Tensor) -> "_Found":
-        """Those of an index, in its order."""
+        """Return those of an index, in its order."""
         return _Found(
             masks=[self.masks[number] for number in index.tolist()],
             boxes=self.boxes[index],
@@ -273,7 +273,7 @@ def _scaled(grid: Tensor, view: View, how: Everything) -> Tensor:
 
 
 def _by_grid(segmenter: Segmenter, view: View, how: Everything, layer: int, advanced: Advanced) -> _Found:
-    """The masks of one grid that are good enough, in pixels of the view."""
+    """Return the masks of one grid that are good enough, in pixels of the view."""
     grid = _grid(_across(how, layer), how)
     if how.from_corner:  # column by column, which decides between masks of the same score
         grid = grid.flip(-1)
@@ -281,7 +281,7 @@ def _by_grid(segmenter: Segmenter, view: View, how: Everything, layer: int, adva
 
 
 def _coarse_first(segmenter: Segmenter, view: View, how: Everything, _layer: int, advanced: Advanced) -> _Found:
-    """The masks of a coarse grid, and of the fine grid's points that lie in none of them for sure."""
+    """Return the masks of a coarse grid, and of the fine grid's points that lie in none of them for sure."""
     height, width = view.size
     points = _scaled(_grid(max(1, how.across // 4), how), view, how)
     coarse, sure = _asked(segmenter, view, points, how, advanced)

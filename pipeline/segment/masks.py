@@ -27,19 +27,19 @@ class Masks:
 
 
 def in_parts(prompts: Prompts, size: tuple[int, int]) -> Iterator[Prompts]:
-    """A few prompts at a time, so that the logits of a picture of size (H, W) stay small."""
+    """Yield a few prompts at a time, so that the logits of a picture of size (H, W) stay small."""
     for values in prompts.values.split(min(_AT_ONCE, max(1, _LOGITS // (3 * size[0] * size[1])))):
         yield Prompts(kind=prompts.kind, values=values)
 
 
 def masks_of(segmenter: Segmenter, view: View, prompts: Prompts) -> Tensor:
-    """The single mask for every prompt of one picture: bool [K, H, W] on the CPU."""
+    """Return the single mask for every prompt of one picture: bool [K, H, W] on the CPU."""
     parts = [segmenter.masks(view, part.kind, part.values[None])[0].cpu() for part in in_parts(prompts, view.size)]
     return torch.cat(parts)
 
 
 def prompted(segmenter: Segmenter, view: View, asked: list[Prompts]) -> Masks:
-    """A mask for every prompt, in the order given."""
+    """Return a mask for every prompt, in the order given."""
     found = [masks_of(segmenter, view, prompts) for prompts in asked]
     labels = [f"{p.kind} {','.join(f'{v:g}' for v in row)}" for p in asked for row in p.values.tolist()]
     return Masks(masks=torch.cat(found), labels=tuple(labels))
@@ -63,7 +63,7 @@ def overlaps(masks: Tensor, others: Tensor) -> Tensor:
 
 
 def rows(found: Masks, original: Masks | None) -> list[dict[str, Any]]:
-    """A line for each mask: its pixels, and beside the original model's mask their IoU."""
+    """Return a line for each mask: its pixels, and beside the original model's mask their IoU."""
     lines: list[dict[str, Any]] = []
     for number, (label, mask) in enumerate(zip(found.labels, found.masks, strict=True)):
         line: dict[str, Any] = {"prompt": label, "pixels": int(mask.sum())}

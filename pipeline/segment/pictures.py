@@ -30,7 +30,7 @@ class Segmented:
     original: Masks | None
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line for each mask."""
+        """Return a line for each mask."""
         return rows(self.masks, self.original)
 
 
@@ -48,7 +48,7 @@ def outputs_of(image: Path, out: Path) -> Mapping[Path, Path]:
 
 
 def read_asked(path: Path, points: Sequence[str] | None, boxes: Sequence[str] | None) -> Asked:
-    """A picture and its prompts, given as in `parse_prompts`. Raises PictureError."""
+    """Return a picture and its prompts, given as in `parse_prompts`. Raises PictureError."""
     pixels = read_picture(path)
     size = int(pixels.shape[1]), int(pixels.shape[2])
     given: tuple[tuple[PromptKind, Sequence[str] | None], ...] = (("point", points), ("box", boxes))
@@ -58,7 +58,7 @@ def read_asked(path: Path, points: Sequence[str] | None, boxes: Sequence[str] | 
 def segmented(
     models: Sequence[Segmenter], asked: Asked, how: Everything | None, advanced: Advanced = lambda _: None
 ) -> Segmented:
-    """What the first model finds on a picture, and beside it the second, which is the original.
+    """Return what the first model finds on a picture, and beside it the second, which is the original.
 
     `how` says how everything is asked for; with None the prompts are asked. Of everything each mask of the original is
     paired with the nearest one. `advanced` is told how many points were asked.

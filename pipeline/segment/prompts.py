@@ -32,7 +32,7 @@ class Prompts:
 
 
 def read_picture(path: Path) -> Tensor:
-    """An RGB picture, turned as its file says: uint8 [3, H, W].
+    """Return an RGB picture, turned as its file says: uint8 [3, H, W].
 
     Raises:
         PictureError: no such file, or not a picture.
@@ -50,7 +50,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name. Raises PictureError where it holds none."""
+    """Return the pictures of a folder, by name. Raises PictureError if it holds none."""
     if not folder.is_dir():
         raise PictureError(f"{folder}: no such folder of pictures")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())

@@ -42,7 +42,7 @@ def _without(pixels: Any, smallest: int, *, one_stays: bool = False) -> tuple[An
 
 
 def _runs(pixels: Any) -> tuple[Any, Any, Any]:
-    """Every run of set pixels in a row: first and past-the-last index in rows of W + 1, and its region's number.
+    """Return every run of set pixels in a row: first and past-the-last index in rows of W + 1, and its region's number.
 
     A region's number is the index of one of its runs.
     """
@@ -60,7 +60,7 @@ def _runs(pixels: Any) -> tuple[Any, Any, Any]:
 
 
 def _joined(count: int, first: Any, second: Any) -> Any:
-    """The component that each of `count` nodes belongs to, by edges first - second: its least node."""
+    """Return the component that each of `count` nodes belongs to, by edges first - second: its least node."""
     least = np.arange(count)
     while True:
         low = np.minimum(least[first], least[second])

@@ -60,8 +60,7 @@ def statistics(
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Of what these modules compute, backward passes keep the inputs alone: each then runs once more.
 
-    So the graph of a whole encoder takes little more than that of its largest block. Layers inside see their inputs
-    once more too, all equally often: their mean products are the same.
+    So the graph of a whole encoder takes little more than that of its largest block.
     """
     with ExitStack() as stack:
         for block in blocks:

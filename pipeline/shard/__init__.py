@@ -1,1 +1,1 @@
-"""What becomes of each tensor, and one shard in one process: encode, validate, upload, record."""
+"""The decision for each tensor, and the work on one shard: encode, validate, upload, record."""

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a model: the one place that asks, for models that are planned and versions stored.
+"""The decision for every tensor of a model: the one place that makes it, for planned models and stored versions.
 
 A version stores its decisions as what they were made from, recipe and overrides in its manifest, which its digest and
 its signatures cover. From these and the headers of its shards `decisions_of` makes them again, for a version of any
@@ -28,20 +28,26 @@ class Shares:
 def decide(
     headers: Iterable[Header], profile: Profile, overrides: Mapping[str, Override], shares: Shares | None = None
 ) -> dict[str, Decision]:
-    """What becomes of tensors, by name, in their order.
+    """Return the decision for each tensor, by name, in their order.
 
-    Whoever allots targets tensor by tensor gives them as `overrides`, which must be reached, or as `shares`, which say
-    steps: keys of shards, manifests and checks follow.
+    Callers that allot targets tensor by tensor pass them as `overrides`, which must be reached, or as `shares`, which
+    give steps. Keys of shards, manifests and checks follow them.
     """
     decisions = {name: profile.decide(shape, dtype, overrides.get(name), name) for name, shape, dtype in headers}
     if shares is None or profile.target_db is None:
         return decisions
     targets = targets_db(shares.gains_db, profile.target_db)
-    return decisions | {
-        name: replace(decision, target_db=targets[name], hessian=shares.hessians.get(name))
+    return {
+        name: _shared(decision, targets.get(name), shares.hessians.get(name)) if decision.nominal else decision
         for name, decision in decisions.items()
-        if decision.nominal and name in targets
     }
+
+
+def _shared(decision: Decision, target_db: float | None, hessian: str | None) -> Decision:
+    """What becomes of a tensor with its own target; it is lossless if nothing tells what it may lose."""
+    if target_db is None:
+        return Decision(codec="planes", reason="no output feels it")
+    return replace(decision, target_db=target_db, hessian=hessian)
 
 
 def decisions_of(manifest: VersionManifest, entries: Iterable[Entry]) -> dict[str, Decision]:

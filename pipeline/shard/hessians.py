@@ -28,7 +28,7 @@ class Hessians:
         self._packed: dict[str, bytes] = {}
 
     def of(self, name: str) -> Tensor | None:
-        """The Hessian of a tensor, float32 [K, K] on the device; None where it has none. Raises IntegrityError."""
+        """The Hessian of a tensor, float32 [K, K] on the device; None if it has none. Raises IntegrityError."""
         digest, columns = self._digests[name], self._columns[name]
         if digest is None:
             return None

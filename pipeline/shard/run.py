@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 import birkhoff.kernels.entropy.op
+import birkhoff.kernels.feedback.op
 import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
 from birkhoff.codec.budget import Floats, sizes
 from birkhoff.codec.container import FORMAT_VERSION, serialise
+from birkhoff.codec.difference.encode import Base
+from birkhoff.codec.difference.encode import encode as by_difference
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.output import encode as by_output
 from birkhoff.codec.output.allocation import tensor_sizes
@@ -27,7 +30,16 @@ from birkhoff.pipeline import logs
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, ValidationError
-from birkhoff.pipeline.registry.documents import ShardRecord, blob_key, fetch_document, keep_object, sha256, shard_key
+from birkhoff.pipeline.registry.documents import (
+    BaseBlob,
+    ShardRecord,
+    blob_key,
+    fetch_document,
+    keep_object,
+    sha256,
+    shard_key,
+)
+from birkhoff.pipeline.shard.bases import Bases
 from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.shard.validate import ShardChecks, validate_shard
@@ -99,25 +111,31 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     """
     stages = Stages()
     sources, decisions = {plan.tensor.name: _read(plan.tensor) for plan in task.tensors}, task.decisions
-    hessians = Hessians(store, sources, decisions, device)
+    hessians, bases = Hessians(store, sources, decisions, device), Bases(store, task.bases)
     stages.end("read")
     key = input_key(sources, task.recipe, decisions)
+    if task.bases:
+        if key in {base.key for base in task.bases}:
+            bases = Bases(store, ())  # the very shard of the base: both share it
+        else:
+            key = input_key(sources, task.recipe, decisions, bases)
     stages.end("key")
     record = None if task.reuse == "never" else find_record(store, key)
     stages.end("find")
     if record is not None and task.reuse == "prove":
-        record = _proven(record, store, sources, task, device, hessians)
+        record = _proven(record, store, sources, task, device, hessians, bases)
         stages.end("validate")
     if record is not None and task.reuse == "revalidate":
-        validate_shard(store.get(blob_key(record.blob)), sources, decisions, device, hessians.of)
+        body = store.get(blob_key(record.blob))
+        validate_shard(body, sources, decisions, device, hessians.of, bases.tensors_of)
         stages.end("validate")
     if record is not None:
         return ShardResult(record=record, reused=True, stages=stages.seconds)
-    blob = encode_shard(sources, decisions, device, hessians.of)
+    blob = encode_shard(sources, decisions, device, hessians.of, bases.of)
     stages.end("encode")
-    checks = validate_shard(blob, sources, decisions, device, hessians.of)
+    checks = validate_shard(blob, sources, decisions, device, hessians.of, bases.tensors_of)
     stages.end("validate")
-    record = make_record(key, sources, blob, checks)
+    record = make_record(key, sources, blob, checks, bases)
     logs.step("upload", len(blob))
     keep_shard(store, blob, record)
     stages.end("upload")
@@ -131,17 +149,18 @@ def _proven(
     task: ShardTask,
     device: torch.device,
     hessians: Hessians,
+    bases: Bases,
 ) -> ShardRecord | None:
     """The record that a stored shard deserves, made from its bytes and its source alone; None where it fails.
 
-    Whoever can write to the store can write records and blobs, but no signature: nothing of the record is believed.
+    Anyone who can write to the store can write records and blobs, but not sign: the record is not trusted.
     """
     try:
         blob = store.get(blob_key(record.blob))
         if sha256(blob) != record.blob:
             raise IntegrityError(f"blob {record.blob} is damaged")
-        checks = validate_shard(blob, sources, task.decisions, device, hessians.of)
-        proven = make_record(record.key, sources, blob, checks)
+        checks = validate_shard(blob, sources, task.decisions, device, hessians.of, bases.tensors_of)
+        proven = make_record(record.key, sources, blob, checks, bases)
     except (ObjectNotFoundError, IntegrityError, ValidationError, FormatError) as error:
         log.warning(
             "%s: the stored shard %s is not what its source gives (%s); it is made anew", task.label, record.key, error
@@ -157,27 +176,33 @@ def encode_shard(
     decisions: Mapping[str, Decision],
     device: torch.device,
     hessian_of: HessianOf = lambda _: None,
+    base_of: Callable[[str], Base | None] = lambda _: None,
 ) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
-    by_outputs, others = (
-        [(name, tensor) for name, tensor in sources.items() if decisions[name].nominal == nominal]
-        for nominal in (True, False)
-    )
+    bases = {
+        name: base
+        for name in sources
+        if decisions[name].action == "coded" and not decisions[name].nominal and (base := base_of(name)) is not None
+    }
     coded = {
         name: _encode_by_output(name, tensor.to(device), decisions[name], hessian_of(name)).tensor
-        for name, tensor in _announced(by_outputs)
+        for name, tensor in _announced({name: sources[name] for name in sources if decisions[name].nominal})
+    }
+    coded |= {
+        name: by_difference(name, tensor.to(device), decisions[name], bases[name]).tensor
+        for name, tensor in _announced({name: sources[name] for name in bases})
     }
     # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
     items = (
         (name, tensor if decisions[name].action == "lossless" else tensor.to(device), decisions[name])
-        for name, tensor in _announced(others)
+        for name, tensor in _announced({name: tensor for name, tensor in sources.items() if name not in coded})
     )
     coded |= {encoded.tensor.name: encoded.tensor for encoded in encode_tensors(items)}
     return serialise([coded[name] for name in sources])
 
 
-def _announced(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
+def _announced(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
         logs.step("encode", tensor.nbytes, name)
         yield name, tensor
 
@@ -193,8 +218,11 @@ def _read(tensor: StoredTensor) -> Tensor:
     return read_tensor(tensor)
 
 
-def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks) -> ShardRecord:
-    """What is kept about a validated shard."""
+def make_record(
+    key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks, bases: Bases | None = None
+) -> ShardRecord:
+    """What is kept about a validated shard; `bases` are those that its tensors could be differences to."""
+    needed = () if bases is None else tuple(BaseBlob(blob=d, bytes=bases.size_of(d)) for d in checks.bases)
     return ShardRecord(
         key=key,
         blob=sha256(blob),
@@ -205,6 +233,7 @@ def make_record(key: str, sources: Mapping[str, Tensor], blob: bytes, checks: Sh
         probe_db=checks.probe_db,
         probe_error=checks.probe_error,
         fallbacks=checks.fallbacks or None,
+        bases=needed or None,
     )
 
 
@@ -217,13 +246,14 @@ def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
 def find_record(store: Store, key: str) -> ShardRecord | None:
     """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest.
 
-    Both are touched: a grace period begins anew for what is reused.
+    Both are touched, and so are the containers of its bases: a grace period begins anew for what is reused.
     """
     try:
         record = fetch_document(store, ShardRecord, shard_key(key))
         body = store.get(blob_key(record.blob), length=record.bytes + 1)
         if record.key == key and sha256(body) == record.blob:
-            store.touch(blob_key(record.blob))
+            for blob in record.needs:
+                store.touch(blob_key(blob))
             store.touch(shard_key(key))
             return record
         log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)
@@ -234,11 +264,13 @@ def find_record(store: Store, key: str) -> ShardRecord | None:
     return None
 
 
-def input_key(sources: Mapping[str, Tensor], recipe: Recipe, decisions: Mapping[str, Decision]) -> str:
+def input_key(
+    sources: Mapping[str, Tensor], recipe: Recipe, decisions: Mapping[str, Decision], bases: Bases | None = None
+) -> str:
     """Key of a shard: everything that decides its bytes, and nothing else.
 
     Of a decision that is what the recipe, with the tensor's header, does not tell: its `override`, or its nominal
-    target and Hessian.
+    target and Hessian; and the container that holds its base, if it has one.
     """
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, recipe], sort_keys=True).encode())
     for name, tensor in sources.items():
@@ -246,6 +278,8 @@ def input_key(sources: Mapping[str, Tensor], recipe: Recipe, decisions: Mapping[
         own: list[object] = [] if decision.override is None else [decision.override]
         if decision.nominal:
             own += [decision.target_db, decision.hessian]
+        elif bases is not None and decision.action == "coded" and (base := bases.digest_of(name)) is not None:
+            own.append({"base": base})
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), *own]).encode())
         if tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -17,10 +17,20 @@ fails (`revalidate`) or make it anew (`prove`, what a signature asks for); or ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """Where a tensor lies, and what becomes of it."""
+    """The place of a tensor, and the decision for it."""
 
     tensor: StoredTensor
     decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseShard:
+    """A shard of a base version: key, container and its size, and the tensors in it that can be a base."""
+
+    key: str
+    blob: str
+    bytes: int
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +43,8 @@ class ShardTask:
     recipe: Recipe
     """Of the profile that decided; part of the shard's key."""
     reuse: Reuse = "trust"
+    bases: tuple[BaseShard, ...] = ()
+    """Shards of a base version that hold tensors of these names, which they may be coded as differences to."""
     targets_db: tuple[tuple[float, ...], ...] = ()
     """What a budget might make of the target of each tensor, dB, [T] each: sizes are estimated, and nothing is made."""
 
@@ -43,7 +55,7 @@ class ShardTask:
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """What becomes of its tensors, by name."""
+        """Return the decisions for its tensors, by name."""
         return {plan.tensor.name: plan.decision for plan in self.tensors}
 
     @property
@@ -52,7 +64,7 @@ class ShardTask:
         tensors = tuple(
             (plan.tensor.name, plan.tensor.dtype, plan.tensor.shape, plan.decision) for plan in self.tensors
         )
-        return tensors, tuple(self.recipe.items()), self.estimate_only
+        return tensors, tuple(self.recipe.items()), self.bases, self.estimate_only
 
     @property
     def label(self) -> str:

@@ -7,7 +7,7 @@ the kernels that a GPU codes with have no part in their own proof.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from birkhoff.codec.container import CodedTensor, LatticeParams, parse
+from birkhoff.codec.container import CodedTensor, LatticeParams, bases_of, parse, with_bases
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
 from birkhoff.codec.output.encode import is_no_worse, stored_step
@@ -54,6 +54,8 @@ class ShardChecks:
     probe_error: float
     fallbacks: dict[str, str]
     """Tensors that are lossless for what their weights are, and why: keys of `FALLBACKS`."""
+    bases: tuple[str, ...] = ()
+    """sha256 of the containers that tensors are differences to."""
 
 
 def validate_shard(
@@ -62,10 +64,12 @@ def validate_shard(
     decisions: Mapping[str, Decision],
     device: torch.device,
     hessian_of: HessianOf = lambda _: None,
+    tensors_of: Callable[[str], Mapping[str, CodedTensor]] = lambda _: {},
 ) -> ShardChecks:
     """Check a container against its source tensors (by name, in order), and against what was decided of each.
 
-    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back.
+    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back,
+    `tensors_of` the tensors of the containers that its tensors may be differences to.
 
     Raises:
         ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), is coded
@@ -73,7 +77,7 @@ def validate_shard(
             nominal target it has another step, or its output error is above that of plain rounding.
         FormatError: the container cannot be read back.
     """
-    coded_tensors = parse(blob)
+    coded_tensors = with_bases(parse(blob), tensors_of)
     if [coded.name for coded in coded_tensors] != list(sources):
         raise ValidationError("the container's tensors are not the shard's tensors: report this as a bug")
     sqnrs: list[float] = []
@@ -102,6 +106,7 @@ def validate_shard(
         probe_db=tuple(round(max(db, FLOOR_DB), 2) for db, _ in probes),
         probe_error=float(f"{max((error for _, error in probes), default=0.0):.2g}"),
         fallbacks=fallbacks,
+        bases=bases_of(coded_tensors),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.output.allocation import root_mean_square
+from birkhoff.codec.output.feedback import left
 from birkhoff.codec.output.packing import pack
 from birkhoff.codec.output.statistics import gather
 from birkhoff.codec.pairs import matrix_shape
@@ -34,6 +35,9 @@ from birkhoff.pipeline.statistics.task import SEED, Counts, Statistics, Statisti
 from birkhoff.pipeline.store.base import Store
 
 log: logging.Logger = logging.getLogger("birkhoff.statistics")
+
+MOST_PROBES = 8
+"""Of each of the user's batches."""
 
 LEAST_WEIGHTS = 1024
 """Matrices with fewer have no Hessian: they are lossless under every profile."""
@@ -90,23 +94,26 @@ def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Sta
         stages.end("read")
         names = _names(model, checkpoint)
         hessians: dict[str, HessianRecord] = {}
+        shares: dict[str, float] = {}
 
         def keep(parameter: str, hessian_KK: Tensor) -> None:
             interrupt.check()
             logs.step("statistics", hessian_KK.nbytes, parameter)
+            shares.update(dict.fromkeys(names[parameter], left(hessian_KK)))
             record = keep_hessian(store, pack(hessian_KK), len(hessian_KK))
             hessians.update(dict.fromkeys(names[parameter], record))
 
         run = _of_inputs if task.subject.inputs is not None else _of_masks
-        adapter, pictures, found = run(task, model, counts, keep, _matrices(model, checkpoint, names))
+        adapter, pictures, probes, found = run(task, model, counts, keep, _matrices(model, checkpoint, names))
         stages.end("statistics")
     record = StatisticsRecord(
         key=key_of(task.source_sha256, task.subject, counts),
         adapter=adapter,
         pictures=pictures,
-        probes=counts.probes,
+        probes=probes,
         device=device.type,
         sensitivities={name: found[parameter] for parameter, stored in names.items() for name in stored},
+        left=shares,
         rms=rms,
         hessians=hessians,
     )
@@ -120,32 +127,33 @@ Keep = Callable[[str, Tensor], object]
 
 def _of_masks(
     task: StatisticsTask, model: nn.Module, counts: Counts, keep: Keep, wanted: set[str]
-) -> tuple[str | None, int, dict[str, float]]:
-    """(the family's member, pictures, sensitivity by parameter) of a model that an adapter runs.
+) -> tuple[str | None, int, int, dict[str, float]]:
+    """(the family's member, pictures, probes of each, sensitivity by parameter) of a model that an adapter runs.
 
     Raises BuilderError.
     """
     segmenter = segmenter_of(model, task.subject.adapter)
     found = of_segmenter(segmenter, seed=SEED, keep=keep, wanted=wanted, pictures=counts.pictures, probes=counts.probes)
-    return segmenter.family, counts.pictures, found
+    return segmenter.family, counts.pictures, counts.probes, found
 
 
 def _of_inputs(
     task: StatisticsTask, model: nn.Module, counts: Counts, keep: Keep, wanted: set[str]
-) -> tuple[str | None, int, dict[str, float]]:
-    """The same of any module on the user's inputs. Raises BuilderError."""
+) -> tuple[str | None, int, int, dict[str, float]]:
+    """The same of any module on the user's inputs; few batches get more probes each. Raises BuilderError."""
     assert task.subject.inputs is not None
     batches = outputs.batches_of(task.subject.inputs)
+    probes = max(counts.probes, min(MOST_PROBES, counts.pictures // len(batches)))
     found = gather(
         model,
         outputs.tapped(model, batches),
         batches=len(batches),
-        probes=counts.probes,
+        probes=probes,
         seed=SEED,
         keep=keep,
         wanted=wanted,
     )
-    return None, len(batches), found
+    return None, len(batches), probes, found
 
 
 def _root_mean_squares(checkpoint: Checkpoint) -> dict[str, float]:

@@ -28,8 +28,9 @@ class Counts:
     probes: int
 
 
-COUNTS = (Counts(device="cuda", pictures=16, probes=4), Counts(device="cpu", pictures=8, probes=2))
-"""Best first; of those that a store has the first is taken. A CPU's take LiteMedSAM 115 s of one core, and 5.4 GB."""
+COUNTS = (Counts(device="cuda", pictures=64, probes=1), Counts(device="cpu", pictures=12, probes=1))
+"""Best first; of those that a store has the first is taken. A further picture tells more than a further probe of the
+same: at a tenth of LiteMedSAM's bytes 64 pictures of one probe keep what 64 of four keep, 16 of four a little less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,12 @@
 """The object store: one small contract, addresses that travel to workers, and a probe of what a store can do.
 
-Four stores keep the contract: a directory (`directory`), any S3 service (`s3`), the S3 server that this package
-starts by itself (`seaweedfs`), and one in memory (`memory`). `open.open_store` picks one by URL:
+Six stores keep the contract: a directory (`directory`), any S3 service (`s3`), the S3 server that this package
+starts by itself (`seaweedfs`), Google Cloud Storage (`gcs`), Azure Blob Storage (`azure`), and one in memory
+(`memory`). `open.open_store` picks one by URL:
 
     s3://BUCKET[/PREFIX]     credentials and endpoint from the standard AWS chain, never from the URL
+    gs://BUCKET[/PREFIX]     credentials from Google's application default ones
+    az://CONTAINER[/PREFIX]  account and credentials from the AZURE_STORAGE_* variables, or Azure's default chain
     file:///DIR, file://./D  plain files; `%20` and the like are decoded, as in every file URL
     embedded[:///HOME]       SeaweedFS on loopback, started when needed; its data live under HOME/embedded
     memory://NAME            one that this process has made, for tests; nobody else can open it
@@ -30,9 +33,7 @@ from types import TracebackType
 from typing import Literal, Self, get_args
 from urllib.parse import unquote
 
-from birkhoff.pipeline.errors import (
-    StoreError,
-)
+from birkhoff.pipeline.errors import ObjectNotFoundError, PreconditionError, StoreError
 from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.store.endpoints import check_endpoint
 from birkhoff.pipeline.store.keys import check_key
@@ -47,6 +48,14 @@ _NUMBERS = {
     "max_connections": (int,),
     "page_size": (int,),
 }
+BUCKETS = {
+    "s3": "put them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in a profile, and the endpoint in "
+    "AWS_ENDPOINT_URL_S3",
+    "gs": "put them in a key file that GOOGLE_APPLICATION_CREDENTIALS names",
+    "az": "put them in AZURE_STORAGE_CONNECTION_STRING, or in AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY",
+}
+"""Schemes of URLs that name a bucket of some service, and where its credentials belong instead."""
+
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
@@ -66,9 +75,12 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """How to talk to an S3 service; a directory needs none of it. Holds no secrets. Raises StoreError.
+    """How to talk to a service; a directory needs none of it. Holds no secrets. Raises StoreError.
 
-    endpoint: URL of the service. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile; AWS without those.
+    `region`, `addressing` and `checksums` are of S3 alone.
+
+    endpoint: URL of the service. None: for S3 AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, AWS without those;
+        for gs:// STORAGE_EMULATOR_HOST or Google's own; for az:// the account of the AZURE_STORAGE_* variables.
     region: signing region. None: AWS_REGION or the profile; `us-east-1` without those.
     addressing: bucket in the path or in the host name. `auto`: `s3.addressing_style` of the profile; without it `path`
         for every endpoint but AWS's own.
@@ -265,8 +277,8 @@ def unrevocable(url: str) -> StoreError:
 class StoreAddress:
     """All that a worker needs to open the same store: a canonical URL and settings, small and without secrets.
 
-    Credentials do not travel: each process finds its own in the AWS chain, or, for the embedded server, in a file
-    only its user can read.
+    Credentials do not travel: each process finds its own in the chain of its cloud, or, for the embedded server, in a
+    file only its user can read.
     """
 
     url: str
@@ -276,8 +288,8 @@ class StoreAddress:
     def parse(cls, url: str, settings: StoreSettings | None = None) -> "StoreAddress":
         """Check a URL and make it canonical: absolute paths, no trailing slash. Raises StoreError."""
         scheme, _, rest = url.partition("://")
-        if scheme == "s3":
-            url = _canonical_s3(rest)
+        if scheme in BUCKETS:
+            url = _canonical_bucket(scheme, rest)
         elif scheme == "file":
             url = _file_path(rest).as_uri()
         elif scheme == "memory":
@@ -289,9 +301,26 @@ class StoreAddress:
             # The text is not repeated when it may hold a password.
             shown = "a URL with an @" if "@" in url else repr(url)
             raise StoreError(
-                f"store URL: expected s3://BUCKET[/PREFIX], file:///DIR, file://./DIR or embedded, got {shown}"
+                "store URL: expected s3://BUCKET[/PREFIX], gs://BUCKET[/PREFIX], az://CONTAINER[/PREFIX], file:///DIR, "
+                f"file://./DIR or embedded, got {shown}"
             )
         return cls(url=url, settings=settings or StoreSettings())
+
+
+def same_or_lost(store: Store, operation: str, key: str, body: bytes, refusal: StoreError) -> str:
+    """After a refused condition: the tag of the object if it holds `body`, as a lost answer leaves it.
+
+    Raises PreconditionError for another one, or none.
+    """
+    try:
+        found, tag = store.read(key, length=len(body) + 1)
+    except ObjectNotFoundError:
+        raise PreconditionError(f"{operation} {store.url}/{key}: the object is gone; read it again") from refusal
+    if found == body:
+        return tag
+    raise PreconditionError(
+        f"{operation} {store.url}/{key}: another body is there; read it and decide again"
+    ) from refusal
 
 
 def store_folder(url: str) -> Path | None:
@@ -300,17 +329,14 @@ def store_folder(url: str) -> Path | None:
     return Path(unquote(rest)) if scheme == "file" else None
 
 
-def _canonical_s3(rest: str) -> str:
+def _canonical_bucket(scheme: str, rest: str) -> str:
     bucket, _, prefix = rest.partition("/")
     if "@" in bucket or ":" in bucket:
-        raise StoreError(
-            "store URL: expected s3://BUCKET[/PREFIX] without credentials; put them in AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or in a profile, and the endpoint in AWS_ENDPOINT_URL_S3"
-        )
+        raise StoreError(f"store URL: expected {scheme}://BUCKET[/PREFIX] without credentials; {BUCKETS[scheme]}")
     if not _BUCKET.fullmatch(bucket):
-        raise StoreError(f"store URL: expected s3://BUCKET[/PREFIX], got {'s3://' + rest!r}")
+        raise StoreError(f"store URL: expected {scheme}://BUCKET[/PREFIX], got {f'{scheme}://{rest}'!r}")
     prefix = prefix.strip("/")
-    return f"s3://{bucket}/{check_key(prefix)}" if prefix else f"s3://{bucket}"
+    return f"{scheme}://{bucket}/{check_key(prefix)}" if prefix else f"{scheme}://{bucket}"
 
 
 def _file_path(rest: str) -> Path:

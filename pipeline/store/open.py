@@ -1,8 +1,11 @@
 """From an address to a store: the one place that knows every kind there is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+from birkhoff.pipeline.errors import StoreError
 from birkhoff.pipeline.store.base import Store, StoreAddress, StoreSettings
 
 
@@ -17,7 +20,7 @@ def open_store(url: str, settings: StoreSettings | None = None) -> Store:
 def open_address(address: StoreAddress, *, start: bool = False) -> Store:
     """Open the store of an address. Workers leave `start` off: only the driver starts and stops the embedded server."""
     scheme, _, rest = address.url.partition("://")
-    # Imported here: boto3 takes 0.2 s.
+    # Imported here: boto3 takes 0.2 s, and so do the clouds' own libraries.
     if scheme == "file":
         from birkhoff.pipeline.store.directory import DirectoryStore
 
@@ -30,10 +33,29 @@ def open_address(address: StoreAddress, *, start: bool = False) -> Store:
         from birkhoff.pipeline.store.memory import MemoryStore
 
         return MemoryStore(address)
+    bucket, _, prefix = rest.partition("/")
+    if scheme == "gs":
+        with _needs("google-cloud-storage", "gcs"):
+            from birkhoff.pipeline.store.gcs import open_gcs
+        return wrapped(open_gcs(address, bucket, prefix))
+    if scheme == "az":
+        with _needs("azure-storage-blob", "azure"):
+            from birkhoff.pipeline.store.azure import open_azure
+        return wrapped(open_azure(address, bucket, prefix))
     from birkhoff.pipeline.store.s3 import open_s3
 
-    bucket, _, prefix = rest.partition("/")
     return wrapped(open_s3(address, bucket, prefix))
+
+
+@contextmanager
+def _needs(library: str, extra: str) -> Iterator[None]:
+    """Say what to install where a library that is an extra is missing. Raises StoreError."""
+    try:
+        yield
+    except ImportError as error:
+        raise StoreError(
+            f"this store needs {library} ({error.name} is missing): pip install 'birkhoff-compression[{extra}]'"
+        ) from error
 
 
 def wrapped(store: Store) -> Store:

@@ -119,5 +119,7 @@ def _named(store: Store, problem: str | None) -> str | None:
     """What is known of a service by its address goes with what was found."""
     host = urlsplit(store.address.settings.endpoint or "").hostname or ""
     if problem and (host == _GOOGLE or host.endswith(f".{_GOOGLE}")):
-        return f"{problem} (Google Cloud Storage's S3 interface: it has generations where S3 has ETags)"
+        return (
+            f"{problem} (Google Cloud Storage's S3 interface has generations where S3 has ETags; gs://BUCKET uses them)"
+        )
     return problem

@@ -1,4 +1,4 @@
-"""Birkhoff: compress fleets of vision models, prove every layer, publish, pull and run them.
+"""Birkhoff: compress fleets of vision models, prove every tensor, publish, pull and run them.
 
 import birkhoff
 version = birkhoff.compress(model, "demo-sam")             # a module or a state dict, published to a store
@@ -9,15 +9,15 @@ birkhoff.push("demo-sam", "s3://BUCKET/PREFIX")           # into another store
 with birkhoff.open_store("s3://BUCKET/PREFIX") as store:  # for several of these calls, `store=store`
     birkhoff.list(store=store)
 
-Importing it puts a finder into `sys.meta_path`, which makes transformers know the quantization method `birkhoff` when
-that is imported, and then goes; `BIRKHOFF_TRANSFORMERS=explicit` leaves it to `birkhoff.transformers.register()`.
+Importing it adds a finder to `sys.meta_path`, which registers the quantization method `birkhoff` when transformers is
+imported, and then removes itself. With `BIRKHOFF_TRANSFORMERS=explicit`, `birkhoff.transformers.register()` does that.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from birkhoff.pipeline.load import transformers_hook
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "compress", "list", "load_into", "load_state_dict", "open_store", "pull", "push"]
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ _PLACES = {
     "pull": ("birkhoff.pipeline.api.pull", "pull"),
     "push": ("birkhoff.pipeline.api.push", "push"),
 }
-"""Module and name of each function, loaded when asked for: commands and Ray's workers start without what they do not
-use."""
+"""Module and name of each function. They load on first use, so that commands and Ray workers start without them."""
 
 transformers_hook.install()
 

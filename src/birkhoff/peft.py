@@ -1,7 +1,7 @@
-"""LoRA of peft around compressed layers: `get_peft_model(model, birkhoff.peft.register(LoraConfig(...)))`.
+"""peft's LoRA around compressed layers: `get_peft_model(model, birkhoff.peft.register(LoraConfig(...)))`.
 
-peft looks for the kinds of layers it knows. This tells one configuration of the compressed ones; the adapters train,
-the compressed weights stay as they are.
+peft adapts the layer types it knows. `register` adds the compressed ones to a configuration. The adapters train; the
+compressed weights do not change.
 """
 
 import warnings
@@ -16,9 +16,9 @@ __all__ = ["register"]
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """The same configuration, told how to adapt HyperLinear and PackedHyperLinear.
+    """Teach a configuration to adapt HyperLinear and PackedHyperLinear, and return it.
 
-    peft does not save what it is told: a saved adapter loads with
+    peft does not save this. Load a saved adapter with
     `PeftModel.from_pretrained(model, FOLDER, config=register(LoraConfig.from_pretrained(FOLDER)))`.
     """
     config._register_custom_module({CompressedLinear: _Adapted})
@@ -26,15 +26,15 @@ def register(config: LoraConfig) -> LoraConfig:
 
 
 class _Adapted(Linear):  # type: ignore[misc]
-    """An adapter beside a compressed layer, whose weight nothing can be merged into."""
+    """An adapter beside a compressed layer, into whose weight nothing can be merged."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():  # it takes the right sizes, of a layer whose kind it says it does not know
+        with warnings.catch_warnings():  # the sizes are right although it warns of the type
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(*args, **kwargs)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
-            "a compressed layer's weight cannot take an adapter in: keep the adapter beside it, or merge it into the "
+            "an adapter cannot be merged into a compressed weight: keep the adapter beside it, or merge it into the "
             "dense model of birkhoff.load_state_dict"
         )

@@ -1,7 +1,7 @@
-"""Make transformers know the quantization method `birkhoff`, by name: `birkhoff.transformers.register()`.
+"""Register the quantization method `birkhoff` with transformers: `birkhoff.transformers.register()`.
 
-`import birkhoff` sees to it by itself, once transformers is imported. With `BIRKHOFF_TRANSFORMERS=explicit` in the
-environment it leaves Python's import system alone, and this call is what there is.
+`import birkhoff` does so by itself as soon as transformers is imported. With `BIRKHOFF_TRANSFORMERS=explicit` it does
+not touch Python's import system, and this call is needed.
 """
 
 from birkhoff.pipeline.load import transformers_hook
@@ -10,9 +10,9 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Let `from_pretrained` load folders of `birkhoff pull --format transformers`; imports transformers' quantizers.
+    """Let `from_pretrained` load folders of `birkhoff pull --format transformers`. Imports transformers' quantizers.
 
     Raises:
-        ImportError: transformers is not installed, or is too old to take quantization methods from others.
+        ImportError: transformers is not installed, or too old for quantization methods of other packages.
     """
     transformers_hook.register()

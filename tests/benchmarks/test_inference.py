@@ -35,6 +35,9 @@ def test_every_form_here_is_verified_and_timed(tiny, tmp_path, monkeypatch):
     assert 20 < rows["ours, balanced"]["output_sqnr_db"] < 50
     assert rows["ours, balanced"]["disk_bytes"] < rows["original bfloat16"]["disk_bytes"]
     assert rows["ours, balanced, packed12"]["disk_bytes"] == rows["ours, balanced"]["disk_bytes"]
+    in_int8 = rows["ours, balanced, int8"]
+    assert in_int8["weights_bytes"] <= rows["ours, balanced"]["weights_bytes"] * 1.01
+    assert 20 < in_int8["output_sqnr_db"] < rows["ours, balanced"]["output_sqnr_db"] + 1
     assert 12 < rows["ours, balanced, packed10"]["output_sqnr_db"] < rows["ours, balanced"]["output_sqnr_db"]
     ran = [row for row in rows.values() if "error" not in row]  # a baseline may refuse so small a model
     assert all(row["latency_ms"] > 0 and row["peak_bytes"] >= row["weights_bytes"] > 0 for row in ran)

@@ -1,5 +1,7 @@
 """The benchmark of masks: its own quantiser, and how rows are read against each other."""
 
+from collections import defaultdict
+
 import torch
 
 from tests.harness.benchmarks import bench_masks
@@ -22,11 +24,22 @@ def test_gptq_lowers_the_output_error_at_the_same_bytes() -> None:
 
 
 def test_rows_are_held_against_output_between_its_own_and_nowhere_else() -> None:
+    on: dict[str, dict[str, str]] = defaultdict(lambda: {"commit": "c"}, far={"commit": "d"})
+
     def row(name: str, size: int, agreement: float) -> dict[str, object]:
-        return {"name": name, "bytes": size, "agreement": agreement, "fifth": 0.5, "embedding_db": 9.0}
+        return {
+            "name": name,
+            "bytes": size,
+            "agreement": agreement,
+            "fifth": 0.5,
+            "embedding_db": 9.0,
+            "made_on": on[name],
+        }
 
     rows = [row("output, 4", 250, 0.9), row("output, 10", 100, 0.7), row("x", 125, 0.6), row("far", 500, 0.99)]
-    record = {"rows": rows, "source_bytes": 1000, "boxes": 8, "pictures": 24, "made_on": {"commit": "c"}}
+    record = {"rows": rows, "source_bytes": 1000, "boxes": 8, "pictures": 24}
     lines = {line.split(" | ")[0]: line for line in bench_masks.markdown(record).splitlines()}
     assert lines["| x"].endswith("| 8.00 | 0.600 | 0.500 | 9.0 | 0.767 | +0.167 |")
     assert lines["| far"].endswith("| 2.00 | 0.990 | 0.500 | 9.0 |  |  |")
+    assert "`output, 4`, `output, 10`, `x`: commit c" in lines
+    assert "`far`: commit d" in lines

@@ -164,7 +164,10 @@ def symbols_2(streams: list[bytes], rows: int, pairs: int) -> tuple[np.ndarray, 
     return both[:, :pairs], both[:, pairs:]
 
 
-def read_lattice(entry: dict[str, str], streams: list[bytes], shape: list[int], version: int) -> np.ndarray:
+Coordinates = tuple[np.ndarray, np.ndarray]
+
+
+def coordinates(entry: dict[str, str], streams: list[bytes], shape: list[int], version: int) -> Coordinates:
     columns = int(entry["columns"])
     rows, pairs = int(np.prod(shape)) // columns, (columns + 1) // 2
     i, j = (symbols_1 if version == 1 else symbols_2)(streams, rows, pairs)
@@ -177,6 +180,18 @@ def read_lattice(entry: dict[str, str], streams: list[bytes], shape: list[int], 
     assert not streams
     index = np.cumsum(escapes[0])
     i.reshape(-1)[index], j.reshape(-1)[index] = escapes[1], escapes[2]
+    return i, j
+
+
+def add(entry: dict[str, str], own: Coordinates, base: Coordinates) -> Coordinates:
+    times, stride = int(entry["times"]), int(entry["stride"])
+    i, j = (times * b.astype(np.int64) + stride * d.astype(np.int64) for b, d in zip(base, own, strict=True))
+    return i, j
+
+
+def weights(entry: dict[str, str], found: Coordinates, shape: list[int]) -> np.ndarray:
+    i, j = found
+    rows, columns = len(i), int(entry["columns"])
     (step,) = struct.unpack(">f", bytes.fromhex(entry["step"]))
     x = ((i.astype(np.float32) + j.astype(np.float32) / np.float32(256)) * np.float32(step)).astype(np.float32)
     y = (j.astype(np.float32) * np.float32(step)).astype(np.float32)
@@ -212,37 +227,58 @@ def read_planes(streams: list[bytes], size: int, width: int, version: int) -> by
     return unplane(frame(streams[0]) if version == 1 else b"".join(stream(data, share) for data in streams), width)
 
 
-def read(blob: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a container; takes correct containers only."""
+def entries_of(blob: bytes) -> tuple[int, list[tuple[str, dict[str, str], list[int], list[bytes]]]]:
+    """Version, and name, entry, shape and streams of each tensor."""
     (length,) = struct.unpack("<Q", blob[:8])
     header, data = json.loads(blob[8 : 8 + length]), blob[8 + length :]
     metadata = header.pop("__metadata__")
     version = int(metadata.pop("__birkhoff__"))
-    if version == 2:
-        entries = json.loads(frame(data[: header["index"]["data_offsets"][1]]))
+    if version >= 2:
+        texts = json.loads(frame(data[: header["index"]["data_offsets"][1]]))
         at = header["data"]["data_offsets"][0]
     else:
-        entries = metadata
-    tensors = {}
-    for name, text in entries.items():
+        texts = metadata
+    found = []
+    for name, text in texts.items():
         entry = dict(token.split("=", 1) for token in text.split(" "))
         shape = [int(size) for size in entry["shape"].split(",") if size]
-        begin = at if version == 2 else header[name]["data_offsets"][0]
+        begin = at if version >= 2 else header[name]["data_offsets"][0]
         streams = []
         for size in map(int, entry["parts"].split(",")):
             streams.append(data[begin : begin + size])
             begin += size
         at = begin
+        found.append((name, entry, shape, streams))
+    assert at == len(data) or version == 1
+    return version, found
+
+
+def base_of(name: str, entry: dict[str, str], shape: list[int], bases: dict[str, bytes]) -> Coordinates:
+    blob = bases[entry["base"]]
+    version, held = entries_of(blob)
+    ((other, other_shape, streams),) = [item[1:] for item in held if item[0] == name]
+    assert (other["codec"], other["columns"], other_shape) == ("lattice", entry["columns"], shape)
+    return coordinates(other, streams, shape, version)
+
+
+def read(blob: bytes, bases: dict[str, bytes] | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a container; takes correct containers only. `bases` are others by the SHA-256 of their bytes."""
+    version, held = entries_of(blob)
+    tensors = {}
+    for name, entry, shape, streams in held:
         dtype = np.dtype(DTYPES[entry["dtype"]])
         if entry["codec"] == "raw":
             tensors[name] = np.frombuffer(streams[0], dtype).reshape(shape)
         elif entry["codec"] == "planes":
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             tensors[name] = np.frombuffer(read_planes(streams, size, dtype.itemsize, version), dtype).reshape(shape)
-        elif entry["codec"] == "lattice":
-            tensors[name] = read_lattice(entry, streams, shape, version)
+        elif entry["codec"] in ("lattice", "difference"):
+            found = coordinates(entry, streams, shape, version)
+            if entry["codec"] == "difference":
+                assert version >= 3
+                found = add(entry, found, base_of(name, entry, shape, bases or {}))
+            tensors[name] = weights(entry, found, shape)
         else:
             assert entry["codec"] == "paper"
             tensors[name] = read_paper(entry, streams[0], shape)
-    assert at == len(data) or version == 1
     return tensors

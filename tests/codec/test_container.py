@@ -67,8 +67,8 @@ def test_headers_that_are_not_the_pages(kind: str) -> None:
         parse(container(make(), b"ab"))
 
 
-def test_version_zero_is_no_version_and_three_is_newer() -> None:
-    for version, error in (("0", FormatError), ("3", VersionError)):
+def test_version_zero_is_no_version_and_four_is_newer() -> None:
+    for version, error in (("0", FormatError), ("4", VersionError)):
         with pytest.raises(error):
             parse(container(json.dumps(RAW).replace('": "1"', f'": "{version}"').encode(), b"ab"))
 

@@ -9,6 +9,7 @@ import torch
 from birkhoff.codec.container import (
     Claims,
     CodedTensor,
+    DifferenceParams,
     LatticeParams,
     PaperParams,
     Params,
@@ -26,8 +27,17 @@ MEASURED = Claims(sqnr_db=30.0421, max_abs=0.000123456, mean_abs=2.5)
 LATTICE_PARAMS = LatticeParams(path=1, columns=3, step=0.03125, escapes=7)
 PAPER_PARAMS = PaperParams(per_row=False, U=1600, K=2, bits=12, centre=(0.5, -0.25), far=(1.0, 0.0))
 
+DIFFERENCE_PARAMS = DifferenceParams(
+    path=0, columns=3, step=0.03125, escapes=0, base="0123456789abcdef" * 4, times=2, stride=3
+)
+
 WRITTEN: dict[str, tuple[Params, Claims, str]] = {
     "lattice": (LATTICE_PARAMS, MEASURED, "path=1 columns=3 step=3d000000 escapes=7"),
+    "difference": (
+        DIFFERENCE_PARAMS,
+        MEASURED,
+        f"path=0 columns=3 step=3d000000 escapes=0 base={'0123456789abcdef' * 4} times=2 stride=3",
+    ),
     "paper": (PAPER_PARAMS, MEASURED, "per_row=0 U=1600 K=2 bits=12 centre=3f000000be800000 far=3f80000000000000"),
     "planes": (None, Claims(reason="constant"), "reason=constant"),
     "raw": (None, Claims(), ""),
@@ -82,7 +92,8 @@ WRONG = {
     "step=7f800000": r"parameter step is \(inf,\), not finite",
     "step=bd000000": "parameter step is -0.03125, not a positive number",
     "step=00000000": "parameter step is 0.0, not a positive number",
-    "codec=lettuce": "unknown codec 'lettuce'; known: lattice, raw, planes, paper",
+    "codec=lettuce": "unknown codec 'lettuce'; known: lattice, difference, raw, planes, paper",
+    "codec=difference": "parameter times is '', not a number",
     "codec=paper": "parameter centre is None, not 2 float32 in hex",
     "dtype=F31": "unknown element type 'F31'",
     "shape=2,x": "metadata lacks or garbles '2,x'",
@@ -94,6 +105,23 @@ def test_a_wrong_parameter_is_named(word: str) -> None:
     words = dict(token.split("=") for token in tensor("lattice", LATTICE_PARAMS, MEASURED).entry().split(" "))
     key, value = word.split("=")
     with pytest.raises(FormatError, match=WRONG[word]):
+        parse_entry("w", " ".join(f"{k}={v}" for k, v in {**words, key: value}.items()))
+
+
+@pytest.mark.parametrize(("word", "what"), [
+    ("base=", "parameter base is '', not a sha256 in hex"),
+    (f"base={'AB' * 32}", "parameter base is 'AB"),
+    (f"base={'ab' * 33}", "not a sha256 in hex"),
+    ("times=0", "parameters times and stride are 0 and 3; 1 to 15 and 1 to 127 are allowed"),
+    ("times=16", "are 16 and 3"),
+    ("stride=0", "are 2 and 0"),
+    ("stride=128", "are 2 and 128"),
+    ("stride=-1", "parameter stride is '-1', not a number"),
+])  # fmt: skip
+def test_a_wrong_parameter_of_a_difference_is_named(word: str, what: str) -> None:
+    words = dict(token.split("=") for token in tensor("difference", DIFFERENCE_PARAMS, MEASURED).entry().split(" "))
+    key, value = word.split("=")
+    with pytest.raises(FormatError, match=what):
         parse_entry("w", " ".join(f"{k}={v}" for k, v in {**words, key: value}.items()))
 
 

@@ -40,8 +40,23 @@ CASES: dict[str, tuple[Profile, tuple[int, ...], str, Override | None, dict[str,
         None,
         {"codec": "lattice", "target_db": 30.0, "path": True, "nominal": True},
     ),
-    "by the output, lossless as ever": (
+    "by the output, a vector too": (
         FELT,
+        VECTOR,
+        "float32",
+        None,
+        {"codec": "lattice", "target_db": 30.0, "path": True, "nominal": True},
+    ),
+    "by the output, a vector kept": (
+        FELT,
+        VECTOR,
+        "float32",
+        "lossless",
+        {"codec": "planes", "override": "lossless", "reason": "by override"},
+    ),
+    "by the output, too short": (FELT, (63,), "float32", None, {"codec": "planes", "reason": "one-dimensional"}),
+    "by the output, before vectors were": (
+        replace(FELT, vectors=False),
         VECTOR,
         "float32",
         None,
@@ -132,6 +147,13 @@ def test_every_kind_of_decision(case: str) -> None:
     assert decision == Decision(**wanted)
     assert decision.action == ("coded" if wanted["codec"] in ("lattice", "paper") else "lossless")
     assert decision.matches_published == (case == "at the published error")
+
+
+def test_buffers_of_batch_norm_stay_as_they_are() -> None:
+    for name in ("encoder.bn.running_mean", "encoder.bn.running_var"):
+        assert FELT.decide(VECTOR, "float32", name=name).action == "lossless"
+        assert FELT.is_vector(VECTOR, "float32", "encoder.bn.weight")
+        assert not FELT.is_vector(VECTOR, "float32", name)
 
 
 HEADERS = st.tuples(
@@ -238,7 +260,7 @@ def test_recipes_say_how_targets_are_shared_and_those_that_say_nothing_are_unifo
     recipe = PLACED.recipe()
     assert (recipe["allocation"], recipe["mean_gain_db"]) == ("header", 6.0)
     old = {key: value for key, value in recipe.items() if key not in ("allocation", "mean_gain_db")}
-    assert Profile.of_recipe("balanced", old) == replace(BALANCED, allocation="uniform", summary="")
+    assert Profile.of_recipe("balanced", old) == replace(BALANCED, allocation="uniform", vectors=False, summary="")
     assert Profile.of_recipe("balanced", {**old, "allocation": "size"}).allocation == "size"
     assert Profile.of_recipe("balanced", FELT.recipe()) == replace(FELT, summary="")
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+from birkhoff.kernels.int8 import hopper as int8_hopper
 from birkhoff.kernels.linear import hopper as linear_hopper
 from birkhoff.kernels.linear import small_m as linear_few
 
@@ -55,6 +56,21 @@ def hopper(block_m: int) -> Any:
     )  # fmt: skip
 
 
+def int8(block_m: int, block_n: int, in_turn: bool) -> Any:
+    _, _, y, step, bias = tensors(512, 256, 1280)
+    q, plane = torch.empty(512, 1280, dtype=torch.int8), torch.empty(256, 1280, dtype=torch.int8)
+    launch = int8_hopper.LAUNCHES[block_m, block_n, in_turn]
+    average, multiplying, loading = launch.registers
+    return int8_hopper._linear_kernel.warmup(
+        *(TensorDescriptor.from_tensor(tensor, *tile) for tensor, tile in zip(
+            (q, plane, y), int8_hopper.tiles_of(block_m, block_n, launch, y.dtype), strict=True
+        )),
+        torch.empty(512), step, bias, torch.empty(4, dtype=torch.int32), 4, 4, 1, 256, 512, 10, BIAS=True,
+        DEPTH=launch.depth, WM=launch.along_m, WN=launch.along_n, HALVES=launch.halves,
+        MULTIPLYING=multiplying, LOADING=loading, num_warps=4, maxnreg=average, launch_pdl=True, grid=(4,),
+    )  # fmt: skip
+
+
 def tensors(tokens: int, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
     x, y = torch.empty(tokens, columns, dtype=torch.bfloat16), torch.empty(tokens, rows, dtype=torch.bfloat16)
     theta = torch.empty(rows, columns // 2, dtype=torch.uint16)
@@ -76,4 +92,6 @@ def verdict(kernel: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     driver.set_active(HopperOnPaper())
     compiled = {"small_m": small_m(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
+    tiles = (128, 256, False), (128, 128, True), (64, 128, False)
+    compiled |= {f"int8 {tile}": int8(*tile) for tile in tiles}
     print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))

@@ -20,7 +20,11 @@ from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.entropy import op as entropy
 from birkhoff.kernels.entropy import staging
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
+from birkhoff.kernels.int8 import launch as int8_launch
+from birkhoff.kernels.int8 import plan as int8_plan
+from birkhoff.kernels.int8.triton import prepare_quantise
 from birkhoff.kernels.linear import launch, plan
 from birkhoff.kernels.linear.op import dense_weight
 from birkhoff.kernels.linear.plan import Problem
@@ -340,3 +344,105 @@ def test_bytes_go_to_the_gpu_whatever_their_places(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(staging, "_stage", lambda _, stage=stage: stage)
         found = staging.send(parts, place, torch.device("cuda", 0)).cpu()
         assert all(torch.equal(found[at : at + len(part)], part) for at, part in parts)
+
+
+def random_int8(rows: int, columns: int, *, bias: bool = True) -> Int8HyperLinear:
+    layer = Int8HyperLinear(columns, rows, bias, device="cuda")
+    layer.plane[:, :columns].random_(-128, 128)
+    if columns % 64 == 0:  # some that repeat others, and a block that is not whole
+        layer.extra = torch.randint(columns, (32,), dtype=torch.int32, device="cuda")
+        layer.plane = torch.cat((layer.plane, layer.plane[:, :32]), dim=1)
+    layer.step = torch.tensor(0.0017, device="cuda")
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def quantised(x: torch.Tensor, layer: Int8HyperLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the kernel, and checked against the codec's bits."""
+    q = torch.zeros(len(x), layer.plane.shape[1], dtype=torch.int8, device="cuda")
+    scale = torch.zeros(len(x), device="cuda")
+    prepare_quantise(launch.form_of(x, 1, None), len(layer.extra))(x, q, scale, layer.extra)
+    expected = reference.quantise_tokens(x[-300:].cpu(), layer.extra.cpu())
+    assert torch.equal(q[-300:].cpu(), expected[0])
+    assert torch.equal(scale[-300:].cpu(), expected[1])
+    return q, scale
+
+
+def int8_expected(q: torch.Tensor, scale: torch.Tensor, layer: Int8HyperLinear) -> torch.Tensor:
+    product = q.double() @ layer.plane.double().T
+    y = product * scale.double()[:, None] * layer.step.double()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 13, 64, 257, 4900])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_every_int8_plan(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
+    layer = random_int8(rows, columns)
+    x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+    q, scale = quantised(x, layer)
+    expected = int8_expected(q, scale, layer)
+    problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=dtype, aligned=True, int8=True)
+    form = launch.form_of(x, rows, layer.bias)
+    for chosen in int8_plan.candidates(problem, int8_launch.kernels_of(x.device)):
+        run = int8_launch.prepare(chosen, form, layer.plane.shape[1], len(layer.extra))
+        for _ in range(2):  # the second launch takes the short way of `prepared`
+            y = torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")
+            run(x, layer.plane, y, layer.step, layer.bias, layer.extra)
+            assert relative_error(y, expected) < TOLERANCES[dtype], chosen
+    assert relative_error(layer(x), expected) < TOLERANCES[dtype]
+
+
+def test_hopper_gpus_multiply_bytes_by_the_hopper_kernel() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    assert int8_launch.kernels_of(torch.device("cuda", 0)) == {"int8_hopper"}
+
+
+def test_int8_past_two_to_the_31() -> None:
+    need_memory(30)
+    layer = random_int8((1 << 19) + 3, 4096 + 64, bias=False)  # weights
+    for tokens in (2, 100):
+        x = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
+        q, scale = quantised(x, layer)
+        tail = q.double() @ layer.plane[-5:].double().T * scale.double()[:, None] * layer.step.double()
+        assert relative_error(layer(x)[:, -5:], tail) < 5e-3
+    del layer
+    layer = random_int8(4104, 64)  # outputs
+    x = torch.randn((1 << 19) + 77, 64, device="cuda", dtype=torch.bfloat16)
+    q, scale = quantised(x, layer)
+    y = layer(x)
+    assert y.numel() > 1 << 31
+    assert relative_error(y[-300:], int8_expected(q[-300:], scale[-300:], layer)) < 5e-3
+    del layer, x, y
+    layer = random_int8(8, 4096)  # inputs
+    x = torch.randn((1 << 19) + 77, 4096, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 1 << 31
+    q, scale = quantised(x, layer)
+    assert relative_error(layer(x)[-300:], int8_expected(q[-300:], scale[-300:], layer)) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300, 4000])
+def test_int8_layers_in_graphs_and_compiled(tokens: int) -> None:
+    layer = random_int8(1280, 1280)
+    x = torch.randn(tokens, 1280, device="cuda", dtype=torch.bfloat16)
+    assert_same_in_a_graph(layer, x)
+    model = torch.compile(torch.nn.Sequential(torch.nn.ReLU(), layer), fullgraph=True)
+    x.requires_grad_(True)
+    y = model(x)
+    y.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(y, layer(x.relu()))
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize("escapes", [5, 500])
+def test_int8_escapes(tokens: int, escapes: int) -> None:
+    weight = torch.randn(384, 640, device="cuda") * 0.02
+    weight.view(-1)[torch.randperm(weight.numel(), device="cuda")[:escapes]] = 7.0
+    code = lattice.quantise(weight, 0.0013)
+    x = torch.randn(tokens, 640, device="cuda", dtype=torch.bfloat16)
+    y = Int8HyperLinear.from_lattice(code, dtype=torch.bfloat16)(x)
+    assert relative_error(y, functional.linear(x.double(), code.decode().double())) < 1.5e-2

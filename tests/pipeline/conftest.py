@@ -1,4 +1,4 @@
-"""Stores for the tests: a directory, and S3 through one embedded server per run."""
+"""Stores for the tests: a directory, memory, and S3, Google's and Azure's through one server each per run."""
 
 import os
 import uuid
@@ -12,6 +12,8 @@ from birkhoff.pipeline.store.base import Store, StoreSettings
 from birkhoff.pipeline.store.memory import MemoryStore
 from birkhoff.pipeline.store.open import open_store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer, environment, use_embedded
+from tests.pipeline.emulators import Emulator, azurite, fake_gcs
+from tests.pipeline.signing_front import SigningFront
 
 
 def require_wheel(name: str) -> None:
@@ -52,6 +54,70 @@ def s3_environment(embedded_server: EmbeddedServer, no_aws: None, monkeypatch: p
 def s3_store(s3_environment: str) -> Iterator[Store]:
     """An empty store on the embedded server, whose listings come in pages of 3."""
     with open_store(s3_environment, StoreSettings(page_size=3)) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator() -> Iterator[Emulator]:
+    """One emulator of Google Cloud Storage for the whole run."""
+    with fake_gcs() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def azure_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """One emulator of Azure Blob Storage for the whole run."""
+    with azurite(tmp_path_factory.mktemp("azurite")) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither account nor credentials of Google or Azure."""
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "AZURE_", "STORAGE_EMULATOR_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def gcs_environment(gcs_emulator: Emulator, no_clouds: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Variables that lead to the emulator; returns a gs:// URL that no other test uses."""
+    for name, value in gcs_emulator.variables.items():
+        monkeypatch.setenv(name, value)
+    return f"gs://birkhoff/test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def azure_environment(azure_emulator: Emulator, no_clouds: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Variables that lead to the emulator; returns an az:// URL that no other test uses."""
+    for name, value in azure_emulator.variables.items():
+        monkeypatch.setenv(name, value)
+    return f"az://birkhoff/test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def gcs_store(gcs_environment: str) -> Iterator[Store]:
+    """An empty store on the emulator, whose listings come in pages of 3."""
+    with open_store(gcs_environment, StoreSettings(page_size=3)) as store:
+        yield store
+
+
+@pytest.fixture
+def signed_gcs_store(
+    gcs_emulator: Emulator, no_clouds: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """An empty store on the emulator, behind what wants a service account's credentials and ends signed URLs."""
+    front = SigningFront(target=int(gcs_emulator.endpoint.rsplit(":", 1)[1]))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(front.key_file(tmp_path)))
+    settings = StoreSettings(endpoint=front.endpoint, page_size=3)
+    with open_store(f"gs://birkhoff/test-{uuid.uuid4().hex}", settings) as store:
+        yield store
+    front.close()
+
+
+@pytest.fixture
+def azure_store(azure_environment: str) -> Iterator[Store]:
+    """An empty store on the emulator, whose listings come in pages of 3."""
+    with open_store(azure_environment, StoreSettings(page_size=3)) as store:
         yield store
 
 

@@ -9,6 +9,7 @@ from birkhoff.codec.container import serialise
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.errors import ObjectNotFoundError
 from birkhoff.pipeline.registry.documents import (
+    BaseBlob,
     HessianRecord,
     ShardRecord,
     SourceRecord,
@@ -48,9 +49,13 @@ def record_of(content: str) -> ShardRecord:
     return unmeasured(body, source_bytes=9, tensors=1, key=sha256(b"key of " + body))
 
 
-def keep(store: Store, content: str) -> ShardRecord:
-    """Store a shard as a worker does: looked up, and made where it is not there."""
+def keep(store: Store, content: str, base: str | None = None) -> ShardRecord:
+    """Store a shard as a worker does: looked up, or made; as a difference to the shard of `base`, if given."""
     record = record_of(content)
+    if base is not None:
+        held = keep(store, base)
+        key = sha256(f"{content} on {base}".encode())
+        record = record.model_copy(update={"key": key, "bases": (BaseBlob(blob=held.blob, bytes=held.bytes),)})
     try:
         store.head(shard_key(record.key))
         store.head(blob_key(record.blob))
@@ -79,10 +84,15 @@ def keep_felt(store: Store, content: str) -> StatisticsRecord:
 
 
 def publish_contents(
-    store: Store, model: str, *contents: str, signer: "Signer | None" = None, felt: StatisticsRecord | None = None
+    store: Store,
+    model: str,
+    *contents: str,
+    signer: "Signer | None" = None,
+    felt: StatisticsRecord | None = None,
+    base: str | None = None,
 ) -> Version:
-    """Publish a version of shards of these bytes, made by these statistics."""
-    shards = tuple(keep(store, content) for content in contents)
+    """Publish a version of shards of these bytes, made by these statistics, as differences to the shard of `base`."""
+    shards = tuple(keep(store, content, base) for content in contents)
     source = SourceRecord(file="f", sha256=sha256("".join(contents).encode()), bytes=9, format="test")
     recipe: dict[str, str | float | int | None] = {} if felt is None else {"statistics": felt.key}
     manifest = VersionManifest(model=model, source=source, profile="p", recipe=recipe, code="0", shards=shards)

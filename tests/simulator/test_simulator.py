@@ -10,12 +10,21 @@ from tests.harness.simulator.mutants import MUTANTS
 from tests.harness.simulator.scenario import Schedule, run, simulated
 
 SCHEDULES = 500
+DERIVED_SCHEDULES = 300
 
 
 def test_no_schedule_breaks_a_version_an_alias_or_a_name() -> None:
     operations, finding = run(range(SCHEDULES))
     assert finding is None, f"{finding.text}\nagain: python -m tests.harness.simulator --trace --seed {finding.seed}"
     assert operations > 100 * SCHEDULES
+
+
+def test_no_schedule_takes_away_what_a_version_is_a_difference_to() -> None:
+    operations, finding = run(range(DERIVED_SCHEDULES), derived=True)
+    assert finding is None, (
+        f"{finding.text}\nagain: python -m tests.harness.simulator --derived --trace --seed {finding.seed}"
+    )
+    assert operations > 100 * DERIVED_SCHEDULES
 
 
 @pytest.mark.parametrize("name", MUTANTS)

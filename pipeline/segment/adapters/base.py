@@ -195,7 +195,7 @@ class Segmenter(ABC):
         return found
 
     def masks(self, view: View, kind: PromptKind, prompts: Tensor, *, best: bool = False) -> Tensor:
-        """The model's mask for every prompt, bool [B, K, H, W]; prompts and `best` as in `chosen`."""
+        """Return the model's mask for every prompt, bool [B, K, H, W]; prompts and `best` as in `chosen`."""
         return self.full(self.chosen(view, kind, prompts, best=best), view) > 0
 
     def _low(self, view: View, kind: PromptKind, prompts: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class Segmenter(ABC):
 
 
 def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(H, W) scaled so that the longer side has `side` pixels, rounded to whole pixels."""
+    """Return (H, W) scaled so that the longer side has `side` pixels, rounded to whole pixels."""
     scale = side / max(size)
     height, width = (max(1, int(length * scale + 0.5)) for length in size)
     return height, width
@@ -229,7 +229,7 @@ def ious(masks: Tensor, others: Tensor) -> Tensor:
 
 
 def decoder_asks(decoder: Any) -> set[str]:
-    """Names of the arguments of a mask decoder."""
+    """Return names of the arguments of a mask decoder."""
     return set(inspect.signature(decoder.forward).parameters)
 
 

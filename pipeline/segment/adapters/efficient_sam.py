@@ -38,6 +38,6 @@ class EfficientSam(Segmenter):
 
 
 def efficient_sam(model: nn.Module) -> type[EfficientSam] | None:
-    """The adapter of a model of EfficientSAM; None for another."""
+    """Return the adapter of a model of EfficientSAM; None for another."""
     whole = {"image_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}
     return EfficientSam if whole and hasattr(model, "get_rescaled_pts") else None

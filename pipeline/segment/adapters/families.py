@@ -51,7 +51,7 @@ _BY_CLASS = {"EdgeTamModel": "edge_tam", "Sam3TrackerModel": "sam3"}
 
 
 def segmenter_of(model: nn.Module, adapter: str | None = None) -> Segmenter:
-    """The adapter of a model; `adapter` names its family where its code runs several.
+    """Return the adapter of a model; `adapter` names its family where its code runs several.
 
     Raises:
         BuilderError: it is none of those that there are adapters for, or not of the family named.

@@ -110,7 +110,7 @@ _KINDS: dict[str, type[TransformersSam] | type[TransformersSam2]] = {
 
 
 def of_transformers(model: nn.Module) -> type[TransformersSam] | type[TransformersSam2] | None:
-    """The adapter of a model of transformers; None for another."""
+    """Return the adapter of a model of transformers; None for another."""
     if not {"vision_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}:
         return None
     return _KINDS.get(type(model).__name__)

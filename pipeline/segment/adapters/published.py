@@ -53,8 +53,8 @@ class PublishedSam(Segmenter):
         return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
 
     def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:  # noqa: ARG002 for others
-        """What the decoder is told besides embeddings."""
-        # MobileSAMv2's decoder takes the plain way only where it is told not to simplify.
+        """Return what the decoder is told besides embeddings."""
+        # MobileSAMv2's decoder takes the plain way only if it is told not to simplify.
         return {"multimask_output": multimask} | ({"simple_type": False} if "simple_type" in self._asks else {})
 
 
@@ -105,7 +105,7 @@ class SamHq(PublishedSam):
 
 
 def published(model: Any) -> type[PublishedSam] | None:
-    """The adapter of a model of this layout, by what its decoder asks for; None for another."""
+    """Return the adapter of a model of this layout, by what its decoder asks for; None for another."""
     if not {"image_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}:
         return None
     asks = decoder_asks(model.mask_decoder)
@@ -121,7 +121,7 @@ def published(model: Any) -> type[PublishedSam] | None:
 
 
 def encoder_blocks(encoder: nn.Module) -> dict[str, nn.Module]:
-    """The layers of an image encoder by name.
+    """Return the layers of an image encoder by name.
 
     ViT's `blocks`, TinyViT's blocks of `layers`, RepViT's `features`, those of each stage of EfficientViT's `backbone`.
     """

@@ -56,7 +56,7 @@ class PublishedSam2(Segmenter):
         return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
 
     def _options(self) -> dict[str, Any]:
-        """What the decoder is told besides."""
+        """Return what the decoder is told besides."""
         return {}
 
 
@@ -70,7 +70,7 @@ class SamHq2(PublishedSam2):
 
 
 def published_sam2(model: Any) -> type[PublishedSam2] | None:
-    """The adapter of a model of sam2, by what its decoder asks for; None for another."""
+    """Return the adapter of a model of sam2, by what its decoder asks for; None for another."""
     parts = {name for name, _ in model.named_children()}
     if not {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder"} <= parts or not hasattr(model, "forward_image"):
         return None

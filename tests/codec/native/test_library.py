@@ -14,14 +14,21 @@ HASH = """
 import hashlib, torch
 from dataclasses import replace
 from birkhoff.codec.container import serialise
+from birkhoff.codec.difference.encode import Base, encode
 from birkhoff.codec.native import library
 from birkhoff.codec.profiles import Decision
 from birkhoff.codec.tensor import decode_tensor, encode_tensor
 generator = torch.Generator().manual_seed(0)
 w = torch.randn(150, 130, generator=generator) * torch.randn(150, 1, generator=generator).exp()
 made = [encode_tensor(str(p), w, Decision(codec="lattice", target_db=p, path=p > 20)).tensor for p in (15.0, 30.0)]
+near = w + 0.02 * torch.randn(150, 130, generator=generator)
+near[3, 5] += 40.0
+made += [encode(c.name, near, Decision(codec="lattice", target_db=25.0), Base(container="ab" * 32, tensor=c)).tensor
+         for c in made]
 made.append(encode_tensor("bias", w[0], Decision(codec="planes")).tensor)
 back = b"".join(decode_tensor(coded).numpy().tobytes() for coded in made)
+made = [replace(coded, name=str(number)) for number, coded in enumerate(made)]
+assert any(coded.codec == "difference" for coded in made)
 print(library.native() is not None, hashlib.sha256(serialise(made) + back).hexdigest())
 """
 

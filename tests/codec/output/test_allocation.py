@@ -15,18 +15,18 @@ from birkhoff.codec.tensor import encode_tensor
 def test_worked_example_of_the_module() -> None:
     felt = {"a": Felt(weights=10, rms=0.1, sensitivity=100.0), "b": Felt(weights=10, rms=0.1, sensitivity=10.0)}
     targets = targets_db(gains_db(felt), 30.0)
-    assert targets == {"a": 33.75, "b": 26.25}
-    assert step(0.1, targets["a"]) == pytest.approx(0.0071136, rel=1e-4)
+    assert targets == {"a": 34.0, "b": 26.0}
+    assert step(0.1, targets["a"]) == pytest.approx(0.0069118, rel=1e-4)
 
 
-def test_steps_are_quarter_power_of_rms_and_three_eighths_of_sensitivity() -> None:
+def test_steps_are_a_fifth_power_of_rms_and_two_fifths_of_sensitivity() -> None:
     felt = {
         "a": Felt(weights=1, rms=0.3, sensitivity=5.0),
         "b": Felt(weights=3, rms=0.02, sensitivity=700.0),
         "c": Felt(weights=9, rms=2.0, sensitivity=0.01),
     }
     targets = targets_db(gains_db(felt), 25.0)
-    scale = {n: step(f.rms, targets[n]) / (f.rms**0.25 * f.sensitivity**-0.375) for n, f in felt.items()}
+    scale = {n: step(f.rms, targets[n]) / (f.rms**0.2 * f.sensitivity**-0.4) for n, f in felt.items()}
     assert all(math.isclose(value, scale["a"], rel_tol=2e-3) for value in scale.values())
 
 
@@ -50,9 +50,18 @@ def test_what_no_output_feels_counts_as_usual_and_zeros_as_nothing() -> None:
         "c": Felt(weights=4, rms=0.0, sensitivity=1.0),
     }
     gains = gains_db(felt)
-    assert gains["b"] == pytest.approx(gains["a"] - 7.5 * math.log10(2.0 / 1.5), abs=0.011)
+    assert gains["b"] == pytest.approx(gains["a"] - 8 * math.log10(2.0 / 1.5), abs=0.011)
     assert all(math.isfinite(value) for value in gains.values())
     assert gains_db({}) == {}
+
+
+def test_what_feedback_makes_up_for_need_not_be_coded_finely() -> None:
+    felt = {
+        "fed": Felt(weights=5, rms=0.1, sensitivity=8.0, left=0.25),
+        "alone": Felt(weights=5, rms=0.1, sensitivity=2.0),
+        "unfelt": Felt(weights=5, rms=0.1, sensitivity=0.0),
+    }
+    assert gains_db(felt) == {"fed": 0.0, "alone": 0.0, "unfelt": 0.0}
 
 
 def test_root_mean_square_leaves_outliers_out() -> None:

@@ -9,7 +9,7 @@ from birkhoff.codec import container, lattice
 from birkhoff.codec.errors import TargetError, TensorError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import feedback
-from birkhoff.codec.output.encode import encode, is_no_worse, stored_step
+from birkhoff.codec.output.encode import REFINEMENTS, encode, is_no_worse, stored_step
 from birkhoff.codec.tensor import decode_tensor, encoded_code, lattice_of
 from tests.codec import page_reader
 
@@ -40,6 +40,31 @@ def test_worked_example_of_the_module() -> None:
     assert code.decode().tolist() == [[1.0, 0.0]]
     assert feedback.output_error(weight, code, hessian) == pytest.approx(0.088, abs=1e-4)
     assert feedback.output_error(weight, lattice.quantise(weight, 1.0), hessian) == pytest.approx(0.608, abs=1e-4)
+
+
+def test_what_feedback_leaves_is_known_before_anything_is_rounded() -> None:
+    assert feedback.left(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=0.0) == pytest.approx(1.19 / 2, abs=1e-3)
+    assert feedback.left(torch.eye(7)) == pytest.approx(1.0)
+    weight, hessian = layer(256)
+    hessian = feedback.normalised(hessian).float()
+    rounded = feedback.output_error(weight, lattice.quantise(weight, 0.02), hessian)
+    fed = feedback.output_error(weight, feedback.quantise(weight, 0.02, feedback.factorise(hessian)), hessian)
+    assert fed / rounded == pytest.approx(feedback.left(hessian), rel=0.25)
+
+
+def test_rounding_again_lowers_the_outputs_error_at_the_same_step() -> None:
+    weight, hessian = layer(256)
+    factor = feedback.factorise(hessian)
+    codes = [feedback.quantise(weight, 0.04, factor)]
+    for _ in range(2):
+        codes.append(feedback.refine(weight, codes[-1], hessian, factor))
+    losses = [feedback.output_error(weight, code, hessian) for code in codes]
+    assert losses[1] < 0.96 * losses[0]
+    assert losses[2] < losses[1]
+    assert {code.step for code in codes} == {0.04}
+    taken = lattice_of(encode("w", weight, 1.0, hessian).tensor)
+    plain = feedback.quantise(weight, taken.step, factor)
+    assert feedback.output_error(weight, taken, hessian) < 0.96 * feedback.output_error(weight, plain, hessian)
 
 
 @pytest.mark.parametrize("columns", [150, 64, 33, 2])
@@ -122,6 +147,8 @@ def test_the_unchanged_reader_decodes_the_quantisers_own_values(path: bool, dtyp
     assert isinstance(coded.params, container.LatticeParams)
     assert coded.params.path == (feedback.DOWN if path else 0)
     own = feedback.quantise(weight, step, factor, path=path)
+    for _ in range(0 if path else REFINEMENTS):
+        own = feedback.refine(weight, own, hessian, factor)
     assert len(own.escapes) > 0
     assert torch.equal(own.i, code.i)
     assert torch.equal(own.j, code.j)

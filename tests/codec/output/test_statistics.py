@@ -1,10 +1,13 @@
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from birkhoff.codec.errors import CodecError
+from birkhoff.codec.output import statistics
 from birkhoff.codec.output.statistics import Outputs, gather, layer_inputs
 
 
@@ -42,6 +45,22 @@ def take(model: nn.Module, **options: int) -> tuple[dict[str, float], dict[str, 
     found: dict[str, Tensor] = {}
     arguments = {"batches": 3, "probes": 2, "seed": 0} | options
     return gather(model, outputs_of(model), keep=found.__setitem__, **arguments), found
+
+
+def test_inputs_of_layers_that_run_again_for_a_gradient_count_once(net: Net) -> None:
+    def runs_again(batch: int) -> Outputs:
+        x = inputs()[batch : batch + 1]
+        return {"out": (1.0, checkpoint(net, x, use_reentrant=False))}
+
+    calls: list[int] = []
+    handle = net.conv.register_forward_hook(lambda *_: calls.append(1))
+    sums: list[int] = []
+    with mock.patch.object(statistics, "_added", wraps=statistics._added) as added:
+        gather(net, runs_again, batches=2, probes=3, seed=0, keep=lambda *_: None, wanted=("conv.weight",))
+        sums.append(added.call_count)
+    handle.remove()
+    assert len(calls) > 2
+    assert sums == [2 + 2 * 3]  # inputs of each batch, gradients of each probe
 
 
 def mean_one(hessian: Tensor) -> Tensor:

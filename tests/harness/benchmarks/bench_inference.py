@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from birkhoff.codec.metrics import fidelity
 from birkhoff.kernels.compressed_linear import CompressedLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.runtime.timing import compare
 from tests.harness.benchmarks import common, encoders, inference_report
 from tests.harness.benchmarks.checkpoints import DEMO, demo_sam
@@ -149,6 +150,8 @@ def _check_decoded(
     twin.load_state_dict({key: kept[key] for key in twin.state_dict()}, assign=True)
     same = fidelity(twin(pixel_values=values).last_hidden_state.float(), output).sqnr_db
     least = 25.0 if form.dtype == torch.bfloat16 else 90.0
+    if any(isinstance(module, Int8HyperLinear) for module in model.modules()):
+        least = 20.0  # what rounding the inputs of every layer leaves of a whole encoder
     if same < least:
         raise WrongResultError(f"inference: {form.name} is {same:.1f} dB off its decoded weights, {least:g} expected")
 

@@ -11,12 +11,14 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from torch.nn import functional
 from birkhoff.codec import lattice, planes, rate
 from birkhoff.codec.container import parse, serialise
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.output import feedback
+from birkhoff.codec.output.columns import eager_round_block
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.codec.tensor import encoded_code
 from birkhoff.kernels.compressed_linear import CompressedLinear
@@ -32,14 +36,16 @@ from birkhoff.kernels.decode import op as decode
 from birkhoff.kernels.encode import op as encode
 from birkhoff.kernels.encode import triton as encode_triton
 from birkhoff.kernels.entropy import op as entropy
+from birkhoff.kernels.feedback import op as _feedback_op  # noqa: F401  registers the GPU's kernels
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.kernels.linear import launch
 from birkhoff.kernels.linear.plan import Plan, Problem
 from birkhoff.kernels.runtime.timing import compare
 from birkhoff.kernels.trellis import op as trellis  # noqa: F401  registers the GPU's search
 from birkhoff.kernels.tune import tune
-from tests.harness.benchmarks import encoders, kernels_report
+from tests.harness.benchmarks import encoders, int8_parts, kernels_report
 from tests.harness.benchmarks.common import RESULTS, commit, installed
 from tests.harness.benchmarks.encoders import ENCODERS
 
@@ -242,6 +248,37 @@ def _walls(run: Callable[[], object], count: int) -> list[float]:
     return sorted(1e3 * _call_seconds(run) for _ in range(count))
 
 
+def bench_feedback() -> Result:
+    """One layer's matrices of SAM-H rounded with error feedback, as nodes and as paths: ms of the whole call."""
+    rows: list[Result] = []
+    for name, (count, columns) in SAM_H.items():
+        weight = torch.randn(count, columns, device="cuda") * 0.03
+        x = torch.randn(6000, 64, device="cuda") @ torch.randn(64, columns, device="cuda")
+        hessian = feedback.normalised(x.T @ x + torch.eye(columns, device="cuda")).float()
+        factor = feedback.factorise(hessian)
+        for path in (False, True):
+            found = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+            with mock.patch.object(feedback, "round_block", eager_round_block):
+                wanted = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+                eager_ms = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            require(abs(found / wanted - 1) < 0.02, "the kernels lose more than the eager loop")
+            milliseconds = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
+            rows.append({"matrix": name, "path": path, "ms": milliseconds, "eager_ms": eager_ms})
+    return {"rows": rows}
+
+
+def _call_ms(call: Callable[[], object]) -> float:
+    """Best of three, once it is compiled."""
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return min(times[1:])
+
+
 def bench_tune() -> Result:
     """The best plan of every shape; its lines are those of `kernels/linear/tuned_h200.py`."""
     device = torch.device("cuda", 0)
@@ -369,13 +406,20 @@ def bench_dtypes() -> Result:
     return found
 
 
-def compress(model: nn.Module, target_db: float = 30.0) -> None:
-    """Replace every `nn.Linear` by HyperLinear, in place."""
+FORMS: dict[str, type[HyperLinear] | type[Int8HyperLinear]] = {"ours": HyperLinear, "ours, int8": Int8HyperLinear}
+"""Compressed models by their label in the results, and the layer that each is made of."""
+
+
+def compress(
+    model: nn.Module, kind: type[HyperLinear] | type[Int8HyperLinear] = HyperLinear, target_db: float = 30.0
+) -> nn.Module:
+    """Replace every `nn.Linear` by a compressed layer, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 code, _ = encode.encode(child.weight.detach().float(), target_db)
-                setattr(parent, name, HyperLinear.from_lattice(code, child.bias, dtype=child.weight.dtype))
+                setattr(parent, name, kind.from_lattice(code, child.bias, dtype=child.weight.dtype))
+    return model
 
 
 def bench_encoders(compiled: Sequence[str] = ()) -> Result:
@@ -388,14 +432,10 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
     found: Result = {}
     outputs: dict[str, Tensor] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    models = {
-        "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-        "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-    }
+    models = {"bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(), **_compressed(name)}
     if not compiled:
         models["float32"] = encoders.build(ENCODERS[name], "cuda")
     decoded = encoders.build(ENCODERS[name], "cuda").bfloat16()
-    compress(models["ours"])
     for dense, coded in zip(_linears(decoded), _linears(models["ours"]), strict=True):
         dense.weight.data = coded.dense_weight(torch.bfloat16)
     for label, model in models.items():
@@ -414,11 +454,17 @@ def _bench_encoder(name: str, *, compiled: bool) -> Result:
             "first_call_s": first,
         }
     reference = decoded(pixel_values=pixels.bfloat16()).last_hidden_state
-    found["ours"]["error_against_decoded"] = relative_error(outputs["ours"], reference)
-    found["ours"]["error_against_original"] = relative_error(outputs["ours"], outputs["bfloat16"])
+    for label in FORMS:
+        found[label]["error_against_decoded"] = relative_error(outputs[label], reference)
+        found[label]["error_against_original"] = relative_error(outputs[label], outputs["bfloat16"])
     for label, seconds in encoders.wall(runs).items():
         found[label]["ms"] = 1e3 * seconds
     return found
+
+
+def _compressed(name: str) -> dict[str, nn.Module]:
+    """An encoder in bfloat16 in each of FORMS."""
+    return {label: compress(encoders.build(ENCODERS[name], "cuda").bfloat16(), kind) for label, kind in FORMS.items()}
 
 
 def bench_encoder_graphs() -> Result:
@@ -429,9 +475,8 @@ def bench_encoder_graphs() -> Result:
         models = {
             "float32": encoders.build(ENCODERS[name], "cuda"),
             "bfloat16": encoders.build(ENCODERS[name], "cuda").bfloat16(),
-            "ours": encoders.build(ENCODERS[name], "cuda").bfloat16(),
+            **_compressed(name),
         }
-        compress(models["ours"])
         runs: dict[str, list[Callable[[], object]]] = {}
         for label, model in models.items():
             encoders.keep_positions(model)
@@ -441,7 +486,7 @@ def bench_encoder_graphs() -> Result:
 
 
 def _linears(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, HyperLinear))]
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, CompressedLinear))]
 
 
 def bench_calls() -> Result:
@@ -468,6 +513,7 @@ def bench_calls() -> Result:
         "Hopper kernel": partial(qkv, many),
         "Hopper kernel, cut": partial(lin2, inputs[4096, 5120]),
         "decoded first": partial(proj, many),
+        "int8": partial(int8_parts.random_layer(*SAM_H["qkv"]), many),
         "packed": partial(packed, many),
         "Hopper kernel, as an op": partial(by_op, many, *held),
         "nn.Linear, few tokens": partial(twins["proj"], inputs[4, 1280]),
@@ -497,11 +543,17 @@ def _host_seconds(run: Callable[[], object], count: int = 100, rounds: int = 15)
     return sorted(seconds)[rounds // 2]
 
 
+def _in_a_folder(part: Callable[[Path], Result]) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        return part(Path(folder))
+
+
 PARTS: dict[str, Callable[[], Result]] = {
     "calls": bench_calls,
     "encode": bench_encode,
     "search": bench_search,
     "entropy": bench_entropy,
+    "feedback": bench_feedback,
     "tune": bench_tune,
     "layers": bench_layers,
     "chain": bench_chain,
@@ -510,15 +562,22 @@ PARTS: dict[str, Callable[[], Result]] = {
     "encoders": bench_encoders,
     "encoder_graphs": bench_encoder_graphs,
     "compiled": partial(bench_encoders, ["SAM-B"]),
+    "int8_tune": partial(int8_parts.bench_tune, SHAPES),
+    "int8_chain": partial(int8_parts.bench_chain, list(SAM_H.values())),
+    "int8_layers": partial(int8_parts.bench_layers, SHAPES),
+    "int8_fidelity": int8_parts.bench_fidelity,
+    "int8_masks": lambda: _in_a_folder(int8_parts.bench_masks),
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "encode": ("encode",),
     "decode": ("encode", "packed"),
     "entropy": ("entropy",),
+    "feedback": ("feedback",),
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),
+    "int8": ("int8_chain", "int8_layers", "int8_fidelity", "int8_masks", "encoders", "encoder_graphs"),
 }
 """The parts that measure each family of `kernels/`; `--parts` takes their names too."""
 
@@ -533,10 +592,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for on the current CUDA device; without one nothing is measured, and that is said."""
     parser = argparse.ArgumentParser(prog="bench kernels", description=__doc__)
     parser.add_argument(
-        "--parts", default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled"
+        "--parts",
+        default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,int8_layers,"
+        "int8_fidelity",
+        help="int8_masks needs the packages of `make setup-family`, int8_tune and tune take as long as all others",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")
+    parser.add_argument("--work", type=Path, help="where int8_masks publishes its models, or finds them")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("kernels: no CUDA device, nothing is measured", file=sys.stderr)
@@ -547,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in parts_of(options.parts):
         begin = time.perf_counter()
         with torch.inference_mode():
-            found = PARTS[part]()
+            found = int8_parts.bench_masks(options.work) if part == "int8_masks" and options.work else PARTS[part]()
         seconds = round(time.perf_counter() - begin, 1)
         made = {
             "gpu": torch.cuda.get_device_name(),

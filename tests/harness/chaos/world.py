@@ -26,8 +26,9 @@ TARGETS: tuple[Target, ...] = ("driver", "worker", "store", "ray")
 """`ray` is the raylet of the run or an agent of it, with which the raylet ends."""
 
 MODELS = ("one", "two", "three")
+BASES = {"three": "one"}
 SHARDS = 6
-"""Of each model, 1 MiB each; half of those of `two` are those of `one`."""
+"""Of each model, 1 MiB each; half of those of `two` are those of `one`, and `three` is a fine-tune of `one`."""
 
 GONE_SECONDS = 40.0
 """Within this time of a driver's death everything that it started must have gone."""
@@ -47,7 +48,7 @@ class World:
         self.ray = Path(tempfile.mkdtemp(prefix="bf-", dir="/tmp"))
         (self.folder / "fleet.yaml").write_text(
             "shard_mib: 1\nmodels:\n"
-            + "".join(f"  - {{name: {name}, source: {name}.safetensors}}\n" for name in MODELS)
+            + "".join(f"  - {{name: {name}, source: {name}.safetensors{_base(name)}}}\n" for name in MODELS)
         )
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "BIRKHOFF_"))}
         self.environment = {
@@ -91,6 +92,9 @@ class World:
                 owner = 0 if number == 1 and index < SHARDS // 2 else number
                 seed = (generation * len(MODELS) + owner) * SHARDS + index
                 drawn = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
+                if name in BASES:
+                    base = generation * len(MODELS) * SHARDS + index
+                    drawn = torch.randn(512, 512, generator=torch.Generator().manual_seed(base)) + 0.05 * drawn
                 tensors[f"blocks.{index}.weight"] = drawn
             save_file(tensors, self.folder / f"{name}.safetensors")
 
@@ -161,6 +165,10 @@ class World:
         home = self.folder / "home"
         found += [path for path in home.rglob("*") if ".partial" in path.name and "embedded" not in path.parts]
         return [f"file {path}" for path in found]
+
+
+def _base(name: str) -> str:
+    return f", base: {BASES[name]}" if name in BASES else ""
 
 
 def rows(output: str) -> list[dict[str, Any]]:

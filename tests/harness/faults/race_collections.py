@@ -1,6 +1,7 @@
 """Publishers, a collector and readers of one model at once; the history checker judges what each of them was told.
 
-Shards come from a small pool, so that what one version gives up the next one wants again. Some publishers hold an open
+Shards come from a small pool, so that what one version gives up the next one wants again: as a shard of its own, or as
+what its own shard is a difference to. Some publishers hold an open
 run while they make shards; a careless one does not, and may be refused, but never publishes a version that lacks a
 blob. Some readers hold an open run; the others hold nothing: they may see a version go while they read it, but only one
 whose name was given up, and within the grace period not even that.
@@ -90,10 +91,12 @@ class CollectionRace:
     def _publisher(self, seed: int) -> None:
         rng, turn = random.Random(f"{self.seed} {seed}"), 0
         while turn < self.turns or not self._enough:
-            contents = (f"s{rng.randint(0, 3)}", f"own {self.seed} {seed} {turn}")
+            pooled, own = f"s{rng.randint(0, 3)}", f"own {self.seed} {seed} {turn}"
+            derived = rng.random() < 0.5
+            contents, base = ((own,), pooled) if derived else ((pooled, own), None)
             with open_run(self.store) if seed else contextlib.nullcontext():
                 try:
-                    self.log.call("publish", MODEL, partial(self._publish, contents))
+                    self.log.call("publish", MODEL, partial(self._publish, contents, base))
                 except StoreError as error:
                     if seed or "has gone since it was stored" not in str(error):
                         raise
@@ -101,8 +104,8 @@ class CollectionRace:
             turn += 1
             time.sleep(rng.uniform(0, 0.1))
 
-    def _publish(self, contents: tuple[str, ...]) -> int:
-        return int((publish_contents(self.store, MODEL, *contents).name or "")[1:])
+    def _publish(self, contents: tuple[str, ...], base: str | None) -> int:
+        return int((publish_contents(self.store, MODEL, *contents, base=base).name or "")[1:])
 
     def _collector(self) -> None:
         while not self._over.wait(0.05):
@@ -151,8 +154,8 @@ class CollectionRace:
 
     def _whole(self, digest: str) -> bool:
         try:
-            found = load_version(self.store, MODEL, digest).shards
-            return all(sha256(self.store.get(blob_key(shard.blob))) == shard.blob for shard in found)
+            found = load_version(self.store, MODEL, digest).stored
+            return all(sha256(self.store.get(blob_key(record.blob))) == record.blob for record in found)
         except (ObjectNotFoundError, ArtifactNotFoundError):
             return False
 

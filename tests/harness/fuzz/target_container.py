@@ -1,5 +1,7 @@
 """Containers: any bytes are refused with the project's own error, or decode to what the format page says.
 
+Differences have no base here, and are refused; `target_tensor` gives them one.
+
 An input that begins with `!` is a header and data that are put together here, so that the length field need not be
 guessed: `!`, the JSON header up to the first newline, then the data. One that begins with `?` is a container of version
 2 whose index is packed here: `?`, the index as text up to the first newline, then the streams. Others are taken as they
@@ -29,6 +31,7 @@ TOKENS = (
         b'"__metadata__"',
         b'"__birkhoff__":"1"',
         b'"__birkhoff__":"2"',
+        b'"__birkhoff__":"3"',
         b'"index":',
         b'"data":',
         b'"dtype":"U8"',
@@ -37,7 +40,16 @@ TOKENS = (
         b"\n",
         b"!",
     ),
-    *(b"codec=lattice", b"codec=planes", b"codec=raw", b"codec=paper", b"dtype=F32", b"dtype=BF16", b"dtype=F8_E4M3"),
+    *(
+        b"codec=lattice",
+        b"codec=planes",
+        b"codec=raw",
+        b"codec=paper",
+        b"codec=difference",
+        b"dtype=F32",
+        b"dtype=BF16",
+        b"dtype=F8_E4M3",
+    ),
     *(
         b"shape=",
         b"parts=",
@@ -50,6 +62,9 @@ TOKENS = (
         b"U=1225",
         b"U=1600",
         b"K=3",
+        b"times=",
+        b"stride=",
+        b"base=",
     ),
     *(b"bits=", b"per_row=1", b"centre=", b"far=", b",", b" ", b"68719476736", b"-1", b"1e9", b"\x28\xb5\x2f\xfd"),
 )
@@ -102,7 +117,7 @@ def seeds() -> Iterator[bytes]:
 def take_apart(blob: bytes) -> bytes:
     """A container in the form whose header, or index, is put together here."""
     (length,) = struct.unpack("<Q", blob[:8])
-    if b'"__birkhoff__":"2"' in blob[: 8 + length]:
+    if any(b'"__birkhoff__":"%d"' % version in blob[: 8 + length] for version in (2, 3)):
         end = 8 + length + json.loads(blob[8 : 8 + length])[INDEX]["data_offsets"][1]
         return b"?" + zstandard.ZstdDecompressor().decompress(blob[8 + length : end]) + b"\n" + blob[end:]
     return b"!" + blob[8 : 8 + length].rstrip() + b"\n" + blob[8 + length :]
@@ -117,7 +132,8 @@ def put_together(data: bytes) -> bytes:
         index = zstandard.ZstdCompressor().compress(header)
         places = {INDEX: (0, len(index)), DATA: (len(index), len(index) + len(body))}
         stored = {key: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for key, (a, b) in places.items()}
-        header = json.dumps({"__metadata__": {VERSION_KEY: "2"}, **stored}).encode()
+        version = "3" if b"codec=difference" in header else "2"
+        header = json.dumps({"__metadata__": {VERSION_KEY: version}, **stored}).encode()
         body = index + body
     return struct.pack("<Q", len(header)) + header + body
 
@@ -146,12 +162,14 @@ def refusal(error: BirkhoffError, data: bytes) -> None:
     assert len(text.encode()) < 1000 + 4 * len(data), len(text)
 
 
-def compare(blob: bytes, tensors: list[CodedTensor], decoded: dict[str, torch.Tensor]) -> None:
+def compare(
+    blob: bytes, tensors: list[CodedTensor], decoded: dict[str, torch.Tensor], bases: dict[str, bytes] | None = None
+) -> None:
     """Our tensors are those of the reader written from the page, bit for bit (`paper`: to the last digits)."""
     if any(tensor.dtype not in page_reader.DTYPES for tensor in tensors):
         return  # numpy has no such type
     with np.errstate(all="ignore"):
-        expected = page_reader.read(blob)
+        expected = page_reader.read(blob, bases)
     assert list(expected) == list(decoded)
     for tensor in tensors:
         mine, theirs = decoded[tensor.name].numpy(), expected[tensor.name]

@@ -11,11 +11,23 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from birkhoff.codec import contexts, rest
+from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec import tensor as codec
-from birkhoff.codec.container import DATA, FORMAT_VERSION, INDEX, VERSION_KEY, parse
+from birkhoff.codec.container import (
+    DATA,
+    DIFFERENCE_VERSION,
+    INDEX,
+    VERSION_KEY,
+    CodedTensor,
+    LatticeParams,
+    is_difference,
+    parse,
+    serialise,
+    with_bases,
+)
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.lattice import of_coordinates
 from birkhoff.codec.pairs import pairs_per_row
 from tests.harness.fuzz.target_container import COMPARED, SECONDS, compare, put_together, refusal
 
@@ -23,6 +35,10 @@ INSTRUMENT = ()
 TOKENS = (b"\x00" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x3f\x80\x00\x00", b"\x7f\x80\x00\x00")
 
 CODECS = ("lattice", "lattice", "planes", "paper", "raw")
+
+DIFFERENCES = 192
+"""First bytes from which an input is a difference: the others choose among `CODECS`."""
+
 DTYPES = ("F32", "F16", "F64", "BF16", "U8", "I64", "BOOL", "F8_E4M3")
 MOST_WEIGHTS = 1 << 17
 """Enough for planes of several groups."""
@@ -78,16 +94,18 @@ class Choices:
 def seeds() -> Iterator[bytes]:
     """One input for every codec, and random ones."""
     generator = torch.Generator().manual_seed(1)
-    for kind in range(len(CODECS)):
+    for kind in (*range(len(CODECS)), DIFFERENCES):
         yield bytes([kind, 0, 0, 9, 0, 67]) + bytes(range(200))
     for size in (40, 200, 1000):
         for _ in range(4):
             yield bytes(torch.randint(256, (size,), generator=generator).tolist())
+        yield bytes([255, 0, 0, 8, 0, 70, 1, *torch.randint(256, (size,), generator=generator).tolist()])
 
 
 def build(choice: Choices) -> bytes:
     """The container that an input stands for: whatever its one tensor's parameters say, the rest of it is whole."""
-    kind, dtype = CODECS[choice.number() % len(CODECS)], DTYPES[choice.number() % len(DTYPES)]
+    first, dtype = choice.number(), DTYPES[choice.number() % len(DTYPES)]
+    kind = "difference" if first >= DIFFERENCES else CODECS[first % len(CODECS)]
     rows, columns = choice.number(2) % 1024, choice.number(2) % 1024
     if rows * columns > MOST_WEIGHTS:
         rows %= 97
@@ -95,6 +113,9 @@ def build(choice: Choices) -> bytes:
     params: dict[str, str] = {}
     if kind == "lattice":
         params, parts = lattice(choice, rows, columns)
+    elif kind == "difference":
+        params, parts = lattice(choice, rows, columns)
+        params |= {"base": BASE, "times": str(choice.number() % 16 or 2), "stride": str(choice.number() % 128 or 3)}
     elif kind == "paper":
         params, parts = paper(choice, shape)
     else:
@@ -117,7 +138,7 @@ def build(choice: Choices) -> bytes:
     index, size = rest.zstandard.ZstdCompressor().compress(text), sum(map(len, parts))
     places = {INDEX: (0, len(index)), DATA: (len(index), len(index) + size)}
     header = {
-        "__metadata__": {VERSION_KEY: str(FORMAT_VERSION)},
+        "__metadata__": {VERSION_KEY: str(DIFFERENCE_VERSION)},
         **{key: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for key, (a, b) in places.items()},
     }
     return put_together(b"!" + json.dumps(header).encode() + b"\n" + index + b"".join(parts))
@@ -144,6 +165,24 @@ def lattice(choice: Choices, rows: int, columns: int) -> tuple[dict[str, str], t
     if choice.number() == 255:
         parts = parts[: choice.number() % 8]
     return params, tuple(parts)
+
+
+BASE = "ab" * 32
+
+
+def base(coded: CodedTensor) -> bytes:
+    """A container that a difference can be to, or can not: of a tensor of its shape, now and then of another."""
+    shape = coded.shape if len(coded.parts[-1]) % 5 else coded.shape[::-1]
+    columns = 7 if len(coded.parts) % 9 == 8 else max(1, shape[-1] if shape else 1)
+    rows = max(1, coded.weights // columns)
+    generator = torch.Generator().manual_seed(coded.nbytes)
+    i, j = (torch.randint(-128, 128, (rows, pairs_per_row(columns)), generator=generator) for _ in range(2))
+    i[:: 3 + coded.nbytes % 5, ::7] *= 1 << coded.nbytes % 26
+    code = of_coordinates(i.float(), j.float(), 0.25, columns)
+    streams, escapes = planes.pack(code, path=0)
+    params = LatticeParams(path=0, columns=columns, step=0.25, escapes=escapes)
+    held = CodedTensor(name="w", codec="lattice", dtype="F32", shape=shape, params=params, parts=streams)
+    return serialise([held])
 
 
 def _groups(levels: bytes, rows: int, pairs: int) -> list[int]:
@@ -175,10 +214,13 @@ def paper(choice: Choices, shape: tuple[int, ...]) -> tuple[dict[str, str], tupl
 
 def check(data: bytes) -> None:
     """Build a container of one coded tensor from the bytes, and decode it."""
-    blob = build(Choices(data))
+    blob, other = build(Choices(data)), b""
     start = time.process_time()
     try:
         (coded,) = parse(blob)
+        if is_difference(coded):
+            other = base(coded)
+            (coded,) = with_bases([coded], lambda _: {held.name: held for held in parse(other)})
         decoded = codec.decode_tensor(coded)
     except BirkhoffError as error:
         refusal(error, data)
@@ -186,4 +228,4 @@ def check(data: bytes) -> None:
     finally:
         assert time.process_time() - start < SECONDS, "a hang"
     if coded.weights <= COMPARED:
-        compare(blob, [coded], {coded.name: decoded})
+        compare(blob, [coded], {coded.name: decoded}, {BASE: other})

@@ -26,21 +26,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--schedules", type=int, default=1, help="how many, each with the next seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--derived", action="store_true", help="some publishers' versions are differences to others")
     parser.add_argument("--mutant", choices=MUTANTS, help="break one rule of the product first")
     parser.add_argument("--trace", action="store_true", help="print every step of the first schedule")
     options = parser.parse_args(arguments)
     if options.trace:
-        return trace(options.seed, options.mutant)
+        return trace(options.seed, options.mutant, derived=options.derived)
     began, done, operations = time.monotonic(), 0, 0
     seeds = range(options.seed, options.seed + options.schedules)
-    chunks = [(seeds[start : start + CHUNK], options.mutant) for start in range(0, len(seeds), CHUNK)]
+    chunks = [(seeds[start : start + CHUNK], options.mutant, options.derived) for start in range(0, len(seeds), CHUNK)]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for chunk, (steps, finding) in zip(chunks, pool.imap(work, chunks), strict=True):
             operations += steps
             if finding is not None:
                 print(f"seed {finding.seed}: {finding.text}")
                 print(
-                    f"again: python -m tests.harness.simulator --trace --seed {finding.seed}" + _option(options.mutant)
+                    f"again: python -m tests.harness.simulator --trace --seed {finding.seed}"
+                    + _option(options.mutant)
+                    + (" --derived" if options.derived else "")
                 )
                 return 0 if options.mutant else 1
             done += len(chunk[0])
@@ -49,11 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if options.mutant else 0
 
 
-def trace(seed: int, mutant: str | None) -> int:
+def trace(seed: int, mutant: str | None, *, derived: bool) -> int:
     """One schedule, step by step."""
     chosen = MUTANTS[mutant] if mutant else None
     with simulated(**chosen.changes if chosen else {}):
-        schedule = Schedule(seed, focus=chosen.focus if chosen else None, trace=True)
+        schedule = Schedule(seed, focus=chosen.focus if chosen else None, derived=derived, trace=True)
         try:
             schedule.run()
         except BaseException:

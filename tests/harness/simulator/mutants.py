@@ -12,7 +12,7 @@ from typing import Any
 
 from birkhoff.pipeline.errors import PreconditionError, StoreError
 from birkhoff.pipeline.registry import aliases, gc, leases, names, versions
-from birkhoff.pipeline.registry.documents import NameRecord, alias_key, name_key, utc_now, version_key
+from birkhoff.pipeline.registry.documents import NameRecord, alias_key, blob_key, name_key, utc_now, version_key
 from birkhoff.pipeline.registry.parallel import each
 from tests.harness.simulator.scenario import Finding, Focus, run
 
@@ -107,6 +107,11 @@ def name_seen_before(real: Any = aliases.live_name) -> Any:
     return look
 
 
+def own_blobs(manifest: Any) -> set[str]:
+    """What a version holds itself, and not what it is a difference to."""
+    return {blob_key(record.blob) for record in manifest.own}
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -140,6 +145,7 @@ _PUBLISHER_STOPS = Focus(like="directory", roles=("publish", "collect"), base=1)
 _MOVER_STOPS = Focus(like="directory", roles=("move", "retire", "collect"), base=5)
 _ON_S3 = Focus(like="s3", roles=("collect", "publish", "publish"), base=2, duel=False)
 _SENT_TWICE = Focus(like="s3", roles=("collect", "publish", "publish"), base=2, grace=_WEEK, duel=False, repeats=True)
+_BASE_GOES = Focus(like="directory", roles=("derive", "publish", "retire", "collect"), base=1, duel=False)
 _ALL_MOVE = Focus(like="directory", roles=("move", "move", "retire", "collect"), base=5, duel=False)
 _COPY_COMES = Focus(like="directory", roles=("install", "retire", "collect", "collect"), base=5, duel=False)
 _LISTINGS_LAG = Focus(
@@ -171,6 +177,7 @@ MUTANTS = {
     "no record of the numbers that were given": Mutant(
         changes={"gc__remember_given": _nothing}, focus=_COPY_COMES, seed=15
     ),
+    "bases not reached": Mutant(changes={"gc___needed": own_blobs}, focus=_BASE_GOES, seed=18),
     "no look at what was touched": Mutant(changes={"gc___touched": _false}, focus=_LISTINGS_LAG, seed=39),
     "no touch of what is reused": Mutant(
         changes={"versions__FRESH": timedelta(days=10000)}, focus=_LISTINGS_LAG, seed=3968
@@ -179,9 +186,9 @@ MUTANTS = {
 """By name."""
 
 
-def work(chunk: tuple[range, str | None]) -> tuple[int, Finding | None]:
-    """Run schedules, of a mutant if one is named; as `scenario.run`."""
-    seeds, name = chunk
+def work(chunk: tuple[range, str | None, bool]) -> tuple[int, Finding | None]:
+    """Run schedules, of a mutant if one is named, with derived versions if so asked; as `scenario.run`."""
+    seeds, name, derived = chunk
     if name is None:
-        return run(seeds)
-    return run(seeds, focus=MUTANTS[name].focus, **MUTANTS[name].changes)
+        return run(seeds, derived=derived)
+    return run(seeds, focus=MUTANTS[name].focus, derived=derived, **MUTANTS[name].changes)

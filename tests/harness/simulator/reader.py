@@ -1,7 +1,7 @@
 """The invariants, judged after every change of the store by a reader that shares no code with what it judges.
 
-* What was live is whole: the manifest and every blob of each version that a name refers to, from the moment that the
-  name is live until it is buried, is there with the bytes that its digest says.
+* What was live is whole: the manifest and every blob of each version that a name refers to, those of its base too, from
+  the moment that the name is live until it is buried, is there with the bytes that its digest says.
 * An alias points at a name that is there and means the same version, and that version is whole.
 * A name stands for one version in its life. It goes only after it was given up, and its number does not come back.
 * An alias moves one generation at a time, keeps its history, and is never deleted.
@@ -142,7 +142,8 @@ class Reader:
         if found is None or hashlib.sha256(found.body).hexdigest() != digest:
             raise Violation(f"{holder} refers to {digest[:8]}, whose manifest is not there")
         document = json.loads(found.body)
-        blobs = [entry["blob"] for entry in (*document["shards"], *document.get("files", ()))]
+        bases = [base for shard in document["shards"] for base in shard.get("bases", ())]
+        blobs = [entry["blob"] for entry in (*document["shards"], *bases, *document.get("files", ()))]
         keys = (manifest, *(f"blobs/sha256/{blob[:2]}/{blob}" for blob in blobs))
         for key in keys[1:]:
             if key not in self._objects:

@@ -21,7 +21,15 @@ from birkhoff.pipeline.errors import (
     StoreError,
 )
 from birkhoff.pipeline.registry import aliases, clock, fencing, gc, leases, names, parallel, shipping, versions
-from birkhoff.pipeline.registry.documents import BlobRecord, SourceRecord, VersionManifest, blob_key, sha256
+from birkhoff.pipeline.registry.documents import (
+    BaseBlob,
+    BlobRecord,
+    ShardRecord,
+    SourceRecord,
+    VersionManifest,
+    blob_key,
+    sha256,
+)
 from birkhoff.pipeline.shard.run import find_record, keep_shard
 from birkhoff.pipeline.store.base import Store
 from tests.harness.simulator.engine import DAY, HOUR, MINUTE, START, Like, Process, Simulation, Violation, Weather
@@ -30,6 +38,8 @@ from tests.pipeline.publishing import record_of
 
 MODELS = ("m", "n")
 CONTENTS = ("a", "b", "c", "d")
+DERIVED = ("x", "y")
+"""What shards hold that are differences to others."""
 
 REFUSALS = (StoreError, ArtifactNotFoundError, AliasError)
 """What a participant may be told: it then stops, as a command does."""
@@ -135,9 +145,12 @@ def simulated(**more: Any) -> Iterator[None]:
             logger.disabled = state
 
 
-def shard_of(store: Store, content: str) -> Any:
-    """The record of a shard, found or made as a worker does."""
+def shard_of(store: Store, content: str, base: ShardRecord | None = None) -> ShardRecord:
+    """The record of a shard, found or made as a worker does; `base` is the shard that it is a difference to."""
     record = record_of(content)
+    if base is not None:
+        key, blob = sha256(f"{content} on {base.blob}".encode()), BaseBlob(blob=base.blob, bytes=base.bytes)
+        record = record.model_copy(update={"key": key, "bases": (blob,)})
     found = find_record(store, record.key)
     if found is None:
         keep_shard(store, content.encode(), record)
@@ -236,9 +249,9 @@ class Focus:
 class Schedule:
     """Everything that a seed decides, run to its end."""
 
-    def __init__(self, seed: int, *, focus: Focus | None = None, trace: bool = False) -> None:
+    def __init__(self, seed: int, *, focus: Focus | None = None, derived: bool = False, trace: bool = False) -> None:
         rng = random.Random(f"schedule {seed}")
-        self.seed, self._focus = seed, focus
+        self.seed, self._focus, self._derived = seed, focus, derived
         self.like: Like = rng.choices(("directory", "s3", "plain"), (4, 5, 1))[0]
         if focus is not None:
             self.like = focus.like
@@ -280,6 +293,8 @@ class Schedule:
         roles = [role for role, limits in counts.items() for _ in range(rng.randint(*limits))]
         if self._focus is None:
             roles += [self._install] * rng.randint(*seldom)
+        if self._derived:
+            roles += [self._derive] * rng.randint(1, 2)
         span = rng.choice((0.1, 3.0, 60.0))
         stopped = rng.randrange(len(roles)) if self._duel else -1
         if self._focus is not None:
@@ -319,6 +334,22 @@ class Schedule:
                 publish(store, model, contents)
                 if keep:
                     gc.retire(store, model, keep)
+
+    def _derive(self, process: Process) -> None:
+        """Versions whose shards are differences to those of the latest version of some model, which may be given up."""
+        rng, store = self._rng, process.store
+        for _ in range(rng.randint(1, 2)):
+            with leases.open_run(store) if rng.random() < 0.8 else contextlib.nullcontext():
+                base = versions.latest_version(store, rng.choice(MODELS))
+                direct = [] if base is None else [shard for shard in base.manifest.shards if not shard.bases]
+                if not direct:
+                    return
+                shard = shard_of(store, rng.choice(DERIVED), rng.choice(direct))
+                manifest = manifest_of(rng.choice(MODELS), ("a",))
+                versions.publish(store, manifest.model_copy(update={"shards": (shard,)}))
+                if rng.random() < 0.5:
+                    for model in MODELS:
+                        gc.retire(store, model, 1)
 
     def _install(self, process: Process) -> None:
         """Versions come from another store, most of them under the names that they have there."""
@@ -373,8 +404,8 @@ class Schedule:
             digest = versions._find(store, model, reference[1:] or "latest")[1]
             try:
                 manifest = versions.load_version(store, model, digest)
-                for shard in manifest.shards:
-                    store.get(blob_key(shard.blob), length=MAX_DOCUMENT_BYTES)
+                for record in manifest.stored:
+                    store.get(blob_key(record.blob), length=MAX_DOCUMENT_BYTES)
             except (ArtifactNotFoundError, ObjectNotFoundError) as error:
                 took = simulation.now - began
                 if took < self.grace.total_seconds() - MINUTE and not self.weather.store_steps:
@@ -388,6 +419,7 @@ class Schedule:
         simulation.now += 40 * DAY
         simulation.history.clear()
         process, done = Process(simulation, "at the end"), list[str]()
+        found = fencing.read_sweep(simulation.inner)
 
         def work() -> None:
             name = publish(process.store, "m", ("a", "b")).name
@@ -406,9 +438,10 @@ class Schedule:
         if not done:
             raise Violation("nobody disturbed it, and it did not end")
         left = {key for key in simulation.shelf.objects if not key.startswith(("models/", "shards/"))}
-        if self.like == "s3":  # stays, and says nothing
-            record = fencing.read_sweep(simulation.inner)
-            left -= {fencing.SWEEP_KEY} if record is None or not record[0].keys else set()
+        record = fencing.read_sweep(simulation.inner)
+        # On S3 it stays. Elsewhere one whose collection was killed does, until another has something to condemn.
+        if record is not None and not record[0].keys and (self.like == "s3" or record == found):
+            left.remove(fencing.SWEEP_KEY)
         if wrong := left ^ {key for key in self.reader.needed if key.startswith("blobs/")}:
             raise Violation(f"a last collection left or took {', '.join(sorted(wrong))}")
 
@@ -442,12 +475,17 @@ class Finding:
     text: str
 
 
-def run(seeds: Iterable[int], focus: Focus | None = None, **changes: Any) -> tuple[int, Finding | None]:
-    """Run schedules until one is wrong; how many store operations there were. `changes` as in `simulated`."""
+def run(
+    seeds: Iterable[int], focus: Focus | None = None, *, derived: bool = False, **changes: Any
+) -> tuple[int, Finding | None]:
+    """Run schedules until one is wrong; how many store operations there were. `changes` as in `simulated`.
+
+    `derived` adds publishers whose versions are differences to others.
+    """
     operations = 0
     with simulated(**changes):
         for seed in seeds:
-            schedule = Schedule(seed, focus=focus)
+            schedule = Schedule(seed, focus=focus, derived=derived)
             try:
                 schedule.run()
             except KeyboardInterrupt:

@@ -75,7 +75,7 @@ def test_push_is_copy_with_types(published: Store, tmp_path: Path) -> None:
         with pytest.raises(PreconditionError):
             birkhoff.push("other", target)
         assert birkhoff.push("other", target, rename=True).version.name == "v2"
-    with pytest.raises(StoreError, match="the store it is in"):
+    with pytest.raises(StoreError, match="the store it comes from"):
         birkhoff.push("net", published.url)
     made = birkhoff.push("net", (tmp_path / "new").as_uri())
     assert made.copied == 1

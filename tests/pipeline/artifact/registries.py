@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,17 @@ class RunningRegistry:
 
 
 @contextmanager
-def running(folder: Path, *, tls: tuple[Path, Path] | None = None, login: bool = False) -> Iterator[RunningRegistry]:
-    """A registry until the block ends. Skips the test where none is installed: apt install docker-registry."""
+def running(
+    folder: Path,
+    *,
+    tls: tuple[Path, Path] | None = None,
+    login: bool = False,
+    token: Mapping[str, object] | None = None,
+) -> Iterator[RunningRegistry]:
+    """A registry until the block ends, with a login or the tokens of a server (`tokens`).
+
+    Skips the test where none is installed: apt install docker-registry.
+    """
     if shutil.which("docker-registry") is None:
         pytest.skip("docker-registry is not installed: apt install docker-registry")
     folder.mkdir(parents=True)
@@ -50,6 +59,8 @@ def running(folder: Path, *, tls: tuple[Path, Path] | None = None, login: bool =
     if login:
         (folder / "htpasswd").write_text(HTPASSWD + "\n")
         config["auth"] = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
+    if token is not None:
+        config["auth"] = {"token": dict(token)}
     (folder / "config.yml").write_text(json.dumps(config))  # JSON is YAML
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(folder / "config.yml")], stdout=log, stderr=log)

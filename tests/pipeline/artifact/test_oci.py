@@ -1,6 +1,7 @@
 """Versions in a real registry, Debian's docker-registry, and copied by skopeo."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ from birkhoff.pipeline.errors import (
 from birkhoff.pipeline.registry.labels import change_labels
 from birkhoff.pipeline.registry.versions import resolve
 from birkhoff.pipeline.store.base import Store
-from tests.pipeline.artifact.registries import RunningRegistry, login_file, running
+from tests.pipeline.artifact.registries import PASSWORD, USER, RunningRegistry, login_file, running
 from tests.pipeline.artifact.test_oms import certified
+from tests.pipeline.artifact.tokens import REFRESH, TokenServer, token_server
 from tests.pipeline.command import captured, execute
 from tests.pipeline.publishing import publish_tensors
 
@@ -83,6 +85,20 @@ def test_a_version_copied_by_skopeo_has_the_same_digest(
     for path in sorted((tmp_path / "direct").iterdir()):
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     assert set(birkhoff.load_state_dict(tmp_path / "back")) == {"w", "v"}
+
+
+def test_what_oras_pulls_is_a_folder_of_ours(registry: RunningRegistry, published: Store, tmp_path: Path) -> None:
+    client = pytest.importorskip("oras.client", reason="oras is not installed")
+    done = pushed(registry)
+    names = client.OrasClient(insecure=True).pull(f"{registry.host}/team/net:v1", outdir=str(tmp_path / "by-oras"))
+    birkhoff.pull("net", tmp_path / "by-us")
+    ours = {str(path.relative_to(tmp_path / "by-us")) for path in (tmp_path / "by-us").rglob("*") if path.is_file()}
+    assert {str(Path(name).relative_to(tmp_path / "by-oras")) for name in names} == ours
+    for name in ours - {"version.json"}:  # which says how a folder was made
+        assert (tmp_path / "by-oras" / name).read_bytes() == (tmp_path / "by-us" / name).read_bytes()
+    assert execute("verify", str(tmp_path / "by-oras")) == 0
+    assert set(birkhoff.load_state_dict(tmp_path / "by-oras")) == {"w", "v"}
+    assert done.digest == resolve(published, "net").digest
 
 
 def test_layers_are_our_blobs_and_stored_once(registry: RunningRegistry, published: Store) -> None:
@@ -143,6 +159,95 @@ def test_a_login_is_asked_for_and_used(published: Store, tmp_path: Path, monkeyp
             pushed(closed)
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(login_file(tmp_path, closed.host)))
         assert birkhoff.pull(pushed(closed).to, tmp_path / "in").version == "v1"
+
+
+def test_tokens_are_asked_for_by_scope_and_renewed(
+    published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry's own token authentication: anybody pulls, only a login pushes."""
+    with token_server(tmp_path) as tokens, running(tmp_path / "closed", token=tokens.config) as closed:
+        target = f"oci://{closed.host}/team/net:v1"
+        with pytest.raises(StoreDeniedError, match="skopeo login"):
+            birkhoff.push("net", target)
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(login_file(tmp_path, closed.host)))
+        done = birkhoff.push("net", target)
+        assert {scope for how, scope in tokens.asked if how == "login"} == {
+            "repository:team/net:pull",
+            "repository:team/net:pull,push",
+        }
+        monkeypatch.delenv("REGISTRY_AUTH_FILE")
+        assert birkhoff.pull(target, tmp_path / "back").digest == done.digest
+        assert ("nobody", "repository:team/net:pull") in tokens.asked
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(login_file(tmp_path, closed.host, password="wrong")))
+        with pytest.raises(StoreDeniedError, match="skopeo login"):
+            birkhoff.pull(target, tmp_path / "wrong")
+        if shutil.which("skopeo") is not None:  # takes the same tokens
+            flags = ["--tls-verify=false", "--creds", f"{USER}:{PASSWORD}"]
+            asked = ["skopeo", "inspect", "--raw", *flags, f"docker://{closed.host}/team/net:v1"]
+            assert (
+                json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)["artifactType"] == MODEL_TYPE
+            )
+
+
+def test_a_token_that_ended_is_renewed_in_the_middle(
+    published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with token_server(tmp_path) as tokens, running(tmp_path / "closed", token=tokens.config) as closed:
+        reference = OciReference.parse(f"oci://{closed.host}/team/net:v1")
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(login_file(tmp_path, closed.host)))
+        birkhoff.push("net", reference.url)
+        registry = Registry(reference)
+        first = registry.manifest("v1")
+        before = len(tokens.asked)
+        registry._token = f"Bearer {_ended(tokens)}"
+        assert registry.manifest("v1") == first
+        assert len(tokens.asked) == before + 1
+        registry.close()
+
+
+def _ended(tokens: TokenServer) -> str:
+    tokens.seconds, held = -120, tokens.seconds
+    token = tokens.token("repository:team/net:pull", known=True)
+    tokens.seconds = held
+    return token
+
+
+def test_a_login_by_refresh_token_is_used(published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docker login` leaves it for registries of clouds: an identity token in the place of a password."""
+    with token_server(tmp_path) as tokens, running(tmp_path / "closed", token=tokens.config) as closed:
+        for refresh in (REFRESH, "wrong"):
+            found = {"auths": {closed.host: {"auth": "MDAwMDAwMDA6", "identitytoken": refresh}}}
+            (tmp_path / "auth.json").write_text(json.dumps(found))
+            monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+            if refresh == REFRESH:
+                birkhoff.push("net", f"oci://{closed.host}/team/net:v1")
+                assert ("refresh_token", "repository:team/net:pull,push") in tokens.asked
+            else:
+                with pytest.raises(StoreDeniedError) as caught:
+                    birkhoff.push("net", f"oci://{closed.host}/team/net:v2")
+                assert refresh not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["credHelpers", "credsStore"])
+@pytest.mark.parametrize(("user", "secret"), [(USER, PASSWORD), ("<token>", REFRESH)])
+def test_a_helper_is_asked_for_the_login(
+    published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, user: str, secret: str
+) -> None:
+    """A program as the clouds' registries bring it, which keeps what is not to stand in a file."""
+    with token_server(tmp_path) as tokens, running(tmp_path / "closed", token=tokens.config) as closed:
+        program = tmp_path / "bin" / "docker-credential-tests"
+        program.parent.mkdir()
+        answer = json.dumps({"ServerURL": closed.host, "Username": user, "Secret": secret})
+        program.write_text(f"#!/bin/sh\n[ \"$1 $(cat)\" = 'get {closed.host}' ] || exit 1\necho '{answer}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        config = {"auths": {closed.host: {}}, named: {closed.host: "tests"} if named == "credHelpers" else "tests"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        birkhoff.push("net", f"oci://{closed.host}/team/net:v1")
+        program.write_text("#!/bin/sh\nexit 1\n")
+        with pytest.raises(StoreDeniedError, match="docker login"):
+            birkhoff.push("net", f"oci://{closed.host}/team/net:v2")
 
 
 def test_tls_is_checked(published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

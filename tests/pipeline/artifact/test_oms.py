@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from birkhoff.pipeline.artifact.oms import OmsKey, attached, sign_folder, verify_folder
+from birkhoff.pipeline.artifact.oms import OmsKey, attached, oms_key, sign_folder, verify_folder
 from birkhoff.pipeline.artifact.statements import bill_of_materials, provenance
 from birkhoff.pipeline.errors import ArtifactNotFoundError, TrustError, exit_code
 from birkhoff.pipeline.registry.documents import SourceRecord, VersionManifest
@@ -131,6 +131,29 @@ def test_a_version_carries_its_signature_into_every_folder(
     publish_tensors(directory_store, "net", {"w": torch.zeros(64, 64)})
     assert execute("pull", "net", "-o", str(pulled)) == 0
     assert not (pulled / "model.sig").exists()  # the old version's goes
+
+
+def test_offline_a_folder_carries_the_signature_that_its_last_pull_brought(
+    pulled: Path, tmp_path: Path, directory_store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key_pair(tmp_path, "oms")
+    trusted, again = OmsKey(key=tmp_path / "oms.pub"), ("pull", "net", "-o")
+    assert execute(*again, str(tmp_path / "unsigned"), "--offline") == 0
+    assert not (tmp_path / "unsigned/model.sig").exists()
+    assert execute("oms", "sign", "net", "--key", str(tmp_path / "oms.pem")) == 0
+    assert execute(*again, str(pulled)) == 0
+    online = [captured(capsys, name, "net") for name in ("bom", "provenance")]
+    (tmp_path / "store").rename(tmp_path / "gone")
+    assert execute(*again, str(tmp_path / "signed"), "--offline") == 0
+    verify_folder(tmp_path / "signed", trusted)
+    assert (tmp_path / "signed/model.sig").read_bytes() == (pulled / "model.sig").read_bytes()
+    assert [captured(capsys, name, "net", "--offline") for name in ("bom", "provenance")] == online
+    (tmp_path / "gone").rename(tmp_path / "store")
+    digest = resolve(directory_store, "net").digest
+    directory_store.delete(oms_key("net", digest))
+    assert execute(*again, str(pulled)) == 0  # the store has none any more, and this machine knows it
+    assert execute(*again, str(tmp_path / "signed"), "--offline") == 0
+    assert not (tmp_path / "signed/model.sig").exists()
 
 
 def test_certificates(pulled: Path, tmp_path: Path) -> None:

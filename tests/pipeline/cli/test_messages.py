@@ -114,7 +114,10 @@ def test_a_store_may_stand_before_the_command(demo_store: str, capsys: Capture) 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["key", "new", "k"], "`birkhoff key` takes none"), ([], "expected a command: birkhoff list --store file:///x")],
+    [
+        (["key", "new", "k"], "`birkhoff key` takes no store"),
+        ([], "expected a command: birkhoff list --store file:///x"),
+    ],
 )
 def test_a_store_before_what_takes_none(words: list[str], said: str) -> None:
     with pytest.raises(Exception, match=re.escape(said)) as caught:
@@ -199,8 +202,8 @@ def test_make_setup_says_what_it_does(tmp_path: Path) -> None:
     ended = subprocess.run(["make", "setup"], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert ended.returncode == 0, ended.stderr
     said = [line.split()[0] for line in ended.stdout.splitlines()]
-    assert said == ["setup", "Downloading"] * 3 + ["setup"]  # no terminal, and not silent for minutes
+    assert said == ["setup", "Downloading"] * 4 + ["setup"]  # no terminal, and not silent for minutes
     assert ended.stdout.count("--progress-bar off") == 3
     steps = [line for line in ended.stdout.splitlines() if line.startswith("setup ")]
-    assert [line.split(":")[0] for line in steps] == ["setup 1/3", "setup 2/3", "setup 3/3", "setup done"]
+    assert [line.split(":")[0] for line in steps] == [*(f"setup {step}/4" for step in range(1, 5)), "setup done"]
     assert "-m pip" not in re.sub("Downloading with .*", "", ended.stdout)  # commands themselves are not echoed

@@ -106,7 +106,7 @@ class TestPull:
         assert [(row["status"], row["fetched_bytes"], row["missing_blobs"]) for row in rows] == [
             ("pulled", 0, None)
         ] * 2
-        with pytest.raises(typer.BadParameter, match="a glob asks the store"):
+        with pytest.raises(typer.BadParameter, match="a glob needs the store"):
             _raw("pull", "sam-*", "-o", str(out), "--offline")
 
 
@@ -208,7 +208,7 @@ class TestShipping:
         assert place.run("verify", *there)[0] == 0
 
     def test_copy_to_itself(self, place: Place) -> None:
-        with pytest.raises(typer.BadParameter, match="is the store it is in"):
+        with pytest.raises(typer.BadParameter, match="is the store it comes from"):
             _raw("copy", "sam-a", "--to", place.url)
 
     def test_a_name_that_is_taken_and_a_protected_alias(self, place: Place) -> None:

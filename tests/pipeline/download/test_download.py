@@ -663,7 +663,7 @@ class TestS3:
     def test_they_come_in_ranges_and_are_resumed(
         self, s3_store: Store, s3_environment: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("birkhoff.pipeline.download.s3._RANGE_BYTES", 100_000)
+        monkeypatch.setattr("birkhoff.pipeline.download.bucket._RANGE_BYTES", 100_000)
         s3_store.put("net.safetensors", BODY)
         url = f"{s3_environment}/net.safetensors"
         seen: list[int] = []
@@ -681,7 +681,7 @@ class TestS3:
     def test_an_object_that_changes_midway_is_not_mixed(
         self, s3_store: Store, s3_environment: str, monkeypatch: pytest.MonkeyPatch, home: Path
     ) -> None:
-        monkeypatch.setattr("birkhoff.pipeline.download.s3._RANGE_BYTES", 100_000)
+        monkeypatch.setattr("birkhoff.pipeline.download.bucket._RANGE_BYTES", 100_000)
         s3_store.put("net.safetensors", BODY)
         url = f"{s3_environment}/net.safetensors"
         change = lambda name, done, total: s3_store.put("net.safetensors", OTHER)  # noqa: E731

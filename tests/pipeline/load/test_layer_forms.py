@@ -12,6 +12,7 @@ from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor, lattice_of
 from birkhoff.kernels.entropy.op import lattices_of
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.load.layer_forms import LayerMaker, Memory
 from tests.codec.by_profile import encode_tensor
@@ -85,3 +86,45 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(CodecError, match="'packed11': one of uint16, packed12, packed10 was expected"):
         LayerMaker("packed11")  # type: ignore[arg-type]
+
+
+def test_int8_layers_hold_the_same_weights_in_as_much_memory() -> None:
+    tensor, bias = coded(), torch.randn(64)
+    maker = LayerMaker("uint16", "int8")
+    layer = maker("w", lattice_of(tensor), bias=bias, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maker.report()
+    assert isinstance(layer, Int8HyperLinear)
+    assert layer.plane.nbytes == tensor.weights
+    assert torch.equal(layer.bias, bias.bfloat16())  # type: ignore[arg-type]
+    assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+
+
+@pytest.mark.parametrize(("spikes", "target_db", "wider"), [(0, 30.0, False), (0, 46.0, True), (4, 46.0, True)])
+def test_what_a_byte_does_not_hold_widens_a_layer(spikes: int, target_db: float, wider: bool) -> None:
+    maker, tensor = LayerMaker("uint16", "int8"), coded(spikes, target_db)
+    layer = maker("w", lattice_of(tensor), bias=None, dtype=torch.float32)
+    assert isinstance(layer, Int8HyperLinear)
+    assert bool(len(layer.extra)) == wider
+    assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
+    x = torch.randn(9, 256)
+    assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
+
+
+def test_a_layer_full_of_outliers_computes_in_float_and_is_named() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weight[0] = 20.0  # in every column
+    full = encode_tensor("w", weight, replace(PROFILES["balanced"], target_db=46.0, path=False)).tensor
+    maker = LayerMaker("uint16", "int8")
+    layers = [maker("w", lattice_of(tensor), bias=None, dtype=torch.float32) for tensor in (full, coded())]
+    assert [type(layer) for layer in layers] == [HyperLinear, Int8HyperLinear]
+    with pytest.warns(BirkhoffWarning, match=r"1 layers compute in float, .*: w \(\d+ further columns for outliers\)"):
+        maker.report()
+
+
+def test_int8_of_a_packed_form_is_refused() -> None:
+    with pytest.raises(CodecError, match="as stored, packed12 has others: use uint16"):
+        LayerMaker("packed12", "int8")
+    with pytest.raises(CodecError, match="compute 'int4': one of float, int8 was expected"):
+        LayerMaker("uint16", "int4")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import birkhoff
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.kernels.hyperlinear_int8 import Int8HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
 from birkhoff.pipeline.errors import IntegrityError, ModelMismatchError
 from birkhoff.pipeline.load import decode
@@ -155,22 +157,22 @@ def test_ddp_is_loaded_before_it_is_wrapped_and_again_after(home: Store, tmp_pat
 # Again
 
 
-@pytest.mark.parametrize("memory", ["uint16", "packed12"])
-def test_a_live_model_takes_the_next_version_in_place(home: Store, memory: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"memory": "packed12"}, {"compute": "int8"}], ids=str)
+def test_a_live_model_takes_the_next_version_in_place(home: Store, options: dict[str, Any]) -> None:
     versions(home)
     model = net().eval()
-    birkhoff.load_into(model, "net@v1", memory=memory)  # type: ignore[arg-type]
+    birkhoff.load_into(model, "net@v1", **options)
     layers, biases = [model[0], model[2]], [model[0].bias, model[2].bias]
     x = torch.randn(3, 96)
     first = model(x)
-    assert birkhoff.load_into(model, "net@v2", memory=memory) == ["0", "2"]  # type: ignore[arg-type]
+    assert birkhoff.load_into(model, "net@v2", **options) == ["0", "2"]
     assert [model[0], model[2]] == layers
     assert [id(model[0].bias), id(model[2].bias)] == [id(bias) for bias in biases]
     fresh = net().eval()
-    birkhoff.load_into(fresh, "net@v2", memory=memory)  # type: ignore[arg-type]
+    birkhoff.load_into(fresh, "net@v2", **options)
     assert torch.equal(model(x), fresh(x))
     assert not torch.equal(model(x), first)
-    birkhoff.load_into(model, "net@v1", memory=memory)  # type: ignore[arg-type]
+    birkhoff.load_into(model, "net@v1", **options)
     assert torch.equal(model(x), first)
 
 
@@ -187,6 +189,7 @@ def test_layers_change_their_form_and_type_from_load_to_load(home: Store) -> Non
         ("v1", {}),
         ("v2", {"memory": "packed12"}),
         ("v1", {"memory": "packed10"}),
+        ("v1", {"compute": "int8"}),
         ("v3", {"dtype": torch.bfloat16}),
         ("v2", {"dtype": torch.float32}),
     ):
@@ -195,9 +198,9 @@ def test_layers_change_their_form_and_type_from_load_to_load(home: Store) -> Non
         dtype = options.get("dtype", torch.float32)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         model(torch.randn(2, 96, dtype=dtype))
-    assert kinds == [HyperLinear, PackedHyperLinear, PackedHyperLinear, nn.Linear, HyperLinear]
+    assert kinds == [HyperLinear, PackedHyperLinear, PackedHyperLinear, Int8HyperLinear, nn.Linear, HyperLinear]
     assert agrees(model, "net@v2")
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def test_a_second_load_that_fails_leaves_the_first_weights(home: Store) -> None:

@@ -199,5 +199,5 @@ class TestSizesThatLie:
             [sys.executable, "-c", code, (tmp_path / "store").as_uri()], capture_output=True, text=True, timeout=240
         )
         message, grown = done.stdout.splitlines()
-        assert "larger than 16777216 bytes: not a document of ours" in message
+        assert "larger than 16777216 bytes: not a document of this program" in message
         assert int(grown) < 100 << 10  # KiB

@@ -1,14 +1,19 @@
 """Numbers that are not given again, kept as ranges."""
 
 import random
+from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
 from birkhoff.pipeline.documents import read_document
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.registry.documents import GivenNames, given_key
-from birkhoff.pipeline.registry.names import read_given, remember_given
+from birkhoff.pipeline.registry.gc import collect, remove_version
+from birkhoff.pipeline.registry.names import all_names, claim_name, given, read_given, remember_given
+from birkhoff.pipeline.store.base import ObjectInfo
 from birkhoff.pipeline.store.memory import MemoryStore
+from tests.pipeline.publishing import publish_contents
 
 
 def test_ranges_hold_just_what_was_put_in() -> None:
@@ -50,3 +55,35 @@ def test_whoever_writes_at_once_loses_nothing() -> None:
     remember_given(store, "net", ["v1"])
     remember_given(rival, "net", ["v2", "v9"])
     assert read_given(store, "net").ranges == ((1, 2), (9, 9), (70, 71))
+
+
+def test_a_publisher_paused_after_listing_takes_no_number_that_was_collected_meanwhile() -> None:
+    store = MemoryStore()
+    publish_contents(store, "net", "a")
+
+    class Paused(MemoryStore):
+        """What others do between its first listing of names and its next step."""
+
+        paused = False
+
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            yield from list(store.list(prefix))
+            if prefix == "models/net/names/" and not self.paused:
+                self.paused = True
+                for content in ("b", "c"):
+                    publish_contents(store, "net", content)
+                remove_version(store, "net", "v2")
+                for _ in range(2):  # the first buries, the second deletes
+                    collect(store, grace=timedelta(0), delete=True)
+                assert given(store, "net") == ["v1", "v3"]
+
+    paused = Paused()
+    paused._shelf = store._shelf
+    claim = claim_name(paused, "net", "d" * 64, "paused")
+    assert paused.paused
+    assert claim.name == "v4"
+    assert claim_name(store, "net", "e" * 64, "later").name == "v5"
+    for _ in range(2):
+        collect(store, grace=timedelta(0), delete=True)
+    assert [name for name, record in all_names(store, "net") if record.live] == ["v1", "v3"]
+    assert read_given(store, "net").holds(2)

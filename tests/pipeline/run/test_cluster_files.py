@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ CLUSTER = ROOT / "manifests" / "cluster"
 VERSION = "1.33"
 COMMAND = r"birkhoff compress \S+ .*--scheduled"
 
-# Every field of these types in KubeRay v1.6.2, from the API reference that it generates from the types of its CRDs
-# (github.com/ray-project/kuberay, docs/reference/api.md at 0a9eabde561ab59ab4bbe626072c359da9214484).
+# Every field of these types in KubeRay v1.7.0, from the API reference that it generates from the types of its CRDs
+# (github.com/ray-project/kuberay, docs/reference/api.md at 9c13e713c17859f5c2d13bec324c9548b808c8f2), and of Kueue
+# v0.19.2's v1beta2 (github.com/kubernetes-sigs/kueue, config/components/crd/bases at
+# c3785e520aeeb0e0a93e8a3785a6e46c51502246).
 KUBERAY: dict[str, dict[str, type]] = {
     "RayJobSpec": {
         **dict.fromkeys(["activeDeadlineSeconds", "backoffLimit", "preRunningDeadlineSeconds"], int),
@@ -31,25 +34,44 @@ KUBERAY: dict[str, dict[str, type]] = {
         "submissionMode": str,
         "ttlSecondsAfterFinished": int,
     },
+    "RayCronJobSpec": {"jobTemplate": dict, "schedule": str, "timeZone": str, "suspend": bool},
     "RayClusterSpec": {
         **dict.fromkeys(["authOptions", "autoscalerOptions", "gcsFaultToleranceOptions", "headGroupSpec"], dict),
-        **dict.fromkeys(["headServiceAnnotations", "upgradeStrategy"], dict),
+        **dict.fromkeys(["headServiceAnnotations", "upgradeStrategy", "historyServerOptions"], dict),
+        **dict.fromkeys(["networkPolicy", "tlsOptions"], dict),
         **dict.fromkeys(["enableInTreeAutoscaling", "suspend"], bool),
         **dict.fromkeys(["managedBy", "rayVersion"], str),
         "workerGroupSpecs": list,
     },
     "AuthOptions": {"enableK8sTokenAuth": bool, "mode": str, "secretName": str},
+    "GcsFaultToleranceOptions": {
+        **dict.fromkeys(["backend", "externalStorageNamespace", "redisAddress"], str),
+        **dict.fromkeys(["redisUsername", "redisPassword", "storage"], dict),
+    },
+    "RedisCredential": {"value": str, "valueFrom": dict},
     "HeadGroupSpec": {
-        **dict.fromkeys(["headService", "labels", "rayStartParams", "resources", "template"], dict),
+        **dict.fromkeys(["headService", "ingressOptions", "labels", "rayStartParams", "resources", "template"], dict),
         "enableIngress": bool,
         "serviceType": str,
     },
     "WorkerGroupSpec": {
         **dict.fromkeys(["labels", "rayStartParams", "resources", "scaleStrategy", "template"], dict),
-        **dict.fromkeys(["idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "replicas"], int),
+        **dict.fromkeys(
+            ["idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "priority", "replicas"], int
+        ),
         "groupName": str,
         "suspend": bool,
     },
+    "ResourceFlavorSpec": {"nodeLabels": dict, "nodeTaints": list, "tolerations": list, "topologyName": str},
+    "ClusterQueueSpec": {
+        **dict.fromkeys(["admissionChecksStrategy", "admissionScope", "concurrentAdmissionPolicy"], dict),
+        **dict.fromkeys(["fairSharing", "flavorFungibility", "namespaceSelector", "preemption"], dict),
+        **dict.fromkeys(["cohortName", "queueingStrategy", "stopPolicy"], str),
+        "resourceGroups": list,
+    },
+    "LocalQueueSpec": {"clusterQueue": str, "fairSharing": dict, "stopPolicy": str},
+    "ResourceGroup": {"coveredResources": list, "flavors": list},
+    "FlavorQuotas": {"name": str, "resources": list},
 }
 
 
@@ -90,13 +112,16 @@ def test_the_pod_mounts_an_image_and_loads_from_it() -> None:
     assert f"load_state_dict('{mount['mountPath']}')" in container["command"][-1]
 
 
-def test_the_ray_job_has_only_fields_that_kuberay_knows_and_pods_that_kubernetes_takes() -> None:
-    (job,) = documents("rayjob.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    check_fields(job["spec"], "RayJobSpec")
-    assert job["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
-    assert re.search(COMMAND, job["spec"]["entrypoint"])
-    cluster = job["spec"]["rayClusterSpec"]
+def check_job(spec: dict[str, Any]) -> None:
+    """A RayJob's spec, also within a RayCronJob."""
+    check_fields(spec, "RayJobSpec")
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+    assert re.search(COMMAND, spec["entrypoint"])
+    check_cluster(spec["rayClusterSpec"])
+
+
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """A RayCluster's spec, and the pods in it."""
     check_fields(cluster, "RayClusterSpec")
     check_fields(cluster["authOptions"], "AuthOptions")
     assert cluster["authOptions"]["mode"] == "token"
@@ -112,6 +137,79 @@ def test_the_ray_job_has_only_fields_that_kuberay_knows_and_pods_that_kubernetes
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
         kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_the_ray_job_has_only_fields_that_kuberay_knows_and_pods_that_kubernetes_takes() -> None:
+    (job,) = documents("rayjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    check_job(job["spec"])
+
+
+def test_the_ray_cron_job_runs_the_same_job_at_the_same_time() -> None:
+    (found,), (job,) = documents("raycronjob.yaml"), documents("rayjob.yaml")
+    assert (found["apiVersion"], found["kind"]) == ("ray.io/v1", "RayCronJob")
+    check_fields(found["spec"], "RayCronJobSpec")
+    check_job(found["spec"]["jobTemplate"])
+    assert found["spec"]["jobTemplate"] == job["spec"]
+    assert found["spec"]["schedule"] == documents("cronjob.yaml")[0]["spec"]["schedule"]
+
+
+def test_the_head_that_survives_knows_its_redis() -> None:
+    *others, cluster = documents("raycluster-ft.yaml")
+    for one in others:
+        kubernetes_validate.validate(one, VERSION, strict=True)
+    secret, service, redis = others
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    check_cluster(cluster["spec"])
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    check_fields(options, "GcsFaultToleranceOptions")
+    check_fields(options["redisPassword"], "RedisCredential")
+    host, _, port = options["redisAddress"].partition(":")
+    assert (host, int(port)) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])
+    assert service["spec"]["selector"] == redis["spec"]["template"]["metadata"]["labels"]
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    for reference in (options["redisPassword"]["valueFrom"], container["env"][0]["valueFrom"]):
+        assert reference["secretKeyRef"]["name"] == secret["metadata"]["name"]
+        assert reference["secretKeyRef"]["key"] in secret["stringData"]
+
+
+def test_the_queue_has_room_for_the_job_and_knows_its_flavors() -> None:
+    *flavors, cluster_queue, queue = documents("kueue.yaml")
+    assert {one["apiVersion"] for one in (*flavors, cluster_queue, queue)} == {"kueue.x-k8s.io/v1beta2"}
+    kinds = [one["kind"] for one in (*flavors, cluster_queue, queue)]
+    assert kinds == ["ResourceFlavor", "ResourceFlavor", "ClusterQueue", "LocalQueue"]
+    for one in (*flavors, cluster_queue, queue):
+        check_fields(one["spec"], f"{one['kind']}Spec")
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    assert queue["metadata"]["name"] == "default"  # which takes what names no queue, such as a RayCronJob's jobs
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    check_fields(group, "ResourceGroup")
+    assert [one["name"] for one in group["flavors"]] == [one["metadata"]["name"] for one in flavors]
+    (job,) = documents("rayjob.yaml")
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue wants it, and no cluster that is there already
+    assert "clusterSelector" not in job["spec"]
+    asked = _asked(job["spec"]["rayClusterSpec"])
+    for flavor in group["flavors"]:
+        check_fields(flavor, "FlavorQuotas")
+        quotas = {one["name"]: _number(one["nominalQuota"]) for one in flavor["resources"]}
+        assert list(quotas) == group["coveredResources"]
+        assert set(asked) <= set(quotas)
+        assert all(asked[name] <= quotas[name] for name in asked), flavor["name"]
+
+
+def _asked(cluster: dict[str, Any]) -> Counter[str]:
+    """What the head and the workers ask for together: requests, and limits where they have none."""
+    total = Counter[str]()
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            wanted = container["resources"]["limits"] | container["resources"]["requests"]
+            for name, text in wanted.items():
+                total[name] += group.get("replicas", 1) * _number(text)
+    return total
+
+
+def _number(text: str | int) -> int:
+    return int(text) if str(text).isdecimal() else int(str(text).removesuffix("Gi")) << 30
 
 
 def test_a_field_that_kuberay_lacks_is_found() -> None:
@@ -165,7 +263,6 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         assert name not in ended.stderr
     service = (CLUSTER / "birkhoff.service").read_text()
     assert re.search(COMMAND, service)
-    assert "SuccessExitStatus=22" in service
 
 
 def test_the_line_of_cron_runs_the_same_command() -> None:

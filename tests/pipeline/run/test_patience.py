@@ -214,6 +214,6 @@ def test_a_home_folder_that_cannot_be_written_is_named(
 def test_workers_go_with_ray(manifest: list[str]) -> None:
     from birkhoff.pipeline.cli import main
 
-    with pytest.raises(Exception, match="goes with Ray's workers") as caught:
+    with pytest.raises(Exception, match="applies to Ray workers") as caught:
         main.app(["compress", *manifest, "--executor", "inline", "--workers", "2"], standalone_mode=False)
     assert getattr(caught.value, "exit_code", None) == 2

@@ -220,6 +220,7 @@ def test_the_command_prints_what_it_measured(folder, demo_store, tmp_path, capsy
         "model",
         "digest",
         "profile",
+        "compute",
         "source",
         "images",
         "prompts",
@@ -238,6 +239,13 @@ def test_the_command_prints_what_it_measured(folder, demo_store, tmp_path, capsy
         assert record["agreement_mean"] == pytest.approx(mean, abs=1e-4)
         assert record["agreement_worst"] == min(picture["agreement_worst"] for picture in pictures)
     assert found["prompts"]["box"]["agreement_mean"] > 0.97
+    assert found["compute"] == "float"
+    assert execute(*words, "--compute", "int8", "--json") == 0
+    in_int8 = json.loads(capsys.readouterr().out)
+    assert in_int8["compute"] == "int8"
+    assert in_int8["blocks"] != found["blocks"]
+    for kind, record in found["prompts"].items():
+        assert in_int8["prompts"][kind]["agreement_mean"] > record["agreement_mean"] - 0.01
     compressed = builders.compressed_model("demo-sam", demo_store, near=demo_model.WEIGHTS, device="cpu")
     again = measured(original, compressed, open_dataset(folder, folder / "annotations.json", limit=3))
     assert again["prompts"] == found["prompts"]

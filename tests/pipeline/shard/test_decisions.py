@@ -160,7 +160,7 @@ def test_statistics_allot_steps_and_promise_nothing() -> None:
     )
     assert plan.shares is not None
     assert plan.shares.gains_db.keys() == nominal.keys()
-    assert nominal[first].target_db == pytest.approx((nominal[second].target_db or 0) + 15, abs=0.02)
+    assert nominal[first].target_db == pytest.approx((nominal[second].target_db or 0) + 16, abs=0.02)
     assert {nominal[name].target_db for name in (second, *others)} == {nominal[second].target_db}
     assert [name for name, decision in nominal.items() if decision.hessian == "a" * 64] == [first]
     weights = {item.tensor.name: prod(item.tensor.shape) for item in plan.tensors if item.decision.nominal}
@@ -169,6 +169,27 @@ def test_statistics_allot_steps_and_promise_nothing() -> None:
     assert plan.profile.recipe()["statistics"] == "5" * 64
     higher = {item.tensor.name: item.decision.target_db for item in plan.at(36.0).tensors if item.decision.nominal}
     assert higher == pytest.approx({name: (decision.target_db or 0) + 6 for name, decision in nominal.items()})
+
+
+def test_a_vector_that_no_output_feels_is_lossless() -> None:
+    plan = felt()
+    vectors = [item for item in plan.tensors if plan.profile.is_vector(item.tensor.shape, item.tensor.dtype, "")]
+    assert vectors
+    name = vectors[0].tensor.name
+    without = plan_model("net", open_checkpoint(SOURCE), FAST_BY_OUTPUT, shard_bytes=1 << 20)
+    nominal = [item.tensor.name for item in without.tensors if item.decision.nominal]
+    record = StatisticsRecord(
+        key="5" * 64,
+        pictures=1,
+        probes=1,
+        device="cpu",
+        sensitivities={other: 1.0 for other in nominal if other != name},
+        rms=dict.fromkeys(nominal, 0.1),
+        hessians={},
+    )
+    shared = without.with_statistics(record)
+    (found,) = [item.decision for item in shared.at(20.0).tensors if item.tensor.name == name]
+    assert found == Decision(codec="planes", reason="no output feels it")
 
 
 def test_a_version_says_the_same_targets_and_no_hessian() -> None:

@@ -26,7 +26,10 @@ def batches():
 """
 
 HESSIANS = {"2.weight": 288, "4.weight": 64}
-"""Matrices of the model that are large enough to be coded, and their columns; `0.weight` has 864 weights."""
+"""Matrices of the model that are large enough to have a Hessian, and their columns; `0.weight` has 864 weights."""
+
+CODED = {*HESSIANS, "0.weight", "2.bias"}
+"""Tensors of the model that are coded by the output; the other biases have fewer than 64 weights."""
 
 
 class Place:

@@ -12,7 +12,7 @@ import pytest
 
 from birkhoff.pipeline.registry.documents import VersionManifest
 from birkhoff.pipeline.statistics import task as tasks
-from tests.pipeline.statistics.places import HESSIANS, Place
+from tests.pipeline.statistics.places import CODED, Place
 
 OUTPUT = "allocation: output"
 
@@ -29,7 +29,7 @@ def test_a_version_is_made_says_so_and_is_up_to_date(place: Place) -> None:
     assert {"build", "statistics", "encode", "validate", "prove"} <= row["stages"].keys()
     manifest = manifest_of(place, row["digest"])
     assert manifest.gains_db is not None
-    assert manifest.gains_db.keys() == HESSIANS.keys()
+    assert manifest.gains_db.keys() == CODED
     assert manifest.recipe["statistics"] in [path.stem for path in place.files("statistics/*/*.json")]
 
     again = place.compress(OUTPUT)[1][0]
@@ -39,7 +39,7 @@ def test_a_version_is_made_says_so_and_is_up_to_date(place: Place) -> None:
         assert rows[name]["nominal"] is True
         assert rows[name]["target_db"] == pytest.approx(30.0 + gain, abs=0.011)
         assert rows[name]["why"] == "as the outputs feel it"
-    assert not any(tensor["nominal"] for name, tensor in rows.items() if name not in HESSIANS)
+    assert not any(tensor["nominal"] for name, tensor in rows.items() if name not in CODED)
     assert "(balanced, allocation output)" in place.run("inspect", "net")[1]
     assert json.loads(place.run("history", "net", "--json")[1])[0]["allocation"] == "output"
     assert place.run("verify", "net", "--against", str(place.folder / "net.pth"))[0] == 0
@@ -70,7 +70,7 @@ def test_what_was_done_is_said_in_a_line(place: Place) -> None:
     (place.folder / "m.yaml").write_text((place.folder / "m.yaml").read_text() + "    # another run\n")
     shutil.rmtree(place.folder / "store")
     err = place.run("compress", str(place.folder / "m.yaml"), "--executor", "inline")[2]
-    said = "net: targets follow from what its outputs feel on 3 of your batches with 2 probes each, "
+    said = "net: targets follow from what its outputs feel on 3 of your batches with 4 probes each, "
     assert f"{said}taken in " in err
     text = (place.folder / "m.yaml").read_text()
     (place.folder / "m.yaml").write_text(text.replace(OUTPUT, f"{OUTPUT}, profile: fine"))
@@ -118,7 +118,7 @@ def test_a_budget_turns_the_one_knob_and_is_kept_by_the_next_run(place: Place, b
     else:
         assert row["output_db"] >= 25
     digests = {tensor["target_db"] for tensor in json.loads(place.run("inspect", "net", "--json")[1])}
-    assert len(digests - {None}) == len(HESSIANS)
+    assert len(digests - {None}) == len(CODED)
     assert place.compress(f"{budget}, {OUTPUT}")[1][0]["status"] == "up to date"
 
 
@@ -133,7 +133,7 @@ def test_overrides_are_promises_beside_it(place: Place) -> None:
     rules = '[{tensors: "2.weight", target_db: 40}]'
     code, (row,), err = place.compress(f"{OUTPUT}, overrides: {rules}")
     assert code == 0, err
-    assert manifest_of(place, row["digest"]).gains_db.keys() == {"4.weight"}
+    assert manifest_of(place, row["digest"]).gains_db.keys() == CODED - {"2.weight"}
     rows = {tensor["name"]: tensor for tensor in json.loads(place.run("inspect", "net", "--json")[1])}
     assert (rows["2.weight"]["nominal"], rows["2.weight"]["why"]) == (False, "by override")
     assert rows["2.weight"]["sqnr_db"] >= 40

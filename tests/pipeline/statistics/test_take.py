@@ -30,7 +30,7 @@ def test_what_is_taken_is_kept_and_found_by_the_next(
     task = place.task()
     found = take_statistics(task, kept, CPU)
     record = found.record
-    assert (found.reused, record.pictures, record.probes, record.device) == (False, 3, COUNTS[-1].probes, "cpu")
+    assert (found.reused, record.pictures, record.probes, record.device) == (False, 3, COUNTS[-1].pictures // 3, "cpu")
     assert record.key == key_of(task.source_sha256, task.subject, COUNTS[-1])
     assert {"build", "read", "statistics", "upload"} <= found.stages.keys()
     tensors = {tensor.name for tensor in task.checkpoint.tensors}

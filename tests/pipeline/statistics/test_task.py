@@ -20,7 +20,7 @@ def test_whatever_decides_them_makes_another_key(place: Place) -> None:
         (sha256, replace(subject, builder=f"{place.folder}/net.py:other"), BEST),
         (sha256, replace(subject, inputs=None), BEST),
         (sha256, subject, replace(BEST, pictures=1)),
-        (sha256, subject, replace(BEST, probes=1)),
+        (sha256, subject, replace(BEST, probes=2)),
     ]
     assert len({key_of(*variant) for variant in variants}) == len(variants)
     assert keys_of(sha256, subject) == tuple(key_of(sha256, subject, counts) for counts in COUNTS)

@@ -35,14 +35,21 @@ from birkhoff.pipeline.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from birkhoff.pipeline.store.base import PERMIT_SECONDS, Store, StoreAddress, StoreSettings
+from birkhoff.pipeline.store.base import PERMIT_SECONDS, UNENDING, Store, StoreAddress, StoreSettings
 from birkhoff.pipeline.store.open import open_address, open_store
-from birkhoff.pipeline.store.probe import check_store
+from birkhoff.pipeline.store.probe import check_store, ends_permits
 from birkhoff.pipeline.store.s3 import is_aws
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
 from birkhoff.pipeline.store.wrapper import StoreWrapper
 
 # --- every store -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["directory", "s3", "memory", "gcs", "azure"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store in turn, also those that other tests pass over."""
+    found: Store = request.getfixturevalue(f"{request.param}_store")
+    return found
 
 
 def test_put_then_get_read_and_head(store: Store) -> None:
@@ -299,7 +306,15 @@ def _now(store: Store) -> datetime:
     return store.head("witness").modified
 
 
-def test_what_a_permit_lets_delete_goes_at_once(store: Store) -> None:
+@pytest.fixture(params=["directory", "s3", "memory", "signed_gcs", "azure"])
+def ending_store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store that ends permits; Google's with credentials that can sign."""
+    found: Store = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
+def test_what_a_permit_lets_delete_goes_at_once(ending_store: Store) -> None:
+    store = ending_store
     for key in ("a", "b/c"):
         store.put(key, b"1")
     permit = store.permit(_now(store), witness="witness")
@@ -311,7 +326,8 @@ def test_what_a_permit_lets_delete_goes_at_once(store: Store) -> None:
     store.revoke(permit)
 
 
-def test_nothing_is_deleted_under_a_permit_that_has_ended(store: Store) -> None:
+def test_nothing_is_deleted_under_a_permit_that_has_ended(ending_store: Store) -> None:
+    store = ending_store
     store.put("a", b"1")
     now = _now(store)
     permit = store.permit(now, witness="witness")
@@ -324,8 +340,31 @@ def test_nothing_is_deleted_under_a_permit_that_has_ended(store: Store) -> None:
     assert store.get("a") == b"1"
 
 
-def test_probe_finds_conditional_writes_and_cleans_up(store: Store) -> None:
-    assert check_store(store).conditional_writes
+def test_a_store_whose_credentials_cannot_sign_says_that_permits_never_end(gcs_store: Store) -> None:
+    gcs_store.put("a", b"1")
+    permit = gcs_store.permit(_now(gcs_store), witness="witness")
+    assert gcs_store.get("witness") == b"1"
+    assert permit == UNENDING
+    gcs_store.delete("a", permit=permit)
+    assert [info.key for info in gcs_store.list()] == ["witness"]
+    with pytest.raises(StoreError, match="does not refuse late deletions"):
+        gcs_store.revoke(permit)
+
+
+def test_probe_finds_conditional_writes_and_cleans_up(store: Store, record_property: Any) -> None:
+    found = check_store(store)
+    assert found.conditional_writes
+    first = store.put("a", b"1")
+    row = {
+        "store": type(_inside(store)).__name__,
+        "create": found.create,
+        "replace": found.replace,
+        "late deletions": "refused" if ends_permits(store) else "accepted",
+        "equal bodies": "one tag" if store.put("a", b"1") == first else "a tag each",
+        "times": "microseconds" if store.head("a").modified.microsecond else "seconds",
+    }
+    record_property("capabilities", row)  # printed at the end of the run
+    store.delete("a")
     assert list(store.list()) == []
 
 

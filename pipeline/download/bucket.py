@@ -1,9 +1,9 @@
-"""Downloads from s3://, through the store's own client: the AWS chain, its retries and its errors."""
+"""Downloads from s3://, gs:// and az://, through the stores' own clients: their credentials, retries and errors."""
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.download.cache import Partial, Remote, check_space
 from birkhoff.pipeline.download.http import FetchSettings, Report
-from birkhoff.pipeline.download.spec import s3_place
+from birkhoff.pipeline.download.spec import bucket_place
 from birkhoff.pipeline.errors import ObjectNotFoundError, SourceError, SourceGoneError
 from birkhoff.pipeline.store.base import Store, StoreAddress, StoreSettings
 from birkhoff.pipeline.store.default import http_allowed
@@ -12,8 +12,8 @@ from birkhoff.pipeline.store.open import open_address
 _RANGE_BYTES = 16 << 20
 
 
-class S3Transport:
-    """Reads s3:// addresses; one client for each bucket."""
+class BucketTransport:
+    """Reads addresses of objects in buckets; one client for each bucket."""
 
     def __init__(self, settings: FetchSettings, *, allow_http: bool = False) -> None:
         self._settings = StoreSettings(
@@ -30,7 +30,7 @@ class S3Transport:
             store.close()
 
     def look(self, url: str) -> Remote:
-        """Size and ETag of the object. Raises SourceError."""
+        """Return size and tag of the object. Raises SourceError."""
         try:
             store, key = self._place(url)
             info = store.head(key)
@@ -41,9 +41,9 @@ class S3Transport:
         return Remote(size=info.size, etag=info.tag)
 
     def download(self, url: str, partial: Partial, report: Report | None) -> Remote:
-        """Bring `partial` to completion, range by range; returns what the object was. Raises SourceError, OSError."""
+        """Complete `partial`, range by range; return the object's description. Raises SourceError, OSError."""
         remote = self.look(url)
-        assert remote.size is not None  # S3 always says
+        assert remote.size is not None  # a store always says
         if partial.remote() != remote or partial.done > remote.size:
             partial.begin(remote)
         check_space(partial.path.parent, remote.size - partial.done, url)
@@ -67,7 +67,7 @@ class S3Transport:
         return remote
 
     def _place(self, url: str) -> tuple[Store, str]:
-        bucket, key = s3_place(url)
+        bucket, key = bucket_place(url)
         if bucket not in self._stores:
-            self._stores[bucket] = open_address(StoreAddress.parse(f"s3://{bucket}", self._settings))
+            self._stores[bucket] = open_address(StoreAddress.parse(bucket, self._settings))
         return self._stores[bucket], key

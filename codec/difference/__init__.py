@@ -1,0 +1,1 @@
+"""Tensors coded as differences to those of another version, the base."""

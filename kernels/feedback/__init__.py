@@ -1,0 +1,1 @@
+"""Columns of a matrix rounded one after the other, on a GPU."""

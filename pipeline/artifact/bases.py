@@ -1,0 +1,196 @@
+"""Which version a model is coded as a difference to: as it is named, or the one of the store that suits best."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from birkhoff.codec.container import CodedTensor, Entry, fits
+from birkhoff.codec.pairs import matrix_shape
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
+from birkhoff.pipeline.checkpoint.open import read_tensor
+from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError
+from birkhoff.pipeline.plan.estimate import Based
+from birkhoff.pipeline.plan.manifest import AUTO, Manifest
+from birkhoff.pipeline.plan.models import Planned, matches_plan
+from birkhoff.pipeline.registry.documents import BaseRecord, ShardRecord
+from birkhoff.pipeline.registry.versions import Version, is_whole, latest_version, models, resolve
+from birkhoff.pipeline.shard.task import BaseShard, TensorPlan
+from birkhoff.pipeline.store.base import Store
+
+SAMPLED = 4
+"""Tensors of a model that are held against those of a base, spread over the sizes of all."""
+
+WORTH = 0.95
+"""Share of the direct bytes that a base found by itself must save to, at least, for it to be taken."""
+
+_USUAL_DB = 36.0
+"""For an estimate, the target of a tensor whose own is the published codec's error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseVersion:
+    """A version as a base: its shards, and the entry of each tensor, with the number of its shard."""
+
+    artifact: StoredArtifact
+    record: BaseRecord
+    entries: dict[str, tuple[Entry, int]]
+
+    def shards_for(self, planned: Planned) -> tuple[BaseShard, ...]:
+        """The shards that hold tensors which fit those of a model, with these."""
+        names: dict[int, list[str]] = {}
+        for plan in self.fitting(planned):
+            names.setdefault(self.entries[plan.tensor.name][1], []).append(plan.tensor.name)
+        found = self.artifact.manifest.shards
+        return tuple(
+            BaseShard(key=found[index].key, blob=found[index].blob, bytes=found[index].bytes, tensors=tuple(held))
+            for index, held in sorted(names.items())
+        )
+
+    def fitting(self, planned: Planned) -> list[TensorPlan]:
+        """The coded tensors of a model that have a base here: of their name and shape."""
+        return [plan for plan in planned.plan.tensors if plan.decision.action == "coded" and self._fits(plan)]
+
+    def _fits(self, plan: TensorPlan) -> bool:
+        entry, _ = self.entries.get(plan.tensor.name, (None, 0))
+        return entry is not None and fits(entry, plan.tensor.shape, matrix_shape(plan.tensor.shape)[1])
+
+    def tensor(self, name: str) -> CodedTensor:
+        """A stored tensor. Raises IntegrityError."""
+        shard: ShardRecord = self.artifact.manifest.shards[self.entries[name][1]]
+        return next(coded for coded in self.artifact.coded_of(shard) if coded.name == name)
+
+    def on(self, planned: Planned) -> Planned:
+        """A model with this base."""
+        return planned.on(self.record, self.shards_for(planned))
+
+
+def open_base(store: Store, version: Version) -> BaseVersion:
+    """A version as a base, its headers read.
+
+    Raises:
+        ManifestError: its tensors are differences themselves.
+        FormatError, StoreError, IntegrityError: it cannot be read.
+    """
+    manifest = version.manifest
+    if any(shard.bases for shard in manifest.shards):
+        of = manifest.base.label if manifest.base is not None else "another version"
+        raise ManifestError(
+            f"base: {version.reference} is itself a difference, to {of}, and differences have no chains; name {of}"
+        )
+    artifact = StoredArtifact(store, version)
+    entries = {entry.name: (entry, index) for index, head in enumerate(heads(artifact)) for entry in head.entries}
+    record = BaseRecord(model=version.model, version=version.name, digest=version.digest)
+    return BaseVersion(artifact=artifact, record=record, entries=entries)
+
+
+def find_base(store: Store, planned: Planned, before: Version | None, *, again: bool = False) -> BaseVersion | None:
+    """The base of a planned model that the store holds; None where it has none.
+
+    What was found by itself once stays, so that a version does not change with what others publish, unless it is to be
+    looked for `again`. `before` is the model's latest version.
+
+    Raises:
+        ArtifactNotFoundError: no such version.
+        SourceError: the source cannot be read, to be compared with.
+        ManifestError, FormatError, IntegrityError, StoreError: as `open_base`.
+    """
+    reference = planned.entry.base
+    if reference is None:
+        return None
+    if reference != AUTO:
+        try:
+            return open_base(store, resolve(store, reference))
+        except ArtifactNotFoundError as error:
+            raise ArtifactNotFoundError(f"base: {error}") from None
+    if before is not None and not again:
+        if before.manifest.base is None and matches_plan(before.manifest, planned):
+            return None
+        if before.manifest.base is not None and (held := kept_base(store, before.manifest.base)) is not None:
+            return held
+    return best_base(store, planned)
+
+
+def forecast_base(manifest: Manifest, store: Store | None, planned: Planned, before: Version | None) -> Based:
+    """What a run would find as a model's base, for `plan`. Raises as `find_base`."""
+    entry = planned.entry
+    if entry.base is None:
+        return Based(planned=planned)
+    within = manifest.base_of(entry)
+    if within is not None:
+        version = latest_version(store, within.name) if store is not None else None
+        note = f"its size follows from {within.name}, which is compressed first"
+        if version is None or store is None:
+            return Based(planned=planned, label=within.name, note=note)
+        found: BaseVersion | None = open_base(store, version)
+    elif store is None:
+        raise ArtifactNotFoundError(f"base: {entry.base!r} is no model of the manifest, and there is no store")
+    else:
+        found = find_base(store, planned, before)
+    if found is None:
+        note = "no version of the store is so near that differences to it would save anything"
+        return Based(planned=planned, note=note)
+    part, label = share(found, planned), found.record.label
+    note = f"as differences to {label} its coded tensors take about {part:.0%} of what they take by themselves"
+    return Based(planned=found.on(planned), label=label, share=part, note=note)
+
+
+def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
+    """The base that a version was made with, if it is still there to be a base again."""
+    try:
+        version = resolve(store, f"{record.model}@{record.digest}")
+    except ArtifactNotFoundError:
+        return None
+    return open_base(store, version) if is_whole(store, version.manifest) else None
+
+
+def best_base(store: Store, planned: Planned) -> BaseVersion | None:
+    """The newest version of another model to which the model's differences are smallest; None where none is worth it.
+
+    Names and shapes tell which models can be a base, a few tensors of each how near they are.
+
+    Raises: as `open_base`.
+    """
+    found: list[tuple[float, str, BaseVersion]] = []
+    for model in models(store):
+        interrupt.check()
+        version = latest_version(store, model) if model != planned.entry.name else None
+        if version is None or any(shard.bases for shard in version.manifest.shards):
+            continue
+        base = open_base(store, version)
+        if base.fitting(planned):
+            found.append((share(base, planned), model, base))
+    best = min(found, default=None, key=lambda item: item[:2])
+    return best[2] if best is not None and best[0] <= WORTH else None
+
+
+def share(base: BaseVersion, planned: Planned) -> float:
+    """About the share of the coded tensors' direct bytes that they take as differences, from a few of them.
+
+    Raises SourceError, and as `open_base`.
+    """
+    from birkhoff.codec.difference.find import estimate  # which loads torch
+    from birkhoff.codec.tensor import lattice_of
+
+    fitting = base.fitting(planned)
+    whole = sum(math.prod(plan.tensor.shape) for plan in planned.plan.tensors if plan.decision.action == "coded")
+    covered = sum(math.prod(plan.tensor.shape) for plan in fitting)
+    smaller = direct = 0.0
+    for plan in _spread(fitting):
+        interrupt.check()
+        weight = read_tensor(plan.tensor)
+        matrix = weight.reshape(matrix_shape(plan.tensor.shape))
+        target_db = plan.decision.target_db or _USUAL_DB
+        bits = estimate(matrix, lattice_of(base.tensor(plan.tensor.name)), target_db, path=plan.decision.path)
+        if not math.isfinite(bits[1]):
+            continue
+        smaller += matrix.numel() * min(bits)
+        direct += matrix.numel() * bits[1]
+    return 1 - covered / max(1, whole) * (1 - smaller / direct) if direct else 1.0
+
+
+def _spread(plans: Sequence[TensorPlan]) -> Iterator[TensorPlan]:
+    """Some tensors of all sizes, the largest among them."""
+    ordered = sorted(plans, key=lambda plan: -math.prod(plan.tensor.shape))
+    return islice(ordered, 0, None, max(1, -(-len(ordered) // SAMPLED)))
