@@ -64,7 +64,8 @@ def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> lis
 
 
 def _lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    """`lattices_of`, the few escapes still on the CPU: what is computed of them is launches that wait, on a GPU."""
+    """`lattices_of`, the few escapes of what is no difference still on the CPU: on a GPU all that is computed of them
+    is launches that wait."""
     bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
     own = _own_lattices([*coded, *bases], device)
     their = iter(own[len(coded) :])
