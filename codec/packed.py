@@ -161,7 +161,7 @@ class _Placed:
 
 
 def _sort_escapes(code: LatticeTensor) -> tuple[Escapes, _Placed]:
-    """Escapes that stay such, and those that do not tower above their group or are not few in it."""
+    """Split escapes: those that stay escapes, and those that do not, as they are not few and far above their group."""
     escapes, count = code.escapes, code.i.shape[1]
     x, y = position(escapes.i, escapes.j, code.step)
     at = escapes.pair % count

@@ -314,7 +314,7 @@ class Profile:
 
 
 def gain_db(shape: tuple[int, ...]) -> float:
-    """What a tensor gets over one of 2^20 weights and fan-in 256 under allocation by header, dB.
+    """Return how many dB more a tensor gets than one of 2^20 weights and fan-in 256, under allocation by header.
 
     Fan-in: the product of shape[1:]. Convolutions, those of 1 x 1 too, have more than two dimensions; depthwise ones
     have one channel a filter. A tensor of one row (a position embedding) has no fan-in and is no convolution.

@@ -148,7 +148,7 @@ class ValidationError(BirkhoffError):
 
 
 class ProofError(ValidationError):
-    """A compressed model whose outputs are too far from the original's, or a proof of it that is none."""
+    """A compressed model's outputs are too far from the original's, or its proof is not valid."""
 
 
 class WorkerError(BirkhoffError):

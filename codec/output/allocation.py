@@ -3,8 +3,8 @@
 Quantised with step h, a tensor moves the outputs by S h^2 / 12 a weight, S being its mean sensitivity (see
 `statistics`) times the share that feedback leaves of the error (see `feedback.left`). The least sum of these for so
 many bits has one S h^2 for all: 10 log10(S rms^2) dB more for a tensor than for one whose S rms^2 is 1. Four fifths of
-that are taken, step ~ rms^(1/5) S^(-2/5): the linear model ends where tensors that are hardly felt would lose all their
-weights. Of 0.65, 0.75, 0.85 and 1 the middle ones are the best on LiteMedSAM's masks, and alike.
+that are taken, step ~ rms^(1/5) S^(-2/5): the linear model breaks down where tensors that hardly move the outputs would
+lose all their weights. Of 0.65, 0.75, 0.85 and 1 the middle ones are the best on LiteMedSAM's masks, and alike.
 
 Tensors of few weights may want far more than the 48 dB at which other allocations end: depthwise convolutions of
 LiteMedSAM up to 63. Cut at 48, their errors would be more than all that feedback leaves of the others'.

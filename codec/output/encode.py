@@ -40,7 +40,7 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     With a Hessian (of the columns in which the codec holds the tensor, on its device) errors are fed back, in single
     nodes or in paths of the trellis down the columns: whichever takes fewer bits for the same error of the output, a
     bit being worth 6.02 dB. Where that does not lower the output's error below that of nodes rounded each for itself,
-    these are taken. Without a Hessian they are rounded so, in paths where they are worth it.
+    these are taken. Without a Hessian weights are rounded each for itself, in paths where those take fewer bits.
 
     Above 48 dB nodes of pairs would be escapes: there a weight is a number of 16 bits, which the format holds as a pair
     without a second weight, x = (I + J/256) h. Matrices [N, K] stay pairs, for HyperLinear is built from these.
@@ -151,7 +151,7 @@ def _refined(
 
 
 def _bits(choice: tuple[LatticeTensor, int, float]) -> float:
-    """What a code takes, and would take more for an error of 1."""
+    """The bits that a code takes, and those that it would take more at an output error of 1."""
     code, kind, error = choice
     streams, _ = planes.pack(code, path=kind)
     weights = code.i.shape[0] * code.columns

@@ -205,7 +205,7 @@ def _rows(streams: Sequence[_Stream]) -> Integers:
 
 
 def _code(streams: Sequence[_Stream], memory: Tensor) -> tuple[Tensor, Integers]:
-    """Code what has a table that pays, and choose the kind of every stream; the room of all blocks, and their rows."""
+    """Code the streams whose table pays, and choose the kind of every stream; returns all blocks' room and rows."""
     coded = [stream for stream in streams if stream.coded]
     rows = _rows(coded)
     room = torch.empty(int((rows[:, 1] + 2 * rows[:, 3]).sum()), dtype=torch.uint16, device=memory.device)

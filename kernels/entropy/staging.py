@@ -67,7 +67,7 @@ def _stage(device: torch.device) -> Stage:
 
 
 def send(parts: Sequence[Part], size: int, device: torch.device) -> Tensor:
-    """Parts at their places in uint8 [size] on a device, which must rise; what is between is undefined.
+    """Place parts at their offsets in uint8 [size] on a device. Offsets must increase; bytes between are undefined.
 
     On a GPU the copies are queued; parts that are pinned go straight, and must stay as they are until then.
     """

@@ -228,7 +228,7 @@ def _width(column: Column, values: Sequence[str]) -> int:
 
 
 def _cut(text: str, width: int, tail: bool) -> str:
-    """Each line of a text in so many cells; what goes is its end, or of a name its beginning."""
+    """Fit each line of a text into so many cells: cut its end, or its beginning if it is a name."""
     from rich.cells import cell_len, set_cell_size
 
     def line(value: str) -> str:

@@ -2,7 +2,7 @@
 
 The workers estimate every tensor's bytes over the whole grid of targets (`codec.budget`), in one look at the weights.
 The highest target that should fit is encoded, and every byte of that version counted. From there the estimated curve,
-scaled to what came out, is right to a few hundredths of a dB: mostly the first or second pass is the last one.
+scaled to the measured size, is accurate to a few hundredths of a dB: the first or second pass is usually the last one.
 """
 
 from bisect import bisect_left

@@ -3,8 +3,8 @@
 A version travels as its manifest, what lies beside the manifest (signatures, labels, ...), its name, the alias by which
 it was asked for, and its blobs. Shard records are parts of the manifest. `install` writes them into a store as a run
 does: under an open run, blobs first, then shard records, then `publish` (manifest, signatures, name, `latest`), then
-labels and aliases. So the target never has a version that is not whole, whenever this process dies and whatever a
-collection does meanwhile; the same command goes on where it was, as what is there is left alone.
+labels and aliases. So the target never holds an incomplete version, whenever this process dies and whatever a
+collection does meanwhile. The same command resumes where it stopped, because it leaves alone what is already there.
 
 The name stays what it was: `v3` is `v3` there, which is what signatures say. It is refused if the target's `v3` is
 another version. `latest` goes forward only, as it does for a publisher. Signatures of a version name the store that

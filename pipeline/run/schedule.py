@@ -21,9 +21,9 @@ def in_turn(
 ) -> Iterator[None]:
     """Hold the schedule lock of these models in the store for the block.
 
-    With `wait` an earlier one is waited for, after `tell` got who it is. A process of this machine that died is not:
-    its lease counts on for a minute, and the same command is to go on at once. On a machine whose name another one has
-    too, that may take a live one for dead; then both work, and publish the same.
+    With `wait`, wait for an earlier run, after `tell` was given who it is. A run of this machine that died is not
+    waited for: its lease still counts for a minute, but the same command should resume at once. If two machines share
+    a name, a live run may be taken for a dead one; then both work, and publish the same versions.
 
     Raises:
         BusyError: an earlier run is at work, unless `wait`.

@@ -81,7 +81,7 @@ _PUBLISHED: Mapping[str, Everything] = {
 
 
 def published(family: str, **changed: Any) -> Everything:
-    """Return how a family's publishers ask for everything; `changed` fields override it, those that are None do not.
+    """Return the settings by which a family's publishers segment everything; `changed` fields that are set override them.
 
     Sources: the mask generators of segment-anything and sam2, TinySAM's hierarchical one, EfficientSAM's notebook.
     """

@@ -63,7 +63,7 @@ def check_range(key: str, start: int, length: int | None) -> None:
 
 
 def _problem(components: list[str], *, partial: bool = False) -> str | None:
-    """What is wrong with the components of a key; `partial` ones may still grow."""
+    """Return what is wrong with the components of a key; if `partial`, more may be appended to the last one."""
     if components and components[0] == RESERVED:
         return f"{RESERVED}/ is reserved"
     for component in components:

@@ -22,7 +22,7 @@ class StoreCapabilities:
 
     create, replace: whether `create` and `replace` let the right one through and refuse the others, as promised.
         Without that two publishers can overwrite each other: keep to one publisher and to keys that are written once.
-    problem: what the store does instead, in words that go on from its name; None where both hold.
+    problem: what the store does instead, worded to follow its name in a sentence; None if both promises hold.
     """
 
     create: bool = True
