@@ -81,7 +81,7 @@ _PUBLISHED: Mapping[str, Everything] = {
 
 
 def published(family: str, **changed: Any) -> Everything:
-    """Return the settings by which a family's publishers segment everything; `changed` fields that are set override them.
+    """Return the settings by which a family's publishers segment everything; set fields of `changed` override.
 
     Sources: the mask generators of segment-anything and sam2, TinySAM's hierarchical one, EfficientSAM's notebook.
     """
