@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FROM_GLUON = {"birkhoff.kernels.linear.hopper.ROWS", "birkhoff.kernels.runtime.gluon_ops.decoded"}
+FROM_GLUON = {
+    "birkhoff.kernels.int8.hopper.BK",
+    "birkhoff.kernels.int8.hopper.tiles_of",
+    "birkhoff.kernels.linear.hopper.ROWS",
+    "birkhoff.kernels.runtime.gluon_ops.decoded",
+}
 """Triton's Gluon has no types: what its decorator and its constants are is known to nobody."""
 
 

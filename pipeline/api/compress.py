@@ -46,6 +46,7 @@ class ModelTerms(TypedDict, total=False):
     """The keys of a model in a manifest (`manifests/README.md`). Paths are relative to the working directory."""
 
     profile: str
+    base: str
     target_ratio: float
     max_bytes: int | str
     target_agreement: float

@@ -21,7 +21,7 @@ import zstandard
 from birkhoff.codec import tensor as codec
 from birkhoff.codec.container import DATA, INDEX, VERSION_KEY, CodedTensor, PaperParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.codec.profiles import PROFILES
+from birkhoff.codec.profiles import PROFILES, Decision
 from tests.codec import page_reader
 from tests.codec.by_profile import encode_tensor
 
@@ -89,9 +89,12 @@ def samples() -> list[CodedTensor]:
     coarse = PROFILES["fast"].target_db
     assert coarse is not None
     made = [
-        codec._encode_lattice("fast", tailed, coarse, path=False),
-        codec._encode_lattice("path", wide, coarse, path=True),
-        codec._encode_lattice("flat", torch.randn(5, 1, 3, 3, generator=generator).double(), coarse, path=False),
+        codec.encode_tensor(name, tensor, Decision(codec="lattice", target_db=coarse, path=path))
+        for name, tensor, path in (
+            ("fast", tailed, False),
+            ("path", wide, True),
+            ("flat", torch.randn(5, 1, 3, 3, generator=generator).double(), False),
+        )
     ]
     for name, tensor, profile in (
         ("count", torch.tensor(12345), "fast"),

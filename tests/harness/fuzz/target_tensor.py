@@ -186,12 +186,10 @@ def base(coded: CodedTensor) -> bytes:
 
 
 def _groups(levels: bytes, rows: int, pairs: int) -> list[int]:
-    from birkhoff.codec.planes import _unpack_levels
-
     if not rows or not pairs:
         return [0]
     try:
-        return contexts.group_sizes(*_unpack_levels(levels, rows, pairs))
+        return contexts.group_sizes(*planes.unpack_levels((levels, b"", b""), (rows, pairs)))
     except BirkhoffError:
         return [2 * rows * pairs]
 

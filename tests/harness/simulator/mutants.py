@@ -160,14 +160,14 @@ MUTANTS = {
     "no permit": Mutant(changes={"fencing__Sweep__delete": plain_delete}, focus=_GC_STOPS, seed=5),
     "nothing comes twice": Mutant(changes={"fencing__Sweep___under_way": _empty}, focus=_SENT_TWICE, seed=1791),
     "no wait for the end of a permit": Mutant(changes={"fencing__wait_for_end": _nothing}, focus=_ON_S3, seed=696),
-    "a claim made live by force": Mutant(changes={"versions__make_live": put_live}, focus=_PUBLISHER_STOPS, seed=328),
+    "a claim made live by force": Mutant(changes={"versions__make_live": put_live}, focus=_PUBLISHER_STOPS, seed=1059),
     "no look at the blobs after the claim": Mutant(
         changes={"versions__is_whole": _true}, focus=_PUBLISHER_STOPS, seed=20
     ),
     "a name buried by force": Mutant(
         changes={"gc__bury": put_dead},
         focus=Focus(like="directory", roles=("collect", "publish", "publish", "collect"), base=1, duel=False),
-        seed=1158,
+        seed=98,
     ),
     "aliases not rewritten before a burial": Mutant(changes={"gc__fence": no_fence}, focus=_ALL_MOVE, seed=1440),
     "a new alias in one step": Mutant(changes={"aliases___swap": one_step_alias}, focus=_MOVER_STOPS, seed=330),
@@ -177,8 +177,8 @@ MUTANTS = {
     "no record of the numbers that were given": Mutant(
         changes={"gc__remember_given": _nothing}, focus=_COPY_COMES, seed=15
     ),
-    "bases not reached": Mutant(changes={"gc___needed": own_blobs}, focus=_BASE_GOES, seed=18),
-    "no look at what was touched": Mutant(changes={"gc___touched": _false}, focus=_LISTINGS_LAG, seed=39),
+    "bases not reached": Mutant(changes={"gc___needed": own_blobs}, focus=_BASE_GOES, seed=49),
+    "no look at what was touched": Mutant(changes={"gc___touched": _false}, focus=_LISTINGS_LAG, seed=137),
     "no touch of what is reused": Mutant(
         changes={"versions__FRESH": timedelta(days=10000)}, focus=_LISTINGS_LAG, seed=3968
     ),

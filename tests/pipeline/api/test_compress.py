@@ -77,6 +77,18 @@ def test_terms_are_those_of_a_manifest(model: nn.Module, memory_store: Store) ->
     assert torch.equal(birkhoff.load_state_dict("net", memory_store)["2.weight"], model[2].weight)
 
 
+def test_a_fine_tune_as_a_difference(model: nn.Module, memory_store: Store) -> None:
+    before = birkhoff.compress(model, "before", store=memory_store)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-3 * weight.std() * torch.randn_like(weight)
+    tuned = birkhoff.compress(model, "tuned", store=memory_store, base="before@v1")
+    alone = birkhoff.compress(model, "alone", store=memory_store)
+    assert tuned.manifest.base is not None
+    assert tuned.manifest.base.digest == before.digest
+    assert sum(shard.bytes for shard in tuned.manifest.shards) < sum(shard.bytes for shard in alone.manifest.shards)
+
+
 def test_the_types_name_every_key_of_a_manifest() -> None:
     keys = set(ModelEntry.model_fields) - {"name", "source"}
     assert set(typing.get_type_hints(ModelTerms)) == keys

@@ -550,7 +550,7 @@ class TestForeign:
             raise PermissionError(13, "Permission denied")
 
         torch.save(STATE, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
-        monkeypatch.setattr("birkhoff.pipeline.files.tempfile.mkstemp", denied)
+        monkeypatch.setattr("tempfile.mkstemp", denied)
         with pytest.raises(OutputError, match=r"cache: Permission denied; point BIRKHOFF_HOME"):
             open_checkpoint(tmp_path / "m.pth", cache=tmp_path / "cache")
 
