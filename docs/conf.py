@@ -38,7 +38,7 @@ include_patterns = [
     "pipeline/registry/PROTOCOL.md",
     "manifests/README.md",
     "manifests/*/README.md",
-    "tests/harness/benchmarks/kernels.md",
+    "tests/harness/benchmarks/*.md",
     "tests/harness/benchmarks/results/*.md",
 ]
 exclude_patterns = ["docs/_build"]

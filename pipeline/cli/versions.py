@@ -300,7 +300,7 @@ def list_(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the models of a store, or the versions of one: aliases, sizes, ratios."""
+    """Show the newest version of each model, or every version and alias of one, with sizes and ratios."""
     from birkhoff.pipeline.cli.tables import LIST_COLUMNS, show
     from birkhoff.pipeline.registry.listing import newest_versions, versions_of
     from birkhoff.pipeline.store.default import open_default_store

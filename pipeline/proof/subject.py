@@ -18,7 +18,7 @@ def subject_of(planned: Planned) -> Subject | None:
         return None
     found = run_as(planned)
     if found is None and planned.proof.required:
-        raise ProofError(f"{planned.entry.name}: a proof is required, and {NOT_RUN}")
+        raise ProofError(f"a proof is required, and {NOT_RUN}")
     return found
 
 
