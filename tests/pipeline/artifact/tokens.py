@@ -70,6 +70,12 @@ class TokenServer:
         return jwt.encode(claims, pem, algorithm="RS256", headers={"x5c": [self._certificate]})
 
 
+def _in_order(scope: str) -> str:
+    """A scope with its actions sorted: a registry names them in any order."""
+    head, colon, actions = scope.rpartition(":")
+    return head + colon + ",".join(sorted(actions.split(",")))
+
+
 @contextmanager
 def token_server(folder: Path, **options: int) -> Iterator[TokenServer]:
     """The server until the block ends."""
@@ -80,12 +86,12 @@ def token_server(folder: Path, **options: int) -> Iterator[TokenServer]:
         def do_GET(self) -> None:
             asked = dict(parse_qsl(urlsplit(self.path).query))
             login = self.headers.get("Authorization")
-            found.asked.append(("login" if login else "nobody", asked.get("scope", "")))
+            found.asked.append(("login" if login else "nobody", _in_order(asked.get("scope", ""))))
             self._send(asked, known=login == basic, refused=login is not None and login != basic)
 
         def do_POST(self) -> None:
             asked = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
-            found.asked.append((asked["grant_type"], asked.get("scope", "")))
+            found.asked.append((asked["grant_type"], _in_order(asked.get("scope", ""))))
             right = asked.get("refresh_token") == REFRESH
             self._send(asked, known=right, refused=not right, name="access_token")
 
