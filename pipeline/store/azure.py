@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -46,16 +46,13 @@ from birkhoff.pipeline.errors import (
     StoreUnreachableError,
 )
 from birkhoff.pipeline.store.base import (
-    PERMIT_SECONDS,
     UNENDING,
     ObjectInfo,
-    Store,
+    SigningStore,
     StoreAddress,
     StoreSettings,
     permit_end,
     same_or_lost,
-    timed_permit,
-    unrevocable,
 )
 from birkhoff.pipeline.store.endpoints import check_encryption, check_endpoint
 from birkhoff.pipeline.store.keys import check_key, check_prefix, check_range, is_key
@@ -172,7 +169,7 @@ def _credential(account: AzureAccount, settings: StoreSettings) -> Any:
     return DefaultAzureCredential()
 
 
-class AzureStore(Store):
+class AzureStore(SigningStore):
     """The objects of a container below `prefix`, through a client of Azure's that this store then owns."""
 
     def __init__(
@@ -188,8 +185,6 @@ class AzureStore(Store):
         self._session = session
         self._account = account
         self._prefix = f"{prefix}/" if prefix else ""
-        self._refuses_late: bool | None = None
-        """Whether the service has refused a deletion that came too late; None where that was not tried."""
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
         """See Store."""
@@ -246,33 +241,13 @@ class AzureStore(Store):
         with suppress(ObjectNotFoundError):
             self._call("delete", key, self._blob(key).delete_blob)
 
-    def permit(self, now: datetime, *, witness: str) -> str:
-        """See Store. The store is asked once to delete `witness` too late."""
-        if self._refuses_late is None:
-            self._refuses_late = self._tries_late(now, witness)
-        return timed_permit(now) if self._refuses_late else UNENDING
-
-    def revoke(self, permit: str) -> datetime | None:
-        """See Store."""
-        if permit == UNENDING:
-            raise unrevocable(self.url)
-        return permit_end(permit)
-
     def close(self) -> None:
         """See Store."""
         self._client.close()
         self._session.close()
 
-    def _tries_late(self, now: datetime, witness: str) -> bool:
-        """Whether the service refuses to delete an object by a signature that has ended."""
-        if self._account.key is None or self.address.settings.anonymous:
-            return False
-        try:
-            self._delete_signed(witness, now - timedelta(seconds=PERMIT_SECONDS))
-        except PermitEndedError:
-            with suppress(ObjectNotFoundError):
-                return self.head(witness).key == witness
-        return False
+    def _signs(self) -> bool:
+        return self._account.key is not None and not self.address.settings.anonymous
 
     def _delete_signed(self, key: str, end: datetime) -> None:
         """Send one DELETE that is signed until `end` by the service's clock.

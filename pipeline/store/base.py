@@ -26,6 +26,7 @@ The contract in short; `Store` has the details:
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -33,7 +34,7 @@ from types import TracebackType
 from typing import Literal, Self, get_args
 from urllib.parse import unquote
 
-from birkhoff.pipeline.errors import ObjectNotFoundError, PreconditionError, StoreError
+from birkhoff.pipeline.errors import ObjectNotFoundError, PermitEndedError, PreconditionError, StoreError
 from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.store.endpoints import check_endpoint
 from birkhoff.pipeline.store.keys import check_key
@@ -271,6 +272,46 @@ def unrevocable(url: str) -> StoreError:
         f"{url}: this store does not refuse late deletions, so only the process that was permitted to delete can say "
         "that it has ended"
     )
+
+
+class SigningStore(Store):
+    """A store behind a network whose permits are signatures that end by its own clock, if it holds to that."""
+
+    def __init__(self, address: "StoreAddress") -> None:
+        super().__init__(address)
+        self._refuses_late: bool | None = None
+        """Whether the service has refused a deletion that came too late; None where that was not tried."""
+
+    @abstractmethod
+    def _signs(self) -> bool:
+        """Whether there is a key to sign with."""
+
+    @abstractmethod
+    def _delete_signed(self, key: str, end: datetime) -> None:
+        """Send one DELETE that is signed until `end` by the service's clock. Raises PermitEndedError."""
+
+    def permit(self, now: datetime, *, witness: str) -> str:
+        """See Store. The store is asked once to delete `witness` too late."""
+        if self._refuses_late is None:
+            self._refuses_late = self._tries_late(now, witness)
+        return timed_permit(now) if self._refuses_late else UNENDING
+
+    def revoke(self, permit: str) -> datetime | None:
+        """See Store."""
+        if permit == UNENDING:
+            raise unrevocable(self.url)
+        return permit_end(permit)
+
+    def _tries_late(self, now: datetime, witness: str) -> bool:
+        """Whether the service refuses to delete an object by a signature that has ended."""
+        if not self._signs():
+            return False
+        try:
+            self._delete_signed(witness, now - timedelta(seconds=PERMIT_SECONDS))
+        except PermitEndedError:
+            with suppress(ObjectNotFoundError):
+                return self.head(witness).key == witness
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

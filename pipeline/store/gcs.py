@@ -47,13 +47,11 @@ from birkhoff.pipeline.store.base import (
     PERMIT_SECONDS,
     UNENDING,
     ObjectInfo,
-    Store,
+    SigningStore,
     StoreAddress,
     StoreSettings,
     permit_end,
     same_or_lost,
-    timed_permit,
-    unrevocable,
 )
 from birkhoff.pipeline.store.endpoints import check_encryption, check_endpoint
 from birkhoff.pipeline.store.keys import check_key, check_prefix, check_range, is_key
@@ -120,7 +118,7 @@ def _credentials(*, anonymous: bool) -> Any:
     return found
 
 
-class GcsStore(Store):
+class GcsStore(SigningStore):
     """The objects of `bucket` below `prefix`, through a client of Google's that this store then owns."""
 
     def __init__(self, address: StoreAddress, client: storage.Client, bucket: str, prefix: str) -> None:
@@ -135,8 +133,6 @@ class GcsStore(Store):
         self._bucket_seen = False
         self._patches_move_time: bool | None = None
         """Whether changed metadata make an object young, as Google's do; None where that was not tried."""
-        self._refuses_late: bool | None = None
-        """Whether the service has refused a deletion that came too late; None where that was not tried."""
         self._plain = requests.Session()  # for addresses that are signed, which take no other credentials
         pace_session(self._plain, address.settings.read_timeout, address.settings.max_connections)
 
@@ -217,18 +213,6 @@ class GcsStore(Store):
         with suppress(ObjectNotFoundError):
             self._call("delete", key, lambda: blob.delete(**self._once))
 
-    def permit(self, now: datetime, *, witness: str) -> str:
-        """See Store. The store is asked once to delete `witness` too late."""
-        if self._refuses_late is None:
-            self._refuses_late = self._tries_late(now, witness)
-        return timed_permit(now) if self._refuses_late else UNENDING
-
-    def revoke(self, permit: str) -> datetime | None:
-        """See Store."""
-        if permit == UNENDING:
-            raise unrevocable(self.url)
-        return permit_end(permit)
-
     def close(self) -> None:
         """See Store."""
         self._plain.close()
@@ -248,16 +232,8 @@ class GcsStore(Store):
             if token is None:
                 return
 
-    def _tries_late(self, now: datetime, witness: str) -> bool:
-        """Whether the service refuses to delete an object by a signature that has ended."""
-        if not isinstance(self._client._credentials, Signing):
-            return False
-        try:
-            self._delete_signed(witness, now - timedelta(seconds=PERMIT_SECONDS))
-        except PermitEndedError:
-            with suppress(ObjectNotFoundError):
-                return self.head(witness).key == witness
-        return False
+    def _signs(self) -> bool:
+        return isinstance(self._client._credentials, Signing)
 
     def _delete_signed(self, key: str, end: datetime) -> None:
         """Send one DELETE that is signed until `end` by the service's clock; the machine's own has no part in that."""

@@ -46,12 +46,10 @@ from birkhoff.pipeline.store.base import (
     Addressing,
     Checksums,
     ObjectInfo,
-    Store,
+    SigningStore,
     StoreAddress,
     StoreSettings,
     permit_end,
-    timed_permit,
-    unrevocable,
 )
 from birkhoff.pipeline.store.endpoints import check_encryption, check_endpoint
 from birkhoff.pipeline.store.keys import check_key, check_prefix, check_range, is_key
@@ -195,7 +193,7 @@ def is_aws(endpoint: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
-class S3Store(Store):
+class S3Store(SigningStore):
     """The objects of `bucket` below `prefix`, through a botocore client that this store then owns."""
 
     def __init__(self, address: StoreAddress, client: Any, bucket: str, prefix: str) -> None:
@@ -205,8 +203,6 @@ class S3Store(Store):
         self._prefix = f"{prefix}/" if prefix else ""
         self._attempts = address.settings.attempts
         self._bucket_seen = False
-        self._refuses_late: bool | None = None
-        """Whether the service has refused a deletion that came too late; None where that was not tried."""
         self._direct = DirectReader(client, address.settings)
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
@@ -289,22 +285,10 @@ class S3Store(Store):
     def delete(self, key: str, *, permit: str | None = None) -> None:
         """See Store."""
         if permit is not None:
-            self._delete_once(self._signed(key, None if permit == UNENDING else permit_end(permit)), key)
+            self._delete_signed(key, None if permit == UNENDING else permit_end(permit))
             return
         with suppress(ObjectNotFoundError):
             self._call("delete", "delete_object", key)
-
-    def permit(self, now: datetime, *, witness: str) -> str:
-        """See Store. The store is asked once to delete `witness` too late."""
-        if self._refuses_late is None:
-            self._refuses_late = self._tries_late(now, witness)
-        return timed_permit(now) if self._refuses_late else UNENDING
-
-    def revoke(self, permit: str) -> datetime | None:
-        """See Store."""
-        if permit == UNENDING:
-            raise unrevocable(self.url)
-        return permit_end(permit)
 
     def close(self) -> None:
         """See Store."""
@@ -324,16 +308,12 @@ class S3Store(Store):
             raise PermitEndedError(f"delete {self.url}/{key} at {self._endpoint}: its permit has ended")
         raise self._store_error("delete", key, aws.ClientError(parsed, "DeleteObject"))
 
-    def _tries_late(self, now: datetime, witness: str) -> bool:
-        """Whether the service refuses to delete an object by a signature that has ended."""
-        if self.address.settings.anonymous:
-            return False
-        try:
-            self._delete_once(self._signed(witness, now - timedelta(seconds=PERMIT_SECONDS)), witness)
-        except PermitEndedError:
-            with suppress(ObjectNotFoundError):
-                return self.head(witness).key == witness
-        return False
+    def _signs(self) -> bool:
+        return not self.address.settings.anonymous
+
+    def _delete_signed(self, key: str, end: datetime | None) -> None:
+        """See SigningStore; without an end the signature holds for as long as one can."""
+        self._delete_once(self._signed(key, end), key)
 
     def _signed(self, key: str, end: datetime | None) -> str:
         """The address of an object, signed for DELETE until `end` by the service's clock, if there is one.
