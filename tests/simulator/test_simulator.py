@@ -11,6 +11,9 @@ from tests.harness.simulator.scenario import Schedule, run, simulated
 
 SCHEDULES = 500
 DERIVED_SCHEDULES = 300
+ODD_SEEDS = (3188260, 4112910, 5059324)
+"""Seeds in which one of a million schedules once found a fault, or a check that asked too much: a killed collection's
+record, a number claimed after days, a store's clock that ends 70 days behind."""
 
 
 def test_no_schedule_breaks_a_version_an_alias_or_a_name() -> None:
@@ -25,6 +28,12 @@ def test_no_schedule_takes_away_what_a_version_is_a_difference_to() -> None:
         f"{finding.text}\nagain: python -m tests.harness.simulator --derived --trace --seed {finding.seed}"
     )
     assert operations > 100 * DERIVED_SCHEDULES
+
+
+@pytest.mark.parametrize("seed", ODD_SEEDS)
+def test_what_a_million_schedules_found_is_found_no_more(seed: int) -> None:
+    _, finding = run([seed])
+    assert finding is None, finding.text
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -416,7 +416,11 @@ class Schedule:
         """Undisturbed again, a version can be published, and collections leave just what something refers to."""
         simulation = self.simulation
         simulation.weather = Weather()
-        simulation.now += 40 * DAY
+        # A store's clock may have gone back by more than that: nobody collects what seems to be of the future.
+        newest = max(
+            (entry.info.modified for entry in simulation.shelf.objects.values()), default=simulation.store_time()
+        )
+        simulation.now += 40 * DAY + max(0.0, (newest - simulation.store_time()).total_seconds())
         simulation.history.clear()
         process, done = Process(simulation, "at the end"), list[str]()
         found = fencing.read_sweep(simulation.inner)
