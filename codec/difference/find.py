@@ -225,7 +225,8 @@ class _Look:
 
 
 def _look(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, target_db: float) -> _Look | None:
-    energy = bulk(weight_RK, rate._energy(weight_RK)).energy
+    # Sums in float64 here and in `_settle`: a GPU decides as a CPU does, and makes the same bytes.
+    energy = bulk(weight_RK, _squares(weight_RK), exact=True).energy
     if not 0 < energy < math.inf:
         return None
     allowed = energy / 10 ** (target_db / 10) / weight_RK.numel()
@@ -235,7 +236,7 @@ def _look(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, target_db:
     at = max(1, math.ceil((1 - _MOST_OUTSIDE / 2) * magnitude.numel()))
     (reach,) = to_host(magnitude.kthvalue(at).values)
     rest = sample - held
-    (moved,) = to_host(rest.square().mean())
+    moved = _squares(rest) / rest.numel()
     return _Look(
         allowed=allowed,
         moved=moved,
@@ -246,6 +247,11 @@ def _look(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, target_db:
         reach=reach,
         path_step=rate.path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1])),
     )
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return sum(to_host(*(part.float().square().sum(dtype=torch.float64) for part in values.reshape(-1).split(1 << 20))))
 
 
 def _histogram(values: Tensor, width: float) -> Floats:
@@ -328,7 +334,7 @@ def _settle(
                 dead = plan.dead * stride
                 code = quantise(rest.sub_(rest.clamp(-dead, dead)) if dead else rest, stride)
             whole = combine(base, code, times=plan.times, stride=plan.stride, step=step)
-        error = fidelity(weight_RK, whole.decode(weight_RK.dtype))
+        error = fidelity(weight_RK, whole.decode(weight_RK.dtype), exact=True)
         rate.check_error(error.error)
         if error.sqnr_db >= target_db:
             return Difference(plan=plan, code=code, sum=whole, error=error, direct_bits=math.inf)
