@@ -353,6 +353,21 @@ def _speed(record: dict[str, Any] | None) -> str:
 PARTS = ("demo", "LiteMedSAM", "fleet", "speed")
 
 
+def measured(part: str, seen: Sequence[Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a part came to, as far as it has got: rows of fine-tunes are kept one by one."""
+    if part == "fleet":
+        yield fleet(options.fleet, seen, options.device)
+    elif part == "speed":
+        yield {"rows": speed()}
+    elif (subject := next(subjects(part), None)) is None:
+        print(f"finetunes: {part} is left out, its weights are not here; make setup-family")
+    else:
+        rows: list[dict[str, Any]] = []
+        for rate, steps in subject.runs:
+            rows.append(measure(subject, rate, steps, seen, options.device))
+            yield {"rows": list(rows)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make, measure, enter into `results/finetunes.json`, write the page."""
     parser = argparse.ArgumentParser(prog="bench finetunes", description=__doc__)
@@ -363,18 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     seen, records = pictures(), dict[str, Any]()
     for part in options.only.split(","):
-        if part == "fleet":
-            found = fleet(options.fleet, seen, options.device)
-        elif part == "speed":
-            found = {"rows": speed()}
-        else:
-            subject = next(subjects(part), None)
-            if subject is None:
-                print(f"finetunes: {part} is left out, its weights are not here; make setup-family")
-                continue
-            found = {"rows": [measure(subject, rate, steps, seen, options.device) for rate, steps in subject.runs]}
-        record = {**found, "conditions": common.conditions(*PACKAGES, commit_hash=options.commit)}
-        records = common.keep(common.RESULTS, "finetunes", part, record)
+        for found in measured(part, seen, options):
+            record = {**found, "conditions": common.conditions(*PACKAGES, commit_hash=options.commit)}
+            records = common.keep(common.RESULTS, "finetunes", part, record)
     if records:
         (common.RESULTS / "finetunes.md").write_text(text := markdown(records))
         print(text)
