@@ -1,6 +1,7 @@
 """Models coded as differences to others: in manifests, stores, folders and models."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -229,19 +230,114 @@ def test_a_damaged_base_stops_what_is_made_with_it_and_is_mended_with_it(publish
     assert published.at("verify", "near")[0] == 0
 
 
-def test_a_new_base_leaves_versions_as_they_are_until_they_are_made_again(published: Place) -> None:
-    before = load_state_dict("near", published.url)
+def test_a_new_base_leaves_versions_as_they_are_and_what_makes_them_again_is_said(published: Place) -> None:
+    before, first = load_state_dict("near", published.url), published.manifest_of("near")
     save_file(tuned(published.states["base"], 0.3), published.folder / "base.safetensors")
-    published.describe("name: base, source: base.safetensors")
-    assert published.compress()[1][0]["version"] == "v2"
+    published.describe(*BOTH)
+    manifest = str(published.folder / "m.yaml")
+    code, rows, err = published.compress()
+    assert (code, [(row["version"], row["status"]) for row in rows]) == (
+        0, [("v1", "up to date"), ("v2", "published")]), err  # fmt: skip
+    assert [(row["base"], row["newer_base"]) for row in rows] == [("base@v1", "base@v2"), (None, None)]
+    assert published.manifest_of("near") == first
     after = load_state_dict("near@v1", published.url)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    published.describe(*BOTH)
-    _, rows, _ = published.compress()
-    assert [(row["version"], row["base"]) for row in rows] == [("v2", "base@v2"), ("v2", None)]
+    _, _, told = published.run("compress", manifest, "--executor", "inline")
+    line = told.partition("near: its base is ")[2]
+    said = "base@v2 by now; it stays a difference to base@v1 until you make it again: "
+    assert line.startswith(said)
+    plan = json.loads(published.run("plan", manifest, "--json")[1])[0]
+    assert (plan["status"], plan["base"], plan["newer_base"]) == ("to be read", "base@v1", "base@v2")
+    assert said in published.run("plan", manifest)[2]
+    words = shlex.split(line.removeprefix(said).splitlines()[0])
+    assert words[words.index("compress") :][:5] == ["compress", manifest, "--only", "near", "--force"]
+    code, _, err = published.run(*words[words.index("compress") :], "--executor", "inline")
+    assert code == 0, err
+    made = published.manifest_of("near")
+    assert made["base"]["version"] == "v2"  # type: ignore[index]
+    assert published.compress()[1][0]["newer_base"] is None
     published.describe("name: near, source: near.safetensors, base: base@v1")
     _, rows, _ = published.compress()
-    assert [(row["version"], row["base"]) for row in rows] == [("v3", "base@v1")]
+    assert [(row["version"], row["base"], row["newer_base"]) for row in rows] == [("v3", "base@v1", None)]
+
+
+def test_promoting_a_base_changes_no_version_that_is_a_difference_to_it(published: Place) -> None:
+    assert published.at("promote", "base@v1")[0] == 0
+    near = "name: near, source: near.safetensors, base: base@stable"
+    published.describe(near)
+    assert published.compress()[1][0]["status"] == "up to date"
+    save_file(tuned(published.states["base"], 0.3), published.folder / "base.safetensors")
+    published.describe("name: base, source: base.safetensors")
+    assert published.compress()[0] == 0
+    published.describe(near)
+    assert published.compress()[1][0]["newer_base"] is None  # `stable` has not moved
+    assert published.at("promote", "base@v2")[0] == 0
+    code, (row,), err = published.compress()
+    assert code == 0, err
+    assert (row["version"], row["status"], row["newer_base"]) == ("v1", "up to date", "base@v2")
+    save_file(tuned(published.states["base"], 0.021), published.folder / "near.safetensors")
+    code, (row,), err = published.compress()  # made again anyhow, with what its base is now
+    assert (row["version"], row["base"], row["newer_base"]) == ("v2", "base@v2", None), err
+
+
+def test_a_base_that_was_found_by_itself_is_told_of_too(place: Place) -> None:
+    place.describe("name: base, source: base.safetensors")
+    assert place.compress()[0] == 0
+    place.describe("name: near, source: near.safetensors, base: auto")
+    assert place.compress()[1][0]["base"] == "base@v1"
+    save_file(tuned(place.states["base"], 0.01), place.folder / "base.safetensors")
+    place.describe("name: base, source: base.safetensors")
+    assert place.compress()[0] == 0
+    place.describe("name: near, source: near.safetensors, base: auto")
+    (row,) = place.compress()[1]
+    assert (row["status"], row["base"], row["newer_base"]) == ("up to date", "base@v1", "base@v2")
+    assert json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])[0]["newer_base"] == "base@v2"
+    (row,) = place.compress("--force")[1]
+    assert (row["status"], row["base"], row["newer_base"]) == ("published", "base@v2", None)
+
+
+def stored(place: Place, model: str, quality: str, *, base: bool) -> dict[str, object]:
+    place.describe(f"name: {model}, source: near.safetensors, {quality}" + (", base: base" if base else ""))
+    code, (row,), err = place.compress()
+    assert code == 0, err
+    return row
+
+
+@pytest.mark.parametrize("share", [0.5, 0.35])
+def test_a_budget_in_bytes_counts_what_a_difference_adds_and_buys_a_higher_target(
+    published: Place, share: float
+) -> None:
+    limit = int(share * stored(published, "alone", "profile: balanced", base=False)["stored_bytes"])  # type: ignore[call-overload]
+    row = stored(published, "near", f"max_bytes: {limit}", base=True)
+    assert row["base"] == "base@v1"
+    assert row["stored_bytes"] <= limit  # type: ignore[operator]
+    assert row["passes"] <= 5  # type: ignore[operator]
+    if share == 0.5:
+        direct = stored(published, "direct", f"max_bytes: {limit}, floor_db: 6", base=False)
+        assert row["target_db"] > direct["target_db"] + 6  # type: ignore[operator]
+        assert row["sqnr_db_min"] > direct["sqnr_db_min"] + 6  # type: ignore[operator]
+    assert published.at("verify", "near", "--against", str(published.folder / "near.safetensors"))[0] == 0
+    assert stored(published, "near", f"max_bytes: {limit}", base=True)["status"] == "up to date"
+
+
+def test_a_plan_tells_a_budgets_target_with_a_base(published: Place) -> None:
+    models = "name: near, source: near.safetensors, base: base", "name: alone, source: near.safetensors"
+    published.describe(*models, head="target_ratio: 9")
+    _, out, err = published.run("plan", str(published.folder / "m.yaml"), "--json")
+    near, alone = json.loads(out)
+    assert near["predicted_target_db"] > alone["predicted_target_db"] + 4, err
+    assert 0 < near["base_share"] < 0.7
+    _, rows, _ = published.compress()
+    assert rows[0]["target_db"] == pytest.approx(near["predicted_target_db"], abs=4)
+    assert rows[0]["ratio"] >= 9  # type: ignore[operator]
+
+
+def test_a_budget_that_not_even_differences_meet_is_refused_with_what_they_take(published: Place) -> None:
+    published.describe("name: near, source: near.safetensors, base: base, max_bytes: 3000")
+    code, rows, err = published.compress()
+    assert code != 0
+    assert rows[0]["failure"]["kind"] == "BudgetError"  # type: ignore[index]
+    assert "budget max_bytes 3000 leaves" in err or "leaves 2.9 KiB" in err, err
 
 
 def test_collections_keep_what_a_version_is_a_difference_to(published: Place) -> None:
@@ -359,9 +455,7 @@ def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
     (("name: a, source: x, base: a",), "", "models[0].base: a model is no base of itself"),
     (("name: a, source: x, base: b", "name: b, source: y, base: c", "name: c, source: z"), "",
      "models[0].base: 'b' has a base itself, and differences have no chains"),
-    (("name: a, source: x, base: b",), "target_ratio: 7", "models[0].base: no budget knows yet"),
     (("name: a, source: x, base: b",), "profile: paper", "models[0].base: profile 'paper' codes no differences"),
-    (("name: a, source: x, base: b",), "allocation: output", "`allocation: output` promises none"),
     (("name: a, source: x, base: '@v1'",), "", "is no MODEL[@VERSION|ALIAS|DIGEST], nor `auto`"),
 ])  # fmt: skip
 def test_what_goes_with_no_base_is_refused_by_its_key(
