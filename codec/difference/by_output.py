@@ -35,11 +35,14 @@ from birkhoff.codec.trajectory import HIGH
 _VALUES, _LEAST_ROWS = 1 << 14, 8
 """Weights that tell of a stride, in whole rows, and the fewest of these."""
 
-_STRIDES = 3
-"""Strides that are tried, the coarsest first."""
+_SHARES = 1.0, 0.8, 0.62, 0.5
+"""Strides that are tried, the coarsest first: the longest up to each of these shares of the nominal step."""
 
 _WINDOW = 1 / 8
 """Of a stride, on both sides of a threshold, where the density of values is taken."""
+
+_SLACK = 1e-6
+"""A step is a float32."""
 
 _FARTHEST = 1 << 12
 """Whole numbers beyond count as one."""
@@ -90,7 +93,9 @@ def find(
         return _by_weights(weight_RK, base, single, path=path, base_path=base_path)
     factor, decoded_RK = feedback.factorise(hessian_KK), base.decode()
     direct, trials, mild = _tried(weight_RK, base, decoded_RK, single, hessian_KK, factor)
-    least = LEAST_RESPONSE * min(1.0, direct.response)
+    # So many values lie in the windows of a response of 1: what it is known to.
+    known = 1 / math.sqrt(2 * _WINDOW * min(weight_RK.numel(), _VALUES))
+    least = LEAST_RESPONSE * min(1.0, direct.response) - known
     chosen = next((trial for trial in trials if trial.response >= least), None)
     path = path and weight_RK.numel() >= LEAST_PATH
     found: list[tuple[float, Difference]] = []
@@ -132,9 +137,12 @@ def _strides(base: LatticeTensor, longest: float) -> Iterator[_Trial]:
                 yield _Trial(times=times, stride=stride, step=by_weights.as_stored(min(step, longest / stride)))
 
 
-def _coarsest(base: LatticeTensor, longest: float, count: int) -> list[_Trial]:
+def _longest(base: LatticeTensor, longest: float, shares: Sequence[float]) -> list[_Trial]:
+    """The longest stride up to each of some shares of `longest`, each once."""
     found = sorted(_strides(base, longest), key=lambda trial: (-trial.stride * trial.step, trial.times))
-    return found[:count]
+    limits = [share * longest * (1 + _SLACK) for share in shares]
+    picked = (next((trial for trial in found if trial.stride * trial.step <= limit), None) for limit in limits)
+    return list(dict.fromkeys(trial for trial in picked if trial is not None))
 
 
 def _rest(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, trial: _Trial) -> Tensor:
@@ -155,7 +163,7 @@ def _tried(
     count = min(len(weight_RK), max(_LEAST_ROWS, _VALUES // weight_RK.shape[1]))
     rows = torch.linspace(0, len(weight_RK) - 1, count).round().long().to(weight_RK.device)
     weight, held = weight_RK[rows], decoded_RK[rows]
-    trials = _coarsest(base, single, _STRIDES)
+    trials = _longest(base, single, _SHARES)
     units = [weight.to(torch.float32) / single]
     units += [_rest(weight, base, held, trial) / (trial.stride * trial.step) for trial in trials]
     nodes_KR, values_KR = feedback.rounded(torch.cat(units), factor)
@@ -229,7 +237,7 @@ def _paths(
 ) -> _Found:
     """The difference in paths down the columns."""
     longest = by_weights.as_stored(single * feedback.path_step(*weight_RK.shape))
-    for trial in _coarsest(base, longest, 1):
+    for trial in _longest(base, longest, (1.0,)):
         rest = _rest(weight_RK, base, decoded_RK, trial)
         code = feedback.quantise(rest, by_weights.as_stored(trial.stride * trial.step), factor, path=True)
         choice = code, feedback.DOWN, feedback.output_error(rest, code, hessian_KK)
