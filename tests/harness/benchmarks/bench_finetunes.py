@@ -4,9 +4,10 @@
 
 Each fine-tune trains all layers with AdamW: masks of random boxes are to hold what is brighter than the mean of the
 box, in photographs and micrographs of scikit-image (synthetic pictures where that is not installed). The demo model is
-here; LiteMedSAM needs `make setup-family`. Some are under `allocation: output` too. Every version is published by the pipeline and every byte counted: of a
-version with a base, what it adds to the store. Both have the same target for each tensor. R is how far the fine-tune's
-weights lie from the base's, in dB below their own energy. Agreement is the mean IoU of masks with the fine-tune's own.
+here; LiteMedSAM needs `make setup-family`. Every version is published by the pipeline and every byte counted: of a
+version with a base, what it adds to the store. Both have the same target for each tensor; under `allocation: output`
+both follow the fine-tune's own sensitivity. R is how far the fine-tune's weights lie from the base's, in dB below their
+own energy. Agreement is the mean IoU of masks with the fine-tune's own.
 """
 
 import argparse
