@@ -81,7 +81,7 @@ def open_base(store: Store, version: Version) -> BaseVersion:
         FormatError, StoreError, IntegrityError: it cannot be read.
     """
     manifest = version.manifest
-    if any(shard.bases for shard in manifest.shards):
+    if is_derived(version):
         of = manifest.base.label if manifest.base is not None else "another version"
         raise ManifestError(
             f"base: {version.reference} is itself a difference, to {of}, and differences have no chains; name {of}"
@@ -89,6 +89,11 @@ def open_base(store: Store, version: Version) -> BaseVersion:
     artifact = StoredArtifact(store, version)
     entries = {entry.name: (entry, index) for index, head in enumerate(heads(artifact)) for entry in head.entries}
     return BaseVersion(artifact=artifact, record=record_of(version), entries=entries)
+
+
+def is_derived(version: Version) -> bool:
+    """Whether tensors of a version are differences, so that it can be no base."""
+    return any(shard.bases for shard in version.manifest.shards)
 
 
 def record_of(version: Version) -> BaseRecord:
@@ -167,7 +172,7 @@ def newer_base(store: Store, planned: Planned, before: Version | None, now: Base
         return None
     if reference == AUTO:  # which keeps to what it has found until it is asked to look again
         newest = latest_version(store, held.model)
-        now = None if newest is None else record_of(newest)
+        now = None if newest is None or is_derived(newest) else record_of(newest)
     elif is_fixed(reference):
         return None
     return now if now is not None and now.model == held.model and now.digest != held.digest else None
@@ -193,7 +198,7 @@ def best_base(store: Store, planned: Planned) -> BaseVersion | None:
     for model in models(store):
         interrupt.check()
         version = latest_version(store, model) if model != planned.entry.name else None
-        if version is None or any(shard.bases for shard in version.manifest.shards):
+        if version is None or is_derived(version):
             continue
         base = open_base(store, version)
         if base.fitting(planned):

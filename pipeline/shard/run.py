@@ -249,22 +249,28 @@ def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
 def find_record(store: Store, key: str) -> ShardRecord | None:
     """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest.
 
-    Both are touched, and so are the containers of its bases: a grace period begins anew for what is reused.
+    So are the containers of its bases. All are touched: a grace period begins anew for what is reused.
     """
     try:
         record = fetch_document(store, ShardRecord, shard_key(key))
-        body = store.get(blob_key(record.blob), length=record.bytes + 1)
-        if record.key == key and sha256(body) == record.blob:
-            for blob in record.needs:
-                store.touch(blob_key(blob))
+        needed = [record, *(record.bases or ())]
+        damaged = next((one.blob for one in needed if not _is_there(store, one)), None)
+        if record.key == key and damaged is None:
+            for one in needed:
+                store.touch(blob_key(one.blob))
             store.touch(shard_key(key))
             return record
-        log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)
+        log.warning("blob %s is damaged in %s; it is made anew", damaged or record.blob, store.url)
     except ObjectNotFoundError:
         pass
     except IntegrityError as error:
         log.warning("%s; it is made anew", error)
     return None
+
+
+def _is_there(store: Store, record: ShardRecord | BaseBlob) -> bool:
+    """Whether a blob has the bytes that its digest stands for. Raises ObjectNotFoundError."""
+    return sha256(store.get(blob_key(record.blob), length=record.bytes + 1)) == record.blob
 
 
 def input_key(

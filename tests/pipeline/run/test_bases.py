@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from birkhoff.codec.container import is_difference, parse, serialise
 from birkhoff.codec.metrics import fidelity
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline.artifact.cache import BlobCache
+from birkhoff.pipeline.artifact.pull import blob_files, pull
+from birkhoff.pipeline.artifact.readers import PulledArtifact, StoredArtifact
+from birkhoff.pipeline.artifact.references import Found
+from birkhoff.pipeline.documents import read_document
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError
 from birkhoff.pipeline.load.load import load_into, load_state_dict
-from birkhoff.pipeline.registry.versions import resolve
+from birkhoff.pipeline.registry.documents import (
+    BaseBlob,
+    ShardRecord,
+    VersionManifest,
+    blob_key,
+    sha256,
+)
+from birkhoff.pipeline.registry.versions import Version, resolve
 from birkhoff.pipeline.store.open import open_store
 from tests.pipeline.command import captured
 
@@ -468,9 +483,6 @@ def test_what_goes_with_no_base_is_refused_by_its_key(
 
 
 def test_a_manifest_that_does_not_name_what_its_shard_needs_is_forged(published: Place) -> None:
-    from birkhoff.pipeline.artifact.readers import StoredArtifact
-    from birkhoff.pipeline.registry.versions import Version
-
     with open_store(published.url) as store:
         version = resolve(store, "near")
         shards = tuple(shard.model_copy(update={"bases": None}) for shard in version.manifest.shards)
@@ -480,3 +492,125 @@ def test_a_manifest_that_does_not_name_what_its_shard_needs_is_forged(published:
             IntegrityError, match=r"is a difference to blob [0-9a-f]{64}, which its manifest does not name"
         ):
             list(artifact.tensors())
+
+
+def forged(place: Place, change: Callable[[ShardRecord], ShardRecord]) -> Version:
+    """The version near@v1 with other shard records, under the digest that these give it."""
+    with open_store(place.url) as store:
+        version = resolve(store, "near")
+    shards = tuple(change(shard) for shard in version.manifest.shards)
+    manifest = version.manifest.model_copy(update={"shards": shards})
+    return Version(model="near", name="v1", digest=manifest.digest, manifest=manifest)
+
+
+def test_a_base_that_is_no_container_is_named(published: Place) -> None:
+    junk = b"no container"
+    base = BaseBlob(blob=sha256(junk), bytes=len(junk))
+    with open_store(published.url) as store:
+        store.put(blob_key(base.blob), junk)
+        digest = resolve(store, "near").manifest.shards[0].bases[0].blob  # type: ignore[index]
+
+        def stored(shard: ShardRecord) -> ShardRecord:
+            body = store.get(blob_key(shard.blob))
+            # The index is packed, so the container is written anew with the other digest.
+            coded = [
+                replace(one, params=replace(one.params, base=base.blob)) if is_difference(one) else one  # type: ignore[type-var]
+                for one in parse(body)
+            ]
+            changed = serialise(coded)
+            store.put(blob_key(sha256(changed)), changed)
+            return shard.model_copy(update={"blob": sha256(changed), "bytes": len(changed), "bases": (base,)})
+
+        version = forged(published, stored)
+        with pytest.raises(IntegrityError, match=rf"near@v1: blob {base.blob}: .*; it is of base@v1") as caught:
+            list(StoredArtifact(store, version).tensors())
+    assert digest not in str(caught.value)
+
+
+def test_a_base_with_two_sizes_is_refused(published: Place) -> None:
+    def change(shard: ShardRecord) -> ShardRecord:
+        held = shard.bases[0]  # type: ignore[index]
+        return shard.model_copy(update={"bases": (held, held.model_copy(update={"bytes": held.bytes + 1}))})
+
+    with pytest.raises(IntegrityError, match="not a VersionManifest"):
+        read_document(VersionManifest, "manifest.json", forged(published, change).manifest.to_bytes())
+
+
+def test_a_shard_whose_base_is_another_shard_of_the_version_is_no_chain(published: Place, tmp_path: Path) -> None:
+    """Nobody writes such a version; it is refused by name, from the store and from a folder."""
+
+    def change(shard: ShardRecord) -> ShardRecord:
+        return shard.model_copy(update={"bases": (*shard.bases, BaseBlob(blob=first.blob, bytes=first.bytes))})  # type: ignore[misc]
+
+    with open_store(published.url) as store:
+        first = resolve(store, "near").manifest.shards[0]
+    version = forged(published, change)
+    assert set(blob_files(version.manifest).values()) == {
+        *(f"shard-0000{k}-of-00002.safetensors" for k in (1, 2)),
+        *(f"base-0000{k}-of-00002.safetensors" for k in (1, 2)),
+    }
+    found = Found(model="near", name="v1", digest=version.digest, manifest=version.manifest)
+    with open_store(published.url) as store:
+        pull(found, store, tmp_path / "out", BlobCache(tmp_path / "own cache"))
+    assert len(list(PulledArtifact(tmp_path / "out").tensors())) == 7
+
+
+def test_a_damaged_base_is_found_before_its_differences_are_reused(published: Place) -> None:
+    digest = base_blobs(published)[0]
+    body = bytearray(published.blob(digest).read_bytes())
+    body[-1] ^= 1
+    published.blob(digest).write_bytes(body)
+    published.describe("name: more, source: near.safetensors, base: base@v1")
+    code, rows, err = published.compress()
+    assert code != 0
+    assert rows[0]["status"] == "failed"
+    assert f"blob {digest} of the base is damaged" in err
+
+
+def test_offline_a_base_that_left_the_cache_is_named(published: Place, tmp_path: Path) -> None:
+    load_state_dict("near", published.url)
+    digest = base_blobs(published)[0]
+    BlobCache().path(digest).unlink()
+    with pytest.raises(ArtifactNotFoundError, match=digest):
+        load_state_dict("near", published.url, offline=True)
+    code, _, err = published.at("pull", "near", "--offline", "--output", str(tmp_path / "out"))
+    assert code != 0
+    assert digest in err
+
+
+def test_the_latest_version_of_a_base_that_became_a_difference_is_not_offered(place: Place) -> None:
+    """Two models that each look for a base: neither may end as a difference to a difference."""
+    place.describe("name: base, source: base.safetensors", "name: other, source: near.safetensors")
+    assert place.compress()[0] == 0
+    both = "name: base, source: base.safetensors, base: auto", "name: other, source: near.safetensors, base: auto"
+    place.describe(*both)
+    code, _, err = place.compress("--force")
+    assert code == 0, err
+    bases = [place.manifest_of(name).get("base") for name in ("base", "other")]
+    assert {base["version"] for base in bases if base is not None} == {"v1"}  # type: ignore[index]
+    code, rows, err = place.compress()
+    assert (code, [(row["status"], row["newer_base"]) for row in rows]) == (0, [("up to date", None)] * 2), err
+    for name in ("base", "other"):
+        assert place.at("verify", name)[0] == 0
+
+
+def test_tensors_of_no_weights_and_of_one_have_no_difference(place: Place) -> None:
+    odd = {"empty.weight": torch.zeros(0, 64), "none.weight": torch.zeros(64, 0), "one.weight": torch.ones(1, 1)}
+    odd["half.weight"] = weights()["blocks.0.weight"].half()
+    for name, seed in (("a", 1), ("b", 2)):
+        save_file({**tuned(weights(), 0.01, seed), **odd}, place.folder / f"{name}.safetensors")
+    odd["half.weight"] = odd["half.weight"].float()
+    save_file({**tuned(weights(), 0.01, 3), **odd}, place.folder / "c.safetensors")
+    place.describe(
+        "name: a, source: a.safetensors",
+        "name: b, source: b.safetensors, base: a",
+        "name: c, source: c.safetensors, base: a",
+    )
+    code, _, err = place.compress()
+    assert code == 0, err
+    for name in ("b", "c"):
+        found = load_state_dict(name, place.url)
+        assert {key: tuple(found[key].shape) for key in odd} == {key: tuple(value.shape) for key, value in odd.items()}
+        assert place.at("verify", name, "--against", str(place.folder / f"{name}.safetensors"))[0] == 0
+    assert load_state_dict("b", place.url)["half.weight"].dtype == torch.float16
+    assert load_state_dict("c", place.url)["half.weight"].dtype == torch.float32
