@@ -1,5 +1,6 @@
 """Which version a model is coded as a difference to: as it is named, or the one of the store that suits best."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +8,14 @@ from itertools import islice
 
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.container import CodedTensor, Entry, fits
+from birkhoff.codec.errors import FormatError
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.checkpoint.open import read_tensor
-from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError
 from birkhoff.pipeline.plan.estimate import Based
 from birkhoff.pipeline.plan.manifest import AUTO, Manifest
 from birkhoff.pipeline.plan.models import Planned, matches_plan
@@ -22,6 +24,8 @@ from birkhoff.pipeline.registry.documents import BaseRecord, ShardRecord
 from birkhoff.pipeline.registry.versions import Version, is_fixed, is_whole, latest_version, models, resolve
 from birkhoff.pipeline.shard.task import BaseShard, TensorPlan
 from birkhoff.pipeline.store.base import Store
+
+log: logging.Logger = logging.getLogger("birkhoff.bases")
 
 SAMPLED = 4
 """Tensors of a model that are held against those of a base, spread over the sizes of all."""
@@ -190,19 +194,23 @@ def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
 def best_base(store: Store, planned: Planned) -> BaseVersion | None:
     """The newest version of another model to which the model's differences are smallest; None where none is worth it.
 
-    Names and shapes tell which models can be a base, a few tensors of each how near they are.
+    Names and shapes tell which models can be a base, a few tensors of each how near they are. One that cannot be read
+    is named in a warning, and passed over.
 
-    Raises: as `open_base`.
+    Raises SourceError, StoreError: the source or the store cannot be read.
     """
     found: list[tuple[float, str, BaseVersion]] = []
     for model in models(store):
         interrupt.check()
-        version = latest_version(store, model) if model != planned.entry.name else None
-        if version is None or is_derived(version):
+        if model == planned.entry.name:
             continue
-        base = open_base(store, version)
-        if base.fitting(planned):
-            found.append((share(base, planned), model, base))
+        try:
+            version = latest_version(store, model)
+            base = None if version is None or is_derived(version) else open_base(store, version)
+            if base is not None and base.fitting(planned):
+                found.append((share(base, planned), model, base))
+        except (ArtifactNotFoundError, FormatError, IntegrityError) as error:
+            log.warning("%s: %s is no base, for it cannot be read: %s", planned.entry.name, model, error)
     best = min(found, default=None, key=lambda item: item[:2])
     return best[2] if best is not None and best[0] <= WORTH else None
 

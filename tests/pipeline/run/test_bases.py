@@ -614,3 +614,23 @@ def test_tensors_of_no_weights_and_of_one_have_no_difference(place: Place) -> No
         assert place.at("verify", name, "--against", str(place.folder / f"{name}.safetensors"))[0] == 0
     assert load_state_dict("b", place.url)["half.weight"].dtype == torch.float16
     assert load_state_dict("c", place.url)["half.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("harm", ["blob", "manifest"])
+def test_auto_passes_over_what_cannot_be_read(place: Place, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    """Other models of the store may be damaged: that is their error, not this model's."""
+    save_file(tuned(place.states["near"], 0.001), place.folder / "nearest.safetensors")
+    place.describe("name: base, source: base.safetensors", "name: nearest, source: nearest.safetensors")
+    assert place.compress()[0] == 0
+    with open_store(place.url) as store:
+        version = resolve(store, "nearest")
+    damaged = place.store / "models" / "nearest" / "versions" / version.digest / "manifest.json"
+    if harm == "blob":
+        damaged = place.blob(max(version.manifest.shards, key=lambda shard: shard.bytes).blob)
+    body = bytearray(damaged.read_bytes())
+    body[len(body) // 2] ^= 1
+    damaged.write_bytes(body)
+    place.describe("name: near, source: near.safetensors, base: auto")
+    code, rows, err = place.compress()
+    assert (code, rows[0]["base"]) == (0, "base@v1"), err
+    assert "near: nearest is no base, for it cannot be read: " in caplog.text
