@@ -253,7 +253,7 @@ def find_record(store: Store, key: str) -> ShardRecord | None:
     """
     try:
         record = fetch_document(store, ShardRecord, shard_key(key))
-        needed = [record, *(record.bases or ())]
+        needed: list[ShardRecord | BaseBlob] = [record, *(record.bases or ())]
         damaged = next((one.blob for one in needed if not _is_there(store, one)), None)
         if record.key == key and damaged is None:
             for one in needed:
