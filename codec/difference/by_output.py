@@ -47,8 +47,8 @@ _SLACK = 1e-6
 _FARTHEST = 1 << 12
 """Whole numbers beyond count as one."""
 
-_PATHS_FROM = 1.5
-"""Bits of single nodes below which paths save nothing."""
+_PATHS_FROM = 2.0
+"""Bits of single nodes below which paths save little, and their search takes longest."""
 
 _MILD = 1.1
 """Of the outputs' error of the direct form: that of the base, up to which the weights' paths may be the base's but for
