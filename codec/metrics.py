@@ -58,10 +58,10 @@ class Bulk:
     limit: float
 
 
-def bulk(weight: Tensor, energy: float) -> Bulk:
+def bulk(weight: Tensor, energy: float, *, exact: bool = False) -> Bulk:
     """Return the bulk of real weights of any shape; `limit` is infinite if there are no outliers.
 
-    `energy` is the sum w^2 of all of them, which every caller has taken already.
+    `energy` is the sum w^2 of all of them, which every caller has taken already; `exact` as in `compare`.
     """
     found = Bulk(energy=energy, limit=math.inf)
     if not 0 < energy < math.inf:
@@ -69,20 +69,21 @@ def bulk(weight: Tensor, energy: float) -> Bulk:
     greatest = max(map(abs, to_host(*torch.aminmax(weight))))
     while True:
         limit = OUTLIER_RMS * math.sqrt(found.energy / weight.numel())
-        inner = _energy(weight, limit) if greatest > limit else found.energy
+        inner = _energy(weight, limit, exact=exact) if greatest > limit else found.energy
         if not 0 < 2 * inner < found.energy:
             return found
         found, greatest = Bulk(energy=inner, limit=limit), limit
 
 
-def _energy(weight: Tensor, limit: float) -> float:
+def _energy(weight: Tensor, limit: float, *, exact: bool) -> float:
     """Sum of squares of the weights up to a limit."""
+    sums = torch.float64 if exact else None
     flat, energies, energy = weight.reshape(-1), [], 0.0
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(_wide(weight))
         if max(map(abs, to_host(*torch.aminmax(w)))) > limit:  # most chunks have no outlier
             w = w.masked_fill(w.abs() > limit, 0)
-        energies.append(w.square().sum())
+        energies.append(w.square().sum(dtype=sums))
     for part in to_host(*energies):  # not by `sum`: Python 3.12 rounds it otherwise than earlier ones
         energy += part
     return energy
@@ -92,22 +93,29 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def fidelity(source: Tensor, decoded: Tensor) -> Fidelity:
-    """Compare two real tensors of one shape, in float32 (float64 for float64), sums gathered chunk by chunk."""
-    found = compare(source, decoded)
-    return replace(found, energy=bulk(source, found.energy).energy)
+def fidelity(source: Tensor, decoded: Tensor, *, exact: bool = False) -> Fidelity:
+    """Compare two real tensors of one shape, in float32 (float64 for float64), sums gathered chunk by chunk.
+
+    `exact` as in `compare`.
+    """
+    found = compare(source, decoded, exact=exact)
+    return replace(found, energy=bulk(source, found.energy, exact=exact).energy)
 
 
-def compare(source: Tensor, decoded: Tensor) -> Fidelity:
-    """`fidelity` with the energy of all weights, outliers too: what can be summed over the parts of a tensor."""
+def compare(source: Tensor, decoded: Tensor, *, exact: bool = False) -> Fidelity:
+    """`fidelity` with the energy of all weights, outliers too: what can be summed over the parts of a tensor.
+
+    `exact` takes sums in float64: then every device finds the same but for some 1e-15 of it, whatever the order in
+    which it adds.
+    """
     energy = error = absolute = greatest = 0.0
     found: list[Tensor] = []
-    wide = _wide(source)
+    wide, sums = _wide(source), torch.float64 if exact else None
     flat, other = source.reshape(-1), decoded.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(wide)
         d = other[start : start + _CHUNK].to(wide).sub(w).abs_()
-        found += w.square().sum(), d.sum(), d.max(), d.square_().sum()
+        found += w.square().sum(dtype=sums), d.sum(dtype=sums), d.max().to(sums or wide), d.square_().sum(dtype=sums)
     numbers = iter(to_host(*found))
     for energy_, absolute_, greatest_, error_ in zip(numbers, numbers, numbers, numbers, strict=True):
         energy, absolute, error = energy + energy_, absolute + absolute_, error + error_

@@ -15,7 +15,7 @@ TOP = ("codec", "kernels", "pipeline")
 ORDER = (
     *("codec/native", "codec/entropy"),
     "codec",
-    *("codec/difference", "codec/output"),
+    *("codec/output", "codec/difference"),
     *("kernels/runtime", "kernels/decode", "kernels/entropy", "kernels/encode", "kernels/trellis"),
     *("kernels/feedback", "kernels/linear", "kernels/packed"),
     "kernels/int8",

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from birkhoff.codec import planes, rate
 from birkhoff.codec.container import MAX_EXPANSION, CodedTensor, DifferenceParams, LatticeParams, fits
+from birkhoff.codec.difference import by_output
 from birkhoff.codec.difference.find import Difference, find
+from birkhoff.codec.output import encode as output
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import Decision
 from birkhoff.codec.tensor import (
@@ -21,7 +23,7 @@ from birkhoff.codec.tensor import (
     with_target,
 )
 
-_ENTRY_BYTES = 40
+ENTRY_BYTES = 40
 """About what an entry of a difference takes more in the packed index."""
 
 _CLEARLY = 0.8
@@ -36,50 +38,86 @@ class Base:
     tensor: CodedTensor
 
 
-def encode(name: str, tensor: Tensor, decision: Decision, base: Base | None) -> Encoded:
-    """Code one tensor as was decided of it, as `encode_tensor` does, but as a difference where that takes fewer bytes.
+def encode(
+    name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian_KK: Tensor | None = None
+) -> Encoded:
+    """Code one tensor as was decided of it, but as a difference where that takes fewer bytes.
 
-    Its target is the same then, and met by what is decoded with the base. A base of another name, shape or codec is no
-    help, nor is one that is a difference itself. A target that is nominal has no difference.
+    Without, it is what `encode_tensor` makes of it, or `output.encode` under a nominal target. A target that is none is
+    met by what is decoded with the base; under a nominal one the outputs' error is as there. A base of another name,
+    shape or codec is no help, nor is one that is a difference itself.
 
     Args:
         name: of the tensor, and of its base.
         tensor: of any shape and stored dtype, on the CPU or a GPU.
         decision: of codec `lattice`, or any other.
         base: the base; None for none.
+        hessian_KK: under a nominal target, what errors are fed back through; on the tensor's device.
 
     Raises: as `encode_tensor`.
     """
     check_storable(name, tensor)
-    columns = matrix_shape(tuple(tensor.shape))[1]
-    lattice = decision.codec == "lattice" and not decision.nominal
-    if base is None or not lattice or base.tensor.name != name or not fits(base.tensor, tuple(tensor.shape), columns):
-        return encode_tensor(name, tensor, decision)
-    matrix = tensor.detach().reshape(-1, columns)
-    if fallback(matrix) is not None:
-        return encode_tensor(name, tensor, decision)
-    target_db = published_target(tensor) if decision.target_db is None else decision.target_db
-    path = decision.path and matrix.numel() >= LEAST_PATH
-    try:
-        held = lattice_of(base.tensor).to(matrix.device)
-        found = find(matrix, held, target_db, path=path, base_path=_path_of(base.tensor))
-    except rate.RangeError:
-        found = None
-    if found is None:
-        return encode_tensor(name, tensor, decision)
+    found = _found(name, tensor, decision, base, hessian_KK)
+    if found is None or base is None:
+        return _direct(name, tensor, decision, hessian_KK)
     encoded = _encoded(name, tensor, found, base)
     if decision.states_target or decision.target_db is None:
-        encoded = with_target(encoded, target_db)
-    size = encoded.tensor.nbytes + _ENTRY_BYTES
+        encoded = with_target(encoded, _target_of(tensor, decision))
+    size = encoded.tensor.nbytes + ENTRY_BYTES
     if tensor.numel() > MAX_EXPANSION * encoded.tensor.nbytes:  # few bytes may stand for so many weights
-        return encode_tensor(name, tensor, decision)
+        return _direct(name, tensor, decision, hessian_KK)
     if 8 * size < _CLEARLY * found.direct_bits * tensor.numel():
         return encoded
-    direct = encode_tensor(name, tensor, decision)
+    direct = _direct(name, tensor, decision, hessian_KK)
     return encoded if size < direct.tensor.nbytes else direct
 
 
-def _path_of(coded: CodedTensor) -> int:
+def _direct(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:
+    """The tensor for itself."""
+    if not decision.nominal:
+        return encode_tensor(name, tensor, decision)
+    assert decision.target_db is not None  # a nominal target is one
+    return output.encode(name, tensor, decision.target_db, hessian_KK, path=decision.path)
+
+
+def _target_of(tensor: Tensor, decision: Decision) -> float:
+    return published_target(tensor) if decision.target_db is None else decision.target_db
+
+
+def is_for(base: CodedTensor, name: str, tensor: Tensor, decision: Decision) -> bool:
+    """Whether a stored tensor can be the base of one, by name, shape and what was decided."""
+    shape = tuple(tensor.shape)
+    return decision.codec == "lattice" and base.name == name and fits(base, shape, matrix_shape(shape)[1])
+
+
+def _found(
+    name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian_KK: Tensor | None
+) -> Difference | None:
+    """The difference of a tensor; None where there is none, or nothing that it could save."""
+    if base is None or not is_for(base.tensor, name, tensor, decision):
+        return None
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    if fallback(matrix) is not None:
+        return None
+    target_db, held = _target_of(tensor, decision), lattice_of(base.tensor).to(matrix.device)
+    if not decision.nominal:
+        path = decision.path and matrix.numel() >= LEAST_PATH
+        try:
+            return find(matrix, held, target_db, path=path, base_path=path_of(base.tensor))
+        except rate.RangeError:
+            return None
+    if output.is_fixed(tensor, target_db):
+        return None
+    try:
+        found = by_output.find(matrix, held, target_db, hessian_KK, path=decision.path, base_path=path_of(base.tensor))
+    except rate.RangeError:
+        return None
+    worse = found is None or not output.is_no_worse(tensor, found.sum, target_db, hessian_KK, path=decision.path)
+    return None if worse else found
+
+
+def path_of(coded: CodedTensor) -> int:
+    """The kind of the paths that a tensor's coordinates lie on; 0 for none."""
     return coded.params.path if isinstance(coded.params, LatticeParams) else 0
 
 

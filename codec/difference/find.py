@@ -33,7 +33,7 @@ Shapes: R = rows, K = columns, P = pairs a row, E = escapes, B = bins of a histo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +43,7 @@ from torch import Tensor
 
 from birkhoff.codec import rate
 from birkhoff.codec.container import MAX_STRIDE
+from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor, combine, quantise, quantise_path
 from birkhoff.codec.metrics import Fidelity, bulk, fidelity, to_host
 from birkhoff.codec.pairs import pairs_per_row
@@ -53,12 +54,15 @@ Floats = npt.NDArray[np.float64]
 _MOST_TIMES = 3
 """Greatest q that is tried: the base's coordinates must still be bytes, most of them."""
 
-_MOST_OUTSIDE = 1 / 400
+MOST_OUTSIDE = 1 / 400
 """Share of pairs that may be escapes in memory because of the base's coordinates times q."""
 
-_BINS = 2048
+_BINS = 4096
 _BINS_A_STEP = 64
-"""Of the histogram of the difference, per step of plain rounding at the allowed error."""
+"""Of the histogram of the difference, per step of plain rounding at the allowed error or of the base, the finer one."""
+
+_FARTHEST_RMS = 6.0
+"""The bins reach so many times the root mean square of the difference, at least."""
 
 _COARSER = 8
 """Bins of the histogram of the weights are so much wider."""
@@ -73,10 +77,10 @@ _DEAD_ZONES: Floats = np.arange(0.0, 0.5, _ZONE)
 _MARGIN = 0.996
 """Share of the allowed error that is aimed at: what is known of it comes from a sample."""
 
-_PATH_BITS = 0.17
+PATH_BITS = 0.17
 """What a path of the trellis saves."""
 
-_LEAST_RESPONSE = 0.97
+LEAST_RESPONSE = 0.97
 """Of a difference's rounding, over that of the direct form."""
 
 _FREE_BITS = 0.88, 1.52
@@ -85,9 +89,12 @@ _FREE_BITS = 0.88, 1.52
 _SPARSE, _MANY = 7, 1 << 18
 """Every so manyth value of a sample, or of a code of so many symbols, tells enough."""
 
+_FINER_STRIDES = 16
+"""Strides begin at so small a share of the allowed error: longer ones may keep no small move."""
+
 _TRIES = 5
 
-_FINER = 0.98
+FINER = 0.98
 """A base's lattice may be made finer down to this share of its step, where the target is missed by little. More would
 move the base itself by what a difference of 34 dB below it is."""
 
@@ -97,7 +104,7 @@ _LEAST_MISS_DB = 0.01
 _SAME = 1e-6
 """How far from 1 a scale of the base may be that is left out; 100 dB below the weights are far below any error."""
 
-_LIKE = 0.5
+LIKE = 0.5
 """Bits a weight within which an estimate does not tell which form is smaller."""
 
 
@@ -128,7 +135,13 @@ class Difference:
 
 
 def find(
-    weight_RK: Tensor, base: LatticeTensor, target_db: float, *, path: bool, base_path: int = 0
+    weight_RK: Tensor,
+    base: LatticeTensor,
+    target_db: float,
+    *,
+    path: bool,
+    base_path: int = 0,
+    longest: float = math.inf,
 ) -> Difference | None:
     """The difference of a matrix to its base, for the error that `target_db` allows; None where direct is better.
 
@@ -138,28 +151,31 @@ def find(
         target_db: least SQNR of what is decoded, against the energy of the weights themselves (as `rate.encode`).
         path: allow paths of the trellis.
         base_path: kind of the paths that the base's coordinates lie on, 0 for none.
+        longest: stride of single nodes that is allowed, in the weights' unit, whatever the error.
 
     Raises:
         TargetError: the target is out of range.
     """
     rate.check_target(target_db)
     decoded_RK = base.decode()
-    look = _look(weight_RK, base, decoded_RK, target_db)
-    if look is None:
+    sample = _sampled(weight_RK, base, decoded_RK)
+    if sample is None:
         return None
+    look = _look(sample, target_db)
     direct = look.direct_bits(path=path)
-    plans = sorted(_plans(look, path=path), key=lambda plan: (plan.bits, plan.path))
+    plans = sorted(_plans(look, path=path, longest=longest), key=lambda plan: (plan.bits, plan.path))
     followed = None
     if path and base_path and look.moved < _MILD * look.allowed:
         follow = Plan(times=1, stride=1, dead=0.0, path=0, bits=0.0, follows=base_path)
-        followed = _settle(weight_RK, base, decoded_RK, follow, target_db)
+        followed = _settle(weight_RK, base, decoded_RK, follow, target_db, longest * look.path_step)
         if followed is not None and _bits(followed.code) < min((plan.bits for plan in plans), default=math.inf):
             return replace(followed, direct_bits=direct)
     for plan in plans[:_TRIES]:
-        if plan.bits > direct + _LIKE:
+        if plan.bits > direct + LIKE:
             return None
-        found = _settle(weight_RK, base, decoded_RK, plan, target_db)
-        if found is not None and _is_short(found.sum, base):
+        most = longest * (look.path_step if plan.path else 1.0) / plan.stride
+        found = _settle(weight_RK, base, decoded_RK, plan, target_db, most)
+        if found is not None and is_short(found.sum, base):
             return replace(found, direct_bits=direct)
     return None
 
@@ -174,18 +190,43 @@ def _bits(code: LatticeTensor) -> float:
     return bits
 
 
-def _is_short(code: LatticeTensor, base: LatticeTensor) -> bool:
+def is_short(code: LatticeTensor, base: LatticeTensor) -> bool:
     """Whether few enough of a sum's coordinates are escapes in memory; as few as the base has at least."""
-    return len(code.escapes) <= max(_MOST_OUTSIDE * code.i.numel(), 1.25 * len(base.escapes))
+    return len(code.escapes) <= max(MOST_OUTSIDE * code.i.numel(), 1.25 * len(base.escapes))
 
 
-def estimate(weight_RK: Tensor, base: LatticeTensor, target_db: float, *, path: bool) -> tuple[float, float]:
-    """About the bits a weight of the difference and of the direct form, from a sample; equal where direct is taken."""
-    look = _look(weight_RK, base, base.decode(), target_db)
-    if look is None:
-        return math.inf, math.inf
-    direct = look.direct_bits(path=path)
-    return min((plan.bits for plan in _plans(look, path=path)), default=direct), direct
+def estimates(
+    weight_RK: Tensor, base: LatticeTensor, targets_db: Iterable[float], *, path: bool, base_path: int = 0
+) -> list[tuple[float, float]]:
+    """About the bits a weight of the difference and of the direct form at each of some targets, dB, from a sample.
+
+    Of a difference that none is for, they are infinite. Arguments as of `find`.
+    """
+    sample = _sampled(weight_RK, base, base.decode())
+    if sample is None:
+        return [(math.inf, math.inf) for _ in targets_db]
+    followed = None
+    found = []
+    for target_db in targets_db:
+        look = _look(sample, target_db)
+        bits = min((plan.bits for plan in _plans(look, path=path)), default=math.inf)
+        if path and base_path and look.moved < _MILD * look.allowed:
+            if followed is None:
+                followed = _followed_bits(weight_RK, base, base_path)
+            bits = min(bits, followed)
+        found.append((bits, look.direct_bits(path=path)))
+    return found
+
+
+def _followed_bits(weight_RK: Tensor, base: LatticeTensor, base_path: int) -> float:
+    """About the bits a weight of the detours that the weights' paths make from the base's, from its first rows."""
+    rows = max(1, min(len(weight_RK), _MANY // weight_RK.shape[1]))
+    held = base.rows(0, rows)
+    try:
+        whole = quantise_path(weight_RK[:rows].contiguous(), base.step, base_path)
+    except TargetError:
+        return math.inf
+    return _bits(combine(held, whole, times=-1, stride=1, step=base.step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +235,8 @@ class _Look:
 
     allowed: float
     """Of a weight, squared."""
+    sampled: int
+    """Values in the histograms."""
     moved: float
     """Mean square of what lies between the weights and the base."""
     width: float
@@ -209,43 +252,82 @@ class _Look:
         """Whether a rounding of the difference keeps an error and a response."""
         if _rounded(self.difference, self.width, stride, dead)[0] > allowed:
             return False
-        return _response(self.difference, self.width, stride, dead) >= response
+        window = _window(self.sampled)
+        # So many values lie in the windows of a response of 1: what it is known to.
+        known = 1 / math.sqrt(2 * window * self.sampled)
+        return _response(self.difference, self.width, stride, dead, window) >= response - known
 
     def least_response(self) -> float:
         """What the rounding of the difference must keep of small moves."""
-        return _LEAST_RESPONSE * min(1.0, self._direct_response())
+        return LEAST_RESPONSE * min(1.0, self._direct_response())
 
     def _direct_response(self) -> float:
-        return _response(self.weights, _COARSER * self.width, math.sqrt(12 * self.allowed), 0.0)
+        step = math.sqrt(12 * self.allowed)
+        return _response(self.weights, _COARSER * self.width, step, 0.0, _window(self.sampled))
 
     def direct_bits(self, *, path: bool) -> float:
         """About the bits a weight of the weights themselves, rounded at the allowed error."""
         _, bits = _rounded(self.weights, _COARSER * self.width, math.sqrt(12 * self.allowed), 0.0)
-        return bits - (_PATH_BITS if path else 0.0)
+        return bits - (PATH_BITS if path else 0.0)
 
 
-def _look(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, target_db: float) -> _Look | None:
-    energy = bulk(weight_RK, rate._energy(weight_RK)).energy
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """What is known of a matrix and its base, whatever the target; values are those of a sample."""
+
+    weights: int
+    energy: float
+    """Of the bulk of all."""
+    moved: float
+    reach: float
+    difference: Tensor
+    values: Tensor
+    base_step: float
+    path_step: float
+
+
+def _sampled(weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor) -> _Sample | None:
+    # Sums in float64 here and in `_settle`: a GPU decides as a CPU does, and makes the same bytes.
+    energy = bulk(weight_RK, _squares(weight_RK), exact=True).energy
     if not 0 < energy < math.inf:
         return None
-    allowed = energy / 10 ** (target_db / 10) / weight_RK.numel()
-    width = math.sqrt(12 * allowed) / _BINS_A_STEP
     sample, held = (rate._sample(matrix).to(torch.float32) for matrix in (weight_RK, decoded_RK))
     magnitude = held.reshape(-1)[::_SPARSE].abs()
-    at = max(1, math.ceil((1 - _MOST_OUTSIDE / 2) * magnitude.numel()))
+    at = max(1, math.ceil((1 - MOST_OUTSIDE / 2) * magnitude.numel()))
     (reach,) = to_host(magnitude.kthvalue(at).values)
     rest = sample - held
-    (moved,) = to_host(rest.square().mean())
-    return _Look(
-        allowed=allowed,
-        moved=moved,
-        width=width,
-        difference=_histogram(rest, width),
-        weights=_histogram(sample, _COARSER * width),
-        base_step=base.step,
+    return _Sample(
+        weights=weight_RK.numel(),
+        energy=energy,
+        moved=_squares(rest) / rest.numel(),
         reach=reach,
+        difference=rest,
+        values=sample,
+        base_step=base.step,
         path_step=rate.path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1])),
     )
+
+
+def _look(sample: _Sample, target_db: float) -> _Look:
+    allowed = sample.energy / 10 ** (target_db / 10) / sample.weights
+    finest = min(math.sqrt(12 * allowed), sample.base_step) / _BINS_A_STEP
+    width = max(finest, _FARTHEST_RMS * math.sqrt(sample.moved) / _BINS)
+    return _Look(
+        allowed=allowed,
+        sampled=sample.values.numel(),
+        moved=sample.moved,
+        width=width,
+        difference=_histogram(sample.difference, width),
+        weights=_histogram(sample.values, _COARSER * width),
+        base_step=sample.base_step,
+        reach=sample.reach,
+        path_step=sample.path_step,
+    )
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return sum(to_host(*(part.float().square().sum(dtype=torch.float64) for part in values.reshape(-1).split(1 << 20))))
 
 
 def _histogram(values: Tensor, width: float) -> Floats:
@@ -269,37 +351,48 @@ def _rounded(shares: Floats, width: float, stride: float, dead: float) -> tuple[
     return error, bits
 
 
-def _response(shares: Floats, width: float, stride: float, dead: float) -> float:
-    """Mean slope of a rounding: what it keeps, on average, of a small move of the values."""
+def _response(shares: Floats, width: float, stride: float, dead: float, window: float) -> float:
+    """Mean slope of a rounding: what it keeps, on average, of a small move of the values.
+
+    `window`, of a stride, is how far on both sides of a threshold their density is taken.
+    """
     thresholds = (np.arange(0.5 + dead, _BINS * width / stride - 1) * stride) / width
-    reach = max(1.0, stride / width * _WINDOW)
+    reach = max(1.0, stride / width * window)
     below = np.concatenate(([0.0], np.cumsum(shares)))
     edges = np.arange(_BINS + 1)
     density = np.interp(thresholds + reach, edges, below) - np.interp(thresholds - reach, edges, below)
     return float(density.sum()) / (2 * reach) * stride / width
 
 
-_WINDOW = 1 / 32
-"""Of a stride, on both sides of a threshold, where the density of values is taken."""
+_WINDOWS = 1 / 32, 1 / 8
+_IN_WINDOWS = 1 << 12
+"""Values that should lie in them: few values have wider ones."""
 
 
-def _plans(look: _Look, *, path: bool) -> Iterator[Plan]:
+def _window(sampled: int) -> float:
+    """Window of a response that so many values tell."""
+    return min(max(_WINDOWS[0], _IN_WINDOWS / (2 * sampled)), _WINDOWS[1])
+
+
+def _plans(look: _Look, *, path: bool, longest: float = math.inf) -> Iterator[Plan]:
     """Ways to round the difference that should keep the allowed error, and small moves."""
     allowed, least = look.allowed * _MARGIN, look.least_response()
     for times in range(1, _MOST_TIMES + 1):
         step = look.base_step / times
         if times > 1 and look.reach > -LOW * step:
             break
-        finest = max(1, math.floor(math.sqrt(allowed) / step))
+        finest = max(1, math.floor(math.sqrt(allowed) / (_FINER_STRIDES * step)))
         for stride in range(finest, MAX_STRIDE + 1):
             if math.gcd(times, stride) > 1:
                 continue
             nodes = stride * step / look.path_step
-            if path and look.allows(_FINER * nodes, 0.0, look.allowed, least):
+            if FINER * stride * step > longest:
+                break
+            if path and FINER * nodes <= longest and look.allows(FINER * nodes, 0.0, look.allowed, least):
                 bits = _rounded(look.difference, look.width, 2 * stride * step, 0.0)[1]
                 bits += _FREE_BITS[0] * math.exp(-_FREE_BITS[1] * bits)
                 yield Plan(times=times, stride=stride, dead=0.0, path=1, bits=bits)
-            if not look.allows(_FINER * stride * step, 0.0, allowed, least):
+            if not look.allows(FINER * stride * step, 0.0, allowed, least):
                 break
             zones = (zone for zone in _DEAD_ZONES.tolist() if not look.allows(stride * step, zone, allowed, least))
             dead = max(0.0, next(zones, 0.5) - _ZONE)
@@ -308,16 +401,21 @@ def _plans(look: _Look, *, path: bool) -> Iterator[Plan]:
 
 
 def _settle(
-    weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, plan: Plan, target_db: float
+    weight_RK: Tensor, base: LatticeTensor, decoded_RK: Tensor, plan: Plan, target_db: float, most: float
 ) -> Difference | None:
-    """Round by a plan, with a lesser dead zone or a somewhat finer step where the sample misled; None if that fails."""
-    step = _round(base.step / plan.times)
+    """Round by a plan, with a lesser dead zone or a somewhat finer step where the sample misled; None if that fails.
+
+    `most` is the longest step of the sum that is allowed.
+    """
+    step = as_stored(min(base.step / plan.times, most))
+    if step < FINER * base.step / plan.times:
+        return None
     for _ in range(_TRIES):
         # A finer step moves what the base stands for; the difference makes up for it.
         scale = plan.times * step / base.step
-        held = decoded_RK if abs(scale - 1) < _SAME else decoded_RK * scale
+        held = decoded_RK if is_one(scale) else decoded_RK * scale
         rest = weight_RK.to(torch.float32) - held
-        stride = _round(plan.stride * step)
+        stride = as_stored(plan.stride * step)
         if plan.follows:
             whole = quantise_path(weight_RK, step, plan.follows)
             code = combine(base, whole, times=-1, stride=1, step=step)
@@ -328,19 +426,24 @@ def _settle(
                 dead = plan.dead * stride
                 code = quantise(rest.sub_(rest.clamp(-dead, dead)) if dead else rest, stride)
             whole = combine(base, code, times=plan.times, stride=plan.stride, step=step)
-        error = fidelity(weight_RK, whole.decode(weight_RK.dtype))
+        error = fidelity(weight_RK, whole.decode(weight_RK.dtype), exact=True)
         rate.check_error(error.error)
         if error.sqnr_db >= target_db:
             return Difference(plan=plan, code=code, sum=whole, error=error, direct_bits=math.inf)
         if plan.dead > 0:
             plan = replace(plan, dead=max(0.0, plan.dead - 0.03))
             continue
-        step = _round(step * 10 ** (min(error.sqnr_db - target_db, -_LEAST_MISS_DB) / 20))
-        if step < _FINER * base.step / plan.times:
+        step = as_stored(step * 10 ** (min(error.sqnr_db - target_db, -_LEAST_MISS_DB) / 20))
+        if step < FINER * base.step / plan.times:
             return None
     return None
 
 
-def _round(step: float) -> float:
+def is_one(scale: float) -> bool:
+    """Whether a scale of the base may be left out."""
+    return abs(scale - 1) < _SAME
+
+
+def as_stored(step: float) -> float:
     """The step as the float32 that is stored."""
     return float(torch.tensor(step, dtype=torch.float32))

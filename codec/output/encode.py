@@ -60,8 +60,8 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     reason = fallback(matrix)
     if reason is not None:
         return fall_back(name, tensor, reason)
-    single = _round(step(root_mean_square(matrix), target_db))
-    fixed = _is_fixed(tensor, target_db)
+    single = nominal_step(matrix, target_db)
+    fixed = is_fixed(tensor, target_db)
     if fixed:
         code, kind = _fixed_point(matrix, single), 0
     else:
@@ -79,11 +79,16 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     return encoded_code(name, tensor, code, error, path=kind)
 
 
+def nominal_step(matrix: Tensor, target_db: float) -> float:
+    """The step of single nodes that a nominal target gives weights, as the float32 that is stored."""
+    return _round(step(root_mean_square(matrix), target_db))
+
+
 def stored_step(tensor: Tensor, target_db: float, *, path: int) -> float:
     """The step that `encode` stores for a tensor that it codes, by the kind of its paths: what a check expects."""
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    single = _round(step(root_mean_square(matrix), target_db))
-    if _is_fixed(tensor, target_db):
+    single = nominal_step(matrix, target_db)
+    if is_fixed(tensor, target_db):
         return N * single
     return _round(single * _path_step(matrix, path)) if path else single
 
@@ -96,7 +101,7 @@ def is_no_worse(
     Without a Hessian every output counts alike, so that the weights' own error does.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    single, fixed = _round(step(root_mean_square(matrix), target_db)), _is_fixed(tensor, target_db)
+    single, fixed = nominal_step(matrix, target_db), is_fixed(tensor, target_db)
 
     def loss(of: LatticeTensor) -> float:
         if hessian_KK is not None and not fixed:
@@ -111,7 +116,8 @@ def is_no_worse(
     return most <= loss(lattice.quantise(matrix, single)) or most <= loss(_plain(matrix, single, path=path)[0])
 
 
-def _is_fixed(tensor: Tensor, target_db: float) -> bool:
+def is_fixed(tensor: Tensor, target_db: float) -> bool:
+    """Whether a tensor's weights are numbers of 16 bits at a nominal target."""
     return target_db > TARGET_DB_RANGE[1] and tensor.dim() != 2
 
 
@@ -128,19 +134,20 @@ def _fed_back(matrix: Tensor, single: float, hessian_KK: Tensor, *, path: bool) 
     code = feedback.quantise(matrix, single, factor)
     nodes = code, 0, feedback.output_error(matrix, code, hessian_KK)
     if not path or matrix.numel() < LEAST_PATH:
-        return _refined(matrix, nodes, hessian_KK, factor)
+        return refined(matrix, nodes, hessian_KK, factor)
     code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, path=True)
     if not _is_short(code):
-        return _refined(matrix, nodes, hessian_KK, factor)
+        return refined(matrix, nodes, hessian_KK, factor)
     paths = code, feedback.DOWN, feedback.output_error(matrix, code, hessian_KK)
-    if _bits(nodes) - REFINED_BITS * matrix.numel() < _bits(paths):
-        nodes = _refined(matrix, nodes, hessian_KK, factor)
-    return min(nodes, paths, key=_bits)
+    if bits_at_equal_error(nodes) - REFINED_BITS * matrix.numel() < bits_at_equal_error(paths):
+        nodes = refined(matrix, nodes, hessian_KK, factor)
+    return min(nodes, paths, key=bits_at_equal_error)
 
 
-def _refined(
+def refined(
     matrix: Tensor, nodes: tuple[LatticeTensor, int, float], hessian_KK: Tensor, factor: feedback.Factor
 ) -> tuple[LatticeTensor, int, float]:
+    """Single nodes (code, 0, error of the output) rounded again while that lowers the error."""
     for _ in range(REFINEMENTS):
         code = feedback.refine(matrix, nodes[0], hessian_KK, factor)
         error = feedback.output_error(matrix, code, hessian_KK)
@@ -150,8 +157,8 @@ def _refined(
     return nodes
 
 
-def _bits(choice: tuple[LatticeTensor, int, float]) -> float:
-    """The bits that a code takes, and those that it would take more at an output error of 1."""
+def bits_at_equal_error(choice: tuple[LatticeTensor, int, float]) -> float:
+    """The bits that (code, kind of its paths, error of the output) takes, and what an error of 1 would take more."""
     code, kind, error = choice
     streams, _ = planes.pack(code, path=kind)
     weights = code.i.shape[0] * code.columns

@@ -76,6 +76,13 @@ def normalised(hessian_KK: Tensor) -> Tensor:
     return h / mean
 
 
+def damped(hessian_KK: Tensor, damping: float = DAMPING) -> Tensor:
+    """A Hessian over the mean of its diagonal, float64, with `damping` added to that. Raises as `normalised`."""
+    h = normalised(hessian_KK)
+    h.diagonal().add_(damping)
+    return h
+
+
 def factorise(hessian_KK: Tensor, damping: float = DAMPING) -> Factor:
     """The order and the factor of a Hessian: second weights of pairs first, each kind by falling diagonal.
 
@@ -93,8 +100,7 @@ def factorise(hessian_KK: Tensor, damping: float = DAMPING) -> Factor:
     partner = torch.full_like(order, -1)
     partner[place[x[paired]]] = place[y[paired]]
     there = order.to(h.device)
-    damped = h[there][:, there] + damping * torch.eye(columns, dtype=h.dtype, device=h.device)
-    lower, wrong = torch.linalg.cholesky_ex(damped)
+    lower, wrong = torch.linalg.cholesky_ex(damped(hessian_KK, damping)[there][:, there])
     upper, wrong_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if int(wrong) or int(wrong_too):
         raise TensorError(f"Hessian: not positive with a damping of {damping:g}; take it again")
@@ -127,6 +133,15 @@ def quantise(weight_RK: Tensor, step: float, factor: Factor, *, path: bool = Fal
     w_KR = _ordered(weight_RK, step, factor)
     n_KR = _sweep(w_KR, factor.upper.contiguous(), factor.partner, lanes)
     return _code(n_KR, step, factor)
+
+
+def rounded(units_RK: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Rows in units of their steps as whole numbers, with feedback, and the values that were rounded to these.
+
+    Both float32 [K, R], columns in the order of rounding; `units_RK` is float32 on the factor's device.
+    """
+    values_KR = _ordered(units_RK, 1.0, factor)
+    return _sweep(values_KR, factor.upper.contiguous(), factor.partner, 0), values_KR
 
 
 def refine(

@@ -95,7 +95,7 @@ def compress(
 
     Warns:
         BirkhoffWarning: Tensors were kept lossless although coding was requested, the version is larger than the model,
-            its masks could not be proven, or the store has no conditional writes.
+            its masks could not be proven, its base is a newer version by now, or the store has no conditional writes.
 
     Raises:
         ManifestError: A term or the name is not valid in a manifest.
@@ -137,6 +137,9 @@ def compress(
     for warning in run.warnings():
         _warn(f"{name}: {warning}")
     assert run.version is not None  # because the run ended without an error
+    if run.newer_base is not None and run.version.manifest.base is not None:
+        held, newer = run.version.manifest.base.label, run.newer_base.label
+        _warn(f"{name}: its base is {newer} by now; it stays a difference to {held} until you say base={newer!r}")
     return run.version
 
 

@@ -1,29 +1,40 @@
 """Which version a model is coded as a difference to: as it is named, or the one of the store that suits best."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from birkhoff.codec.budget import Grid
 from birkhoff.codec.container import CodedTensor, Entry, fits
+from birkhoff.codec.errors import FormatError
 from birkhoff.codec.pairs import matrix_shape
+from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
+from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.checkpoint.open import read_tensor
-from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError
 from birkhoff.pipeline.plan.estimate import Based
 from birkhoff.pipeline.plan.manifest import AUTO, Manifest
 from birkhoff.pipeline.plan.models import Planned, matches_plan
+from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.registry.documents import BaseRecord, ShardRecord
-from birkhoff.pipeline.registry.versions import Version, is_whole, latest_version, models, resolve
+from birkhoff.pipeline.registry.versions import Version, is_fixed, is_whole, latest_version, models, resolve
 from birkhoff.pipeline.shard.task import BaseShard, TensorPlan
 from birkhoff.pipeline.store.base import Store
+
+log: logging.Logger = logging.getLogger("birkhoff.bases")
 
 SAMPLED = 4
 """Tensors of a model that are held against those of a base, spread over the sizes of all."""
 
 WORTH = 0.95
 """Share of the direct bytes that a base found by itself must save to, at least, for it to be taken."""
+
+_EVERY = 3
+"""Every so manyth target of a budget's grid is asked for its share."""
 
 _USUAL_DB = 36.0
 """For an estimate, the target of a tensor whose own is the published codec's error."""
@@ -74,15 +85,24 @@ def open_base(store: Store, version: Version) -> BaseVersion:
         FormatError, StoreError, IntegrityError: it cannot be read.
     """
     manifest = version.manifest
-    if any(shard.bases for shard in manifest.shards):
+    if is_derived(version):
         of = manifest.base.label if manifest.base is not None else "another version"
         raise ManifestError(
             f"base: {version.reference} is itself a difference, to {of}, and differences have no chains; name {of}"
         )
     artifact = StoredArtifact(store, version)
     entries = {entry.name: (entry, index) for index, head in enumerate(heads(artifact)) for entry in head.entries}
-    record = BaseRecord(model=version.model, version=version.name, digest=version.digest)
-    return BaseVersion(artifact=artifact, record=record, entries=entries)
+    return BaseVersion(artifact=artifact, record=record_of(version), entries=entries)
+
+
+def is_derived(version: Version) -> bool:
+    """Whether tensors of a version are differences, so that it can be no base."""
+    return any(shard.bases for shard in version.manifest.shards)
+
+
+def record_of(version: Version) -> BaseRecord:
+    """What a manifest says of a version that is its base."""
+    return BaseRecord(model=version.model, version=version.name, digest=version.digest)
 
 
 def find_base(store: Store, planned: Planned, before: Version | None, *, again: bool = False) -> BaseVersion | None:
@@ -131,9 +151,35 @@ def forecast_base(manifest: Manifest, store: Store | None, planned: Planned, bef
     if found is None:
         note = "no version of the store is so near that differences to it would save anything"
         return Based(planned=planned, note=note)
-    part, label = share(found, planned), found.record.label
-    note = f"as differences to {label} its coded tensors take about {part:.0%} of what they take by themselves"
-    return Based(planned=found.on(planned), label=label, share=part, note=note)
+    based = Based(planned=found.on(planned), label=found.record.label, shares=shares(found, planned))
+    newer = None if store is None else newer_base(store, planned, before, found.record)
+    if before is None or before.manifest.base is None or newer is None:
+        return based
+    stays = planned.on(before.manifest.base, based.planned.plan.bases)
+    if not matches_plan(before.manifest, stays) or known_digest(planned.checkpoint) not in (
+        None,
+        before.manifest.source.sha256,
+    ):
+        return based  # it is made again anyhow, and then with what its base is now
+    return replace(based, planned=stays, label=before.manifest.base.label, newer=newer.label)
+
+
+def newer_base(store: Store, planned: Planned, before: Version | None, now: BaseRecord | None) -> BaseRecord | None:
+    """What a model's base means by now, if its latest version is a difference to an older version of the same.
+
+    Promoting a base, or publishing another version of it, changes no version that is a difference to it. Only a
+    manifest that names another model, or one version by its name or digest, asks for another. `now` is the base that
+    the manifest's words lead to.
+    """
+    held, reference = before.manifest.base if before is not None else None, planned.entry.base
+    if held is None or reference is None:
+        return None
+    if reference == AUTO:  # which keeps to what it has found until it is asked to look again
+        newest = latest_version(store, held.model)
+        now = None if newest is None or is_derived(newest) else record_of(newest)
+    elif is_fixed(reference):
+        return None
+    return now if now is not None and now.model == held.model and now.digest != held.digest else None
 
 
 def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
@@ -148,19 +194,23 @@ def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
 def best_base(store: Store, planned: Planned) -> BaseVersion | None:
     """The newest version of another model to which the model's differences are smallest; None where none is worth it.
 
-    Names and shapes tell which models can be a base, a few tensors of each how near they are.
+    Names and shapes tell which models can be a base, a few tensors of each how near they are. One that cannot be read
+    is named in a warning, and passed over.
 
-    Raises: as `open_base`.
+    Raises SourceError, StoreError: the source or the store cannot be read.
     """
     found: list[tuple[float, str, BaseVersion]] = []
     for model in models(store):
         interrupt.check()
-        version = latest_version(store, model) if model != planned.entry.name else None
-        if version is None or any(shard.bases for shard in version.manifest.shards):
+        if model == planned.entry.name:
             continue
-        base = open_base(store, version)
-        if base.fitting(planned):
-            found.append((share(base, planned), model, base))
+        try:
+            version = latest_version(store, model)
+            base = None if version is None or is_derived(version) else open_base(store, version)
+            if base is not None and base.fitting(planned):
+                found.append((share(base, planned), model, base))
+        except (ArtifactNotFoundError, FormatError, IntegrityError) as error:
+            log.warning("%s: %s is no base, for it cannot be read: %s", planned.entry.name, model, error)
     best = min(found, default=None, key=lambda item: item[:2])
     return best[2] if best is not None and best[0] <= WORTH else None
 
@@ -168,26 +218,44 @@ def best_base(store: Store, planned: Planned) -> BaseVersion | None:
 def share(base: BaseVersion, planned: Planned) -> float:
     """About the share of the coded tensors' direct bytes that they take as differences, from a few of them.
 
-    Raises SourceError, and as `open_base`.
+    Under a budget it is that at the target of its profile. Raises SourceError, and as `open_base`.
     """
-    from birkhoff.codec.difference.find import estimate  # which loads torch
+    return _shares(base, planned, [planned.plan])[0]
+
+
+def shares(base: BaseVersion, planned: Planned) -> tuple[tuple[float, float], ...]:
+    """The same by the model's target in dB: of a budget at those that it may lead to. Raises as `share`."""
+    if planned.budget is None:
+        return ((planned.plan.profile.target_db or 0.0, share(base, planned)),)
+    targets = Grid.of(planned.plan.profile).knots[::_EVERY]
+    return tuple(zip(targets, _shares(base, planned, [planned.plan.at(db) for db in targets]), strict=True))
+
+
+def _shares(base: BaseVersion, planned: Planned, plans: Sequence[ModelPlan]) -> list[float]:
+    """The share under each of some plans of the same tensors."""
+    from birkhoff.codec.difference.encode import path_of  # which loads torch
+    from birkhoff.codec.difference.find import estimates
     from birkhoff.codec.tensor import lattice_of
 
     fitting = base.fitting(planned)
     whole = sum(math.prod(plan.tensor.shape) for plan in planned.plan.tensors if plan.decision.action == "coded")
     covered = sum(math.prod(plan.tensor.shape) for plan in fitting)
-    smaller = direct = 0.0
+    smaller, direct = [0.0] * len(plans), [0.0] * len(plans)
+    decided = [{item.tensor.name: item.decision for item in plan.tensors} for plan in plans]
     for plan in _spread(fitting):
         interrupt.check()
-        weight = read_tensor(plan.tensor)
-        matrix = weight.reshape(matrix_shape(plan.tensor.shape))
-        target_db = plan.decision.target_db or _USUAL_DB
-        bits = estimate(matrix, lattice_of(base.tensor(plan.tensor.name)), target_db, path=plan.decision.path)
-        if not math.isfinite(bits[1]):
-            continue
-        smaller += matrix.numel() * min(bits)
-        direct += matrix.numel() * bits[1]
-    return 1 - covered / max(1, whole) * (1 - smaller / direct) if direct else 1.0
+        name, coded = plan.tensor.name, base.tensor(plan.tensor.name)
+        matrix = read_tensor(plan.tensor).reshape(matrix_shape(plan.tensor.shape))
+        low, high = TARGET_DB_RANGE
+        targets = [min(max(low, decisions[name].target_db or _USUAL_DB), high) for decisions in decided]
+        path = plan.decision.path
+        found = estimates(matrix, lattice_of(coded), targets, path=path, base_path=path_of(coded))
+        for at, bits in enumerate(found):
+            if math.isfinite(bits[1]):
+                smaller[at] += matrix.numel() * min(bits)
+                direct[at] += matrix.numel() * bits[1]
+    part = covered / max(1, whole)
+    return [1 - part * (1 - least / most) if most else 1.0 for least, most in zip(smaller, direct, strict=True)]
 
 
 def _spread(plans: Sequence[TensorPlan]) -> Iterator[TensorPlan]:

@@ -63,6 +63,9 @@ def blob_files(manifest: VersionManifest) -> dict[BlobId, str]:
     bases = manifest.bases
     for number, base in enumerate(bases, 1):
         files[blob_id(base)] = f"base-{number:05}-of-{len(bases):05}.safetensors"
+    own = {blob: path for (_, blob, _), path in files.items()}
+    for base in (base for shard in manifest.shards for base in shard.bases or ()):
+        files.setdefault(blob_id(base), own[base.blob])  # which may be one of its own shards
     return files | {blob_id(file): f"{FILES_FOLDER}/{file.name}" for file in manifest.files or ()}
 
 

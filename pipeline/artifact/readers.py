@@ -122,6 +122,11 @@ class Artifact(ABC):
             origin = self.manifest.base.label if self.manifest.base is not None else "its base"
             try:
                 held = {coded.name: coded for coded in parse(self.blob(base))}
+            except FormatError as error:
+                raise IntegrityError(
+                    f"{self.label}: blob {digest}: {error}; it is of {origin}, to which tensors of {self.label} are "
+                    "differences"
+                ) from None
             except (IntegrityError, ArtifactNotFoundError) as error:
                 raise type(error)(
                     f"{error}; it is of {origin}, to which tensors of {self.label} are differences"

@@ -183,6 +183,8 @@ def compress(
         for said in filter(None, (run.felt(), run.found(), run.differs())):
             if not as_json:
                 remark(f"{run.name}: {said}")
+        if run.newer_base is not None and run.version is not None and run.version.manifest.base is not None:
+            _offer(manifest, run.name, run.version.manifest.base.label, run.newer_base.label, profile)
         for warning in run.warnings():
             warn(f"{run.name}: {warning}")
         if run.error is not None:
@@ -193,6 +195,13 @@ def compress(
     failed = failure([run.error for run in runs])
     if failed is not None:
         raise typer.Exit(exit_code(failed))
+
+
+def _offer(manifest: Path, model: str, held: str, newer: str, profile: str | None) -> None:
+    """Say that a model's base means another version by now, and what makes a difference to that."""
+    options = () if profile is None else ("--profile", profile)
+    command = hint("compress", str(manifest), "--only", model, "--force", *options)
+    remark(f"{model}: its base is {newer} by now; it stays a difference to {held} until you make it again: {command}")
 
 
 @contextmanager
@@ -255,6 +264,8 @@ def plan(
     for row in rows:
         if "note" in row:
             remark(f"{row['model']}: {row['note']}")
+        if row.get("newer_base") is not None:
+            _offer(manifest, str(row["model"]), str(row["base"]), str(row["newer_base"]), profile)
         skipped = row.get("skipped")
         if isinstance(skipped, list) and skipped:
             remark(f"{row['model']}: no weights, left out: {some(skipped)}")

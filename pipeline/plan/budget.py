@@ -24,8 +24,11 @@ MISSES = 8
 _HINT_DB = 0.3
 """So near the estimated target, that of the version before is tried first: its shards are there."""
 
-_DOUBT = 0.1
-"""A estimated size may be too large by this share: the lowest target is tried before a budget is refused for less."""
+DOUBT = 0.1
+"""An estimated size may be too large by this share: the lowest target is tried before a budget is refused for less."""
+
+DOUBT_OF_DIFFERENCES = 0.5
+"""That of a model with a base: how far weights are from it, a sample tells only roughly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +55,27 @@ class Search:
     hint: int | None = None
     lowest: int = 0
     """The lowest step that may be tried."""
+    doubt: float = DOUBT
     best: Trial | None = None
     """The highest trial that fits."""
     _measured: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, grid: Grid, limit: int, knots: Sequence[Floats], beside: int, *, hint_db: float | None, lowest: int = 0
+        cls,
+        grid: Grid,
+        limit: int,
+        knots: Sequence[Floats],
+        beside: int,
+        *,
+        hint_db: float | None,
+        lowest: int = 0,
+        doubt: float = DOUBT,
     ) -> "Search":
         """A search over the sum of the shards' estimated bytes at the knots; `beside` is what comes to the shards."""
         estimated = grid.fill(np.sum(knots, axis=0)) + beside
         hint = None if hint_db is None else max(lowest, grid.step(hint_db))
-        return cls(grid=grid, limit=limit, estimated=estimated, hint=hint, lowest=lowest)
+        return cls(grid=grid, limit=limit, estimated=estimated, hint=hint, lowest=lowest, doubt=doubt)
 
     @property
     def passes(self) -> int:
@@ -76,9 +88,9 @@ class Search:
         if (len(self._measured) >= PASSES and self.best is not None) or len(over) >= MISSES or self.lowest in over:
             return None
         sizes = self._calibrated()
-        guess = highest(sizes, self.limit)
+        guess = self._highest(sizes)
         if guess is None or guess < self.lowest:
-            hopeless = not self._measured and sizes[self.lowest] * (1 - _DOUBT) > self.limit
+            hopeless = not self._measured and sizes[self.lowest] * (1 - self.doubt) > self.limit
             guess = None if hopeless else self.lowest
         elif not self._measured and self.hint is not None and abs(self.hint - guess) <= self.grid.steps(_HINT_DB):
             guess = self.hint
@@ -88,6 +100,12 @@ class Search:
             guess -= 2 ** (len(over) - 2)
         guess = max(self.lowest, min([guess, *(step - 1 for step in over)]))
         return None if self.best is not None and guess <= self.best.step else guess
+
+    def _highest(self, sizes: Floats) -> int | None:
+        """The highest step that fits. Differences cost the same down from where the base's own error is allowed."""
+        guess = highest(sizes, self.limit)
+        last = int(np.searchsorted(sizes, self.limit, side="right")) - 1
+        return last if guess is not None and self.doubt > DOUBT and last < len(sizes) - 1 else guess
 
     def note(self, trial: Trial) -> None:
         """A pass has ended."""

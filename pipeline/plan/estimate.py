@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError, FormatError
@@ -82,9 +84,18 @@ class Based:
     planned: Planned
     label: str | None = None
     """The base; None without one."""
-    share: float = 1.0
-    """Of the coded tensors' direct bytes, what they take as differences to it."""
+    shares: tuple[tuple[float, float], ...] = ()
+    """Of the coded tensors' direct bytes, what they take as differences to it, by the model's target in dB, rising."""
     note: str = ""
+    newer: str | None = None
+    """What the model's base means by now, if its version is a difference to an older one and stays so."""
+
+    def share_at(self, target_db: float | None) -> float:
+        """The share at a target; None is the only one that there is."""
+        if not self.shares:
+            return 1.0
+        targets, shares = zip(*self.shares, strict=True)
+        return float(np.interp(targets[0] if target_db is None else target_db, targets, shares))
 
 
 BaseOf = Callable[[Planned, Version | None], Based]
@@ -95,14 +106,15 @@ def _no_base(planned: Planned, _: Version | None) -> Based:
     return Based(planned=planned)
 
 
-def forecast(planned: Planned, seen: Counter[object], found_db: float | None = None, share: float = 1.0) -> Forecast:
+def forecast(based: Based, seen: Counter[object], found_db: float | None = None) -> Forecast:
     """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one.
 
-    `found_db` is the target that the model's budget has led to before, if it has; `share` as in `Based`.
+    `found_db` is the target that the model's budget has led to before, if it has.
     """
+    planned = based.planned
     plan = planned.plan
     if planned.budget is not None:
-        plan = plan.at(_fitting(planned) if found_db is None else found_db)
+        plan = plan.at(_fitting(based) if found_db is None else found_db)
     signatures = [task.signature for task in plan.tasks("")]
     shared = [seen[signature] > 0 for signature in signatures]
     seen.update(signatures)
@@ -110,7 +122,7 @@ def forecast(planned: Planned, seen: Counter[object], found_db: float | None = N
     workers = os.cpu_count() or 1
     largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
     return Forecast(
-        stored_bytes=_stored(planned, plan, share),
+        stored_bytes=_stored(planned, plan, based.share_at(plan.profile.target_db)),
         target_db=plan.profile.target_db,
         tensor_db=_tensor_db(plan),
         shards=len(plan.shards),
@@ -140,8 +152,9 @@ def _tensor_db(plan: ModelPlan) -> tuple[float, float] | None:
     return (min(known), max(known)) if known else None
 
 
-def _fitting(planned: Planned) -> float:
+def _fitting(based: Based) -> float:
     """About the target that a budget will find, dB: the highest whole one whose sizes fit, or the lowest there is."""
+    planned = based.planned
     assert planned.budget is not None
     if planned.budget.by_output:
         return START_DB  # which is where its search starts; headers do not tell where it ends
@@ -149,7 +162,7 @@ def _fitting(planned: Planned) -> float:
     grid = Grid.of(plan.profile)
     lowest = grid.target(lowest_step(plan, planned.budget.least_db))
     knots = [knot for knot in grid.knots if knot >= lowest] or [grid.high]
-    sizes = [sum(_model_bytes(trial, end) for end in (0, 1)) / 2 for trial in map(plan.at, knots)]
+    sizes = [sum(_model_bytes(plan.at(knot), end, based.share_at(knot)) for end in (0, 1)) / 2 for knot in knots]
     return next((knot for knot, size in zip(reversed(knots), reversed(sizes), strict=True) if size <= limit), knots[0])
 
 
@@ -240,23 +253,30 @@ def _plan_row(
     latest = latest_version(store, entry.name) if store is not None else None
     based = base_of(planned, latest)
     planned = based.planned
-    if based.note:
-        row["note"] = based.note
     state = status(latest.manifest if latest else None, known_digest(planned.checkpoint), planned)
-    expected = forecast(planned, seen, _found(latest, planned), based.share)
+    expected = forecast(based, seen, _found(latest, planned))
+    share = based.share_at(expected.target_db)
     low, high = expected.stored_bytes
     if latest is not None and state == "up to date":
         low = high = latest.stored_bytes
     middle = (low + high) // 2
     searched = planned.budget is not None and planned.budget.by_output and _found(latest, planned) is None
+    notes = [based.note] if based.note else []
+    if based.shares:
+        part = (
+            f"as differences to {based.label} its coded tensors take about {share:.0%} of what they take by themselves"
+        )
+        notes.append(part)
     if searched and state != "up to date":
-        row["note"] = f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start"
+        notes.append(f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start")
     if planned.takes_statistics:
-        note = "targets of single tensors follow from what its outputs feel, which a run takes first"
-        row["note"] = f"{row['note']}; {note}" if "note" in row else note
+        notes.append("targets of single tensors follow from what its outputs feel, which a run takes first")
+    if notes:
+        row["note"] = "; ".join(notes)
     return row | {
         "base": based.label,
-        "base_share": round(based.share, 3) if planned.base is not None else None,
+        "base_share": round(share, 3) if planned.base is not None else None,
+        "newer_base": based.newer,
         "allocation": planned.plan.profile.allocation,
         "budget_bytes": _limit(planned),
         "predicted_target_db": expected.target_db if planned.budget and not searched else None,

@@ -224,12 +224,8 @@ class Manifest(Quality, Proving):
             base = entries.get(model.base)
             if base is not None and base.base is not None:
                 raise wrong(key, f"{base.name!r} has a base itself, and differences have no chains; name another model")
-            if fidelity.budget is not None:
-                raise wrong(key, "no budget knows yet what differences take; name a profile instead")
             if fidelity.profile.codec != "lattice":
                 raise wrong(key, f"profile {fidelity.profile.name!r} codes no differences; name another one")
-            if fidelity.profile.allocation == "output":
-                raise wrong(key, "differences keep a target of each tensor, and `allocation: output` promises none")
         return self
 
     @model_validator(mode="after")

@@ -309,6 +309,14 @@ class VersionManifest(Document):
             raise ValueError("two files have one name")
         return files
 
+    @model_validator(mode="after")
+    def _bases_have_one_size(self) -> "VersionManifest":
+        sizes: dict[str, int] = {shard.blob: shard.bytes for shard in self.shards}
+        for base in (base for shard in self.shards for base in shard.bases or ()):
+            if sizes.setdefault(base.blob, base.bytes) != base.bytes:
+                raise ValueError(f"blob {base.blob} is named with {sizes[base.blob]} and with {base.bytes} bytes")
+        return self
+
     @property
     def stored(self) -> tuple[BlobRecord, ...]:
         """The record of every blob that the version needs: shards, then what they are differences to, then files."""

@@ -312,6 +312,12 @@ def resolve(store: Store, reference: str) -> Version:
     return version if pointer is None else replace(version, alias=ref or ALIAS_LATEST, pointer=pointer)
 
 
+def is_fixed(reference: str) -> bool:
+    """Whether `MODEL@REF` means the same version for ever: REF is a version's name or digest."""
+    ref = reference.partition("@")[2]
+    return bool(VERSION_NAME.fullmatch(ref) or DIGEST.fullmatch(ref))
+
+
 def _find(store: Store, model: str, ref: str) -> tuple[str | None, str, AliasRecord | None]:
     """Name, digest, and the alias that led to them."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
-from birkhoff.pipeline.artifact.bases import find_base
+from birkhoff.pipeline.artifact.bases import find_base, newer_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
 from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
@@ -144,10 +144,15 @@ def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
 
 def _compare(job: _Job, run: ModelRun) -> None:
     """Find out whether a model's latest version is what would be made. Raises as `latest_version`."""
-    store, signer, latest = job.store, job.signer, run.before
-    same = job.reuse == "trust" and latest is not None and _same(latest.manifest, run)
-    if same and latest and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
-        run.version, run.status = latest, "up to date"
+    store, signer, latest, planned = job.store, job.signer, run.before, run.planned
+    if job.reuse != "trust" or latest is None or planned is None:
+        return
+    newer = newer_base(store, planned, latest, planned.base)
+    if newer is not None and latest.manifest.base is not None:
+        planned = planned.on(latest.manifest.base, ())
+    same = _same(latest.manifest, run, planned)
+    if same and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
+        run.version, run.status, run.newer_base = latest, "up to date", newer
         _say_labels(store, run)
 
 
@@ -182,12 +187,12 @@ def _felt_as(planned: Planned) -> Subject | None:
     return found
 
 
-def _same(manifest: VersionManifest, run: ModelRun) -> bool:
-    """Whether a version was made from the same bytes by the same recipe."""
+def _same(manifest: VersionManifest, run: ModelRun, planned: Planned) -> bool:
+    """Whether a version was made from the same bytes by the same recipe, and with the base of `planned`."""
     same = (manifest.source.sha256, manifest.code) == (run.source_sha256, birkhoff.__version__)
     if run.felt_as is not None:
         same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.felt_as)
-    return same and run.planned is not None and matches_plan(manifest, run.planned)
+    return same and matches_plan(manifest, planned)
 
 
 def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None:

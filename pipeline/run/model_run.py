@@ -8,7 +8,7 @@ from birkhoff.codec.profiles import FALLBACKS
 from birkhoff.pipeline.errors import failure_of
 from birkhoff.pipeline.plan.models import Planned
 from birkhoff.pipeline.proof.task import Subject
-from birkhoff.pipeline.registry.documents import FIGURES, ShardRecord
+from birkhoff.pipeline.registry.documents import FIGURES, BaseRecord, ShardRecord
 from birkhoff.pipeline.registry.versions import Version
 from birkhoff.pipeline.run.passes import Passes
 from birkhoff.pipeline.run.status import Status
@@ -31,6 +31,8 @@ class ModelRun:
     version: Version | None = None
     before: Version | None = None
     """What `latest` pointed at when the run began."""
+    newer_base: BaseRecord | None = None
+    """What its base means by now, if its version is a difference to an older one and stays so."""
     subject: Subject | None = None
     """How it is run for its proof; None for a model that has none."""
     felt_as: Subject | None = None
@@ -59,6 +61,7 @@ class ModelRun:
             "profile": self.profile,
             "base": manifest.base.label if manifest and manifest.base else None,
             "base_bytes": manifest.base_bytes if manifest else None,
+            "newer_base": self.newer_base.label if self.newer_base else None,
             "allocation": manifest.allocation if manifest else None,
             "version": self.version.name if self.version else None,
             "digest": self.version.digest if self.version else None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from birkhoff.codec.budget import Floats, Grid
 from birkhoff.pipeline.errors import BudgetError
-from birkhoff.pipeline.plan.budget import Search, Trial, lowest_step
+from birkhoff.pipeline.plan.budget import DOUBT, DOUBT_OF_DIFFERENCES, Search, Trial, lowest_step
 from birkhoff.pipeline.plan.output_search import OutputSearch, Wanted
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.proof.task import Proof, ProofTask
@@ -185,7 +185,8 @@ class Passes:
         beside, sizes = self._count(), [self._sizes[index] for index in range(len(self._sizes))]
         grid, terms = Grid.of(self.plan.profile), self._terms
         lowest = lowest_step(self.plan, terms.budget.least_db)
-        self._search = Search.begin(grid, terms.limit, sizes, beside, hint_db=terms.hint_db, lowest=lowest)
+        doubt = DOUBT_OF_DIFFERENCES if self.plan.bases else DOUBT
+        self._search = Search.begin(grid, terms.limit, sizes, beside, hint_db=terms.hint_db, lowest=lowest, doubt=doubt)
         return self._next()
 
     def _next(self) -> list[Task]:

@@ -17,13 +17,13 @@ from torch import Tensor
 import birkhoff.kernels.entropy.op
 import birkhoff.kernels.feedback.op
 import birkhoff.kernels.trellis.op  # noqa: F401  these register what a GPU does itself
-from birkhoff.codec.budget import Floats, sizes
+from birkhoff.codec.budget import Floats
 from birkhoff.codec.container import FORMAT_VERSION, serialise
 from birkhoff.codec.difference.encode import Base
 from birkhoff.codec.difference.encode import encode as by_difference
+from birkhoff.codec.difference.sizes import sizes
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.output import encode as by_output
-from birkhoff.codec.output.allocation import tensor_sizes
 from birkhoff.codec.profiles import Decision, Recipe
 from birkhoff.codec.tensor import Encoded, check_storable, encode_tensors
 from birkhoff.pipeline import logs
@@ -86,19 +86,22 @@ class Stages:
 
 def run_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult | ShardSizes:
     """Do what a task asks for. Raises as `compress_shard`."""
-    return estimate_shard(task) if task.estimate_only else compress_shard(task, store, device)
+    return estimate_shard(task, store) if task.estimate_only else compress_shard(task, store, device)
 
 
-def estimate_shard(task: ShardTask) -> ShardSizes:
-    """Foretell what a shard will take at every target, a tensor at a time. Raises SourceError, CodecError."""
-    stages = Stages()
+def estimate_shard(task: ShardTask, store: Store) -> ShardSizes:
+    """Predict what a shard will take at every target, a tensor at a time, the containers of its bases beside it.
+
+    Raises SourceError, CodecError, StoreError.
+    """
+    stages, bases = Stages(), Bases(store, task.bases)
     total: Floats = np.zeros(len(task.targets_db[0]))
     for plan, targets in zip(task.tensors, task.targets_db, strict=True):
         source = _read(plan.tensor)
         stages.end("read")
         logs.step("estimate", source.nbytes, plan.tensor.name)
-        foretell = tensor_sizes if plan.decision.nominal else sizes
-        total += foretell(plan.tensor.name, source, plan.decision, targets)
+        base = bases.of(plan.tensor.name)
+        total += sizes(plan.tensor.name, source, plan.decision, targets, None if base is None else base.tensor)
         stages.end("estimate")
     return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
 
@@ -180,17 +183,17 @@ def encode_shard(
 ) -> bytes:
     """The container of a shard's tensors. Raises as `compress_shard`."""
     bases = {
-        name: base
-        for name in sources
-        if decisions[name].action == "coded" and not decisions[name].nominal and (base := base_of(name)) is not None
+        name: base for name in sources if decisions[name].action == "coded" and (base := base_of(name)) is not None
     }
     coded = {
-        name: _encode_by_output(name, tensor.to(device), decisions[name], hessian_of(name)).tensor
-        for name, tensor in _announced({name: sources[name] for name in sources if decisions[name].nominal})
+        name: by_difference(name, tensor.to(device), decisions[name], bases[name], hessian_of(name)).tensor
+        for name, tensor in _announced({name: sources[name] for name in bases})
     }
     coded |= {
-        name: by_difference(name, tensor.to(device), decisions[name], bases[name]).tensor
-        for name, tensor in _announced({name: sources[name] for name in bases})
+        name: _encode_by_output(name, tensor.to(device), decisions[name], hessian_of(name)).tensor
+        for name, tensor in _announced(
+            {name: tensor for name, tensor in sources.items() if decisions[name].nominal and name not in coded}
+        )
     }
     # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
     items = (
@@ -246,22 +249,28 @@ def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
 def find_record(store: Store, key: str) -> ShardRecord | None:
     """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest.
 
-    Both are touched, and so are the containers of its bases: a grace period begins anew for what is reused.
+    So are the containers of its bases. All are touched: a grace period begins anew for what is reused.
     """
     try:
         record = fetch_document(store, ShardRecord, shard_key(key))
-        body = store.get(blob_key(record.blob), length=record.bytes + 1)
-        if record.key == key and sha256(body) == record.blob:
-            for blob in record.needs:
-                store.touch(blob_key(blob))
+        needed: list[ShardRecord | BaseBlob] = [record, *(record.bases or ())]
+        damaged = next((one.blob for one in needed if not _is_there(store, one)), None)
+        if record.key == key and damaged is None:
+            for one in needed:
+                store.touch(blob_key(one.blob))
             store.touch(shard_key(key))
             return record
-        log.warning("blob %s is damaged in %s; it is made anew", record.blob, store.url)
+        log.warning("blob %s is damaged in %s; it is made anew", damaged or record.blob, store.url)
     except ObjectNotFoundError:
         pass
     except IntegrityError as error:
         log.warning("%s; it is made anew", error)
     return None
+
+
+def _is_there(store: Store, record: ShardRecord | BaseBlob) -> bool:
+    """Whether a blob has the bytes that its digest stands for. Raises ObjectNotFoundError."""
+    return sha256(store.get(blob_key(record.blob), length=record.bytes + 1)) == record.blob
 
 
 def input_key(
@@ -278,7 +287,7 @@ def input_key(
         own: list[object] = [] if decision.override is None else [decision.override]
         if decision.nominal:
             own += [decision.target_db, decision.hessian]
-        elif bases is not None and decision.action == "coded" and (base := bases.digest_of(name)) is not None:
+        if bases is not None and decision.action == "coded" and (base := bases.digest_of(name)) is not None:
             own.append({"base": base})
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), *own]).encode())
         if tensor.numel():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from birkhoff.codec.container import CodedTensor, LatticeParams, bases_of, parse, with_bases
+from birkhoff.codec.container import CodedTensor, DifferenceParams, LatticeParams, bases_of, parse, with_bases
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
 from birkhoff.codec.output.encode import is_no_worse, stored_step
@@ -173,11 +173,22 @@ def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: fl
 
 
 def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
-    """Hold the step of a tensor with a nominal target against its source. Raises ValidationError."""
+    """Hold the step of a tensor with a nominal target against its source; of a difference, the longest stride.
+
+    Raises ValidationError.
+    """
     assert decision.target_db is not None  # a nominal target is one
     if not isinstance(coded.params, LatticeParams):
         raise ValidationError(f"tensor {coded.name!r} is stored as {coded.codec}; it should be on the lattice")
     wanted = stored_step(source, decision.target_db, path=coded.params.path)
+    if isinstance(coded.params, DifferenceParams):
+        stride = coded.params.stride * coded.params.step
+        if stride > (1 + _STEP_SLACK) * wanted:
+            raise ValidationError(
+                f"tensor {coded.name!r} is rounded in strides of {stride:g}, {decision.target_db:g} dB allow "
+                f"{wanted:g}; compress again, and report this as a bug if it is so again"
+            )
+        return
     if abs(coded.params.step - wanted) > _STEP_SLACK * wanted:
         raise ValidationError(
             f"tensor {coded.name!r} is stored with the step {coded.params.step:g}, {decision.target_db:g} dB mean "

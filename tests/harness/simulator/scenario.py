@@ -145,12 +145,15 @@ def simulated(**more: Any) -> Iterator[None]:
             logger.disabled = state
 
 
+def derived_record(content: str, base: ShardRecord) -> ShardRecord:
+    """The record of a shard that is a difference to another."""
+    key, blob = sha256(f"{content} on {base.blob}".encode()), BaseBlob(blob=base.blob, bytes=base.bytes)
+    return record_of(content).model_copy(update={"key": key, "bases": (blob,)})
+
+
 def shard_of(store: Store, content: str, base: ShardRecord | None = None) -> ShardRecord:
     """The record of a shard, found or made as a worker does; `base` is the shard that it is a difference to."""
-    record = record_of(content)
-    if base is not None:
-        key, blob = sha256(f"{content} on {base.blob}".encode()), BaseBlob(blob=base.blob, bytes=base.bytes)
-        record = record.model_copy(update={"key": key, "bases": (blob,)})
+    record = record_of(content) if base is None else derived_record(content, base)
     found = find_record(store, record.key)
     if found is None:
         keep_shard(store, content.encode(), record)
@@ -356,16 +359,21 @@ class Schedule:
         rng, store = self._rng, process.store
         for _ in range(rng.randint(1, 2)):
             contents = tuple(rng.sample(CONTENTS, rng.randint(1, 2)))
+            manifest, bodies = manifest_of(rng.choice(MODELS), contents), [*contents]
+            if self._derived and rng.random() < 0.5:  # a difference comes with what it is one to
+                content = rng.choice(DERIVED)
+                shard = derived_record(content, record_of(contents[0]))
+                manifest, bodies = manifest.model_copy(update={"shards": (shard,)}), [content, contents[0]]
             parcel = shipping.Parcel(
                 origin="elsewhere",
                 name=f"v{rng.randint(1, 5)}",
                 alias=rng.choice((None, "stable")),
-                manifest=manifest_of(rng.choice(MODELS), contents),
+                manifest=manifest,
                 beside={},
             )
-            bodies = {sha256(content.encode()): content.encode() for content in contents}
+            held = {sha256(body.encode()): body.encode() for body in bodies}
 
-            def bring(records: Sequence[BlobRecord], bodies: dict[str, bytes] = bodies) -> None:
+            def bring(records: Sequence[BlobRecord], bodies: dict[str, bytes] = held) -> None:
                 for record in records:
                     shipping.put_blob(store, record, bodies[record.blob])
 

@@ -1,6 +1,9 @@
 """Models coded as differences to others: in manifests, stores, folders and models."""
 
 import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from birkhoff.codec.container import is_difference, parse, serialise
 from birkhoff.codec.metrics import fidelity
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline.artifact.cache import BlobCache
+from birkhoff.pipeline.artifact.pull import blob_files, pull
+from birkhoff.pipeline.artifact.readers import PulledArtifact, StoredArtifact
+from birkhoff.pipeline.artifact.references import Found
+from birkhoff.pipeline.documents import read_document
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError
 from birkhoff.pipeline.load.load import load_into, load_state_dict
-from birkhoff.pipeline.registry.versions import resolve
+from birkhoff.pipeline.registry.documents import (
+    BaseBlob,
+    ShardRecord,
+    VersionManifest,
+    blob_key,
+    sha256,
+)
+from birkhoff.pipeline.registry.versions import Version, resolve
 from birkhoff.pipeline.store.open import open_store
 from tests.pipeline.command import captured
 
@@ -229,19 +245,115 @@ def test_a_damaged_base_stops_what_is_made_with_it_and_is_mended_with_it(publish
     assert published.at("verify", "near")[0] == 0
 
 
-def test_a_new_base_leaves_versions_as_they_are_until_they_are_made_again(published: Place) -> None:
-    before = load_state_dict("near", published.url)
+def test_a_new_base_leaves_versions_as_they_are_and_what_makes_them_again_is_said(published: Place) -> None:
+    before, first = load_state_dict("near", published.url), published.manifest_of("near")
     save_file(tuned(published.states["base"], 0.3), published.folder / "base.safetensors")
-    published.describe("name: base, source: base.safetensors")
-    assert published.compress()[1][0]["version"] == "v2"
+    published.describe(*BOTH)
+    manifest = str(published.folder / "m.yaml")
+    code, rows, err = published.compress()
+    assert (code, [(row["version"], row["status"]) for row in rows]) == (
+        0, [("v1", "up to date"), ("v2", "published")]), err  # fmt: skip
+    assert [(row["base"], row["newer_base"]) for row in rows] == [("base@v1", "base@v2"), (None, None)]
+    assert published.manifest_of("near") == first
     after = load_state_dict("near@v1", published.url)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    published.describe(*BOTH)
-    _, rows, _ = published.compress()
-    assert [(row["version"], row["base"]) for row in rows] == [("v2", "base@v2"), ("v2", None)]
+    _, _, told = published.run("compress", manifest, "--executor", "inline")
+    line = told.partition("near: its base is ")[2]
+    said = "base@v2 by now; it stays a difference to base@v1 until you make it again: "
+    assert line.startswith(said)
+    plan = json.loads(published.run("plan", manifest, "--json")[1])[0]
+    assert plan["status"] in ("to be read", "up to date")  # as far as the digest of its source is remembered
+    assert (plan["base"], plan["newer_base"]) == ("base@v1", "base@v2")
+    assert said in published.run("plan", manifest)[2]
+    words = shlex.split(line.removeprefix(said).splitlines()[0])
+    assert words[words.index("compress") :][:5] == ["compress", manifest, "--only", "near", "--force"]
+    code, _, err = published.run(*words[words.index("compress") :], "--executor", "inline")
+    assert code == 0, err
+    made = published.manifest_of("near")
+    assert made["base"]["version"] == "v2"  # type: ignore[index]
+    assert published.compress()[1][0]["newer_base"] is None
     published.describe("name: near, source: near.safetensors, base: base@v1")
     _, rows, _ = published.compress()
-    assert [(row["version"], row["base"]) for row in rows] == [("v3", "base@v1")]
+    assert [(row["version"], row["base"], row["newer_base"]) for row in rows] == [("v3", "base@v1", None)]
+
+
+def test_promoting_a_base_changes_no_version_that_is_a_difference_to_it(published: Place) -> None:
+    assert published.at("promote", "base@v1")[0] == 0
+    near = "name: near, source: near.safetensors, base: base@stable"
+    published.describe(near)
+    assert published.compress()[1][0]["status"] == "up to date"
+    save_file(tuned(published.states["base"], 0.3), published.folder / "base.safetensors")
+    published.describe("name: base, source: base.safetensors")
+    assert published.compress()[0] == 0
+    published.describe(near)
+    assert published.compress()[1][0]["newer_base"] is None  # `stable` has not moved
+    assert published.at("promote", "base@v2")[0] == 0
+    code, (row,), err = published.compress()
+    assert code == 0, err
+    assert (row["version"], row["status"], row["newer_base"]) == ("v1", "up to date", "base@v2")
+    save_file(tuned(published.states["base"], 0.021), published.folder / "near.safetensors")
+    code, (row,), err = published.compress()  # made again anyhow, with what its base is now
+    assert (row["version"], row["base"], row["newer_base"]) == ("v2", "base@v2", None), err
+
+
+def test_a_base_that_was_found_by_itself_is_told_of_too(place: Place) -> None:
+    place.describe("name: base, source: base.safetensors")
+    assert place.compress()[0] == 0
+    place.describe("name: near, source: near.safetensors, base: auto")
+    assert place.compress()[1][0]["base"] == "base@v1"
+    save_file(tuned(place.states["base"], 0.01), place.folder / "base.safetensors")
+    place.describe("name: base, source: base.safetensors")
+    assert place.compress()[0] == 0
+    place.describe("name: near, source: near.safetensors, base: auto")
+    (row,) = place.compress()[1]
+    assert (row["status"], row["base"], row["newer_base"]) == ("up to date", "base@v1", "base@v2")
+    assert json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])[0]["newer_base"] == "base@v2"
+    (row,) = place.compress("--force")[1]
+    assert (row["status"], row["base"], row["newer_base"]) == ("published", "base@v2", None)
+
+
+def stored(place: Place, model: str, quality: str, *, base: bool) -> dict[str, object]:
+    place.describe(f"name: {model}, source: near.safetensors, {quality}" + (", base: base" if base else ""))
+    code, (row,), err = place.compress()
+    assert code == 0, err
+    return row
+
+
+@pytest.mark.parametrize("share", [0.5, 0.35])
+def test_a_budget_in_bytes_counts_what_a_difference_adds_and_buys_a_higher_target(
+    published: Place, share: float
+) -> None:
+    limit = int(share * stored(published, "alone", "profile: balanced", base=False)["stored_bytes"])  # type: ignore[call-overload]
+    row = stored(published, "near", f"max_bytes: {limit}", base=True)
+    assert row["base"] == "base@v1"
+    assert row["stored_bytes"] <= limit  # type: ignore[operator]
+    assert row["passes"] <= 5  # type: ignore[operator]
+    if share == 0.5:
+        direct = stored(published, "direct", f"max_bytes: {limit}, floor_db: 6", base=False)
+        assert row["target_db"] > direct["target_db"] + 6  # type: ignore[operator]
+        assert row["sqnr_db_min"] > direct["sqnr_db_min"] + 6  # type: ignore[operator]
+    assert published.at("verify", "near", "--against", str(published.folder / "near.safetensors"))[0] == 0
+    assert stored(published, "near", f"max_bytes: {limit}", base=True)["status"] == "up to date"
+
+
+def test_a_plan_tells_a_budgets_target_with_a_base(published: Place) -> None:
+    models = "name: near, source: near.safetensors, base: base", "name: alone, source: near.safetensors"
+    published.describe(*models, head="target_ratio: 9")
+    _, out, err = published.run("plan", str(published.folder / "m.yaml"), "--json")
+    near, alone = json.loads(out)
+    assert near["predicted_target_db"] > alone["predicted_target_db"] + 4, err
+    assert 0 < near["base_share"] < 0.7
+    _, rows, _ = published.compress()
+    assert rows[0]["target_db"] == pytest.approx(near["predicted_target_db"], abs=4)
+    assert rows[0]["ratio"] >= 9  # type: ignore[operator]
+
+
+def test_a_budget_that_not_even_differences_meet_is_refused_with_what_they_take(published: Place) -> None:
+    published.describe("name: near, source: near.safetensors, base: base, max_bytes: 3000")
+    code, rows, err = published.compress()
+    assert code != 0
+    assert rows[0]["failure"]["kind"] == "BudgetError"  # type: ignore[index]
+    assert "budget max_bytes 3000 leaves" in err or "leaves 2.9 KiB" in err, err
 
 
 def test_collections_keep_what_a_version_is_a_difference_to(published: Place) -> None:
@@ -359,9 +471,7 @@ def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
     (("name: a, source: x, base: a",), "", "models[0].base: a model is no base of itself"),
     (("name: a, source: x, base: b", "name: b, source: y, base: c", "name: c, source: z"), "",
      "models[0].base: 'b' has a base itself, and differences have no chains"),
-    (("name: a, source: x, base: b",), "target_ratio: 7", "models[0].base: no budget knows yet"),
     (("name: a, source: x, base: b",), "profile: paper", "models[0].base: profile 'paper' codes no differences"),
-    (("name: a, source: x, base: b",), "allocation: output", "`allocation: output` promises none"),
     (("name: a, source: x, base: '@v1'",), "", "is no MODEL[@VERSION|ALIAS|DIGEST], nor `auto`"),
 ])  # fmt: skip
 def test_what_goes_with_no_base_is_refused_by_its_key(
@@ -374,9 +484,6 @@ def test_what_goes_with_no_base_is_refused_by_its_key(
 
 
 def test_a_manifest_that_does_not_name_what_its_shard_needs_is_forged(published: Place) -> None:
-    from birkhoff.pipeline.artifact.readers import StoredArtifact
-    from birkhoff.pipeline.registry.versions import Version
-
     with open_store(published.url) as store:
         version = resolve(store, "near")
         shards = tuple(shard.model_copy(update={"bases": None}) for shard in version.manifest.shards)
@@ -386,3 +493,145 @@ def test_a_manifest_that_does_not_name_what_its_shard_needs_is_forged(published:
             IntegrityError, match=r"is a difference to blob [0-9a-f]{64}, which its manifest does not name"
         ):
             list(artifact.tensors())
+
+
+def forged(place: Place, change: Callable[[ShardRecord], ShardRecord]) -> Version:
+    """The version near@v1 with other shard records, under the digest that these give it."""
+    with open_store(place.url) as store:
+        version = resolve(store, "near")
+    shards = tuple(change(shard) for shard in version.manifest.shards)
+    manifest = version.manifest.model_copy(update={"shards": shards})
+    return Version(model="near", name="v1", digest=manifest.digest, manifest=manifest)
+
+
+def test_a_base_that_is_no_container_is_named(published: Place) -> None:
+    junk = b"no container"
+    base = BaseBlob(blob=sha256(junk), bytes=len(junk))
+    with open_store(published.url) as store:
+        store.put(blob_key(base.blob), junk)
+        digest = resolve(store, "near").manifest.shards[0].bases[0].blob  # type: ignore[index]
+
+        def stored(shard: ShardRecord) -> ShardRecord:
+            body = store.get(blob_key(shard.blob))
+            # The index is packed, so the container is written anew with the other digest.
+            coded = [
+                replace(one, params=replace(one.params, base=base.blob)) if is_difference(one) else one  # type: ignore[type-var]
+                for one in parse(body)
+            ]
+            changed = serialise(coded)
+            store.put(blob_key(sha256(changed)), changed)
+            return shard.model_copy(update={"blob": sha256(changed), "bytes": len(changed), "bases": (base,)})
+
+        version = forged(published, stored)
+        with pytest.raises(IntegrityError, match=rf"near@v1: blob {base.blob}: .*; it is of base@v1") as caught:
+            list(StoredArtifact(store, version).tensors())
+    assert digest not in str(caught.value)
+
+
+def test_a_base_with_two_sizes_is_refused(published: Place) -> None:
+    def change(shard: ShardRecord) -> ShardRecord:
+        held = shard.bases[0]  # type: ignore[index]
+        return shard.model_copy(update={"bases": (held, held.model_copy(update={"bytes": held.bytes + 1}))})
+
+    with pytest.raises(IntegrityError, match="not a VersionManifest"):
+        read_document(VersionManifest, "manifest.json", forged(published, change).manifest.to_bytes())
+
+
+def test_a_shard_whose_base_is_another_shard_of_the_version_is_no_chain(published: Place, tmp_path: Path) -> None:
+    """Nobody writes such a version; it is refused by name, from the store and from a folder."""
+
+    def change(shard: ShardRecord) -> ShardRecord:
+        return shard.model_copy(update={"bases": (*shard.bases, BaseBlob(blob=first.blob, bytes=first.bytes))})  # type: ignore[misc]
+
+    with open_store(published.url) as store:
+        first = resolve(store, "near").manifest.shards[0]
+    version = forged(published, change)
+    assert set(blob_files(version.manifest).values()) == {
+        *(f"shard-0000{k}-of-00002.safetensors" for k in (1, 2)),
+        *(f"base-0000{k}-of-00002.safetensors" for k in (1, 2)),
+    }
+    found = Found(model="near", name="v1", digest=version.digest, manifest=version.manifest)
+    with open_store(published.url) as store:
+        pull(found, store, tmp_path / "out", BlobCache(tmp_path / "own cache"))
+    assert len(list(PulledArtifact(tmp_path / "out").tensors())) == 7
+
+
+def test_a_damaged_base_is_found_before_its_differences_are_reused(published: Place) -> None:
+    digest = base_blobs(published)[0]
+    body = bytearray(published.blob(digest).read_bytes())
+    body[-1] ^= 1
+    published.blob(digest).write_bytes(body)
+    published.describe("name: more, source: near.safetensors, base: base@v1")
+    code, rows, err = published.compress()
+    assert code != 0
+    assert rows[0]["status"] == "failed"
+    assert f"blob {digest} of the base is damaged" in err
+
+
+def test_offline_a_base_that_left_the_cache_is_named(published: Place, tmp_path: Path) -> None:
+    load_state_dict("near", published.url)
+    digest = base_blobs(published)[0]
+    BlobCache().path(digest).unlink()
+    with pytest.raises(ArtifactNotFoundError, match=digest):
+        load_state_dict("near", published.url, offline=True)
+    code, _, err = published.at("pull", "near", "--offline", "--output", str(tmp_path / "out"))
+    assert code != 0
+    assert digest in err
+
+
+def test_the_latest_version_of_a_base_that_became_a_difference_is_not_offered(place: Place) -> None:
+    """Two models that each look for a base: neither may end as a difference to a difference."""
+    place.describe("name: base, source: base.safetensors", "name: other, source: near.safetensors")
+    assert place.compress()[0] == 0
+    both = "name: base, source: base.safetensors, base: auto", "name: other, source: near.safetensors, base: auto"
+    place.describe(*both)
+    code, _, err = place.compress("--force")
+    assert code == 0, err
+    bases = [place.manifest_of(name).get("base") for name in ("base", "other")]
+    assert {base["version"] for base in bases if base is not None} == {"v1"}  # type: ignore[index]
+    code, rows, err = place.compress()
+    assert (code, [(row["status"], row["newer_base"]) for row in rows]) == (0, [("up to date", None)] * 2), err
+    for name in ("base", "other"):
+        assert place.at("verify", name)[0] == 0
+
+
+def test_tensors_of_no_weights_and_of_one_have_no_difference(place: Place) -> None:
+    odd = {"empty.weight": torch.zeros(0, 64), "none.weight": torch.zeros(64, 0), "one.weight": torch.ones(1, 1)}
+    odd["half.weight"] = weights()["blocks.0.weight"].half()
+    for name, seed in (("a", 1), ("b", 2)):
+        save_file({**tuned(weights(), 0.01, seed), **odd}, place.folder / f"{name}.safetensors")
+    odd["half.weight"] = odd["half.weight"].float()
+    save_file({**tuned(weights(), 0.01, 3), **odd}, place.folder / "c.safetensors")
+    place.describe(
+        "name: a, source: a.safetensors",
+        "name: b, source: b.safetensors, base: a",
+        "name: c, source: c.safetensors, base: a",
+    )
+    code, _, err = place.compress()
+    assert code == 0, err
+    for name in ("b", "c"):
+        found = load_state_dict(name, place.url)
+        assert {key: tuple(found[key].shape) for key in odd} == {key: tuple(value.shape) for key, value in odd.items()}
+        assert place.at("verify", name, "--against", str(place.folder / f"{name}.safetensors"))[0] == 0
+    assert load_state_dict("b", place.url)["half.weight"].dtype == torch.float16
+    assert load_state_dict("c", place.url)["half.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("harm", ["blob", "manifest"])
+def test_auto_passes_over_what_cannot_be_read(place: Place, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    """Other models of the store may be damaged: that is their error, not this model's."""
+    save_file(tuned(place.states["near"], 0.001), place.folder / "nearest.safetensors")
+    place.describe("name: base, source: base.safetensors", "name: nearest, source: nearest.safetensors")
+    assert place.compress()[0] == 0
+    with open_store(place.url) as store:
+        version = resolve(store, "nearest")
+    damaged = place.store / "models" / "nearest" / "versions" / version.digest / "manifest.json"
+    if harm == "blob":
+        damaged = place.blob(max(version.manifest.shards, key=lambda shard: shard.bytes).blob)
+    body = bytearray(damaged.read_bytes())
+    body[len(body) // 2] ^= 1
+    damaged.write_bytes(body)
+    place.describe("name: near, source: near.safetensors, base: auto")
+    code, rows, err = place.compress()
+    assert (code, rows[0]["base"]) == (0, "base@v1"), err
+    assert "near: nearest is no base, for it cannot be read: " in caplog.text
