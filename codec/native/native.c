@@ -31,7 +31,7 @@ static int vectors = -1; /* -1: whatever the machine has; 0: base instructions o
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 6; }
+EXPORT int32_t birkhoff_native_version(void) { return 7; }
 
 /* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -809,4 +809,59 @@ EXPORT int64_t birkhoff_add(
     const int8_t *const base[2] = {base_i, base_j}, *const own[2] = {own_i, own_j};
     int8_t *const out[2] = {i, j};
     return (use_avx2() ? added_avx2 : added_base)(base, own, size, times, stride, out, index, wide, room);
+}
+
+/* --- batches: what a GPU's packing asks of the host ---------------------------------------------------------- */
+
+/* contexts.groupings: `levels` in place, `entries` laid out as they are, `tables` [count][64 * 64 + 64], `sizes`
+ * [count][64], `groups` [count]. */
+EXPORT void birkhoff_groupings(
+    int64_t count, const int64_t *shapes, int64_t least, int32_t most, uint8_t *levels, int64_t *entries,
+    int64_t *tables, int64_t *sizes, int64_t *groups) {
+    for (int64_t plane = 0; plane < count; plane++) {
+        int64_t rows = shapes[2 * plane], columns = shapes[2 * plane + 1];
+        uint8_t *part = levels;
+        for (int half = 0; half < 2; half++) {
+            int64_t size = half ? columns : rows;
+            uint8_t smallest = 255;
+            for (int64_t at = 0; at < size; at++) smallest = part[at] < smallest ? part[at] : smallest;
+            for (int64_t at = 0; at < size; at++) {
+                uint8_t level = (uint8_t)(part[at] - smallest);
+                part[at] = level < 63 ? level : 63;
+            }
+            part += size;
+        }
+        int64_t *base = tables + plane * (64 * 64 + 64);
+        groups[plane] = birkhoff_addresses(
+            levels, rows, levels + rows, columns, least, most, entries, entries + rows, base, base + 64 * 64,
+            sizes + 64 * plane);
+        levels += rows + columns, entries += rows + columns;
+    }
+}
+
+/* tables.fit_all: tables.fit of counts [streams][256] into `data` [streams][2048], `length` (0: no table), `frequency`
+ * [streams][256] and `cost`. */
+EXPORT void birkhoff_table_fits(
+    int64_t streams, const int64_t *counts, uint8_t *data, int64_t *length, uint16_t *frequency, int64_t *cost) {
+    for (int64_t s = 0; s < streams; s++) {
+        cost[s] = 0;
+        length[s] = birkhoff_table_fit(counts + 256 * s, data + 2048 * s, frequency + 256 * s, cost + s);
+    }
+}
+
+/* rest.heads: what stands before the blocks of streams by a table, one after the other. `words` has the words of all
+ * blocks. Returns the bytes. */
+EXPORT int64_t birkhoff_stream_heads(
+    int64_t streams, const int64_t *lanes_log2, const uint8_t *data, const int64_t *length, const int64_t *blocks,
+    const int64_t *words, uint8_t *out) {
+    const uint8_t *begin = out;
+    for (int64_t s = 0; s < streams; s++) {
+        *out++ = 2, *out++ = (uint8_t)lanes_log2[s];
+        memcpy(out, data + 2048 * s, (size_t)length[s]), out += length[s];
+        for (int64_t block = 0; block < blocks[s]; block++, words++) {
+            uint32_t count = (uint32_t)*words;
+            if (block < blocks[s] - 1) memcpy(out, &count, 4), out += 4;
+        }
+    }
+    return out - begin;
 }

@@ -22,6 +22,9 @@ from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import lattice_shape
 from birkhoff.codec.trajectory import Escapes
 
+_DIRECT = -1, 0, 0
+"""What the kernel is told of a tensor whose symbols are one group: places need no tables, which are as long as a row."""
+
 Integers = npt.NDArray[np.int64]
 Stream = bytes | memoryview
 
@@ -80,9 +83,8 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
     for number, one in enumerate(coded):
         try:
             params, shape = lattice_shape(one)
-            row, column, rule = planes.unpack_levels(one.parts, shape)
-            found = contexts.addresses(row, column, rule)
-            sizes = found.sizes.tolist()
+            found = _grouped(one, shape)
+            sizes = [2 * math.prod(shape)] if found is None else found.sizes.tolist()
             planes.check_count(one.parts, len(sizes))
             groups, sources = runs.add_groups(one.parts, sizes)
             blocks = rest.plan(groups, sizes, sources, list(accumulate(sizes[:-1], initial=symbols)))
@@ -96,7 +98,9 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
         stride = -(-math.prod(shape) // ALIGNED) * ALIGNED
         tensors.append(Placed(coded=one, params=params, shape=shape, stored=stored, begin=coordinates, stride=stride))
         lanes = trellis.lanes_of(*shape, params.path)
-        at_row, at_column, at_base, _ = map(numbers.add, (found.row, found.column, found.base, found.width))
+        at_row, at_column, at_base = _DIRECT
+        if found is not None:
+            at_row, at_column, at_base, _ = map(numbers.add, (found.row, found.column, found.base, found.width))
         descriptions.append([*shape, lanes, params.path, symbols, coordinates, stride, at_row, at_column, at_base])
         symbols += 2 * math.prod(shape)
         coordinates += 2 * stride
@@ -114,6 +118,13 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
         numbers=numbers.all(),
         held=runs.held,
     )
+
+
+def _grouped(coded: CodedTensor, shape: tuple[int, int]) -> contexts.Addresses | None:
+    """Where the symbols of a tensor lie in its groups; None where they lie as in its planes. Raises FormatError."""
+    if len(coded.parts) > 2 and not len(coded.parts[0]):
+        return None
+    return contexts.addresses(*planes.unpack_levels(coded.parts, shape))
 
 
 class Numbers:

@@ -147,13 +147,15 @@ def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.conste
 
 
 @triton.jit
-def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask):
-    """The symbol at a row and column of a plane, from its group."""
-    r = tl.load(row_ptr + row, mask=mask, other=0)
-    c = tl.load(column_ptr + column, mask=mask, other=0)
+def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask, pairs, half, direct):
+    """The symbol at a row and column of a plane, from its group; the planes lie side by side where they are one."""
+    grouped = mask & (direct == 0)
+    r = tl.load(row_ptr + row, mask=grouped, other=0)
+    c = tl.load(column_ptr + column, mask=grouped, other=0)
     level = c % _LEVELS
-    at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=mask, other=0) + c // _LEVELS
-    at += r // _LEVELS * tl.load(width_ptr + level, mask=mask, other=0)
+    at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=grouped, other=0) + c // _LEVELS
+    at += r // _LEVELS * tl.load(width_ptr + level, mask=grouped, other=0)
+    at = tl.where(direct == 0, at, row * (2 * pairs) + half * pairs + column)
     return tl.load(symbol_ptr + at, mask=mask, other=128).to(tl.int32) - 128
 
 
@@ -193,6 +195,7 @@ def _place_kernel(
     rows, pairs, lanes, path = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3)
     symbols = symbol_ptr + tl.load(tensor + 4)
     place = tl.load(tensor + 5) + half * tl.load(tensor + 6)
+    direct = (tl.load(tensor + 7) < 0).to(tl.int32)
     of_row = plan_ptr + tl.load(tensor + 7)
     of_column = plan_ptr + tl.load(tensor + 8) + half * pairs
     base = plan_ptr + tl.load(tensor + 9)
@@ -206,19 +209,19 @@ def _place_kernel(
     for _ in range(0, size, 4 * lanes):
         # Four loads before the first is used: a store between would keep the next from being asked for.
         m0 = at < size
-        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0)
+        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0, pairs, half, direct)
         at1, row, column = at + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m1 = at1 < size
-        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1)
+        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1, pairs, half, direct)
         at2, row, column = at1 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m2 = at2 < size
-        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2)
+        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2, pairs, half, direct)
         at3, row, column = at2 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m3 = at3 < size
-        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3)
+        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3, pairs, half, direct)
         n0, o0 = _step(k0, one, two, three, path)
         n1, o1 = _step(k1, o0, one, two, path)
         n2, o2 = _step(k2, o1, o0, one, path)
