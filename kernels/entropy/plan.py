@@ -23,7 +23,7 @@ from birkhoff.codec.tensor import lattice_shape
 from birkhoff.codec.trajectory import Escapes
 
 _DIRECT = -1, 0, 0
-"""What the kernel is told of a tensor whose symbols are one group: places need no tables, which are as long as a row."""
+"""What the kernel is told of a tensor whose symbols are one group: their places need no tables."""
 
 Integers = npt.NDArray[np.int64]
 Stream = bytes | memoryview
