@@ -11,12 +11,8 @@ ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do p
 No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import chain
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -29,6 +25,7 @@ from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import DamagedError, Table, Tables
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.threads import in_threads
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Bytes = npt.NDArray[np.uint8]
@@ -257,22 +254,8 @@ def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
 
 def searched_bytes(heads: Sequence[Bytes]) -> list[int]:
     """Bytes of zstd's frame of each, found by several threads: `smallest` needs more of few streams."""
-    if len(heads) < 2 * _SEARCHED_TOGETHER:
-        return _searched_some(heads)
-    parts = [heads[first : first + _SEARCHED_TOGETHER] for first in range(0, len(heads), _SEARCHED_TOGETHER)]
-    return list(chain.from_iterable(_searchers().map(_searched_some, parts)))
+    return in_threads(lambda head: len(_searched(head)), heads)
 
-
-def _searched_some(heads: Sequence[Bytes]) -> list[int]:
-    return [len(_searched(head)) for head in heads]
-
-
-@cache
-def _searchers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "zstd")
-
-
-_SEARCHED_TOGETHER = 8
 
 _OWN = threading.local()
 """A compressor of each thread's own: making one takes as long as its search through a probe."""

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.threads import in_threads
 
 Counts = npt.NDArray[np.int64]
 Frequencies = npt.NDArray[np.uint16]
@@ -39,6 +40,8 @@ MOST_FINE = 4
 MOST_RICE = 7
 OCTAVES = 16
 """Fields are at most OCTAVES * 2^r."""
+
+_FITTED_TOGETHER = 4
 
 _MOST_COUNT = 32767
 _MOST_BYTES = 2048
@@ -105,7 +108,13 @@ def fit_all(counts: Counts) -> Tables:
     library = native()
     if library is not None:
         arrays = np.ascontiguousarray(counts), found.data, found.length, found.frequency, found.cost
-        library.birkhoff_table_fits(streams, *map(pointer, arrays))
+        parts = [slice(first, first + _FITTED_TOGETHER) for first in range(0, streams, _FITTED_TOGETHER)]
+
+        def fit_some(part: slice) -> None:
+            own = [array[part] for array in arrays]
+            library.birkhoff_table_fits(len(own[0]), *map(pointer, own))
+
+        in_threads(fit_some, parts)
         return found
     for number, table in enumerate(map(reference_fit, counts)):
         if table is not None:

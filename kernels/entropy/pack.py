@@ -2,16 +2,17 @@
 
 The GPU finds symbols, levels, groups and histograms, and codes; the host decides, from whole numbers that are the same
 everywhere: groups, tables, which of two groupings, and which streams stay raw or go to zstd. All of it is done for many
-matrices at once: small arrays go between host and GPU four times a batch, and its bytes come over while the next batch
-is at work.
+matrices at once: small arrays go between host and GPU a few times a batch. While one batch waits for the GPU, the host
+is at work on another.
 
 Shapes: T = matrices, S = streams, B = blocks, R = rows, P = pairs a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,18 @@ from birkhoff.codec.contexts import Groupings
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.entropy.tables import Tables
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.native.threads import in_threads
 from birkhoff.codec.planes import Item, Packed
 from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.entropy import encoding
 
 Integers = npt.NDArray[np.int64]
 
-TOGETHER = 1 << 28
-"""Symbols of a batch, about: enough for every multiprocessor to be busy, few enough that most copies to host memory
-take place beside the batches that follow."""
+TOGETHER = 1 << 27
+"""Symbols of a batch, about: enough for every multiprocessor to be busy, few enough that batches overlap."""
+
+SIDE_BY_SIDE = 4
+"""Batches under way: each holds four bytes a symbol on the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +89,25 @@ class _Streams:
         return np.stack((self.begins[of] + first, size, of, lanes[of], np.cumsum(room) - room), axis=1)
 
 
+Steps = Generator[None, None, list[Packed]]
+"""A batch on its way: it pauses where it would wait for the GPU."""
+
+
 def pack(items: Sequence[Item]) -> list[Packed]:
     """`planes.reference_pack` of coordinates on one GPU, at least one matrix; streams are views of pinned memory."""
-    waiting = [_pack(_Batch.of(batch)) for batch in _batches(items)]
-    return [packed for finish in waiting for packed in finish()]
+    batches = [_Batch.of(batch) for batch in _batches(items)]
+    found: list[list[Packed]] = [[] for _ in batches]
+    left = iter(enumerate(batches))
+    running = deque((number, _pack(batch)) for number, batch in islice(left, SIDE_BY_SIDE))
+    while running:
+        number, steps = running.popleft()
+        try:
+            next(steps)
+            running.append((number, steps))
+        except StopIteration as end:
+            found[number] = end.value
+            running.extend((number, _pack(batch)) for number, batch in islice(left, 1))
+    return [packed for batch in found for packed in batch]
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -104,15 +123,13 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _pack(batch: _Batch) -> Callable[[], list[Packed]]:
-    """Queue all that a batch takes; what is returned waits for it."""
+def _pack(batch: _Batch) -> Steps:
     device = batch.codes[0].i.device
     memory = torch.empty(2 * batch.size, dtype=torch.uint8, device=device)
-    described = _Described(batch, device)
-    found = _group(batch, described, memory)
-    candidates = _candidates(batch, found, memory)
+    found = yield from _group(batch, _Described(batch, device), memory)
+    candidates = yield from _candidates(batch, found, memory)
     chosen, levels = _choose(batch, found, candidates)
-    return _code(batch, chosen, levels, memory)
+    return (yield from _code(batch, chosen, levels, memory))
 
 
 class _Described:
@@ -145,7 +162,7 @@ class _Described:
         """Symbols of each row and each column, laid out as `contexts.Groupings.levels` are."""
 
 
-def _group(batch: _Batch, described: _Described, memory: Tensor) -> Groupings:
+def _group(batch: _Batch, described: _Described, memory: Tensor) -> Generator[None, None, Groupings]:
     """Write the symbols, find the levels of rows and columns, and write the groups that they make behind them."""
     device = memory.device
     table = _sent(described.table, device)
@@ -155,7 +172,9 @@ def _group(batch: _Batch, described: _Described, memory: Tensor) -> Groupings:
     encoding.squares(memory, table, described.of_program, sums)
     bounds = _sent(contexts.level_bounds(), device)
     absolute = torch.bucketize(sums / described.denominators, bounds, right=True).to(torch.uint8)
-    found = contexts.groupings(batch.shapes, _fetched(absolute), contexts.rule_2(contexts.USUAL_BITS))
+    arriving = _Arriving(absolute)
+    yield
+    found = contexts.groupings(batch.shapes, arriving.wait(), contexts.rule_2(contexts.USUAL_BITS))
     grouped = found.groups > 1
     if grouped.any():
         places = described.table[:, 3]
@@ -189,7 +208,7 @@ def _put_escapes(batch: _Batch, memory: Tensor) -> None:
         memory[place + pairs] = planes.escaped_symbols(torch.cat([each.j for each in escapes]), path=path)
 
 
-def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> tuple[_Streams, _Streams]:
+def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> Generator[None, None, tuple[_Streams, _Streams]]:
     """Each matrix as one stream, and its groups; where there is but one group, that is the same."""
     inside = np.arange(found.sizes.shape[1]) < found.groups[:, None]
     sizes, of = found.sizes[inside], np.repeat(np.arange(len(found.groups)), found.groups)
@@ -200,7 +219,9 @@ def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> tuple[_Strea
     nothing = tables.fit_all(np.empty((0, 256), np.int64))
     grouped = _Streams(begins=begins, sizes=sizes, of=of, fits=nothing)
     encoding.count(memory, _sent(grouped.rows(), memory.device), every)
-    counts: Integers = _fetched(every)
+    arriving = _Arriving(every)
+    yield
+    counts: Integers = arriving.wait()
     firsts = np.cumsum(found.groups) - found.groups
     whole = np.add.reduceat(counts, firsts, axis=0)
     fits = tables.fit_all(np.concatenate((whole, counts)))
@@ -220,12 +241,13 @@ def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Stream
     lines = np.cumsum([sum(shape) for shape in batch.shapes])
     levels = [b""] * len(alone)
     taken = np.zeros(len(alone), dtype=bool)
-    # A stream of levels takes more than a byte, so that most need not be made to be refused.
-    for number in np.flatnonzero((found.groups > 1) & (alone > together + 1)).tolist():
-        own = found.levels[lines[number - 1] if number else 0 : lines[number]]
-        packed = rest.pack(np.concatenate(([contexts.USUAL_BITS], own)).astype(np.uint8))
-        if taken_now := alone[number] > len(packed) + together[number]:
-            levels[number], taken[number] = packed, taken_now
+    # A stream of levels takes more than a byte, so that some need not be made to be refused.
+    tried = np.flatnonzero((found.groups > 1) & (alone > together + 1)).tolist()
+    usual = np.full(1, contexts.USUAL_BITS, np.uint8)
+    whole_levels = [np.concatenate((usual, found.levels[lines[n - 1] if n else 0 : lines[n]])) for n in tried]
+    for number, packed in zip(tried, in_threads(rest.pack, whole_levels), strict=True):
+        if alone[number] > len(packed) + together[number]:
+            levels[number], taken[number] = packed, True
     both = _Streams(
         begins=np.concatenate((whole.begins, grouped.begins)),
         sizes=np.concatenate((whole.sizes, grouped.sizes)),
@@ -241,14 +263,14 @@ def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Stream
     return both[kept[np.argsort(both.of[kept], kind="stable")]], levels
 
 
-def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor) -> Callable[[], list[Packed]]:
-    """Code the streams, and queue their way to host memory."""
+def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor) -> Steps:
+    """Code the streams, and bring them to host memory."""
     device = memory.device
     sizes = np.minimum(streams.sizes, rest.PROBE)
     places = np.cumsum(sizes) - sizes
     probes = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
     encoding.copy(memory, probes, _sent(np.stack((streams.begins, places, sizes), axis=1), device))
-    heads, arrived = _on_the_way(probes)
+    heads_arriving = _Arriving(probes)
     paying = np.flatnonzero(rest.paying(streams.sizes, streams.fits))
     coded = streams[paying]
     rows = coded.rows()
@@ -258,10 +280,12 @@ def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor)
         frequency = coded.fits.frequency.astype(np.uint32)
         code = frequency | (np.cumsum(frequency, axis=1, dtype=np.uint32) - frequency) << 16
         encoding.encode_blocks(memory, _sent(rows, device), _sent(code, device), room, words_B)
-    arrived()
+    words_arriving = _Arriving(words_B)
+    yield
+    heads = heads_arriving.wait()
     first = [heads[place : place + size] for place, size in zip(places.tolist(), sizes.tolist(), strict=True)]
     frames = np.array(rest.searched_bytes(first))  # beside the GPU
-    words = _fetched(words_B).astype(np.int64)
+    words = words_arriving.wait().astype(np.int64)
     head, head_bytes = rest.heads(coded.sizes, coded.fits, words)
     body = 4 * rows[:, 3] + 2 * words
     length = np.full(len(streams.sizes), -1)
@@ -311,27 +335,22 @@ def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor)
         )
     )
     encoding.copy(_sent(every_head, device), out, _sent(pieces, device))
-    brought, ready = _on_the_way(out)
+    out_arriving = _Arriving(out)
     escapes = [
         planes.explicit(code.escapes.to("cpu"), path=path) if len(code.escapes) else Escapes.none()
         for code, path in zip(batch.codes, batch.paths, strict=True)
     ]
-
-    def finish() -> list[Packed]:
-        ready()
-        held: memoryview = brought.data
-        made: list[list[bytes | memoryview]] = [[own] for own in levels]
-        for number, (matrix, start, end) in enumerate(
-            zip(streams.of.tolist(), starts.tolist(), ends.tolist(), strict=True)
-        ):
-            made[matrix].append(zstd.get(number) or held[start:end])
-        return [((*own, rest.pack_escapes(stored)), len(stored)) for own, stored in zip(made, escapes, strict=True)]
-
-    return finish
+    yield
+    held: memoryview = out_arriving.wait().data
+    made: list[list[bytes | memoryview]] = [[own] for own in levels]
+    for number, place in enumerate(zip(streams.of.tolist(), starts.tolist(), ends.tolist(), strict=True)):
+        matrix, start, end = place
+        made[matrix].append(zstd.get(number) or held[start:end])
+    return [((*own, rest.pack_escapes(stored)), len(stored)) for own, stored in zip(made, escapes, strict=True)]
 
 
-def _fetched(part: Tensor) -> npt.NDArray[Any]:
-    found: npt.NDArray[Any] = part.cpu().numpy()
+def _fetched(part: Tensor) -> npt.NDArray[np.uint8]:
+    found: npt.NDArray[np.uint8] = part.cpu().numpy()
     return found
 
 
@@ -346,15 +365,25 @@ def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _on_the_way(source: Tensor) -> tuple[npt.NDArray[np.uint8], Callable[[], object]]:
-    """Pinned host memory that a tensor of bytes is being copied to, and what waits for it."""
-    if source.device.type != "cuda":
-        return source.numpy(), lambda: None
-    brought = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    side = _side(source.device)
-    side.wait_stream(torch.cuda.current_stream(source.device))
-    with torch.cuda.stream(side):
-        brought.copy_(source, non_blocking=True)
-        source.record_stream(side)
-        copied = side.record_event()
-    return brought.numpy(), copied.synchronize
+class _Arriving:
+    """What is being copied to pinned host memory, beside the kernels that follow."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._brought = source
+        if source.device.type != "cuda":
+            return
+        self._brought = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        side = _side(source.device)
+        side.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(side):
+            self._brought.copy_(source, non_blocking=True)
+            source.record_stream(side)
+            self._event = side.record_event()
+
+    def wait(self) -> npt.NDArray[Any]:
+        """The array, once it is here."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: npt.NDArray[Any] = self._brought.numpy()
+        return found
