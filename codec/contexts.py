@@ -265,6 +265,29 @@ def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     return Addresses(row=row, column=column, base=base, width=width, sizes=sizes[:groups])
 
 
+def address_tables(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, Integers, Integers]:
+    """`base` [A, B], `width` [B] and `sizes` of the addresses of a plane with A levels of rows and B of columns.
+
+    The entries of rows and columns follow from the levels: see `Addresses`.
+    """
+    library = native()
+    if library is None:
+        found = reference_addresses(rows, columns, rule)
+        base, width, sizes = found.base, found.width, found.sizes
+    else:
+        rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
+        base, width, sizes = (
+            np.empty((LEVELS, LEVELS), np.int64),
+            np.empty(LEVELS, np.int64),
+            np.empty(LEVELS, np.int64),
+        )
+        lines = pointer(rows), len(rows), pointer(columns), len(columns)
+        groups = library.birkhoff_addresses(*lines, *rule, None, None, *map(pointer, (base, width, sizes)))
+        sizes = sizes[:groups]
+    high, wide = int(rows.max()) + 1, int(columns.max()) + 1
+    return base[:high, :wide], width[:wide], sizes
+
+
 def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     """`addresses` in numpy."""
     found, widths, row_level, row_rank, column_level, column_rank = places(rows, columns, rule)

@@ -458,16 +458,22 @@ EXPORT void birkhoff_regroup(
 
 /* contexts.addresses: numbers of the groups' symbols, as sums of what is looked up by row and by column. An entry of
  * `of_row` [rows] and `of_column` [columns] is 64 times a rank, and a level; `base` is [64][64], `width` [64], `sizes`
- * [64], of the groups. Returns their number. */
+ * [64], of the groups. Returns their number. Without `of_row` and `of_column` the rest alone is made. */
 EXPORT int32_t birkhoff_addresses(
     const uint8_t *row_level, int64_t rows, const uint8_t *column_level, int64_t columns, int64_t least, int32_t most,
     int64_t *of_row, int64_t *of_column, int64_t *base, int64_t *width, int64_t *sizes) {
     int64_t height[64] = {0}, sums[127] = {0}, left = rows * columns, start = 0;
     int32_t group_of[127], group = 0, greatest = 0;
     memset(width, 0, 64 * sizeof *width), memset(base, 0, 64 * 64 * sizeof *base), memset(sizes, 0, 64 * sizeof *sizes);
-    for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
-    for (int64_t column = 0; column < columns; column++)
-        of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
+    if (of_row) {
+        for (int64_t row = 0; row < rows; row++)
+            of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+        for (int64_t column = 0; column < columns; column++)
+            of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
+    } else {
+        for (int64_t row = 0; row < rows; row++) height[row_level[row] & 63]++;
+        for (int64_t column = 0; column < columns; column++) width[column_level[column] & 63]++;
+    }
     for (int a = 0; a < 64; a++)
         for (int b = 0; b < 64; b++) {
             sums[a + b] += height[a] * width[b];
