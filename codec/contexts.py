@@ -16,7 +16,8 @@ one level each; a group is its tiles, row levels outside, column levels inside, 
 Shapes: R = rows, P = columns of the plane, G = groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -79,10 +80,37 @@ _CHUNK = 1 << 16
 
 def levels(mean_square: npt.NDArray[np.float64]) -> Bytes:
     """Levels of rows or columns from the mean squares of their symbols; the smallest is 0."""
-    octaves = 0.5 * np.log2(mean_square + 0.05)  # symbols are whole: below this floor all is zero anyway
-    level = np.rint(STEPS * octaves).astype(np.int64)
+    level = _absolute_levels(mean_square)
     result: Bytes = np.minimum(level - level.min(), MAX_LEVEL).astype(np.uint8)
     return result
+
+
+def _absolute_levels(mean_square: npt.NDArray[np.float64]) -> Integers:
+    octaves = 0.5 * np.log2(mean_square + 0.05)  # symbols are whole: below this floor all is zero anyway
+    level: Integers = np.rint(STEPS * octaves).astype(np.int64)
+    return level
+
+
+_GREATEST_SQUARE = 1 << 14
+
+
+@cache
+def level_bounds() -> npt.NDArray[np.float64]:
+    """The least mean squares of symbols at which each level but the lowest begins, increasing.
+
+    For devices with another logarithm: the level of x, before the smallest is taken away, is the number of bounds that
+    are no greater than x.
+    """
+    lowest, highest = _absolute_levels(np.array([0.0, _GREATEST_SQUARE])).tolist()
+    bounds = []
+    for level in range(lowest + 1, highest + 1):
+        bound = np.exp2((2 * level - 1) / STEPS) - 0.05  # to the last digits
+        while _absolute_levels(np.array([bound]))[0] >= level:
+            bound = np.nextafter(bound, -1.0)
+        while _absolute_levels(np.array([bound]))[0] < level:
+            bound = np.nextafter(bound, _GREATEST_SQUARE)
+        bounds.append(bound)
+    return np.array(bounds)
 
 
 def group_of_sum(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Integers:
@@ -237,6 +265,29 @@ def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     return Addresses(row=row, column=column, base=base, width=width, sizes=sizes[:groups])
 
 
+def address_tables(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, Integers, Integers]:
+    """`base` [A, B], `width` [B] and `sizes` of the addresses of a plane with A levels of rows and B of columns.
+
+    The entries of rows and columns follow from the levels: see `Addresses`.
+    """
+    library = native()
+    if library is None:
+        found = reference_addresses(rows, columns, rule)
+        base, width, sizes = found.base, found.width, found.sizes
+    else:
+        rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
+        base, width, sizes = (
+            np.empty((LEVELS, LEVELS), np.int64),
+            np.empty(LEVELS, np.int64),
+            np.empty(LEVELS, np.int64),
+        )
+        lines = pointer(rows), len(rows), pointer(columns), len(columns)
+        groups = library.birkhoff_addresses(*lines, *rule, None, None, *map(pointer, (base, width, sizes)))
+        sizes = sizes[:groups]
+    high, wide = int(rows.max()) + 1, int(columns.max()) + 1
+    return base[:high, :wide], width[:wide], sizes
+
+
 def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     """`addresses` in numpy."""
     found, widths, row_level, row_rank, column_level, column_rank = places(rows, columns, rule)
@@ -251,6 +302,59 @@ def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Add
         width=width,
         sizes=np.array(group_sizes(rows, columns, rule), dtype=np.int64),
     )
+
+
+class Groupings(NamedTuple):
+    """The `Addresses` of several planes, with their levels.
+
+    `levels` are those of the first plane's rows, then its columns, then the next plane's; `entries` are `row` and
+    `column` in the same order. Of each plane, [T]: `tables` [4160] is `base`, then `width`; `sizes` [64] and `groups`.
+    """
+
+    levels: Bytes
+    entries: Integers
+    tables: Integers
+    sizes: Integers
+    groups: Integers
+
+
+def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = RULE_2) -> Groupings:
+    """The groupings of planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`.
+
+    Of each plane's rows, and of its columns, the smallest level is taken away first; see `levels`.
+    """
+    library = native()
+    if library is None:
+        return reference_groupings(shapes, absolute, rule)
+    count = len(shapes)
+    found = Groupings(
+        levels=absolute.copy(),
+        entries=np.empty(len(absolute), dtype=np.int64),
+        tables=np.empty((count, LEVELS * LEVELS + LEVELS), dtype=np.int64),
+        sizes=np.empty((count, LEVELS), dtype=np.int64),
+        groups=np.empty(count, dtype=np.int64),
+    )
+    shape = np.array(shapes, dtype=np.int64)
+    library.birkhoff_groupings(count, pointer(shape), *rule, *map(pointer, found))
+    return found
+
+
+def reference_groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = RULE_2) -> Groupings:
+    """`groupings` in numpy."""
+    levels_, entries, tables, sizes = [], [], [], np.zeros((len(shapes), LEVELS), dtype=np.int64)
+    groups = np.empty(len(shapes), dtype=np.int64)
+    begin = 0
+    for number, (rows, columns) in enumerate(shapes):
+        end = begin + rows + columns
+        row, column = (np.minimum(part - part.min(), MAX_LEVEL) for part in np.split(absolute[begin:end], [rows]))
+        found = reference_addresses(row, column, rule)
+        levels_ += [row, column]
+        entries += [found.row, found.column]
+        tables.append(np.concatenate((found.base.reshape(-1), found.width)))
+        groups[number] = len(found.sizes)
+        sizes[number, : len(found.sizes)] = found.sizes
+        begin = end
+    return Groupings(np.concatenate(levels_), np.concatenate(entries), np.array(tables), sizes, groups)
 
 
 def _ranks(levels_: Bytes) -> Integers:

@@ -22,9 +22,10 @@ import zstandard
 
 from birkhoff.codec.container import Consecutive
 from birkhoff.codec.entropy import rans, tables
-from birkhoff.codec.entropy.tables import DamagedError, Table
+from birkhoff.codec.entropy.tables import DamagedError, Table, Tables
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.threads import in_threads
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
 Bytes = npt.NDArray[np.uint8]
@@ -81,6 +82,45 @@ def estimate(size: int, table: Table | None) -> float:
     if table is None:
         return min(size + 1, 32)
     return min(size + 1, 2 + table.bits / 8 + rans.encoded_bytes(size))
+
+
+def estimates(sizes: rans.Integers, fits: Tables) -> npt.NDArray[np.float64]:
+    """`estimate` of many streams."""
+    around = 2 + fits.cost / 65536 / 8 + rans.lanes_of_all(sizes) * 4 * _blocks(sizes) + 4 * (_blocks(sizes) - 1)
+    found: npt.NDArray[np.float64] = np.minimum(sizes + 1, np.where(fits.length > 0, around, 32))
+    return found
+
+
+def paying(sizes: rans.Integers, fits: Tables) -> npt.NDArray[np.bool_]:
+    """`pays` of many streams; False where there is no table."""
+    return (fits.length > 0) & (sizes >= _LEAST_TABLE) & (fits.cost < 8 * 65536 * sizes)
+
+
+def heads(sizes: rans.Integers, fits: Tables, words: rans.Integers) -> tuple[Bytes, rans.Integers]:
+    """What stands before the blocks of streams by tables, one after the other, and the bytes of each [S].
+
+    `words` are those of all their blocks, in order.
+    """
+    blocks, log2 = _blocks(sizes), np.log2(rans.lanes_of_all(sizes)).astype(np.int64)
+    length = 2 + fits.length + 4 * (blocks - 1)
+    library = native()
+    if library is not None:
+        out = np.empty(int(length.sum()), dtype=np.uint8)
+        arrays = log2, fits.data, fits.length, blocks, words.astype(np.int64), out
+        library.birkhoff_stream_heads(len(sizes), *map(pointer, arrays))
+        return out, length
+    begins = np.cumsum(blocks) - blocks
+    found = [
+        bytes([ANS, log2[s]])
+        + fits.data[s, : fits.length[s]].tobytes()
+        + words[begins[s] : begins[s] + blocks[s] - 1].astype("<u4").tobytes()
+        for s in range(len(sizes))
+    ]
+    return np.frombuffer(b"".join(found), np.uint8), length
+
+
+def _blocks(sizes: rans.Integers) -> rans.Integers:
+    return -(-sizes // rans.BLOCK)
 
 
 def unpack(stream: bytes | memoryview, size: int, out: Bytes | None = None) -> Bytes:
@@ -210,6 +250,11 @@ def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
     if not len(stream) or stream[0] != ZSTD:
         return stream
     return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
+
+
+def searched_bytes(heads: Sequence[Bytes]) -> list[int]:
+    """Bytes of zstd's frame of each, found by several threads: `smallest` needs more of few streams."""
+    return in_threads(lambda head: len(_searched(head)), heads)
 
 
 _OWN = threading.local()

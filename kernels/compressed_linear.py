@@ -59,16 +59,32 @@ class CompressedLinear(nn.Module):
         zeros = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
+    @classmethod
+    def _bare(cls, in_features: int, out_features: int) -> Self:
+        """A layer without buffers and parameters: to make those first on the meta device takes longer than a load."""
+        layer = cls.__new__(cls)
+        CompressedLinear.__init__(layer, in_features, out_features)
+        return layer
+
     def _take_rest(
-        self, step: float, escapes: tuple[Tensor, Tensor], bias: Tensor | None, device: torch.device
+        self,
+        step: float,
+        escapes: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Fill what was registered on the meta device: step, (index, value) of the escapes, and a copy of the bias."""
-        dtype = self._like.dtype
-        self.step = torch.full((), step, dtype=torch.float32, device=device)  # a copy from the host would wait
-        self.escape_index, self.escape_value = (part.to(device) for part in escapes)
-        self._like = torch.empty(0, dtype=dtype, device=device)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
+        """Fill what `_register_rest` registers on the meta device: step, (index, value) of the escapes, a copy of the
+        bias. A bare layer, which has nothing registered, is told its dtype."""
+        dtype = self._like.dtype if dtype is None else dtype
+        found = torch.full((), step, dtype=torch.float32, device=device)  # a copy from the host would wait
+        index, value = (part.to(device) for part in escapes)
+        self.register_buffer("step_bits", as_bits("step", found))
+        self.register_buffer("escape_index", index)
+        self.register_buffer("escape_bits", as_bits("escape_value", value))
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        copied = None if bias is None else nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
+        self.register_parameter("bias", copied)
         return self
 
     @property

@@ -65,10 +65,10 @@ class HyperLinear(CompressedLinear):
         """
         rows = code.i.shape[0]
         dtype = layer_dtype(rows, bias, dtype)
-        layer = cls(code.columns, rows, bias is not None, device="meta", dtype=dtype)
         device = torch.device(device) if device is not None else code.i.device
-        layer.theta = code.theta().contiguous().to(device)
-        return layer._take_rest(code.step, code.escaped_weights(), bias, device)
+        layer = cls._bare(code.columns, rows)
+        layer.register_buffer("theta_bytes", as_bits("theta", code.theta().contiguous().to(device)))
+        return layer._take_rest(code.step, code.escaped_weights(), bias, device, dtype)
 
     @property
     def theta(self) -> Tensor:

@@ -58,6 +58,14 @@ def lanes(size: int) -> int:
     return found
 
 
+def lanes_of_all(sizes: Integers) -> Integers:
+    """`lanes` of many streams."""
+    found = np.full(sizes.shape, _LEAST_LANES, dtype=np.int64)
+    while (more := (found < MOST_LANES) & (sizes >= found * _DEPTH)).any():
+        found = np.where(more, 2 * found, found)
+    return found
+
+
 def encoded_bytes(size: int) -> int:
     """Bytes of a stream's states and of the sizes of its blocks."""
     blocks = -(-size // BLOCK)

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.threads import in_threads
 
 Counts = npt.NDArray[np.int64]
 Frequencies = npt.NDArray[np.uint16]
@@ -39,6 +40,8 @@ MOST_FINE = 4
 MOST_RICE = 7
 OCTAVES = 16
 """Fields are at most OCTAVES * 2^r."""
+
+_FITTED_TOGETHER = 4
 
 _MOST_COUNT = 32767
 _MOST_BYTES = 2048
@@ -76,6 +79,49 @@ def fit(counts: Counts) -> Table | None:
     data, frequency, cost = np.empty(_MOST_BYTES, np.uint8), np.empty(256, np.uint16), np.empty(1, np.int64)
     size = library.birkhoff_table_fit(*map(pointer, (np.ascontiguousarray(counts), data, frequency, cost)))
     return Table(data[:size].tobytes(), frequency, int(cost[0]) / 65536) if size else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of S streams: `data` uint8 [S, 2048], of which `length` bytes [S] are stored (0 where there is no table),
+    `frequency` uint16 [S, 256], and `cost` [S] in units of 2^-16 bits, table included."""
+
+    data: npt.NDArray[np.uint8]
+    length: Counts
+    frequency: Frequencies
+    cost: Counts
+
+    def __getitem__(self, which: npt.NDArray[np.int64]) -> "Tables":
+        """Those of some streams."""
+        return Tables(self.data[which], self.length[which], self.frequency[which], self.cost[which])
+
+
+def fit_all(counts: Counts) -> Tables:
+    """`fit` of the counts [S, 256] of some streams."""
+    streams = len(counts)
+    found = Tables(
+        np.zeros((streams, _MOST_BYTES), np.uint8),
+        np.zeros(streams, np.int64),
+        np.zeros((streams, 256), np.uint16),
+        np.zeros(streams, np.int64),
+    )
+    library = native()
+    if library is not None:
+        arrays = np.ascontiguousarray(counts), found.data, found.length, found.frequency, found.cost
+        parts = [slice(first, first + _FITTED_TOGETHER) for first in range(0, streams, _FITTED_TOGETHER)]
+
+        def fit_some(part: slice) -> None:
+            own = [array[part] for array in arrays]
+            library.birkhoff_table_fits(len(own[0]), *map(pointer, own))
+
+        in_threads(fit_some, parts)
+        return found
+    for number, table in enumerate(map(reference_fit, counts)):
+        if table is not None:
+            found.data[number, : len(table.data)] = np.frombuffer(table.data, np.uint8)
+            found.length[number], found.cost[number] = len(table.data), round(table.bits * 65536)
+            found.frequency[number] = table.frequency
+    return found
 
 
 def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:

@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 6
+VERSION = 7
 """Of the functions' meaning, as `native.c` says it."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -105,4 +105,7 @@ _FUNCTIONS = (
         None,
         (_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     ),
+    ("birkhoff_groupings", None, (_LONG, _POINTER, _LONG, _INT, *[_POINTER] * 5)),
+    ("birkhoff_table_fits", None, (_LONG, *[_POINTER] * 5)),
+    ("birkhoff_stream_heads", _LONG, (_LONG, *[_POINTER] * 6)),
 )

@@ -31,7 +31,7 @@ static int vectors = -1; /* -1: whatever the machine has; 0: base instructions o
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 6; }
+EXPORT int32_t birkhoff_native_version(void) { return 7; }
 
 /* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -458,16 +458,22 @@ EXPORT void birkhoff_regroup(
 
 /* contexts.addresses: numbers of the groups' symbols, as sums of what is looked up by row and by column. An entry of
  * `of_row` [rows] and `of_column` [columns] is 64 times a rank, and a level; `base` is [64][64], `width` [64], `sizes`
- * [64], of the groups. Returns their number. */
+ * [64], of the groups. Returns their number. Without `of_row` and `of_column` the rest alone is made. */
 EXPORT int32_t birkhoff_addresses(
     const uint8_t *row_level, int64_t rows, const uint8_t *column_level, int64_t columns, int64_t least, int32_t most,
     int64_t *of_row, int64_t *of_column, int64_t *base, int64_t *width, int64_t *sizes) {
     int64_t height[64] = {0}, sums[127] = {0}, left = rows * columns, start = 0;
     int32_t group_of[127], group = 0, greatest = 0;
     memset(width, 0, 64 * sizeof *width), memset(base, 0, 64 * 64 * sizeof *base), memset(sizes, 0, 64 * sizeof *sizes);
-    for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
-    for (int64_t column = 0; column < columns; column++)
-        of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
+    if (of_row) {
+        for (int64_t row = 0; row < rows; row++)
+            of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+        for (int64_t column = 0; column < columns; column++)
+            of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
+    } else {
+        for (int64_t row = 0; row < rows; row++) height[row_level[row] & 63]++;
+        for (int64_t column = 0; column < columns; column++) width[column_level[column] & 63]++;
+    }
     for (int a = 0; a < 64; a++)
         for (int b = 0; b < 64; b++) {
             sums[a + b] += height[a] * width[b];
@@ -809,4 +815,59 @@ EXPORT int64_t birkhoff_add(
     const int8_t *const base[2] = {base_i, base_j}, *const own[2] = {own_i, own_j};
     int8_t *const out[2] = {i, j};
     return (use_avx2() ? added_avx2 : added_base)(base, own, size, times, stride, out, index, wide, room);
+}
+
+/* --- batches: what a GPU's packing asks of the host ---------------------------------------------------------- */
+
+/* contexts.groupings: `levels` in place, `entries` laid out as they are, `tables` [count][64 * 64 + 64], `sizes`
+ * [count][64], `groups` [count]. */
+EXPORT void birkhoff_groupings(
+    int64_t count, const int64_t *shapes, int64_t least, int32_t most, uint8_t *levels, int64_t *entries,
+    int64_t *tables, int64_t *sizes, int64_t *groups) {
+    for (int64_t plane = 0; plane < count; plane++) {
+        int64_t rows = shapes[2 * plane], columns = shapes[2 * plane + 1];
+        uint8_t *part = levels;
+        for (int half = 0; half < 2; half++) {
+            int64_t size = half ? columns : rows;
+            uint8_t smallest = 255;
+            for (int64_t at = 0; at < size; at++) smallest = part[at] < smallest ? part[at] : smallest;
+            for (int64_t at = 0; at < size; at++) {
+                uint8_t level = (uint8_t)(part[at] - smallest);
+                part[at] = level < 63 ? level : 63;
+            }
+            part += size;
+        }
+        int64_t *base = tables + plane * (64 * 64 + 64);
+        groups[plane] = birkhoff_addresses(
+            levels, rows, levels + rows, columns, least, most, entries, entries + rows, base, base + 64 * 64,
+            sizes + 64 * plane);
+        levels += rows + columns, entries += rows + columns;
+    }
+}
+
+/* tables.fit_all: tables.fit of counts [streams][256] into `data` [streams][2048], `length` (0: no table), `frequency`
+ * [streams][256] and `cost`. */
+EXPORT void birkhoff_table_fits(
+    int64_t streams, const int64_t *counts, uint8_t *data, int64_t *length, uint16_t *frequency, int64_t *cost) {
+    for (int64_t s = 0; s < streams; s++) {
+        cost[s] = 0;
+        length[s] = birkhoff_table_fit(counts + 256 * s, data + 2048 * s, frequency + 256 * s, cost + s);
+    }
+}
+
+/* rest.heads: what stands before the blocks of streams by a table, one after the other. `words` has the words of all
+ * blocks. Returns the bytes. */
+EXPORT int64_t birkhoff_stream_heads(
+    int64_t streams, const int64_t *lanes_log2, const uint8_t *data, const int64_t *length, const int64_t *blocks,
+    const int64_t *words, uint8_t *out) {
+    const uint8_t *begin = out;
+    for (int64_t s = 0; s < streams; s++) {
+        *out++ = 2, *out++ = (uint8_t)lanes_log2[s];
+        memcpy(out, data + 2048 * s, (size_t)length[s]), out += length[s];
+        for (int64_t block = 0; block < blocks[s]; block++, words++) {
+            uint32_t count = (uint32_t)*words;
+            if (block < blocks[s] - 1) memcpy(out, &count, 4), out += 4;
+        }
+    }
+    return out - begin;
 }

@@ -59,7 +59,9 @@ def _trial(device: torch.device) -> str | None:
     """Decode every step number on `device` and compare with the reference."""
     from birkhoff.codec import reference
     from birkhoff.kernels.decode import triton as decode_triton
+    from birkhoff.kernels.runtime.triton_key import keep_triton_key
 
+    keep_triton_key()
     theta = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(64, 1024)
     step = torch.tensor(0.0123)
     expected = reference.decode(theta, step, 2048, torch.float32)

@@ -7,6 +7,7 @@ Shapes: R = rows, K = columns, P = pairs a row, E = escapes.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,8 +68,10 @@ def encode_all(weights: Sequence[Tensor], target_db: float) -> list[tuple[Lattic
     if not all(map(_triton_takes, weights)) or not low <= target_db <= high:
         return [encode(weight, target_db) for weight in weights]
     weights = [weight.contiguous() for weight in weights]
-    passes = [start(weight, target_db) for weight in weights]
-    scalars = torch.stack(list(map(_on_device, passes))).tolist() if passes else []
+    if not weights:
+        return []
+    passes = encode_triton.encode_passes(weights, target_db + _MARGIN_DB)
+    scalars: list[list[float]] = encode_triton.gather(passes).tolist()
     return [finish(*one, target_db) for one in zip(weights, passes, scalars, strict=True)]
 
 
@@ -113,7 +116,7 @@ def _run(weight_RK: Tensor, step: Tensor) -> tuple[LatticeTensor, Fidelity]:
 
 def _collect(weight_RK: Tensor, coded: "Pass", scalars: list[float]) -> tuple[LatticeTensor, Fidelity]:
     """What a pass made, from its scalars; the escapes are listed if there are any."""
-    escapes = Escapes.none(weight_RK.device)
+    escapes = _no_escapes(weight_RK.device)
     energy, error, absolute, greatest, outside, step = scalars
     if outside:
         pair, i, j = encode_triton.take_escapes(weight_RK, coded)
@@ -126,12 +129,11 @@ def _collect(weight_RK: Tensor, coded: "Pass", scalars: list[float]) -> tuple[La
     return code, Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=mean)
 
 
+@cache
+def _no_escapes(device: torch.device) -> Escapes:
+    return Escapes.none(device)
+
+
 def _scalars(coded: "Pass") -> list[float]:
-    values: list[float] = _on_device(coded).tolist()
+    values: list[float] = encode_triton.gather([coded]).tolist()[0]
     return values
-
-
-def _on_device(coded: "Pass") -> Tensor:
-    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] of a pass, float64."""
-    sums, greatest = coded.stats[:3].sum(1, dtype=torch.float64), coded.stats[3:].amax(1)
-    return torch.cat((sums, greatest, coded.step[None]))

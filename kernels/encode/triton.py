@@ -9,6 +9,7 @@ Shapes: R = rows, K = columns, P = pairs a row, B = programs, C = candidate step
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -389,6 +390,53 @@ class Pass:
     stats: Tensor
     numbers: tuple[int, ...]
     constants: dict[str, int | bool]
+
+
+@triton.jit
+def _gather_kernel(row_ptr, out_ptr, BLOCK: tl.constexpr):
+    """out [T, 6] float64 of passes (addresses of stats and step, programs): sums, maxima and the step of each."""
+    row = row_ptr + tl.program_id(0) * 3
+    stats_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    programs = tl.load(row + 2)
+    out = out_ptr + tl.program_id(0) * 6
+    for k in tl.static_range(5):
+        total = tl.zeros((BLOCK,), dtype=tl.float64)
+        for first in range(0, programs, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            value = tl.load(stats_ptr + k * programs + place, mask=place < programs, other=0).to(tl.float64)
+            total = total + value if k < 3 else tl.maximum(total, value)
+        tl.store(out + k, tl.sum(total) if k < 3 else tl.max(total))
+    tl.store(out + 5, tl.load(step_ptr).to(tl.float64))
+
+
+_GATHERED = 1024
+
+
+def gather(passes: Sequence[Pass]) -> Tensor:
+    """[sum w^2, sum e^2, sum |e|, max |e|, 1 if there are escapes, step] of passes on one device, float64 [T, 6]."""
+    device = passes[0].step.device
+    rows = [(one.stats.data_ptr(), one.step.data_ptr(), one.stats.shape[1]) for one in passes]
+    out = torch.empty(len(passes), 6, dtype=torch.float64, device=device)
+    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    _gather_kernel[(len(passes),)](table, out, BLOCK=_GATHERED)
+    return out
+
+
+def encode_passes(weights: Sequence[Tensor], target_db: float) -> list[Pass]:
+    """`search` and `encode_pass` of contiguous matrices on one device; what only a search needs is shared by all."""
+    device = weights[0].device
+    searches = [_prepare_search(weight.numel(), weight.dtype, device, target_db) for weight in weights]
+    energy = torch.empty(max(made.energies for made in searches), device=device)
+    errors = torch.empty(CANDIDATES * max(made.programs for made in searches), device=device)
+    steps = torch.empty(len(weights), 4, device=device)[:, 0].unbind()  # a launch wants addresses of 16 bytes each
+    found = []
+    for weight, step, made in zip(weights, steps, searches, strict=True):
+        made.energy(weight, energy)
+        made.search(weight, energy, errors)
+        made.pick(energy, errors, step)
+        found.append(encode_pass(weight, step))
+    return found
 
 
 def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:

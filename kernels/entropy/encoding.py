@@ -26,10 +26,12 @@ from birkhoff.codec.contexts import LEVELS
 from birkhoff.kernels.entropy.triton import LAUNCHING, ranks
 
 TILE = 32, 128
-"""Rows and columns of a plane that a program of `_squares_kernel` or `_group_kernel` takes."""
+"""Rows and columns of a plane that a program takes of those kernels that go through planes."""
 
-PLANE = 8
-"""Numbers that those are told of a plane."""
+PLANE = 12
+"""Numbers that those are told of a plane: rows, columns, place of its symbols, of its sums, of its rows' and columns'
+entries and of its tables among the numbers, of its groups (-1: there are none), addresses of both coordinate planes,
+whether these are paths, and its first program."""
 
 _COUNTED = 2048
 _COPIED = 1024
@@ -38,42 +40,62 @@ _PLANE, _LEVELS, _ROWS, _COLUMNS = map(tl.constexpr, (PLANE, LEVELS, *TILE))
 
 
 @triton.jit
-def _tile(plane_ptr, program_ptr):
+def _tile(plane_ptr, of_ptr):
     """(row [R, 1], column [1, C], mask, columns of the plane, its description) of a program."""
-    program = program_ptr + tl.program_id(0).to(tl.int64) * 3
-    plane = plane_ptr + tl.load(program) * _PLANE
-    row = tl.load(program + 1) + tl.arange(0, _ROWS)[:, None]
-    column = tl.load(program + 2) + tl.arange(0, _COLUMNS)[None, :]
+    plane = plane_ptr + tl.load(of_ptr + tl.program_id(0)).to(tl.int64) * _PLANE
     columns = tl.load(plane + 1)
+    tile = tl.program_id(0) - tl.load(plane + 11)
+    across = tl.cdiv(columns, _COLUMNS)
+    row = tile // across * _ROWS + tl.arange(0, _ROWS)[:, None]
+    column = tile % across * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
     return row, column, (row < tl.load(plane)) & (column < columns), columns, plane
 
 
 @triton.jit
-def _squares_kernel(memory_ptr, plane_ptr, program_ptr, sum_ptr):
+def _symbol_kernel(memory_ptr, plane_ptr, of_ptr):
+    """Both coordinate planes, side by side, to symbols + 128."""
+    row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
+    pairs = columns // 2
+    i_ptr = tl.load(plane + 8).to(tl.pointer_type(tl.int8))
+    j_ptr = tl.load(plane + 9).to(tl.pointer_type(tl.int8))
+    place = row * pairs + column
+    i = tl.load(i_ptr + place, mask=mask & (column < pairs), other=0).to(tl.int32)
+    j = tl.load(j_ptr + place - pairs, mask=mask & (column >= pairs), other=0).to(tl.int32)
+    symbol = tl.where(column < pairs, i, j)
+    symbol = tl.where(tl.load(plane + 10) > 0, symbol >> 1, symbol) + 128
+    tl.store(memory_ptr + tl.load(plane + 2) + row * columns + column, symbol.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _squares_kernel(memory_ptr, plane_ptr, of_ptr, sum_ptr):
     """Sums of (symbol - 128)^2 by row and by column."""
-    row, column, mask, columns, plane = _tile(plane_ptr, program_ptr)
+    row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
     symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=128).to(tl.int32) - 128
     square = symbol * symbol
     sums = sum_ptr + tl.load(plane + 3)
     rows = tl.load(plane)
     by_row, by_column = tl.sum(square, axis=1).to(tl.int64), tl.sum(square, axis=0).to(tl.int64)
-    r = tl.load(program_ptr + tl.program_id(0).to(tl.int64) * 3 + 1) + tl.arange(0, _ROWS)
-    c = tl.load(program_ptr + tl.program_id(0).to(tl.int64) * 3 + 2) + tl.arange(0, _COLUMNS)
+    tile = tl.program_id(0) - tl.load(plane + 11)
+    across = tl.cdiv(columns, _COLUMNS)
+    r = tile // across * _ROWS + tl.arange(0, _ROWS)
+    c = tile % across * _COLUMNS + tl.arange(0, _COLUMNS)
     tl.atomic_add(sums + r, by_row, mask=r < rows)
     tl.atomic_add(sums + rows + c, by_column, mask=c < columns)
 
 
 @triton.jit
-def _group_kernel(memory_ptr, number_ptr, plane_ptr, program_ptr):
-    """Symbols of planes to their groups."""
-    row, column, mask, columns, plane = _tile(plane_ptr, program_ptr)
-    symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=0)
-    r = tl.load(number_ptr + tl.load(plane + 4) + row, mask=row < tl.load(plane), other=0)
-    c = tl.load(number_ptr + tl.load(plane + 5) + column, mask=column < columns, other=0)
-    base = number_ptr + tl.load(plane + 6)
-    at = tl.load(base + r % _LEVELS * _LEVELS + c % _LEVELS, mask=mask, other=0) + c // _LEVELS
-    at += r // _LEVELS * tl.load(base + _LEVELS * _LEVELS + c % _LEVELS, mask=column < columns, other=0)
-    tl.store(memory_ptr + tl.load(plane + 7) + at, symbol, mask=mask)
+def _group_kernel(memory_ptr, number_ptr, plane_ptr, of_ptr):
+    """Symbols of planes to their groups, if they have any."""
+    row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
+    behind = tl.load(plane + 7)
+    if behind >= 0:
+        symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=0)
+        r = tl.load(number_ptr + tl.load(plane + 4) + row, mask=row < tl.load(plane), other=0)
+        c = tl.load(number_ptr + tl.load(plane + 5) + column, mask=column < columns, other=0)
+        base = number_ptr + tl.load(plane + 6)
+        at = tl.load(base + r % _LEVELS * _LEVELS + c % _LEVELS, mask=mask, other=0) + c // _LEVELS
+        at += r // _LEVELS * tl.load(base + _LEVELS * _LEVELS + c % _LEVELS, mask=column < columns, other=0)
+        tl.store(memory_ptr + behind + at, symbol, mask=mask)
 
 
 @triton.jit
@@ -128,16 +150,22 @@ def _copy_kernel(source_ptr, out_ptr, row_ptr, BLOCK: tl.constexpr):
         tl.store(out + place, tl.load(source + place, mask=place < size), mask=place < size)
 
 
-def squares(memory: Tensor, plane_T8: Tensor, program_N3: Tensor, sums: Tensor) -> None:
+def symbols(memory: Tensor, plane_T12: Tensor, of_N: Tensor) -> None:
+    """Write the symbols of all planes; `of_N` (int32) has the plane of each program."""
+    with LAUNCHING:
+        _symbol_kernel[(len(of_N),)](memory, plane_T12, of_N, num_warps=4)
+
+
+def squares(memory: Tensor, plane_T12: Tensor, of_N: Tensor, sums: Tensor) -> None:
     """Add up, in `sums` (int64, zeros), the squares of all planes' rows and columns."""
     with LAUNCHING:
-        _squares_kernel[(len(program_N3),)](memory, plane_T8, program_N3, sums, num_warps=4)
+        _squares_kernel[(len(of_N),)](memory, plane_T12, of_N, sums, num_warps=4)
 
 
-def group(memory: Tensor, numbers: Tensor, plane_T8: Tensor, program_N3: Tensor) -> None:
-    """Write the groups of all planes behind the planes."""
+def group(memory: Tensor, numbers: Tensor, plane_T12: Tensor, of_N: Tensor) -> None:
+    """Write the groups of all planes that have any behind the planes."""
     with LAUNCHING:
-        _group_kernel[(len(program_N3),)](memory, numbers, plane_T8, program_N3, num_warps=4)
+        _group_kernel[(len(of_N),)](memory, numbers, plane_T12, of_N, num_warps=4)
 
 
 def count(memory: Tensor, row_B5: Tensor, count_S256: Tensor) -> None:

@@ -12,6 +12,7 @@ as it should is found at its end.
 Shapes: R = rows, P = pairs a row, T = tensors.
 """
 
+import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from birkhoff.codec import planes
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
+from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor, combine
 from birkhoff.codec.planes import Item, Packed
@@ -172,6 +174,7 @@ class Queued:
     planes: Tensor
     symbols: Tensor
     numbers: Tensor
+    entries: Tensor
     report: Tensor
     """int32 [1 + T]: coordinates outside -128..127, and whether each tensor is damaged."""
     index: Tensor
@@ -185,13 +188,14 @@ def _on_gpu(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeT
 def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
     """Queue the decoding of tensors of the present version on a GPU; `finish` waits for it. Raises FormatError."""
     made = plan(coded, entropy_triton.LANES_A_PROGRAM)
-    data, numbers = _sent(made, device)
+    data, numbers, entries = _sent(made, device)
     symbols = torch.empty(made.symbols, dtype=torch.uint8, device=device)
     queued = Queued(
         plan=made,
         planes=torch.empty(made.coordinates, dtype=torch.int8, device=device),
         symbols=symbols,
         numbers=numbers,
+        entries=entries,
         report=torch.zeros(1 + len(coded), dtype=torch.int32, device=device),
         index=torch.empty(_ROOM, dtype=torch.int64, device=device),
         value=torch.empty(_ROOM, dtype=torch.int32, device=device),
@@ -203,20 +207,44 @@ def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
     return queued
 
 
-def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(streams, numbers of the plan) on the device."""
+def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(streams, numbers of the plan, entries of rows and columns) on the device."""
     begin = -(-made.bytes // ALIGNED) * ALIGNED
+    middle = begin + made.numbers.nbytes
     parts = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
     parts.append((begin, torch.from_numpy(made.numbers).view(torch.uint8)))
-    sent = send(parts, begin + made.numbers.nbytes, device)
-    return sent, sent[begin:].view(torch.int64)
+    if len(made.levels):
+        parts.append((middle, torch.from_numpy(made.levels)))
+    sent = send(parts, middle + len(made.levels), device)
+    numbers = sent[begin:middle].view(torch.int64)
+    return sent, numbers, _entries(sent[middle:], numbers[made.ends])
+
+
+def _entries(levels: Tensor, ends: Tensor) -> Tensor:
+    """64 * rank + level of rows and columns, each part's ranks for itself; `contexts.Addresses` of all tensors."""
+    if not len(levels):
+        return ends
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    part = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), lengths, output_size=len(levels))
+    ordered, order = (part * LEVELS + levels).sort(stable=True)
+    begins = torch.searchsorted(ordered, torch.arange(len(ends) * LEVELS, device=ends.device))
+    rank = torch.arange(len(levels), device=ends.device) - begins[ordered]
+    return torch.empty_like(ordered).index_copy_(0, order, rank * LEVELS + ordered % LEVELS)
 
 
 def _place(queued: Queued, index: Tensor, value: Tensor) -> None:
     described = queued.numbers[queued.plan.descriptions].view(-1, entropy_triton.PLACE)
     programs = queued.numbers[queued.plan.programs].view(-1, 3)
     entropy_triton.place_symbols(
-        queued.symbols, queued.numbers, described, programs, queued.planes, queued.report[:1], index, value
+        queued.symbols,
+        queued.entries,
+        queued.numbers,
+        described,
+        programs,
+        queued.planes,
+        queued.report[:1],
+        index,
+        value,
     )
 
 
@@ -241,42 +269,37 @@ def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> l
     """The escapes of each tensor in memory, on the CPU; their places in the planes become 0.
 
     `index` are the places of coordinates outside int8, increasing, `value` they. Where one of a pair is, the other is
-    asked for: all of them at once, and all become 0 at once.
+    asked for: all of them at once, and all become 0 at once. Here a pair is named by the place of its I in the planes.
     """
-    pairs: list[Integers] = []
-    for tensor in queued.plan.tensors:
-        begin, middle, end = _bounds(tensor)
-        first, second, last = np.searchsorted(index, (begin, middle, end))
-        outside = np.union1d(index[first:second] - begin, index[second:last] - middle)
-        pairs.append(np.setdiff1d(outside, tensor.stored.pair.numpy(), assume_unique=True))
-    places = [
-        np.concatenate((pair + begin, pair + middle))
-        for pair, (begin, middle, _) in zip(pairs, map(_bounds, queued.plan.tensors), strict=True)
-    ]
-    every, device = np.concatenate(places), queued.planes.device
-    exact = np.empty(0, dtype=np.int32)
-    if len(every):
-        exact = queued.planes[torch.from_numpy(every).to(device)].to(torch.int32).cpu().numpy()
-        at = np.minimum(np.searchsorted(index, every), len(index) - 1)
-        exact = np.where(index[at] == every, value[at], exact)
-    found: list[Escapes] = []
-    taken = 0
-    for tensor, pair in zip(queued.plan.tensors, pairs, strict=True):
-        i, j = exact[taken : taken + len(pair)], exact[taken + len(pair) : taken + 2 * len(pair)]
-        taken += 2 * len(pair)
-        more = Escapes(
-            pair=torch.from_numpy(pair), i=torch.from_numpy(i.astype(np.int32)), j=torch.from_numpy(j.astype(np.int32))
-        )
-        found.append(planes.merged(tensor.stored, more))
-    stored = [
-        tensor.stored.pair.numpy() + begin
-        for tensor in queued.plan.tensors
-        if len(tensor.stored)
-        for begin in _bounds(tensor)[:2]
-    ]
-    if zeros := [part for part in (every, *stored) if len(part)]:
-        queued.planes[torch.from_numpy(np.concatenate(zeros)).to(device)] = 0
-    return found
+    tensors = queued.plan.tensors
+    begins = np.array([tensor.begin for tensor in tensors], dtype=np.int64)
+    strides = np.array([tensor.stride for tensor in tensors], dtype=np.int64)
+    stored = [(number, tensor.stored) for number, tensor in enumerate(tensors) if len(tensor.stored)]
+    told = np.concatenate([held.pair.numpy() + begins[number] for number, held in stored] or [np.empty(0, np.int64)])
+    of = np.searchsorted(begins, index, side="right") - 1
+    first = np.unique(np.where(index >= begins[of] + strides[of], index - strides[of], index))
+    first = first[np.isin(first, told, assume_unique=True, invert=True)]
+    exact = np.empty((2, 0), dtype=np.int32)
+    if len(first):
+        both = np.concatenate((first, first + strides[np.searchsorted(begins, first, side="right") - 1]))
+        found = queued.planes[torch.from_numpy(both).to(queued.planes.device)].to(torch.int32).cpu().numpy()
+        at = np.minimum(np.searchsorted(index, both), len(index) - 1)
+        exact = np.where(index[at] == both, value[at], found).reshape(2, -1)
+    every = np.concatenate((told, first))
+    if not len(every):
+        return [Escapes.none()] * len(tensors)
+    order = np.argsort(every)
+    every = every[order]
+    of = np.searchsorted(begins, every, side="right") - 1
+    zeros = torch.from_numpy(np.concatenate((every, every + strides[of])))
+    queued.planes[zeros.to(queued.planes.device)] = 0
+    pair = torch.from_numpy(every - begins[of])
+    i, j = (
+        torch.from_numpy(np.concatenate((*(getattr(held, name).numpy() for _, held in stored), own))[order])
+        for name, own in zip("ij", exact, strict=True)
+    )
+    ends = np.searchsorted(every, [*begins, np.iinfo(np.int64).max]).tolist()
+    return [Escapes(pair=pair[low:high], i=i[low:high], j=j[low:high]) for low, high in itertools.pairwise(ends)]
 
 
 def _bounds(tensor: Placed) -> tuple[int, int, int]:

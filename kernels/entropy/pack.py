@@ -1,16 +1,18 @@
 """Coordinates on a GPU to streams in host memory: `codec.planes.pack` of many matrices, byte for byte.
 
-The GPU finds sums, groups and histograms, and codes; the host decides, from whole numbers that are the same everywhere:
-levels, tables, which of two groupings, and which streams stay raw or go to zstd. Small arrays go between them three
-times, and at the end the bytes.
+The GPU finds symbols, levels, groups and histograms, and codes; the host decides, from whole numbers that are the same
+everywhere: groups, tables, which of two groupings, and which streams stay raw or go to zstd. All of it is done for many
+matrices at once: small arrays go between host and GPU a few times a batch. While one batch waits for the GPU, the host
+is at work on another.
 
 Shapes: T = matrices, S = streams, B = blocks, R = rows, P = pairs a row.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import accumulate
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -19,214 +21,332 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import contexts, planes, rest
-from birkhoff.codec.contexts import Addresses
+from birkhoff.codec.contexts import Groupings
 from birkhoff.codec.entropy import rans, tables
-from birkhoff.codec.entropy.tables import Table
+from birkhoff.codec.entropy.tables import Tables
 from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.native.threads import in_threads
 from birkhoff.codec.planes import Item, Packed
 from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.entropy import encoding
-from birkhoff.kernels.entropy.plan import Numbers
 
 Integers = npt.NDArray[np.int64]
 
+TOGETHER = 1 << 27
+"""Symbols of a batch, about: enough for every multiprocessor to be busy, few enough that batches overlap."""
 
-@dataclass(slots=True, kw_only=True)
-class _Matrix:
-    """A matrix on its way: its symbols [R, 2P] lie at `begin` of the memory, its groups at `behind`."""
+SIDE_BY_SIDE = 4
+"""Batches under way: each holds four bytes a symbol on the GPU."""
 
-    code: LatticeTensor
-    path: int
-    begin: int
-    behind: int
-    levels: bytes = b""
-    addresses: Addresses | None = None
-    """Of its groups; None where there is but one."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """Matrices on their way. Their symbols [R, 2P] follow each other in the memory, behind all of them their groups."""
+
+    codes: tuple[LatticeTensor, ...]
+    paths: tuple[int, ...]
+    begins: Integers
+    """Where the symbols of each matrix begin, and where all end, [T + 1]."""
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> "_Batch":
+        codes, paths = zip(*items, strict=True)
+        begins = np.array(list(accumulate((2 * code.i.numel() for code in codes), initial=0)), dtype=np.int64)
+        return cls(codes=codes, paths=paths, begins=begins)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(R, 2P)."""
-        return self.code.i.shape[0], 2 * self.code.i.shape[1]
+    def shapes(self) -> list[tuple[int, int]]:
+        """(R, 2P) of each matrix."""
+        return [(code.i.shape[0], 2 * code.i.shape[1]) for code in self.codes]
 
     @property
     def size(self) -> int:
         """Symbols."""
-        return 2 * self.code.i.numel()
+        return int(self.begins[-1])
 
 
-@dataclass(slots=True, kw_only=True)
-class _Stream:
-    """A stream of `size` symbols that lie at `begin` of the memory; its table, and what came of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Streams:
+    """S streams, matrix by matrix: their symbols lie at `begins` of the memory."""
 
-    begin: int
-    size: int
-    table: Table | None = None
-    words: Integers = field(default_factory=lambda: np.empty(0, np.int64))
-    kind: int = rest.RAW
-    frame: bytes = b""
+    begins: Integers
+    sizes: Integers
+    of: Integers
+    """Number of each one's matrix."""
+    fits: Tables
 
-    @property
-    def coded(self) -> bool:
-        """Whether it is coded by its table, if only to see how long that is."""
-        return self.table is not None and rest.pays(self.size, self.table)
+    def __getitem__(self, which: Integers) -> "_Streams":
+        """Some of them."""
+        return _Streams(begins=self.begins[which], sizes=self.sizes[which], of=self.of[which], fits=self.fits[which])
 
-    @property
-    def blocks(self) -> int:
-        return -(-self.size // rans.BLOCK)
+    def rows(self) -> Integers:
+        """(place, symbols, stream, lanes, room in words before it) of every block, [B, 5]."""
+        lanes, blocks = rans.lanes_of_all(self.sizes), -(-self.sizes // rans.BLOCK)
+        of = np.repeat(np.arange(len(blocks)), blocks)
+        first = (np.arange(len(of)) - (np.cumsum(blocks) - blocks)[of]) * rans.BLOCK
+        size = np.minimum(self.sizes[of] - first, rans.BLOCK)
+        room = size + 2 * lanes[of]
+        return np.stack((self.begins[of] + first, size, of, lanes[of], np.cumsum(room) - room), axis=1)
 
-    def head(self) -> bytes:
-        """What stands before its blocks, or its bytes."""
-        if self.kind == rest.RAW:
-            return bytes([rest.RAW])
-        assert self.table is not None
-        lanes = rans.lanes(self.size).bit_length() - 1
-        return bytes([rest.ANS, lanes]) + self.table.data + self.words[:-1].astype("<u4").tobytes()
 
-    def body(self) -> int:
-        """Bytes of its blocks, or symbols."""
-        if self.kind == rest.RAW:
-            return self.size
-        return int(4 * rans.lanes(self.size) * self.blocks + 2 * self.words.sum())
+Steps = Generator[None, None, list[Packed]]
+"""A batch on its way: it pauses where it would wait for the GPU."""
 
 
 def pack(items: Sequence[Item]) -> list[Packed]:
     """`planes.reference_pack` of coordinates on one GPU, at least one matrix; streams are views of pinned memory."""
-    device = items[0][0].i.device
-    ends = list(accumulate((2 * code.i.numel() for code, _ in items), initial=0))
-    matrices = [
-        _Matrix(code=code, path=path, begin=begin, behind=ends[-1] + begin)
-        for (code, path), begin in zip(items, ends, strict=False)
-    ]
-    memory = torch.empty(2 * ends[-1], dtype=torch.uint8, device=device)
-    for matrix in matrices:
-        _write_symbols(matrix, memory)
-    _group(matrices, memory)
-    streams = _decide(matrices, memory)
-    whole = _bring([stream for own in streams for stream in own], memory)
-    packed: list[Packed] = []
-    for matrix, own in zip(matrices, streams, strict=True):
-        escapes = matrix.code.escapes
-        stored = planes.explicit(escapes.to("cpu"), path=matrix.path) if len(escapes) else Escapes.none()
-        packed.append(((matrix.levels, *(next(whole) for _ in own), rest.pack_escapes(stored)), len(stored)))
-    return packed
+    batches = [_Batch.of(batch) for batch in _batches(items)]
+    found: list[list[Packed]] = [[] for _ in batches]
+    left = iter(enumerate(batches))
+    running = deque((number, _pack(batch)) for number, batch in islice(left, SIDE_BY_SIDE))
+    while running:
+        number, steps = running.popleft()
+        try:
+            next(steps)
+            running.append((number, steps))
+        except StopIteration as end:
+            found[number] = end.value
+            running.extend((number, _pack(batch)) for number, batch in islice(left, 1))
+    return [packed for batch in found for packed in batch]
 
 
-def _write_symbols(matrix: _Matrix, memory: Tensor) -> None:
-    code, escapes = matrix.code, matrix.code.escapes
-    pairs = code.i.shape[1]
-    both = memory[matrix.begin : matrix.begin + matrix.size].view(matrix.shape)
-    for half, (plane, true) in enumerate(((code.i, escapes.i), (code.j, escapes.j))):
-        symbols = (plane >> 1 if matrix.path else plane).view(torch.uint8)
-        torch.bitwise_xor(symbols, 128, out=both[:, half * pairs : (half + 1) * pairs])
-        if len(escapes):
-            place = escapes.pair // pairs * (2 * pairs) + escapes.pair % pairs + half * pairs
-            both.view(-1)[place] = planes.escaped_symbols(true, path=matrix.path)
+def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += 2 * item[0].i.numel()
+        if size >= TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _group(matrices: Sequence[_Matrix], memory: Tensor) -> None:
-    """Find the levels of rows and columns, and write the groups that they make behind the planes."""
-    programs = _programs(matrices)
-    places = list(accumulate((sum(matrix.shape) for matrix in matrices), initial=0))
-    plane_T8 = np.zeros((len(matrices), encoding.PLANE), dtype=np.int64)
-    for row, matrix, place in zip(plane_T8, matrices, places, strict=False):
-        row[:4] = *matrix.shape, matrix.begin, place
-    sums = torch.zeros(places[-1], dtype=torch.int64, device=memory.device)
-    encoding.squares(memory, _sent(plane_T8, memory), _sent(programs, memory), sums)
-    squares: Integers = sums.cpu().numpy()
-    numbers = Numbers()
-    for row, matrix, place in zip(plane_T8, matrices, places, strict=False):
-        rows, columns = matrix.shape
-        middle = place + rows
-        row_level = contexts.levels(squares[place:middle] / columns)
-        column_level = contexts.levels(squares[middle : middle + columns] / rows)
-        found = contexts.addresses(row_level, column_level, contexts.rule_2(contexts.USUAL_BITS))
-        if len(found.sizes) == 1:
-            continue
-        matrix.addresses = found
-        matrix.levels = rest.pack(np.concatenate(([contexts.USUAL_BITS], row_level, column_level)).astype(np.uint8))
-        of_row, of_column, base, _ = map(numbers.add, (found.row, found.column, found.base, found.width))
-        row[4:] = of_row, of_column, base, matrix.behind
-    grouped = np.array([matrix.addresses is not None for matrix in matrices])[programs[:, 0]]
+def _pack(batch: _Batch) -> Steps:
+    device = batch.codes[0].i.device
+    memory = torch.empty(2 * batch.size, dtype=torch.uint8, device=device)
+    found = yield from _group(batch, _Described(batch, device), memory)
+    candidates = yield from _candidates(batch, found, memory)
+    chosen, levels = _choose(batch, found, candidates)
+    return (yield from _code(batch, chosen, levels, memory))
+
+
+class _Described:
+    """What kernels are told of a batch's matrices and of its programs."""
+
+    def __init__(self, batch: _Batch, device: torch.device) -> None:
+        self._held = [(code.i.contiguous(), code.j.contiguous()) for code in batch.codes]
+        shapes = np.array(batch.shapes, dtype=np.int64)
+        height, width = encoding.TILE
+        tiles = -(-shapes[:, 0] // height) * -(-shapes[:, 1] // width)
+        ends = np.cumsum(shapes.sum(axis=1))
+        self.table: Integers = np.zeros((len(shapes), encoding.PLANE), dtype=np.int64)
+        self.table[:, 0:2], self.table[:, 2] = shapes, batch.begins[:-1]
+        self.table[:, 3] = ends - shapes.sum(axis=1)
+        self.table[:, 7] = -1
+        self.table[:, 8:10] = [[i.data_ptr(), j.data_ptr()] for i, j in self._held]
+        self.table[:, 10], self.table[:, 11] = batch.paths, np.cumsum(tiles) - tiles
+        self.lines = int(ends[-1])
+        """Rows and columns of all matrices."""
+        self.of_program: Tensor = torch.repeat_interleave(
+            torch.arange(len(tiles), dtype=torch.int32, device=device),
+            _sent(tiles, device),
+            output_size=int(tiles.sum()),
+        )
+        self.denominators: Tensor = torch.repeat_interleave(
+            _sent(shapes[:, ::-1].reshape(-1).astype(np.float64), device),
+            _sent(shapes.reshape(-1), device),
+            output_size=self.lines,
+        )
+        """Symbols of each row and each column, laid out as `contexts.Groupings.levels` are."""
+
+
+def _group(batch: _Batch, described: _Described, memory: Tensor) -> Generator[None, None, Groupings]:
+    """Write the symbols, find the levels of rows and columns, and write the groups that they make behind them."""
+    device = memory.device
+    table = _sent(described.table, device)
+    encoding.symbols(memory, table, described.of_program)
+    _put_escapes(batch, memory)
+    sums = torch.zeros(described.lines, dtype=torch.int64, device=device)
+    encoding.squares(memory, table, described.of_program, sums)
+    bounds = _sent(contexts.level_bounds(), device)
+    absolute = torch.bucketize(sums / described.denominators, bounds, right=True).to(torch.uint8)
+    arriving = _Arriving(absolute)
+    yield
+    found = contexts.groupings(batch.shapes, arriving.wait(), contexts.rule_2(contexts.USUAL_BITS))
+    grouped = found.groups > 1
     if grouped.any():
-        encoding.group(memory, _sent(numbers.all(), memory), _sent(plane_T8, memory), _sent(programs[grouped], memory))
+        places = described.table[:, 3]
+        described.table[:, 4], described.table[:, 5] = places, places + described.table[:, 0]
+        described.table[:, 6] = described.lines + found.tables.shape[1] * np.arange(len(grouped))
+        described.table[:, 7] = np.where(grouped, batch.size + batch.begins[:-1], -1)
+        numbers = np.concatenate((found.entries, found.tables.reshape(-1)))
+        encoding.group(memory, _sent(numbers, device), _sent(described.table, device), described.of_program)
+    return found
 
 
-def _programs(matrices: Sequence[_Matrix]) -> Integers:
-    """(matrix, first row, first column) of every tile, [N, 3]."""
-    found = []
-    for number, matrix in enumerate(matrices):
-        rows, columns = (np.arange(0, end, step) for end, step in zip(matrix.shape, encoding.TILE, strict=True))
-        tiles = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-        found.append(np.concatenate((np.full((len(tiles), 1), number), tiles), axis=1))
-    return np.concatenate(found).astype(np.int64)
+def _put_escapes(batch: _Batch, memory: Tensor) -> None:
+    """Put the symbols of escapes into their places, those of all matrices together."""
+    for path in (0, 1):
+        having = [
+            number
+            for number, code in enumerate(batch.codes)
+            if bool(batch.paths[number]) == bool(path) and len(code.escapes)
+        ]
+        if not having:
+            continue
+        escapes = [batch.codes[number].escapes for number in having]
+        counts = _sent(np.array(list(map(len, escapes))), memory.device)
+        begin, pairs = (
+            torch.repeat_interleave(_sent(np.array(each), memory.device), counts, output_size=sum(map(len, escapes)))
+            for each in (batch.begins[having], [batch.codes[number].i.shape[1] for number in having])
+        )
+        pair = torch.cat([each.pair for each in escapes])
+        place = begin + pair // pairs * (2 * pairs) + pair % pairs
+        memory[place] = planes.escaped_symbols(torch.cat([each.i for each in escapes]), path=path)
+        memory[place + pairs] = planes.escaped_symbols(torch.cat([each.j for each in escapes]), path=path)
 
 
-def _decide(matrices: Sequence[_Matrix], memory: Tensor) -> list[list[_Stream]]:
-    """The streams of every matrix, with their tables: its groups, or all of it as one, whichever takes less."""
-    grouped: list[list[_Stream]] = []
-    for matrix in matrices:
-        sizes, begin = [matrix.size], matrix.begin
-        if matrix.addresses is not None:
-            sizes, begin = matrix.addresses.sizes.tolist(), matrix.behind
-        starts = accumulate(sizes[:-1], initial=begin)
-        grouped.append([_Stream(begin=start, size=size) for start, size in zip(starts, sizes, strict=True)])
-    every = [stream for own in grouped for stream in own]
-    count = torch.zeros(len(every), 256, dtype=torch.int64, device=memory.device)
-    encoding.count(memory, _sent(_rows(every), memory), count)
-    counts: list[tables.Counts] = list(count.cpu().numpy())
-    for stream, own_counts in zip(every, counts, strict=True):
-        stream.table = tables.fit(own_counts)
-    streams: list[list[_Stream]] = []
-    taken = iter(counts)
-    for matrix, own in zip(matrices, grouped, strict=True):
-        own_counts = np.sum([next(taken) for _ in own], axis=0)
-        if matrix.addresses is not None:
-            table = tables.fit(own_counts)
-            parts = sum(rest.estimate(stream.size, stream.table) for stream in own)
-            if rest.estimate(matrix.size, table) <= len(matrix.levels) + parts:
-                matrix.levels, own = b"", [_Stream(begin=matrix.begin, size=matrix.size, table=table)]
-        streams.append(own)
-    return streams
+def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> Generator[None, None, tuple[_Streams, _Streams]]:
+    """Each matrix as one stream, and its groups; where there is but one group, that is the same."""
+    inside = np.arange(found.sizes.shape[1]) < found.groups[:, None]
+    sizes, of = found.sizes[inside], np.repeat(np.arange(len(found.groups)), found.groups)
+    behind = np.where(found.groups > 1, batch.size, 0) + batch.begins[:-1]
+    before = np.cumsum(sizes) - sizes  # the groups of all matrices together are as long as their symbols
+    begins = behind[of] + before - batch.begins[of]
+    every = torch.zeros(len(sizes), 256, dtype=torch.int64, device=memory.device)
+    nothing = tables.fit_all(np.empty((0, 256), np.int64))
+    grouped = _Streams(begins=begins, sizes=sizes, of=of, fits=nothing)
+    encoding.count(memory, _sent(grouped.rows(), memory.device), every)
+    arriving = _Arriving(every)
+    yield
+    counts: Integers = arriving.wait()
+    firsts = np.cumsum(found.groups) - found.groups
+    whole = np.add.reduceat(counts, firsts, axis=0)
+    fits = tables.fit_all(np.concatenate((whole, counts)))
+    matrices = np.arange(len(firsts))
+    return (
+        _Streams(begins=batch.begins[:-1], sizes=np.diff(batch.begins), of=matrices, fits=fits[matrices]),
+        _Streams(begins=begins, sizes=sizes, of=of, fits=fits[np.arange(len(firsts), len(fits.length))]),
+    )
 
 
-def _rows(streams: Sequence[_Stream]) -> Integers:
-    """(place, symbols, stream, lanes, room in words before it) of every block, [B, 5]."""
-    rows: list[Integers] = [np.empty((0, 5), dtype=np.int64)]
-    room = 0
-    for number, stream in enumerate(streams):
-        lanes = rans.lanes(stream.size)
-        first = np.arange(0, stream.size, rans.BLOCK)
-        size = np.minimum(stream.size - first, rans.BLOCK)
-        before = room + first + 2 * lanes * np.arange(len(first))
-        same = np.full(len(first), number), np.full(len(first), lanes)
-        rows.append(np.stack((stream.begin + first, size, *same, before), axis=1))
-        room += stream.size + 2 * lanes * len(first)
-    return np.concatenate(rows).astype(np.int64)
+def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Streams]) -> tuple[_Streams, list[bytes]]:
+    """The streams of every matrix, all of it as one or its groups, whichever takes less, and the streams of levels."""
+    whole, grouped = candidates
+    alone = rest.estimates(whole.sizes, whole.fits)
+    firsts = np.cumsum(found.groups) - found.groups
+    together = np.add.reduceat(rest.estimates(grouped.sizes, grouped.fits), firsts)
+    lines = np.cumsum([sum(shape) for shape in batch.shapes])
+    levels = [b""] * len(alone)
+    taken = np.zeros(len(alone), dtype=bool)
+    # A stream of levels takes more than a byte, so that some need not be made to be refused.
+    tried = np.flatnonzero((found.groups > 1) & (alone > together + 1)).tolist()
+    usual = np.full(1, contexts.USUAL_BITS, np.uint8)
+    whole_levels = [np.concatenate((usual, found.levels[lines[n - 1] if n else 0 : lines[n]])) for n in tried]
+    for number, packed in zip(tried, in_threads(rest.pack, whole_levels), strict=True):
+        if alone[number] > len(packed) + together[number]:
+            levels[number], taken[number] = packed, True
+    both = _Streams(
+        begins=np.concatenate((whole.begins, grouped.begins)),
+        sizes=np.concatenate((whole.sizes, grouped.sizes)),
+        of=np.concatenate((whole.of, grouped.of)),
+        fits=Tables(
+            *(
+                np.concatenate((getattr(whole.fits, name), getattr(grouped.fits, name)))
+                for name in ("data", "length", "frequency", "cost")
+            )
+        ),
+    )
+    kept = np.concatenate((np.flatnonzero(~taken), len(alone) + np.flatnonzero(taken[grouped.of])))
+    return both[kept[np.argsort(both.of[kept], kind="stable")]], levels
 
 
-def _code(streams: Sequence[_Stream], memory: Tensor) -> tuple[Tensor, Integers]:
-    """Code the streams whose table pays, and choose the kind of every stream; returns all blocks' room and rows."""
-    coded = [stream for stream in streams if stream.coded]
-    rows = _rows(coded)
-    room = torch.empty(int((rows[:, 1] + 2 * rows[:, 3]).sum()), dtype=torch.uint16, device=memory.device)
-    words = torch.empty(len(rows), dtype=torch.int32, device=memory.device)
-    if coded:
-        frequency = np.array([stream.table.frequency for stream in coded if stream.table], dtype=np.uint32)
+def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor) -> Steps:
+    """Code the streams, and bring them to host memory."""
+    device = memory.device
+    sizes = np.minimum(streams.sizes, rest.PROBE)
+    places = np.cumsum(sizes) - sizes
+    probes = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
+    encoding.copy(memory, probes, _sent(np.stack((streams.begins, places, sizes), axis=1), device))
+    heads_arriving = _Arriving(probes)
+    paying = np.flatnonzero(rest.paying(streams.sizes, streams.fits))
+    coded = streams[paying]
+    rows = coded.rows()
+    room = torch.empty(int((rows[:, 1] + 2 * rows[:, 3]).sum()), dtype=torch.uint16, device=device)
+    words_B = torch.empty(len(rows), dtype=torch.int32, device=device)
+    if len(rows):
+        frequency = coded.fits.frequency.astype(np.uint32)
         code = frequency | (np.cumsum(frequency, axis=1, dtype=np.uint32) - frequency) << 16
-        encoding.encode_blocks(memory, _sent(rows, memory), _sent(code, memory), room, words)
-    sizes = [min(stream.size, rest.PROBE) for stream in streams]
-    places = list(accumulate(sizes, initial=0))
-    heads = torch.empty(places[-1], dtype=torch.uint8, device=memory.device)
-    pieces = np.array([(s.begin, place, size) for s, place, size in zip(streams, places, sizes, strict=False)])
-    encoding.copy(memory, heads, _sent(pieces, memory))
-    first, each = heads.cpu().numpy(), np.split(words.cpu().numpy().astype(np.int64), _ends(coded))
-    for stream, own in zip(coded, each, strict=False):
-        stream.words, stream.kind = own, rest.ANS
-    for stream, place, size in zip(streams, places, sizes, strict=False):
-        length = len(stream.head()) + stream.body() if stream.coded else None
-        whole = partial(_fetched, memory[stream.begin : stream.begin + stream.size])
-        stream.kind, stream.frame = rest.smallest(stream.size, length, first[place : place + size], whole)
-    return room, rows
+        encoding.encode_blocks(memory, _sent(rows, device), _sent(code, device), room, words_B)
+    words_arriving = _Arriving(words_B)
+    yield
+    heads = heads_arriving.wait()
+    first = [heads[place : place + size] for place, size in zip(places.tolist(), sizes.tolist(), strict=True)]
+    frames = np.array(rest.searched_bytes(first))  # beside the GPU
+    words = words_arriving.wait().astype(np.int64)
+    head, head_bytes = rest.heads(coded.sizes, coded.fits, words)
+    body = 4 * rows[:, 3] + 2 * words
+    length = np.full(len(streams.sizes), -1)
+    firsts = np.searchsorted(rows[:, 2], np.arange(len(paying)))
+    length[paying] = head_bytes + (np.add.reduceat(body, firsts) if len(rows) else 0)
+    kinds = np.where((length >= 0) & (length <= streams.sizes), rest.ANS, rest.RAW)
+    stored = np.where(kinds == rest.ANS, length, 1 + streams.sizes)
+    zstd: dict[int, bytes] = {}
+    for number in np.flatnonzero(frames * streams.sizes < stored * sizes).tolist():
+        begin, size = int(streams.begins[number]), int(streams.sizes[number])
+        by_table = int(length[number]) if length[number] >= 0 else None
+        kind, frame = rest.smallest(size, by_table, first[number], partial(_fetched, memory[begin : begin + size]))
+        if kind == rest.ZSTD:
+            zstd[number], kinds[number], stored[number] = bytes([rest.ZSTD]) + frame, kind, 0
+    ends = np.cumsum(stored)
+    out = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
+    starts = ends - stored
+    raw, kept = np.flatnonzero(kinds == rest.RAW), kinds[paying] == rest.ANS
+    to = np.cumsum(body) - body
+    at = starts[paying] + head_bytes
+    blocks = np.flatnonzero(kept[rows[:, 2]])
+    of = rows[blocks, 2]
+    encoding.copy(
+        memory, out, _sent(np.stack((streams.begins[raw], starts[raw] + 1, streams.sizes[raw]), axis=1), device)
+    )
+    encoding.copy(
+        room.view(torch.uint8),
+        out,
+        _sent(
+            np.stack(
+                (
+                    2 * (rows[blocks, 4] + rows[blocks, 1] - words[blocks]),
+                    at[of] + to[blocks] - to[firsts[of]],
+                    body[blocks],
+                ),
+                axis=1,
+            ),
+            device,
+        ),
+    )
+    before = np.cumsum(head_bytes) - head_bytes
+    every_head = np.concatenate((head, np.array([rest.RAW], np.uint8)))
+    pieces = np.concatenate(
+        (
+            np.stack((before[kept], starts[paying][kept], head_bytes[kept]), axis=1),
+            np.stack((np.full(len(raw), len(head)), starts[raw], np.ones(len(raw), np.int64)), axis=1),
+        )
+    )
+    encoding.copy(_sent(every_head, device), out, _sent(pieces, device))
+    out_arriving = _Arriving(out)
+    escapes = [
+        planes.explicit(code.escapes.to("cpu"), path=path) if len(code.escapes) else Escapes.none()
+        for code, path in zip(batch.codes, batch.paths, strict=True)
+    ]
+    yield
+    held: memoryview = out_arriving.wait().data
+    made: list[list[bytes | memoryview]] = [[own] for own in levels]
+    for number, place in enumerate(zip(streams.of.tolist(), starts.tolist(), ends.tolist(), strict=True)):
+        matrix, start, end = place
+        made[matrix].append(zstd.get(number) or held[start:end])
+    return [((*own, rest.pack_escapes(stored)), len(stored)) for own, stored in zip(made, escapes, strict=True)]
 
 
 def _fetched(part: Tensor) -> npt.NDArray[np.uint8]:
@@ -234,46 +354,36 @@ def _fetched(part: Tensor) -> npt.NDArray[np.uint8]:
     return found
 
 
-def _ends(streams: Sequence[_Stream]) -> list[int]:
-    """Where the blocks of streams end among those of all."""
-    return list(accumulate(stream.blocks for stream in streams))
+def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
-def _bring(streams: Sequence[_Stream], memory: Tensor) -> Iterator[bytes | memoryview]:
-    """Code streams, and bring them to host memory."""
-    room, rows = _code(streams, memory)
-    blocks = iter(rows.tolist())
-    raw: list[tuple[int, int, int]] = []
-    coded: list[tuple[int, int, int]] = []
-    heads: list[tuple[int, bytes]] = []
-    places = [0]
-    for stream in streams:
-        own = [next(blocks) for _ in range(stream.blocks)] if stream.coded else []
-        to = places[-1]
-        if stream.kind != rest.ZSTD:
-            heads.append((to, stream.head()))
-            to += len(stream.head())
-        if stream.kind == rest.RAW:
-            raw.append((stream.begin, to, stream.size))
-            to += stream.size
-        elif stream.kind == rest.ANS:
-            for (_, size, _, lanes, before), words in zip(own, stream.words.tolist(), strict=True):
-                coded.append((2 * (before + size - words), to, 4 * lanes + 2 * words))
-                to += 4 * lanes + 2 * words
-        places.append(to)
-    out = torch.empty(places[-1], dtype=torch.uint8, device=memory.device)
-    for source, pieces in ((memory, raw), (room.view(torch.uint8), coded)):
-        if pieces:
-            encoding.copy(source, out, _sent(np.array(pieces), memory))
-    brought = torch.empty(places[-1], dtype=torch.uint8, pin_memory=memory.device.type == "cuda")
-    brought.copy_(out)
-    held: memoryview = brought.numpy().data
-    for to, head in heads:
-        held[to : to + len(head)] = head
-    for stream, begin, end in zip(streams, places, places[1:], strict=False):
-        yield bytes([rest.ZSTD]) + stream.frame if stream.kind == rest.ZSTD else held[begin:end]
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream by which bytes come to host memory, beside the kernels that follow."""
+    return torch.cuda.Stream(device)
 
 
-def _sent(array: npt.NDArray[Any], memory: Tensor) -> Tensor:
-    """An array on the device of the memory."""
-    return torch.from_numpy(array).to(memory.device, non_blocking=True)
+class _Arriving:
+    """What is being copied to pinned host memory, beside the kernels that follow."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._brought = source
+        if source.device.type != "cuda":
+            return
+        self._brought = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        side = _side(source.device)
+        side.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(side):
+            self._brought.copy_(source, non_blocking=True)
+            source.record_stream(side)
+            self._event = side.record_event()
+
+    def wait(self) -> npt.NDArray[Any]:
+        """The array, once it is here."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: npt.NDArray[Any] = self._brought.numpy()
+        return found

@@ -1,7 +1,8 @@
 """What the kernels are told of stored tensors: where their bytes are, and where each block and symbol belongs.
 
 All of it is numbers in one array, `Plan.numbers`, which goes to the GPU in one piece; offsets in it are counted in
-elements of its start. Streams are copied in runs: those that follow each other in host memory, as the streams of a
+elements of its start. What is as long as rows and columns are, the places of their symbols, the GPU makes from their
+levels. Streams are copied in runs: those that follow each other in host memory, as the streams of a
 container do, are one copy.
 
 Shapes: T = tensors, B = blocks, S = streams, R = rows, P = pairs a row, L = lanes of paths.
@@ -22,7 +23,11 @@ from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import lattice_shape
 from birkhoff.codec.trajectory import Escapes
 
+_DIRECT = -1, 0, 0, 0, 0
+"""What the kernel is told of a tensor whose symbols are one group: their places need no tables."""
+
 Integers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 Stream = bytes | memoryview
 
 ALIGNED = 128
@@ -66,6 +71,10 @@ class Plan:
     blocks: slice
     descriptions: slice
     programs: slice
+    ends: slice
+    """Of the parts of `levels`."""
+    levels: Bytes
+    """Of the rows, then the columns of each tensor that has groups."""
     held: list[Stream]
     """What the runs point into."""
 
@@ -73,6 +82,8 @@ class Plan:
 def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
     """The plan of `lattice` tensors of version 2, at least one. Raises FormatError, naming the tensor."""
     numbers, runs = Numbers(), _Runs()
+    levels: list[Bytes] = []
+    ends = [0]
     tensors: list[Placed] = []
     descriptions: list[list[int]] = []
     coded_by: list[rest.Plan] = []
@@ -80,9 +91,11 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
     for number, one in enumerate(coded):
         try:
             params, shape = lattice_shape(one)
-            row, column, rule = planes.unpack_levels(one.parts, shape)
-            found = contexts.addresses(row, column, rule)
-            sizes = found.sizes.tolist()
+            found = _levels(one, shape)
+            sizes, tables = [2 * math.prod(shape)], None
+            if found is not None:
+                *tables, of_groups = contexts.address_tables(*found)
+                sizes = of_groups.tolist()
             planes.check_count(one.parts, len(sizes))
             groups, sources = runs.add_groups(one.parts, sizes)
             blocks = rest.plan(groups, sizes, sources, list(accumulate(sizes[:-1], initial=symbols)))
@@ -96,8 +109,12 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
         stride = -(-math.prod(shape) // ALIGNED) * ALIGNED
         tensors.append(Placed(coded=one, params=params, shape=shape, stored=stored, begin=coordinates, stride=stride))
         lanes = trellis.lanes_of(*shape, params.path)
-        at_row, at_column, at_base, _ = map(numbers.add, (found.row, found.column, found.base, found.width))
-        descriptions.append([*shape, lanes, params.path, symbols, coordinates, stride, at_row, at_column, at_base])
+        places: tuple[int, ...] = _DIRECT
+        if found is not None and tables is not None:
+            places = ends[-1], ends[-1] + shape[0], *map(numbers.add, tables), len(tables[1])
+            levels += found[:2]
+            ends += [ends[-1] + shape[0], ends[-1] + shape[0] + 2 * shape[1]]
+        descriptions.append([*shape, lanes, params.path, symbols, coordinates, stride, *places])
         symbols += 2 * math.prod(shape)
         coordinates += 2 * stride
     frequency = np.concatenate([blocks.frequency for blocks in coded_by])
@@ -111,9 +128,21 @@ def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
         blocks=numbers.place(np.concatenate([blocks.rows for blocks in coded_by])),
         descriptions=numbers.place(np.array(descriptions, dtype=np.int64)),
         programs=numbers.place(_programs(descriptions, lanes_a_program)),
+        ends=numbers.place(np.array(ends[1:], dtype=np.int64)),
+        levels=np.concatenate(levels) if levels else np.empty(0, np.uint8),
         numbers=numbers.all(),
         held=runs.held,
     )
+
+
+def _levels(coded: CodedTensor, shape: tuple[int, int]) -> tuple[Bytes, Bytes, contexts.Rule] | None:
+    """Levels of rows and columns, and their rule; None where there are none, and symbols lie as in the planes.
+
+    Raises FormatError.
+    """
+    if len(coded.parts) > 2 and not len(coded.parts[0]):
+        return None
+    return planes.unpack_levels(coded.parts, shape)
 
 
 class Numbers:

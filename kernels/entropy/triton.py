@@ -40,7 +40,7 @@ from birkhoff.kernels.runtime.triton_ops import INTERPRETED
 ROW = 7
 """Numbers of a block's row: see `codec.rest.Plan`; the last is its tensor's."""
 
-PLACE = 10
+PLACE = 12
 """Numbers that `_place_kernel` is told of a tensor."""
 
 LANES_A_PROGRAM = 128
@@ -147,13 +147,15 @@ def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.conste
 
 
 @triton.jit
-def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask):
-    """The symbol at a row and column of a plane, from its group."""
-    r = tl.load(row_ptr + row, mask=mask, other=0)
-    c = tl.load(column_ptr + column, mask=mask, other=0)
+def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, wide, row, column, mask, pairs, half, direct):
+    """The symbol at a row and column of a plane, from its group; the planes lie side by side where they are one."""
+    grouped = mask & (direct == 0)
+    r = tl.load(row_ptr + row, mask=grouped, other=0)
+    c = tl.load(column_ptr + column, mask=grouped, other=0)
     level = c % _LEVELS
-    at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=mask, other=0) + c // _LEVELS
-    at += r // _LEVELS * tl.load(width_ptr + level, mask=mask, other=0)
+    at = tl.load(base_ptr + r % _LEVELS * wide + level, mask=grouped, other=0) + c // _LEVELS
+    at += r // _LEVELS * tl.load(width_ptr + level, mask=grouped, other=0)
+    at = tl.where(direct == 0, at, row * (2 * pairs) + half * pairs + column)
     return tl.load(symbol_ptr + at, mask=mask, other=128).to(tl.int32) - 128
 
 
@@ -177,7 +179,8 @@ def _keep(n, place, mask, plane_ptr, count_ptr, index_ptr, value_ptr, room):
 @triton.jit
 def _place_kernel(
     symbol_ptr,  # uint8, groups of all tensors
-    plan_ptr,  # int64: what the numbers of tensors refer to
+    entry_ptr,  # int64: 64 * rank + level of rows and columns
+    plan_ptr,  # int64: what the other numbers of tensors refer to
     tensor_ptr,  # int64 [T, PLACE]
     program_ptr,  # int64 [programs, 3]: tensor, plane (0: I, 1: J), first lane
     plane_ptr,  # int8, both planes of all tensors
@@ -193,10 +196,11 @@ def _place_kernel(
     rows, pairs, lanes, path = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3)
     symbols = symbol_ptr + tl.load(tensor + 4)
     place = tl.load(tensor + 5) + half * tl.load(tensor + 6)
-    of_row = plan_ptr + tl.load(tensor + 7)
-    of_column = plan_ptr + tl.load(tensor + 8) + half * pairs
-    base = plan_ptr + tl.load(tensor + 9)
-    width = base + _LEVELS * _LEVELS
+    direct = (tl.load(tensor + 7) < 0).to(tl.int32)
+    of_row = entry_ptr + tl.load(tensor + 7)
+    of_column = entry_ptr + tl.load(tensor + 8) + half * pairs
+    base, width = plan_ptr + tl.load(tensor + 9), plan_ptr + tl.load(tensor + 10)
+    wide = tl.load(tensor + 11)
     size = rows * pairs
     down, along = lanes // pairs, lanes % pairs
     at = tl.where(lane < lanes, lane, size)
@@ -206,19 +210,19 @@ def _place_kernel(
     for _ in range(0, size, 4 * lanes):
         # Four loads before the first is used: a store between would keep the next from being asked for.
         m0 = at < size
-        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0)
+        k0 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m0, pairs, half, direct)
         at1, row, column = at + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m1 = at1 < size
-        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1)
+        k1 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m1, pairs, half, direct)
         at2, row, column = at1 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m2 = at2 < size
-        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2)
+        k2 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m2, pairs, half, direct)
         at3, row, column = at2 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m3 = at3 < size
-        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3)
+        k3 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m3, pairs, half, direct)
         n0, o0 = _step(k0, one, two, three, path)
         n1, o1 = _step(k1, o0, one, two, path)
         n2, o2 = _step(k2, o1, o0, one, path)
@@ -245,8 +249,9 @@ def decode_blocks(data: Tensor, frequency_S256: Tensor, row_B7: Tensor, out: Ten
 
 def place_symbols(
     symbols: Tensor,
+    entries: Tensor,
     plan: Tensor,
-    tensor_T10: Tensor,
+    tensor_T12: Tensor,
     program_N3: Tensor,
     planes: Tensor,
     count: Tensor,
@@ -258,8 +263,9 @@ def place_symbols(
     with LAUNCHING:
         _place_kernel[(len(program_N3),)](
             symbols,
+            entries,
             plan,
-            tensor_T10,
+            tensor_T12,
             program_N3,
             planes,
             count,

@@ -4,9 +4,10 @@ On a CPU in threads: the entropy decoder, the digests and the operations of torc
 thread keeps torch to itself (one thread inside), as they would only wait for each other. What is at work at any time is
 bounded by the size of the compressed model, or one shard where that is larger.
 
-For a GPU threads read and check, and the caller's thread decodes whatever has been read meanwhile, together: the GPU
-wants much at once, and threads that queue small operations for it would wait for the interpreter's lock at each. Host
-memory holds no more than the compressed model.
+For a GPU threads read and check, and the caller's thread decodes much at once, as the GPU wants it. It does so when the
+threads have nothing left to read, or while they wait for downloads: beside each other, all would wait for the
+interpreter's lock at each small operation, five milliseconds a time. Host memory holds no more than the compressed
+model.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ from birkhoff.pipeline.registry.documents import ShardRecord
 
 MAX_THREADS = 16
 
-TOGETHER_BYTES = 512 << 20
+TOGETHER_BYTES = 1 << 30
 """Source bytes of shards that a GPU decodes together: planes and symbols take half of that there, for that time."""
 
 T = TypeVar("T")
@@ -74,22 +75,24 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
 def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
     with ThreadPoolExecutor(_threads(), "read") as pool:
         running: dict[Future[list[CodedTensor]], ShardRecord] = {}
+        read: list[tuple[ShardRecord, list[CodedTensor]]] = []
 
-        def taken(*, wait_for_one: bool) -> Iterator[tuple[ShardRecord, T]]:
-            read = list(_ended(running, wait_for_one=wait_for_one))
+        def taken() -> Iterator[tuple[ShardRecord, T]]:
             while read:
                 shards, coded = zip(*read[: _most_together(read)], strict=True)
-                read = read[len(shards) :]
+                del read[: len(shards)]
                 yield from zip(shards, _take(artifact, take, shards, coded), strict=True)
 
         try:
             starting = pool.submit(warm_up, device)
             for shard in artifact.arriving():
                 running[pool.submit(artifact.coded_of, shard)] = shard
-                if starting.done():
-                    yield from taken(wait_for_one=False)
+                read += _ended(running, wait_for_one=False)
+                if starting.done() and sum(shard.source_bytes for shard, _ in read) >= TOGETHER_BYTES:
+                    yield from taken()
             while running:
-                yield from taken(wait_for_one=True)
+                read += _ended(running)
+            yield from taken()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -11,7 +11,7 @@ from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.entropy.op import decode, decode_tensors
-from birkhoff.pipeline.artifact.readers import inspect_shard, open_artifact
+from birkhoff.pipeline.artifact.readers import heads, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.decode import decode_shards
@@ -121,7 +121,7 @@ def load_into(
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
         maker = LayerMaker(memory, compute)
-        names = (row.name for shard in artifact.manifest.shards for row in inspect_shard(artifact, shard))
+        names = (entry.name for head in heads(artifact) for entry in head.entries)
         loading = _Loading(model, names, device, dtype, maker)
         for _ in decode_shards(artifact, loading.stage, loading.device):
             pass

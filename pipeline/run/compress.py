@@ -6,7 +6,8 @@ Reads as the table of contents of the pipeline; each step has its module.
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,42 +95,71 @@ def compress(
         for entry in manifest.models
     ]
     begun(runs)
-    _prepare_all(job, runs, mirror)
-    check_rules(manifest, [run.planned for run in runs])
-    for run in runs:
-        if run.status is None and (base := _awaited(job, run, runs)) is not None and base.status is not None:
-            _take_base(job, run, base)
-    waiting = {run.name: run for run in runs if run.status is None}
-    if waiting:
-        # Open from before the first look for a shard until its version is published: nothing is collected meanwhile.
-        with open_run(store), start_executor() as executor:
-            _run(job, waiting, executor)
+    with ExitStack() as lease, ExitStack() as stack:
+        early = _prepare_all(job, runs, mirror, lambda: stack.enter_context(start_executor()))
+        check_rules(manifest, [run.planned for run in runs])
+        for run in runs:
+            if run.status is None and (base := _awaited(job, run, runs)) is not None and base.status is not None:
+                _take_base(job, run, base)
+        waiting = {run.name: run for run in runs if run.status is None}
+        if waiting:
+            # Open from before the first look for a shard until its version is published: nothing is collected then.
+            lease.enter_context(open_run(store))
+            _run(job, waiting, early or stack.enter_context(start_executor()))
     return runs
 
 
-def _prepare_all(job: _Job, runs: Sequence[ModelRun], mirror: Path | None) -> None:
-    """Plan all models beside each other: digests are nearly all of it, and leave the interpreter's lock."""
+def _prepare_all(
+    job: _Job, runs: Sequence[ModelRun], mirror: Path | None, start: Callable[[], Executor]
+) -> Executor | None:
+    """Plan all models beside each other: digests are nearly all of it, and leave the interpreter's lock.
+
+    A model of which the store has no version needs the executor in any case, which is then started beside the digests
+    and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
+    """
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        plans = [
-            partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
-            for entry in job.manifest.models
-        ]
-        prepared = [pool.submit(_prepare, job, run, plan) for run, plan in zip(runs, plans, strict=True)]
-        for run, future in zip(runs, prepared, strict=True):
-            future.result()
+        planning = {
+            pool.submit(
+                _plan, job, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
+            ): run
+            for run, entry in zip(runs, job.manifest.models, strict=True)
+        }
+        prepared: dict[str, Future[None]] = {}
+        new = False
+        for future in as_completed(planning):
+            new |= future.result()
+            prepared[planning[future].name] = pool.submit(_prepare, job, planning[future])
+        early = start() if new else None
+        for run in runs:
+            prepared[run.name].result()
             run.seconds = job.seconds()
             shards = len(run.planned.plan.shards) if run.planned else 0
             job.progress.planned(run.name, run.source_bytes, run.status, shards=shards)
+    return early
 
 
-def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
-    """Plan one model and find out whether its latest version is what would be made."""
-    store = job.store
+def _plan(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> bool:
+    """Plan one model; return whether it can be made and the store has no version of it."""
     try:
         run.planned = plan()
         run.subject = subject_of(run.planned)
         run.felt_as = _felt_as(run.planned)
         run.source_state = checkpoint_state(run.planned.checkpoint)
+        return latest_version(job.store, run.name) is None
+    except BirkhoffError as error:
+        if isinstance(error, StoreError):
+            raise
+        run.fail(error)
+        return False
+
+
+def _prepare(job: _Job, run: ModelRun) -> None:
+    """Find out whether the latest version of a planned model is what would be made."""
+    if run.status is not None:
+        return
+    store = job.store
+    assert run.planned is not None  # else it has failed
+    try:
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         run.before = latest_version(store, run.name)
         if waits_for(job.manifest, run.planned) is None:

@@ -185,3 +185,25 @@ def test_native_paths_are_those_of_the_reference(rows: int, columns: int, seed: 
         without = planes.unpack(streams, shape, stored, path=path)
     for i, j, escapes in (without, planes.unpack(streams, shape, stored, path=path)):
         assert LatticeTensor(i=i, j=j, escapes=escapes, step=code.step, columns=code.columns).equals(code)
+
+
+SHAPES = [(13, 40), (300, 128), (1, 2), (64, 65)]
+
+
+@pytest.mark.parametrize("least", [8, 12])
+def test_groupings_of_several_planes_are_those_of_each(least: int) -> None:
+    draw = np.random.default_rng(least)
+    absolute = np.concatenate([draw.integers(2, 70, sum(shape)) for shape in SHAPES]).astype(np.uint8)
+    rule = contexts.rule_2(least)
+    for found, wanted in zip(
+        contexts.groupings(SHAPES, absolute, rule), contexts.reference_groupings(SHAPES, absolute, rule), strict=True
+    ):
+        assert np.array_equal(found, wanted)
+        assert found.dtype == wanted.dtype
+
+
+def test_bounds_of_levels_tell_the_levels_of_mean_squares() -> None:
+    draw = np.random.default_rng(0)
+    mean_square = np.concatenate(([0.0, 16384.0], contexts.level_bounds(), 16384 * draw.random(4000) ** 9))
+    found = np.searchsorted(contexts.level_bounds(), mean_square, side="right")
+    assert np.array_equal(found - found.min(), contexts.levels(mean_square))

@@ -245,6 +245,16 @@ def test_packing_makes_the_references_bytes(device: str) -> None:
 
 
 @pytest.mark.usefixtures("small_groups")
+def test_batches_side_by_side_make_the_same_bytes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from birkhoff.kernels.entropy import pack
+
+    monkeypatch.setattr(pack, "TOGETHER", 1)
+    monkeypatch.setattr(pack, "SIDE_BY_SIDE", 2)
+    weight = two_scales(20, 62)
+    check_packed([(quantise(weight * scale, 1.0), 0) for scale in (1.0, 0.01, 0.3)], device)
+
+
+@pytest.mark.usefixtures("small_groups")
 def test_packing_chooses_raw_and_repeating_streams_as_the_reference_does(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     i, j = (torch.randint(-128, 128, (4, 24), dtype=torch.int8, generator=generator) for _ in range(2))

@@ -75,3 +75,20 @@ def test_logarithms_are_whole_numbers_below_the_true_ones() -> None:
 def test_histograms_count(data: bytes) -> None:
     found = tables.histogram(np.frombuffer(data, np.uint8))
     assert found.tolist() == [data.count(value) for value in range(256)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_tables_of_many_streams_are_those_of_each(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(tables, "native", lambda: None)
+    draw = np.random.default_rng(3)
+    counts = draw.integers(0, 40, (13, 256)) * (draw.random((13, 256)) < 0.2)
+    counts[3], counts[5, :] = 0, np.eye(256, dtype=np.int64)[9]
+    found = tables.fit_all(counts)
+    for number, own in enumerate(counts):
+        wanted = tables.fit(own)
+        assert bool(found.length[number]) == (wanted is not None)
+        if wanted is not None:
+            assert found.data[number, : found.length[number]].tobytes() == wanted.data
+            assert np.array_equal(found.frequency[number], wanted.frequency)
+            assert found.cost[number] == wanted.bits * 65536

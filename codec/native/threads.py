@@ -1,0 +1,29 @@
+"""A few threads for work that leaves the interpreter's lock: native functions, zstd."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import chain
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST_THREADS = 8
+_FEW = 8
+"""Items that are not worth it."""
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`work` of each item, in order; some threads share many of them."""
+    if len(items) <= _FEW:
+        return list(map(work, items))
+    share = -(-len(items) // (2 * _MOST_THREADS))
+    parts = [items[first : first + share] for first in range(0, len(items), share)]
+    return list(chain.from_iterable(_pool(os.getpid()).map(lambda part: list(map(work, part)), parts)))
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a process that was forked has no threads of its parent's
+    return ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "codec")

@@ -1,0 +1,107 @@
+"""The executor starts beside the digests if a model is new, and not at all if nothing is to be made."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
+from birkhoff.pipeline.run import compress as module
+from birkhoff.pipeline.run.model_run import ModelRun
+from birkhoff.pipeline.run.outcome import Outcome
+from birkhoff.pipeline.run.progress import Progress
+from birkhoff.pipeline.run.queue import TaskQueue
+from birkhoff.pipeline.run.worker import InlineExecutor
+from birkhoff.pipeline.store.base import Store
+
+
+class Noting(InlineExecutor):
+    """Says in `events` when it starts and ends, and who holds a lease when it ends."""
+
+    def __init__(self, store: Store, events: list[str], started: threading.Event) -> None:
+        super().__init__(store.address)
+        self._opened, self._events = store, events
+        events.append("start")
+        started.set()
+
+    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        self._events.append("run")
+        yield from super().run(queue)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        leases = [found.key for found in self._opened.list("runs/open/")]
+        self._events.append("end, leased" if leases else "end")
+        super().__exit__(kind, error, at)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    for name in "ab":
+        save_file({"w": torch.randn(64, 64)}, tmp_path / f"{name}.safetensors")
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "proof: false\nallocation: uniform\nmodels:\n"
+        "  - {name: a, source: a.safetensors}\n  - {name: b, source: b.safetensors}\n"
+    )
+    return load_manifest(path)
+
+
+def run(manifest: Manifest, store: Store, events: list[str], started: threading.Event) -> list[ModelRun]:
+    with Progress(Console(quiet=True), models=2) as progress:
+        return module.compress(manifest, store, lambda: Noting(store, events, started), progress)
+
+
+def test_the_executor_starts_while_digests_are_taken(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, events, started = module.checkpoint_digest, list[str](), threading.Event()
+
+    def waiting(checkpoint: Checkpoint) -> str:
+        assert started.wait(60)
+        return digest(checkpoint)
+
+    monkeypatch.setattr(module, "checkpoint_digest", waiting)
+    assert [one.status for one in run(manifest, directory_store, events, started)] == ["published", "published"]
+    assert events == ["start", "run", "end, leased"]
+
+
+def test_nothing_starts_where_all_is_up_to_date(manifest: Manifest, directory_store: Store) -> None:
+    run(manifest, directory_store, [], threading.Event())
+    events: list[str] = []
+    assert {one.status for one in run(manifest, directory_store, events, threading.Event())} == {"up to date"}
+    assert events == []
+
+
+def test_a_model_of_which_there_is_a_version_is_looked_at_first(
+    manifest: Manifest, directory_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(manifest, directory_store, [], threading.Event())
+    save_file({"w": torch.randn(64, 64)}, tmp_path / "b.safetensors")
+    digest, events, started = module.checkpoint_digest, list[str](), threading.Event()
+
+    def seen(checkpoint: Checkpoint) -> str:
+        assert not started.is_set()
+        return digest(checkpoint)
+
+    monkeypatch.setattr(module, "checkpoint_digest", seen)
+    assert [one.status for one in run(manifest, directory_store, events, started)] == ["up to date", "published"]
+    assert events == ["start", "run", "end, leased"]
+
+
+def test_an_executor_that_was_started_for_nothing_ends(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(checkpoint: Checkpoint) -> str:
+        raise SourceError(f"{checkpoint.path}: cannot be read")
+
+    monkeypatch.setattr(module, "checkpoint_digest", broken)
+    events: list[str] = []
+    assert {one.status for one in run(manifest, directory_store, events, threading.Event())} == {"failed"}
+    assert events == ["start", "end"]
