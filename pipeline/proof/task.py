@@ -30,6 +30,8 @@ class Subject:
     """The user's own folder of pictures."""
     required: bool = False
     """Whether a proof that cannot be made is an error."""
+    int8: bool = False
+    """Whether the version is measured on int8 tensor cores too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
