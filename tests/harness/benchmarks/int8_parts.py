@@ -1,7 +1,8 @@
 """The parts of the kernel benchmark about HyperLinear on int8 tensor cores; see `bench_kernels`.
 
 Times of int8 include the quantisation of the tokens. Neighbours in the same run: `torch._scaled_mm` with row-wise
-scales on fp8 and `torch._int_mm`, both the product alone, on tokens that are quantised already.
+scales on fp8 and `torch._int_mm`, both the product alone, on tokens that are quantised already; and the layers of
+other packages that are installed, which quantise theirs (`int8_neighbours`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +26,15 @@ from birkhoff.kernels.int8.plan import LEAST_ROWS
 from birkhoff.kernels.linear.plan import Plan
 from birkhoff.kernels.runtime.timing import Times, compare
 from birkhoff.kernels.tune import problem_of, tune
+from birkhoff.pipeline.proof.int8 import LEAST_DB
+from tests.harness.benchmarks import int8_neighbours
 
 Result = dict[str, Any]
 Shapes = Mapping[str, Sequence[tuple[int, int]]]
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192)
+AMONG_NEIGHBOURS = (4096,)
+"""Tokens at which other packages take part: they compile and tune for each."""
 TUNED = (1, 16, 64, 256, 1024, 2048, 4096, 8192)
 _E4M3_MOST = 448.0
 
@@ -115,9 +120,39 @@ def bench_chain(shapes: Sequence[tuple[int, int]]) -> Result:
             q = {columns: reference.quantise_tokens(x, layers[0].extra)[0] for columns, x in xs.items()}
             products = [partial(torch._int_mm, q[layer.in_features], layer.plane.T) for layer in layers]
             calls["int_mm"] = [partial(_all, products)]
+        failed: Result = {}
+        if tokens in AMONG_NEIGHBOURS:
+            others, failed = _neighbours(twins, len(shapes), xs)
+            calls |= others
         times = compare(calls, rounds=15)
         found[str(tokens)] = {name: asdict(value) | {"ratio": _ratio(times, name)} for name, value in times.items()}
+        found[str(tokens)] |= failed
     return found
+
+
+def _neighbours(
+    twins: Sequence[nn.Linear], shapes: int, xs: Mapping[int, Tensor]
+) -> tuple[dict[str, list[Callable[[], object]]], Result]:
+    """The chain by each package that is installed and computes the right thing; of the others, the reason."""
+    calls: dict[str, list[Callable[[], object]]] = {}
+    failed: Result = {}
+    for name, make in int8_neighbours.present().items():
+        try:
+            made = [make(linear) for linear in twins]
+            for linear, form in zip(twins[:shapes], made[:shapes], strict=True):
+                x = xs[linear.in_features]
+                expected = linear(x).double()
+                error = float((form(x).double() - expected).norm() / expected.norm())
+                if not error <= int8_neighbours.LIMIT:
+                    raise ArithmeticError(f"off by {error:.2g} on {tuple(linear.weight.shape)}")
+            calls[name] = [
+                partial(_all, [partial(form, xs[linear.in_features]) for linear, form in zip(twins, made, strict=True)])
+            ]
+        except Exception as error:  # whatever another package raises: it is reported, and ours is measured
+            failed[name] = {
+                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            }
+    return calls, failed
 
 
 def _all(calls: Sequence[Callable[[], object]]) -> list[object]:
@@ -197,14 +232,21 @@ def bench_fidelity() -> Result:
             "int8": in_int8(x),
             "bfloat16": in_float(x.bfloat16()),
             "int8 in bfloat16": in_int8(x.bfloat16()),
+            "by its proof": _by_proof(in_float(x), in_int8(x)),
             "J/256 dropped, in float": x @ (plane * code.step).T,
             "fp8 both, row-wise": _as_fp8(x) @ _as_fp8(in_float.dense_weight(torch.float32)).T,
         }
         found[name] = {label: fidelity(exact, y.double()).sqnr_db for label, y in computed.items()}
-        lost = found[name]["float"] - found[name]["int8"]
-        if name == "normal" and not lost < 1:
-            raise WrongResultError(f"kernels: int8 costs {lost:.2f} dB on normal activations")
+        for label, wanted in (("int8", name == "normal"), ("by its proof", True)):
+            lost = found[name]["float"] - found[name][label]
+            if wanted and not lost < 1:
+                raise WrongResultError(f"kernels: {label} costs {lost:.2f} dB on {name} activations")
     return found
+
+
+def _by_proof(exact: Tensor, rounded: Tensor) -> Tensor:
+    """The output of a layer whose inputs the proof saw: as `compute="proven"` chooses."""
+    return rounded if fidelity(exact.double(), rounded.double()).sqnr_db >= LEAST_DB else exact
 
 
 def _as_fp8(x: Tensor) -> Tensor:

@@ -249,6 +249,9 @@ def int8_acceptance(parts: Result) -> list[list[str]]:
     if fidelity := parts.get("int8_fidelity"):
         lost = fidelity["normal"]["float"] - fidelity["normal"]["int8"]
         lines.append(_most("dB that rounding normal activations costs, weights at 30 dB", 1.0, lost))
+        proven = [found["float"] - found["by its proof"] for found in fidelity.values() if "by its proof" in found]
+        if proven:
+            lines.append(_most("the same of any activations, layers chosen by their proof; greatest", 1.0, max(proven)))
     for profile, found in parts.get("int8_masks", {}).items():
         lost = found["float"]["mean"] - found["int8"]["mean"]
         lines.append(_most(f"LiteMedSAM, {profile}: agreement lost", 0.01, lost))
@@ -258,13 +261,15 @@ def int8_acceptance(parts: Result) -> list[list[str]]:
 def _int8(parts: Result) -> str:
     text = (
         "Tokens are quantised within the times; fp8 (`torch._scaled_mm`, row-wise) and `torch._int_mm` are the product"
-        " alone, on tokens that are quantised already, in the same run."
+        " alone, on tokens that are quantised already, in the same run. Other packages quantise within their times."
     )
     names = {"cublas": "cuBLAS bfloat16", "float": "HyperLinear", "int8": "int8", "fp8": "fp8", "int_mm": "_int_mm"}
+    others = {name for found in parts["int8_chain"].values() for name in found} - names.keys()
+    names |= {name: name for name in sorted(others)}
     rows = []
     for tokens, found in parts["int8_chain"].items():
         cells = (found.get(name) for name in names)
-        rows.append([tokens, *(f"{c['median'] / 1e3:.3f} ({c['ratio']:.2f})" if c else "" for c in cells)])
+        rows.append([tokens, *(_chain_cell(cell) for cell in cells)])
     sections = [
         f"## On int8 tensor cores\n\n{text}",
         table(["figure", "target", "measured", "met"], int8_acceptance(parts)),
@@ -291,6 +296,12 @@ def _int8(parts: Result) -> str:
             ),
         ]
     return "\n\n".join(sections)
+
+
+def _chain_cell(cell: Result | None) -> str:
+    if cell is None:
+        return ""
+    return cell["failed"] if "failed" in cell else f"{cell['median'] / 1e3:.3f} ({cell['ratio']:.2f})"
 
 
 def _int8_layers(parts: Result) -> str:
