@@ -25,19 +25,14 @@ LIMIT = 0.06
 
 
 def present() -> dict[str, Make]:
-    """The neighbours whose packages are installed, by their label."""
+    """The neighbours whose packages are installed, by name and version."""
     found: dict[str, Make] = {}
     if _imports("gemlite"):
-        found["gemlite int8"] = _gemlite
+        found[f"gemlite {installed('gemlite')} int8"] = _gemlite
     if _imports("torchao"):
-        found["torchao int8"] = _torchao("Int8DynamicActivationInt8WeightConfig")
-        found["torchao fp8"] = _torchao("Float8DynamicActivationFloat8WeightConfig")
+        found[f"torchao {installed('torchao')} fp8"] = _torchao("Float8DynamicActivationFloat8WeightConfig")
+        found[f"torchao {installed('torchao')} int8"] = _torchao("Int8DynamicActivationInt8WeightConfig")
     return found
-
-
-def versions() -> dict[str, str | None]:
-    """The installed versions."""
-    return {name: installed(name) for name in ("gemlite", "torchao")}
 
 
 def _imports(package: str) -> bool:

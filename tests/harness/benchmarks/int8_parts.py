@@ -1,10 +1,11 @@
 """The parts of the kernel benchmark about HyperLinear on int8 tensor cores; see `bench_kernels`.
 
 Times of int8 include the quantisation of the tokens. Neighbours in the same run: `torch._scaled_mm` with row-wise
-scales on fp8 and `torch._int_mm`, both the product alone, on tokens that are quantised already; and the layers of
-other packages that are installed, which quantise theirs (`int8_neighbours`).
+scales on fp8 and `torch._int_mm`, both the product alone, on tokens that are quantised already. Layers of other
+packages, which quantise theirs, have a part of their own (`int8_neighbours`).
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,8 +34,8 @@ Result = dict[str, Any]
 Shapes = Mapping[str, Sequence[tuple[int, int]]]
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192)
-AMONG_NEIGHBOURS = (4096,)
-"""Tokens at which other packages take part: they compile and tune for each."""
+NEIGHBOURS_AT = 4096
+"""Tokens at which other packages are measured: they compile and tune for each number."""
 TUNED = (1, 16, 64, 256, 1024, 2048, 4096, 8192)
 _E4M3_MOST = 448.0
 
@@ -120,39 +121,45 @@ def bench_chain(shapes: Sequence[tuple[int, int]]) -> Result:
             q = {columns: reference.quantise_tokens(x, layers[0].extra)[0] for columns, x in xs.items()}
             products = [partial(torch._int_mm, q[layer.in_features], layer.plane.T) for layer in layers]
             calls["int_mm"] = [partial(_all, products)]
-        failed: Result = {}
-        if tokens in AMONG_NEIGHBOURS:
-            others, failed = _neighbours(twins, len(shapes), xs)
-            calls |= others
         times = compare(calls, rounds=15)
         found[str(tokens)] = {name: asdict(value) | {"ratio": _ratio(times, name)} for name, value in times.items()}
-        found[str(tokens)] |= failed
     return found
 
 
-def _neighbours(
-    twins: Sequence[nn.Linear], shapes: int, xs: Mapping[int, Tensor]
-) -> tuple[dict[str, list[Callable[[], object]]], Result]:
-    """The chain by each package that is installed and computes the right thing; of the others, the reason."""
-    calls: dict[str, list[Callable[[], object]]] = {}
-    failed: Result = {}
-    for name, make in int8_neighbours.present().items():
-        try:
-            made = [make(linear) for linear in twins]
-            for linear, form in zip(twins[:shapes], made[:shapes], strict=True):
-                x = xs[linear.in_features]
-                expected = linear(x).double()
-                error = float((form(x).double() - expected).norm() / expected.norm())
-                if not error <= int8_neighbours.LIMIT:
-                    raise ArithmeticError(f"off by {error:.2g} on {tuple(linear.weight.shape)}")
-            calls[name] = [
-                partial(_all, [partial(form, xs[linear.in_features]) for linear, form in zip(twins, made, strict=True)])
-            ]
-        except Exception as error:  # whatever another package raises: it is reported, and ours is measured
-            failed[name] = {
-                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            }
-    return calls, failed
+def bench_neighbours(shapes: Sequence[tuple[int, int]], seconds: float = 60) -> Result:
+    """Each of SAM-H's linears by the packages that are installed, beside cuBLAS and ours.
+
+    They tune and compile for every shape: after `seconds` no further shape is begun.
+    """
+    found: Result = {}
+    makers, until = int8_neighbours.present(), time.monotonic() + seconds
+    for name, make in makers.items():
+        for rows, columns in shapes:
+            if time.monotonic() > until:
+                return found
+            key = f"{rows}x{columns} {NEIGHBOURS_AT}"
+            found[key] = found.get(key, {}) | _bench_neighbour(name, make, rows, columns)
+            if "failed" in found[key].get(name, {}):
+                break  # a graph that could not be captured leaves torch in disorder
+    return found
+
+
+def _bench_neighbour(name: str, make: int8_neighbours.Make, rows: int, columns: int) -> Result:
+    try:
+        layers = [random_layer(rows, columns) for _ in range(8)]
+        twins = [twin(layer) for layer in layers]
+        x = torch.randn(NEIGHBOURS_AT, columns, device="cuda", dtype=torch.bfloat16)
+        checked(layers[0], x)
+        made = [make(linear) for linear in twins]
+        expected = twins[0](x).double()
+        error = float((made[0](x).double() - expected).norm() / expected.norm())
+        if not error <= int8_neighbours.LIMIT:
+            return {name: {"failed": f"off by {error:.2g}"}}
+        calls = {"cublas": twins, "int8": layers, name: made}
+        times = compare({key: [partial(form, x) for form in forms] for key, forms in calls.items()}, rounds=9)
+    except Exception as error:  # whatever another package raises: it is reported
+        return {name: {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}}
+    return {key: asdict(value) | {"ratio": _ratio(times, key)} for key, value in times.items()}
 
 
 def _all(calls: Sequence[Callable[[], object]]) -> list[object]:

@@ -261,21 +261,21 @@ def int8_acceptance(parts: Result) -> list[list[str]]:
 def _int8(parts: Result) -> str:
     text = (
         "Tokens are quantised within the times; fp8 (`torch._scaled_mm`, row-wise) and `torch._int_mm` are the product"
-        " alone, on tokens that are quantised already, in the same run. Other packages quantise within their times."
+        " alone, on tokens that are quantised already, in the same run."
     )
     names = {"cublas": "cuBLAS bfloat16", "float": "HyperLinear", "int8": "int8", "fp8": "fp8", "int_mm": "_int_mm"}
-    others = {name for found in parts["int8_chain"].values() for name in found} - names.keys()
-    names |= {name: name for name in sorted(others)}
     rows = []
     for tokens, found in parts["int8_chain"].items():
         cells = (found.get(name) for name in names)
-        rows.append([tokens, *(_chain_cell(cell) for cell in cells)])
+        rows.append([tokens, *(f"{c['median'] / 1e3:.3f} ({c['ratio']:.2f})" if c else "" for c in cells)])
     sections = [
         f"## On int8 tensor cores\n\n{text}",
         table(["figure", "target", "measured", "met"], int8_acceptance(parts)),
         "All 128 linears of SAM-H in one graph, ms (of cuBLAS):",
         table(["tokens", *names.values()], rows),
     ]
+    if neighbours := parts.get("int8_neighbours"):
+        sections += _neighbours(neighbours)
     if fidelity := parts.get("int8_fidelity"):
         labels = list(next(iter(fidelity.values())))
         cells = [[name, *(f"{found[label]:.2f}" for label in labels)] for name, found in fidelity.items()]
@@ -298,10 +298,18 @@ def _int8(parts: Result) -> str:
     return "\n\n".join(sections)
 
 
-def _chain_cell(cell: Result | None) -> str:
-    if cell is None:
-        return ""
-    return cell["failed"] if "failed" in cell else f"{cell['median'] / 1e3:.3f} ({cell['ratio']:.2f})"
+def _neighbours(found: Result) -> list[str]:
+    names = list(dict.fromkeys(name for each in found.values() for name in each if name != "cublas"))
+    rows = []
+    for shape, each in found.items():
+        cells = [each.get(name, {}) for name in ("cublas", *names)]
+        rows.append([shape, *(cell.get("failed") or _us(cell) for cell in cells)])
+    text = "Layers of SAM-H by other packages, tokens quantised within the times, us (of cuBLAS):"
+    return [text, table(["layer, tokens", "cuBLAS bfloat16", *names], rows)]
+
+
+def _us(cell: Result) -> str:
+    return f"{cell['median']:.1f} ({cell['ratio']:.2f})" if cell else ""
 
 
 def _int8_layers(parts: Result) -> str:
