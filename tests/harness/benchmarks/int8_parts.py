@@ -34,6 +34,8 @@ Result = dict[str, Any]
 Shapes = Mapping[str, Sequence[tuple[int, int]]]
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192)
+LAYER_TOKENS = (256, 4096, 8192)
+"""Of the chain, and of single layers."""
 NEIGHBOURS_AT = 4096
 """Tokens at which other packages are measured: they compile and tune for each number."""
 TUNED = (1, 16, 64, 256, 1024, 2048, 4096, 8192)
@@ -191,7 +193,7 @@ def bench_layers(shapes: Shapes) -> Result:
     found: Result = {}
     for model, each in shapes.items():
         for rows, columns in each:
-            for tokens in TOKENS:
+            for tokens in LAYER_TOKENS:
                 found[f"{model} {rows}x{columns} {tokens}"] = _bench_layer(rows, columns, tokens)
     return found
 
