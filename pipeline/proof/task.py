@@ -69,8 +69,8 @@ class ProofTask:
 
     @property
     def patience(self) -> int:
-        """How many times longer than a shard it may take."""
-        return 1
+        """How many times longer than a shard it may take: on int8 the model runs once or twice more, metered."""
+        return 4 if self.subject.int8 else 1
 
     @property
     def memory_remedy(self) -> str:
