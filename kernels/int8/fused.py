@@ -12,7 +12,7 @@ Shapes: M = tokens, N = out features, K = in features, P = pairs a row, X = furt
 import triton
 import triton.language as tl
 
-from birkhoff.kernels.int8.triton import activations, greatest_of, repeated, scale_and_inverse, to_int8
+from birkhoff.kernels.int8.triton import FEW, activations, greatest_of, repeated, scale_and_inverse, to_int8
 from birkhoff.kernels.runtime.device import pdl
 from birkhoff.kernels.runtime.prepared import Form, Prepared
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED, after_the_last, let_next_come, rounded
@@ -113,4 +113,5 @@ def prepare(
         },
         {"launch_pdl": overlap, "num_warps": warps},
         device=form.device,
+        shared=form.tokens <= FEW,
     )

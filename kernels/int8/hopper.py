@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from birkhoff.kernels.int8.triton import Product
+from birkhoff.kernels.int8.triton import FEW, Product
 from birkhoff.kernels.linear.hopper import Schedule, _item
 from birkhoff.kernels.runtime.device import pdl, processors
 from birkhoff.kernels.runtime.prepared import Form, Prepared
@@ -361,6 +361,7 @@ def prepare(
         },
         {"num_warps": 4, "maxnreg": average, "launch_pdl": overlap},
         device=form.device,
+        shared=form.tokens <= FEW,
         tiles=tiles_of(block_m, block_n, shape, form.dtype),
     )
     if not plan.cut:
@@ -373,6 +374,7 @@ def prepare(
         {"BIAS": form.bias is not None, "BM": block_m, "BN": block_n, "ROWS": rows},
         {"num_warps": 4, "launch_pdl": overlap},
         device=form.device,
+        shared=form.tokens <= FEW,
     )
     return partial(_run_cut, multiply, add, (plan.cut * plan.splits, block_m, block_n))
 

@@ -39,6 +39,9 @@ _FUSED = [
 ]
 """Arguments of `int8_fused` worth trying, where a row of W is short or there are few of them."""
 
+_HALF_ONLY = (128, 256)
+"""Of these, the tile that takes 232 KB of shared memory where tokens are float32: more than Hopper has."""
+
 
 _HOPPER = [(64, 64, True), (64, 128, True), (64, 128, False), (128, 64, True), (128, 64, False), (64, 256, True)]
 _HOPPER += [(64, 256, False), (128, 128, True), (128, 128, False), (256, 128, False), (128, 256, False)]
@@ -51,7 +54,11 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
     found = [int8_tiles(*shape) for shape in _TILES if shape[0] < 2 * max(tokens, 16) and tokens <= 64 * shape[0]]
     if problem.columns <= 576 or problem.rows <= 320:
         blocks = [shape for shape in _FUSED if shape[0] < 2 * max(tokens, 16) and tokens <= 256 * shape[0]]
-        found += [int8_fused(*shape) for shape in blocks if shape[1] < 2 * max(problem.rows, 32)]
+        found += [
+            int8_fused(*shape)
+            for shape in blocks
+            if shape[1] < 2 * max(problem.rows, 32) and (problem.half or shape[:2] != _HALF_ONLY)
+        ]
     if runs_on_hopper(problem, kernels):
         shapes = [
             shape for shape in _HOPPER if shape[0] < 2 * tokens and tokens * problem.rows < shape[0] * shape[1] << 13

@@ -36,6 +36,9 @@ from birkhoff.kernels.runtime.triton_ops import INTERPRETED, after_the_last, let
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """(q [M, W], plane [N, W], y [M, N], scale [M], step [], bias [N], or anything where there is none), writing y."""
 
+FEW = 1024
+"""Tokens up to which a layer is little more than its two launches, so that kernels are to overlap (`carveout`)."""
+
 _MOST_PAIRS = 8192
 """Pairs of a row that a program holds in registers; longer rows are read twice."""
 
@@ -176,7 +179,7 @@ def prepare_quantise(form: Form, extras: int) -> Prepared:
     """The launch for (x [M, K], q int8 [M, W], scale float32 [M], extra int32 [X])."""
     pairs = pairs_per_row(form.columns)
     block_p = min(_MOST_PAIRS, max(32, power_of_two(pairs)))
-    if form.tokens >= 1024:  # many loads of a thread in flight
+    if form.tokens >= FEW:  # many loads of a thread in flight
         rows = max(1, 2048 // block_p)
         warps = max(2, rows * block_p // 2048)
     else:  # few loads each, to be done sooner
@@ -197,6 +200,7 @@ def prepare_quantise(form: Form, extras: int) -> Prepared:
         },
         {"launch_pdl": overlap, "num_warps": warps},
         device=form.device,
+        shared=form.tokens < FEW,  # what more have under way is held in L1
     )
 
 
@@ -265,4 +269,5 @@ def prepare(form: Form, width: int, *, block_m: int, block_n: int, block_k: int,
         },
         {"launch_pdl": overlap, "num_warps": warps},
         device=form.device,
+        shared=form.tokens <= FEW,
     )

@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from birkhoff.kernels.runtime.carveout import prefer_shared
+
 _MOST_MAPS = 4096
 """Addresses of which a launch keeps the encoded descriptors."""
 
@@ -61,6 +63,7 @@ class Prepared:
         *,
         device: torch.device,
         tiles: "tuple[tuple[list[int], Any], ...]" = (),
+        shared: bool = False,
     ) -> None:
         """Nothing is compiled yet.
 
@@ -72,6 +75,7 @@ class Prepared:
             options: launch options, `num_warps` and such.
             device: of the tensors.
             tiles: (block shape, shared-memory layout) of those first tensors that the kernel takes as descriptors.
+            shared: whether multiprocessors are to have as much shared memory as they can while it runs (`carveout`).
         """
         self._kernel = kernel
         self._grid = grid
@@ -80,6 +84,7 @@ class Prepared:
         self._options = options
         self._index = device.index
         self._tiles = tiles
+        self._shared = shared
         self._known: _Known | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -121,6 +126,8 @@ class Prepared:
         described = [_describe(tensor, *tile) for tensor, tile in zip(tensors, self._tiles, strict=False)]
         arguments = (*described, *tensors[len(described) :], *self._numbers)
         compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
+        if compiled is not None and self._shared:
+            prefer_shared(compiled.function)
         if compiled is None or any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors):
             return  # interpreted, or compiled for less than what the others have
         constants = (self._constants[name] for name in self._kernel.arg_names[len(arguments) :])

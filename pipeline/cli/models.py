@@ -44,9 +44,10 @@ AdapterOption = Annotated[
     typer.Option(metavar="A", help="Member of the family (med_sam, sam, ...), instead of the artifact's."),
 ]
 ComputeOption = Annotated[
-    Literal["float", "int8"],
+    Literal["float", "int8", "proven"],
     typer.Option(
-        help="What the compressed model's linear layers compute on; int8 rounds their inputs, token by token."
+        help="What the compressed model's linear layers compute on; int8 rounds their inputs, token by token, proven "
+        "does so where the version's proof found that it keeps their outputs."
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
@@ -386,7 +387,7 @@ def _evaluate_outputs(
     builder: str | None,
     upstream: Path | None,
     device: str,
-    compute: Literal["float", "int8"],
+    compute: Literal["float", "int8", "proven"],
     out: Path | None,
     as_json: bool,
 ) -> None:

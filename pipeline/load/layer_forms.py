@@ -1,7 +1,7 @@
 """In which form the linear layers of a loaded model hold their weights, and on what they compute."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, get_args
 
 import torch
@@ -28,8 +28,9 @@ _PACKED: dict[str, tuple[Bits, float]] = {"packed12": (12, 24.0), "packed10": (1
 Normally distributed weights keep 31.7 and 25.7 dB; what lies 7 dB below has a tail that the form does not suit.
 """
 
-Compute = Literal["float", "int8"]
-"""In the dtype of the input; or on int8 tensor cores, the input rounded to int8 token by token."""
+Compute = Literal["float", "int8", "proven"]
+"""In the dtype of the input; on int8 tensor cores, the input rounded to int8 token by token; or so in the layers for
+which the version's proof found that this keeps their outputs."""
 
 _MOST_EXTRA = 0.25
 """Further columns for outliers, of a layer's own, above which int8 saves little;"""
@@ -43,18 +44,25 @@ _SHOWN = 5
 class LayerMaker:
     """Makes the layers of one load; `report` then warns of those that keep the first form.
 
+    `made` holds them by the name of their weight. Of int8, those of the weights `in_float` compute in float, and with
+    `everywhere` all others on int8 even if that is slower.
+
     Raises:
         CodecError: `memory` or `compute` is no form, or int8 is asked for with a packed form.
     """
 
-    def __init__(self, memory: Memory, compute: Compute = "float") -> None:
-        for name, value, known in (("memory", memory, get_args(Memory)), ("compute", compute, get_args(Compute))):
-            if value not in known:
-                raise CodecError(f"{name} {value!r}: one of {', '.join(known)} was expected")
-        if compute == "int8" and memory != "uint16":
-            raise CodecError(f"compute 'int8' multiplies the coordinates as stored, {memory} has others: use uint16")
-        self._memory = memory
-        self._compute = compute
+    def __init__(
+        self,
+        memory: Memory,
+        compute: Literal["float", "int8"] = "float",
+        *,
+        in_float: Collection[str] = (),
+        everywhere: bool = False,
+    ) -> None:
+        check_forms(memory, compute)
+        self.made: dict[str, CompressedLinear] = {}
+        self._memory, self._compute = memory, compute
+        self._in_float, self._everywhere = frozenset(in_float), everywhere
         self._refused: list[str] = []
 
     def __call__(
@@ -73,12 +81,13 @@ class LayerMaker:
                 make, held = PackedHyperLinear.from_packed, form
             else:
                 self._refused.append(f"{name} ({found:.1f} dB, {size:.2f} bits a weight)")
-        elif self._compute == "int8" and not (code.i.is_cuda and code.i.shape[0] < LEAST_ROWS):
+        elif self._compute == "int8" and name not in self._in_float and (self._everywhere or _pays(code)):
             if (reason := _obstacle(code)) is None:
                 make = Int8HyperLinear.from_lattice
             else:
                 self._refused.append(f"{name} ({reason})")
-        return make(held, bias=bias, dtype=dtype)
+        self.made[name] = layer = make(held, bias=bias, dtype=dtype)
+        return layer
 
     def report(self) -> None:
         """One BirkhoffWarning that names the layers that another form does not suit, if there are any."""
@@ -92,6 +101,19 @@ class LayerMaker:
             text = f"{count} layers keep 16 bits a pair, because {self._memory} would hold them at less than "
             text += f"{floor:g} dB or save nothing"
         warnings.warn(f"{text}: {', '.join(self._refused[:_SHOWN])}{more}", BirkhoffWarning, stacklevel=3)
+
+
+def check_forms(memory: str, compute: str) -> None:
+    """Raise CodecError if there is no such form, or the two do not go together."""
+    for name, value, known in (("memory", memory, get_args(Memory)), ("compute", compute, get_args(Compute))):
+        if value not in known:
+            raise CodecError(f"{name} {value!r}: one of {', '.join(known)} was expected")
+    if compute != "float" and memory != "uint16":
+        raise CodecError(f"compute {compute!r} multiplies the coordinates as stored, {memory} has others: use uint16")
+
+
+def _pays(code: LatticeTensor) -> bool:
+    return not code.i.is_cuda or code.i.shape[0] >= LEAST_ROWS
 
 
 def _obstacle(code: LatticeTensor) -> str | None:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.errors import CodecError
 from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.entropy.op import decode, decode_tensors
-from birkhoff.pipeline.artifact.readers import heads, open_artifact
+from birkhoff.pipeline.artifact.readers import Artifact, heads, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.decode import decode_shards
-from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory
+from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory, check_forms
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
 from birkhoff.pipeline.load.refresh import refresh
 from birkhoff.pipeline.load.targets import Target, Targets
@@ -110,25 +111,55 @@ def load_into(
             much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
             further columns. A layer that they would make wider by 256 columns and by a quarter computes in float,
             and a BirkhoffWarning names it; on a GPU layers of fewer than 768 rows do, which int8 would not make faster.
+            `proven` does so in the layers for which the version's proof measured that the rounding keeps their outputs;
+            the manifest says which, if the version was made with `compute: int8`.
 
     Returns:
         The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
 
     Raises:
         ModelMismatchError: Tensors are missing, unexpected or of another shape; each is named.
+        CodecError: There is no such form, or the version was not proven on int8.
         ArtifactNotFoundError, IntegrityError, TrustError, StoreError: As in `load_state_dict`.
     """
+    check_forms(memory, compute)
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
-        maker = LayerMaker(memory, compute)
-        names = (entry.name for head in heads(artifact) for entry in head.entries)
-        loading = _Loading(model, names, device, dtype, maker)
-        for _ in decode_shards(artifact, loading.stage, loading.device):
-            pass
-        loading.check(artifact.label, strict=strict)
-        swapped = loading.commit()
+        maker = _maker(artifact, memory, compute)
+        swapped = load_artifact(model, artifact, maker, device=device, dtype=dtype, strict=strict)
     maker.report()
     return swapped
+
+
+def load_artifact(
+    model: nn.Module,
+    artifact: Artifact,
+    maker: LayerMaker,
+    *,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> list[str]:
+    """`load_into` of an artifact that is open, its layers made by `maker`. Raises as that does."""
+    names = (entry.name for head in heads(artifact) for entry in head.entries)
+    loading = _Loading(model, names, device, dtype, maker)
+    for _ in decode_shards(artifact, loading.stage, loading.device):
+        pass
+    loading.check(artifact.label, strict=strict)
+    return loading.commit()
+
+
+def _maker(artifact: Artifact, memory: Memory, compute: Compute) -> LayerMaker:
+    """What makes an artifact's layers. Raises CodecError if it was not proven for what is asked."""
+    if compute != "proven":
+        return LayerMaker(memory, compute)
+    proof = artifact.manifest.proof
+    if proof is None or proof.int8 is None:
+        raise CodecError(
+            f"{artifact.label} was not measured on int8: publish it with `compute: int8` in its manifest, or say "
+            "compute='int8', which rounds the inputs of every layer"
+        )
+    return LayerMaker(memory, "int8", in_float=proof.int8.in_float)
 
 
 class _Loading:

@@ -131,8 +131,11 @@ def _metadata(
 def _proof(manifest: VersionManifest) -> list[dict[str, object]]:
     if manifest.proof is None:
         return []
-    own = [("own pictures", manifest.proof.own)] if manifest.proof.own else []
-    return [_row(name, found) for name, found in (("synthetic pictures", manifest.proof.measured), *own)]
+    proof, int8 = manifest.proof, manifest.proof.int8
+    sets = [("synthetic pictures", proof.measured), ("own pictures", proof.own)]
+    if int8 is not None:
+        sets += [("synthetic pictures, on int8", int8.measured), ("own pictures, on int8", int8.own)]
+    return [_row(name, found) for name, found in sets if found is not None]
 
 
 def _row(name: str, found: Agreement) -> dict[str, object]:

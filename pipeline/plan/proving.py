@@ -4,12 +4,14 @@
     floor_agreement: 0.9         # the least mean IoU with the original's masks; default 0.75
     floor_output_db: 15          # for models without masks, the least SQNR of their outputs; default 10
     pictures: scans/             # the user's own pictures, measured beside the synthetic ones
+    compute: int8                # prove the version on int8 tensor cores too, and say which layers stay in float
 
 `proof: false` publishes without one. A model's keys override the manifest's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,11 +37,13 @@ class Proving(Strict):
     """The least SQNR of outputs, for models without masks, dB. Default: 10."""
     pictures: str | None = None
     """Folder of your own pictures, relative to the manifest."""
+    compute: Literal["int8"] | None = None
+    """`int8`: measure the masks on int8 tensor cores too, layer by layer; `load_into(compute="proven")` goes by it."""
 
     @model_validator(mode="after")
     def _proof_is_made(self) -> "Proving":
         if self.proof is False:
-            for key in ("floor_agreement", "floor_output_db", "pictures"):
+            for key in ("floor_agreement", "floor_output_db", "pictures", "compute"):
                 if getattr(self, key) is not None:
                     raise wrong(key, "goes with a proof, and `proof: false` makes none; keep one of them")
         return self
@@ -54,6 +58,7 @@ class ProofTerms:
     floor_agreement: float = FLOOR_AGREEMENT
     floor_output_db: float = FLOOR_OUTPUT_DB
     pictures: str | None = None
+    compute: Literal["int8"] | None = None
 
     def met_by(self, record: ProofRecord | None) -> bool:
         """Return whether a version with this proof is one that would be published now."""
@@ -61,21 +66,27 @@ class ProofTerms:
             return True
         if record is None:
             return not self.required
-        return self.complaint(record) is None and (self.pictures is None or record.own is not None)
+        measured = (self.pictures is None or record.own is not None) and (
+            self.compute is None or record.int8 is not None
+        )
+        return measured and self.complaint(record) is None
 
     def complaint(self, record: ProofRecord) -> str | None:
         """Return what falls below its floor, by name and figure; None if nothing does."""
-        found = record.figures
+        said = self._below("", record.figures)
+        return said if said is not None or record.int8 is None else self._below(" on int8", record.int8.figures)
+
+    def _below(self, how: str, found: Mapping[str, float | None]) -> str | None:
         agreement, output = found["agreement_mean"], found["output_db"]
         if agreement is not None:
             if agreement < self.floor_agreement:
                 return (
-                    f"mean agreement of its masks with the original's is {agreement:g}, floor_agreement is "
+                    f"mean agreement of its masks{how} with the original's is {agreement:g}, floor_agreement is "
                     f"{self.floor_agreement:g}"
                 )
             return None
         if output is not None and output < self.floor_output_db:
-            return f"SQNR of its outputs is {output:g} dB, floor_output_db is {self.floor_output_db:g}"
+            return f"SQNR of its outputs{how} is {output:g} dB, floor_output_db is {self.floor_output_db:g}"
         return None
 
 
@@ -89,7 +100,7 @@ def proof_terms(whole: Proving, model: Proving, budget: BudgetRecord | None) -> 
         own = getattr(model, key)
         return getattr(whole, key) if own is None else own
 
-    given = {key: said(key) for key in ("floor_agreement", "floor_output_db", "pictures")}
+    given = {key: said(key) for key in ("floor_agreement", "floor_output_db", "pictures", "compute")}
     if budget is not None and budget.by_output:
         low = {"floor_agreement": FLOOR_AGREEMENT, "floor_output_db": FLOOR_OUTPUT_DB}
         wanted = {"floor_agreement": budget.target_agreement, "floor_output_db": budget.target_output_db}

@@ -4,7 +4,7 @@ The compressed weights are decoded from the shards in the store, as readers get 
 in memory; those of the last proof are kept, because a search for a target needs them again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from birkhoff.pipeline.artifact.readers import StoredArtifact
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, ProofError
 from birkhoff.pipeline.load.builders import fill, tensors_of
 from birkhoff.pipeline.proof import cases, masks, outputs
+from birkhoff.pipeline.proof.int8 import on_int8
 from birkhoff.pipeline.proof.running import built_model, threads
-from birkhoff.pipeline.proof.task import Proof, ProofTask
-from birkhoff.pipeline.registry.documents import Agreement, ProofRecord
+from birkhoff.pipeline.proof.task import Proof, ProofTask, Subject
+from birkhoff.pipeline.registry.documents import Agreement, Int8Record, ProofRecord
 from birkhoff.pipeline.registry.versions import Version
 from birkhoff.pipeline.segment.adapters.base import Segmenter
 from birkhoff.pipeline.segment.adapters.families import FAMILIES, segmenter_of
@@ -93,9 +94,9 @@ def _of_masks(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -
         return _missing(task, error, stages)
     reference = _reference(task, segmenter)
     stages.end("original")
-    fill(model, task.label, _decoded(task, store))
-    synthetic = masks.look(segmenter, (one.case for one in reference.synthetic))
-    own = masks.look(segmenter, (one.case for one in reference.own))
+    artifact = _artifact(task, store)
+    fill(model, task.label, artifact.tensors())
+    synthetic, own = _seen(segmenter, reference)
     record = ProofRecord(
         adapter=segmenter.family,
         pictures_version=PICTURES_VERSION,
@@ -106,7 +107,34 @@ def _of_masks(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -
     shown = (reference.own, own) if own else (reference.synthetic, synthetic)
     picture = masks.picture(segmenter, *shown)
     stages.end("prove")
+    if task.subject.int8:
+        left, in_float, (synthetic, own) = on_int8(model, artifact, lambda: _seen(segmenter, reference))
+        measured = masks.agreement(segmenter, reference.synthetic, synthetic)
+        of_own = masks.agreement(segmenter, reference.own, own) if own else None
+        record = record.model_copy(update={"int8": _int8_record(left, in_float, measured, of_own)})
+        stages.end("prove_int8")
     return Proof(record=record, picture=picture, stages=stages.seconds)
+
+
+def _seen(segmenter: Segmenter, reference: _Reference) -> tuple[list[masks.Seen], list[masks.Seen]]:
+    """Return a model's outputs for the synthetic pictures and the user's."""
+    return (
+        masks.look(segmenter, (one.case for one in reference.synthetic)),
+        masks.look(segmenter, (one.case for one in reference.own)),
+    )
+
+
+def _int8_record(
+    left: Mapping[str, float | None], in_float: set[str], measured: Agreement, own: Agreement | None
+) -> Int8Record:
+    kept = [db for name, db in left.items() if name not in in_float and db is not None]
+    return Int8Record(
+        layers=len(left) - len(in_float),
+        least_db=min(kept, default=None),
+        in_float={name: db for name, db in left.items() if name in in_float and db is not None},
+        measured=measured,
+        own=own,
+    )
 
 
 def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
@@ -121,12 +149,21 @@ def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages)
         _last.append(_Reference(key=key, batches=batches, outputs=outputs.outputs_of(model, batches)))
     reference = _last[0]
     stages.end("original")
-    fill(model, task.label, _decoded(task, store))
-    found = outputs.outputs_of(model, reference.batches)
-    metrics = outputs.metrics_of(subject.metric, reference.outputs, found)
-    measured = outputs.agreement(outputs.scores(reference.outputs, found), len(reference.batches), metrics)
+    artifact = _artifact(task, store)
+    fill(model, task.label, artifact.tensors())
+    record = ProofRecord(measured=_outputs_agree(subject, reference, outputs.outputs_of(model, reference.batches)))
     stages.end("prove")
-    return Proof(record=ProofRecord(measured=measured), stages=stages.seconds)
+    if subject.int8:
+        left, in_float, found = on_int8(model, artifact, lambda: outputs.outputs_of(model, reference.batches))
+        measured = _outputs_agree(subject, reference, found)
+        record = record.model_copy(update={"int8": _int8_record(left, in_float, measured, None)})
+        stages.end("prove_int8")
+    return Proof(record=record, stages=stages.seconds)
+
+
+def _outputs_agree(subject: Subject, reference: _Reference, found: Sequence[Any]) -> Agreement:
+    metrics = outputs.metrics_of(subject.metric, reference.outputs, found)
+    return outputs.agreement(outputs.scores(reference.outputs, found), len(reference.batches), metrics)
 
 
 def _some(task: ProofTask, found: Agreement, where: str | None) -> Agreement:
@@ -187,11 +224,10 @@ def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case],
 def _key(task: ProofTask, model: nn.Module) -> object:
     """Return a key that is equal for proofs whose originals give the same outputs."""
     device = next((parameter.device for parameter in model.parameters()), None)
-    return task.manifest.source.sha256, replace(task.subject, required=False), str(device)
+    return task.manifest.source.sha256, replace(task.subject, required=False, int8=False), str(device)
 
 
-def _decoded(task: ProofTask, store: Store) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the future version, decoded from its bytes in the store."""
+def _artifact(task: ProofTask, store: Store) -> StoredArtifact:
+    """Return the future version, whose shards lie in the store."""
     manifest = task.manifest
-    version = Version(model=task.model, name=None, digest=manifest.digest, manifest=manifest)
-    return StoredArtifact(store, version).tensors()
+    return StoredArtifact(store, Version(model=task.model, name=None, digest=manifest.digest, manifest=manifest))

@@ -43,6 +43,7 @@ def run_as(planned: Planned) -> Subject | None:
         metric=entry.metric,
         pictures=terms.pictures,
         required=terms.required,
+        int8=terms.compute == "int8",
     )
 
 

@@ -30,6 +30,8 @@ class Subject:
     """The user's own folder of pictures."""
     required: bool = False
     """Whether a proof that cannot be made is an error."""
+    int8: bool = False
+    """Whether the version is measured on int8 tensor cores too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,8 @@ class ProofTask:
 
     @property
     def patience(self) -> int:
-        """How many times longer than a shard it may take."""
-        return 1
+        """How many times longer than a shard it may take: on int8 the model runs once or twice more, metered."""
+        return 4 if self.subject.int8 else 1
 
     @property
     def memory_remedy(self) -> str:

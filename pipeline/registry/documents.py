@@ -242,6 +242,26 @@ class Agreement(Document):
     """What the user's own metric gives."""
 
 
+class Int8Record(Document):
+    """How a version's linear layers compute on int8 tensor cores, and what that costs, as its proof measured it."""
+
+    layers: Annotated[int, Field(ge=0)]
+    """Layers whose inputs are rounded to int8."""
+    least_db: float | None = None
+    """Of those, the least SQNR that the rounding leaves of a layer's outputs, dB; None for no error at all."""
+    in_float: dict[str, float] = Field(default_factory=dict)
+    """Weights whose layers compute in float, and what rounding would leave of their outputs, dB."""
+    measured: Agreement
+    """On synthetic pictures, or the user's inputs."""
+    own: Agreement | None = None
+    """On the user's own pictures."""
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The worse of both sets, as `ProofRecord.figures`."""
+        return _worse(self.measured, self.own)
+
+
 class ProofRecord(Document):
     """The final bytes of a version, decoded and run beside the original, before it was published."""
 
@@ -255,13 +275,19 @@ class ProofRecord(Document):
     """On synthetic pictures, or the user's inputs."""
     own: Agreement | None = None
     """On the user's own pictures."""
+    int8: Int8Record | None = None
+    """The same bytes computed on int8 tensor cores, if the manifest asks for that."""
 
     @property
     def figures(self) -> dict[str, float | None]:
         """The worse of both sets, under the keys of every `--json`."""
-        sets = [self.measured, *([self.own] if self.own else [])]
-        known = {key: [value for one in sets if (value := getattr(one, key)) is not None] for key in NO_FIGURES}
-        return {key: min(values, default=None) for key, values in known.items()}
+        return _worse(self.measured, self.own)
+
+
+def _worse(measured: Agreement, own: Agreement | None) -> dict[str, float | None]:
+    sets = [measured, *([own] if own else [])]
+    known = {key: [value for one in sets if (value := getattr(one, key)) is not None] for key in NO_FIGURES}
+    return {key: min(values, default=None) for key, values in known.items()}
 
 
 NO_FIGURES: dict[str, float | None] = dict.fromkeys(("agreement_mean", "agreement_p5", "output_db"))

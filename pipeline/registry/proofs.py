@@ -13,6 +13,8 @@ def proven(manifest: VersionManifest) -> str:
     said = _said(manifest.proof.measured)
     if manifest.proof.own is not None:
         said += f"; on own pictures {_said(manifest.proof.own)}"
+    if (int8 := manifest.proof.int8) is not None:
+        said += f"; on int8, {int8.layers} layers and {len(int8.in_float)} in float, {_said(int8.own or int8.measured)}"
     return f", {said}"
 
 

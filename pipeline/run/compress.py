@@ -279,7 +279,8 @@ def _start(run: ModelRun, reuse: Reuse) -> list[Task]:
     describe = partial(_version_manifest, run, planned)
     prove = None if run.subject is None else partial(_proof_task, planned, run.subject)
     ask = None if run.felt_as is None else partial(_statistics_task, run, planned, run.felt_as, reuse)
-    run.passes = Passes(run.name, planned.plan, describe, terms=terms, reuse=reuse, prove=prove, ask=ask)
+    int8 = run.subject is not None and run.subject.int8
+    run.passes = Passes(run.name, planned.plan, describe, terms=terms, reuse=reuse, prove=prove, ask=ask, int8=int8)
     return run.passes.start()
 
 

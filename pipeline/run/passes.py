@@ -4,6 +4,7 @@ Shards are encoded once. For a budget in bytes they are estimated once and then 
 outputs, until the lowest dB that reaches it is found.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,14 @@ from birkhoff.pipeline.plan.budget import DOUBT, DOUBT_OF_DIFFERENCES, Search, T
 from birkhoff.pipeline.plan.output_search import OutputSearch, Wanted
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.proof.task import Proof, ProofTask
-from birkhoff.pipeline.registry.documents import Agreement, BudgetRecord, ProofRecord, ShardRecord, VersionManifest
+from birkhoff.pipeline.registry.documents import (
+    Agreement,
+    BudgetRecord,
+    Int8Record,
+    ProofRecord,
+    ShardRecord,
+    VersionManifest,
+)
 from birkhoff.pipeline.run.outcome import Result
 from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import ShardSizes
@@ -41,6 +49,9 @@ PROOF_BYTES = len(
 )
 """What a proof's record takes in a manifest at most: a budget counts it before the proof is made."""
 
+INT8_BYTES = len(Int8Record(layers=99999, least_db=-99.9, measured=_MOST, own=_MOST).to_bytes())
+"""What one on int8 takes besides, without the names of the layers left in float."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
@@ -55,7 +66,8 @@ class Passes:
     """Hands out the tasks of one model and takes their results, until `whole`.
 
     Then `records` are the shards, by index, of the version to publish, `plan` is what they were coded by, and `proof`
-    what came of the proof, if `prove` was given. With `ask` the plan is by the model's `statistics`.
+    what came of the proof, if `prove` was given; with `int8` that measures int8 too. With `ask` the plan is by the
+    model's `statistics`.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class Passes:
         reuse: Reuse = "trust",
         prove: Prove | None = None,
         ask: Ask | None = None,
+        int8: bool = False,
     ) -> None:
         self.plan: ModelPlan = plan
         self.records: dict[int, ShardRecord] = {}
@@ -75,7 +88,7 @@ class Passes:
         self.whole: bool = False
         self.proof: Proof | None = None
         self.statistics: Statistics | None = None
-        self._prove, self._ask = prove, ask
+        self._prove, self._ask, self._int8 = prove, ask, int8
         self._model, self._describe, self._terms, self._reuse = model, describe, terms, reuse
         self._sizes: dict[int, Floats] = {}
         self._search: Search | None = None
@@ -208,6 +221,9 @@ class Passes:
         """Return every byte of the version that the present records make."""
         records = [self.records[index] for index in range(len(self.plan.shards))]
         beside = 0 if self._prove is None else PROOF_BYTES
+        if self._prove is not None and self._int8:  # every layer may turn out to be left in float
+            tensors = (plan.tensor for shard in self.plan.shards for plan in shard)
+            beside += INT8_BYTES + sum(len(json.dumps(tensor.name)) + 8 for tensor in tensors if len(tensor.shape) == 2)
         return self._describe(self.plan, records).stored_bytes + beside
 
     def _refusal(self, search: Search) -> BudgetError:

@@ -23,7 +23,9 @@ from birkhoff.kernels.runtime.errors import KernelError
 
 pytest.importorskip("triton")
 
+from birkhoff.kernels import tune
 from birkhoff.kernels.int8 import launch
+from birkhoff.kernels.runtime.timing import Times
 from birkhoff.kernels.tune import problem_of
 
 # Relative error of the output against float64 with the same quantised tokens: rounding to the dtype, once.
@@ -315,6 +317,31 @@ def test_plans_keep_to_what_runs(tokens: int, rows: int, dtype: torch.dtype, ker
         if plan.path == "int8_hopper":
             assert rows % 8 == 0
             assert problem.half
+
+
+def test_plans_whose_tiles_do_not_fit_are_not_tried() -> None:
+    """By the compiler's count, two rounds of the ring and what changes layouts: 232 KB of float32, 168 of bfloat16."""
+    for dtype, tried in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        problem = Problem(tokens=4900, rows=432, columns=144, dtype=dtype, aligned=True, int8=True)
+        plans = [plan for plan in candidates(problem, frozenset()) if plan.path == "int8_fused"]
+        assert (int8_fused(128, 256, 64, 8) in plans) == tried
+        for plan in plans:
+            ring = 2 * 2 * plan.block_k * (plan.block_m * dtype.itemsize + plan.block_n)
+            assert ring + plan.block_m * (plan.block_n + plan.block_k) <= 227 * 1024, plan
+
+
+def test_a_plan_that_a_gpu_has_no_room_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    wide, narrow, x = int8_tiles(128, 128, 128, 8, 4), int8_tiles(64, 64, 128, 4, 4), torch.ones(3, 3)
+
+    def too_large() -> Tensor:
+        raise OutOfResources(98304, 65536, "shared memory")
+
+    monkeypatch.setattr(tune, "_int8_calls", lambda *_: ({wide: [too_large], narrow: [lambda: x]}, x))
+    monkeypatch.setattr(tune, "compare", lambda calls, _: {plan: Times(median=1, low=1, high=1) for plan in calls})
+    chosen, times = tune.tune(problem_of(64, 64, 64, int8=True), torch.device("cpu"))
+    assert (chosen, list(times)) == (narrow, [narrow])
 
 
 def test_shipped_plans_can_all_be_launched() -> None:

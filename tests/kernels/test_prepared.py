@@ -8,6 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from birkhoff.kernels.runtime import carveout  # noqa: E402
 from birkhoff.kernels.runtime.prepared import Prepared  # noqa: E402
 
 
@@ -19,11 +20,14 @@ class Kernel:
     def __init__(self) -> None:
         self.full: list[tuple[Any, ...]] = []
         self.short: list[tuple[Any, ...]] = []
+        self.function: Any = "function"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> Any:
             self.full.append((grid, arguments, constants))
-            return SimpleNamespace(run=lambda *a: self.short.append(a), function="function", packed_metadata="packed")
+            return SimpleNamespace(
+                run=lambda *a: self.short.append(a), function=self.function, packed_metadata="packed"
+            )
 
         return launch
 
@@ -118,3 +122,26 @@ def test_descriptors_are_encoded_once_for_each_address(kernel: Kernel, monkeypat
     assert len(kernel.full) == 1
     assert encoded == [x.data_ptr(), other.data_ptr()]
     assert got == [(f"map at {t.data_ptr()}", 128, 64, y.data_ptr(), 70, 64, True) for t in (x, x, other, x)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_kernel_that_wants_shared_memory_asks_for_it_once_it_is_compiled(
+    kernel: Kernel, shared: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def set_attribute(function: Any, *rest: int) -> int:
+        asked.append((function.value, *rest))
+        return 801  # CUDA_ERROR_NOT_SUPPORTED
+
+    monkeypatch.setattr(carveout, "_driver", lambda: SimpleNamespace(cuFuncSetAttribute=set_attribute))
+    monkeypatch.setattr(kernel, "function", 12345)
+    constants = {"FLAG": True, "SIZE": 64}
+    launch = Prepared(kernel, (3,), (70,), constants, {}, device=torch.device("cpu"), shared=shared)
+    x = torch.zeros(64)
+    for _ in range(3):
+        launch(x, x)
+    assert asked == ([(12345, 9, 100)] if shared else [])
+    assert ("takes no preference for shared memory (CUresult 801)" in caplog.text) == shared
+    monkeypatch.setattr(carveout, "_driver", lambda: None)
+    Prepared(kernel, (3,), (70,), constants, {}, device=torch.device("cpu"), shared=shared)(x, x)

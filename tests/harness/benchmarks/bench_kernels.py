@@ -566,6 +566,7 @@ PARTS: dict[str, Callable[[], Result]] = {
     "int8_chain": partial(int8_parts.bench_chain, list(SAM_H.values())),
     "int8_layers": partial(int8_parts.bench_layers, SHAPES),
     "int8_fidelity": int8_parts.bench_fidelity,
+    "int8_neighbours": partial(int8_parts.bench_neighbours, list(SAM_H.values())),
     "int8_masks": lambda: _in_a_folder(int8_parts.bench_masks),
 }
 
@@ -577,7 +578,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "trellis": ("search",),
     "linear": ("calls", "layers", "chain", "dtypes", "encoders", "encoder_graphs", "compiled"),
     "packed": ("packed",),
-    "int8": ("int8_chain", "int8_layers", "int8_fidelity", "int8_masks", "encoders", "encoder_graphs"),
+    "int8": (
+        *("int8_chain", "int8_layers", "int8_fidelity", "int8_masks", "int8_neighbours", "encoders", "encoder_graphs"),
+    ),
 }
 """The parts that measure each family of `kernels/`; `--parts` takes their names too."""
 
@@ -595,7 +598,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--parts",
         default="calls,encode,search,entropy,layers,chain,packed,dtypes,encoders,encoder_graphs,compiled,int8_chain,"
         "int8_layers,int8_fidelity",
-        help="int8_masks needs the packages of `make setup-family`, int8_tune and tune take as long as all others",
+        help="int8_masks needs the packages of `make setup-family`, int8_neighbours gemlite and torchao; int8_tune and "
+        "tune take as long as all others",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record where there is no git")

@@ -249,6 +249,9 @@ def int8_acceptance(parts: Result) -> list[list[str]]:
     if fidelity := parts.get("int8_fidelity"):
         lost = fidelity["normal"]["float"] - fidelity["normal"]["int8"]
         lines.append(_most("dB that rounding normal activations costs, weights at 30 dB", 1.0, lost))
+        proven = [found["float"] - found["by its proof"] for found in fidelity.values() if "by its proof" in found]
+        if proven:
+            lines.append(_most("the same of any activations, layers chosen by their proof; greatest", 1.0, max(proven)))
     for profile, found in parts.get("int8_masks", {}).items():
         lost = found["float"]["mean"] - found["int8"]["mean"]
         lines.append(_most(f"LiteMedSAM, {profile}: agreement lost", 0.01, lost))
@@ -271,6 +274,8 @@ def _int8(parts: Result) -> str:
         "All 128 linears of SAM-H in one graph, ms (of cuBLAS):",
         table(["tokens", *names.values()], rows),
     ]
+    if neighbours := parts.get("int8_neighbours"):
+        sections += _neighbours(neighbours)
     if fidelity := parts.get("int8_fidelity"):
         labels = list(next(iter(fidelity.values())))
         cells = [[name, *(f"{found[label]:.2f}" for label in labels)] for name, found in fidelity.items()]
@@ -291,6 +296,20 @@ def _int8(parts: Result) -> str:
             ),
         ]
     return "\n\n".join(sections)
+
+
+def _neighbours(found: Result) -> list[str]:
+    names = list(dict.fromkeys(name for each in found.values() for name in each if name != "cublas"))
+    rows = []
+    for shape, each in found.items():
+        cells = [each.get(name, {}) for name in ("cublas", *names)]
+        rows.append([shape, *(cell.get("failed") or _us(cell) for cell in cells)])
+    text = "Layers of SAM-H by other packages, tokens quantised within the times, us (of cuBLAS):"
+    return [text, table(["layer, tokens", "cuBLAS bfloat16", *names], rows)]
+
+
+def _us(cell: Result) -> str:
+    return f"{cell['median']:.1f} ({cell['ratio']:.2f})" if cell else ""
 
 
 def _int8_layers(parts: Result) -> str:

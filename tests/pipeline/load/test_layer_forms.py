@@ -126,5 +126,5 @@ def test_a_layer_full_of_outliers_computes_in_float_and_is_named() -> None:
 def test_int8_of_a_packed_form_is_refused() -> None:
     with pytest.raises(CodecError, match="as stored, packed12 has others: use uint16"):
         LayerMaker("packed12", "int8")
-    with pytest.raises(CodecError, match="compute 'int4': one of float, int8 was expected"):
+    with pytest.raises(CodecError, match="compute 'int4': one of float, int8, proven was expected"):
         LayerMaker("uint16", "int4")  # type: ignore[arg-type]
