@@ -16,7 +16,8 @@ one level each; a group is its tiles, row levels outside, column levels inside, 
 Shapes: R = rows, P = columns of the plane, G = groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -121,14 +122,25 @@ def _tiles(rows: Bytes, columns: Bytes, rule: Rule) -> Iterator[tuple[int, slice
 
 def split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:
     """The groups of a plane [R, P], each a flat array."""
+    return cut(*gather(plane, rows, columns, rule))
+
+
+def gather(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Bytes, list[int]]:
+    """The groups of a plane [R, P] one after the other, and the size of each."""
     if not rows.any() and not columns.any():
-        return [plane.reshape(-1)]
+        return plane.reshape(-1), [plane.size]
     if native() is None:
-        return reference_split(plane, rows, columns, rule)
-    sizes = group_sizes(rows, columns, rule)
+        groups = reference_split(plane, rows, columns, rule)
+        return np.concatenate(groups), list(map(len, groups))
     flat = np.empty(plane.size, dtype=np.uint8)
     _regroup(plane, flat, rows, columns, rule, into=True)
-    return np.split(flat, np.cumsum(sizes)[:-1])
+    return flat, group_sizes(rows, columns, rule)
+
+
+def cut(flat: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+    """Groups that follow each other, each by itself."""
+    ends = list(accumulate(sizes))
+    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Bytes:
@@ -147,8 +159,8 @@ def _regroup(plane: Bytes, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule,
     library = native()
     assert library is not None
     base, width, row, row_rank, _, _ = places(rows, columns, rule)
-    order = np.argsort(columns, kind="stable")
-    scratch = np.empty(len(columns), dtype=np.uint8)
+    order = np.argsort(columns, kind="stable").astype(np.uint32)
+    scratch = np.empty(4 * len(columns), dtype=np.uint8)
     library.birkhoff_regroup(
         pointer(plane),
         *plane.shape,

@@ -68,23 +68,20 @@ def pack_all(items: Sequence[Item]) -> list[Packed]:
 def reference_pack(code: LatticeTensor, *, path: int) -> Packed:
     """`pack` on the CPU."""
     code = code.to("cpu")
-    escapes = code.escapes
-    both = np.concatenate(
-        [_symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))],
-        axis=1,
-    )
+    both = symbols_of(code, path=path)
     best = min(_groupings(both), key=lambda grouping: grouping.bytes)
-    stored = explicit(escapes, path=path)
-    streams = [rest.pack(group, table) for group, table in zip(best.groups, best.fits, strict=True)]
-    return (best.levels, *streams, rest.pack_escapes(stored)), len(stored)
+    stored = explicit(code.escapes, path=path)
+    return (best.levels, *rest.pack_all(best.flat, best.sizes, best.fits), rest.pack_escapes(stored)), len(stored)
 
 
 class _Grouping(NamedTuple):
-    """The stream of the levels, the groups that it makes, their histograms and tables, and about the bytes of all."""
+    """The stream of the levels, the groups that it makes, one after the other, their sizes, the histogram of all, the
+    groups' tables, and about the bytes of all."""
 
     levels: bytes
-    groups: list[Bytes]
-    counts: list[tables.Counts]
+    flat: Bytes
+    sizes: list[int]
+    counts: tables.Counts
     fits: list[Table | None]
     bytes: float
 
@@ -93,10 +90,9 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
     """The plane of all symbols as one group, and grouped by levels of rows and columns; small planes by columns too."""
     rows, columns = map(contexts.levels, contexts.mean_squares(both))
     first = _grouping(both, rows, columns, contexts.USUAL_BITS)
-    counts = np.sum(first.counts, axis=0)
-    fits = [tables.fit(counts)]
-    yield _Grouping(b"", [both.reshape(-1)], [counts], fits, rest.estimate(both.size, fits[0]))
-    if len(first.groups) > 1:
+    fits = [tables.fit(first.counts)]
+    yield _Grouping(b"", both.reshape(-1), [both.size], first.counts, fits, rest.estimate(both.size, fits[0]))
+    if len(first.sizes) > 1:
         yield first
     if both.size <= SMALL:
         for row, bits in (
@@ -105,19 +101,18 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
             (0 * rows, contexts.USUAL_BITS),
         ):
             grouping = _grouping(both, row, columns, bits)
-            if len(grouping.groups) > 1:
+            if len(grouping.sizes) > 1:
                 yield grouping
 
 
 def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
-    groups = contexts.split(both, rows, columns, contexts.rule_2(bits))
-    counts = list(map(tables.histogram, groups))
-    if len(groups) == 1:  # which needs no levels
-        return _Grouping(b"", groups, counts, [], math.inf)
-    fits = list(map(tables.fit, counts))
+    flat, sizes = contexts.gather(both, rows, columns, contexts.rule_2(bits))
+    if len(sizes) == 1:  # which needs no levels
+        return _Grouping(b"", flat, sizes, tables.histogram(flat), [], math.inf)
+    counts, fits = tables.fit_all(flat, sizes)
     levels = rest.pack(np.concatenate(([bits], rows, columns)).astype(np.uint8))
-    sizes = (rest.estimate(len(group), table) for group, table in zip(groups, fits, strict=True))
-    return _Grouping(levels, groups, counts, fits, len(levels) + sum(sizes))
+    estimates = (rest.estimate(size, table) for size, table in zip(sizes, fits, strict=True))
+    return _Grouping(levels, flat, sizes, counts.sum(axis=0), fits, len(levels) + sum(estimates))
 
 
 def unpack(
@@ -216,13 +211,20 @@ def _check_levels(levels: Bytes) -> Bytes:
     return levels
 
 
-def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
-    """The symbols [R, P] of a plane, + 128; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
-    coordinates: npt.NDArray[np.int8] = plane.numpy()
-    symbols: Bytes = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
-    if len(pair):
-        symbols.reshape(-1)[pair.numpy()] = escaped_symbols(true, path=path).numpy()
-    return symbols
+def symbols_of(code: LatticeTensor, *, path: int) -> Bytes:
+    """The symbols [R, 2P] of both planes of a matrix on the CPU, + 128."""
+    (rows, pairs), library = code.i.shape, native()
+    if library is not None and code.i.is_contiguous() and code.j.is_contiguous():
+        both = np.empty((rows, 2 * pairs), dtype=np.uint8)
+        library.birkhoff_symbols(code.i.data_ptr(), code.j.data_ptr(), rows, pairs, int(path > 0), pointer(both))
+    else:
+        coordinates = np.concatenate((code.i.numpy(), code.j.numpy()), axis=1)
+        both = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
+    if len(code.escapes):
+        row, pair = np.divmod(code.escapes.pair.numpy(), pairs)
+        for first, true in ((0, code.escapes.i), (pairs, code.escapes.j)):
+            both[row, first + pair] = escaped_symbols(true, path=path).numpy()
+    return both
 
 
 def escaped_symbols(true: Tensor, *, path: int) -> Tensor:

@@ -13,6 +13,7 @@ No bytes are an empty stream. Version 1 knew zstd frames alone, without that fir
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -39,16 +40,34 @@ _LEAST_TABLE = 32
 """Bytes below which a table is not tried."""
 
 
-def pack(data: Bytes, table: Table | None = None) -> bytes:
-    """The smallest stream of bytes; `table`, if given, is the one that `tables.fit` made for them."""
+def pack(data: Bytes) -> bytes:
+    """The smallest stream of bytes."""
     if not data.size:
         return b""
-    table = table or tables.fit(tables.histogram(data))
-    coded = _by_table(data, table) if table is not None and pays(data.size, table) else None
-    kind, frame = smallest(data.size, None if coded is None else len(coded), data[:PROBE], lambda: data)
-    if kind == ZSTD:
-        return bytes([ZSTD]) + frame
-    return coded if kind == ANS and coded is not None else bytes([RAW]) + data.tobytes()
+    _, (table,) = tables.fit_all(data, [data.size])
+    return pack_all(data, [data.size], [table])[0]
+
+
+def pack_all(flat: Bytes, sizes: Sequence[int], fits: Sequence[Table | None]) -> list[bytes]:
+    """The smallest streams of groups that follow each other in `flat`, none empty; `fits` are their tables."""
+    used = [table if table is not None and pays(size, table) else None for size, table in zip(sizes, fits, strict=True)]
+    coded = rans.encode_all(flat, sizes, [None if table is None else table.frequency for table in used])
+    streams, end = [], 0
+    for size, table, blocks in zip(sizes, used, coded, strict=True):
+        data, end = flat[end : end + size], end + size
+        length = None if table is None else 2 + len(table.data) + len(blocks)
+        kind, frame = smallest(size, length, data[:PROBE], partial(_same, data))
+        if kind == ZSTD:
+            streams.append(bytes([ZSTD]) + frame)
+        elif kind == ANS and table is not None:
+            streams.append(b"".join((bytes([ANS, rans.lanes(size).bit_length() - 1]), table.data, blocks)))
+        else:
+            streams.append(bytes([RAW]) + data.tobytes())
+    return streams
+
+
+def _same(data: Bytes) -> Bytes:
+    return data
 
 
 def pays(size: int, table: Table) -> bool:
@@ -69,11 +88,6 @@ def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Byte
         if 1 + len(frame) < found:
             return ZSTD, frame
     return kind, b""
-
-
-def _by_table(data: Bytes, table: Table) -> bytes:
-    lanes = rans.lanes(data.size)
-    return bytes([ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
 
 
 def estimate(size: int, table: Table | None) -> float:
@@ -251,9 +265,13 @@ def _nothing(frame: bytes | memoryview) -> bytes:
 
 def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
     """Elements of `width` bytes as planes (all first bytes, ...): one stream of all, or one for each, the smaller."""
-    planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T)
-    together, apart = (pack(planes.reshape(-1)),), tuple(map(pack, planes))
-    return min(together, apart, key=lambda streams: sum(map(len, streams)))
+    planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T).reshape(-1)
+    together = [pack(planes)]
+    if width == 1 or not planes.size:
+        return tuple(together)
+    sizes = [planes.size // width] * width
+    _, fits = tables.fit_all(planes, sizes)
+    return tuple(min(together, pack_all(planes, sizes, fits), key=lambda streams: sum(map(len, streams))))
 
 
 def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: int) -> bytes:

@@ -30,6 +30,11 @@ LOW, HIGH = -128, 127
 """Range of a coordinate that fits the trajectory; others are escapes."""
 
 
+FARTHEST = 1 << 22
+"""Steps up to which float32 tells even nodes from odd ones: paths are searched so far, and whole numbers rounded by a
+sum."""
+
+
 def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """Lattice coordinates of the node nearest to each pair, exact by two candidate rows.
 
