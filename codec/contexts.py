@@ -132,9 +132,9 @@ def gather(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tu
     if native() is None:
         groups = reference_split(plane, rows, columns, rule)
         return np.concatenate(groups), list(map(len, groups))
-    flat = np.empty(plane.size, dtype=np.uint8)
-    _regroup(plane, flat, rows, columns, rule, into=True)
-    return flat, group_sizes(rows, columns, rule)
+    flat, where = np.empty(plane.size, dtype=np.uint8), addresses(rows, columns, rule)
+    _regroup(plane, flat, where, into=True)
+    return flat, where.sizes.tolist()
 
 
 def cut(flat: Bytes, sizes: Sequence[int]) -> list[Bytes]:
@@ -143,32 +143,25 @@ def cut(flat: Bytes, sizes: Sequence[int]) -> list[Bytes]:
     return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Bytes:
-    """The plane [R, P] of the groups of `split`, which follow each other in `flat`."""
+def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2, where: "Addresses | None" = None) -> Bytes:
+    """The plane [R, P] of the groups of `split`, which follow each other in `flat`; `where` are their addresses."""
     shape = len(rows), len(columns)
     if not rows.any() and not columns.any():
         return flat.reshape(shape)
     if native() is None:
         return reference_join(flat, rows, columns, rule)
     plane = np.empty(shape, dtype=np.uint8)
-    _regroup(plane, flat, rows, columns, rule, into=False)
+    _regroup(plane, flat, where or addresses(rows, columns, rule), into=False)
     return plane
 
 
-def _regroup(plane: Bytes, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule, *, into: bool) -> None:
+def _regroup(plane: Bytes, flat: Bytes, where: "Addresses", *, into: bool) -> None:
     library = native()
     assert library is not None
-    base, width, row, row_rank, _, _ = places(rows, columns, rule)
-    order = np.argsort(columns, kind="stable").astype(np.uint32)
-    scratch = np.empty(4 * len(columns), dtype=np.uint8)
-    library.birkhoff_regroup(
-        pointer(plane),
-        *plane.shape,
-        pointer(flat),
-        len(width),
-        *map(pointer, (base, width, row, row_rank, order, scratch)),
-        int(into),
-    )
+    columns = plane.shape[1]
+    order, scratch = np.empty(columns, dtype=np.uint32), np.empty(4 * columns, dtype=np.uint8)
+    arrays = where.row, where.column, where.base, where.width, order, scratch
+    library.birkhoff_regroup(pointer(plane), *plane.shape, pointer(flat), *map(pointer, arrays), int(into))
 
 
 def reference_split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:

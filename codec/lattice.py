@@ -3,6 +3,7 @@
 Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from ctypes import CDLL
 from dataclasses import dataclass, replace
@@ -64,7 +65,7 @@ class LatticeTensor:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights [R, K] in `dtype`, on the device of the coordinates."""
         rows = self.i.shape[0]
-        out = torch.empty(rows, self.columns, dtype=dtype, device=self.i.device)
+        out = empty((rows, self.columns), dtype, self.i.device)
         library = native() if out.device.type == "cpu" and dtype == torch.float32 else None
         if library is not None and self.i.is_contiguous() and self.j.is_contiguous():
             planes = self.i.data_ptr(), self.j.data_ptr()
@@ -108,6 +109,18 @@ class LatticeTensor:
         index = torch.cat((start + first, (start + second)[paired]))
         order = torch.argsort(index)
         return index[order], torch.cat((x, y[paired]))[order]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor without values.
+
+    On a CPU large ones lie in huge pages, as numpy asks for: taking 4 bytes a weight in small pages costs as much as
+    decoding them.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def escape_places(pair: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -177,7 +190,7 @@ def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float
 
 def _native_path(library: CDLL, weight_RK: Tensor, step: float, lanes: int) -> LatticeTensor:
     rows, columns = weight_RK.shape
-    i, j = torch.empty(2, rows, pairs_per_row(columns), dtype=torch.int8)
+    i, j = empty((2, rows, pairs_per_row(columns)), torch.int8, weight_RK.device)
     scratch = np.empty(_PATH_SCRATCH * (1 + -(-i.numel() // lanes)), dtype=np.uint8)
     room = _ROOM
     while True:
@@ -207,7 +220,7 @@ def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTe
     """A matrix of given coordinates, float32 whole numbers [R, P] each, for one step; both are changed."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
     if library is not None:
-        planes = torch.empty(2, *i.shape, dtype=torch.int8)
+        planes = empty((2, *i.shape), torch.int8, i.device)
         outside = []
         for c, plane in zip((i, j), planes, strict=True):
             index = torch.empty(_ROOM, dtype=torch.int64)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import contexts, rest, trellis
+from birkhoff.codec.container import Consecutive
 from birkhoff.codec.contexts import RULE_1, RULE_2, Bytes, Rule
 from birkhoff.codec.entropy import tables
 from birkhoff.codec.entropy.tables import Table
@@ -125,15 +126,14 @@ def unpack(
     """
     rows, pairs = shape
     row, column, rule = unpack_levels(streams, shape)
-    sizes = contexts.group_sizes(row, column, rule)
+    where = contexts.addresses(row, column, rule)
+    sizes = where.sizes.tolist()
     check_count(streams, len(sizes))
     flat = np.empty(2 * rows * pairs, dtype=np.uint8)
-    start = 0
-    for stream, size in zip(streams[1:-1], sizes, strict=True):
-        rest.unpack(stream, size, flat[start : start + size])
-        start += size
+    groups = streams.inner() if isinstance(streams, Consecutive) else streams[1:-1]
+    rest.unpack_all(groups, sizes, flat)
     stored = unpack_escapes(streams, shape, escapes, path=path)
-    joined = contexts.join(flat, row, column, rule)
+    joined = contexts.join(flat, row, column, rule, where)
     if path and native() is not None:
         return _paths_of(joined, path, stored)
     plane = torch.from_numpy(joined)

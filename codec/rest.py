@@ -14,6 +14,7 @@ No bytes are an empty stream. Version 1 knew zstd frames alone, without that fir
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import is_
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -131,6 +132,33 @@ def _from_table(body: memoryview, size: int, out: Bytes) -> None:
         raise FormatError(f"coded stream is corrupt: {error}") from None
 
 
+def unpack_all(streams: Sequence[bytes | memoryview], sizes: Sequence[int], out: Bytes) -> None:
+    """The symbols of streams, each of a positive size, one after the other into `out`. Raises FormatError."""
+    library = native()
+    if library is None:
+        end = 0
+        for stream, size in zip(streams, sizes, strict=True):
+            unpack(stream, size, out[end : end + size])
+            end += size
+        return
+    whole = [inflated(stream, size) for stream, size in zip(streams, sizes, strict=True)]
+    address, length, _held = _places(streams if all(map(is_, whole, streams)) else whole)
+    arrays = address, length, np.array(sizes, dtype=np.int64), out
+    found = library.birkhoff_group_symbols(len(streams), *map(pointer, arrays))
+    if found < len(streams):
+        _refuse(streams[found], sizes[found])
+
+
+def _places(streams: Sequence[bytes | memoryview]) -> tuple[rans.Integers, rans.Integers, object]:
+    """Addresses and lengths of streams, and what keeps these there."""
+    length = np.array(list(map(len, streams)), dtype=np.int64)
+    if isinstance(streams, Consecutive):
+        whole = np.frombuffer(streams.whole, np.uint8)
+        return pointer(whole) + np.cumsum(length) - length, length, whole
+    held = [np.frombuffer(stream, np.uint8) for stream in streams]
+    return np.array(list(map(pointer, held)), dtype=np.int64), length, held
+
+
 class Plan(NamedTuple):
     """What a decoder of many blocks at once is told of some streams.
 
@@ -160,14 +188,7 @@ def plan(
     library = native()
     if library is None:
         return reference_plan(streams, sizes, sources, targets)
-    if isinstance(streams, Consecutive):
-        start = pointer(np.frombuffer(streams.whole, np.uint8))
-        length = np.array(list(map(len, streams)), dtype=np.int64)
-        address = start + np.cumsum(length) - length
-    else:
-        held = [np.frombuffer(stream, np.uint8) for stream in streams]
-        address = np.array(list(map(pointer, held)), dtype=np.int64)
-        length = np.array(list(map(len, held)), dtype=np.int64)
+    address, length, _held = _places(streams)
     size, source, target = (np.array(x, np.int64) for x in (sizes, sources, targets))
     frequency = np.empty((len(streams), 256), dtype=np.uint16)
     rows = np.empty((int((-(-size // rans.BLOCK)).sum()), 7), dtype=np.int64)

@@ -75,7 +75,8 @@ def fit(counts: Counts) -> Table | None:
     if library is None:
         return reference_fit(counts)
     data, frequency, cost = np.empty(_MOST_BYTES, np.uint8), np.empty(256, np.uint16), np.empty(1, np.int64)
-    size = library.birkhoff_table_fit(*map(pointer, (np.ascontiguousarray(counts), data, frequency, cost)))
+    counts = np.ascontiguousarray(counts)
+    size = library.birkhoff_table_fit(*map(pointer, (counts, data, frequency, cost)))
     return Table(data[:size].tobytes(), frequency, int(cost[0]) / 65536) if size else None
 
 

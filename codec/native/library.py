@@ -90,6 +90,7 @@ _FUNCTIONS = (
     ("birkhoff_table_parse", _INT, (_POINTER, _LONG, _POINTER)),
     ("birkhoff_rans_encode", _LONG, (_POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER)),
     ("birkhoff_rans_decode", _INT, (_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER)),
+    ("birkhoff_group_symbols", _LONG, (_LONG, *[_POINTER] * 4)),
     ("birkhoff_rans_plan", _LONG, (_LONG, *[_POINTER] * 7)),
     ("birkhoff_viterbi", None, (_POINTER, _LONG, _LONG, _POINTER)),
     (
@@ -115,9 +116,5 @@ _FUNCTIONS = (
         (*(_POINTER,) * 4, _LONG, _INT, _INT, *(_POINTER,) * 4, _LONG),
     ),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
-    (
-        "birkhoff_regroup",
-        None,
-        (_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
-    ),
+    ("birkhoff_regroup", None, (_POINTER, _LONG, _LONG, *[_POINTER] * 7, _INT)),
 )

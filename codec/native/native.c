@@ -242,6 +242,7 @@ EXPORT int32_t birkhoff_table_parse(const uint8_t *data, int64_t size, uint16_t 
  * e < 2^(12 + s) / f, x being below f 2^20. Rounded down, with x + 1 for x, it is right if f - e is at most as much; one
  * of the two is, because f / 2 < 2^s <= 2^(12 + s) / f. A power of two is rounded down to 2^32 - 1. */
 typedef struct {
+    uint64_t whole; /* floor(x / f) = x * whole >> 44, too */
     uint32_t inverse, shift, more;
 } Divisor;
 
@@ -252,7 +253,7 @@ __attribute__((constructor)) static void fill_divisors(void) {
         uint32_t shift = 31 - (uint32_t)__builtin_clz(f);
         uint64_t one = (uint64_t)1 << (32 + shift), up = (one + f - 1) / f, error = up * f - one;
         int down = up >> 32 || error * f >= (uint64_t)1 << (12 + shift);
-        divisor_of[f] = (Divisor){(uint32_t)(up - (uint32_t)down), shift, (uint32_t)down};
+        divisor_of[f] = (Divisor){((uint64_t)1 << 44) / f + 1, (uint32_t)(up - (uint32_t)down), shift, (uint32_t)down};
     }
 }
 
@@ -262,31 +263,38 @@ typedef struct {
     uint32_t inverse, rest;
 } Coding;
 
-INLINE uint32_t encode_one(uint32_t x, Coding of, uint16_t **word) {
-    uint32_t f = of.rest & (SLOTS - 1), emit = x >> 20 >= f;
+/* The same for one symbol at a time: with one more bit in a word of 64, floor(x / f) needs no cases, as
+ * x * inverse >> 44, and the product stays below 2^64. */
+typedef struct {
+    uint64_t inverse;
+    uint32_t limit;
+    uint16_t rest, start;
+} Scalar;
+
+INLINE uint32_t encode_one(uint32_t x, const Scalar *of, uint16_t **word) {
+    uint32_t emit = x >= of->limit;
     (*word)[-1] = (uint16_t)x; /* kept only if counted */
     *word -= emit;
     x = emit ? x >> 16 : x;
-    uint32_t quotient = (uint32_t)(((uint64_t)x + (of.rest >> 31)) * of.inverse >> 32) >> (of.rest >> 24 & 15);
-    return x + quotient * (SLOTS - f) + (of.rest >> 12 & (SLOTS - 1));
+    return x + (uint32_t)(x * of->inverse >> 44) * of->rest + of->start;
 }
 
 /* The first `count` symbols of a block, backwards; returns the first word. */
 INLINE uint16_t *encode_scalar(
-    const uint8_t *from, int32_t count, int32_t lanes, const Coding *of, uint32_t *state, uint16_t *word) {
+    const uint8_t *from, int32_t count, int32_t lanes, const Scalar *of, uint32_t *state, uint16_t *word) {
     int32_t at = count;
-    if (lanes == 4 && count >= 4) {
-        for (; at & 3; at--) state[(at - 1) & 3] = encode_one(state[(at - 1) & 3], of[from[at - 1]], &word);
+    if (lanes == 4) {
+        for (; at & 3; at--) state[(at - 1) & 3] = encode_one(state[(at - 1) & 3], &of[from[at - 1]], &word);
         uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
         for (; at; at -= 4) {
-            d = encode_one(d, of[from[at - 1]], &word), c = encode_one(c, of[from[at - 2]], &word);
-            b = encode_one(b, of[from[at - 3]], &word), a = encode_one(a, of[from[at - 4]], &word);
+            d = encode_one(d, &of[from[at - 1]], &word), c = encode_one(c, &of[from[at - 2]], &word);
+            b = encode_one(b, &of[from[at - 3]], &word), a = encode_one(a, &of[from[at - 4]], &word);
         }
         state[0] = a, state[1] = b, state[2] = c, state[3] = d;
     }
     for (; at; at--) {
         uint32_t *x = &state[(at - 1) & (lanes - 1)];
-        *x = encode_one(*x, of[from[at - 1]], &word);
+        *x = encode_one(*x, &of[from[at - 1]], &word);
     }
     return word;
 }
@@ -350,12 +358,14 @@ TARGET_AVX2 static uint16_t *encode_avx2(
 /* rans.encode: bytes written, at most (8 + 4 * lanes) * blocks + 2 * size; `scratch` holds 8 + BLOCK uint16. */
 EXPORT int64_t birkhoff_rans_encode(
     const uint8_t *symbols, int64_t size, int32_t lanes, const uint16_t *frequency, uint16_t *scratch, uint8_t *out) {
-    Coding of[256];
+    Coding coding[256];
+    Scalar scalar[256];
     uint32_t total = 0;
     for (int s = 0; s < 256; s++) {
-        uint32_t f = frequency[s];
-        Divisor by = divisor_of[f & (SLOTS - 1)];
-        of[s] = (Coding){by.inverse, (f & (SLOTS - 1)) | (total & (SLOTS - 1)) << 12 | by.shift << 24 | by.more << 31};
+        uint32_t f = frequency[s] & (SLOTS - 1), start = total & (SLOTS - 1);
+        Divisor by = divisor_of[f];
+        coding[s] = (Coding){by.inverse, f | start << 12 | by.shift << 24 | by.more << 31};
+        scalar[s] = (Scalar){by.whole, f << 20, (uint16_t)(SLOTS - f), (uint16_t)start};
         total += f;
     }
     int64_t blocks = (size + BLOCK - 1) / BLOCK;
@@ -371,11 +381,11 @@ EXPORT int64_t birkhoff_rans_encode(
         if (lanes >= 8 && use_avx2()) {
             int32_t whole = count & -lanes;
             for (int32_t at = count; at > whole; at--)
-                state[at - 1 - whole] = encode_one(state[at - 1 - whole], of[from[at - 1]], &word);
-            count = 0, word = encode_avx2(from, whole / lanes, lanes, of, state, word);
+                state[at - 1 - whole] = encode_one(state[at - 1 - whole], &scalar[from[at - 1]], &word);
+            count = 0, word = encode_avx2(from, whole / lanes, lanes, coding, state, word);
         }
 #endif
-        word = encode_scalar(from, count, lanes, of, state, word);
+        word = encode_scalar(from, count, lanes, scalar, state, word);
         uint32_t words = (uint32_t)(end - word);
         if (block < blocks - 1) memcpy(directory + 4 * block, &words, 4);
         memcpy(to, state, 4 * (size_t)lanes), to += 4 * lanes;
@@ -400,7 +410,29 @@ typedef struct {
     int32_t at;                /* symbols decoded */
 } Cursor;
 
-INLINE int decode_scalar(
+INLINE uint32_t decode_one(uint32_t x, const uint32_t *table, const uint8_t **word, uint8_t *out) {
+    uint32_t entry = table[x & (SLOTS - 1)], value = (entry >> 8 & (SLOTS - 1)) * (x >> BITS) + (entry >> 20);
+    uint32_t small = value < LEAST_STATE;
+    uint16_t low;
+    memcpy(&low, *word, 2);
+    *out = (uint8_t)entry, *word += 2 * small;
+    return value << (small << 4) | (low & -small); /* no branch: none would be foreseen */
+}
+
+/* Whole steps of four lanes, while there are words for them. */
+static void decode_four(Cursor *cursor, uint32_t *state, const uint32_t *table, int32_t count, uint8_t *out) {
+    const uint8_t *word = cursor->word, *end = cursor->end;
+    uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+    int32_t at = cursor->at;
+    for (; at + 4 <= count && end - word >= 8; at += 4) {
+        a = decode_one(a, table, &word, out + at), b = decode_one(b, table, &word, out + at + 1);
+        c = decode_one(c, table, &word, out + at + 2), d = decode_one(d, table, &word, out + at + 3);
+    }
+    state[0] = a, state[1] = b, state[2] = c, state[3] = d;
+    cursor->word = word, cursor->at = at;
+}
+
+static int decode_scalar(
     Cursor *cursor, uint32_t *state, const uint32_t *table, int32_t count, int32_t lanes, uint8_t *out) {
     const uint8_t *word = cursor->word, *end = cursor->end;
     for (int32_t at = cursor->at; at < count; at++) {
@@ -429,9 +461,20 @@ __attribute__((constructor)) static void fill_order(void) {
             order_of_words[8 * mask + lane] = (uint8_t)(mask >> lane & 1 ? next++ : 0);
 }
 
+/* Entries of a table at eight places below 4096: faster than AVX2's own gather, which is microcode. */
+TARGET_AVX2 static inline __m256i entries_at(const uint32_t *table, __m256i places) {
+    uint32_t at[8] __attribute__((aligned(32)));
+    _mm256_store_si256((__m256i *)at, places);
+    __m128i a = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[0]]), _mm_cvtsi32_si128((int)table[at[1]]));
+    __m128i b = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[2]]), _mm_cvtsi32_si128((int)table[at[3]]));
+    __m128i c = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[4]]), _mm_cvtsi32_si128((int)table[at[5]]));
+    __m128i d = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[6]]), _mm_cvtsi32_si128((int)table[at[7]]));
+    return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+}
+
 #define STEP(x, symbol)                                                                                                \
     do {                                                                                                               \
-        __m256i entry = _mm256_i32gather_epi32((const int *)table, _mm256_and_si256(x, slots), 4);                     \
+        __m256i entry = entries_at(table, _mm256_and_si256(x, slots));                                                 \
         symbol = _mm256_and_si256(entry, bytes);                                                                       \
         x = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), slots),                  \
                                                 _mm256_srli_epi32(x, BITS)),                                           \
@@ -511,12 +554,8 @@ EXPORT int32_t birkhoff_rans_decode(
 #if AVX2
         if (lanes >= 8 && use_avx2()) decode_avx2(&cursor, state, table, count, lanes, out);
 #endif
-        int wrong;
-        if (lanes == 4)
-            wrong = decode_scalar(&cursor, state, table, count, 4, out);
-        else
-            wrong = decode_scalar(&cursor, state, table, count, lanes, out);
-        if (wrong || cursor.word != cursor.end) return -1;
+        if (lanes == 4) decode_four(&cursor, state, table, count, out);
+        if (decode_scalar(&cursor, state, table, count, lanes, out) || cursor.word != cursor.end) return -1;
         for (int lane = 0; lane < lanes; lane++)
             if (state[lane] != LEAST_STATE) return -1;
         from = cursor.end, out += count;
@@ -574,16 +613,64 @@ EXPORT int64_t birkhoff_rans_plan(
     return found;
 }
 
+/* rest.unpack_all: the symbols of streams that are raw or coded by a table, each of `size` > 0, one after the other.
+ * Returns how many were read before one that is damaged. */
+EXPORT int64_t birkhoff_group_symbols(
+    int64_t count, const int64_t *address, const int64_t *length, const int64_t *size, uint8_t *out) {
+    for (int64_t s = 0; s < count; out += size[s++]) {
+        const uint8_t *data = (const uint8_t *)(uintptr_t)address[s];
+        uint16_t frequency[256];
+        if (length[s] < 1) return s;
+        if (data[0] == 0) {
+            if (length[s] - 1 != size[s]) return s;
+            memcpy(out, data + 1, (size_t)size[s]);
+            continue;
+        }
+        if (data[0] != 2 || length[s] < 2 || data[1] > 5) return s;
+        int32_t used = birkhoff_table_parse(data + 2, length[s] - 2, frequency);
+        if (used < 0) return s;
+        if (birkhoff_rans_decode(data + 2 + used, length[s] - 2 - used, size[s], 1 << data[1], frequency, out)) return s;
+    }
+    return count;
+}
+
 /* --- groups: entropy/groups.py ---------------------------------------------------------------------------------- */
 
-#define SORTED 4 /* rows whose columns are sorted together */
+#define SORTED 4 /* rows whose columns are put into another order together */
 
-/* Row r of a plane [R, C] lies in the groups at base[row_level[r]][b] + row_rank[r] * width[b] for each column level b;
- * `order` [C] are the columns by level. `scratch` holds SORTED * C bytes. `into`: plane to groups, else groups to plane. */
+/* to[k][c] = from[k][order[c]]; four bytes make a store, because stores are what there are fewest of. */
+INLINE void reordered(const uint8_t *const from[SORTED], const uint32_t *order, int64_t columns, uint8_t *const to[SORTED]) {
+    int64_t column = 0;
+    for (; column + 4 <= columns; column += 4) {
+        uint32_t a = order[column], b = order[column + 1], c = order[column + 2], d = order[column + 3];
+        for (int k = 0; k < SORTED; k++) {
+            const uint8_t *x = from[k];
+            uint32_t four = x[a] | (uint32_t)x[b] << 8 | (uint32_t)x[c] << 16 | (uint32_t)x[d] << 24;
+            memcpy(to[k] + column, &four, 4);
+        }
+    }
+    for (; column < columns; column++)
+        for (int k = 0; k < SORTED; k++) to[k][column] = from[k][order[column]];
+}
+
+/* contexts.gather (`into`) and contexts.join: a plane [R, C] and its groups, one after the other, by what
+ * birkhoff_addresses says of them. `order` holds C uint32, `scratch` SORTED * C bytes. */
 EXPORT void birkhoff_regroup(
-    uint8_t *plane, int64_t rows, int64_t columns, uint8_t *groups, int32_t levels, const int64_t *base,
-    const int64_t *width, const int64_t *row_level, const int64_t *row_rank, const uint32_t *order, uint8_t *scratch,
-    int32_t into) {
+    uint8_t *plane, int64_t rows, int64_t columns, uint8_t *groups, const int64_t *of_row, const int64_t *of_column,
+    const int64_t *base, const int64_t *width, uint32_t *order, uint8_t *scratch, int32_t into) {
+    int64_t starts[64], start = 0;
+    int32_t used[64], levels = 0;
+    for (int32_t level = 0; level < 64; start += width[level++]) {
+        starts[level] = start;
+        if (width[level]) used[levels++] = level;
+    }
+    for (int64_t column = 0; column < columns; column++) { /* its place among the columns by level */
+        int64_t place = starts[of_column[column] & 63] + (of_column[column] >> 6);
+        if (into)
+            order[place] = (uint32_t)column;
+        else
+            order[column] = (uint32_t)place;
+    }
     for (int64_t row = 0; row < rows; row += SORTED) {
         int64_t height = rows - row < SORTED ? rows - row : SORTED;
         uint8_t *line[SORTED], *sorted[SORTED];
@@ -591,29 +678,22 @@ EXPORT void birkhoff_regroup(
             line[k] = plane + (row + (k < height ? k : 0)) * columns; /* the first one again where there is none */
             sorted[k] = scratch + (k < height ? k : 0) * columns;
         }
-        if (into)
-            for (int64_t column = 0; column < columns; column++) {
-                uint32_t from = order[column];
-                sorted[0][column] = line[0][from], sorted[1][column] = line[1][from];
-                sorted[2][column] = line[2][from], sorted[3][column] = line[3][from];
-            }
+        if (into) reordered((const uint8_t *const *)line, order, columns, sorted);
         for (int64_t k = 0; k < height; k++) {
-            const int64_t *start = base + row_level[row + k] * levels;
+            int64_t rank = of_row[row + k] >> 6;
+            const int64_t *first = base + 64 * (of_row[row + k] & 63);
             uint8_t *at = sorted[k];
-            for (int32_t level = 0; level < levels; at += width[level++]) {
-                uint8_t *place = groups + start[level] + row_rank[row + k] * width[level];
+            for (int32_t l = 0; l < levels; l++) {
+                int64_t size = width[used[l]];
+                uint8_t *place = groups + first[used[l]] + rank * size;
                 if (into)
-                    memcpy(place, at, (size_t)width[level]);
+                    memcpy(place, at, (size_t)size);
                 else
-                    memcpy(at, place, (size_t)width[level]);
+                    memcpy(at, place, (size_t)size);
+                at += size;
             }
         }
-        if (!into)
-            for (int64_t column = 0; column < columns; column++) {
-                uint32_t to = order[column];
-                line[3][to] = sorted[3][column], line[2][to] = sorted[2][column];
-                line[1][to] = sorted[1][column], line[0][to] = sorted[0][column];
-            }
+        if (!into) reordered((const uint8_t *const *)sorted, order, columns, line);
     }
 }
 
