@@ -107,6 +107,10 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def fidelity(source: Tensor, decoded: Tensor) -> Fidelity:
     """Compare two real tensors of one shape, in float32 (float64 for float64), sums gathered chunk by chunk."""
+    if in_parts(source) and in_parts(decoded):
+        seen = survey(source)
+        found, greatest = _compared(source, decoded, seen.energy), max(-seen.low, seen.high)
+        return replace(found, energy=bulk(source, found.energy, greatest).energy)
     found = compare(source, decoded)
     return replace(found, energy=bulk(source, found.energy).energy)
 
@@ -114,9 +118,7 @@ def fidelity(source: Tensor, decoded: Tensor) -> Fidelity:
 def compare(source: Tensor, decoded: Tensor) -> Fidelity:
     """`fidelity` with the energy of all weights, outliers too: what can be summed over the parts of a tensor."""
     if in_parts(source) and in_parts(decoded):
-        errors = Errors()
-        errors.add(source, decoded)
-        return errors.fidelity(survey(source).energy)
+        return _compared(source, decoded, survey(source).energy)
     energy = error = absolute = greatest = 0.0
     found: list[Tensor] = []
     wide = _wide(source)
@@ -130,6 +132,12 @@ def compare(source: Tensor, decoded: Tensor) -> Fidelity:
         energy, absolute, error = energy + energy_, absolute + absolute_, error + error_
         greatest = max(greatest, greatest_)
     return Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=absolute / max(1, flat.numel()))
+
+
+def _compared(source: Tensor, decoded: Tensor, energy: float) -> Fidelity:
+    errors = Errors()
+    errors.add(source, decoded)
+    return errors.fidelity(energy)
 
 
 def in_parts(weight: Tensor) -> bool:

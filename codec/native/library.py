@@ -99,6 +99,8 @@ _FUNCTIONS = (
         (_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG),
     ),
     ("birkhoff_positions", None, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
+    ("birkhoff_thetas", None, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
+    ("birkhoff_pack_thetas", None, (_POINTER, _POINTER, _LONG, _POINTER)),
     ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),
     ("birkhoff_paths", _LONG, (_POINTER, _LONG, _LONG, _FLOAT, _LONG, *[_POINTER] * 5, _LONG)),
     ("birkhoff_compare", None, (_POINTER, _POINTER, _LONG, _LONG, _POINTER)),

@@ -1156,6 +1156,39 @@ EXPORT void birkhoff_positions(const int8_t *i, const int8_t *j, int64_t rows, i
     for (int64_t row = 0; row < rows; row++) row_of(i + row * pairs, j + row * pairs, columns, step, out + row * columns);
 }
 
+/* reference.decode: the same of step numbers, whose low byte is J + 128 and whose high byte I + 128. */
+INLINE void thetas_of(const uint16_t *theta, int64_t columns, float step, float *out) {
+    for (int64_t left = 0; left < columns; left += 64) {
+        int64_t width = columns - left < 64 ? columns - left : 64, half = (width + 1) / 2;
+        float x[32], y[32];
+        const uint16_t *from = theta + left / 2;
+        for (int64_t k = 0; k < half; k++) {
+            float i = (float)((int32_t)(from[k] >> 8) - 128), j = (float)((int32_t)(from[k] & 255) - 128);
+            x[k] = (i + j * (1.0f / 256)) * step, y[k] = j * step;
+        }
+        memcpy(out + left, x, 4 * (size_t)half), memcpy(out + left + half, y, 4 * (size_t)(width - half));
+    }
+}
+
+TARGET_AVX2 static void thetas_avx2(const uint16_t *theta, int64_t columns, float step, float *out) {
+    thetas_of(theta, columns, step, out);
+}
+
+static void thetas_base(const uint16_t *theta, int64_t columns, float step, float *out) {
+    thetas_of(theta, columns, step, out);
+}
+
+EXPORT void birkhoff_thetas(const uint16_t *theta, int64_t rows, int64_t columns, float step, float *out) {
+    int64_t pairs = (columns + 1) / 2;
+    void (*row_of)(const uint16_t *, int64_t, float, float *) = use_avx2() ? thetas_avx2 : thetas_base;
+    for (int64_t row = 0; row < rows; row++) row_of(theta + row * pairs, columns, step, out + row * columns);
+}
+
+/* trajectory.theta_from_coordinates */
+EXPORT void birkhoff_pack_thetas(const int8_t *restrict i, const int8_t *restrict j, int64_t size, uint16_t *restrict theta) {
+    for (int64_t k = 0; k < size; k++) theta[k] = (uint16_t)(((uint8_t)i[k] << 8 | (uint8_t)j[k]) ^ 0x8080);
+}
+
 /* --- errors and ranges: metrics.py ------------------------------------------------------------------------------ */
 
 /* Sums are of float32 numbers in double precision, number k of a tensor to partial sum k mod PARTS: the same whatever
@@ -1214,9 +1247,37 @@ INLINE void errors_of(const float *source, const float *other, int64_t size, int
     for (; at < size; at++) error_of(source, other, at, (first + at) % PARTS, sums);
 }
 
-TARGET_AVX2 static void errors_avx2(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
-    errors_of(source, other, size, first, sums);
+#if AVX2
+TARGET_AVX2 static inline void add_wide(__m256d *low, __m256d *high, __m256 x) {
+    *low = _mm256_add_pd(*low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    *high = _mm256_add_pd(*high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
 }
+
+TARGET_AVX2 static void errors_avx2(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    int64_t head = (PARTS - first % PARTS) % PARTS < size ? (PARTS - first % PARTS) % PARTS : size, at = head;
+    errors_of(source, other, head, first, sums);
+    __m256d error[4], absolute[4];
+    __m256 most[2];
+    for (int v = 0; v < 4; v++)
+        error[v] = _mm256_loadu_pd(sums->error + 4 * v), absolute[v] = _mm256_loadu_pd(sums->absolute + 4 * v);
+    for (int v = 0; v < 2; v++) most[v] = _mm256_loadu_ps(sums->most + 8 * v);
+    for (; at + PARTS <= size; at += PARTS)
+        for (int v = 0; v < 2; v++) {
+            __m256 d = _mm256_sub_ps(_mm256_loadu_ps(other + at + 8 * v), _mm256_loadu_ps(source + at + 8 * v));
+            __m256 far = _mm256_andnot_ps(sign, d);
+            most[v] = _mm256_max_ps(far, most[v]); /* the second where one is no number */
+            add_wide(&error[2 * v], &error[2 * v + 1], _mm256_mul_ps(d, d));
+            add_wide(&absolute[2 * v], &absolute[2 * v + 1], far);
+        }
+    for (int v = 0; v < 4; v++)
+        _mm256_storeu_pd(sums->error + 4 * v, error[v]), _mm256_storeu_pd(sums->absolute + 4 * v, absolute[v]);
+    for (int v = 0; v < 2; v++) _mm256_storeu_ps(sums->most + 8 * v, most[v]);
+    errors_of(source + at, other + at, size - at, first + at, sums);
+}
+#else
+#define errors_avx2 errors_base
+#endif
 
 static void errors_base(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
     errors_of(source, other, size, first, sums);
@@ -1266,9 +1327,35 @@ INLINE void ranges_of(const float *weight, int64_t size, int64_t first, float li
     for (; at < size; at++) range_of(weight[at], (first + at) % PARTS, limit, range);
 }
 
+#if AVX2
 TARGET_AVX2 static void ranges_avx2(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
-    ranges_of(weight, size, first, limit, range);
+    const __m256 sign = _mm256_set1_ps(-0.0f), counted = _mm256_set1_ps(limit);
+    int64_t head = (PARTS - first % PARTS) % PARTS < size ? (PARTS - first % PARTS) % PARTS : size, at = head;
+    ranges_of(weight, head, first, limit, range);
+    while (!range->broken && at + PARTS <= size) { /* hardly ever more than once */
+        ranges_of(weight + at, PARTS, first + at, limit, range);
+        at += PARTS;
+    }
+    __m256d energy[4];
+    __m256 least[2], most[2];
+    for (int v = 0; v < 4; v++) energy[v] = _mm256_loadu_pd(range->energy + 4 * v);
+    for (int v = 0; v < 2; v++)
+        least[v] = _mm256_loadu_ps(range->least + 8 * v), most[v] = _mm256_loadu_ps(range->most + 8 * v);
+    for (; at + PARTS <= size; at += PARTS)
+        for (int v = 0; v < 2; v++) {
+            __m256 w = _mm256_loadu_ps(weight + at + 8 * v);
+            __m256 far = _mm256_cmp_ps(_mm256_andnot_ps(sign, w), counted, _CMP_GT_OQ);
+            add_wide(&energy[2 * v], &energy[2 * v + 1], _mm256_andnot_ps(far, _mm256_mul_ps(w, w)));
+            least[v] = _mm256_min_ps(w, least[v]), most[v] = _mm256_max_ps(w, most[v]);
+        }
+    for (int v = 0; v < 4; v++) _mm256_storeu_pd(range->energy + 4 * v, energy[v]);
+    for (int v = 0; v < 2; v++)
+        _mm256_storeu_ps(range->least + 8 * v, least[v]), _mm256_storeu_ps(range->most + 8 * v, most[v]);
+    ranges_of(weight + at, size - at, first + at, limit, range);
 }
+#else
+#define ranges_avx2 ranges_base
+#endif
 
 static void ranges_base(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
     ranges_of(weight, size, first, limit, range);
@@ -1284,7 +1371,8 @@ EXPORT void birkhoff_survey(const float *weight, int64_t size, int64_t first, fl
 
 INLINE void coded_errors_of(
     const float *weight, int64_t rows, int64_t columns, const int8_t *i, const int8_t *j, float step, int64_t escapes,
-    const int64_t *index, const int32_t *escaped_i, const int32_t *escaped_j, Errors *sums) {
+    const int64_t *index, const int32_t *escaped_i, const int32_t *escaped_j, Errors *sums,
+    void (*add)(const float *, const float *, int64_t, int64_t, Errors *)) {
     int64_t pairs = (columns + 1) / 2, next = 0;
     float tile[TILE];
     for (int64_t row = 0; row < rows; row++)
@@ -1297,20 +1385,20 @@ INLINE void coded_errors_of(
                 tile[at.x - left] = (a + b * (1.0f / 256)) * step;
                 if (at.seconds > 0) tile[at.y - left] = b * step;
             }
-            errors_of(weight + row * columns + left, tile, width, row * columns + left, sums);
+            add(weight + row * columns + left, tile, width, row * columns + left, sums);
         }
 }
 
 TARGET_AVX2 static void coded_errors_avx2(
     const float *w, int64_t r, int64_t c, const int8_t *i, const int8_t *j, float step, int64_t n, const int64_t *index,
     const int32_t *wide_i, const int32_t *wide_j, Errors *sums) {
-    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums);
+    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums, errors_avx2);
 }
 
 static void coded_errors_base(
     const float *w, int64_t r, int64_t c, const int8_t *i, const int8_t *j, float step, int64_t n, const int64_t *index,
     const int32_t *wide_i, const int32_t *wide_j, Errors *sums) {
-    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums);
+    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums, errors_base);
 }
 
 EXPORT void birkhoff_coded_errors(
@@ -1336,7 +1424,9 @@ INLINE void nearest_of(const float *x, const float *y, int64_t count, float inve
     }
 }
 
-INLINE void node_errors_of(const float *weight, int64_t rows, int64_t columns, float inverse, float step, Errors *sums) {
+INLINE void node_errors_of(
+    const float *weight, int64_t rows, int64_t columns, float inverse, float step, Errors *sums,
+    void (*add)(const float *, const float *, int64_t, int64_t, Errors *)) {
     float tile[TILE];
     for (int64_t row = 0; row < rows; row++)
         for (int64_t left = 0; left < columns; left += TILE) {
@@ -1353,16 +1443,16 @@ INLINE void node_errors_of(const float *weight, int64_t rows, int64_t columns, f
                 nearest_of(from + at, second, half, inverse, step, tile + at, decoded);
                 memcpy(tile + at + half, decoded, 4 * (size_t)(block - half));
             }
-            errors_of(from, tile, width, row * columns + left, sums);
+            add(from, tile, width, row * columns + left, sums);
         }
 }
 
 TARGET_AVX2 static void node_errors_avx2(const float *w, int64_t r, int64_t c, float inverse, float step, Errors *sums) {
-    node_errors_of(w, r, c, inverse, step, sums);
+    node_errors_of(w, r, c, inverse, step, sums, errors_avx2);
 }
 
 static void node_errors_base(const float *w, int64_t r, int64_t c, float inverse, float step, Errors *sums) {
-    node_errors_of(w, r, c, inverse, step, sums);
+    node_errors_of(w, r, c, inverse, step, sums, errors_base);
 }
 
 /* rate.error_of_nodes: birkhoff_compare of a matrix with its nearest nodes. No weight is above 2^22 steps. */

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birkhoff.codec import lattice, rate, trellis
+from birkhoff.codec import lattice, rate, reference, trajectory, trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.metrics import compare, fidelity
 from birkhoff.codec.native.library import native
@@ -199,3 +199,13 @@ def test_native_errors_are_those_of_what_is_decoded(coder: None, shape: tuple[in
         for code in (nodes, lattice.quantise_path(weight, step)):
             assert rate._errors(weight, code).fidelity(0.0) == replace(compare(weight, code.decode()), energy=0.0)
             assert step > 0.5 or len(code.escapes) > 0
+
+
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 131, 320])
+def test_native_step_numbers_are_those_of_the_reference(coder: None, columns: int) -> None:
+    code = lattice.quantise(normal((37, columns)) * 60, 0.77)
+    theta = code.theta()
+    assert torch.equal(theta.int(), trajectory._stacked(code.i, code.j).int())
+    step = torch.tensor(code.step)
+    found, wanted = (run(theta, step, columns, torch.float32) for run in (reference.decode, reference.decode_planes))
+    assert torch.equal(found, wanted)
