@@ -68,10 +68,11 @@ class LatticeTensor:
         out = empty((rows, self.columns), dtype, self.i.device)
         library = native() if out.device.type == "cpu" and dtype == torch.float32 else None
         if library is not None and self.i.is_contiguous() and self.j.is_contiguous():
-            planes = self.i.data_ptr(), self.j.data_ptr()
-            library.birkhoff_positions(*planes, rows, self.columns, self.step, out.data_ptr())
-        else:
-            self.decode_into(out)
+            planes, escapes = (self.i.data_ptr(), self.j.data_ptr()), self.escapes
+            places = (t.data_ptr() for t in (escapes.pair, escapes.i, escapes.j))
+            library.birkhoff_positions(*planes, rows, self.columns, self.step, len(escapes), *places, out.data_ptr())
+            return out
+        self.decode_into(out)
         if len(self.escapes):
             index, value = self.escaped_weights()
             out.view(-1)[index.to(out.device)] = value.to(out.device, dtype)
@@ -177,12 +178,9 @@ def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float
     library = native() if weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 else None
     if library is not None and weight_RK.is_contiguous():
         return _native_path(library, weight_RK, step, lanes)
-    i, j = split(
-        weight_RK,
-        out=weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32),
-    )
-    i.mul_(reciprocal(step))
-    j.mul_(reciprocal(step))
+    planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
+    i, j = split(weight_RK, out=planes)
+    planes.mul_(reciprocal(step))
     trellis.search_(j.view(-1), lanes)
     trellis.search_(i.sub_(j, alpha=1 / N).view(-1), lanes)
     return of_coordinates(i, j, step, weight_RK.shape[1])

@@ -290,14 +290,16 @@ def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tenso
     """
     if not any(len(at) for at, _ in outside):
         return _emptied(planes, stored)
-    pair = torch.unique(torch.cat([index for index, _ in outside]))
-    pair = pair[torch.isin(pair, stored.pair, invert=True)]
-    true = []
+    # In numpy, whose calls take a fraction of torch's: there are few escapes, and many tensors.
+    found = np.unique(np.concatenate([index.numpy() for index, _ in outside]))
+    if len(stored):
+        found = found[np.isin(found, stored.pair.numpy(), invert=True)]
+    pair, true = torch.from_numpy(found), []
     for plane, (at, wide) in zip(planes, outside, strict=True):
         exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32)
         if len(at):
-            place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
-            exact = torch.where(at[place] == pair, wide[place], exact)
+            place = np.searchsorted(at.numpy(), found).clip(max=len(at) - 1)
+            exact = torch.from_numpy(np.where(at.numpy()[place] == found, wide.numpy()[place], exact.numpy()))
         true.append(exact)
     return _emptied(planes, merged(stored, Escapes(pair=pair, i=true[0], j=true[1])))
 
@@ -314,8 +316,8 @@ _ROOM = 1 << 12
 
 def merged(a: Escapes, b: Escapes) -> Escapes:
     """Escapes of both, by rising index."""
-    if not len(b):
-        return a
+    if not len(a) or not len(b):
+        return a if len(a) else b
     pair = torch.cat((a.pair, b.pair))
     order = torch.argsort(pair)
     return Escapes(pair=pair[order], i=torch.cat((a.i, b.i))[order], j=torch.cat((a.j, b.j))[order])

@@ -98,7 +98,7 @@ _FUNCTIONS = (
         _LONG,
         (_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG),
     ),
-    ("birkhoff_positions", None, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
+    ("birkhoff_positions", None, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _LONG, *[_POINTER] * 4)),
     ("birkhoff_thetas", None, (_POINTER, _LONG, _LONG, _FLOAT, _POINTER)),
     ("birkhoff_pack_thetas", None, (_POINTER, _POINTER, _LONG, _POINTER)),
     ("birkhoff_narrow", _LONG, (_POINTER, _LONG, _POINTER, _POINTER, _LONG)),

@@ -1150,10 +1150,19 @@ static void positions_base(const int8_t *i, const int8_t *j, int64_t columns, fl
     positions_of(i, j, columns, step, out);
 }
 
-EXPORT void birkhoff_positions(const int8_t *i, const int8_t *j, int64_t rows, int64_t columns, float step, float *out) {
+/* Escapes are told by flat pair index, rising, and both coordinates. */
+EXPORT void birkhoff_positions(
+    const int8_t *i, const int8_t *j, int64_t rows, int64_t columns, float step, int64_t escapes, const int64_t *index,
+    const int32_t *escaped_i, const int32_t *escaped_j, float *out) {
     int64_t pairs = (columns + 1) / 2;
     void (*row_of)(const int8_t *, const int8_t *, int64_t, float, float *) = use_avx2() ? positions_avx2 : positions_base;
     for (int64_t row = 0; row < rows; row++) row_of(i + row * pairs, j + row * pairs, columns, step, out + row * columns);
+    for (int64_t e = 0; e < escapes; e++) {
+        float *line = out + index[e] / pairs * columns, a = (float)escaped_i[e], b = (float)escaped_j[e];
+        Place at = place_of(index[e] % pairs, columns);
+        line[at.x] = (a + b * (1.0f / 256)) * step;
+        if (at.seconds > 0) line[at.y] = b * step;
+    }
 }
 
 /* reference.decode: the same of step numbers, whose low byte is J + 128 and whose high byte I + 128. */
