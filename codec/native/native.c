@@ -358,13 +358,17 @@ TARGET_AVX2 static uint16_t *encode_avx2(
 /* rans.encode: bytes written, at most (8 + 4 * lanes) * blocks + 2 * size; `scratch` holds 8 + BLOCK uint16. */
 EXPORT int64_t birkhoff_rans_encode(
     const uint8_t *symbols, int64_t size, int32_t lanes, const uint16_t *frequency, uint16_t *scratch, uint8_t *out) {
+#if AVX2
     Coding coding[256];
+#endif
     Scalar scalar[256];
     uint32_t total = 0;
     for (int s = 0; s < 256; s++) {
         uint32_t f = frequency[s] & (SLOTS - 1), start = total & (SLOTS - 1);
         Divisor by = divisor_of[f];
+#if AVX2
         coding[s] = (Coding){by.inverse, f | start << 12 | by.shift << 24 | by.more << 31};
+#endif
         scalar[s] = (Scalar){by.whole, f << 20, (uint16_t)(SLOTS - f), (uint16_t)start};
         total += f;
     }
