@@ -259,6 +259,11 @@ class Consecutive(tuple[memoryview, ...]):
         found.whole = whole
         return found
 
+    def inner(self) -> "Consecutive":
+        """All but the first and the last."""
+        sizes = list(map(len, self))
+        return Consecutive.cut(self.whole[sizes[0] : len(self.whole) - sizes[-1]], sizes[1:-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedTensor(Entry):

@@ -18,6 +18,7 @@ Shapes: R = rows, P = columns of the plane, G = groups.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -149,42 +150,46 @@ def _tiles(rows: Bytes, columns: Bytes, rule: Rule) -> Iterator[tuple[int, slice
 
 def split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:
     """The groups of a plane [R, P], each a flat array."""
+    return cut(*gather(plane, rows, columns, rule))
+
+
+def gather(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Bytes, list[int]]:
+    """The groups of a plane [R, P] one after the other, and the size of each."""
     if not rows.any() and not columns.any():
-        return [plane.reshape(-1)]
+        return plane.reshape(-1), [plane.size]
     if native() is None:
-        return reference_split(plane, rows, columns, rule)
-    sizes = group_sizes(rows, columns, rule)
-    flat = np.empty(plane.size, dtype=np.uint8)
-    _regroup(plane, flat, rows, columns, rule, into=True)
-    return np.split(flat, np.cumsum(sizes)[:-1])
+        groups = reference_split(plane, rows, columns, rule)
+        return np.concatenate(groups), list(map(len, groups))
+    flat, where = np.empty(plane.size, dtype=np.uint8), addresses(rows, columns, rule)
+    _regroup(plane, flat, where, into=True)
+    return flat, where.sizes.tolist()
 
 
-def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Bytes:
-    """The plane [R, P] of the groups of `split`, which follow each other in `flat`."""
+def cut(flat: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+    """Groups that follow each other, each by itself."""
+    ends = list(accumulate(sizes))
+    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2, where: "Addresses | None" = None) -> Bytes:
+    """The plane [R, P] of the groups of `split`, which follow each other in `flat`; `where` are their addresses."""
     shape = len(rows), len(columns)
     if not rows.any() and not columns.any():
         return flat.reshape(shape)
     if native() is None:
         return reference_join(flat, rows, columns, rule)
     plane = np.empty(shape, dtype=np.uint8)
-    _regroup(plane, flat, rows, columns, rule, into=False)
+    _regroup(plane, flat, where or addresses(rows, columns, rule), into=False)
     return plane
 
 
-def _regroup(plane: Bytes, flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule, *, into: bool) -> None:
+def _regroup(plane: Bytes, flat: Bytes, where: "Addresses", *, into: bool) -> None:
     library = native()
     assert library is not None
-    base, width, row, row_rank, _, _ = places(rows, columns, rule)
-    order = np.argsort(columns, kind="stable")
-    scratch = np.empty(len(columns), dtype=np.uint8)
-    library.birkhoff_regroup(
-        pointer(plane),
-        *plane.shape,
-        pointer(flat),
-        len(width),
-        *map(pointer, (base, width, row, row_rank, order, scratch)),
-        int(into),
-    )
+    columns = plane.shape[1]
+    order, scratch = np.empty(columns, dtype=np.uint32), np.empty(4 * columns, dtype=np.uint8)
+    arrays = where.row, where.column, where.base, where.width, order, scratch
+    library.birkhoff_regroup(pointer(plane), *plane.shape, pointer(flat), *map(pointer, arrays), int(into))
 
 
 def reference_split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:

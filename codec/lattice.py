@@ -3,7 +3,9 @@
 Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,20 +15,30 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import FormatError, TargetError
 from birkhoff.codec.metrics import to_host
-from birkhoff.codec.native.library import native
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
-from birkhoff.codec.trajectory import HIGH, LOW, Escapes, N, nearest, position, reciprocal, theta_from_coordinates
+from birkhoff.codec.trajectory import (
+    FARTHEST,
+    HIGH,
+    LOW,
+    Escapes,
+    N,
+    nearest,
+    position,
+    reciprocal,
+    theta_from_coordinates,
+)
 
 _CHUNK = 1 << 16
 """Weights coded together on a CPU: about ten such float32 buffers stay in a core's cache."""
 
 _CHUNK_GPU = 1 << 26
 
-_FARTHEST = 1 << 22
-"""Steps up to which paths are searched."""
-
 _ROOM = 1 << 12
 """Coordinates outside the box that are expected at most."""
+
+_PATH_SCRATCH = 160
+"""Bytes that `birkhoff_paths` needs for each step of its lanes, and one more."""
 
 _EscapedPairs = tuple[Tensor, Tensor, Tensor]
 """(flat pair index, I, J) of the escapes of one tile."""
@@ -53,13 +65,14 @@ class LatticeTensor:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights [R, K] in `dtype`, on the device of the coordinates."""
         rows = self.i.shape[0]
-        out = torch.empty(rows, self.columns, dtype=dtype, device=self.i.device)
+        out = empty((rows, self.columns), dtype, self.i.device)
         library = native() if out.device.type == "cpu" and dtype == torch.float32 else None
         if library is not None and self.i.is_contiguous() and self.j.is_contiguous():
-            planes = self.i.data_ptr(), self.j.data_ptr()
-            library.birkhoff_positions(*planes, rows, self.columns, self.step, out.data_ptr())
-        else:
-            self.decode_into(out)
+            planes, escapes = (self.i.data_ptr(), self.j.data_ptr()), self.escapes
+            places = (t.data_ptr() for t in (escapes.pair, escapes.i, escapes.j))
+            library.birkhoff_positions(*planes, rows, self.columns, self.step, len(escapes), *places, out.data_ptr())
+            return out
+        self.decode_into(out)
         if len(self.escapes):
             index, value = self.escaped_weights()
             out.view(-1)[index.to(out.device)] = value.to(out.device, dtype)
@@ -115,6 +128,18 @@ class LatticeTensor:
         return torch.from_numpy(index[order]), torch.from_numpy(value[order])
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor without values.
+
+    On a CPU large ones lie in huge pages, as numpy asks for: taking 4 bytes a weight in small pages costs as much as
+    decoding them.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
+
+
 def escape_places(pair: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row, column of x, column of y, mask of those that have a y), each [E], of flat pair indices."""
     count = pairs_per_row(columns)
@@ -148,41 +173,68 @@ def quantise(weight_RK: Tensor, step: float) -> LatticeTensor:
     return _gather((weight_RK.shape[0], weight_RK.shape[1]), weight_RK.device, step, coordinates)
 
 
-def quantise_path(weight_RK: Tensor, step: float, path: int = 1) -> LatticeTensor:
+def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float | None = None) -> LatticeTensor:
     """Nodes on the best paths of the trellis, for one step: about 1 dB nearer than nodes of twice that step.
 
     The second weights are searched first; the first weights then move by the shear that those decide. `path` is 1 for
-    paths through the rows, 2 for paths down the columns (see `trellis`).
+    paths through the rows, 2 for paths down the columns (see `trellis`). `greatest` is the greatest |w|, where it
+    is known.
 
     Raises:
         TargetError: weights so many steps long that float32 cannot tell even nodes from odd ones.
     """
-    planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
+    if not weight_RK.numel():
+        return quantise(weight_RK, step)
+    if greatest is None:
+        greatest = max(map(abs, to_host(*torch.aminmax(weight_RK))))
+    farthest = float(np.float32(greatest) * np.float32(reciprocal(step)))
+    if farthest > FARTHEST:
+        raise TargetError(f"a weight lies {farthest:.3g} steps out, a path is exact up to {FARTHEST}: use single nodes")
+    lanes = trellis.lanes_of(weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), path)
     library = native() if weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 else None
     if library is not None and weight_RK.is_contiguous():
-        i, j = planes
-        rows, columns = weight_RK.shape
-        places = weight_RK.data_ptr(), i.data_ptr(), j.data_ptr()
-        farthest = library.birkhoff_split(places[0], rows, columns, reciprocal(step), *places[1:])
-    else:
-        i, j = split(weight_RK, out=planes)
-        planes.mul_(reciprocal(step))
-        farthest = max(map(abs, to_host(*torch.aminmax(planes)))) if planes.numel() else 0.0
-    if farthest > _FARTHEST:
-        raise TargetError(
-            f"a weight lies {farthest:.3g} steps out, a path is exact up to {_FARTHEST}: use single nodes"
-        )
-    lanes = trellis.lanes_of(i.shape[0], i.shape[1], path)
+        return _native_path(library, weight_RK, step, lanes)
+    planes = weight_RK.new_empty(2, weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), dtype=torch.float32)
+    i, j = split(weight_RK, out=planes)
+    planes.mul_(reciprocal(step))
     trellis.search_(j.view(-1), lanes)
     trellis.search_(i.sub_(j, alpha=1 / N).view(-1), lanes)
     return of_coordinates(i, j, step, weight_RK.shape[1])
+
+
+def _native_path(library: CDLL, weight_RK: Tensor, step: float, lanes: int) -> LatticeTensor:
+    rows, columns = weight_RK.shape
+    i, j = empty((2, rows, pairs_per_row(columns)), torch.int8, weight_RK.device)
+    scratch = np.empty(_PATH_SCRATCH * (1 + -(-i.numel() // lanes)), dtype=np.uint8)
+    room = _ROOM
+    while True:
+        index, wide = torch.empty(room, dtype=torch.int64), torch.empty(room, 2, dtype=torch.int32)
+        planes = i.data_ptr(), j.data_ptr()
+        found = library.birkhoff_paths(
+            weight_RK.data_ptr(),
+            rows,
+            columns,
+            reciprocal(step),
+            lanes,
+            pointer(scratch),
+            *planes,
+            index.data_ptr(),
+            wide.data_ptr(),
+            room,
+        )
+        if found <= room:
+            break
+        room = found
+    pair, order = index[:found].sort()
+    escapes = Escapes(pair=pair, i=wide[:found, 0][order], j=wide[:found, 1][order])
+    return LatticeTensor(i=i, j=j, escapes=escapes, step=step, columns=columns)
 
 
 def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTensor:
     """A matrix of given coordinates, float32 whole numbers [R, P] each, for one step; both are changed."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
     if library is not None:
-        planes = torch.empty(2, *i.shape, dtype=torch.int8)
+        planes = empty((2, *i.shape), torch.int8, i.device)
         outside = []
         for c, plane in zip((i, j), planes, strict=True):
             index = torch.empty(_ROOM, dtype=torch.int64)

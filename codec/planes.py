@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec import contexts, rest, trellis
+from birkhoff.codec.container import Consecutive
 from birkhoff.codec.contexts import RULE_1, RULE_2, Bytes, Rule
 from birkhoff.codec.entropy import tables
 from birkhoff.codec.entropy.tables import Table
@@ -68,23 +69,20 @@ def pack_all(items: Sequence[Item]) -> list[Packed]:
 def reference_pack(code: LatticeTensor, *, path: int) -> Packed:
     """`pack` on the CPU."""
     code = code.to("cpu")
-    escapes = code.escapes
-    both = np.concatenate(
-        [_symbols(plane, true, escapes.pair, path=path) for plane, true in ((code.i, escapes.i), (code.j, escapes.j))],
-        axis=1,
-    )
+    both = symbols_of(code, path=path)
     best = min(_groupings(both), key=lambda grouping: grouping.bytes)
-    stored = explicit(escapes, path=path)
-    streams = [rest.pack(group, table) for group, table in zip(best.groups, best.fits, strict=True)]
-    return (best.levels, *streams, rest.pack_escapes(stored)), len(stored)
+    stored = explicit(code.escapes, path=path)
+    return (best.levels, *rest.pack_all(best.flat, best.sizes, best.fits), rest.pack_escapes(stored)), len(stored)
 
 
 class _Grouping(NamedTuple):
-    """The stream of the levels, the groups that it makes, their histograms and tables, and about the bytes of all."""
+    """The stream of the levels, the groups that it makes, one after the other, their sizes, the histogram of all, the
+    groups' tables, and about the bytes of all."""
 
     levels: bytes
-    groups: list[Bytes]
-    counts: list[tables.Counts]
+    flat: Bytes
+    sizes: list[int]
+    counts: tables.Counts
     fits: list[Table | None]
     bytes: float
 
@@ -93,10 +91,9 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
     """The plane of all symbols as one group, and grouped by levels of rows and columns; small planes by columns too."""
     rows, columns = map(contexts.levels, contexts.mean_squares(both))
     first = _grouping(both, rows, columns, contexts.USUAL_BITS)
-    counts = np.sum(first.counts, axis=0)
-    fits = [tables.fit(counts)]
-    yield _Grouping(b"", [both.reshape(-1)], [counts], fits, rest.estimate(both.size, fits[0]))
-    if len(first.groups) > 1:
+    fits = [tables.fit(first.counts)]
+    yield _Grouping(b"", both.reshape(-1), [both.size], first.counts, fits, rest.estimate(both.size, fits[0]))
+    if len(first.sizes) > 1:
         yield first
     if both.size <= SMALL:
         for row, bits in (
@@ -105,19 +102,18 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
             (0 * rows, contexts.USUAL_BITS),
         ):
             grouping = _grouping(both, row, columns, bits)
-            if len(grouping.groups) > 1:
+            if len(grouping.sizes) > 1:
                 yield grouping
 
 
 def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
-    groups = contexts.split(both, rows, columns, contexts.rule_2(bits))
-    counts = list(map(tables.histogram, groups))
-    if len(groups) == 1:  # which needs no levels
-        return _Grouping(b"", groups, counts, [], math.inf)
-    fits = list(map(tables.fit, counts))
+    flat, sizes = contexts.gather(both, rows, columns, contexts.rule_2(bits))
+    if len(sizes) == 1:  # which needs no levels
+        return _Grouping(b"", flat, sizes, tables.histogram(flat), [], math.inf)
+    counts, fits = tables.fit_groups(flat, sizes)
     levels = rest.pack(np.concatenate(([bits], rows, columns)).astype(np.uint8))
-    sizes = (rest.estimate(len(group), table) for group, table in zip(groups, fits, strict=True))
-    return _Grouping(levels, groups, counts, fits, len(levels) + sum(sizes))
+    estimates = (rest.estimate(size, table) for size, table in zip(sizes, fits, strict=True))
+    return _Grouping(levels, flat, sizes, counts.sum(axis=0), fits, len(levels) + sum(estimates))
 
 
 def unpack(
@@ -130,15 +126,14 @@ def unpack(
     """
     rows, pairs = shape
     row, column, rule = unpack_levels(streams, shape)
-    sizes = contexts.group_sizes(row, column, rule)
+    where = contexts.addresses(row, column, rule)
+    sizes = where.sizes.tolist()
     check_count(streams, len(sizes))
     flat = np.empty(2 * rows * pairs, dtype=np.uint8)
-    start = 0
-    for stream, size in zip(streams[1:-1], sizes, strict=True):
-        rest.unpack(stream, size, flat[start : start + size])
-        start += size
+    groups = streams.inner() if isinstance(streams, Consecutive) else streams[1:-1]
+    rest.unpack_all(groups, sizes, flat)
     stored = unpack_escapes(streams, shape, escapes, path=path)
-    joined = contexts.join(flat, row, column, rule)
+    joined = contexts.join(flat, row, column, rule, where)
     if path and native() is not None:
         return _paths_of(joined, path, stored)
     plane = torch.from_numpy(joined)
@@ -216,13 +211,20 @@ def _check_levels(levels: Bytes) -> Bytes:
     return levels
 
 
-def _symbols(plane: Tensor, true: Tensor, pair: Tensor, *, path: int) -> Bytes:
-    """The symbols [R, P] of a plane, + 128; `true` holds the coordinates of the escapes, at `pair`; all on the CPU."""
-    coordinates: npt.NDArray[np.int8] = plane.numpy()
-    symbols: Bytes = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
-    if len(pair):
-        symbols.reshape(-1)[pair.numpy()] = escaped_symbols(true, path=path).numpy()
-    return symbols
+def symbols_of(code: LatticeTensor, *, path: int) -> Bytes:
+    """The symbols [R, 2P] of both planes of a matrix on the CPU, + 128."""
+    (rows, pairs), library = code.i.shape, native()
+    if library is not None and code.i.is_contiguous() and code.j.is_contiguous():
+        both = np.empty((rows, 2 * pairs), dtype=np.uint8)
+        library.birkhoff_symbols(code.i.data_ptr(), code.j.data_ptr(), rows, pairs, int(path > 0), pointer(both))
+    else:
+        coordinates = np.concatenate((code.i.numpy(), code.j.numpy()), axis=1)
+        both = (coordinates >> 1 if path else coordinates).view(np.uint8) ^ np.uint8(128)
+    if len(code.escapes):
+        row, pair = np.divmod(code.escapes.pair.numpy(), pairs)
+        for first, true in ((0, code.escapes.i), (pairs, code.escapes.j)):
+            both[row, first + pair] = escaped_symbols(true, path=path).numpy()
+    return both
 
 
 def escaped_symbols(true: Tensor, *, path: int) -> Tensor:
@@ -288,14 +290,16 @@ def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tenso
     """
     if not any(len(at) for at, _ in outside):
         return _emptied(planes, stored)
-    pair = torch.unique(torch.cat([index for index, _ in outside]))
-    pair = pair[torch.isin(pair, stored.pair, invert=True)]
-    true = []
+    # In numpy, whose calls take a fraction of torch's: there are few escapes, and many tensors.
+    found = np.unique(np.concatenate([index.numpy() for index, _ in outside]))
+    if len(stored):
+        found = found[np.isin(found, stored.pair.numpy(), invert=True)]
+    pair, true = torch.from_numpy(found), []
     for plane, (at, wide) in zip(planes, outside, strict=True):
         exact = plane.view(-1)[pair.to(plane.device)].to("cpu", torch.int32)
         if len(at):
-            place = torch.searchsorted(at, pair).clamp(max=len(at) - 1)
-            exact = torch.where(at[place] == pair, wide[place], exact)
+            place = np.searchsorted(at.numpy(), found).clip(max=len(at) - 1)
+            exact = torch.from_numpy(np.where(at.numpy()[place] == found, wide.numpy()[place], exact.numpy()))
         true.append(exact)
     return _emptied(planes, merged(stored, Escapes(pair=pair, i=true[0], j=true[1])))
 
@@ -312,8 +316,8 @@ _ROOM = 1 << 12
 
 def merged(a: Escapes, b: Escapes) -> Escapes:
     """Escapes of both, by rising index."""
-    if not len(b):
-        return a
+    if not len(a) or not len(b):
+        return a if len(a) else b
     pair = torch.cat((a.pair, b.pair))
     order = torch.argsort(pair)
     return Escapes(pair=pair[order], i=torch.cat((a.i, b.i))[order], j=torch.cat((a.j, b.j))[order])

@@ -16,9 +16,11 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor, quantise, quantise_path, tiles
-from birkhoff.codec.metrics import Fidelity, bulk, compare, sqnr_db, to_host
+from birkhoff.codec.metrics import Errors, Fidelity, Survey, bulk, compare, in_parts, sqnr_db, survey, to_host
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.codec.profiles import TARGET_DB_RANGE
+from birkhoff.codec.trajectory import FARTHEST, reciprocal
 
 TOLERANCE_DB = 0.3
 """A coded tensor lies at most this far above its target."""
@@ -48,13 +50,16 @@ _CHUNK_GPU = 1 << 26
 Quantise = Callable[[Tensor, float], LatticeTensor]
 
 
-def encode(weight_RK: Tensor, target_db: float, *, path: int = 0) -> tuple[LatticeTensor, Fidelity]:
+def encode(
+    weight_RK: Tensor, target_db: float, *, path: int = 0, seen: Survey | None = None
+) -> tuple[LatticeTensor, Fidelity]:
     """Code a matrix at the least fidelity that meets `target_db` (SQNR in dB, in `TARGET_DB_RANGE`).
 
     Args:
         weight_RK: real and finite, any float dtype and device.
         target_db: least SQNR, judged against the bulk of the weights (see `metrics`).
         path: search paths of the trellis instead of single nodes: 1 through the rows, 2 down the columns.
+        seen: what a look through the weights found, if there was one.
 
     Returns:
         The coded matrix and its measured error. The SQNR lies within 0.3 dB above the target wherever the weights
@@ -64,14 +69,17 @@ def encode(weight_RK: Tensor, target_db: float, *, path: int = 0) -> tuple[Latti
         TargetError: the target is out of range, the weights have no finite energy, or no step meets the target.
     """
     check_target(target_db)
-    weights = bulk(weight_RK, _energy(weight_RK))
+    if seen is None and in_parts(weight_RK):
+        seen = survey(weight_RK)
+    greatest = None if seen is None else max(-seen.low, seen.high)
+    weights = bulk(weight_RK, _energy(weight_RK) if seen is None else seen.energy, greatest)
     goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
     if not 0 < goal.energy < math.inf:
         raise TargetError(f"the weights' energy is {goal.energy:g}: no relative error exists; store them lossless")
-    step = _search(weight_RK, goal)
+    step = _search(weight_RK, goal, greatest)
     if path:
         step *= path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1]))
-    code: Quantise = partial(quantise_path, path=path) if path else quantise
+    code: Quantise = partial(quantise_path, path=path, greatest=greatest) if path else quantise
     return _settle(weight_RK, goal, code, _round(step))
 
 
@@ -109,19 +117,35 @@ class _Goal:
         return min(sqnr_db(self.energy, error) - self.target_db, 20.0)
 
 
-def _search(weight_RK: Tensor, goal: _Goal) -> float:
+def _search(weight_RK: Tensor, goal: _Goal, greatest: float | None) -> float:
     """The step of single nodes that lies `_MARGIN_DB` above the goal on a sample, or what corrections made of it."""
     step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
     sample = _sample(weight_RK)
     # Quantisation error spreads evenly over a tensor even if its energy does not: scale the error, not the energy.
     scale = weight_RK.numel() / sample.numel()
     for _ in range(_SEARCHES):
-        error = compare(sample, quantise(sample, step).decode(sample.dtype)).error * scale
+        error = error_of_nodes(sample, step, greatest) * scale
         excess = goal.excess(error) - _MARGIN_DB
         step *= 10 ** (excess / 20)
         if abs(excess) < _NEAR_DB:
             break
     return step
+
+
+def error_of_nodes(weight_RK: Tensor, step: float, greatest: float | None = None) -> float:
+    """Sum (w - w')^2 of a matrix and its nearest nodes, without ever holding these; `greatest` is at least any |w|."""
+    library = native() if greatest is not None and abs(greatest * reciprocal(step)) <= FARTHEST else None
+    if library is None or not _is_native(weight_RK):
+        return compare(weight_RK, quantise(weight_RK, step).decode(weight_RK.dtype)).error
+    errors = Errors()
+    steps = reciprocal(step), step
+    library.birkhoff_node_errors(weight_RK.data_ptr(), *weight_RK.shape, *steps, pointer(errors.sums))
+    return errors.fidelity(0.0).error
+
+
+def _is_native(weight_RK: Tensor) -> bool:
+    """Whether weights lie as the native library takes them."""
+    return weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 and weight_RK.is_contiguous()
 
 
 def path_step(symbols: int) -> float:
@@ -161,6 +185,8 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
 
 def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
     """Return the error of a coded matrix, without ever holding all of it decoded."""
+    if in_parts(weight_RK):
+        return _errors(weight_RK, coded).fidelity(goal.energy)
     rows, columns = weight_RK.shape
     height = max(1, (_CHUNK if weight_RK.device.type == "cpu" else _CHUNK_GPU) // columns)
     parts = [
@@ -176,12 +202,32 @@ def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
     )
 
 
+def _errors(weight_RK: Tensor, coded: LatticeTensor) -> Errors:
+    errors, library = Errors(), native()
+    rows, columns = weight_RK.shape
+    if library is not None and _is_native(weight_RK):
+        planes = coded.i.data_ptr(), coded.j.data_ptr()
+        escapes = coded.escapes
+        places = (t.data_ptr() for t in (escapes.pair, escapes.i, escapes.j))
+        library.birkhoff_coded_errors(
+            weight_RK.data_ptr(), rows, columns, *planes, coded.step, len(escapes), *places, pointer(errors.sums)
+        )
+        errors.count = weight_RK.numel()
+        return errors
+    height = max(1, _CHUNK // columns)
+    for top in range(0, rows, height):
+        errors.add(weight_RK[top : top + height], coded.rows(top, top + height).decode(weight_RK.dtype))
+    return errors
+
+
 def _round(step: float) -> float:
     """Return the step as the float32 that is stored."""
     return float(torch.tensor(step, dtype=torch.float32))
 
 
 def _energy(weight_RK: Tensor) -> float:
+    if in_parts(weight_RK):
+        return survey(weight_RK).energy
     rows, columns = weight_RK.shape
     parts = tiles(rows, columns, weight_RK.device)
     return sum(to_host(*(weight_RK[row, column].to(torch.float32).square().sum() for row, column, _ in parts)))

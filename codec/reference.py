@@ -8,13 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from birkhoff.codec.lattice import LatticeTensor
+from birkhoff.codec.lattice import LatticeTensor, empty
+from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import columns_of_pairs, join, pairs_per_row, split
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes, coordinates_from_theta
 
 
 def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Weights [N, K] in `dtype` of uint16 step numbers, without escapes; `step` is a float32 scalar tensor."""
+    library = native() if theta_NP.device.type == "cpu" and dtype == torch.float32 else None
+    if library is not None and theta_NP.is_contiguous():
+        out = empty((theta_NP.shape[0], columns), dtype, theta_NP.device)
+        library.birkhoff_thetas(theta_NP.data_ptr(), *out.shape, float(step), out.data_ptr())
+        return out
+    return decode_planes(theta_NP, step, columns, dtype)
+
+
+def decode_planes(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`decode` in torch."""
     i, j = coordinates_from_theta(theta_NP)
     code = LatticeTensor(i=i, j=j, escapes=Escapes.none(theta_NP.device), step=float(step), columns=columns)
     return code.decode(dtype)

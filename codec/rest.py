@@ -13,6 +13,8 @@ No bytes are an empty stream. Version 1 knew zstd frames alone, without that fir
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import is_
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -40,16 +42,34 @@ _LEAST_TABLE = 32
 """Bytes below which a table is not tried."""
 
 
-def pack(data: Bytes, table: Table | None = None) -> bytes:
-    """The smallest stream of bytes; `table`, if given, is the one that `tables.fit` made for them."""
+def pack(data: Bytes) -> bytes:
+    """The smallest stream of bytes."""
     if not data.size:
         return b""
-    table = table or tables.fit(tables.histogram(data))
-    coded = _by_table(data, table) if table is not None and pays(data.size, table) else None
-    kind, frame = smallest(data.size, None if coded is None else len(coded), data[:PROBE], lambda: data)
-    if kind == ZSTD:
-        return bytes([ZSTD]) + frame
-    return coded if kind == ANS and coded is not None else bytes([RAW]) + data.tobytes()
+    _, (table,) = tables.fit_groups(data, [data.size])
+    return pack_all(data, [data.size], [table])[0]
+
+
+def pack_all(flat: Bytes, sizes: Sequence[int], fits: Sequence[Table | None]) -> list[bytes]:
+    """The smallest streams of groups that follow each other in `flat`, none empty; `fits` are their tables."""
+    used = [table if table is not None and pays(size, table) else None for size, table in zip(sizes, fits, strict=True)]
+    coded = rans.encode_all(flat, sizes, [None if table is None else table.frequency for table in used])
+    streams, end = [], 0
+    for size, table, blocks in zip(sizes, used, coded, strict=True):
+        data, end = flat[end : end + size], end + size
+        length = None if table is None else 2 + len(table.data) + len(blocks)
+        kind, frame = smallest(size, length, data[:PROBE], partial(_same, data))
+        if kind == ZSTD:
+            streams.append(bytes([ZSTD]) + frame)
+        elif kind == ANS and table is not None:
+            streams.append(b"".join((bytes([ANS, rans.lanes(size).bit_length() - 1]), table.data, blocks)))
+        else:
+            streams.append(bytes([RAW]) + data.tobytes())
+    return streams
+
+
+def _same(data: Bytes) -> Bytes:
+    return data
 
 
 def pays(size: int, table: Table) -> bool:
@@ -70,11 +90,6 @@ def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Byte
         if 1 + len(frame) < found:
             return ZSTD, frame
     return kind, b""
-
-
-def _by_table(data: Bytes, table: Table) -> bytes:
-    lanes = rans.lanes(data.size)
-    return bytes([ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
 
 
 def estimate(size: int, table: Table | None) -> float:
@@ -157,6 +172,33 @@ def _from_table(body: memoryview, size: int, out: Bytes) -> None:
         raise FormatError(f"coded stream is corrupt: {error}") from None
 
 
+def unpack_all(streams: Sequence[bytes | memoryview], sizes: Sequence[int], out: Bytes) -> None:
+    """The symbols of streams, each of a positive size, one after the other into `out`. Raises FormatError."""
+    library = native()
+    if library is None:
+        end = 0
+        for stream, size in zip(streams, sizes, strict=True):
+            unpack(stream, size, out[end : end + size])
+            end += size
+        return
+    whole = [inflated(stream, size) for stream, size in zip(streams, sizes, strict=True)]
+    address, length, _held = _places(streams if all(map(is_, whole, streams)) else whole)
+    arrays = address, length, np.array(sizes, dtype=np.int64), out
+    found = library.birkhoff_group_symbols(len(streams), *map(pointer, arrays))
+    if found < len(streams):
+        _refuse(streams[found], sizes[found])
+
+
+def _places(streams: Sequence[bytes | memoryview]) -> tuple[rans.Integers, rans.Integers, object]:
+    """Addresses and lengths of streams, and what keeps these there."""
+    length = np.array(list(map(len, streams)), dtype=np.int64)
+    if isinstance(streams, Consecutive):
+        whole = np.frombuffer(streams.whole, np.uint8)
+        return pointer(whole) + np.cumsum(length) - length, length, whole
+    held = [np.frombuffer(stream, np.uint8) for stream in streams]
+    return np.array(list(map(pointer, held)), dtype=np.int64), length, held
+
+
 class Plan(NamedTuple):
     """What a decoder of many blocks at once is told of some streams.
 
@@ -186,14 +228,7 @@ def plan(
     library = native()
     if library is None:
         return reference_plan(streams, sizes, sources, targets)
-    if isinstance(streams, Consecutive):
-        start = pointer(np.frombuffer(streams.whole, np.uint8))
-        length = np.array(list(map(len, streams)), dtype=np.int64)
-        address = start + np.cumsum(length) - length
-    else:
-        held = [np.frombuffer(stream, np.uint8) for stream in streams]
-        address = np.array(list(map(pointer, held)), dtype=np.int64)
-        length = np.array(list(map(len, held)), dtype=np.int64)
+    address, length, _held = _places(streams)
     size, source, target = (np.array(x, np.int64) for x in (sizes, sources, targets))
     frequency = np.empty((len(streams), 256), dtype=np.uint16)
     rows = np.empty((int((-(-size // rans.BLOCK)).sum()), 7), dtype=np.int64)
@@ -296,9 +331,13 @@ def _nothing(frame: bytes | memoryview) -> bytes:
 
 def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
     """Elements of `width` bytes as planes (all first bytes, ...): one stream of all, or one for each, the smaller."""
-    planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T)
-    together, apart = (pack(planes.reshape(-1)),), tuple(map(pack, planes))
-    return min(together, apart, key=lambda streams: sum(map(len, streams)))
+    planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T).reshape(-1)
+    together = [pack(planes)]
+    if width == 1 or not planes.size:
+        return tuple(together)
+    sizes = [planes.size // width] * width
+    _, fits = tables.fit_groups(planes, sizes)
+    return tuple(min(together, pack_all(planes, sizes, fits), key=lambda streams: sum(map(len, streams))))
 
 
 def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: int) -> bytes:

@@ -20,7 +20,7 @@ from birkhoff.codec.container import (
 )
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
 from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
-from birkhoff.codec.metrics import Fidelity, fidelity, to_host
+from birkhoff.codec.metrics import Fidelity, Survey, fidelity, in_parts, survey, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
 
@@ -90,15 +90,18 @@ def encode_tensors(items: Iterable[tuple[str, Tensor, Decision]]) -> list[Encode
 
 
 def _encode(name: str, tensor: Tensor, decision: Decision) -> "Encoded | _Unpacked":
-    check_storable(name, tensor)
+    seen = survey(tensor) if decision.codec == "lattice" and in_parts(tensor) else None
+    if seen is None or not math.isfinite(seen.energy):
+        check_storable(name, tensor)
+        seen = None
     if decision.action == "lossless":
         store = _encode_raw if decision.codec == "raw" else _encode_lossless
         return Encoded(tensor=store(name, tensor), reason=decision.reason, fidelity=None)
     if decision.codec == "paper":
         return _encode_paper(name, tensor)
     if decision.target_db is None:
-        return _encode_match(name, tensor, path=decision.path)
-    encoded = _encode_lattice(name, tensor, decision.target_db, path=decision.path)
+        return _encode_match(name, tensor, path=decision.path, seen=seen)
+    encoded = _encode_lattice(name, tensor, decision.target_db, path=decision.path, seen=seen)
     return _with_target(encoded, decision.target_db) if decision.states_target else encoded
 
 
@@ -210,14 +213,18 @@ def _decode_planes(coded: CodedTensor) -> Tensor:
     return _from_bytes(data, dtype, coded.shape)
 
 
-def fallback(matrix: Tensor) -> str | None:
-    """Why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`; None where they can."""
-    low, high = to_host(*torch.aminmax(matrix))
+def fallback(matrix: Tensor, seen: Survey | None = None) -> str | None:
+    """Why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`; None where they can.
+
+    `seen` is what a look through finite weights found, if there was one.
+    """
+    low, high = to_host(*torch.aminmax(matrix)) if seen is None else (seen.low, seen.high)
     if low == high:
         return "constant"
     if not 2.0**-60 < max(-low, high) < 2.0**60:
         return "range"
-    return "integers" if max(-low, high) <= _LARGEST_INTEGER and _whole(matrix) else None
+    whole = max(-low, high) <= _LARGEST_INTEGER and (_whole(matrix) if seen is None else seen.whole)
+    return "integers" if whole else None
 
 
 def _whole(matrix: Tensor) -> bool:
@@ -233,30 +240,34 @@ def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> E
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
 
 
-def _encode_lattice(name: str, tensor: Tensor, target_db: float, *, path: bool) -> Encoded | _Unpacked:
+def _encode_lattice(
+    name: str, tensor: Tensor, target_db: float, *, path: bool, seen: Survey | None
+) -> Encoded | _Unpacked:
     rate.check_target(target_db)
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    reason = fallback(matrix)
+    reason = fallback(matrix, seen)
     if reason is not None:
         return fall_back(name, tensor, reason)
     try:
-        return _encode_code(name, tensor, matrix, target_db, path=path)
+        return _encode_code(name, tensor, matrix, target_db, path=path, seen=seen)
     except rate.RangeError:
         return fall_back(name, tensor, "range")
     except TargetError:
         return fall_back(name, tensor, "target")
 
 
-def _encode_code(name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool) -> _Unpacked:
+def _encode_code(
+    name: str, tensor: Tensor, matrix: Tensor, target_db: float, *, path: bool, seen: Survey | None
+) -> _Unpacked:
     if path and matrix.numel() >= LEAST_PATH:
         try:
-            code, error = rate.encode(matrix, target_db, path=1)
+            code, error = rate.encode(matrix, target_db, path=1, seen=seen)
         except TargetError:
             pass
         else:
             if len(code.escapes) <= MOST_ESCAPED * code.i.numel():
                 return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=1)
-    code, error = rate.encode(matrix, target_db)
+    code, error = rate.encode(matrix, target_db, seen=seen)
     return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=0)
 
 
@@ -267,9 +278,9 @@ def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: 
     return found.packed(*planes.pack(code, path=path))
 
 
-def _encode_match(name: str, tensor: Tensor, *, path: bool) -> Encoded | _Unpacked:
+def _encode_match(name: str, tensor: Tensor, *, path: bool, seen: Survey | None) -> Encoded | _Unpacked:
     target_db = published_target(tensor)
-    return _with_target(_encode_lattice(name, tensor, target_db, path=path), target_db)
+    return _with_target(_encode_lattice(name, tensor, target_db, path=path, seen=seen), target_db)
 
 
 def published_target(tensor: Tensor) -> float:

@@ -23,11 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from birkhoff.codec.native.library import native
+
 N = 256
 """Rows of the lattice, the paper's n."""
 
 LOW, HIGH = -128, 127
 """Range of a coordinate that fits the trajectory; others are escapes."""
+
+
+FARTHEST = 1 << 22
+"""Steps up to which float32 tells even nodes from odd ones: paths are searched so far, and whole numbers rounded by a
+sum."""
 
 
 def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -73,6 +80,15 @@ def position(i: Tensor, j: Tensor, step: float | Tensor, n: int = N) -> tuple[Te
 
 def theta_from_coordinates(i: Tensor, j: Tensor) -> Tensor:
     """Step numbers (uint16) of int8 coordinates of one shape."""
+    library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
+    if library is not None:
+        theta = torch.empty(i.shape, dtype=torch.uint16)
+        library.birkhoff_pack_thetas(i.data_ptr(), j.data_ptr(), i.numel(), theta.data_ptr())
+        return theta
+    return _stacked(i, j)
+
+
+def _stacked(i: Tensor, j: Tensor) -> Tensor:
     # Little-endian uint16: low byte j, high byte i, each moved from -128..127 to 0..255.
     return torch.stack((j, i), dim=-1).bitwise_xor_(-128).view(torch.uint16).squeeze(-1)
 

@@ -26,6 +26,7 @@ Shapes: B = blocks, N = lanes.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -78,11 +79,28 @@ def encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
     if library is None:
         return reference_encode(symbols, frequency, lanes)
     out = np.empty((8 + 4 * lanes) * -(-symbols.size // BLOCK) + 2 * symbols.size, dtype=np.uint8)
-    scratch = np.empty(BLOCK + 1, dtype=np.uint16)
+    scratch = np.empty(8 + BLOCK, dtype=np.uint16)
     size = library.birkhoff_rans_encode(
-        pointer(symbols), symbols.size, lanes, pointer(frequency), pointer(scratch[1:]), pointer(out)
+        pointer(symbols), symbols.size, lanes, pointer(frequency), pointer(scratch), pointer(out)
     )
     return out[:size].tobytes()
+
+
+def encode_all(flat: Bytes, sizes: Sequence[int], frequencies: Sequence[Frequencies | None]) -> list[bytes]:
+    """The blocks of groups that follow each other in `flat`, as `encode` makes them; none of those without a table."""
+    library = native()
+    lanes_of = [0 if frequency is None else lanes(size) for size, frequency in zip(sizes, frequencies, strict=True)]
+    if library is None:
+        groups = zip(np.split(flat, np.cumsum(sizes)[:-1]), frequencies, lanes_of, strict=True)
+        return [b"" if f is None else reference_encode(group, f, lanes) for group, f, lanes in groups]
+    most = sum(
+        (8 + 4 * lanes) * -(-size // BLOCK) + 2 * size for size, lanes in zip(sizes, lanes_of, strict=True) if lanes
+    )
+    used = np.array([np.zeros(256, np.uint16) if f is None else f for f in frequencies])
+    out, ends, scratch = np.empty(most, np.uint8), np.empty(len(sizes), np.int64), np.empty(8 + BLOCK, np.uint16)
+    arrays = np.array(sizes, np.int64), np.array(lanes_of, np.int32), used, scratch, out, ends
+    library.birkhoff_group_codes(pointer(flat), len(sizes), *map(pointer, arrays))
+    return [out[begin:end].tobytes() for begin, end in pairwise([0, *ends.tolist()])]
 
 
 def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int, out: Bytes | None = None) -> Bytes:

@@ -21,6 +21,7 @@ Worked example: the counts 3 of byte 5 and 1 of byte 6. With r = 0 a count is ro
 byte 01101001 from the highest: 05 01 10 69.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,8 @@ def fit(counts: Counts) -> Table | None:
     if library is None:
         return reference_fit(counts)
     data, frequency, cost = np.empty(_MOST_BYTES, np.uint8), np.empty(256, np.uint16), np.empty(1, np.int64)
-    size = library.birkhoff_table_fit(*map(pointer, (np.ascontiguousarray(counts), data, frequency, cost)))
+    counts = np.ascontiguousarray(counts)
+    size = library.birkhoff_table_fit(*map(pointer, (counts, data, frequency, cost)))
     return Table(data[:size].tobytes(), frequency, int(cost[0]) / 65536) if size else None
 
 
@@ -122,6 +124,20 @@ def fit_all(counts: Counts) -> Tables:
             found.length[number], found.cost[number] = len(table.data), round(table.bits * 65536)
             found.frequency[number] = table.frequency
     return found
+
+
+def fit_groups(flat: npt.NDArray[np.uint8], sizes: Sequence[int]) -> tuple[Counts, list[Table | None]]:
+    """The histograms [G, 256] of groups that follow each other in `flat`, and their tables as `fit` makes them."""
+    groups, library = len(sizes), native()
+    if library is None:
+        counts = np.stack([np.bincount(group, minlength=256) for group in np.split(flat, np.cumsum(sizes)[:-1])])
+        return counts, list(map(reference_fit, counts))
+    counts, frequency = np.empty((groups, 256), np.int64), np.empty((groups, 256), np.uint16)
+    data, used, cost = np.empty((groups, _MOST_BYTES), np.uint8), np.empty(groups, np.int32), np.empty(groups, np.int64)
+    arrays = np.array(sizes, dtype=np.int64), counts, data, used, frequency, cost
+    library.birkhoff_group_tables(pointer(flat), groups, *map(pointer, arrays))
+    each = zip(data, used.tolist(), frequency, cost.tolist(), strict=True)
+    return counts, [Table(row[:size].tobytes(), f, bits / 65536) if size else None for row, size, f, bits in each]
 
 
 def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:

@@ -31,7 +31,7 @@ static int vectors = -1; /* -1: whatever the machine has; 0: base instructions o
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 7; }
+EXPORT int32_t birkhoff_native_version(void) { return 8; }
 
 /* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -86,20 +86,20 @@ __attribute__((constructor)) static void fill_costs(void) {
     for (uint32_t f = SLOTS; f; f--) cost_of[f] = ((uint32_t)BITS << 16) - log2_fixed(f);
 }
 
-/* tables.frequencies_of: 0, or -1 where the fields make no table */
-static int frequencies_of(const int32_t *field, int symbols, int fine, uint16_t *frequency) {
-    int64_t weight[256], total = 0, sum = 0;
-    int used = 0, largest = 0;
+/* tables.frequencies_of: 0, or -1 where the fields make no table. Values are below 2^20, so that quotients by their sum
+ * differ from whole numbers by more than a double's rounding. */
+INLINE int frequencies_of(const int32_t *field, int symbols, int fine, uint16_t *frequency) {
+    int32_t value[256], found[256], used = 0, sum = 0, largest = 0;
+    int64_t total = 0;
     for (int s = 0; s < symbols; s++) {
         int32_t q = field[s] - 1;
-        weight[s] = q < 0 ? 0 : (int64_t)((1 << fine) + (q & ((1 << fine) - 1))) << (q >> fine);
-        total += weight[s], used += q >= 0;
+        value[s] = q < 0 ? 0 : ((1 << fine) + (q & ((1 << fine) - 1))) << (q >> fine);
+        total += value[s], used += q >= 0;
     }
     if (used < 2) return -1;
-    int64_t found[256];
+    for (int s = 0; s < symbols; s++) found[s] = (int32_t)((double)value[s] * SLOTS / (double)total);
+    for (int s = 0; s < symbols; s++) found[s] += value[s] && !found[s];
     for (int s = 0; s < symbols; s++) {
-        found[s] = weight[s] * SLOTS / total;
-        if (weight[s] && !found[s]) found[s] = 1;
         sum += found[s];
         if (found[s] > found[largest]) largest = s;
     }
@@ -109,7 +109,7 @@ static int frequencies_of(const int32_t *field, int symbols, int fine, uint16_t 
     return 0;
 }
 
-static int32_t field_of(int64_t count, int fine) { /* tables.fields_of */
+INLINE int32_t field_of(int64_t count, int fine) { /* tables.fields_of */
     if (!count) return 0;
     int octave = 63 - __builtin_clzll((uint64_t)count);
     int64_t mantissa = octave > fine ? (count + ((int64_t)1 << (octave - fine - 1))) >> (octave - fine)
@@ -119,7 +119,7 @@ static int32_t field_of(int64_t count, int fine) { /* tables.fields_of */
 
 /* tables.fit: bytes of the table (written to `out`, 2048 bytes), frequencies [256], and the cost in 2^-16 bits, table
  * included; 0 where fewer than two symbols occur. */
-EXPORT int32_t birkhoff_table_fit(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
+INLINE int32_t table_of(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
     int low = 0, high = 255;
     int64_t total = 0, scaled[256];
     memset(frequency, 0, 256 * sizeof *frequency);
@@ -147,14 +147,16 @@ EXPORT int32_t birkhoff_table_fit(const int64_t *counts, uint8_t *out, uint16_t 
         int64_t data = 0;
         for (int s = 0; s < symbols; s++)
             if (found[s]) data += counts[low + s] * cost_of[found[s]];
+        int32_t code[256], last = 0;
+        for (int s = 0; s < symbols; s++) {
+            int32_t delta = field[s] - last;
+            code[s] = delta >= 0 ? 2 * delta : -2 * delta - 1, last = field[s];
+        }
         for (int rice = 0; rice <= MOST_RICE; rice++) {
-            int64_t bits = 0;
-            int32_t last = 0;
-            for (int s = 0; s < symbols; s++) {
-                int32_t delta = field[s] - last, z = delta >= 0 ? 2 * delta : -2 * delta - 1;
-                bits += (z >> rice) + 1 + rice, last = field[s];
-            }
-            if (data + (bits << 16) < best) best = data + (bits << 16), best_fine = fine, best_rice = rice;
+            int32_t ones = 0;
+            for (int s = 0; s < symbols; s++) ones += code[s] >> rice;
+            int64_t cost_here = data + ((int64_t)(ones + symbols * (1 + rice)) << 16);
+            if (cost_here < best) best = cost_here, best_fine = fine, best_rice = rice;
         }
     }
     if (best_fine < 0) return 0;
@@ -173,6 +175,28 @@ EXPORT int32_t birkhoff_table_fit(const int64_t *counts, uint8_t *out, uint16_t 
     }
     *cost = best + (24 << 16);
     return (int32_t)((bit + 7) >> 3);
+}
+
+TARGET_AVX2 static int32_t table_avx2(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
+    return table_of(counts, out, frequency, cost);
+}
+
+static int32_t table_base(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
+    return table_of(counts, out, frequency, cost);
+}
+
+EXPORT int32_t birkhoff_table_fit(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
+    return (use_avx2() ? table_avx2 : table_base)(counts, out, frequency, cost);
+}
+
+/* tables.fit_groups: of groups that follow each other, each its histogram [256] and what birkhoff_table_fit says of it. */
+EXPORT void birkhoff_group_tables(
+    const uint8_t *symbols, int64_t groups, const int64_t *size, int64_t *counts, uint8_t *table, int32_t *used,
+    uint16_t *frequency, int64_t *cost) {
+    for (int64_t g = 0; g < groups; symbols += size[g++]) {
+        birkhoff_histogram(symbols, size[g], counts + 256 * g);
+        used[g] = birkhoff_table_fit(counts + 256 * g, table + 2048 * g, frequency + 256 * g, cost + g);
+    }
 }
 
 /* tables.parse: bytes of the table, or -1 where it is none; `frequency` is [256]. */
@@ -211,39 +235,162 @@ EXPORT int32_t birkhoff_table_parse(const uint8_t *data, int64_t size, uint16_t 
 #define MOST_LANES 32
 #define LEAST_STATE (1u << 16)
 
-/* rans.encode_blocks: bytes written, at most (8 + 4 * lanes) * blocks + 2 * size; `scratch` holds BLOCK uint16. */
+/* How to divide by each frequency f, 1 to 4095: floor(x / f) = (x + more) * inverse >> 32 + shift for x < f * 2^20.
+ *
+ * With s = floor(log2 f), 2^(32 + s) / f lies between 2^31 and 2^32. Rounded up to m, its error e = m f - 2^(32 + s) puts
+ * x m / 2^(32 + s) above x / f by x e / (f 2^(32 + s)), and the floor is right if that is less than 1 / f: if
+ * e < 2^(12 + s) / f, x being below f 2^20. Rounded down, with x + 1 for x, it is right if f - e is at most as much; one
+ * of the two is, because f / 2 < 2^s <= 2^(12 + s) / f. A power of two is rounded down to 2^32 - 1. */
+typedef struct {
+    uint64_t whole; /* floor(x / f) = x * whole >> 44, too */
+    uint32_t inverse, shift, more;
+} Divisor;
+
+static Divisor divisor_of[SLOTS];
+
+__attribute__((constructor)) static void fill_divisors(void) {
+    for (uint32_t f = 1; f < SLOTS; f++) {
+        uint32_t shift = 31 - (uint32_t)__builtin_clz(f);
+        uint64_t one = (uint64_t)1 << (32 + shift), up = (one + f - 1) / f, error = up * f - one;
+        int down = up >> 32 || error * f >= (uint64_t)1 << (12 + shift);
+        divisor_of[f] = (Divisor){((uint64_t)1 << 44) / f + 1, (uint32_t)(up - (uint32_t)down), shift, (uint32_t)down};
+    }
+}
+
+/* What encoding a symbol takes: its divisor's inverse, and from the lowest bit of `rest` its frequency (12 bits), the
+ * sum of those before (12), its divisor's shift (4), three unused bits, and `more`. */
+typedef struct {
+    uint32_t inverse, rest;
+} Coding;
+
+/* The same for one symbol at a time: with one more bit in a word of 64, floor(x / f) needs no cases, as
+ * x * inverse >> 44, and the product stays below 2^64. */
+typedef struct {
+    uint64_t inverse;
+    uint32_t limit;
+    uint16_t rest, start;
+} Scalar;
+
+INLINE uint32_t encode_one(uint32_t x, const Scalar *of, uint16_t **word) {
+    uint32_t emit = x >= of->limit;
+    (*word)[-1] = (uint16_t)x; /* kept only if counted */
+    *word -= emit;
+    x = emit ? x >> 16 : x;
+    return x + (uint32_t)(x * of->inverse >> 44) * of->rest + of->start;
+}
+
+/* The first `count` symbols of a block, backwards; returns the first word. */
+INLINE uint16_t *encode_scalar(
+    const uint8_t *from, int32_t count, int32_t lanes, const Scalar *of, uint32_t *state, uint16_t *word) {
+    int32_t at = count;
+    if (lanes == 4) {
+        for (; at & 3; at--) state[(at - 1) & 3] = encode_one(state[(at - 1) & 3], &of[from[at - 1]], &word);
+        uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+        for (; at; at -= 4) {
+            d = encode_one(d, &of[from[at - 1]], &word), c = encode_one(c, &of[from[at - 2]], &word);
+            b = encode_one(b, &of[from[at - 3]], &word), a = encode_one(a, &of[from[at - 4]], &word);
+        }
+        state[0] = a, state[1] = b, state[2] = c, state[3] = d;
+    }
+    for (; at; at--) {
+        uint32_t *x = &state[(at - 1) & (lanes - 1)];
+        *x = encode_one(*x, &of[from[at - 1]], &word);
+    }
+    return word;
+}
+
+#if AVX2
+/* For each mask of lanes that write a word: their words, by rising lane, at the end of 16 bytes. */
+static uint8_t words_to_end[256 * 16] __attribute__((aligned(16)));
+
+__attribute__((constructor)) static void fill_words_to_end(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 7, next = 7; lane >= 0; lane--)
+            if (mask >> lane & 1) {
+                words_to_end[16 * mask + 2 * next] = (uint8_t)(2 * lane);
+                words_to_end[16 * mask + 2 * next-- + 1] = (uint8_t)(2 * lane + 1);
+            }
+}
+
+/* Whole steps of `lanes` (8, 16 or 32) symbols, backwards. Writes up to 8 words before those that count. */
+TARGET_AVX2 static uint16_t *encode_avx2(
+    const uint8_t *from, int32_t steps, int32_t lanes, const Coding *of, uint32_t *state, uint16_t *word) {
+    const __m256i slots = _mm256_set1_epi32(SLOTS - 1), all = _mm256_set1_epi32(SLOTS), low = _mm256_set1_epi32(0xffff);
+    const __m256i shifts = _mm256_set1_epi32(15);
+    int vectors_ = lanes / 8;
+    __m256i x[4];
+    for (int v = 0; v < vectors_; v++) x[v] = _mm256_loadu_si256((const __m256i *)(state + 8 * v));
+    for (int32_t step = steps - 1; step >= 0; step--)
+        for (int v = vectors_ - 1; v >= 0; v--) {
+            const uint8_t *s = from + step * lanes + 8 * v;
+            __m128 ab = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(of + s[0])));
+            __m128 cd = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(of + s[2])));
+            __m128 ef = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(of + s[4])));
+            __m128 gh = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(of + s[6])));
+            ab = _mm_loadh_pi(ab, (const __m64 *)(of + s[1])), cd = _mm_loadh_pi(cd, (const __m64 *)(of + s[3]));
+            ef = _mm_loadh_pi(ef, (const __m64 *)(of + s[5])), gh = _mm_loadh_pi(gh, (const __m64 *)(of + s[7]));
+            __m256 one = _mm256_insertf128_ps(_mm256_castps128_ps256(ab), ef, 1);
+            __m256 two = _mm256_insertf128_ps(_mm256_castps128_ps256(cd), gh, 1);
+            __m256i inverse = _mm256_castps_si256(_mm256_shuffle_ps(one, two, 0x88));
+            __m256i rest = _mm256_castps_si256(_mm256_shuffle_ps(one, two, 0xdd));
+            __m256i f = _mm256_and_si256(rest, slots), now = x[v];
+            __m256i keep = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(now, 20));
+            unsigned mask = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(keep)) ^ 255;
+            __m256i narrow = _mm256_packus_epi32(_mm256_and_si256(now, low), _mm256_setzero_si256());
+            __m128i words = _mm_unpacklo_epi64(_mm256_castsi256_si128(narrow), _mm256_extracti128_si256(narrow, 1));
+            words = _mm_shuffle_epi8(words, _mm_load_si128((const __m128i *)(words_to_end + 16 * mask)));
+            _mm_storeu_si128((__m128i *)(word - 8), words);
+            word -= __builtin_popcount(mask);
+            now = _mm256_blendv_epi8(_mm256_srli_epi32(now, 16), now, keep);
+            __m256i more = _mm256_add_epi32(now, _mm256_srli_epi32(rest, 31));
+            __m256i even = _mm256_mul_epu32(more, inverse);
+            __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(more, 32), _mm256_srli_epi64(inverse, 32));
+            __m256i quotient = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+            quotient = _mm256_srlv_epi32(quotient, _mm256_and_si256(_mm256_srli_epi32(rest, 24), shifts));
+            __m256i start = _mm256_and_si256(_mm256_srli_epi32(rest, 12), slots);
+            x[v] = _mm256_add_epi32(_mm256_add_epi32(now, start), _mm256_mullo_epi32(quotient, _mm256_sub_epi32(all, f)));
+        }
+    for (int v = 0; v < vectors_; v++) _mm256_storeu_si256((__m256i *)(state + 8 * v), x[v]);
+    return word;
+}
+#endif
+
+/* rans.encode: bytes written, at most (8 + 4 * lanes) * blocks + 2 * size; `scratch` holds 8 + BLOCK uint16. */
 EXPORT int64_t birkhoff_rans_encode(
     const uint8_t *symbols, int64_t size, int32_t lanes, const uint16_t *frequency, uint16_t *scratch, uint8_t *out) {
-    /* floor(x / F) = x * inverse >> 44 for all x below F * 2^20, and the product stays below 2^64. */
-    struct {
-        uint64_t inverse;
-        uint32_t limit;
-        uint16_t rest, start;
-    } of[256];
+#if AVX2
+    Coding coding[256];
+#endif
+    Scalar scalar[256];
     uint32_t total = 0;
     for (int s = 0; s < 256; s++) {
-        uint32_t f = frequency[s];
-        of[s].inverse = f ? ((uint64_t)1 << 44) / f + 1 : 0;
-        of[s].limit = f << 20, of[s].rest = (uint16_t)(SLOTS - f), of[s].start = (uint16_t)total;
+        uint32_t f = frequency[s] & (SLOTS - 1), start = total & (SLOTS - 1);
+        Divisor by = divisor_of[f];
+#if AVX2
+        coding[s] = (Coding){by.inverse, f | start << 12 | by.shift << 24 | by.more << 31};
+#endif
+        scalar[s] = (Scalar){by.whole, f << 20, (uint16_t)(SLOTS - f), (uint16_t)start};
         total += f;
     }
     int64_t blocks = (size + BLOCK - 1) / BLOCK;
     uint8_t *directory = out, *to = out + 4 * (blocks - 1);
+    uint16_t *end = scratch + 8 + BLOCK;
     for (int64_t block = 0; block < blocks; block++) {
         const uint8_t *from = symbols + block * BLOCK;
         int32_t count = (int32_t)(size - block * BLOCK < BLOCK ? size - block * BLOCK : BLOCK);
         uint32_t state[MOST_LANES];
-        uint16_t *word = scratch + BLOCK;
+        uint16_t *word = end;
         for (int lane = 0; lane < lanes; lane++) state[lane] = LEAST_STATE;
-        for (int32_t at = count - 1; at >= 0; at--) {
-            uint32_t symbol = from[at], *x = &state[at & (lanes - 1)], value = *x;
-            uint32_t emit = value >= of[symbol].limit;
-            word[-1] = (uint16_t)value; /* kept only if counted */
-            word -= emit;
-            value = emit ? value >> 16 : value;
-            *x = value + (uint32_t)(value * of[symbol].inverse >> 44) * of[symbol].rest + of[symbol].start;
+#if AVX2
+        if (lanes >= 8 && use_avx2()) {
+            int32_t whole = count & -lanes;
+            for (int32_t at = count; at > whole; at--)
+                state[at - 1 - whole] = encode_one(state[at - 1 - whole], &scalar[from[at - 1]], &word);
+            count = 0, word = encode_avx2(from, whole / lanes, lanes, coding, state, word);
         }
-        uint32_t words = (uint32_t)(scratch + BLOCK - word);
+#endif
+        word = encode_scalar(from, count, lanes, scalar, state, word);
+        uint32_t words = (uint32_t)(end - word);
         if (block < blocks - 1) memcpy(directory + 4 * block, &words, 4);
         memcpy(to, state, 4 * (size_t)lanes), to += 4 * lanes;
         memcpy(to, word, 2 * (size_t)words), to += 2 * words;
@@ -251,12 +398,45 @@ EXPORT int64_t birkhoff_rans_encode(
     return to - out;
 }
 
+/* rans.encode_all: of groups that follow each other, those that have lanes, one after the other; `ends` are theirs. */
+EXPORT void birkhoff_group_codes(
+    const uint8_t *symbols, int64_t groups, const int64_t *size, const int32_t *lanes, const uint16_t *frequency,
+    uint16_t *scratch, uint8_t *out, int64_t *ends) {
+    int64_t end = 0;
+    for (int64_t g = 0; g < groups; symbols += size[g++]) {
+        if (lanes[g]) end += birkhoff_rans_encode(symbols, size[g], lanes[g], frequency + 256 * g, scratch, out + end);
+        ends[g] = end;
+    }
+}
+
 typedef struct {
     const uint8_t *word, *end; /* pairs of bytes still to be read */
     int32_t at;                /* symbols decoded */
 } Cursor;
 
-INLINE int decode_scalar(
+INLINE uint32_t decode_one(uint32_t x, const uint32_t *table, const uint8_t **word, uint8_t *out) {
+    uint32_t entry = table[x & (SLOTS - 1)], value = (entry >> 8 & (SLOTS - 1)) * (x >> BITS) + (entry >> 20);
+    uint32_t small = value < LEAST_STATE;
+    uint16_t low;
+    memcpy(&low, *word, 2);
+    *out = (uint8_t)entry, *word += 2 * small;
+    return value << (small << 4) | (low & -small); /* no branch: none would be foreseen */
+}
+
+/* Whole steps of four lanes, while there are words for them. */
+static void decode_four(Cursor *cursor, uint32_t *state, const uint32_t *table, int32_t count, uint8_t *out) {
+    const uint8_t *word = cursor->word, *end = cursor->end;
+    uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+    int32_t at = cursor->at;
+    for (; at + 4 <= count && end - word >= 8; at += 4) {
+        a = decode_one(a, table, &word, out + at), b = decode_one(b, table, &word, out + at + 1);
+        c = decode_one(c, table, &word, out + at + 2), d = decode_one(d, table, &word, out + at + 3);
+    }
+    state[0] = a, state[1] = b, state[2] = c, state[3] = d;
+    cursor->word = word, cursor->at = at;
+}
+
+static int decode_scalar(
     Cursor *cursor, uint32_t *state, const uint32_t *table, int32_t count, int32_t lanes, uint8_t *out) {
     const uint8_t *word = cursor->word, *end = cursor->end;
     for (int32_t at = cursor->at; at < count; at++) {
@@ -285,9 +465,20 @@ __attribute__((constructor)) static void fill_order(void) {
             order_of_words[8 * mask + lane] = (uint8_t)(mask >> lane & 1 ? next++ : 0);
 }
 
+/* Entries of a table at eight places below 4096: faster than AVX2's own gather, which is microcode. */
+TARGET_AVX2 static inline __m256i entries_at(const uint32_t *table, __m256i places) {
+    uint32_t at[8] __attribute__((aligned(32)));
+    _mm256_store_si256((__m256i *)at, places);
+    __m128i a = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[0]]), _mm_cvtsi32_si128((int)table[at[1]]));
+    __m128i b = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[2]]), _mm_cvtsi32_si128((int)table[at[3]]));
+    __m128i c = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[4]]), _mm_cvtsi32_si128((int)table[at[5]]));
+    __m128i d = _mm_unpacklo_epi32(_mm_cvtsi32_si128((int)table[at[6]]), _mm_cvtsi32_si128((int)table[at[7]]));
+    return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+}
+
 #define STEP(x, symbol)                                                                                                \
     do {                                                                                                               \
-        __m256i entry = _mm256_i32gather_epi32((const int *)table, _mm256_and_si256(x, slots), 4);                     \
+        __m256i entry = entries_at(table, _mm256_and_si256(x, slots));                                                 \
         symbol = _mm256_and_si256(entry, bytes);                                                                       \
         x = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), slots),                  \
                                                 _mm256_srli_epi32(x, BITS)),                                           \
@@ -367,12 +558,8 @@ EXPORT int32_t birkhoff_rans_decode(
 #if AVX2
         if (lanes >= 8 && use_avx2()) decode_avx2(&cursor, state, table, count, lanes, out);
 #endif
-        int wrong;
-        if (lanes == 4)
-            wrong = decode_scalar(&cursor, state, table, count, 4, out);
-        else
-            wrong = decode_scalar(&cursor, state, table, count, lanes, out);
-        if (wrong || cursor.word != cursor.end) return -1;
+        if (lanes == 4) decode_four(&cursor, state, table, count, out);
+        if (decode_scalar(&cursor, state, table, count, lanes, out) || cursor.word != cursor.end) return -1;
         for (int lane = 0; lane < lanes; lane++)
             if (state[lane] != LEAST_STATE) return -1;
         from = cursor.end, out += count;
@@ -430,30 +617,101 @@ EXPORT int64_t birkhoff_rans_plan(
     return found;
 }
 
+/* rest.unpack_all: the symbols of streams that are raw or coded by a table, each of `size` > 0, one after the other.
+ * Returns how many were read before one that is damaged. */
+EXPORT int64_t birkhoff_group_symbols(
+    int64_t count, const int64_t *address, const int64_t *length, const int64_t *size, uint8_t *out) {
+    for (int64_t s = 0; s < count; out += size[s++]) {
+        const uint8_t *data = (const uint8_t *)(uintptr_t)address[s];
+        uint16_t frequency[256];
+        if (length[s] < 1) return s;
+        if (data[0] == 0) {
+            if (length[s] - 1 != size[s]) return s;
+            memcpy(out, data + 1, (size_t)size[s]);
+            continue;
+        }
+        if (data[0] != 2 || length[s] < 2 || data[1] > 5) return s;
+        int32_t used = birkhoff_table_parse(data + 2, length[s] - 2, frequency);
+        if (used < 0) return s;
+        if (birkhoff_rans_decode(data + 2 + used, length[s] - 2 - used, size[s], 1 << data[1], frequency, out)) return s;
+    }
+    return count;
+}
+
 /* --- groups: entropy/groups.py ---------------------------------------------------------------------------------- */
 
-/* Row r of a plane [R, C] lies in the groups at base[row_level[r]][b] + row_rank[r] * width[b] for each column level b;
- * `order` [C] are the columns by level. `scratch` holds C bytes. `into`: plane to groups, else groups to plane. */
-EXPORT void birkhoff_regroup(
-    uint8_t *plane, int64_t rows, int64_t columns, uint8_t *groups, int32_t levels, const int64_t *base,
-    const int64_t *width, const int64_t *row_level, const int64_t *row_rank, const int64_t *order, uint8_t *scratch,
-    int32_t into) {
-    for (int64_t row = 0; row < rows; row++) {
-        uint8_t *line = plane + row * columns, *sorted = scratch;
-        const int64_t *start = base + row_level[row] * levels;
-        if (into)
-            for (int64_t column = 0; column < columns; column++) sorted[column] = line[order[column]];
-        for (int32_t level = 0; level < levels; level++) {
-            uint8_t *place = groups + start[level] + row_rank[row] * width[level];
-            if (into)
-                memcpy(place, sorted, (size_t)width[level]);
-            else
-                memcpy(sorted, place, (size_t)width[level]);
-            sorted += width[level];
+#define SORTED 4 /* rows whose columns are put into another order together */
+
+/* to[k][c] = from[k][order[c]]; four bytes make a store, because stores are what there are fewest of. */
+INLINE void reordered(const uint8_t *const from[SORTED], const uint32_t *order, int64_t columns, uint8_t *const to[SORTED]) {
+    int64_t column = 0;
+    for (; column + 4 <= columns; column += 4) {
+        uint32_t a = order[column], b = order[column + 1], c = order[column + 2], d = order[column + 3];
+        for (int k = 0; k < SORTED; k++) {
+            const uint8_t *x = from[k];
+            uint32_t four = x[a] | (uint32_t)x[b] << 8 | (uint32_t)x[c] << 16 | (uint32_t)x[d] << 24;
+            memcpy(to[k] + column, &four, 4);
         }
-        if (!into)
-            for (int64_t column = 0; column < columns; column++) line[order[column]] = scratch[column];
     }
+    for (; column < columns; column++)
+        for (int k = 0; k < SORTED; k++) to[k][column] = from[k][order[column]];
+}
+
+/* contexts.gather (`into`) and contexts.join: a plane [R, C] and its groups, one after the other, by what
+ * birkhoff_addresses says of them. `order` holds C uint32, `scratch` SORTED * C bytes. */
+EXPORT void birkhoff_regroup(
+    uint8_t *plane, int64_t rows, int64_t columns, uint8_t *groups, const int64_t *of_row, const int64_t *of_column,
+    const int64_t *base, const int64_t *width, uint32_t *order, uint8_t *scratch, int32_t into) {
+    int64_t starts[64], start = 0;
+    int32_t used[64], levels = 0;
+    for (int32_t level = 0; level < 64; start += width[level++]) {
+        starts[level] = start;
+        if (width[level]) used[levels++] = level;
+    }
+    for (int64_t column = 0; column < columns; column++) { /* its place among the columns by level */
+        int64_t place = starts[of_column[column] & 63] + (of_column[column] >> 6);
+        if (into)
+            order[place] = (uint32_t)column;
+        else
+            order[column] = (uint32_t)place;
+    }
+    for (int64_t row = 0; row < rows; row += SORTED) {
+        int64_t height = rows - row < SORTED ? rows - row : SORTED;
+        uint8_t *line[SORTED], *sorted[SORTED];
+        for (int64_t k = 0; k < SORTED; k++) {
+            line[k] = plane + (row + (k < height ? k : 0)) * columns; /* the first one again where there is none */
+            sorted[k] = scratch + (k < height ? k : 0) * columns;
+        }
+        if (into) reordered((const uint8_t *const *)line, order, columns, sorted);
+        for (int64_t k = 0; k < height; k++) {
+            int64_t rank = of_row[row + k] >> 6;
+            const int64_t *first = base + 64 * (of_row[row + k] & 63);
+            uint8_t *at = sorted[k];
+            for (int32_t l = 0; l < levels; l++) {
+                int64_t size = width[used[l]];
+                uint8_t *place = groups + first[used[l]] + rank * size;
+                if (into)
+                    memcpy(place, at, (size_t)size);
+                else
+                    memcpy(at, place, (size_t)size);
+                at += size;
+            }
+        }
+        if (!into) reordered((const uint8_t *const *)sorted, order, columns, line);
+    }
+}
+
+/* planes.symbols_of: coordinates [R, P] of both planes as symbols + 128, [R, 2P] */
+EXPORT void birkhoff_symbols(const int8_t *i, const int8_t *j, int64_t rows, int64_t pairs, int32_t shift, uint8_t *out) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int plane = 0; plane < 2; plane++) {
+            const int8_t *restrict from = (plane ? j : i) + row * pairs;
+            uint8_t *restrict to = out + (2 * row + plane) * pairs;
+            if (shift)
+                for (int64_t p = 0; p < pairs; p++) to[p] = (uint8_t)((uint8_t)(from[p] >> 1) ^ 128);
+            else
+                for (int64_t p = 0; p < pairs; p++) to[p] = (uint8_t)((uint8_t)from[p] ^ 128);
+        }
 }
 
 /* contexts.addresses: numbers of the groups' symbols, as sums of what is looked up by row and by column. An entry of
@@ -597,9 +855,79 @@ INLINE void viterbi_of(float *u, int64_t size, int64_t lanes, int64_t first, int
     }
 }
 
-TARGET_AVX2 static void viterbi_avx2(float *u, int64_t size, int64_t lanes, int64_t first, int32_t *taken) {
-    viterbi_of(u, size, lanes, first, taken);
+#if AVX2
+/* Both ways to a state 2q + o: the nearer one's metric, and whether it comes from q + 4. */
+#define NEARER(to, bit, low, high)                                                                                     \
+    do {                                                                                                               \
+        __m256 a = (low), b = (high);                                                                                  \
+        bits = _mm256_or_ps(bits, _mm256_and_ps(_mm256_cmp_ps(b, a, _CMP_LT_OQ), bit));                                \
+        to = _mm256_min_ps(b, a);                                                                                      \
+    } while (0)
+
+#define NEAREST_EVEN (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+
+TARGET_AVX2 static inline __m256 square_distance(__m256 x, float subset) { /* to numbers of a subset, in quarters */
+    __m256 y = _mm256_mul_ps(_mm256_sub_ps(x, _mm256_set1_ps(subset)), _mm256_set1_ps(0.25f));
+    y = _mm256_sub_ps(y, _mm256_round_ps(y, NEAREST_EVEN));
+    return _mm256_mul_ps(y, y);
 }
+
+TARGET_AVX2 static void viterbi_avx2(float *u, int64_t size, int64_t lanes, int64_t first, int32_t *taken) {
+    if (lanes - first < WIDE) {
+        viterbi_of(u, size, lanes, first, taken);
+        return;
+    }
+    int64_t steps = (size + lanes - 1) / lanes, last = size - (steps - 1) * lanes - first; /* of the last step */
+    const __m256 far = _mm256_set1_ps(1e9f), quarter = _mm256_set1_ps(0.25f);
+    __m256 bit[8];
+    for (int s = 0; s < 8; s++) bit[s] = _mm256_castsi256_ps(_mm256_set1_epi32(1 << s));
+    __m256 m0 = _mm256_setzero_ps(), m1 = far, m2 = far, m3 = far, m4 = far, m5 = far, m6 = far, m7 = far;
+    float *place = u + first, ends[WIDE];
+    for (int64_t t = 0; t < steps; t++, place += lanes) {
+        __m256 x, bits = _mm256_setzero_ps();
+        if (t == steps - 1 && last < WIDE) {
+            Floats padded = loaded(place, last);
+            memcpy(ends, &padded, sizeof ends), x = _mm256_loadu_ps(ends);
+        } else
+            x = _mm256_loadu_ps(place);
+        __m256 d = square_distance(x, 0), e = square_distance(x, 2), n0, n1, n2, n3, n4, n5, n6, n7;
+        NEARER(n0, bit[0], _mm256_add_ps(m0, d), _mm256_add_ps(m4, e));
+        NEARER(n1, bit[1], _mm256_add_ps(m0, e), _mm256_add_ps(m4, d));
+        NEARER(n4, bit[4], _mm256_add_ps(m2, e), _mm256_add_ps(m6, d));
+        NEARER(n5, bit[5], _mm256_add_ps(m2, d), _mm256_add_ps(m6, e));
+        d = square_distance(x, 1), e = square_distance(x, 3);
+        NEARER(n2, bit[2], _mm256_add_ps(m1, d), _mm256_add_ps(m5, e));
+        NEARER(n3, bit[3], _mm256_add_ps(m1, e), _mm256_add_ps(m5, d));
+        NEARER(n6, bit[6], _mm256_add_ps(m3, e), _mm256_add_ps(m7, d));
+        NEARER(n7, bit[7], _mm256_add_ps(m3, d), _mm256_add_ps(m7, e));
+        m0 = n0, m1 = n1, m2 = n2, m3 = n3, m4 = n4, m5 = n5, m6 = n6, m7 = n7;
+        _mm256_storeu_ps((float *)(taken + t * WIDE), bits);
+    }
+    __m256 least = m0, m[8] = {m0, m1, m2, m3, m4, m5, m6, m7}, best = _mm256_setzero_ps();
+    for (int s = 1; s < 8; s++) {
+        __m256 mask = _mm256_cmp_ps(m[s], least, _CMP_LT_OQ);
+        least = _mm256_min_ps(m[s], least);
+        best = _mm256_blendv_ps(best, _mm256_castsi256_ps(_mm256_set1_epi32(s)), mask);
+    }
+    __m256i state = _mm256_castps_si256(best), one = _mm256_set1_epi32(1);
+    for (int64_t t = steps - 1; t >= 0; t--) {
+        place -= lanes;
+        __m256i bits = _mm256_loadu_si256((const __m256i *)(taken + t * WIDE));
+        __m256i high = _mm256_and_si256(_mm256_srlv_epi32(bits, state), one), half = _mm256_srli_epi32(state, 1);
+        /* the subset: half of the state, and 2 more or less where its lowest bit is not `high` */
+        __m256i odd = _mm256_and_si256(_mm256_xor_si256(state, high), one);
+        __m256 c = _mm256_cvtepi32_ps(_mm256_xor_si256(half, _mm256_add_epi32(odd, odd)));
+        int ends_here = t == steps - 1 && last < WIDE;
+        __m256 n = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(ends_here ? ends : place), c), quarter);
+        n = _mm256_add_ps(_mm256_mul_ps(_mm256_round_ps(n, NEAREST_EVEN), _mm256_set1_ps(4.0f)), c);
+        _mm256_storeu_ps(ends_here ? ends : place, n);
+        if (ends_here && last > 0) memcpy(place, ends, 4 * (size_t)last);
+        state = _mm256_add_epi32(half, _mm256_slli_epi32(high, 2));
+    }
+}
+#else
+#define viterbi_avx2 viterbi_base
+#endif
 
 static void viterbi_base(float *u, int64_t size, int64_t lanes, int64_t first, int32_t *taken) {
     viterbi_of(u, size, lanes, first, taken);
@@ -609,6 +937,153 @@ static void viterbi_base(float *u, int64_t size, int64_t lanes, int64_t first, i
 EXPORT void birkhoff_viterbi(float *u, int64_t size, int64_t lanes, int32_t *scratch) {
     void (*search)(float *, int64_t, int64_t, int64_t, int32_t *) = use_avx2() ? viterbi_avx2 : viterbi_base;
     for (int64_t first = 0; first < lanes; first += WIDE) search(u, size, lanes, first, scratch);
+}
+
+#define SIDE 16 /* lanes that are searched while their weights are at hand: a cache line */
+
+/* Bytes that one group of lanes needs beside its own: its values and the decisions of WIDE of them. */
+#define PATH_SCRATCH (2 * SIDE * sizeof(float) + WIDE * sizeof(int32_t))
+
+/* Where pairs p, p + 1, ... of a row lie: its first and second weights, how many follow each other there, and how many of
+ * these have a second weight. */
+typedef struct {
+    int64_t x, y, run, seconds;
+} Place;
+
+INLINE Place place_of(int64_t pair, int64_t columns) {
+    int64_t full = columns / 64, block = pair / 32, k = pair % 32;
+    if (block < full) return (Place){64 * block + k, 64 * block + 32 + k, 32 - k, 32 - k};
+    int64_t width = columns - 64 * full, half = (width + 1) / 2;
+    return (Place){64 * full + k, 64 * full + half + k, half - k, width - half - k};
+}
+
+/* lattice.quantise_path: coordinates of up to SIDE lanes from `first`, whole numbers [steps, SIDE] each. */
+INLINE void path_of(
+    const float *weight, int64_t size, int64_t columns, float inverse, int64_t lanes, int64_t first, int64_t steps,
+    float *x, float *y, int32_t *taken, void (*search)(float *, int64_t, int64_t, int64_t, int32_t *)) {
+    int64_t pairs = (columns + 1) / 2, width = lanes - first < SIDE ? lanes - first : SIDE;
+    const Floats by = SPLAT_F(inverse), shear = SPLAT_F(1.0f / 256);
+    const float *end = weight + size / pairs * columns;
+    int64_t row = first / pairs, pair = first % pairs, rows_on = lanes / pairs, pairs_on = lanes % pairs;
+    for (int64_t t = 0; t < steps; t++) {
+        int64_t left = size - t * lanes - first, count = left < width ? left : width, r = row, p = pair;
+        float *to_x = x + t * SIDE, *to_y = y + t * SIDE;
+        for (int64_t done = 0; done < count;) {
+            Place at = place_of(p, columns);
+            const float *from = weight + r * columns + at.x, *other = weight + r * columns + at.y;
+            int64_t run = at.run < count - done ? at.run : count - done;
+            if (at.seconds >= run && end - other >= SIDE) { /* what is copied behind the run is overwritten */
+                for (int k = 0; k < SIDE; k += WIDE) {
+                    Floats a = loaded(from + k, WIDE) * by, b = loaded(other + k, WIDE) * by;
+                    memcpy(to_x + done + k, &a, sizeof a), memcpy(to_y + done + k, &b, sizeof b);
+                }
+                const float *next = from + (at.run == SIDE ? 3 * SIDE : SIDE); /* of the lanes that come next */
+                __builtin_prefetch(next), __builtin_prefetch(next + 32);
+            } else
+                for (int64_t k = 0; k < run; k++) {
+                    to_x[done + k] = from[k] * inverse;
+                    to_y[done + k] = k < at.seconds ? other[k] * inverse : 0.0f;
+                }
+            done += run, p += run;
+            if (p == pairs) p = 0, r++;
+        }
+        for (int64_t k = count > 0 ? count : 0; k < SIDE; k++) to_x[k] = to_y[k] = 0.0f;
+        row += rows_on, pair += pairs_on;
+        if (pair >= pairs) pair -= pairs, row++;
+    }
+    int64_t both = width > WIDE;
+    search(y, steps * SIDE, SIDE, 0, taken);
+    if (both) search(y, steps * SIDE, SIDE, WIDE, taken);
+    for (int64_t k = 0; k < steps * SIDE; k += WIDE) {
+        Floats a = loaded(x + k, WIDE) - loaded(y + k, WIDE) * shear;
+        memcpy(x + k, &a, sizeof a);
+    }
+    for (int64_t k = size - (steps - 1) * lanes - first; k < SIDE; k++) /* a lane that is over sees a zero */
+        if (k >= 0) x[(steps - 1) * SIDE + k] = 0.0f;
+    search(x, steps * SIDE, SIDE, 0, taken);
+    if (both) search(x, steps * SIDE, SIDE, WIDE, taken);
+}
+
+/* Where the pairs that have a coordinate outside -128..127 are noted. */
+typedef struct {
+    int64_t *index;
+    int32_t *wide;
+    int64_t room, found;
+} Outside;
+
+/* Store a step's coordinates, `count` up to SIDE of either plane. */
+static void step_stored(const float *x, const float *y, int64_t flat, int64_t count, int8_t *i, int8_t *j, Outside *outside) {
+    for (int64_t k = 0; k < count; k++) {
+        int32_t a = (int32_t)x[k], b = (int32_t)y[k], far = ((a + 128) | (b + 128)) & ~255;
+        i[flat + k] = (int8_t)(far ? 0 : a), j[flat + k] = (int8_t)(far ? 0 : b);
+        if (!far) continue;
+        if (outside->found < outside->room) {
+            outside->index[outside->found] = flat + k;
+            outside->wide[2 * outside->found] = a, outside->wide[2 * outside->found + 1] = b;
+        }
+        outside->found++;
+    }
+}
+
+#if AVX2
+/* The same of SIDE; 0 if one lies outside, and then nothing is stored. */
+TARGET_AVX2 static int side_stored_avx2(const float *x, const float *y, int8_t *i, int8_t *j) {
+    const __m256 half = _mm256_set1_ps(0.5f), most = _mm256_set1_ps(127.75f), size = _mm256_set1_ps(-0.0f);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256 v[4] = {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _mm256_loadu_ps(y), _mm256_loadu_ps(y + 8)};
+    __m256 far = _mm256_andnot_ps(size, _mm256_add_ps(v[0], half)); /* |n + 1/2| is at most 127.5 inside */
+    for (int k = 1; k < 4; k++) far = _mm256_max_ps(far, _mm256_andnot_ps(size, _mm256_add_ps(v[k], half)));
+    if (_mm256_movemask_ps(_mm256_cmp_ps(far, most, _CMP_GT_OQ))) return 0;
+    __m256i a = _mm256_packs_epi32(_mm256_cvttps_epi32(v[0]), _mm256_cvttps_epi32(v[1]));
+    __m256i b = _mm256_packs_epi32(_mm256_cvttps_epi32(v[2]), _mm256_cvttps_epi32(v[3]));
+    __m256i both = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
+    _mm_storeu_si128((__m128i *)i, _mm256_castsi256_si128(both));
+    _mm_storeu_si128((__m128i *)j, _mm256_extracti128_si256(both, 1));
+    return 1;
+}
+#endif
+
+INLINE void paths_of(
+    const float *weight, int64_t rows, int64_t columns, float inverse, int64_t lanes, void *scratch, int8_t *i, int8_t *j,
+    Outside *outside, void (*search)(float *, int64_t, int64_t, int64_t, int32_t *),
+    int (*side_stored)(const float *, const float *, int8_t *, int8_t *)) {
+    int64_t size = rows * ((columns + 1) / 2), steps = (size + lanes - 1) / lanes;
+    float *x = scratch, *y = x + (steps + 1) * SIDE;
+    int32_t *taken = (int32_t *)(y + (steps + 1) * SIDE);
+    for (int64_t first = 0; first < lanes; first += SIDE) {
+        int64_t width = lanes - first < SIDE ? lanes - first : SIDE;
+        path_of(weight, size, columns, inverse, lanes, first, steps, x, y, taken, search);
+        for (int64_t t = 0; t < steps; t++) {
+            int64_t flat = t * lanes + first, count = size - flat < width ? size - flat : width;
+            if (count == SIDE && side_stored && side_stored(x + t * SIDE, y + t * SIDE, i + flat, j + flat)) continue;
+            step_stored(x + t * SIDE, y + t * SIDE, flat, count, i, j, outside);
+        }
+    }
+}
+
+#if AVX2
+TARGET_AVX2 static void paths_avx2(
+    const float *w, int64_t r, int64_t c, float inverse, int64_t l, void *scratch, int8_t *i, int8_t *j, Outside *outside) {
+    paths_of(w, r, c, inverse, l, scratch, i, j, outside, viterbi_avx2, side_stored_avx2);
+}
+#else
+#define paths_avx2 paths_base
+#endif
+
+static void paths_base(
+    const float *w, int64_t r, int64_t c, float inverse, int64_t l, void *scratch, int8_t *i, int8_t *j, Outside *outside) {
+    paths_of(w, r, c, inverse, l, scratch, i, j, outside, viterbi_base, NULL);
+}
+
+/* lattice.quantise_path of float32 weights: planes of int8; how many pairs have a coordinate outside -128..127, which
+ * become 0, the first `room` of them in no order with index and both coordinates. `scratch` holds 160 bytes for each step and one more. */
+EXPORT int64_t birkhoff_paths(
+    const float *weight, int64_t rows, int64_t columns, float inverse, int64_t lanes, void *scratch, int8_t *i, int8_t *j,
+    int64_t *index, int32_t *wide, int64_t room) {
+    _Static_assert(PATH_SCRATCH == 160, "as lattice.py has it");
+    Outside outside = {index, wide, room, 0};
+    (use_avx2() ? paths_avx2 : paths_base)(weight, rows, columns, inverse, lanes, scratch, i, j, &outside);
+    return outside.found;
 }
 
 /* One step of the automaton for lanes side by side; whether a coordinate left -128..127. `delay` becomes the new o. */
@@ -685,10 +1160,324 @@ static void positions_base(const int8_t *i, const int8_t *j, int64_t columns, fl
     positions_of(i, j, columns, step, out);
 }
 
-EXPORT void birkhoff_positions(const int8_t *i, const int8_t *j, int64_t rows, int64_t columns, float step, float *out) {
+/* Escapes are told by flat pair index, rising, and both coordinates. */
+EXPORT void birkhoff_positions(
+    const int8_t *i, const int8_t *j, int64_t rows, int64_t columns, float step, int64_t escapes, const int64_t *index,
+    const int32_t *escaped_i, const int32_t *escaped_j, float *out) {
     int64_t pairs = (columns + 1) / 2;
     void (*row_of)(const int8_t *, const int8_t *, int64_t, float, float *) = use_avx2() ? positions_avx2 : positions_base;
     for (int64_t row = 0; row < rows; row++) row_of(i + row * pairs, j + row * pairs, columns, step, out + row * columns);
+    for (int64_t e = 0; e < escapes; e++) {
+        float *line = out + index[e] / pairs * columns, a = (float)escaped_i[e], b = (float)escaped_j[e];
+        Place at = place_of(index[e] % pairs, columns);
+        line[at.x] = (a + b * (1.0f / 256)) * step;
+        if (at.seconds > 0) line[at.y] = b * step;
+    }
+}
+
+/* reference.decode: the same of step numbers, whose low byte is J + 128 and whose high byte I + 128. */
+INLINE void thetas_of(const uint16_t *theta, int64_t columns, float step, float *out) {
+    for (int64_t left = 0; left < columns; left += 64) {
+        int64_t width = columns - left < 64 ? columns - left : 64, half = (width + 1) / 2;
+        float x[32], y[32];
+        const uint16_t *from = theta + left / 2;
+        for (int64_t k = 0; k < half; k++) {
+            float i = (float)((int32_t)(from[k] >> 8) - 128), j = (float)((int32_t)(from[k] & 255) - 128);
+            x[k] = (i + j * (1.0f / 256)) * step, y[k] = j * step;
+        }
+        memcpy(out + left, x, 4 * (size_t)half), memcpy(out + left + half, y, 4 * (size_t)(width - half));
+    }
+}
+
+TARGET_AVX2 static void thetas_avx2(const uint16_t *theta, int64_t columns, float step, float *out) {
+    thetas_of(theta, columns, step, out);
+}
+
+static void thetas_base(const uint16_t *theta, int64_t columns, float step, float *out) {
+    thetas_of(theta, columns, step, out);
+}
+
+EXPORT void birkhoff_thetas(const uint16_t *theta, int64_t rows, int64_t columns, float step, float *out) {
+    int64_t pairs = (columns + 1) / 2;
+    void (*row_of)(const uint16_t *, int64_t, float, float *) = use_avx2() ? thetas_avx2 : thetas_base;
+    for (int64_t row = 0; row < rows; row++) row_of(theta + row * pairs, columns, step, out + row * columns);
+}
+
+/* trajectory.theta_from_coordinates */
+EXPORT void birkhoff_pack_thetas(const int8_t *restrict i, const int8_t *restrict j, int64_t size, uint16_t *restrict theta) {
+    for (int64_t k = 0; k < size; k++) theta[k] = (uint16_t)(((uint8_t)i[k] << 8 | (uint8_t)j[k]) ^ 0x8080);
+}
+
+/* --- errors and ranges: metrics.py ------------------------------------------------------------------------------ */
+
+/* Sums are of float32 numbers in double precision, number k of a tensor to partial sum k mod PARTS: the same whatever
+ * vectors a machine has, and however a tensor is cut. */
+#define PARTS 16
+
+typedef float Four __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+INLINE Four four(const float *from) {
+    Four x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE Four magnitude(Four x) { return (Four)((FourInts)x & (FourInts){INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX}); }
+
+INLINE Four greater(Four a, Four b) { /* b where one is no number */
+    FourInts mask = a > b;
+    return (Four)(((FourInts)a & mask) | ((FourInts)b & ~mask));
+}
+
+INLINE Four lesser(Four a, Four b) {
+    FourInts mask = a < b;
+    return (Four)(((FourInts)a & mask) | ((FourInts)b & ~mask));
+}
+
+typedef struct {
+    double error[PARTS], absolute[PARTS]; /* sums of (other - source)^2 and of |other - source| */
+    float most[PARTS];                    /* the greatest |other - source| */
+} Errors;
+
+INLINE void error_of(const float *source, const float *other, int64_t k, int64_t part, Errors *sums) {
+    float d = other[k] - source[k], size = __builtin_fabsf(d);
+    sums->error[part] += (double)(d * d), sums->absolute[part] += (double)size;
+    sums->most[part] = size > sums->most[part] ? size : sums->most[part];
+}
+
+/* metrics.compare; `first` is the number of the first of them in the tensor. */
+INLINE void errors_of(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
+    int64_t at = 0;
+    for (; at < size && (first + at) % PARTS; at++) error_of(source, other, at, (first + at) % PARTS, sums);
+    Doubles error[4], absolute[4];
+    Four most[4];
+    memcpy(error, sums->error, sizeof error), memcpy(absolute, sums->absolute, sizeof absolute);
+    memcpy(most, sums->most, sizeof most);
+    for (; at + PARTS <= size; at += PARTS)
+        for (int v = 0; v < 4; v++) {
+            Four d = four(other + at + 4 * v) - four(source + at + 4 * v), far = magnitude(d);
+            error[v] += __builtin_convertvector(d * d, Doubles), absolute[v] += __builtin_convertvector(far, Doubles);
+            most[v] = greater(far, most[v]);
+        }
+    memcpy(sums->error, error, sizeof error), memcpy(sums->absolute, absolute, sizeof absolute);
+    memcpy(sums->most, most, sizeof most);
+    for (; at < size; at++) error_of(source, other, at, (first + at) % PARTS, sums);
+}
+
+#if AVX2
+TARGET_AVX2 static inline void add_wide(__m256d *low, __m256d *high, __m256 x) {
+    *low = _mm256_add_pd(*low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    *high = _mm256_add_pd(*high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
+
+TARGET_AVX2 static void errors_avx2(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    int64_t head = (PARTS - first % PARTS) % PARTS < size ? (PARTS - first % PARTS) % PARTS : size, at = head;
+    errors_of(source, other, head, first, sums);
+    __m256d error[4], absolute[4];
+    __m256 most[2];
+    for (int v = 0; v < 4; v++)
+        error[v] = _mm256_loadu_pd(sums->error + 4 * v), absolute[v] = _mm256_loadu_pd(sums->absolute + 4 * v);
+    for (int v = 0; v < 2; v++) most[v] = _mm256_loadu_ps(sums->most + 8 * v);
+    for (; at + PARTS <= size; at += PARTS)
+        for (int v = 0; v < 2; v++) {
+            __m256 d = _mm256_sub_ps(_mm256_loadu_ps(other + at + 8 * v), _mm256_loadu_ps(source + at + 8 * v));
+            __m256 far = _mm256_andnot_ps(sign, d);
+            most[v] = _mm256_max_ps(far, most[v]); /* the second where one is no number */
+            add_wide(&error[2 * v], &error[2 * v + 1], _mm256_mul_ps(d, d));
+            add_wide(&absolute[2 * v], &absolute[2 * v + 1], far);
+        }
+    for (int v = 0; v < 4; v++)
+        _mm256_storeu_pd(sums->error + 4 * v, error[v]), _mm256_storeu_pd(sums->absolute + 4 * v, absolute[v]);
+    for (int v = 0; v < 2; v++) _mm256_storeu_ps(sums->most + 8 * v, most[v]);
+    errors_of(source + at, other + at, size - at, first + at, sums);
+}
+#else
+#define errors_avx2 errors_base
+#endif
+
+static void errors_base(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
+    errors_of(source, other, size, first, sums);
+}
+
+EXPORT void birkhoff_compare(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
+    (use_avx2() ? errors_avx2 : errors_base)(source, other, size, first, sums);
+}
+
+typedef struct {
+    double energy[PARTS];      /* sums of w^2 */
+    float least[PARTS], most[PARTS];
+    int32_t broken;            /* whether one is not a whole number below 2^31 */
+} Range;
+
+INLINE void range_of(float w, int64_t part, float limit, Range *range) {
+    float size = __builtin_fabsf(w);
+    range->energy[part] += size > limit ? 0.0 : (double)(w * w);
+    range->least[part] = w < range->least[part] ? w : range->least[part];
+    range->most[part] = w > range->most[part] ? w : range->most[part];
+    if (!(size < 2147483648.0f) || (float)(int32_t)w != w) range->broken = 1;
+}
+
+/* metrics.survey; those of more than `limit` count nothing of their energy */
+INLINE void ranges_of(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
+    int64_t at = 0;
+    for (; at < size && (first + at) % PARTS; at++) range_of(weight[at], (first + at) % PARTS, limit, range);
+    const Four most_counted = {limit, limit, limit, limit};
+    Doubles energy[4];
+    Four least[4], most[4];
+    while (at + PARTS <= size) {
+        int64_t end = at + 4096 < size ? at + 4096 : size;
+        for (int64_t k = at; !range->broken && k < end; k++)
+            if (!(__builtin_fabsf(weight[k]) < 2147483648.0f) || (float)(int32_t)weight[k] != weight[k]) range->broken = 1;
+        memcpy(energy, range->energy, sizeof energy);
+        memcpy(least, range->least, sizeof least), memcpy(most, range->most, sizeof most);
+        for (; at + PARTS <= end; at += PARTS)
+            for (int v = 0; v < 4; v++) {
+                Four w = four(weight + at + 4 * v);
+                FourInts far = magnitude(w) > most_counted;
+                energy[v] += __builtin_convertvector((Four)((FourInts)(w * w) & ~far), Doubles);
+                least[v] = lesser(w, least[v]), most[v] = greater(w, most[v]);
+            }
+        memcpy(range->energy, energy, sizeof energy);
+        memcpy(range->least, least, sizeof least), memcpy(range->most, most, sizeof most);
+    }
+    for (; at < size; at++) range_of(weight[at], (first + at) % PARTS, limit, range);
+}
+
+#if AVX2
+TARGET_AVX2 static void ranges_avx2(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), counted = _mm256_set1_ps(limit);
+    int64_t head = (PARTS - first % PARTS) % PARTS < size ? (PARTS - first % PARTS) % PARTS : size, at = head;
+    ranges_of(weight, head, first, limit, range);
+    while (!range->broken && at + PARTS <= size) { /* hardly ever more than once */
+        ranges_of(weight + at, PARTS, first + at, limit, range);
+        at += PARTS;
+    }
+    __m256d energy[4];
+    __m256 least[2], most[2];
+    for (int v = 0; v < 4; v++) energy[v] = _mm256_loadu_pd(range->energy + 4 * v);
+    for (int v = 0; v < 2; v++)
+        least[v] = _mm256_loadu_ps(range->least + 8 * v), most[v] = _mm256_loadu_ps(range->most + 8 * v);
+    for (; at + PARTS <= size; at += PARTS)
+        for (int v = 0; v < 2; v++) {
+            __m256 w = _mm256_loadu_ps(weight + at + 8 * v);
+            __m256 far = _mm256_cmp_ps(_mm256_andnot_ps(sign, w), counted, _CMP_GT_OQ);
+            add_wide(&energy[2 * v], &energy[2 * v + 1], _mm256_andnot_ps(far, _mm256_mul_ps(w, w)));
+            least[v] = _mm256_min_ps(w, least[v]), most[v] = _mm256_max_ps(w, most[v]);
+        }
+    for (int v = 0; v < 4; v++) _mm256_storeu_pd(range->energy + 4 * v, energy[v]);
+    for (int v = 0; v < 2; v++)
+        _mm256_storeu_ps(range->least + 8 * v, least[v]), _mm256_storeu_ps(range->most + 8 * v, most[v]);
+    ranges_of(weight + at, size - at, first + at, limit, range);
+}
+#else
+#define ranges_avx2 ranges_base
+#endif
+
+static void ranges_base(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
+    ranges_of(weight, size, first, limit, range);
+}
+
+EXPORT void birkhoff_survey(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
+    (use_avx2() ? ranges_avx2 : ranges_base)(weight, size, first, limit, range);
+}
+
+/* rate.error_of: birkhoff_compare of a matrix with its coordinates decoded. Escapes are told by flat pair index, rising,
+ * and both coordinates. */
+#define TILE 1024 /* columns decoded at a time */
+
+INLINE void coded_errors_of(
+    const float *weight, int64_t rows, int64_t columns, const int8_t *i, const int8_t *j, float step, int64_t escapes,
+    const int64_t *index, const int32_t *escaped_i, const int32_t *escaped_j, Errors *sums,
+    void (*add)(const float *, const float *, int64_t, int64_t, Errors *)) {
+    int64_t pairs = (columns + 1) / 2, next = 0;
+    float tile[TILE];
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t left = 0; left < columns; left += TILE) {
+            int64_t width = columns - left < TILE ? columns - left : TILE, start = row * pairs + left / 2;
+            positions_of(i + start, j + start, width, step, tile);
+            for (; next < escapes && index[next] < start + (width + 1) / 2; next++) {
+                Place at = place_of(index[next] - row * pairs, columns);
+                float a = (float)escaped_i[next], b = (float)escaped_j[next];
+                tile[at.x - left] = (a + b * (1.0f / 256)) * step;
+                if (at.seconds > 0) tile[at.y - left] = b * step;
+            }
+            add(weight + row * columns + left, tile, width, row * columns + left, sums);
+        }
+}
+
+TARGET_AVX2 static void coded_errors_avx2(
+    const float *w, int64_t r, int64_t c, const int8_t *i, const int8_t *j, float step, int64_t n, const int64_t *index,
+    const int32_t *wide_i, const int32_t *wide_j, Errors *sums) {
+    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums, errors_avx2);
+}
+
+static void coded_errors_base(
+    const float *w, int64_t r, int64_t c, const int8_t *i, const int8_t *j, float step, int64_t n, const int64_t *index,
+    const int32_t *wide_i, const int32_t *wide_j, Errors *sums) {
+    coded_errors_of(w, r, c, i, j, step, n, index, wide_i, wide_j, sums, errors_base);
+}
+
+EXPORT void birkhoff_coded_errors(
+    const float *weight, int64_t rows, int64_t columns, const int8_t *i, const int8_t *j, float step, int64_t escapes,
+    const int64_t *index, const int32_t *escaped_i, const int32_t *escaped_j, Errors *sums) {
+    (use_avx2() ? coded_errors_avx2 : coded_errors_base)(
+        weight, rows, columns, i, j, step, escapes, index, escaped_i, escaped_j, sums);
+}
+
+/* trajectory.nearest and trajectory.position of pairs side by side: what they are decoded to */
+INLINE void nearest_of(const float *x, const float *y, int64_t count, float inverse, float step, float *to_x, float *to_y) {
+    const Floats by = SPLAT_F(inverse), size = SPLAT_F(step), nth = SPLAT_F(1.0f / 256), one = SPLAT_F(1.0f);
+    for (int64_t k = 0; k < count; k += WIDE) {
+        Floats v = loaded(y + k, count - k) * by, row = rounded(v);
+        row = row + (Floats)((Ints)SPLAT_F(-1.0f) & (row > v)); /* the lower row */
+        Floats below = v - row, t0 = loaded(x + k, count - k) * by - row * nth, t1 = t0 - nth;
+        Floats i0 = rounded(t0), i1 = rounded(t1), e0 = t0 - i0, e1 = t1 - i1;
+        Ints upper = (e1 * e1 + one) - (below + below) < e0 * e0;
+        Floats i = chosen(upper, i1, i0), j = row + (Floats)((Ints)one & upper);
+        Floats found_x = (i + j * nth) * size, found_y = j * size;
+        size_t bytes = 4 * (size_t)(count - k < WIDE ? count - k : WIDE);
+        memcpy(to_x + k, &found_x, bytes), memcpy(to_y + k, &found_y, bytes);
+    }
+}
+
+INLINE void node_errors_of(
+    const float *weight, int64_t rows, int64_t columns, float inverse, float step, Errors *sums,
+    void (*add)(const float *, const float *, int64_t, int64_t, Errors *)) {
+    float tile[TILE];
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t left = 0; left < columns; left += TILE) {
+            const float *from = weight + row * columns + left;
+            int64_t width = columns - left < TILE ? columns - left : TILE;
+            for (int64_t at = 0; at < width; at += 64) {
+                int64_t block = width - at < 64 ? width - at : 64, half = (block + 1) / 2;
+                const float *second = from + at + half;
+                float padded[32], decoded[32];
+                if (block & 1) { /* the last pair has no second weight */
+                    memcpy(padded, second, 4 * (size_t)(half - 1));
+                    padded[half - 1] = 0.0f, second = padded;
+                }
+                nearest_of(from + at, second, half, inverse, step, tile + at, decoded);
+                memcpy(tile + at + half, decoded, 4 * (size_t)(block - half));
+            }
+            add(from, tile, width, row * columns + left, sums);
+        }
+}
+
+TARGET_AVX2 static void node_errors_avx2(const float *w, int64_t r, int64_t c, float inverse, float step, Errors *sums) {
+    node_errors_of(w, r, c, inverse, step, sums, errors_avx2);
+}
+
+static void node_errors_base(const float *w, int64_t r, int64_t c, float inverse, float step, Errors *sums) {
+    node_errors_of(w, r, c, inverse, step, sums, errors_base);
+}
+
+/* rate.error_of_nodes: birkhoff_compare of a matrix with its nearest nodes. No weight is above 2^22 steps. */
+EXPORT void birkhoff_node_errors(
+    const float *weight, int64_t rows, int64_t columns, float inverse, float step, Errors *sums) {
+    (use_avx2() ? node_errors_avx2 : node_errors_base)(weight, rows, columns, inverse, step, sums);
 }
 
 /* lattice.of_coordinates: whole numbers as int8; how many lie outside -128..127, which become 0, the first `room` of
@@ -723,45 +1512,6 @@ static int64_t narrowed_base(const float *from, int64_t size, int8_t *out, int64
 
 EXPORT int64_t birkhoff_narrow(const float *from, int64_t size, int8_t *out, int64_t *index, int64_t room) {
     return (use_avx2() ? narrowed_avx2 : narrowed_base)(from, size, out, index, room);
-}
-
-/* pairs.split of float32 weights, times `factor`; returns the greatest |value|. */
-INLINE float split_of(const float *weight, int64_t rows, int64_t columns, float factor, float *first, float *second) {
-    int64_t pairs = (columns + 1) / 2;
-    float most[32] = {0};
-    for (int64_t row = 0; row < rows; row++, weight += columns, first += pairs, second += pairs) {
-        int64_t left = 0;
-        for (; left + 64 <= columns; left += 64)
-            for (int64_t k = 0; k < 32; k++) {
-                float x = weight[left + k] * factor, y = weight[left + 32 + k] * factor;
-                float a = __builtin_fabsf(x), b = __builtin_fabsf(y), both = a > b ? a : b;
-                most[k] = both > most[k] ? both : most[k];
-                first[left / 2 + k] = x, second[left / 2 + k] = y;
-            }
-        int64_t width = columns - left, half = (width + 1) / 2;
-        for (int64_t k = 0; k < half; k++) {
-            float x = weight[left + k] * factor, y = k + half < width ? weight[left + half + k] * factor : 0.0f;
-            float a = __builtin_fabsf(x), b = __builtin_fabsf(y), both = a > b ? a : b;
-            most[k] = both > most[k] ? both : most[k];
-            first[left / 2 + k] = x, second[left / 2 + k] = y;
-        }
-    }
-    float greatest = 0;
-    for (int k = 0; k < 32; k++) greatest = most[k] > greatest ? most[k] : greatest;
-    return greatest;
-}
-
-TARGET_AVX2 static float split_avx2(const float *w, int64_t r, int64_t c, float factor, float *first, float *second) {
-    return split_of(w, r, c, factor, first, second);
-}
-
-static float split_base(const float *w, int64_t r, int64_t c, float factor, float *first, float *second) {
-    return split_of(w, r, c, factor, first, second);
-}
-
-EXPORT float birkhoff_split(
-    const float *weight, int64_t rows, int64_t columns, float factor, float *first, float *second) {
-    return (use_avx2() ? split_avx2 : split_base)(weight, rows, columns, factor, first, second);
 }
 
 /* lattice.combine of planes of pairs: each coordinate is times * base + stride * own. A pair with one outside -128..127

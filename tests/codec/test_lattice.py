@@ -1,15 +1,18 @@
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birkhoff.codec import lattice, rate
+from birkhoff.codec import lattice, rate, reference, trajectory, trellis
 from birkhoff.codec.errors import TargetError
-from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.metrics import compare, fidelity
 from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import columns_of_pairs, join, matrix_shape, pairs_per_row, split
+from birkhoff.codec.trajectory import reciprocal
 
 SHAPES = [(1, 2), (3, 1), (5, 3), (7, 64), (4, 65), (33, 127), (2, 128), (1, 70001), (300, 77)]
 
@@ -138,3 +141,71 @@ def test_the_native_library_decodes_and_narrows_as_the_references_do(columns: in
         assert again.equals(code)
     finally:
         library.birkhoff_native_vectors(1)
+
+
+@pytest.fixture(params=["vectors", "base"])
+def coder(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native library, by vectors and without."""
+    library = native()
+    if library is None:
+        pytest.skip("the native library is not built here")
+    library.birkhoff_native_vectors(int(request.param == "vectors"))
+    yield
+    library.birkhoff_native_vectors(1)
+
+
+def reference_path(weight: torch.Tensor, step: float, path: int) -> lattice.LatticeTensor:
+    """`quantise_path` in torch."""
+    i, j = (plane.contiguous() * reciprocal(step) for plane in split(weight))
+    lanes = trellis.lanes_of(*i.shape, path)
+    trellis.reference_search_(j.view(-1), lanes)
+    trellis.reference_search_(i.sub_(j, alpha=1 / 256).view(-1), lanes)
+    return lattice._gather(tuple(weight.shape), weight.device, step, lambda r, _c, p: (i[r, p], j[r, p]))
+
+
+@pytest.mark.parametrize("path", [1, 2])
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 64), (200, 320), (1, 1), (131, 1000), (40, 4096), (700, 33)])
+@pytest.mark.parametrize("step", [1.0, 0.011])
+def test_native_paths_are_those_of_the_reference(coder: None, shape: tuple[int, int], path: int, step: float) -> None:
+    weight = normal(shape, path) * 3
+    weight.view(-1)[::97] *= 40
+    found = lattice.quantise_path(weight, step, path)
+    assert found.equals(reference_path(weight, step, path))
+    assert step == 1.0 or len(found.escapes) > 0 or weight.numel() < 4
+
+
+def test_more_escapes_than_expected_are_all_found(coder: None) -> None:
+    weight = normal((300, 400)) * 1000
+    assert len(lattice.quantise_path(weight, 1.0).escapes) > lattice._ROOM
+    assert lattice.quantise_path(weight, 1.0).equals(reference_path(weight, 1.0, 1))
+
+
+def test_weights_too_many_steps_long_have_no_path() -> None:
+    weight = normal((8, 64))
+    weight[3, 3] = -5e6
+    with pytest.raises(TargetError, match=r"5e\+06 steps out"):
+        lattice.quantise_path(weight, 1.0)
+    assert rate.error_of_nodes(weight, 1.0, 5e6) == compare(weight, lattice.quantise(weight, 1.0).decode()).error
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 1024), (3, 1100), (2, 2049), (5, 1151)])
+def test_native_errors_are_those_of_what_is_decoded(coder: None, shape: tuple[int, int]) -> None:
+    weight = normal(shape) * 2
+    weight.view(-1)[::61] *= 300
+    greatest = float(weight.abs().max())
+    for step in (0.7, 0.03):
+        nodes = lattice.quantise(weight, step)
+        assert rate.error_of_nodes(weight, step, greatest) == compare(weight, nodes.decode()).error
+        for code in (nodes, lattice.quantise_path(weight, step)):
+            assert rate._errors(weight, code).fidelity(0.0) == replace(compare(weight, code.decode()), energy=0.0)
+            assert step > 0.5 or len(code.escapes) > 0
+
+
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 131, 320])
+def test_native_step_numbers_are_those_of_the_reference(coder: None, columns: int) -> None:
+    code = lattice.quantise(normal((37, columns)) * 60, 0.77)
+    theta = code.theta()
+    assert torch.equal(theta.int(), trajectory._stacked(code.i, code.j).int())
+    step = torch.tensor(code.step)
+    found, wanted = (run(theta, step, columns, torch.float32) for run in (reference.decode, reference.decode_planes))
+    assert torch.equal(found, wanted)

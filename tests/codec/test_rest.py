@@ -1,5 +1,7 @@
 """Plans of blocks: native and in numpy the same, and nothing planned that does not lie in its stream."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,3 +94,43 @@ def test_streams_that_follow_each_other_are_planned_as_others_are() -> None:
     found, expected = (rest.plan(given, sizes, [0, 1, 2], [0, 1, 2]) for given in (together, streams))
     assert np.array_equal(found.rows, expected.rows)
     assert np.array_equal(found.frequency, expected.frequency)
+
+
+def read_together(streams: Sequence[bytes], sizes: list[int]) -> bytes | str:
+    out = np.empty(sum(sizes), dtype=np.uint8)
+    try:
+        rest.unpack_all(streams, sizes, out)
+    except FormatError as error:
+        return str(error)
+    return out.tobytes()
+
+
+def test_streams_are_read_together_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [100, 3000, 40, 6400, rans.BLOCK + 5]
+    data = [drawn(100), drawn(3000, 1), np.arange(40).astype(np.uint8), np.tile(drawn(64), 100), drawn(sizes[4], 2)]
+    streams = list(map(rest.pack, data))
+    assert {stream[0] for stream in streams} == {rest.RAW, rest.ZSTD, rest.ANS}
+    wanted = np.concatenate(data).tobytes()
+    assert read_together(streams, sizes) == wanted
+    whole = memoryview(b"".join([b"12345", *streams, b"1"]))
+    together = Consecutive.cut(whole, [5, *map(len, streams), 1])
+    assert list(map(bytes, together.inner())) == streams
+    assert read_together(together.inner(), sizes) == wanted
+    monkeypatch.setattr(rest, "native", lambda: None)
+    assert read_together(streams, sizes) == wanted
+
+
+@given(st.integers(0, 3), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_stream_among_others_is_refused_in_its_own_words(place: int, data: st.DataObject) -> None:
+    sizes = [100, 3000, 40, 6400]
+    whole = [drawn(100), drawn(3000, 1), np.arange(40).astype(np.uint8), np.tile(drawn(64), 100)]
+    streams = list(map(rest.pack, whole))
+    bad = bytearray(streams[place])
+    bad[data.draw(st.integers(0, min(len(bad) - 1, 60)))] ^= data.draw(st.integers(1, 255))
+    streams[place] = bytes(bad[: len(bad) - data.draw(st.sampled_from([0, 1, len(bad)]))])
+    try:
+        wanted: bytes | str = np.concatenate(list(map(rest.unpack, streams, sizes))).tobytes()
+    except FormatError as error:
+        wanted = str(error)
+    assert read_together(streams, sizes) == wanted

@@ -58,6 +58,28 @@ def test_streams_of_several_blocks(coder: str) -> None:
             assert page_reader.read_blocks(coded, size, frequency, 32) == symbols.tobytes()
 
 
+def test_groups_are_coded_as_each_by_itself(coder: str) -> None:
+    sizes, sigmas = [40, 5000, 33_000, 70_000, 300_000, 7], [0.5, 3.0, 9.0, 1.0, 20.0, 2.0]
+    streams = [stream(size, sigma, seed) for seed, (size, sigma) in enumerate(zip(sizes, sigmas, strict=True))]
+    flat = np.concatenate([symbols for symbols, _ in streams])
+    frequencies = [None if k == 1 else table.frequency for k, (_, table) in enumerate(streams)]
+    coded = rans.encode_all(flat, sizes, frequencies)
+    assert coded[1] == b""
+    for (symbols, _), frequency, blocks in zip(streams, frequencies, coded, strict=True):
+        if frequency is not None:
+            assert blocks == rans.reference_encode(symbols, frequency, rans.lanes(symbols.size))
+
+
+@pytest.mark.parametrize("rare", [1, 2, 3, 1000, 2047, 2048, 2049, 4095])
+def test_quotients_by_every_kind_of_frequency_are_exact(coder: str, rare: int) -> None:
+    """States come near their limit where a symbol is frequent; the other's frequency is what is left of 4096."""
+    symbols = np.random.default_rng(rare).integers(0, 4096, 60_000) < rare
+    frequency = np.zeros(256, dtype=np.uint16)
+    frequency[:2] = 4096 - rare, rare
+    coded = rans.encode(symbols.astype(np.uint8), frequency, 32)
+    assert coded == rans.reference_encode(symbols.astype(np.uint8), frequency, 32)
+
+
 @given(st.integers(0, 2**32), st.sampled_from([1, 4, 8, 32]), st.data())
 @settings(max_examples=60, deadline=None)
 def test_damage_is_the_same_to_every_coder(seed: int, lanes: int, data: st.DataObject) -> None:

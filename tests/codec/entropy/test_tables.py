@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec.entropy import tables
+from birkhoff.codec.native import library
 from tests.codec.page_reader import read_table
 
 COUNTS = st.dictionaries(st.integers(0, 255), st.integers(1, 1 << 36), min_size=2, max_size=256)
@@ -92,3 +93,23 @@ def test_tables_of_many_streams_are_those_of_each(native: bool, monkeypatch: pyt
             assert found.data[number, : found.length[number]].tobytes() == wanted.data
             assert np.array_equal(found.frequency[number], wanted.frequency)
             assert found.cost[number] == wanted.bits * 65536
+
+
+@pytest.mark.parametrize("vectors", [1, 0])
+def test_tables_of_groups_are_those_of_each(vectors: int) -> None:
+    random = np.random.default_rng(1)
+    sizes = [1, 2, 700, 40_000, 3, 5000]
+    flat = np.clip(np.rint(random.standard_normal(sum(sizes)) * 9 + 128), 0, 255).astype(np.uint8)
+    flat[703 : 703 + 40_000] = random.integers(0, 256, 40_000)
+    if (native := library.native()) is not None:
+        native.birkhoff_native_vectors(vectors)
+    counts, found = tables.fit_groups(flat, sizes)
+    for group, own, table in zip(np.split(flat, np.cumsum(sizes)[:-1]), counts, found, strict=True):
+        assert np.array_equal(own, np.bincount(group, minlength=256))
+        wanted = tables.reference_fit(own)
+        assert (table is None) == (wanted is None)
+        if table is not None and wanted is not None:
+            assert (table.data, table.bits) == (wanted.data, wanted.bits)
+            assert np.array_equal(table.frequency, wanted.frequency)
+    if native is not None:
+        native.birkhoff_native_vectors(1)
