@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.processor_time import ProcessorTime
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read by triton.jit when a kernel's module is imported, so it must stand here, before any test imports one.
@@ -23,6 +25,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--processor-time", type=int, metavar="FILES", help="list the files that take most of it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--processor-time"):
+        config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
 
 
 @pytest.hookimpl(optionalhook=True)
