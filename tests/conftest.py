@@ -4,6 +4,7 @@ interpreter where there is no GPU, and a cache of pulled blobs that is the run's
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +44,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first: side by side with others, it would be waited for at the end."""
-    items.sort(key=lambda item: item.path.name != "test_pages.py")
+    """Slow files that come last by name come first, the slowest of all before them: else they are waited for alone."""
+    slow = {
+        item.path for item in items if item.get_closest_marker("slow") and item.path.parent == Path(__file__).parent
+    }
+    items.sort(key=lambda item: (item.path.name != "test_pages.py", item.path not in slow))
 
 
 @pytest.fixture(autouse=True)
