@@ -4,9 +4,12 @@ interpreter where there is no GPU, and a cache of pulled blobs that is the run's
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processor_time import ProcessorTime
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -25,6 +28,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["XDG_CACHE_HOME"] = before
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--processor-time", type=int, metavar="FILES", help="list the files that take most of it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--processor-time"):
+        config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are processors: many tests wait, for servers, for Ray, for a signal to arrive."""
@@ -32,8 +44,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first: side by side with others, it would be waited for at the end."""
-    items.sort(key=lambda item: item.path.name != "test_pages.py")
+    """Slow files that come last by name come first, the slowest of all before them: else they are waited for alone."""
+    slow = {
+        item.path for item in items if item.get_closest_marker("slow") and item.path.parent == Path(__file__).parent
+    }
+    items.sort(key=lambda item: (item.path.name != "test_pages.py", item.path not in slow))
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ import birkhoff
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError, WorkerError
 from birkhoff.pipeline.run.cleanup import Reaper
-from birkhoff.pipeline.run.patience import START_SECONDS, configure_ray, patient_start
+from birkhoff.pipeline.run.patience import START_SECONDS, START_SETTINGS, configure_ray, patient_start
 from birkhoff.pipeline.text import first_line
 
 log: logging.Logger = logging.getLogger("birkhoff.cluster")
@@ -177,6 +177,7 @@ def _private(ray: Any) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        **START_SETTINGS,
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = constants.ENABLE_RAY_CLUSTER

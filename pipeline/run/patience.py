@@ -1,14 +1,22 @@
-"""Wait for Ray's own processes for as long as they make progress.
+"""Start only the processes of Ray that a run needs, and wait for them for as long as they make progress.
 
 Ray gives its control store and its node 30 s each to start, however busy the machine is, and no setting changes the
 second limit. A start that is abandoned loses its work, so on a loaded machine the next try does no better. Inside
 `patient_start`, Ray's two waiting calls retry until the processes have started, have used no CPU time for
 `STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
+
+The node in turn gives its agents 15 s to write down their ports, and then aborts; no setting changes that either
+(ray-project/ray#65983). It does not wait for ports that it was told, so it is told free ones. Three programs that
+compete with the agents for the processor are not started: the autoscaler's monitor, the log monitor, whose lines a
+driver does not ask for, and the server of the dashboard, which is off.
 """
 
 import contextlib
+import inspect
 import logging
 import os
+import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,11 +40,23 @@ SLOW_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 _PORT_MILLISECONDS = 1000
 
+_PORTS = range(20_000, 32_768)
+"""Ports for the agents: above those of Ray's workers, below those that Linux gives to connections."""
+
+_AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+
 _RAY_SETTINGS = {
     "RAY_agent_register_timeout_ms": f"{START_SECONDS * 1000:.0f}",
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
 }
 """How long Ray's node waits for its agents, and a driver for its node."""
+
+START_SETTINGS = {"RAY_raylet_start_wait_time_s": "1"}
+"""While a node is started here: how long one look for it takes, so that its death is seen before the next."""
+
+
+class NodeDiedError(Exception):
+    """Ray's node ended while it was waited for."""
 
 
 class Patience:
@@ -77,25 +97,72 @@ def configure_ray() -> None:
         os.environ.setdefault(name, value)
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback interface on which nobody listens now."""
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        for port in random.sample(_PORTS, len(_PORTS)):
+            if len(found) == count:
+                break
+            taken = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                taken.bind(("127.0.0.1", port))
+                found.append(port)
+        return found
+
+
 @contextlib.contextmanager
 def patient_start(ray: Any, cpu_seconds: Callable[[], float]) -> Iterator[None]:
-    """Make `ray.init` inside the block wait by the rule above.
+    """Make `ray.init` inside the block start and wait as this module says.
 
-    Ray has no public hook for it. The two functions that are replaced meanwhile are those of the Ray that
-    `constraints.txt` pins; `tests/pipeline/run/test_patience.py` holds that it has them.
+    Ray has no public hook for it. What is replaced meanwhile is that of the Ray that `constraints.txt` pins;
+    `tests/pipeline/run/test_patience.py` holds that it has it. Raises NodeDiedError if the node ends.
     """
-    services, node, patience = ray._private.services, ray._private.node, Patience(cpu_seconds)
-    get_node, wait_for_port = services.get_node, node.wait_for_persisted_port
+    services, node, parameter = ray._private.services, ray._private.node, ray._private.parameter
+    patience, raylets = Patience(cpu_seconds), list[Any]()
+    get_node, wait_for_port, start_raylet = services.get_node, node.wait_for_persisted_port, services.start_raylet
+
+    def told_raylet(*arguments: Any, **named: Any) -> Any:
+        given = inspect.signature(start_raylet).bind(*arguments, **named).arguments
+        # Of this port the node itself can only be told by the file.
+        ray._raylet.persist_port(
+            given["session_dir"],
+            given["node_id"],
+            ray._raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+            given["dashboard_agent_listen_port"],
+        )
+        raylets.append(start_raylet(*arguments, **named))
+        return raylets[-1]
 
     def patient_node(*arguments: Any, **named: Any) -> Any:
-        return wait_for(lambda: get_node(*arguments, **named), patience)
+        def ask() -> Any:
+            code = raylets[-1].process.poll() if raylets else None
+            if code is not None:
+                raise NodeDiedError(f"its node ended with exit code {code} while it started")
+            return get_node(*arguments, **named)
+
+        return wait_for(ask, patience)
 
     def patient_port(*arguments: Any, timeout_ms: int, **named: Any) -> Any:
         step = min(timeout_ms, _PORT_MILLISECONDS)
         return wait_for(lambda: wait_for_port(*arguments, timeout_ms=step, **named), patience)
 
-    services.get_node, node.wait_for_persisted_port = patient_node, patient_port
+    def parameters(**named: Any) -> Any:
+        ports = zip(_AGENT_PORTS, free_ports(len(_AGENT_PORTS)), strict=True)
+        return kept[parameter, "RayParams"](**named | dict(ports), no_monitor=True, include_log_monitor=False)
+
+    replaced: dict[tuple[Any, str], Any] = {
+        (services, "get_node"): patient_node,
+        (services, "start_raylet"): told_raylet,
+        (services, "start_api_server"): lambda *_, **__: ("", None),
+        (node, "wait_for_persisted_port"): patient_port,
+        (parameter, "RayParams"): parameters,
+    }
+    kept = {(module, name): getattr(module, name) for module, name in replaced}
+    for (module, name), instead in replaced.items():
+        setattr(module, name, instead)
     try:
         yield
     finally:
-        services.get_node, node.wait_for_persisted_port = get_node, wait_for_port
+        for (module, name), before in kept.items():
+            setattr(module, name, before)

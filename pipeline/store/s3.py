@@ -10,12 +10,13 @@ is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from botocore import UNSIGNED
 from botocore.auth import SIGV4_TIMESTAMP, S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.loaders import Loader
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
@@ -118,8 +120,27 @@ def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -
     return _client(_resolved(settings, core), core, credentials)
 
 
+class _Loader(Loader):  # type: ignore[misc]
+    """botocore's reader of what it knows of services, which takes most of a client's time; sessions share it."""
+
+    @property
+    def search_paths(self) -> list[str]:
+        """A copy: every session of boto3 adds a folder, which clients do not need."""
+        return list(super().search_paths)
+
+
+@cache
+def _loader(data_path: str | None) -> _Loader:
+    """The one that looks in this path of the AWS configuration, too."""
+    return _Loader([os.path.expanduser(part) for part in data_path.split(os.pathsep)] if data_path else None)  # noqa: PTH111
+
+
 class _Core(botocore.session.Session):  # type: ignore[misc]
     """What a boto3 session stands on, without boto3's transfer manager: bodies go in one request each here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lazy_register_component("data_loader", lambda: _loader(self.get_config_variable("data_path")))
 
     def register(self, event_name: str, handler: Any, *arguments: Any, **options: Any) -> None:
         if event_name != _TRANSFERS:

@@ -10,6 +10,7 @@ from tests.harness.chaos.world import World
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5 * LIMIT_SECONDS)  # of each of its runs; on a busy machine all of them are slow
 def test_kills_of_driver_and_store_break_and_leak_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     try:
@@ -26,6 +27,7 @@ def test_kills_of_driver_and_store_break_and_leak_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5 * LIMIT_SECONDS)  # of each of its runs; on a busy machine all of them are slow
 def test_a_run_whose_first_worker_is_killed_while_it_starts_completes(tmp_path: Path) -> None:
     world = World(tmp_path)
     try:

@@ -517,6 +517,17 @@ _TRACKER = {
     }
 }
 
+_HQ_SMALL = {
+    "vision_config": {
+        "hidden_size": 64,
+        "mlp_dim": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "global_attn_indexes": [1, 3],
+    },
+    "mask_decoder_config": {"vit_dim": 64},
+}
+
 _HIERA_TINY = {
     "trunk.embed_dim": "96",
     "trunk.num_heads": "1",
@@ -531,7 +542,8 @@ SMALL: tuple[Member, ...] = (
     *(replace(member(name), side=256) for name in ("SAM-B", "SAM-HQ-B")),
     *map(member, ("SAM-HQ-Tiny", "SAM2-Tiny", "SAM2.1-Tiny", "MobileSAM")),
     replace(member("MobileSAMv2-ViT-H"), build=_registry("mobilesamv2", "vit_b"), layout=None),
-    *map(member, ("EdgeSAM", "EfficientSAM-Ti", "TinySAM", "LiteMedSAM", "MedSAM", "SAM-HQ-B (transformers)")),
+    *map(member, ("EdgeSAM", "EfficientSAM-Ti", "TinySAM", "LiteMedSAM", "MedSAM")),
+    replace(member("SAM-HQ-B (transformers)"), build=_transformers("SamHQModel", "SamHQConfig", **_HQ_SMALL)),
     replace(
         member("SAM 3 tracker (transformers)"), build=_transformers("Sam3TrackerModel", "Sam3TrackerConfig", **_TRACKER)
     ),

@@ -16,6 +16,7 @@ from birkhoff.pipeline.shard.run import keep_shard
 from birkhoff.pipeline.store.base import Store, StoreSettings
 from birkhoff.pipeline.store.open import open_store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
+from tests.harness.faults import history
 from tests.harness.faults.catalogue import FAULTS
 from tests.harness.faults.history import Log, Op, alias, linearizable, names, register
 from tests.harness.faults.proxy import Proxy, Rule
@@ -199,3 +200,21 @@ def test_compare_and_swap_holds_although_answers_are_lost(
     assert rule.injected > 0
     assert any(op.open for op in log.ops)
     assert linearizable(log.ops, start, register)
+
+
+def test_what_hangs_is_told_from_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "PATIENCE_SECONDS", 2.0)
+    over, done = threading.Event(), list[int]()
+
+    def slow() -> None:
+        while not over.wait(0.1):
+            done.append(len(done))
+
+    threads = [threading.Thread(target=slow, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    threading.Timer(3.0, over.set).start()
+    assert history.joined(threads, lambda: len(done))
+    hangs = threading.Thread(target=threading.Event().wait, args=(60.0,), daemon=True)
+    hangs.start()
+    assert not history.joined([hangs], lambda: len(done))

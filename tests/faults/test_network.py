@@ -1,5 +1,6 @@
 """The bounded form of the fault suite: each fault in each stage at one depth, chosen so that all depths come by."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from birkhoff.pipeline.errors import StoreUnreachableError
 from birkhoff.pipeline.store.base import Store, StoreSettings
 from birkhoff.pipeline.store.open import open_store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
+from tests.harness.benchmarks import common
+from tests.harness.faults import page
 from tests.harness.faults.catalogue import FAULTS
 from tests.harness.faults.proxy import Proxy, Rule
 from tests.harness.faults.stages import STAGES
@@ -21,7 +24,10 @@ EVERY = 13
 
 
 def _chosen() -> list[Case]:
-    return cases()[::EVERY]
+    """These, and whatever ends otherwise than its fault does elsewhere."""
+    spread = cases()[::EVERY]
+    others = [case for case in cases() if case.depth == "lasting" and case.stage.name in case.fault.exceptions]
+    return spread + [case for case in others if case not in spread]
 
 
 def test_the_bounded_form_has_every_fault_stage_and_depth() -> None:
@@ -35,6 +41,19 @@ def test_faults_lose_and_leak_nothing(embedded_server: EmbeddedServer, s3_enviro
     found = Suite(embedded_server, tmp_path).run(_chosen(), threads=4, report=lambda _: None)
     assert [f"{result.case.label}: {text}" for result in found for text in (*result.wrong, *result.leaked)] == []
     assert sum(result.injected for result in found) > len(found)
+
+
+def test_results_from_before_a_stage_was_there_are_drawn(tmp_path: Path) -> None:
+    """One section is run alone at times, and its page shows the others as they were."""
+    record = json.loads((common.RESULTS / "faults.json").read_text())["network"]
+    record["table"] = {
+        name: {stage: cell for stage, cell in cells.items() if stage != "probe"}
+        for name, cells in record["table"].items()
+    }
+    drawn = page.save(tmp_path, "network", record)
+    (row,) = [line for line in drawn.splitlines() if line.startswith("| 503 SlowDown | ")]
+    assert row.startswith("| 503 SlowDown |  | ")
+    assert row.count("|") == len(STAGES) + 2
 
 
 def test_the_suite_sees_what_is_wrong(embedded_server: EmbeddedServer, s3_environment: str, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 
 from birkhoff.codec import lattice, packed
 from birkhoff.kernels.hyperlinear import HyperLinear
@@ -49,7 +48,16 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 def fsdp(module: nn.Module, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel  # brings the compiler into each process that collects
+
     return FullyShardedDataParallel(module, device_id=CPU, **options)
+
+
+def fsdp2(module: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped: nn.Module = fully_shard(module)
+    return wrapped
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -57,7 +65,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP1": fsdp,
     "FSDP1 with the original parameters": lambda module: fsdp(module, use_orig_params=True),
     "FSDP1 layer by layer": lambda module: fsdp(nn.Sequential(fsdp(module[0]), module[1])),  # type: ignore[index]
-    "FSDP2": lambda module: fully_shard(module),
+    "FSDP2": fsdp2,
 }
 
 
@@ -88,6 +96,8 @@ def test_a_wrapped_model_computes_and_trains_as_the_dense_one(group: None, form:
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore::FutureWarning")
 def test_mixed_precision_of_fsdp_leaves_the_code_alone(group: None) -> None:
+    from torch.distributed.fsdp import MixedPrecision
+
     model, _ = models()
     x, layer = torch.randn(5, 40), model[0]  # type: ignore[index]
     before = copy.deepcopy(layer)

@@ -21,14 +21,15 @@ from tests.harness.chaos.kills import Harness, Round, targets_of
 from tests.harness.chaos.world import TARGETS, World
 
 HEAD = [
-    "target", "rounds", "kills", "came too late", "at seconds", "reader's walks", "broken", "leaked", "made again",
-    "rewritten", "seconds a round", "commit",
+    "target", "rounds", "kills", "came too late", "at seconds", "reader's walks", "differences", "broken", "leaked",
+    "made again", "rewritten", "seconds a round", "commit",
 ]  # fmt: skip
 
 PREFACE = """# kill -9 at random moments
 
-Drawn by `python -m tests.harness.chaos kills` from `kills.json`. Three models of six shards, half of those of the
-second shared with the first. A run is killed at a random moment, checked and started again; one that comes to its end
+Drawn by `python -m tests.harness.chaos kills` from `kills.json`. Three models of six shards: half of those of the
+second are shared with the first, and the third is a fine-tune of the first (`base:`), whose shards are differences to
+those of the same run. A run is killed at a random moment, checked and started again; one that comes to its end
 all the same is followed by one on new weights; at the end of a round nobody disturbs what is left. *Broken*: a reader
 of its own saw a name or alias whose version did not verify down to every blob, or a run ended otherwise than it should,
 or not within 400 s, or the next one did not complete. *Leaked*: processes, temporary files, multipart uploads. *Made
@@ -80,6 +81,7 @@ def record(target: str, seed: int, found: Sequence[Round]) -> dict[str, Any]:
         "missed": sum(one.missed for one in found),
         "moments": [round(moment, 2) for one in found for _, moment in one.moments],
         "polls": sum(one.polls for one in found),
+        "differences": max(one.differences for one in found),
         "made_again": sum(one.made_again for one in found),
         "rewritten": sum(one.rewritten for one in found),
         "broken": [text for one in found for text in one.broken],
@@ -101,8 +103,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
     moments = row["moments"] or [0.0]
     return [
         row["target"], str(row["rounds"]), struck, str(row["missed"]), f"{min(moments):.1f}-{max(moments):.1f}",
-        str(row["polls"]), str(len(row["broken"])), str(len(row["leaks"])), str(row["made_again"]),
-        str(row["rewritten"]), f"{row['seconds'] / row['rounds']:.0f}", row["conditions"]["commit"],
+        str(row["polls"]), str(row["differences"]), str(len(row["broken"])), str(len(row["leaks"])),
+        str(row["made_again"]), str(row["rewritten"]), f"{row['seconds'] / row['rounds']:.0f}",
+        row["conditions"]["commit"],
     ]  # fmt: skip
 
 

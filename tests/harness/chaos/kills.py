@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tests.harness.chaos.reader import BrokenError, Watch
-from tests.harness.chaos.world import MODELS, SHARDS, TARGETS, Target, World, made, rows
+from tests.harness.chaos.world import BASES, MODELS, SHARDS, TARGETS, Target, World, made, rows
 
 DISTINCT = len(MODELS) * SHARDS - SHARDS // 2
 """Shards of a generation that differ."""
@@ -47,6 +47,8 @@ class Round:
     leaks: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     polls: int = 0
+    differences: int = 0
+    """Shards of fine-tunes that were there at the end as differences to those of their base."""
     seconds: float = 0.0
 
     @property
@@ -145,9 +147,13 @@ class Harness:
         found.made_again += max(0, encoded - missing)
         after = self._world.reader().shards()
         found.rewritten += sum(after.get(key) != state for key, state in there.items())
-        versions = self._world.reader().check()
-        if versions != (self._generation + 1) * len(MODELS):
+        reader = self._world.reader()
+        versions, generations = reader.check(), self._generation + 1
+        found.differences = reader.differences
+        if versions != generations * len(MODELS):
             found.broken.append(f"{versions} versions after generation {self._generation}")
+        if found.differences != generations * len(BASES) * SHARDS:
+            found.broken.append(f"{found.differences} shards are differences after generation {self._generation}")
 
     def _check(self, found: Round) -> None:
         try:

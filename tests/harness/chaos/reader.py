@@ -45,6 +45,8 @@ class Reader:
     """Key -> ETag and time of what was hashed, and found right, the last time."""
     bodies: dict[str, tuple[tuple[str, str], bytes]] = field(default_factory=dict)
     polls: int = 0
+    differences: int = 0
+    """Shards, of the versions seen by the last walk, that are differences to shards of another version."""
 
     def objects(self, below: str = "") -> dict[str, dict[str, Any]]:
         """Key without the prefix -> entry of the listing."""
@@ -68,6 +70,7 @@ class Reader:
         pointers = [key for key in found if key.split("/")[2] in ("names", "aliases")]
         versions = {(key.split("/")[1], json.loads(self._body(key, found))["digest"]) for key in pointers}
         manifests = self.objects("models/")
+        self.differences = 0
         shards = [shard for model, digest in versions for shard in self._shards(model, digest, manifests)]
         blobs = self.objects("blobs/")
         for digest, size in dict(shards).items():
@@ -95,6 +98,7 @@ class Reader:
         if manifest["model"] != model or not manifest["shards"]:
             raise BrokenError(f"{key}: is of model {manifest['model']} with {len(manifest['shards'])} shards")
         bases = [base for shard in manifest["shards"] for base in shard.get("bases", ())]
+        self.differences += sum(bool(shard.get("bases")) for shard in manifest["shards"])
         return [(record["blob"], record["bytes"]) for record in (*manifest["shards"], *bases)]
 
     def _check_blob(self, digest: str, size: int, listed: dict[str, dict[str, Any]]) -> None:

@@ -200,8 +200,8 @@ def _other_clock(answer: Answer, _: threading.Event) -> None:
 
 _CONFLICT = "ConditionalRequestConflict"
 
-_MADE_ANEW: Mapping[str, Outcome] = MappingProxyType({"find": "completes"})
-"""A stored shard that reads as damaged is no error: it is made again."""
+_MADE_ANEW: Mapping[str, Outcome] = MappingProxyType({"find": "completes", "find statistics": "completes"})
+"""A stored shard that reads as damaged is no error: it is made again; so are statistics."""
 
 _NO_ANSWER: Mapping[str, Outcome] = MappingProxyType({"gc: sweep": "either"})
 """S3's answer to DELETE is empty, so that any 2xx passes for it; the next collection deletes what is still there."""

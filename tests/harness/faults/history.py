@@ -9,7 +9,7 @@ gives (Herlihy and Wing 1990). The search is that of Wing and Gong (1993), with 
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -54,6 +54,35 @@ class Log:
         with self.lock:
             self.ops.append(Op(name=name, argument=argument, answer=answer, called=called, answered=answered))
         return answer
+
+
+PATIENCE_SECONDS = 240.0
+"""What does not move for so long hangs; how long all of it takes on a busy machine is no finding."""
+
+
+class Stall:
+    """Tells whether what `moved` returns has stood still for `PATIENCE_SECONDS`."""
+
+    def __init__(self, moved: Callable[[], object]) -> None:
+        self._moved = moved
+        self._seen, self._since = moved(), time.monotonic()
+
+    def over(self) -> bool:
+        """Look once more."""
+        if (now := self._moved()) != self._seen:
+            self._seen, self._since = now, time.monotonic()
+        return time.monotonic() - self._since > PATIENCE_SECONDS
+
+
+def joined(threads: Iterable[threading.Thread], moved: Callable[[], object]) -> bool:
+    """Wait for threads while something moves; whether all have ended."""
+    stall = Stall(moved)
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+            if stall.over():
+                return False
+    return True
 
 
 def linearizable(ops: Sequence[Op], start: State, step: Callable[[State, Op], State | None]) -> bool:

@@ -89,7 +89,8 @@ def _page(records: dict[str, Any]) -> str:
     parts = [PREFACE, _summary(records)]
     if "network" in records:
         one = records["network"]
-        rows = [[name, *(cells[stage.name] for stage in STAGES)] for name, cells in one["table"].items()]
+        # A stage or a fault that came later than these results has no cells yet.
+        rows = [[name, *(cells.get(stage.name, "") for stage in STAGES)] for name, cells in one["table"].items()]
         parts += ["## Between client and store", common.table(["fault", *(stage.name for stage in STAGES)], rows)]
         parts.append(f"First, second, every request ({', '.join(DEPTHS)}). The line of the first failure of each:")
         parts.append("\n".join(f"- {name}: `{text}`" for name, text in one["lines"].items()))

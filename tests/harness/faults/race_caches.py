@@ -24,7 +24,7 @@ from birkhoff.pipeline.artifact.references import find
 from birkhoff.pipeline.registry.trust import ANY
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.open import open_store
-from tests.harness.faults.history import Op
+from tests.harness.faults.history import Op, Stall
 from tests.pipeline.publishing import publish_contents
 
 MODEL = "net"
@@ -36,7 +36,6 @@ RANGE_BYTES = 16 << 10
 ALL = timedelta(0)
 ENOUGH = "enough"
 """A file that tells the pullers to end."""
-PATIENCE_SECONDS = 240.0
 
 
 def publish_versions(store: Store) -> dict[str, list[str]]:
@@ -107,9 +106,9 @@ class CacheRace:
         self._versions = publish_versions(self.store)
         self._context, self._started = multiprocessing.get_context("spawn"), 0
         running = [self._start() for _ in range(self.pullers)]
-        late = time.monotonic() + PATIENCE_SECONDS
+        stall = Stall(self._moved)
         try:
-            while any(process.is_alive() for process in running) and time.monotonic() < late:
+            while any(process.is_alive() for process in running) and not stall.over():
                 self._disturb(running)
                 time.sleep(self._rng.uniform(0.05, 0.2))
             if hung := [process.pid for process in running if process.is_alive()]:
@@ -120,6 +119,18 @@ class CacheRace:
                 process.join()
         codes = [process.exitcode for process in running if process.exitcode]
         return [f"a puller ended with {code}" for code in codes] + self._read_logs() + self._judge() + self._leavings()
+
+    def _due(self) -> tuple[int, ...]:
+        """Kills, prunes and damages that are still to come."""
+        done = self._started - self.pullers, self.pruned, len(self.damages)
+        return tuple(
+            max(0, wanted - got) for got, wanted in zip(done, (self.kills, self.prunes, self.harm), strict=True)
+        )
+
+    def _moved(self) -> tuple[object, int]:
+        """What is to come, and once nothing is, the bytes that pullers have logged: until then they go on and on."""
+        due = self._due()
+        return due, 0 if any(due) else sum(log.stat().st_size for log in self.folder.glob("*/log"))
 
     def _start(self) -> BaseProcess:
         self._started += 1
@@ -142,8 +153,7 @@ class CacheRace:
                 running[place].kill()
                 running[place].join()
                 running[place] = self._start()
-        done = self._started - self.pullers, self.pruned, len(self.damages)
-        if all(got >= wanted for got, wanted in zip(done, (self.kills, self.prunes, self.harm), strict=True)):
+        if not any(self._due()):
             (self.folder / ENOUGH).touch()
 
     def _damage(self) -> None:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from birkhoff.pipeline.cli import schema
@@ -76,6 +75,8 @@ STORELESS = {"plan --check-sources", "cache", "cache prune", "key new", "key sho
 
 
 def test_the_schema_is_current_and_has_every_command() -> None:
+    import jsonschema  # what it imports takes two seconds of each process that collects this file
+
     kept = Path(schema.__file__).parent / "output.schema.json"
     assert json.loads(kept.read_text()) == json.loads(json.dumps(schema.document())), (
         "run: birkhoff schema > pipeline/cli/output.schema.json"
@@ -88,6 +89,8 @@ def test_the_schema_is_current_and_has_every_command() -> None:
 
 def check(name: str, found: Any) -> None:
     """Hold a document against its definition, and to have no key that the definition does not name."""
+    import jsonschema
+
     whole = schema.document()
     jsonschema.validate(found, {**whole, "anyOf": [{"$ref": f"#/$defs/{name.replace(' ', '%20')}"}]})
     form = whole["$defs"][name]

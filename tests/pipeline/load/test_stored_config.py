@@ -23,6 +23,7 @@ from birkhoff.pipeline.plan.sidecars import settings_in
 from birkhoff.pipeline.registry.documents import FileRecord, blob_key, sha256
 from birkhoff.pipeline.registry.versions import publish
 from birkhoff.pipeline.store.open import open_store
+from tests.pipeline.command import execute
 from tests.pipeline.publishing import publish_tensors
 
 SAM: dict[str, Any] = {
@@ -211,7 +212,9 @@ class TestCommands:
         server.close()
 
     @pytest.mark.parametrize("words", [["--format", "transformers"], ["--format", "transformers", "--offline"], None])
-    def test_none_connects(self, tmp_path: Path, proxy: Any, words: list[str] | None) -> None:
+    def test_none_connects(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: Any, words: list[str] | None
+    ) -> None:
         port, came = proxy
         body = json.dumps({"model_type": "dpt", **REACHING["dpt"]}).encode()
         with open_store((tmp_path / "store").as_uri()) as store:
@@ -227,7 +230,9 @@ class TestCommands:
             program = [sys.executable, "-m", "birkhoff", *arguments]
             return subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
 
-        assert run("pull", "m", "-o", "plain").returncode == 0  # so that the cache has all of it
+        with monkeypatch.context() as patch:
+            patch.setenv("BIRKHOFF_HOME", environment["BIRKHOFF_HOME"])
+            assert execute("pull", "m", "-o", str(tmp_path / "plain"), "--store", url) == 0  # the cache has all of it
         if words is None:
             picture = str(Path("manifests/demo/masks.png").resolve())
             ended = run("segment", picture, "--model", "m", "--point", "3,3", "-o", "m.png")

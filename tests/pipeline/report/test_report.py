@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from birkhoff.pipeline.artifact.readers import StoredArtifact, inspect
@@ -34,6 +33,8 @@ def fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_the_published_schema_is_current_and_a_real_report_follows_it(fleet: Fleet) -> None:
+    import jsonschema  # what it imports takes two seconds of each process that collects this file
+
     assert SCHEMA.read_text() == schema(), "run: birkhoff report --schema > pipeline/report/report.schema.json"
     fleet.compress(missing=True)
     with fleet.store() as store:

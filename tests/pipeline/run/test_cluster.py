@@ -1,4 +1,9 @@
+import functools
+import logging
+import os
+import signal
 import socket
+from typing import Any
 
 import pytest
 
@@ -18,11 +23,29 @@ def test_an_address_where_nobody_listens_is_refused_at_once(form: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_restart_that_fails_is_one_line_and_leaves_nothing_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_dies_while_it_starts_is_started_again_and_a_restart_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
     def fail(self: Cluster) -> None:
         raise RuntimeError("no room")
 
-    with Cluster(None) as cluster:  # closed once more at the end
+    services, raylets = ray._private.services, list[int]()
+    start_raylet = services.start_raylet
+
+    @functools.wraps(start_raylet)
+    def first_dies(*arguments: Any, **named: Any) -> Any:
+        made = start_raylet(*arguments, **named)
+        raylets.append(made.process.pid)
+        if len(raylets) == 1:
+            os.kill(made.process.pid, signal.SIGKILL)
+        return made
+
+    monkeypatch.setattr(services, "start_raylet", first_dies)
+    with caplog.at_level(logging.WARNING, "birkhoff.cluster"), Cluster(None) as cluster:  # closed once more at the end
+        assert len(raylets) == 2
+        assert "Ray did not start (NodeDiedError: its node ended with exit code -9 while it started)" in caplog.text
         assert not cluster.lost()
         monkeypatch.setattr(Cluster, "_start", fail)
         with pytest.raises(WorkerError, match=r"cannot reach Ray on this machine: .*no room; try --executor inline"):

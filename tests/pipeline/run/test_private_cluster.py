@@ -83,6 +83,13 @@ def test_its_ports_are_on_loopback(cluster: Cluster) -> None:
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
+def test_it_consists_of_what_a_run_needs(cluster: Cluster) -> None:
+    """Each program of Ray's in Python takes two seconds of a processor to start."""
+    titles = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in family(cluster)]
+    for program in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py"):
+        assert [title for title in titles if program in title] == []
+
+
 def test_its_folder_is_closed_after_it_started(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert folder.stat().st_uid == os.geteuid()

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import pytest
 from botocore.exceptions import ClientError
 from botocore.httpchecksum import Crc32Checksum, StreamingChecksumBody
+from botocore.loaders import JSONFileLoader
 
 from birkhoff.pipeline.errors import (
     IntegrityError,
@@ -35,6 +36,7 @@ from birkhoff.pipeline.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from birkhoff.pipeline.store import s3
 from birkhoff.pipeline.store.base import PERMIT_SECONDS, UNENDING, Store, StoreAddress, StoreSettings
 from birkhoff.pipeline.store.open import open_address, open_store
 from birkhoff.pipeline.store.probe import check_store, ends_permits
@@ -522,6 +524,27 @@ def test_the_bucket_goes_where_the_endpoint_expects_it(
     virtual = open_store("s3://my-bucket", StoreSettings(addressing="virtual"))
     assert url_of(virtual) == "https://my-bucket.store.example/k"
     assert virtual.address.settings.endpoint == "https://store.example"  # workers need no environment for it
+
+
+def test_what_is_known_of_services_is_read_once(s3_environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client takes 0.1 s of a processor where it is read for each anew; threads have sessions of their own."""
+    paths, read = list(s3._loader(None).search_paths), list[str]()
+    load = JSONFileLoader.load_file
+
+    def noted(self: JSONFileLoader, file_path: str) -> object:
+        read.append(file_path)
+        return load(self, file_path)
+
+    monkeypatch.setattr(JSONFileLoader, "load_file", noted)
+    stores = [open_store(s3_environment) for _ in range(3)]
+    first = len(read)
+    with ThreadPoolExecutor(4) as threads:
+        stores += threads.map(lambda _: open_store(s3_environment), range(8))
+    assert len(read) == first
+    assert s3._loader(None).search_paths == paths
+    for number, store in enumerate(stores):
+        store.put(f"k{number}", b"x")
+    assert len(list(stores[0].list())) == len(stores)
 
 
 # --- S3 alone --------------------------------------------------------------------------------------------------
