@@ -39,10 +39,27 @@ def test_embedding_every_mask_token_and_ious_are_tapped(demo: Segmenter) -> None
     outputs = outputs_of(demo, 1, seed=0)(0)
     weights = {name: weight for name, (weight, _) in outputs.items()}
     others = {f"other mask {number}": 0.5 for number in range(3)}
-    assert weights == {"embedding": 1.0, "mask 0": 1.0, **others, "iou": 0.3}
+    assert weights == {"embedding": 0.3, "mask 0": 1.0, **others, "iou": 0.1}
     assert outputs["mask 0"][1].shape[:2] == (1, 4)
     assert outputs["iou"][1].shape == (1, 4, 4)
     assert all(value.requires_grad for _, value in outputs.values())
+
+
+def test_every_box_counts_alike_and_the_edge_of_its_mask_most(demo: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small object, a large one and none at all, of which each has a pixel on its edge."""
+    logits = torch.full((1, 4, 1, 8, 8), -8.0)
+    logits[0, 1, 0, :4], logits[0, 2, 0, 0], logits[0, :3, 0, 7, 7] = 6.0, 6.0, 0.5
+    logits[0, 3] = -200.0
+    logits.requires_grad_(True)
+    monkeypatch.setattr(demo, "decode", lambda *_: (logits, torch.ones(1, 4, 1)))
+    probabilities = outputs_of(demo, 1, seed=0)(0)["mask 0"][1]
+    norms = probabilities.square().sum(dim=(0, 2, 3))
+    assert torch.allclose(norms, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    probabilities.sum().backward()
+    assert logits.grad is not None
+    (moved,) = logits.grad.abs()
+    assert moved.isfinite().all()
+    assert (moved[:3, 0, 7, 7] > 90 * moved[:3, 0, :7].amax(dim=(1, 2))).all()  # far outside and far inside
 
 
 def test_everything_that_makes_masks_is_felt(
