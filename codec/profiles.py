@@ -68,13 +68,14 @@ _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 LEAST_VECTOR = 64
 """Weights from which a small parameter is coded under allocation by output: a code table costs more on fewer."""
 
-ENCODER_VERSION = 5
+ENCODER_VERSION = 6
 """Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
 
 2: the reason goes with a tensor that falls back to lossless.
 3: targets hold for the bulk of the weights where few outliers carry most of the energy.
 4: a frame is coded without a search for repeats where that is smaller.
 5: format 2; paths up to a share of 1 / 40 of pairs that are escapes in memory.
+6: under nominal targets of 44 dB and more, fixed point with feedback, matrices too.
 """
 
 PUBLISHED_ERROR_LIMIT = 0.006

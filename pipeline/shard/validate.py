@@ -177,7 +177,7 @@ def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
     assert decision.target_db is not None  # a nominal target is one
     if not isinstance(coded.params, LatticeParams):
         raise ValidationError(f"tensor {coded.name!r} is stored as {coded.codec}; it should be on the lattice")
-    wanted = stored_step(source, decision.target_db, path=coded.params.path)
+    wanted = stored_step(source, decision.target_db, path=coded.params.path, columns=coded.params.columns)
     if abs(coded.params.step - wanted) > _STEP_SLACK * wanted:
         raise ValidationError(
             f"tensor {coded.name!r} is stored with the step {coded.params.step:g}, {decision.target_db:g} dB mean "
