@@ -28,7 +28,9 @@ from torch import Tensor
 from birkhoff.codec import budget
 from birkhoff.codec.metrics import bulk
 from birkhoff.codec.output.targets import FIXED_POINT_DB, targets_db
+from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import Decision
+from birkhoff.codec.tensor import fallback
 
 POWER = 0.8
 """Share of the gain that is taken."""
@@ -111,5 +113,7 @@ def sizes(
 def tensor_sizes(name: str, tensor: Tensor, decision: Decision, targets: Sequence[float]) -> budget.Floats:
     """Estimated bytes of one tensor at each of some nominal targets of its own in dB: [T]; else as `sizes`."""
     coarse = np.minimum(targets, FIXED_POINT_DB)
-    finer = np.array(targets) - coarse if decision.action == "coded" else np.zeros(len(targets))
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    follows = decision.action == "coded" and fallback(matrix) is None
+    finer = np.array(targets) - coarse if follows else np.zeros(len(targets))
     return budget.sizes(name, tensor, decision, coarse.tolist()) + finer * tensor.numel() / (8 * _BIT_DB)
