@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures
+from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures, synthetic_sizes
 from birkhoff.codec.output.statistics import Outputs, gather
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.segment.adapters.base import Segmenter
@@ -81,13 +81,19 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 def outputs_of(segmenter: Segmenter, count: int, seed: int) -> Callable[[int], Outputs]:
     """What runs a segmenter on each of so many synthetic pictures and gives its outputs, differentiable."""
-    drawn = synthetic_pictures(count, segmenter.side, seed)
-    boxes = synthetic_boxes(count, BOXES, segmenter.side, seed + 1)
+    side = segmenter.side
+    drawn = synthetic_pictures(count, side, seed)
+    sizes = synthetic_sizes(count, side, seed + 3)
+    boxes = synthetic_boxes(count, BOXES, side, seed + 1)
 
     def outputs(number: int) -> Outputs:
         interrupt.check()
         parameter = next(segmenter.model.parameters())
-        picture, asked = drawn[number : number + 1], boxes[number : number + 1].to(parameter.device)
+        height, width = sizes[number]
+        picture = drawn[number : number + 1, :, :height, :width]
+        fitted = segmenter.preprocessing.fitted((height, width), side)
+        inside = torch.tensor([fitted[1], fitted[0]] * 2) / side
+        asked = (boxes[number : number + 1] * inside).to(parameter.device)
         values = segmenter.preprocessing.values(picture, segmenter.encoder_side, parameter.device).to(parameter.dtype)
         features = segmenter.embed(values)
         masks, quality = segmenter.decode(features, "box", asked, False)
