@@ -9,7 +9,7 @@ less would leave nothing."""
 
 FIXED_POINT_DB = 44.0
 """Nominal targets from which a weight is 16 bits of fixed point, which reach some 80 times the root mean square at
-60 dB, and 20 times at 72. Nodes of pairs would take 0.3 bits a weight more there, 2 more at 48 dB: escapes of 40
+60 dB, and 20 times at 72. Nodes of pairs would take 0.2 bits a weight more there, 2 more at 48 dB: escapes of 40
 bits."""
 
 
