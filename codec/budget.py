@@ -23,7 +23,7 @@ from birkhoff.codec.entropy import rans
 from birkhoff.codec.metrics import bulk, sqnr_db
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row, split
 from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision, Profile
-from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, MOST_ESCAPED, encode_tensor, fallback
+from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, MOST_ESCAPED, encode_tensor, fall_back, fallback
 from birkhoff.codec.trajectory import HIGH
 
 Floats = npt.NDArray[np.float64]
@@ -147,10 +147,11 @@ def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[fl
         TensorError: as `encode_tensor`.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    if decision.action == "lossless" or fallback(matrix) is not None:
-        return np.full(
-            len(targets_db), encode_tensor(name, tensor, decision).tensor.nbytes + _ENTRY_BYTES, dtype=np.float64
-        )
+    reason = None if decision.action == "lossless" else fallback(matrix)
+    if decision.action == "lossless" or reason is not None:
+        # A target that cannot be reached matters to no tensor that falls back: nominal ones go beyond the lattice's.
+        encoded = encode_tensor(name, tensor, decision) if reason is None else fall_back(name, tensor, reason)
+        return np.full(len(targets_db), encoded.tensor.nbytes + _ENTRY_BYTES, dtype=np.float64)
     return _curve(_histograms(matrix), targets_db, matrix, path=decision.path) + _ENTRY_BYTES
 
 

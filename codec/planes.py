@@ -36,6 +36,8 @@ Stream = bytes | memoryview
 SMALL = 1 << 16
 """Symbols up to which more ways of grouping are tried."""
 
+_ONE_PAIR = 2
+"""Symbols of a row that is one pair."""
 
 Item = tuple[LatticeTensor, int]
 """A coded matrix, and its path: 0 none, 1 through the rows, 2 down the columns of the trellis."""
@@ -87,6 +89,14 @@ class _Grouping(NamedTuple):
     bytes: float
 
 
+def tries_more(columns: int, size: int) -> bool:
+    """Whether more ways of grouping are tried of a plane of so many columns and symbols.
+
+    Of small ones, and where a row is one pair: in fixed point its two symbols differ in scale while rows tell nothing.
+    """
+    return size <= SMALL or columns == _ONE_PAIR
+
+
 def _groupings(both: Bytes) -> Iterator[_Grouping]:
     """The plane of all symbols as one group, and grouped by levels of rows and columns; small planes by columns too."""
     rows, columns = map(contexts.levels, contexts.mean_squares(both))
@@ -95,7 +105,7 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
     yield _Grouping(b"", both.reshape(-1), [both.size], first.counts, fits, rest.estimate(both.size, fits[0]))
     if len(first.sizes) > 1:
         yield first
-    if both.size <= SMALL:
+    if tries_more(both.shape[1], both.size):
         for row, bits in (
             (rows, contexts.SMALL_BITS),
             (0 * rows, contexts.SMALL_BITS),

@@ -106,7 +106,7 @@ def _found(
             return find(matrix, held, target_db, path=path, base_path=path_of(base.tensor))
         except rate.RangeError:
             return None
-    if output.is_fixed(tensor, target_db):
+    if output.is_fixed(target_db):
         return None
     try:
         found = by_output.find(matrix, held, target_db, hessian_KK, path=decision.path, base_path=path_of(base.tensor))

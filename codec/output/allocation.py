@@ -27,8 +27,10 @@ from torch import Tensor
 
 from birkhoff.codec import budget
 from birkhoff.codec.metrics import bulk
-from birkhoff.codec.output.targets import targets_db
-from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision
+from birkhoff.codec.output.targets import FIXED_POINT_DB, targets_db
+from birkhoff.codec.pairs import matrix_shape
+from birkhoff.codec.profiles import Decision
+from birkhoff.codec.tensor import fallback
 
 POWER = 0.8
 """Share of the gain that is taken."""
@@ -110,6 +112,8 @@ def sizes(
 
 def tensor_sizes(name: str, tensor: Tensor, decision: Decision, targets: Sequence[float]) -> budget.Floats:
     """Estimated bytes of one tensor at each of some nominal targets of its own in dB: [T]; else as `sizes`."""
-    coarse = np.minimum(targets, TARGET_DB_RANGE[1])
-    finer = np.array(targets) - coarse if decision.action == "coded" else np.zeros(len(targets))
+    coarse = np.minimum(targets, FIXED_POINT_DB)
+    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
+    follows = decision.action == "coded" and fallback(matrix) is None
+    finer = np.array(targets) - coarse if follows else np.zeros(len(targets))
     return budget.sizes(name, tensor, decision, coarse.tolist()) + finer * tensor.numel() / (8 * _BIT_DB)

@@ -14,9 +14,8 @@ from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import feedback
 from birkhoff.codec.output.allocation import root_mean_square, step
-from birkhoff.codec.output.targets import RANGE_DB
+from birkhoff.codec.output.targets import FIXED_POINT_DB, RANGE_DB
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
-from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.tensor import LEAST_PATH, MOST_ESCAPED, Encoded, encoded_code, fall_back, fallback
 from birkhoff.codec.trajectory import N
 
@@ -42,8 +41,9 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     bit being worth 6.02 dB. Where that does not lower the output's error below that of nodes rounded each for itself,
     these are taken. Without a Hessian weights are rounded each for itself, in paths where those take fewer bits.
 
-    Above 48 dB nodes of pairs would be escapes: there a weight is a number of 16 bits, which the format holds as a pair
-    without a second weight, x = (I + J/256) h. Matrices [N, K] stay pairs, for HyperLinear is built from these.
+    From `FIXED_POINT_DB` on, where more and more nodes of pairs are escapes, a weight is a number of 16 bits, which the
+    format holds as a pair without a second weight, x = (I + J/256) h. HyperLinear is built from pairs: a linear layer
+    of such a matrix is loaded dense.
 
     Args:
         tensor: of any shape and dtype that is coded, finite.
@@ -61,13 +61,10 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     if reason is not None:
         return fall_back(name, tensor, reason)
     single = nominal_step(matrix, target_db)
-    fixed = is_fixed(tensor, target_db)
-    if fixed:
-        code, kind = _fixed_point(matrix, single), 0
-    else:
-        code, kind = _plain(matrix, single, path=path)
-    if hessian_KK is not None and not fixed:
-        fed, fed_kind, error_fed = _fed_back(matrix, single, hessian_KK, path=path)
+    fixed = is_fixed(target_db)
+    code, kind = (_fixed_point(matrix, single), 0) if fixed else _plain(matrix, single, path=path)
+    if hessian_KK is not None:
+        fed, fed_kind, error_fed = _fed_back(matrix, single, hessian_KK, path=path, fixed=fixed)
         if error_fed < feedback.output_error(matrix, code, hessian_KK):
             code, kind = fed, fed_kind
     decoded = code.decode(matrix.dtype).view(matrix.shape)
@@ -84,11 +81,15 @@ def nominal_step(matrix: Tensor, target_db: float) -> float:
     return _round(step(root_mean_square(matrix), target_db))
 
 
-def stored_step(tensor: Tensor, target_db: float, *, path: int) -> float:
-    """The step that `encode` stores for a tensor that it codes, by the kind of its paths: what a check expects."""
+def stored_step(tensor: Tensor, target_db: float, *, path: int, columns: int) -> float:
+    """The step that `encode` stores for a tensor that it codes: what a check expects.
+
+    `path` is the kind of its paths, `columns` those of its code: what tells fixed point, which older versions begin at
+    other targets.
+    """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     single = nominal_step(matrix, target_db)
-    if is_fixed(tensor, target_db):
+    if columns != matrix.shape[1]:
         return N * single
     return _round(single * _path_step(matrix, path)) if path else single
 
@@ -101,24 +102,24 @@ def is_no_worse(
     Without a Hessian every output counts alike, so that the weights' own error does.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    single, fixed = nominal_step(matrix, target_db), is_fixed(tensor, target_db)
+    single = nominal_step(matrix, target_db)
 
     def loss(of: LatticeTensor) -> float:
-        if hessian_KK is not None and not fixed:
+        if hessian_KK is not None:
             return feedback.output_error(matrix, of, hessian_KK)
         error = matrix.to(torch.float32) - of.decode(torch.float32).view(matrix.shape)
         return float(error.square_().sum(dtype=torch.float64))
 
     most = loss(code) * (1 - _LOSS_SLACK)
-    if fixed:
+    if code.columns != matrix.shape[1]:
         return most <= loss(_fixed_point(matrix, single))
     # The search for a path takes longest: only where the nodes have not told.
     return most <= loss(lattice.quantise(matrix, single)) or most <= loss(_plain(matrix, single, path=path)[0])
 
 
-def is_fixed(tensor: Tensor, target_db: float) -> bool:
-    """Whether a tensor's weights are numbers of 16 bits at a nominal target."""
-    return target_db > TARGET_DB_RANGE[1] and tensor.dim() != 2
+def is_fixed(target_db: float) -> bool:
+    """Whether weights are numbers of 16 bits at a nominal target."""
+    return target_db >= FIXED_POINT_DB
 
 
 def _path_step(matrix: Tensor, kind: int) -> float:
@@ -128,9 +129,14 @@ def _path_step(matrix: Tensor, kind: int) -> float:
     return rate.path_step(rows * pairs_per_row(columns))
 
 
-def _fed_back(matrix: Tensor, single: float, hessian_KK: Tensor, *, path: bool) -> tuple[LatticeTensor, int, float]:
+def _fed_back(
+    matrix: Tensor, single: float, hessian_KK: Tensor, *, path: bool, fixed: bool
+) -> tuple[LatticeTensor, int, float]:
     """Code, kind of its paths, and the error of the output."""
     factor = feedback.factorise(hessian_KK)
+    if fixed:
+        code = _of_numbers(feedback.numbers(matrix, single, factor), single)
+        return code, 0, feedback.output_error(matrix, code, hessian_KK)
     code = feedback.quantise(matrix, single, factor)
     nodes = code, 0, feedback.output_error(matrix, code, hessian_KK)
     if not path or matrix.numel() < LEAST_PATH:
@@ -179,7 +185,11 @@ def _plain(matrix: Tensor, single: float, *, path: bool) -> tuple[LatticeTensor,
 
 def _fixed_point(matrix: Tensor, single: float) -> LatticeTensor:
     """Weights as whole multiples of `single`, each a row of one pair that has no second weight."""
-    n = torch.round(matrix.reshape(-1, 1).double() / single)
+    return _of_numbers(torch.round(matrix.double() / single), single)
+
+
+def _of_numbers(n: Tensor, single: float) -> LatticeTensor:
+    n = n.reshape(-1, 1)
     i = torch.floor((n + N // 2) / N)
     return lattice.of_coordinates(i.float(), (n - N * i).float(), N * single, 1)
 

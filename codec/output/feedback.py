@@ -144,6 +144,16 @@ def rounded(units_RK: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
     return _sweep(values_KR, factor.upper.contiguous(), factor.partner, 0), values_KR
 
 
+def numbers(weight_RK: Tensor, step: float, factor: Factor) -> Tensor:
+    """The matrix as whole multiples of a step, with feedback, none of which shears another: float32 [R, K].
+
+    Arguments as `quantise`.
+    """
+    alone = torch.full_like(factor.partner, -1)
+    n_KR = _sweep(_ordered(weight_RK, step, factor), factor.upper.contiguous(), alone, 0)
+    return _in_place(n_KR, factor)
+
+
 def refine(
     weight_RK: Tensor, code: LatticeTensor, hessian_KK: Tensor, factor: Factor, damping: float = DAMPING
 ) -> LatticeTensor:
@@ -190,10 +200,14 @@ def _ordered(weight_RK: Tensor, step: float, factor: Factor) -> Tensor:
 
 
 def _code(n_KR: Tensor, step: float, factor: Factor) -> LatticeTensor:
-    columns, rows = n_KR.shape
-    n_RK = n_KR.new_empty(rows, columns)
+    return lattice.of_coordinates(*split(_in_place(n_KR, factor)), step, len(n_KR))
+
+
+def _in_place(n_KR: Tensor, factor: Factor) -> Tensor:
+    """Rows of coordinates, their columns where the matrix has them: [R, K]."""
+    n_RK = n_KR.new_empty(n_KR.shape[::-1])
     n_RK[:, factor.order.to(n_KR.device)] = n_KR.T
-    return lattice.of_coordinates(*split(n_RK), step, columns)
+    return n_RK
 
 
 def _lanes(rows: int, columns: int) -> int:
@@ -209,5 +223,5 @@ def path_step(rows: int, columns: int) -> float:
 
 def output_error(weight_RK: Tensor, code: LatticeTensor, hessian_KK: Tensor) -> float:
     """tr(E H E^T) of the error E of a coded matrix, in the weights' unit squared times the Hessian's."""
-    error = weight_RK.to(torch.float32) - code.decode(torch.float32)
+    error = weight_RK.to(torch.float32) - code.decode(torch.float32).view(weight_RK.shape)
     return float((error @ hessian_KK).mul_(error).sum(dtype=torch.float64))

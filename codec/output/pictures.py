@@ -19,6 +19,12 @@ _REFERENCE = 256
 _LEAVES = 40
 _STROKES = 30
 _LEAST_BOX = 20
+_SQUARE = 0.3
+"""Share of pictures that are as high as wide."""
+
+_NARROWEST = 0.55
+"""Of the others the shorter side, as a share of the longer one, from here to 1."""
+
 _KINDS = 8
 """Pictures after which the kinds repeat; see `synthetic_pictures`."""
 
@@ -35,6 +41,23 @@ def synthetic_pictures(count: int, side: int, seed: int) -> Tensor:
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None]).clamp_min(1 / side)
     drawn = [_picture(number, x, y, frequency, generator) for number in range(count)]
     return torch.stack(drawn) if drawn else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
+def synthetic_sizes(count: int, side: int, seed: int) -> list[tuple[int, int]]:
+    """Sizes (H, W) of pictures whose longer side has so many pixels: upright, lying, some of them square.
+
+    Real pictures are seldom square, and models that pad them feel edges there that no square has.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(count, 3, generator=generator).tolist()
+    return [_size(side, *numbers) for numbers in drawn]
+
+
+def _size(side: int, square: float, lying: float, narrow: float) -> tuple[int, int]:
+    if square < _SQUARE:
+        return side, side
+    shorter = int(side * (_NARROWEST + (1 - _NARROWEST) * narrow))
+    return (shorter, side) if lying < 1 / 2 else (side, shorter)
 
 
 def synthetic_boxes(count: int, boxes: int, side: int, seed: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from birkhoff.codec.errors import CodecError
 from birkhoff.codec.pairs import matrix_shape
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 """Raised when the same model, outputs and seed give other statistics."""
 
 HESSIAN_BYTES = 4 << 30

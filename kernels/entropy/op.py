@@ -148,8 +148,12 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def pack(items: Sequence[Item]) -> list[Packed]:
-    """`planes.pack_all` of coordinates on a GPU: there, but for small matrices, of which more groupings are tried."""
-    large = [item for item in items if 2 * item[0].i.numel() > planes.SMALL and triton_serves(item[0].i.device)]
+    """`planes.pack_all` of coordinates on a GPU: there, but for matrices of which more groupings are tried."""
+    large = [
+        item
+        for item in items
+        if not planes.tries_more(2 * item[0].i.shape[1], 2 * item[0].i.numel()) and triton_serves(item[0].i.device)
+    ]
     made = iter(gpu_pack.pack(large) if large else ())
     chosen = {id(item) for item in large}
     return [next(made) if id(item) in chosen else planes.reference_pack(item[0], path=item[1]) for item in items]

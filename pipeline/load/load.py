@@ -81,6 +81,8 @@ def load_into(
 ) -> list[str]:
     """Load an artifact into a model in place: coded `nn.Linear` become HyperLinear, everything else is loaded dense.
 
+    A matrix that `allocation: output` gave 44 dB or more is fixed point, which HyperLinear does not hold: loaded dense.
+
     Tensors are decoded beside the model, on its device, while shards arrive. The model changes at the end, as a whole
     or not at all. Modules on the meta device are filled in. Beside the model, host memory holds the compressed model
     only.

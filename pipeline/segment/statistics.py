@@ -1,8 +1,14 @@
 """What the outputs of a segmenter feel of its weights, on synthetic pictures: `codec.output` behind an adapter.
 
-Outputs, each over its own norm: the image embedding, the logits of every mask token and the predicted IoUs, for boxes
-anywhere in the picture. The masks that several-mask prompts get count half of the single one, the IoUs a third of it:
-without them, what makes those masks would count as felt by nothing.
+Outputs, for boxes anywhere in the picture: the masks of every token as probabilities, those of each box over their own
+norm, the image embedding, and the predicted IoUs. A mask is where its logits are positive. So what moves logits far
+from 0 leaves it as it is, while the probability sigmoid(l) moves by sigmoid(l) (1 - sigmoid(l)) of what l does, most
+along the edge; over the norm, which is about the root of the mask's area, small objects count as large ones. The masks
+that several-mask prompts get count half of the single one, the embedding a third, for prompts that were not drawn, and
+the IoUs a tenth: without them, what makes those outputs would count as felt by nothing.
+
+Worked example: logits (-8, 0.5, 6) have the probabilities (0.0003, 0.6225, 0.9975), and move these by (0.0003, 0.2350,
+0.0025) of what they move by: the second pixel, on the edge, counts nearly a hundred times as much as the third.
 
 Legend as in `adapters.base`: B pictures, K prompts for each, M masks a prompt, S the side of the model's input.
 """
@@ -15,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures
+from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures, synthetic_sizes
 from birkhoff.codec.output.statistics import Outputs, gather
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.segment.adapters.base import Segmenter
@@ -27,8 +33,12 @@ KEPT_SIDE = 512
 """Up to so many pixels of a model's side its whole graph is kept. That of SAM-H at 1024 takes 20 GB, this way 1.5."""
 
 OTHER_MASKS = 0.5
-IOU = 0.3
-"""Weights of outputs, that of the embedding and of the single mask being 1."""
+EMBEDDING = 0.3
+IOU = 0.1
+"""Weights of outputs, that of the single mask being 1."""
+
+_LEAST_NORM = 1e-6
+"""Of a mask's probabilities, where no pixel has one."""
 
 
 def statistics(
@@ -71,17 +81,23 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 def outputs_of(segmenter: Segmenter, count: int, seed: int) -> Callable[[int], Outputs]:
     """What runs a segmenter on each of so many synthetic pictures and gives its outputs, differentiable."""
-    drawn = synthetic_pictures(count, segmenter.side, seed)
-    boxes = synthetic_boxes(count, BOXES, segmenter.side, seed + 1)
+    side = segmenter.side
+    drawn = synthetic_pictures(count, side, seed)
+    sizes = synthetic_sizes(count, side, seed + 3)
+    boxes = synthetic_boxes(count, BOXES, side, seed + 1)
 
     def outputs(number: int) -> Outputs:
         interrupt.check()
         parameter = next(segmenter.model.parameters())
-        picture, asked = drawn[number : number + 1], boxes[number : number + 1].to(parameter.device)
+        height, width = sizes[number]
+        picture = drawn[number : number + 1, :, :height, :width]
+        fitted = segmenter.preprocessing.fitted((height, width), side)
+        inside = torch.tensor([fitted[1], fitted[0]] * 2) / side
+        asked = (boxes[number : number + 1] * inside).to(parameter.device)
         values = segmenter.preprocessing.values(picture, segmenter.encoder_side, parameter.device).to(parameter.dtype)
         features = segmenter.embed(values)
         masks, quality = segmenter.decode(features, "box", asked, False)
-        found = {"embedding": (1.0, features[-1])} | _tokens("mask", masks, 1.0)
+        found = {"embedding": (EMBEDDING, features[-1])} | _tokens("mask", masks, 1.0)
         if masks.shape[2] == 1:
             others, qualities = segmenter.decode(features, "box", asked, True)
             found |= _tokens("other mask", others, OTHER_MASKS)
@@ -92,5 +108,8 @@ def outputs_of(segmenter: Segmenter, count: int, seed: int) -> Callable[[int], O
 
 
 def _tokens(name: str, masks: Tensor, weight: float) -> dict[str, tuple[float, Tensor]]:
-    """The logits [B, K, s, s] of each of M mask tokens."""
-    return {f"{name} {number}": (weight, token) for number, token in enumerate(masks.unbind(2))}
+    """The probabilities [B, K, s, s] of each of M mask tokens, those of each prompt over their norm."""
+    probabilities = masks.float().sigmoid()
+    norms = probabilities.detach().square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    shares = probabilities / norms.clamp_min(_LEAST_NORM)
+    return {f"{name} {number}": (weight, token) for number, token in enumerate(shares.unbind(2))}

@@ -180,7 +180,7 @@ def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
     assert decision.target_db is not None  # a nominal target is one
     if not isinstance(coded.params, LatticeParams):
         raise ValidationError(f"tensor {coded.name!r} is stored as {coded.codec}; it should be on the lattice")
-    wanted = stored_step(source, decision.target_db, path=coded.params.path)
+    wanted = stored_step(source, decision.target_db, path=coded.params.path, columns=coded.params.columns)
     if isinstance(coded.params, DifferenceParams):
         stride = coded.params.stride * coded.params.step
         if stride > (1 + _STEP_SLACK) * wanted:

@@ -271,6 +271,16 @@ def test_small_matrices_are_packed_by_the_reference(device: str) -> None:
     assert op.pack([item]) == [planes.reference_pack(*item[:1], path=0)]
 
 
+def test_fixed_point_is_packed_by_the_reference_however_large(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    i = torch.randint(-1, 2, (planes.SMALL, 1), dtype=torch.int8, generator=generator)
+    j = torch.randint(-128, 128, (planes.SMALL, 1), dtype=torch.int8, generator=generator)
+    code = LatticeTensor(i=i, j=j, escapes=Escapes.none(), step=1.0, columns=1)
+    ((streams, escapes),) = op.pack([(code.to(device), 0)])
+    assert ([*map(bytes, streams)], escapes) == ([*map(bytes, planes.reference_pack(code, path=0)[0])], 0)
+    assert 8 * sum(map(len, streams)) < 9.7 * planes.SMALL  # log2(3) + 8
+
+
 @pytest.mark.parametrize("lanes", [4, 8, 16, 32])
 def test_blocks_are_encoded_with_every_number_of_lanes(device: str, lanes: int) -> None:
     from birkhoff.kernels.entropy import encoding

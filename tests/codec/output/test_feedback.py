@@ -8,7 +8,7 @@ from torch import Tensor
 from birkhoff.codec import container, lattice
 from birkhoff.codec.errors import TargetError, TensorError
 from birkhoff.codec.metrics import fidelity
-from birkhoff.codec.output import feedback
+from birkhoff.codec.output import allocation, feedback
 from birkhoff.codec.output.encode import REFINEMENTS, encode, is_no_worse, stored_step
 from birkhoff.codec.tensor import decode_tensor, encoded_code, lattice_of
 from tests.codec import page_reader
@@ -210,8 +210,40 @@ def test_beyond_the_lattices_range_convolutions_are_fixed_point() -> None:
     assert abs(encoded.fidelity.sqnr_db - 62.0) < 0.3
     assert float((decoded - weight).abs().max()) <= lattice_of(coded).step / 512 * 1.001
     assert coded.nbytes * 8 < 12 * weight.numel()
-    matrix = encode("w", weight.reshape(160, 9), 62.0, None).tensor
-    assert lattice_of(matrix).columns == 9
+
+
+@pytest.mark.parametrize("target_db", [44.0, 50.0])
+@pytest.mark.parametrize("rows", [32, 512])
+def test_fixed_point_takes_the_bits_of_its_step_and_feeds_errors_back(rows: int, target_db: float) -> None:
+    """Small planes and large ones; as pairs they take 7.9 and more than 12 bits. Its two symbols are coded apart, which
+    costs a quarter of a bit where weights are about as large as the lower one reaches."""
+    weight, hessian = layer(rows, 150)
+    fed, plain = (encode("w", weight, target_db, given).tensor for given in (hessian, None))
+    assert (lattice_of(fed).columns, lattice_of(plain).columns) == (1, 1)
+    spread = float(weight.square().mean().sqrt()) / (lattice_of(fed).step / 256)
+    entropy = math.log2(spread * math.sqrt(2 * math.pi * math.e))  # of normal weights
+    for coded in (fed, plain):
+        assert 8 * coded.nbytes / weight.numel() < entropy + (0.1 if target_db < 48 else 0.3) + 2000 / weight.numel()
+    db = [output_db(weight, hessian, decode_tensor(coded)) for coded in (fed, plain)]
+    assert db[0] > db[1] + 2.5
+
+
+def test_below_fixed_point_a_matrix_stays_pairs() -> None:
+    weight, hessian = layer()
+    assert lattice_of(encode("w", weight, 43.9, hessian).tensor).columns == 150
+
+
+def test_a_version_that_holds_finer_matrices_as_pairs_is_still_right() -> None:
+    """As those of before do up to 48 dB and beyond: what is stored says which form it has."""
+    weight, hessian = layer(128, 72)
+    single = allocation.step(allocation.root_mean_square(weight), 50.0)
+    code = lattice.quantise(weight, single)
+    assert stored_step(weight, 50.0, path=0, columns=72) == pytest.approx(single)
+    assert stored_step(weight, 50.0, path=0, columns=1) == pytest.approx(256 * single)
+    assert is_no_worse(weight, code, 50.0, None, path=False)
+    assert is_no_worse(
+        weight, feedback.quantise(weight, single, feedback.factorise(hessian)), 50.0, hessian, path=False
+    )
 
 
 def test_what_cannot_be_coded_is_kept_with_its_reason() -> None:
@@ -243,7 +275,7 @@ def test_what_is_stored_has_the_expected_step_and_is_no_worse_than_plain_nodes(p
     for given in (hessian, None):
         (coded,) = container.parse(container.serialise([encode("w", tensor, target_db, given, path=path).tensor]))
         assert isinstance(coded.params, container.LatticeParams)
-        assert coded.params.step == stored_step(tensor, target_db, path=coded.params.path)
+        assert coded.params.step == stored_step(tensor, target_db, path=coded.params.path, columns=coded.params.columns)
         assert is_no_worse(tensor, lattice_of(coded), target_db, given, path=path)
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures
+from birkhoff.codec.output.pictures import synthetic_boxes, synthetic_pictures, synthetic_sizes
 
 
 def test_same_seed_same_pictures_and_any_count_begins_alike() -> None:
@@ -33,3 +33,12 @@ def test_boxes_lie_inside() -> None:
     assert boxes.shape == (5, 4, 4)
     assert bool((boxes >= 0).all() and (boxes <= 63).all() and (boxes[..., 2:] >= boxes[..., :2]).all())
     assert torch.equal(boxes, synthetic_boxes(5, 4, 64, seed=0))
+
+
+def test_pictures_lie_stand_and_are_square() -> None:
+    sizes = synthetic_sizes(64, 256, seed=0)
+    assert all(max(size) == 256 and min(size) >= 140 for size in sizes)
+    shares = [sum(kind(*size) for size in sizes) / 64 for kind in (int.__lt__, int.__gt__, int.__eq__)]
+    assert all(0.2 < share < 0.5 for share in shares), shares
+    assert synthetic_sizes(8, 256, seed=0) == sizes[:8]
+    assert synthetic_sizes(8, 256, seed=1) != sizes[:8]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from birkhoff.codec.metrics import sqnr_db
 from birkhoff.codec.output.allocation import Felt, gains_db, root_mean_square
 from birkhoff.codec.output.encode import encode
+from birkhoff.codec.output.pictures import synthetic_sizes
 from birkhoff.codec.output.statistics import HESSIAN_BYTES
 from birkhoff.codec.output.targets import targets_db
 from birkhoff.codec.profiles import PROFILES
@@ -39,10 +40,48 @@ def test_embedding_every_mask_token_and_ious_are_tapped(demo: Segmenter) -> None
     outputs = outputs_of(demo, 1, seed=0)(0)
     weights = {name: weight for name, (weight, _) in outputs.items()}
     others = {f"other mask {number}": 0.5 for number in range(3)}
-    assert weights == {"embedding": 1.0, "mask 0": 1.0, **others, "iou": 0.3}
+    assert weights == {"embedding": 0.3, "mask 0": 1.0, **others, "iou": 0.1}
     assert outputs["mask 0"][1].shape[:2] == (1, 4)
     assert outputs["iou"][1].shape == (1, 4, 4)
     assert all(value.requires_grad for _, value in outputs.values())
+
+
+def test_pictures_are_padded_as_real_ones_are_and_boxes_lie_in_them(
+    demo: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded, asked = [], []
+    embed, decode = demo.embed, demo.decode
+    monkeypatch.setattr(demo, "embed", lambda values: (embedded.append(values), embed(values))[1])
+    monkeypatch.setattr(demo, "decode", lambda *given: (asked.append(given[2]), decode(*given))[1])
+    sizes = synthetic_sizes(6, demo.side, seed=3)
+    assert {height == width for height, width in sizes} == {True, False}
+    run = outputs_of(demo, 6, seed=0)
+    for number, (height, width) in enumerate(sizes):
+        run(number)
+        values, boxes = embedded[-1], asked[-1]
+        assert demo.preprocessing.fit == "pad"
+        assert not values[..., height:, :].any()
+        assert not values[..., :, width:].any()
+        assert values[..., :height, :width].abs().mean() > 0.1
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([width, height] * 2)).all()
+
+
+def test_every_box_counts_alike_and_the_edge_of_its_mask_most(demo: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small object, a large one and none at all, of which each has a pixel on its edge."""
+    logits = torch.full((1, 4, 1, 8, 8), -8.0)
+    logits[0, 1, 0, :4], logits[0, 2, 0, 0], logits[0, :3, 0, 7, 7] = 6.0, 6.0, 0.5
+    logits[0, 3] = -200.0
+    logits.requires_grad_(True)
+    monkeypatch.setattr(demo, "decode", lambda *_: (logits, torch.ones(1, 4, 1)))
+    probabilities = outputs_of(demo, 1, seed=0)(0)["mask 0"][1]
+    norms = probabilities.square().sum(dim=(0, 2, 3))
+    assert torch.allclose(norms, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    probabilities.sum().backward()
+    assert logits.grad is not None
+    (moved,) = logits.grad.abs()
+    assert moved.isfinite().all()
+    assert (moved[:3, 0, 7, 7] > 90 * moved[:3, 0, :7].amax(dim=(1, 2))).all()  # far outside and far inside
 
 
 def test_everything_that_makes_masks_is_felt(
