@@ -263,5 +263,5 @@ class TestBounds:
         store.put(version_key("net", sha256(body)), body)
         name = NameRecord(digest=sha256(body), created=utc_now(), publisher="p")
         store.put(name_key("net", "v2"), name.to_bytes())
-        with pytest.raises(IntegrityError, match="spelled otherwise than this package does; publish the version again"):
+        with pytest.raises(IntegrityError, match="not in the spelling of this package; publish the version again"):
             resolve(store, "net@v2")
