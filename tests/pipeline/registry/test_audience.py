@@ -133,7 +133,7 @@ class TestAudience:
         assert record.signature is not None
         unbound = record.signature.model_copy(update={"audience": None})
         staging.put(alias_key("net", "latest"), record.model_copy(update={"signature": unbound}).to_bytes())
-        with pytest.raises(TrustError, match=r"signed before signatures named their store.*signs it again"):
+        with pytest.raises(TrustError, match=r"signed before signatures named their store.*sign it again"):
             read(staging, "net", signer)
         assert not is_signed(staging, resolve(staging, "net"), signer)
         sign_published(staging, "net", signer)
