@@ -7,8 +7,8 @@ target is the one whose sizes fit. Times and memory are those of CPU workers on 
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,15 +18,15 @@ from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError, FormatError
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.download.resolve import NotDownloaded, peek
-from birkhoff.pipeline.errors import ArtifactNotFoundError, ManifestError, SourceError, failure_of
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError, SourceError, failure_of
 from birkhoff.pipeline.paths import source_cache
 from birkhoff.pipeline.plan.budget import lowest_step
 from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
-from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_checkpoint
+from birkhoff.pipeline.plan.models import Planned, check_rules, coded_alike, matches_plan, plan_checkpoint
 from birkhoff.pipeline.plan.output_search import PROBES, START_DB
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.registry.documents import VersionManifest
-from birkhoff.pipeline.registry.versions import Version, latest_version
+from birkhoff.pipeline.registry.versions import Version, latest_version, models
 from birkhoff.pipeline.shard.task import TensorPlan
 from birkhoff.pipeline.store.base import Store
 
@@ -62,7 +62,7 @@ _SHARD_COPIES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """One model's expected run. Bytes and seconds are estimates but for `shards` and `shared_shards`."""
+    """One model's expected run. All figures are estimates, except `shards`."""
 
     stored_bytes: tuple[int, int]
     """Least and most."""
@@ -71,6 +71,9 @@ class Forecast:
     """Least and greatest target of coded tensors; None if the published codec's error or statistics decide."""
     shards: int
     shared_shards: int
+    """Of them, those that the store has or another model makes: see `Shared`."""
+    retargeted_shards: int
+    """Shards with the headers of another model's, not shared because their targets differ."""
     seconds: float
     memory_bytes: int
 
@@ -91,21 +94,79 @@ BaseOf = Callable[[Planned, Version | None], Based]
 """Finds a model's base; the version is its latest."""
 
 
+UnprovenOf = Callable[[Planned], str | None]
+"""Tells why a model cannot be proven, None if it can; raises what `compress` would raise about it."""
+
+
 def _no_base(planned: Planned, _: Version | None) -> Based:
     return Based(planned=planned)
 
 
-def forecast(planned: Planned, seen: Counter[object], found_db: float | None = None, share: float = 1.0) -> Forecast:
-    """Estimate one model; `seen` holds the shards of the models before it, and takes those of this one.
+def _shards_alike(manifest: VersionManifest, planned: Planned, plan: ModelPlan) -> bool:
+    """Return whether a version of the same source has the shards of a plan."""
+    return [shard.tensors for shard in manifest.shards] == [*map(len, plan.shards)] and coded_alike(manifest, planned)
 
-    `found_db` is the target that the model's budget has led to before, if it has; `share` as in `Based`.
+
+class Shared:
+    """Finds the shards of a model that the store has, or that a model before it makes.
+
+    Shards count as shared with a model before if headers and decisions are equal: weights are not read. The store has
+    them for certain if one of its versions was made from the same source by the same recipe.
+    """
+
+    def __init__(self, store: Store | None) -> None:
+        self._store, self._seen, self._headers = store, set[object](), set[object]()
+        self._versions: list[VersionManifest] | None = None
+
+    def of(self, planned: Planned, plan: ModelPlan, sha256: str | None) -> list[bool]:
+        """Return for each shard of a plan whether it is shared. Raises StoreError, IntegrityError."""
+        signatures = [task.signature for task in plan.tasks("")]
+        stored = sha256 is not None and any(
+            manifest.source.sha256 == sha256 and _shards_alike(manifest, planned, plan) for manifest in self._latest()
+        )
+        found = [stored or signature in self._seen for signature in signatures]
+        self._seen.update(signatures)
+        return found
+
+    def alike(self, plan: ModelPlan) -> int:
+        """Return how many shards have the headers of an earlier model's; call it before `of`."""
+        headers = [tuple((t.tensor.name, t.tensor.dtype, t.tensor.shape) for t in shard) for shard in plan.shards]
+        found = sum(shard in self._headers for shard in headers)
+        self._headers.update(headers)
+        return found
+
+    def _latest(self) -> list[VersionManifest]:
+        if self._versions is None:
+            self._versions = [] if self._store is None else _latest_manifests(self._store)
+        return self._versions
+
+
+def _latest_manifests(store: Store) -> list[VersionManifest]:
+    """Return the manifest that each model's `latest` points at. Raises StoreError."""
+    found = []
+    for model in models(store):
+        with suppress(IntegrityError):  # a damaged version of another model shares nothing
+            version = latest_version(store, model)
+            found += [] if version is None else [version.manifest]
+    return found
+
+
+def forecast(
+    planned: Planned, seen: Shared, sha256: str | None, found_db: float | None = None, share: float = 1.0
+) -> Forecast:
+    """Estimate one model.
+
+    Args:
+        planned: The model.
+        seen: Knows the models before this one, and takes note of this one.
+        sha256: Digest of its source, if it is known without reading the file.
+        found_db: The target that the model's budget led to before, if it did.
+        share: As in `Based`.
     """
     plan = planned.plan
     if planned.budget is not None:
         plan = plan.at(_fitting(planned) if found_db is None else found_db)
-    signatures = [task.signature for task in plan.tasks("")]
-    shared = [seen[signature] > 0 for signature in signatures]
-    seen.update(signatures)
+    alike, shared = seen.alike(plan), seen.of(planned, plan, sha256)
     weights = sum(_weights(shard) for shard, duplicate in zip(plan.shards, shared, strict=True) if not duplicate)
     workers = os.cpu_count() or 1
     largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
@@ -115,6 +176,7 @@ def forecast(planned: Planned, seen: Counter[object], found_db: float | None = N
         tensor_db=_tensor_db(plan),
         shards=len(plan.shards),
         shared_shards=sum(shared),
+        retargeted_shards=max(0, alike - sum(shared)),
         seconds=round(_START_SECONDS + weights / _WEIGHTS_PER_SECOND[plan.profile.path] / workers, 1),
         memory_bytes=(1 + workers) * _PROCESS_BYTES + workers * _SHARD_COPIES * largest,
     )
@@ -187,16 +249,20 @@ def status(manifest: VersionManifest | None, source_sha256: str | None, planned:
 
 
 def plan_rows(
-    manifest: Manifest, store: Store | None, mirror: Path | None, base_of: BaseOf = _no_base
+    manifest: Manifest,
+    store: Store | None,
+    mirror: Path | None,
+    base_of: BaseOf = _no_base,
+    unproven_of: UnprovenOf = lambda _: None,
 ) -> tuple[list[dict[str, object]], list[BirkhoffError | None]]:
-    """One row per model of a manifest, its tensors by action and reason under `groups`, and the models' errors.
+    """Return one row per model, with its tensors grouped by action and reason under `groups`, and the models' errors.
 
-    Downloads nothing: a model still to be downloaded has a `note` instead of figures, one whose source cannot be had
+    Downloads nothing: a model that is not downloaded yet has a `note` instead of figures, one that a run would refuse
     its `error`. Without a store, all models are `new`. `base_of` finds the bases of models that name one.
     """
-    seen: Counter[object] = Counter()
-    found = [_plan(manifest, entry, mirror) for entry in manifest.models]
-    check_rules(manifest, [plan if isinstance(plan, Planned) else None for plan in found])
+    seen = Shared(store)
+    found = [_plan(manifest, entry, mirror, unproven_of) for entry in manifest.models]
+    check_rules(manifest, [plan[0] if isinstance(plan, tuple) else None for plan in found])
     rows: list[dict[str, object]] = []
     errors: list[BirkhoffError | None] = []
     for entry, plan in zip(manifest.models, found, strict=True):
@@ -214,11 +280,15 @@ def _failed(manifest: Manifest, entry: ModelEntry, error: BirkhoffError) -> dict
     return row | {"status": "failed", "error": str(error), "failure": failure_of(error)}
 
 
-def _plan(manifest: Manifest, entry: ModelEntry, mirror: Path | None) -> Planned | NotDownloaded | BirkhoffError:
+def _plan(
+    manifest: Manifest, entry: ModelEntry, mirror: Path | None, unproven_of: UnprovenOf
+) -> tuple[Planned, str | None] | NotDownloaded | BirkhoffError:
+    """Plan one model, and return why it cannot be proven with it."""
     try:
         found = peek(entry.source, cache=source_cache(), mirror=mirror)
         if not isinstance(found, NotDownloaded):
-            return plan_checkpoint(manifest, entry, found)
+            planned = plan_checkpoint(manifest, entry, found)
+            return planned, unproven_of(planned)
         return SourceError(f"cannot be downloaded: {found.problem}") if found.problem else found
     except BirkhoffError as error:
         return error
@@ -227,33 +297,41 @@ def _plan(manifest: Manifest, entry: ModelEntry, mirror: Path | None) -> Planned
 def _plan_row(
     manifest: Manifest,
     entry: ModelEntry,
-    planned: Planned | NotDownloaded | BirkhoffError,
+    found: tuple[Planned, str | None] | NotDownloaded | BirkhoffError,
     store: Store | None,
-    seen: Counter[object],
+    seen: Shared,
     base_of: BaseOf,
 ) -> dict[str, object]:
     row: dict[str, object] = {"model": entry.name, "profile": manifest.fidelity(entry).profile.name}
-    if isinstance(planned, BirkhoffError):
-        return _failed(manifest, entry, planned)
-    if isinstance(planned, NotDownloaded):
-        return row | {"status": "to be downloaded", "note": str(planned)}
+    if isinstance(found, BirkhoffError):
+        return _failed(manifest, entry, found)
+    if isinstance(found, NotDownloaded):
+        return row | {"status": "to be downloaded", "note": str(found)}
+    planned, row["unproven"] = found
     latest = latest_version(store, entry.name) if store is not None else None
     based = base_of(planned, latest)
     planned = based.planned
-    if based.note:
-        row["note"] = based.note
-    state = status(latest.manifest if latest else None, known_digest(planned.checkpoint), planned)
-    expected = forecast(planned, seen, _found(latest, planned), based.share)
+    notes = [based.note] if based.note else []
+    digest = known_digest(planned.checkpoint)
+    state = status(latest.manifest if latest else None, digest, planned)
+    expected = forecast(planned, seen, digest, _found(latest, planned), based.share)
     low, high = expected.stored_bytes
     if latest is not None and state == "up to date":
         low = high = latest.stored_bytes
     middle = (low + high) // 2
     searched = planned.budget is not None and planned.budget.by_output and _found(latest, planned) is None
     if searched and state != "up to date":
-        row["note"] = f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start"
+        notes = [f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start"]
     if planned.takes_statistics:
         note = "targets of single tensors follow from what its outputs feel, which a run takes first"
-        row["note"] = f"{row['note']}; {note}" if "note" in row else note
+        notes.append(note)
+    if expected.retargeted_shards and planned.plan.profile.allocation == "header":
+        notes.append(
+            f"{expected.retargeted_shards} of its shards have the tensors of another model, but targets of their own, "
+            "which follow from the mean of all its layers; `allocation: uniform` would share them"
+        )
+    if notes:
+        row["note"] = "; ".join(notes)
     return row | {
         "base": based.label,
         "base_share": round(based.share, 3) if planned.base is not None else None,

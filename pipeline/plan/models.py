@@ -134,17 +134,26 @@ def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
 
 
 def matches_plan(manifest: VersionManifest, planned: Planned) -> bool:
-    """Whether a version has recipe, budget, overrides, adapter, files and base of a plan, and a proof as its terms say.
+    """Return whether a version of the same source is what a plan would make.
 
-    Under a budget the target is an outcome, so it is ignored; under allocation by output the key of its statistics is.
+    It then has the plan's recipe, budget, overrides, adapter, files and base, and a proof that meets the plan's terms.
+    """
+    rest = manifest.adapter, manifest.files or ()
+    if rest != (planned.entry.adapter, planned.file_records):
+        return False
+    return coded_alike(manifest, planned) and planned.proof.met_by(manifest.proof)
+
+
+def coded_alike(manifest: VersionManifest, planned: Planned) -> bool:
+    """Return whether a version of the same source has the recipe, budget, overrides and base of a plan.
+
+    A budget's target is an outcome, so it is ignored; so is the key of statistics under allocation by output.
     """
     wanted, found = planned.plan.profile.recipe(), manifest.recipe
     if planned.budget is not None:
         wanted, found = ({**recipe, "target_db": None} for recipe in (wanted, found))
     if planned.takes_statistics and found.get("statistics") is not None:
         found = {key: value for key, value in found.items() if key != "statistics"}
-    terms = found, manifest.budget, manifest.overrides or {}, manifest.adapter, manifest.files or ()
-    planned_terms = planned.budget, planned.plan.overrides, planned.entry.adapter, planned.file_records
     if (manifest.base and manifest.base.digest) != (planned.base and planned.base.digest):
         return False
-    return terms == (wanted, *planned_terms) and planned.proof.met_by(manifest.proof)
+    return (found, manifest.budget, manifest.overrides or {}) == (wanted, planned.budget, planned.plan.overrides)

@@ -1,28 +1,45 @@
 """Decide from headers alone how a planned model is run, for its proof and its statistics."""
 
-from birkhoff.pipeline.errors import ProofError
+from dataclasses import dataclass
+
+from birkhoff.pipeline.errors import BuilderError, ProofError
 from birkhoff.pipeline.families import CONFIG_FILE, TRANSFORMERS
 from birkhoff.pipeline.load.architectures import is_known
 from birkhoff.pipeline.plan.models import Planned
 from birkhoff.pipeline.plan.sidecars import config_beside, settings_in, settings_of
 from birkhoff.pipeline.proof.task import Subject
 
+NOT_RUN = "no adapter runs such a model; name its `adapter`, or the `builder` and `inputs` that run it"
+"""Why a model is not run, and what to do."""
 
-def subject_of(planned: Planned) -> Subject | None:
-    """Return how a model is run for its proof; None if none is wanted, or no adapter runs such a model.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjects:
+    """How a planned model is run; None where the run does without."""
+
+    proof: Subject | None = None
+    statistics: Subject | None = None
+    unproven: str | None = None
+    """Why there will be no proof although the manifest does not decline one."""
+
+
+def subjects_of(planned: Planned) -> Subjects:
+    """Return how a model is run for its proof and its statistics. `plan` and `compress` check a model here.
 
     Raises:
-        ProofError: a proof is required, and nothing tells how to run the model.
+        ProofError: A proof is required, and nothing tells how to run the model.
+        BuilderError: Its allocation needs statistics, and nothing tells how to run the model.
     """
-    if not planned.proof.wanted:
-        return None
     found = run_as(planned)
     if found is None and planned.proof.required:
         raise ProofError(f"a proof is required, and {NOT_RUN}")
-    return found
-
-
-NOT_RUN = "no adapter runs such a model; name its `adapter`, or the `builder` and `inputs` that run it"
+    if found is None and planned.takes_statistics:
+        raise BuilderError(f"`allocation: output` needs a model that runs, and {NOT_RUN}")
+    return Subjects(
+        proof=found if planned.proof.wanted else None,
+        statistics=found if planned.takes_statistics else None,
+        unproven=NOT_RUN if found is None and planned.proof.wanted else None,
+    )
 
 
 def run_as(planned: Planned) -> Subject | None:

@@ -246,7 +246,7 @@ def _proven(run: ModelRun) -> dict[str, Any]:
     """Return the result of a model's proof: this run's, or that of the version it left alone."""
     proof = run.passes.proof if run.passes else None
     if proof is None:
-        return {"proof": run.version.manifest.proof if run.version else None}
+        return {"proof": run.version.manifest.proof if run.version else None, "unproven": run.unproven}
     masks = base64.b64encode(proof.picture).decode() or None
     return {"proof": proof.record, "unproven": proof.missing or None, "masks": masks}
 

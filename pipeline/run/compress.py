@@ -16,11 +16,11 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.bases import find_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
-from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
+from birkhoff.pipeline.errors import ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_entry
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan
-from birkhoff.pipeline.proof.subject import NOT_RUN, run_as, subject_of
+from birkhoff.pipeline.proof.subject import subjects_of
 from birkhoff.pipeline.proof.task import ProofTask, Subject
 from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key
 from birkhoff.pipeline.registry.gc import retire
@@ -127,8 +127,7 @@ def _prepare(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> None:
     store = job.store
     try:
         run.planned = plan()
-        run.subject = subject_of(run.planned)
-        run.felt_as = _felt_as(run.planned)
+        run.subjects = subjects_of(run.planned)
         run.source_state = checkpoint_state(run.planned.checkpoint)
         run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         run.before = latest_version(store, run.name)
@@ -172,21 +171,11 @@ def _take_base(job: _Job, run: ModelRun, base: ModelRun) -> None:
         job.progress.planned(run.name, run.source_bytes, run.status, shards=len(run.planned.plan.shards))
 
 
-def _felt_as(planned: Planned) -> Subject | None:
-    """How a model is run for its statistics; None where it needs none. Raises BuilderError if nothing tells."""
-    if not planned.takes_statistics:
-        return None
-    found = run_as(planned)
-    if found is None:
-        raise BuilderError(f"{planned.entry.name}: `allocation: output` needs a model that runs, and {NOT_RUN}")
-    return found
-
-
 def _same(manifest: VersionManifest, run: ModelRun) -> bool:
     """Whether a version was made from the same bytes by the same recipe."""
     same = (manifest.source.sha256, manifest.code) == (run.source_sha256, birkhoff.__version__)
-    if run.felt_as is not None:
-        same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.felt_as)
+    if run.subjects.statistics is not None:
+        same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.subjects.statistics)
     return same and run.planned is not None and matches_plan(manifest, run.planned)
 
 
@@ -242,8 +231,9 @@ def _start(run: ModelRun, reuse: Reuse) -> list[Task]:
             hint_db=hint if isinstance(hint, float) else None,
         )
     describe = partial(_version_manifest, run, planned)
-    prove = None if run.subject is None else partial(_proof_task, planned, run.subject)
-    ask = None if run.felt_as is None else partial(_statistics_task, run, planned, run.felt_as, reuse)
+    proof, statistics = run.subjects.proof, run.subjects.statistics
+    prove = None if proof is None else partial(_proof_task, planned, proof)
+    ask = None if statistics is None else partial(_statistics_task, run, planned, statistics, reuse)
     run.passes = Passes(run.name, planned.plan, describe, terms=terms, reuse=reuse, prove=prove, ask=ask)
     return run.passes.start()
 

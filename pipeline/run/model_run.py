@@ -7,7 +7,7 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import FALLBACKS
 from birkhoff.pipeline.errors import failure_of
 from birkhoff.pipeline.plan.models import Planned
-from birkhoff.pipeline.proof.task import Subject
+from birkhoff.pipeline.proof.subject import Subjects
 from birkhoff.pipeline.registry.documents import FIGURES, ShardRecord
 from birkhoff.pipeline.registry.versions import Version
 from birkhoff.pipeline.run.passes import Passes
@@ -31,10 +31,8 @@ class ModelRun:
     version: Version | None = None
     before: Version | None = None
     """What `latest` pointed at when the run began."""
-    subject: Subject | None = None
-    """How it is run for its proof; None for a model that has none."""
-    felt_as: Subject | None = None
-    """How it is run for its statistics; None for a model whose targets are shared without."""
+    subjects: Subjects = field(default_factory=Subjects)
+    """How it is run for its proof and its statistics."""
     passes: Passes | None = None
     records: dict[int, ShardRecord] = field(default_factory=dict)
     reused: int = 0
@@ -71,10 +69,19 @@ class ModelRun:
             "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
             "target_db": manifest.recipe.get("target_db") if manifest else None,
             "passes": self.passes.count if self.passes else 0,
+            "unproven": self.unproven,
             "warnings": self.warnings(),
             "error": str(self.error) if self.error else None,
             "failure": failure_of(self.error) if self.error else None,
         }
+
+    @property
+    def unproven(self) -> str | None:
+        """Why this run could not prove the version, and how to get a proof; None if it did, or had none to make."""
+        if self.status != "published":
+            return None
+        proof = self.passes.proof if self.passes else None
+        return self.subjects.unproven if proof is None else proof.missing or None
 
     def felt(self) -> str | None:
         """By which statistics targets were shared, and where these come from; None where they were not needed."""
