@@ -1,9 +1,9 @@
-"""Estimate what a run would do and cost, from headers alone: for `birkhoff plan`.
+"""Estimate what a run would do and cost from headers alone, for `birkhoff plan`.
 
-Sizes follow from the targets: B dB cost about B/6.02 bits a weight, how far from that depends on the distribution of
-the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose decay and
-L1 term made sparse weights, and MiniLM-L6, whose weights are nearly Gaussian, the costliest shape there is. A budget's
-target is the one whose sizes fit. Times and memory are those of CPU workers on the machine that plans; a GPU is faster.
+Sizes follow from the targets: B dB cost about B/6.02 bits per weight, plus an offset that depends on the distribution
+of the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose weight decay
+and L1 term made its weights sparse, and MiniLM-L6, whose nearly Gaussian weights are the costliest. A budget's target
+is the one whose sizes fit. Times and memory are those of CPU workers on the planning machine; a GPU is faster.
 """
 
 import os
@@ -33,31 +33,32 @@ from birkhoff.pipeline.store.base import Store
 _DB_PER_BIT = 6.02
 
 _BITS_ABOVE = {True: (-0.73, 0.045), False: (-0.61, 0.24)}
-"""Bits a weight above B/6.02, with and without the path search: the demo, large matrices of MiniLM-L6; 27 to 36 dB."""
+"""Bits per weight above B/6.02, with and without the path search: the demo, and large matrices of MiniLM-L6, at 27
+to 36 dB."""
 
 _PAPER_BITS = 6.0, 9.2
-"""Bits a weight of the published codec, tensors that it leaves raw included."""
+"""Bits per weight of the published codec, including tensors that it leaves raw."""
 
 _MATCH_BITS = 3.3, 4.75
-"""Bits per weight of our codec at its error."""
+"""Bits per weight of our codec at the published codec's error."""
 
 _LOSSLESS = 0.88, 1.0
-"""Bytes that byte planes leave of float weights; integers stay what they are."""
+"""Bytes that remain of float weights in byte planes; integers do not shrink."""
 
 _ENTRY_BYTES = 30
-"""A tensor's part of headers, shard records and manifest."""
+"""Bytes of a tensor in headers, shard records and manifest."""
 
 _WEIGHTS_PER_SECOND = {True: 6e6, False: 2e7}
-"""Of one CPU worker, everything included, with and without the path search."""
+"""Throughput of one CPU worker in total, with and without the path search."""
 
 _START_SECONDS = 8.0
-"""Ray and the workers' imports."""
+"""Time for Ray and the workers' imports."""
 
 _PROCESS_BYTES = 450 << 20
-"""A process with torch and Ray loaded."""
+"""Memory of a process with torch and Ray loaded."""
 
 _SHARD_COPIES = 5
-"""Memory of a shard at work over its source bytes: source, coordinates, decoded tensor, probes."""
+"""Memory of a shard being encoded, over its source bytes: source, coordinates, decoded tensor, probes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,22 +81,22 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Based:
-    """A planned model with what is known of its base."""
+    """A planned model with its base."""
 
     planned: Planned
     label: str | None = None
     """The base; None without one."""
     share: float = 1.0
-    """Of the coded tensors' direct bytes, what they take as differences to it."""
+    """Bytes of the coded tensors as differences, as a fraction of their direct bytes."""
     note: str = ""
 
 
 BaseOf = Callable[[Planned, Version | None], Based]
-"""Finds a model's base; the version is its latest."""
+"""Finds a model's base; takes the model's latest version."""
 
 
 UnprovenOf = Callable[[Planned], str | None]
-"""Tells why a model cannot be proven, None if it can; raises what `compress` would raise about it."""
+"""Returns why a model cannot be proven, or None; raises what `compress` would raise about it."""
 
 
 def _no_base(planned: Planned, _: Version | None) -> Based:
@@ -183,7 +184,7 @@ def forecast(
 
 
 def _stored(planned: Planned, plan: ModelPlan, share: float) -> tuple[int, int]:
-    """Least and most bytes of the version; no more than a budget allows, which is kept or the model fails."""
+    """Return the least and most bytes of the version. A budget limits both, because the model fails otherwise."""
     files = sum(record.bytes for record in planned.file_records)
     low, high = (_model_bytes(plan, end, share) + files for end in (0, 1))
     limit = _limit(planned)
@@ -203,10 +204,10 @@ def _tensor_db(plan: ModelPlan) -> tuple[float, float] | None:
 
 
 def _fitting(planned: Planned) -> float:
-    """About the target that a budget will find, dB: the highest whole one whose sizes fit, or the lowest there is."""
+    """Return roughly the target that a budget will find, dB: the highest whole one whose sizes fit, or the lowest."""
     assert planned.budget is not None
     if planned.budget.by_output:
-        return START_DB  # which is where its search starts; headers do not tell where it ends
+        return START_DB  # its search starts there; headers do not tell where it ends
     limit, plan = planned.budget.limit(planned.checkpoint.nbytes), planned.plan
     grid = Grid.of(plan.profile)
     lowest = grid.target(lowest_step(plan, planned.budget.least_db))
@@ -238,7 +239,7 @@ def _tensor_bytes(item: TensorPlan, end: int) -> float:
 
 
 def status(manifest: VersionManifest | None, source_sha256: str | None, planned: Planned) -> str:
-    """Return what a run would find: `up to date`, `changed`, `new`, or `to be read` where no digest is remembered."""
+    """Return what a run would find: `up to date`, `changed`, `new`, or `to be read` if no digest is remembered."""
     if manifest is None:
         return "new"
     if not matches_plan(manifest, planned):
@@ -269,7 +270,7 @@ def plan_rows(
         try:
             rows.append(_plan_row(manifest, entry, plan, store, seen, base_of))
             errors.append(plan if isinstance(plan, BirkhoffError) else None)
-        except (ArtifactNotFoundError, ManifestError, SourceError, FormatError) as error:  # of its base
+        except (ArtifactNotFoundError, ManifestError, SourceError, FormatError) as error:  # an error of its base
             rows.append(_failed(manifest, entry, error))
             errors.append(error)
     return rows, errors
@@ -283,7 +284,7 @@ def _failed(manifest: Manifest, entry: ModelEntry, error: BirkhoffError) -> dict
 def _plan(
     manifest: Manifest, entry: ModelEntry, mirror: Path | None, unproven_of: UnprovenOf
 ) -> tuple[Planned, str | None] | NotDownloaded | BirkhoffError:
-    """Plan one model, and return why it cannot be proven with it."""
+    """Plan one model. Returns the plan, and why the model cannot be proven."""
     try:
         found = peek(entry.source, cache=source_cache(), mirror=mirror)
         if not isinstance(found, NotDownloaded):
@@ -321,14 +322,13 @@ def _plan_row(
     middle = (low + high) // 2
     searched = planned.budget is not None and planned.budget.by_output and _found(latest, planned) is None
     if searched and state != "up to date":
-        notes = [f"its dB are found by up to {PROBES} proofs; shown is what {START_DB:g} dB take, where they start"]
+        notes = [f"up to {PROBES} proofs search its target; the figures are for {START_DB:g} dB, where they start"]
     if planned.takes_statistics:
-        note = "targets of single tensors follow from what its outputs feel, which a run takes first"
-        notes.append(note)
+        notes.append("targets of single tensors follow from the sensitivity of its outputs, which a run measures first")
     if expected.retargeted_shards and planned.plan.profile.allocation == "header":
         notes.append(
-            f"{expected.retargeted_shards} of its shards have the tensors of another model, but targets of their own, "
-            "which follow from the mean of all its layers; `allocation: uniform` would share them"
+            f"{expected.retargeted_shards} of its shards have the tensors of another model but other targets, which "
+            "depend on the mean over all layers; `allocation: uniform` gives both the same"
         )
     if notes:
         row["note"] = "; ".join(notes)
@@ -356,7 +356,7 @@ def _plan_row(
 
 
 def _found(latest: Version | None, planned: Planned) -> float | None:
-    """Return the target in dB that the same budget has led to before, if it has."""
+    """Return the target in dB that the same budget led to before; None if it did not."""
     target = latest.manifest.recipe.get("target_db") if latest and matches_plan(latest.manifest, planned) else None
     return target if isinstance(target, float) else None
 

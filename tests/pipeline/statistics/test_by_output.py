@@ -236,7 +236,7 @@ def test_a_plan_says_that_a_run_takes_statistics_first(place: Place) -> None:
     (row,) = json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])
     assert row["status"] in ("up to date", "to be read")  # whether the digest of so young a file is remembered
     assert row["allocation"] == "output"
-    assert "follow from what its outputs feel" in row["note"]
+    assert "follow from the sensitivity of its outputs" in row["note"]
     assert row["predicted_tensor_db"] is None
     place.compress(f"{OUTPUT}, target_ratio: 5")
     (row,) = json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])
