@@ -78,7 +78,7 @@ class TestLinks:
         target.unlink(missing_ok=True)
         target.symlink_to(elsewhere if name == "files" else elsewhere / "version.json")
         before = sorted(path.name for path in elsewhere.iterdir())
-        with pytest.raises(OutputError, match=f"{name} is a symbolic link, which `pull` follows nowhere; remove"):
+        with pytest.raises(OutputError, match=f"{name} is a symbolic link, which `pull` never follows; remove"):
             fetch(store, "net", folder, cache)
         assert sorted(path.name for path in elsewhere.iterdir()) == before
         assert (elsewhere / "version.json").read_text() == "{}"

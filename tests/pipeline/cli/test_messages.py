@@ -47,7 +47,7 @@ def manifest(folder: Path, source: str = "net.safetensors") -> str:
             "inspect ./pulled/demo",
             "pulled/demo: no such folder; name one that `birkhoff pull` wrote, or a model: M",
         ),
-        ("inspect /etc/passwd", "/etc/passwd: is no folder; name one"),
+        ("inspect /etc/passwd", "/etc/passwd: not a folder; name one"),
         (
             "export . -o x.pth",
             "holds no manifest.json: not a folder of `birkhoff pull`; pull into it, or name",

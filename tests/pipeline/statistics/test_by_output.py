@@ -38,7 +38,7 @@ def test_a_version_is_made_says_so_and_is_up_to_date(place: Place) -> None:
     for name, gain in manifest.gains_db.items():
         assert rows[name]["nominal"] is True
         assert rows[name]["target_db"] == pytest.approx(30.0 + gain, abs=0.011)
-        assert rows[name]["why"] == "as the outputs feel it"
+        assert rows[name]["why"] == "by output sensitivity"
     assert not any(tensor["nominal"] for name, tensor in rows.items() if name not in CODED)
     assert "(balanced, allocation output)" in place.run("inspect", "net")[1]
     assert json.loads(place.run("history", "net", "--json")[1])[0]["allocation"] == "output"
