@@ -1,10 +1,10 @@
-"""What the outputs of a segmenter feel of its weights, on synthetic pictures: `codec.output` behind an adapter.
+"""The sensitivity of a segmenter's outputs to its weights, on synthetic pictures: `codec.output` behind an adapter.
 
-Outputs, each over its own norm: the image embedding, the logits of every mask token and the predicted IoUs, for boxes
-anywhere in the picture. The masks that several-mask prompts get count half of the single one, the IoUs a third of it:
-without them, what makes those masks would count as felt by nothing.
+The outputs, each divided by its norm, are the image embedding, the logits of every mask token and the predicted IoUs,
+for boxes anywhere in the picture. The masks of multi-mask prompts get half the weight of the single one, the IoUs a
+third. Without them, parameters that only affect those masks would seem to have no effect.
 
-Legend as in `adapters.base`: B pictures, K prompts for each, M masks a prompt, S the side of the model's input.
+Legend as in `adapters.base`: B pictures, K prompts per picture, M masks per prompt, S the side of the model's input.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,11 +24,11 @@ BOXES = 4
 """K."""
 
 KEPT_SIDE = 512
-"""Up to so many pixels of a model's side its whole graph is kept. That of SAM-H at 1024 takes 20 GB, this way 1.5."""
+"""Largest side of a model whose whole graph is kept. SAM-H's at 1024 takes 20 GB; recomputing takes 1.5."""
 
 OTHER_MASKS = 0.5
 IOU = 0.3
-"""Weights of outputs, that of the embedding and of the single mask being 1."""
+"""Weights of outputs, relative to the embedding and the single mask."""
 
 
 def statistics(
@@ -40,9 +40,9 @@ def statistics(
     probes: int,
     wanted: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Mean sensitivity of each parameter of a segmenter's model, by name; Hessians go to `keep`.
+    """Return the mean sensitivity of each parameter of a segmenter's model, by name; Hessians are passed to `keep`.
 
-    The same for the same model, seed and device. Arguments, result and errors else as in `gather`.
+    Deterministic for a model, seed and device. Other arguments, results and errors as in `gather`.
     """
     with recomputed(segmenter.blocks.values() if segmenter.side > KEPT_SIDE else ()):
         return gather(
@@ -58,19 +58,20 @@ def statistics(
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Of what these modules compute, backward passes keep the inputs alone: each then runs once more.
+    """Keep only the inputs of these modules for the backward pass, which runs each again.
 
-    So the graph of a whole encoder takes little more than that of its largest block.
+    The graph of a whole encoder then takes little more than that of its largest block.
     """
     with ExitStack() as stack:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.callback(delattr, block, "forward")  # the class's own is there again
+            stack.callback(delattr, block, "forward")  # restores the class's own method
         yield
 
 
 def outputs_of(segmenter: Segmenter, count: int, seed: int) -> Callable[[int], Outputs]:
-    """What runs a segmenter on each of so many synthetic pictures and gives its outputs, differentiable."""
+    """Return a function that runs a segmenter on one of `count` synthetic pictures and returns its differentiable
+    outputs."""
     drawn = synthetic_pictures(count, segmenter.side, seed)
     boxes = synthetic_boxes(count, BOXES, segmenter.side, seed + 1)
 
@@ -92,5 +93,5 @@ def outputs_of(segmenter: Segmenter, count: int, seed: int) -> Callable[[int], O
 
 
 def _tokens(name: str, masks: Tensor, weight: float) -> dict[str, tuple[float, Tensor]]:
-    """The logits [B, K, s, s] of each of M mask tokens."""
+    """Return the logits [B, K, s, s] of each of M mask tokens."""
     return {f"{name} {number}": (weight, token) for number, token in enumerate(masks.unbind(2))}
