@@ -340,7 +340,7 @@ def test_a_base_that_fails_is_the_error_of_what_waits_for_it(place: Place) -> No
     code, rows, err = place.compress()
     assert code != 0
     assert [row["status"] for row in rows] == ["failed", "failed", "published"]
-    assert "near: base: base was not published, so nothing can be a difference to it" in err
+    assert "near: base: base was not published, so no difference to it can be coded" in err
 
 
 def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:

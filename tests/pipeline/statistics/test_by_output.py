@@ -70,7 +70,7 @@ def test_what_was_done_is_said_in_a_line(place: Place) -> None:
     (place.folder / "m.yaml").write_text((place.folder / "m.yaml").read_text() + "    # another run\n")
     shutil.rmtree(place.folder / "store")
     err = place.run("compress", str(place.folder / "m.yaml"), "--executor", "inline")[2]
-    said = "net: targets follow from what its outputs feel on 3 of your batches with 4 probes each, "
+    said = "net: targets follow from the sensitivity of its outputs on 3 of your batches with 4 probes each, "
     assert f"{said}taken in " in err
     text = (place.folder / "m.yaml").read_text()
     (place.folder / "m.yaml").write_text(text.replace(OUTPUT, f"{OUTPUT}, profile: fine"))
