@@ -90,7 +90,7 @@ def find_base(store: Store, planned: Planned, before: Version | None, *, again: 
     """Return the base of a planned model in the store; None without one.
 
     The choice of `auto` is kept for later runs, so that a version does not change with what others publish; `again`
-    searches anew. `before` is the model's latest version.
+    searches again. `before` is the model's latest version.
 
     Raises:
         ArtifactNotFoundError: There is no such version.

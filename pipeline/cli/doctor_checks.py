@@ -70,7 +70,7 @@ def examine(store: str | None = None) -> Iterator[Finding]:
 def _python() -> Finding:
     found = f"{platform.python_implementation()} {platform.python_version()}, {sys.executable}"
     if sys.version_info < MINIMUM_PYTHON:
-        return _fails("python", found, "make the environment anew with Python 3.11 or newer")
+        return _fails("python", found, "create the environment again with Python 3.11 or newer")
     return Finding(check="python", state="ok", found=found)
 
 

@@ -386,7 +386,7 @@ class _Mark:
         except ObjectNotFoundError:
             return []
         except IntegrityError as error:
-            log.warning("%s; a run takes them anew", error)
+            log.warning("%s; a run measures them again", error)
             return []
         return [blob_key(hessian.blob) for hessian in record.hessians.values()]
 
@@ -437,7 +437,7 @@ class _Mark:
         return load_version(self._store, model, digest)  # its publisher has made a claim live, so the version is whole
 
     def _claims(self, model: str, digest: str) -> list[tuple[str, NameRecord, str]] | None:
-        """Return (name, record, tag) of each claim on a version, read anew; None if anything but claims refers to
+        """Return (name, record, tag) of each claim on a version, read again; None if anything but claims refers to
         it."""
         state, found = self._pointers.look().get(model, _Model()), []
         for name, (_, record) in state.names.items():

@@ -260,7 +260,7 @@ class TestPlantedShards:
             ran = self.compress(tmp_path, store, "--sign", str(tmp_path / "key"))
             assert ran.returncode == 0, ran.stderr
             assert "the stored shard" in ran.stderr
-            assert "is made anew" in ran.stderr
+            assert "is encoded again" in ran.stderr
             (shard,) = resolve(store, "m").manifest.shards
             assert shard.blob != planted
             found = birkhoff.load_state_dict("m", store.url, require_signature=[tmp_path / "key.pub"])["w.weight"]

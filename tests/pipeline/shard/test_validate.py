@@ -82,7 +82,7 @@ def test_a_nominal_target_holds_the_step_and_the_outputs_error_not_the_weights()
     with pytest.raises(ValidationError, match=r"'w' is stored with the step .*, 14\.2 dB mean "):
         validate_shard(blob, sources, other, CPU, lambda _: hessian)
     # Held against another model's Hessian the same bytes are worse than rounding.
-    with pytest.raises(ValidationError, match="'w' came back with a greater error of its outputs than plain rounding"):
+    with pytest.raises(ValidationError, match="'w' came back with a greater output error than plain rounding"):
         validate_shard(blob, sources, NOMINAL, CPU, lambda _: torch.eye(96))
 
 

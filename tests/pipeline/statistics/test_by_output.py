@@ -186,7 +186,7 @@ def test_statistics_that_break_in_the_middle_fail_the_model_by_name(
         patched.setattr(passes.Passes, "take", breaks)
         code, (row,), err = place.compress(OUTPUT)
     assert (code, row["status"]) == (11, "failed")
-    assert "the Hessian of '2.weight', has gone since the run began; run again" in err
+    assert "the Hessian of '2.weight', was deleted since the run began; run again" in err
     assert not place.files("models/net/names/*")
     assert place.compress(OUTPUT)[0] == 0
 
