@@ -136,7 +136,7 @@ def compress(
         raise run.error
     for warning in run.warnings():
         _warn(f"{name}: {warning}")
-    assert run.version is not None  # because the run ended without an error
+    assert run.version is not None  # the run ended without an error
     return run.version
 
 
