@@ -29,7 +29,7 @@ FOLDER_VARIABLE = "BIRKHOFF_RUN_LOG"
 """Environment variable that tells worker processes the folder of the run's trace."""
 
 KEPT_TRACES = 20
-"""Most traces kept on this machine."""
+"""Maximum number of traces kept on this machine."""
 
 _TAIL_BYTES = 8192
 

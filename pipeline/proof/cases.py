@@ -20,7 +20,7 @@ SEED = 0x9B00F
 
 PICTURES = 3
 SHAPES = 1
-"""Pictures of each kind. With four, each model's encoder runs four times, which is nearly the whole cost of a proof."""
+"""Pictures of each kind. Each model's encoder runs on all four, which is nearly the whole cost of a proof."""
 
 BOXES, POINTS = 6, 2
 """Prompts per picture."""
@@ -30,7 +30,7 @@ MOST_SIDE = 512
 enlarges the picture."""
 
 OWN_PICTURES = 32
-"""Most pictures taken from the user's folder, in order of their names."""
+"""Maximum number of pictures taken from the user's folder, in order of their names."""
 
 OWN_SIDE = 1024
 """Longer side in pixels to which the user's pictures are reduced: the input of the largest models."""

@@ -7,7 +7,7 @@ from birkhoff.pipeline.report.document import ChangeRecord, TensorChange
 from birkhoff.pipeline.store.base import Store
 
 LISTED = 40
-"""Most changed tensors that a report names."""
+"""Maximum number of changed tensors that a report names."""
 
 _MOST_BYTES = 128 << 20
 """Stored bytes up to which tensors are compared one by one. Beyond it, only whole shards are counted."""

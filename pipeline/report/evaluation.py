@@ -9,7 +9,7 @@ from birkhoff.pipeline.segment.evaluate import worst_first
 from birkhoff.pipeline.text import fixed
 
 WORST = 20
-"""Most pictures shown, those with the worst agreement first."""
+"""Maximum number of pictures shown, worst agreement first."""
 
 
 def page(found: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from birkhoff.pipeline.text import fixed, shape, short, size
 
 _HERE = Path(__file__).parent
 _OPEN_MODELS = 3
-"""Most models whose sections start open."""
+"""Maximum number of models whose sections start open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

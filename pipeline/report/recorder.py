@@ -35,7 +35,7 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.report")
 
 SLOWEST = 20
-"""Most shards that a report lists as slowest."""
+"""Number of slowest shards that a report lists."""
 
 _THREADS = 8
 """How many headers are read in parallel."""

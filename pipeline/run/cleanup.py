@@ -30,8 +30,8 @@ _WATCH_SECONDS = 0.25
 """Time between two scans while the driver lives. One scan takes some milliseconds."""
 
 _SETTLED_SECONDS = 10.0
-"""After a driver was killed, how long no process must be found: one that was just starting has no mark yet. On a
-loaded machine 3 s were too few."""
+"""After a driver was killed, the time without any marked process after which cleanup ends. A process that was just
+starting has no mark yet; on a loaded machine 3 s were too few."""
 
 _ORDERLY = b"q"
 

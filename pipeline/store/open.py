@@ -61,7 +61,7 @@ def _needs(library: str, extra: str) -> Iterator[None]:
 def wrapped(store: Store) -> Store:
     """Wrap a networked store: transient failures are retried, conditions are sent if the store honours them.
 
-    The minimum throughput is no wrapper, because only the socket sees bytes arrive (`least_speed`).
+    The minimum throughput is not a wrapper, because only the socket sees bytes arrive (`least_speed`).
     """
     from birkhoff.pipeline.store.conditions import ConditionalStore
     from birkhoff.pipeline.store.retry import RetryingStore
