@@ -412,7 +412,7 @@ def parse(blob: bytes | memoryview) -> list[CodedTensor]:
 def _json_end(start: bytes | memoryview) -> int:
     """Return the bytes of the length field and the JSON after it. Raises FormatError."""
     if len(start) < 8:
-        raise FormatError(f"container is truncated: {len(start)} bytes are no header")
+        raise FormatError(f"container is truncated: {len(start)} bytes are too few for a header")
     size = int(struct.unpack("<Q", start[:8])[0])
     if not 2 <= size <= MAX_HEADER_BYTES:
         raise FormatError(f"container header declares {size} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
@@ -454,7 +454,7 @@ def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
         header = strict_json.parse(text[8:])
         "".join(header if isinstance(header, dict) else ()).encode()  # refuses lone surrogates, which JSON allows
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"container header is no JSON: {error}") from None
+        raise FormatError(f"container header is not JSON: {error}") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("container header has no metadata of strings: not a birkhoff container")
@@ -518,9 +518,9 @@ def _unpack_index(frame: bytes) -> dict[str, str]:
     except zstandard.ZstdError as error:
         raise FormatError(f"container's index is corrupt: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"container's index is no JSON: {error}") from None
+        raise FormatError(f"container's index is not JSON: {error}") from None
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
-        raise FormatError("container's index is no object of strings")
+        raise FormatError("container's index is not an object of strings")
     return entries
 
 
@@ -615,7 +615,7 @@ def _offsets(name: str, offsets: object, size: int) -> tuple[int, int]:
         begin, end = offsets
         if 0 <= begin <= end <= size:
             return begin, end
-    raise FormatError(f"tensor {name!r}: offsets {offsets!r} are no place in a file")
+    raise FormatError(f"tensor {name!r}: offsets {offsets!r} are not positions in a file")
 
 
 def _number(tokens: Mapping[str, str], key: str) -> int:

@@ -107,7 +107,7 @@ def check_tensor(path: Path, name: str, dtype: str, shape: Sequence[int], stride
     """
     label = f"{path}: tensor {shown(name)}"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise SourceError(f"{label} has a name that is no valid text; the file is forged")
+        raise SourceError(f"{label} has a name that is not valid text; the file is forged")
     if dtype not in DTYPES:
         raise SourceError(f"{label} is {dtype}, expected a dense real dtype; convert it and save again")
     if len(shape) > _MAX_DIMS:

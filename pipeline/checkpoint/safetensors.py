@@ -113,7 +113,7 @@ def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
     except strict_json.DuplicateKeyError as error:
         raise SourceError(f"{path}: header: a key occurs twice; the file is forged") from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: header is no valid JSON ({first_line(error)}); download it again") from error
+        raise SourceError(f"{path}: header is not valid JSON ({first_line(error)}); download it again") from error
     if not isinstance(parsed, dict):
         raise SourceError(f"{path}: header is a JSON {type(parsed).__name__}, expected an object; save it again")
     return parsed

@@ -135,9 +135,9 @@ def click_of(entry: Row, size: tuple[int, int]) -> list[float] | None:
     try:
         x, y = numbers(given[0], 2)
     except (TypeError, KeyError, ValueError):
-        raise UnusableError("a click that is no pixel of the picture") from None
+        raise UnusableError("a click outside the picture") from None
     if not (0 <= x < size[1] and 0 <= y < size[0]):
-        raise UnusableError("a click that is no pixel of the picture", f"{x:g}, {y:g}")
+        raise UnusableError("a click outside the picture", f"{x:g}, {y:g}")
     return [x, y]
 
 

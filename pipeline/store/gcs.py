@@ -180,7 +180,7 @@ class GcsStore(SigningStore):
         """See Store."""
         check_key(key)
         if not tag.isdecimal():
-            raise PreconditionError(f"replace {self.url}/{key}: {tag[:80]!r} is no generation; read it again")
+            raise PreconditionError(f"replace {self.url}/{key}: {tag[:80]!r} is not a generation; read it again")
         return self._write("replace", key, body, generation=int(tag))
 
     def touch(self, key: str) -> None:

@@ -204,7 +204,7 @@ INDEXES = {
     "more behind": (two(AB + b"!", b"ab"), "index is corrupt"),
     "truncated": (two(AB[:-1], b"ab"), "index is corrupt"),
     "no frame": (two(b"not zstd", b"ab"), "index is corrupt"),
-    "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is no JSON"),
+    "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is not JSON"),
     "a list": (two(packed([1]), b"ab"), "no object of strings"),
     "numbers": (two(packed({"w": 2}), b"ab"), "no object of strings"),
     "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "no JSON"),
