@@ -21,7 +21,7 @@ class Document(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     def to_bytes(self) -> bytes:
-        """Return compact JSON in field order: equal documents are equal bytes."""
+        """Return compact JSON in field order, so equal documents give equal bytes."""
         data = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 

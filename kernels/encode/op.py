@@ -36,7 +36,7 @@ _TRIES = 12
 def quantise(weight_RK: Tensor, step: float) -> tuple[LatticeTensor, Fidelity]:
     """Return what `lattice.quantise` does, and the error of the result decoded to the weights' dtype, in one pass.
 
-    Indices and escapes equal the codec's. The sums of the `Fidelity` are rounded differently.
+    Indices and escapes are equal to the codec's. The sums in the `Fidelity` may differ by rounding.
     """
     if not _triton_takes(weight_RK):
         code = lattice.quantise(weight_RK, step)

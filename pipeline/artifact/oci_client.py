@@ -172,7 +172,7 @@ class Registry:
         return self._location(response)
 
     def _location(self, response: requests.Response) -> str:
-        """Return the URL at which an upload continues; never on another host, which would get the credentials."""
+        """Return the URL at which an upload continues. Refuses another host, which would get the credentials."""
         place = urljoin(response.url, response.headers.get("Location", ""))
         here, there = urlsplit(response.url), urlsplit(place)
         if (here.scheme, here.netloc) != (there.scheme, there.netloc):

@@ -64,7 +64,7 @@ def sign_folder(folder: Path, signer: OmsKey) -> Path:
                 private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
             )
         config.sign(folder, target)
-    # The package passes on errors of its libraries: keys, certificates, files, JSON, base64.
+    # Errors of many libraries: keys, certificates, files, JSON, base64.
     except Exception as error:
         log.debug("%s", error, exc_info=True)
         raise TrustError(

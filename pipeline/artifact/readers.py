@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADER_GUESS = 256 << 10
-"""Bytes of a container that are read first, to get its header."""
+"""Bytes that are read first from a container, usually enough for its header."""
 
 _HEADERS_AHEAD = 8
 """Headers read ahead."""

@@ -37,7 +37,7 @@ def check_profile(name: str) -> str:
 
 
 def wrong(key: str, message: str) -> PydanticCustomError:
-    """Return an error about one key of a mapping; `manifest` adds its line."""
+    """Return an error about one key of a mapping. `manifest` adds the key's line number."""
     # In the context instead of the text, because pydantic interprets braces in the text.
     return PydanticCustomError("key", "{message}", {"key": key, "message": message})
 

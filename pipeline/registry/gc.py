@@ -82,7 +82,7 @@ KINDS: tuple[Kind, ...] = ("name", "version", "shard", "statistics", "blob", "ru
 
 DEFAULT_GRACE = timedelta(days=7)
 DEFAULT_KEEP_RUNS = 100
-"""Runs whose reports are kept, whatever their age."""
+"""Number of newest runs whose reports are kept, whatever their age."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

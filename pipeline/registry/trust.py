@@ -86,7 +86,8 @@ def check_signatures(
 ) -> None:
     """Check that one of the keys has signed this version under this name; under any name if `name` is None.
 
-    If `trust` names no store, signatures for any store count: for a folder or the cache, `pull` has checked the store.
+    If `trust` names no store, signatures for any store are accepted, because `pull` has checked the store of what is in
+    a folder or the cache.
 
     Raises:
         TrustError: None of the keys has. The message says what was signed instead.

@@ -113,7 +113,7 @@ class ModelRecord(Document):
     allocation: str | None = None
     """How the target was divided among tensors."""
     base: str | None = None
-    """The version that tensors could be coded as differences to: `sam-b@v3`."""
+    """The base version, to which tensors may be coded as differences: `sam-b@v3`."""
     base_bytes: int | None = None
     """Bytes of that version that readers need too."""
     status: Status
@@ -165,7 +165,7 @@ class Totals(Document):
     failed: int = 0
     source_bytes: int = 0
     stored_bytes: int = 0
-    """Sum over the models, without sharing between them."""
+    """Sum over the models. A shard that models share counts for each."""
     unique_bytes: int = 0
     """Bytes of distinct shards: what the models take together, as equal shards are stored once."""
     new_bytes: int = 0

@@ -39,7 +39,7 @@ class UnusableError(Exception):
 
 
 class Skipped:
-    """The items that an evaluation left out, each once, by kind and reason."""
+    """Collects the items that an evaluation skipped, by kind and reason. An item counts once."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Kind, str], dict[str, None]] = {}

@@ -68,7 +68,7 @@ class _LinkError(OSError):
 
 
 class DirectoryStore(Store):
-    """The store under `root`, which the first write creates. Raises StoreError if `root` is a file."""
+    """A store in the folder `root`, which the first write creates. Raises StoreError if `root` is a file."""
 
     def __init__(self, address: StoreAddress, root: Path) -> None:
         super().__init__(address)

@@ -52,7 +52,7 @@ class Pace:
 
 
 class PacedResponse(http.client.HTTPResponse):
-    """An answer with a minimum throughput. Code that reads from the socket itself continues `pace`."""
+    """An answer with a minimum throughput. Code that reads from the socket directly must use `pace` too."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, seconds: float, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)

@@ -5,8 +5,8 @@ its own body and has succeeded. Transient are: no answer, a conflict of two writ
 own checksum. All other errors are permanent. The clients below send each request once (`s3.connect`), so `attempts` of
 the settings is the total number of tries.
 
-Listings are not repeated here: a listing is many requests, and only its store knows where it stopped. Stores repeat
-each page with `persist`, under the same policy.
+Listings are not repeated here: a listing takes many requests, and only its store knows where it stopped. So stores
+call `persist` for each page, which applies the same policy.
 """
 
 import logging
