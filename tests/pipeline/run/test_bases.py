@@ -360,7 +360,7 @@ def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
     (("name: a, source: x, base: b", "name: b, source: y, base: c", "name: c, source: z"), "",
      "models[0].base: 'b' has a base itself, and differences have no chains"),
     (("name: a, source: x, base: b",), "target_ratio: 7", "models[0].base: budgets do not support"),
-    (("name: a, source: x, base: b",), "profile: paper", "models[0].base: profile 'paper' does not support differences"),
+    (("name: a, source: x, base: b",), "profile: paper", "base: profile 'paper' does not support differences"),
     (("name: a, source: x, base: b",), "allocation: output", "`allocation: output` promises none"),
     (("name: a, source: x, base: '@v1'",), "", "is no MODEL[@VERSION|ALIAS|DIGEST], nor `auto`"),
 ])  # fmt: skip
