@@ -51,11 +51,11 @@ def renamed(name: str) -> Header:
 
 
 HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "utf-16": (lambda: json.dumps(RAW).encode("utf-16-le"), "no JSON"),
-    "byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(RAW).encode(), "no JSON"),
-    "lone surrogate": (lambda: json.dumps(renamed("a\ud800")).encode(), "no JSON"),
+    "utf-16": (lambda: json.dumps(RAW).encode("utf-16-le"), "not JSON"),
+    "byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(RAW).encode(), "not JSON"),
+    "lone surrogate": (lambda: json.dumps(renamed("a\ud800")).encode(), "not JSON"),
     "key twice": (lambda: json.dumps(RAW).replace('"w": "codec', '"w": "", "w": "codec').encode(), "appears twice"),
-    "nested": (lambda: b"[" * 100_000, "no JSON"),
+    "nested": (lambda: b"[" * 100_000, "not JSON"),
     "version 01": (lambda: json.dumps(RAW).replace('": "1"', '": "01"').encode(), "does not say its format version"),
 }
 
@@ -205,9 +205,9 @@ INDEXES = {
     "truncated": (two(AB[:-1], b"ab"), "index is corrupt"),
     "no frame": (two(b"not zstd", b"ab"), "index is corrupt"),
     "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is not JSON"),
-    "a list": (two(packed([1]), b"ab"), "no object of strings"),
-    "numbers": (two(packed({"w": 2}), b"ab"), "no object of strings"),
-    "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "no JSON"),
+    "a list": (two(packed([1]), b"ab"), "not an object of strings"),
+    "numbers": (two(packed({"w": 2}), b"ab"), "not an object of strings"),
+    "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "not JSON"),
     "begins late": (two(AB, b"ab", begin=1), "lie at bytes 1 and"),
     "too few streams' bytes": (two(AB, b"abc"), "holds 3 bytes of data, its tensors take 2"),
     "a third stored tensor": (two(AB, b"ab", x={}), "version 2 has 'index' and 'data' alone"),

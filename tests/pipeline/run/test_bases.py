@@ -361,7 +361,7 @@ def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
      "models[0].base: 'b' has a base itself, and differences have no chains"),
     (("name: a, source: x, base: b",), "target_ratio: 7", "models[0].base: budgets do not support"),
     (("name: a, source: x, base: b",), "profile: paper", "base: profile 'paper' does not support differences"),
-    (("name: a, source: x, base: b",), "allocation: output", "`allocation: output` promises none"),
+    (("name: a, source: x, base: b",), "allocation: output", "`allocation: output` has none"),
     (("name: a, source: x, base: '@v1'",), "", "is no MODEL[@VERSION|ALIAS|DIGEST], nor `auto`"),
 ])  # fmt: skip
 def test_what_goes_with_no_base_is_refused_by_its_key(
