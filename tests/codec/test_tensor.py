@@ -354,7 +354,7 @@ FORGERIES = {
     "another path": (lambda b: with_index(b, b"path=", b"path=3"), "parameter path is"),
     "too few bytes": (lambda b: with_index(b, b"parts=", b"parts=9,"), "bytes of data, its tensors take"),
     "hole": (lambda b: b + b"\0", "its header declares"),
-    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), "offsets None are no place"),
+    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), "offsets None are not positions"),
 }
 
 
