@@ -103,7 +103,7 @@ def test_hessians_come_from_the_store_whole_or_are_named() -> None:
     packed = pack(hessian)
     decided = {"w": replace(NOMINAL["w"], hessian=sha256(packed)), "v": replace(NOMINAL["w"], hessian=None)}
     sources["v"] = sources["w"]
-    with pytest.raises(IntegrityError, match=r"the Hessian of 'w', has gone .*; run again: the model's statistics are"):
+    with pytest.raises(IntegrityError, match=r"the Hessian of 'w', was deleted .*; run again: the model's"):
         Hessians(store, sources, decided, CPU).of("w")
     store.create(blob_key(sha256(packed)), packed)
     hessians = Hessians(store, sources, decided, CPU)
