@@ -71,7 +71,7 @@ plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers on
 	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
 
 pull: $(READY) ## Fetch and check MODEL=[@REF] into pulled/MODEL.
-	$(call needs,MODEL)$(BIN)/birkhoff pull $(MODEL) --output pulled/$(MODEL) $(ARGS)
+	$(call needs,MODEL)$(BIN)/birkhoff pull $(MODEL) $(ARGS)
 
 verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte.
 	$(call needs,MODEL)$(BIN)/birkhoff verify $(MODEL) $(ARGS)
@@ -96,6 +96,7 @@ bench: $(READY) ## Run the benchmarks (PART=codec, ... for one part).
 	$(BIN)/python -m tests.harness.benchmarks $(PART) $(ARGS)
 
 docs: $(READY) ## Build the site in docs/_build/html; a warning is an error (BUILDER=linkcheck: ask links to elsewhere).
+	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b $(or $(BUILDER),html) -c docs . docs/_build/$(or $(BUILDER),html) $(ARGS)
 
 fuzz: $(READY) ## Fuzz one parser: TARGET= (`list` names them), SECONDS=.

@@ -1,12 +1,12 @@
 """Predict a tensor's compressed size at every target from one histogram, to solve budgets with.
 
-One fine histogram of the weights per context group (see `contexts`) holds all of it. For a step h its bins are merged
-to the symbols round(w / h), which gives the error, the entropy and the escapes of that step at once, and so a curve of
-bytes over dB; nothing is encoded. The trellis is taken for what it is worth: paths at the error of single nodes of
-step h cost what single nodes of twice `rate.path_step` times h cost. On trained
-weights the sum over a model lies within about half a percent of what the encoder then makes.
+The input is one fine histogram of the weights per context group (see `contexts`). For a step h its bins are merged to
+the symbols round(w / h), which gives the error, the entropy and the escapes of that step. Over several steps this gives
+a curve of bytes over dB, without encoding anything. A trellis path at the error of single nodes of step h costs as much
+as single nodes of 2 h * `rate.path_step`. On trained weights the sum over a model is within about 0.5 % of the
+encoder's bytes.
 
-Shapes: R = rows, K = columns, P = pairs a row, G = groups, B = fine bins, S = steps tried, T = knots of a grid.
+Shapes: R = rows, K = columns, P = pairs per row, G = groups, B = fine bins, S = steps tried, T = knots of a grid.
 """
 
 import math
@@ -29,53 +29,53 @@ from birkhoff.codec.trajectory import HIGH
 Floats = npt.NDArray[np.float64]
 
 GRID_DB = 0.05
-"""Targets that a budget chooses from lie so far apart."""
+"""Distance in dB between the targets that a budget chooses from."""
 
 _FINE_DB = 54.0
-"""SQNR of the fine histogram: far above every target."""
+"""SQNR of the fine histogram, far above every target."""
 
 _MOST_BINS = 1 << 14
-"""Fine bins on each side; what lies beyond, 100 times the root mean square, is an escape at any target."""
+"""Fine bins on each side. Weights beyond them, above 100 times the root mean square, are escapes at any target."""
 
 _LEVELS_DB = 30.0
-"""Target at which the context groups are formed; they hardly depend on it."""
+"""Target at which the context groups are formed. The groups hardly depend on it."""
 
 _STEPS_DB: Floats = np.arange(TARGET_DB_RANGE[0] - 4.5, TARGET_DB_RANGE[1] + 3, 1.5)
 """S: steps tried, as the SQNR that a fine step of that size would have."""
 
 _EXCESS_DB = 0.03
-"""What the encoder stays above its target on average."""
+"""By how much the encoder exceeds its target on average."""
 
 _ENTROPY_BITS = (0.0, 2.5, 3.0, 5.0, 6.0, 8.0)
 _EXTRA_BITS = (0.001, 0.0015, 0.002, 0.0065, 0.009, 0.009)
-"""What a stream takes a symbol above its entropy, because frequencies are rounded to 4096ths: measured on Gaussian and
-Laplacian planes."""
+"""Bits per symbol above the entropy, because frequencies are rounded to 4096ths: measured on Gaussian and Laplacian
+planes."""
 
 _TABLE_BYTES = (6.0, 0.35)
-"""Of a code table, and of each symbol in it."""
+"""Bytes of a code table, and of each symbol in it."""
 
 _STREAM_BYTES = 5.0
-"""Of a stream besides, its length in the index included."""
+"""Other bytes of a stream, including its length in the index."""
 
 _ENTRY_BYTES = 15
-"""A tensor's entry in the packed index."""
+"""Bytes of a tensor's entry in the packed index."""
 
 _SAMPLE = 1 << 18
 """Weights that are binned, in whole rows spread over the matrix."""
 
 _LEAST_ROWS = 8
-"""Rows from which context groups can pay."""
+"""Least number of rows for which context groups can pay."""
 
 _CHUNK = 1 << 20
-"""Weights looked at together."""
+"""Weights processed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Planes:
-    """Fine histograms of a sample of both planes: counts [G, B], bin b lies at (b - B // 2) * `step`.
+    """Fine histograms of a sample of both planes: counts [G, B], with bin b at (b - B // 2) * `step`.
 
-    `sizes` [G] are the symbols of each group of the whole, `spread` [B] those of each bin, `rms` is that of the whole
-    too, of its bulk.
+    `sizes` [G] are the symbols of each group of the whole tensor, `spread` [B] are the whole tensor's symbols of each
+    bin, and `rms` is the root mean square of its bulk.
     """
 
     counts: Floats
@@ -88,9 +88,9 @@ class _Planes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """The targets that a budget can choose from: every `GRID_DB` from `low` to `high`, whole numbers of dB.
+    """The targets that a budget can choose from: every `GRID_DB` from `low` to `high`, which are whole numbers of dB.
 
-    Sizes are estimated at the whole dB, the `knots` [T], and are as good as straight between them.
+    Sizes are estimated at the whole dB, the `knots` [T], and interpolated linearly between them.
     """
 
     low: float
@@ -104,30 +104,31 @@ class Grid:
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Targets at which `sizes` are estimated, dB."""
+        """Targets in dB at which `sizes` are estimated."""
         return tuple(np.arange(self.low, self.high + 1).tolist())
 
     def target(self, step: int) -> float:
-        """Target of a step of the grid, dB; step 0 is the lowest."""
+        """Return the target in dB of a step of the grid. Step 0 is the lowest."""
         return round(self.low + step * GRID_DB, 2)
 
     def step(self, target_db: float) -> int:
-        """Return the step nearest to a target."""
+        """Return the step nearest to a target in dB."""
         return round((min(max(self.low, target_db), self.high) - self.low) / GRID_DB)
 
     def steps(self, db: float) -> int:
-        """Steps that lie within so many dB."""
+        """Return the number of steps in so many dB."""
         return round(db / GRID_DB)
 
     def fill(self, at_knots: Floats) -> Floats:
-        """Sizes at every step from those at the knots, [T]; they never fall."""
+        """Return the sizes at every step from those at the knots, [T]. They never decrease."""
         steps = self.steps(self.high - self.low) + 1
         found: Floats = np.interp([self.target(step) for step in range(steps)], self.knots, at_knots)
         return np.maximum.accumulate(found)
 
 
 def highest(sizes: Floats, limit: float) -> int | None:
-    """The step with the most bytes within `limit`, of rising sizes; of equal ones the lowest. None if none fits."""
+    """Return the step with the most bytes within `limit`, the lowest of equals; None if none fits. `sizes` must not
+    decrease."""
     if sizes[0] > limit:
         return None
     last = int(np.searchsorted(sizes, limit, side="right")) - 1
@@ -135,16 +136,16 @@ def highest(sizes: Floats, limit: float) -> int | None:
 
 
 def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[float]) -> Floats:
-    """Return bytes of a stored tensor at each of some targets in dB, its entry in the header included: [T].
+    """Return the bytes of a stored tensor at each target in dB, including its entry in the header: [T].
 
-    Lossless tensors are measured, not estimated: all their sizes are the same.
+    Lossless tensors are measured, not estimated, so all their sizes are equal.
 
     Args:
-        tensor: of any shape and stored dtype, on the CPU.
-        decision: for codec `lattice`, or lossless; its own target is ignored.
+        tensor: Of any shape and stored dtype, on the CPU.
+        decision: For codec `lattice`, or lossless. Its own target is ignored.
 
     Raises:
-        TensorError: as `encode_tensor`.
+        TensorError: As `encode_tensor`.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     reason = None if decision.action == "lossless" else fallback(matrix)
@@ -156,7 +157,7 @@ def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[fl
 
 
 def _histograms(matrix_RK: Tensor) -> _Planes:
-    """Weights binned by plane and context group; groups as the encoder would form them at `_LEVELS_DB`."""
+    """Bin the weights by plane and context group, with the groups that the encoder would form at `_LEVELS_DB`."""
     weights = matrix_RK.numel()
     energy = sum(float(part.to(torch.float32).square().sum()) for part in _bands(matrix_RK))
     rms = math.sqrt(bulk(matrix_RK, energy).energy / weights)
@@ -184,17 +185,17 @@ def _histograms(matrix_RK: Tensor) -> _Planes:
 
 
 def _bands(matrix_RK: Tensor) -> tuple[Tensor, ...]:
-    """Runs of rows small enough for float32 copies."""
+    """Return runs of rows small enough for float32 copies."""
     return tuple(torch.split(matrix_RK, max(1, _CHUNK // matrix_RK.shape[1])))
 
 
 def _step(rms: float, db: float) -> float:
-    """Step of single nodes at an SQNR where it is fine."""
+    """Return the step of single nodes for a high SQNR."""
     return math.sqrt(12) * rms * 10 ** (-db / 20)
 
 
 def _levels(matrix_RK: Tensor, step: float) -> tuple[contexts.Bytes, contexts.Bytes]:
-    """Levels of the rows, and of the columns of both planes, from the mean squares of their symbols."""
+    """Return the levels of the rows, and of the columns of both planes, from the mean squares of their symbols."""
     rows, pairs = matrix_RK.shape[0], pairs_per_row(matrix_RK.shape[1])
     if rows < _LEAST_ROWS:
         return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8)
@@ -208,7 +209,7 @@ def _levels(matrix_RK: Tensor, step: float) -> tuple[contexts.Bytes, contexts.By
 
 
 def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, path: bool) -> Floats:
-    """Return bytes of the streams at each target."""
+    """Return the bytes of the streams at each target."""
     weights = matrix_RK.numel()
     steps = np.array([_step(planes.rms, db) for db in _STEPS_DB])
     reached, coded, *escapes = np.array([_at_step(planes, step) for step in steps]).T
@@ -225,7 +226,7 @@ def _curve(planes: _Planes, targets_db: Sequence[float], matrix_RK: Tensor, *, p
     pairs = matrix_RK.shape[0] * pairs_per_row(matrix_RK.shape[1])
     symbol = wanted - math.log(2 * rate.path_step(pairs))
     paths = at(coded, symbol) + at(escapes[0], symbol) * ESCAPE_BITS / 8
-    escaped = np.expm1(at(np.log1p(escapes[1]), symbol))  # by orders of magnitude: straight between them it is too many
+    escaped = np.expm1(at(np.log1p(escapes[1]), symbol))  # it varies by orders of magnitude, so interpolate its log
     return np.where(escaped > MOST_ESCAPED * pairs, single, paths)
 
 
@@ -247,13 +248,14 @@ def _at_step(planes: _Planes, step: float) -> tuple[float, float, float, float]:
 
 
 def _stream_bytes(counts: Floats, symbols: float) -> float:
-    """Bytes of a stream of so many symbols, `counts` being the histogram of a sample: entropy and the code's excess."""
+    """Return the bytes of a stream of so many symbols, from a sample's histogram `counts`: entropy and the code's
+    excess."""
     used = counts[counts > 0]
     sampled = float(used.sum())
     if not sampled:
         return 0.0
     bits = math.log2(sampled) - float(used @ np.log2(used)) / sampled
-    bits += (len(used) - 1) / (2 * sampled * math.log(2))  # what a histogram of few samples lacks (Miller and Madow)
+    bits += (len(used) - 1) / (2 * sampled * math.log(2))  # Miller-Madow correction for few samples
     bits += float(np.interp(bits, _ENTROPY_BITS, _EXTRA_BITS))
     table = _TABLE_BYTES[0] + _TABLE_BYTES[1] * len(used) + rans.encoded_bytes(round(symbols))
     return min(symbols * bits / 8 + table, symbols) + _STREAM_BYTES

@@ -1,9 +1,9 @@
 """The artifact container: a safetensors file whose index says how each tensor is coded (see FORMAT.md).
 
-Every tensor of the source has one entry in the index, in the source's order. Version 2 keeps the index as one zstd
-frame and all streams behind it, in the same order; version 1, which is read for ever and written no more, has the
-entries in the file's metadata and a stored tensor for each. Version 3 is version 2 with differences to tensors of other
-containers, and is written for nothing else.
+Every tensor of the source has one entry in the index, in the source's order. Version 2 stores the index as one zstd
+frame, followed by all streams in the same order. Version 1, which will always be read but is no longer written, has the
+entries in the file's metadata and a stored tensor for each. Version 3 is version 2 plus differences to tensors of other
+containers, and is written only for those.
 """
 
 import json
@@ -23,60 +23,61 @@ from birkhoff.codec.dtype_names import width_of_code
 from birkhoff.codec.errors import BaseError, FormatError, VersionError
 
 FORMAT_VERSION = 2
-"""What is written of tensors that stand for themselves, and of the streams of all."""
+"""The version written for containers without differences, and the version of the streams in all containers."""
 
 DIFFERENCE_VERSION = 3
-"""Of containers that hold a difference, which readers of version 2 must refuse; every version up to it is read."""
+"""The version of containers with differences, which readers of version 2 must refuse. Every version up to it is
+read."""
 
 VERSION_KEY = "__birkhoff__"
 
 MAX_HEADER_BYTES = 64 << 20
-"""Bound on the text of the entries, as stored (version 1) or unpacked (version 2)."""
+"""Largest text of the entries in bytes, as stored (version 1) or unpacked (version 2)."""
 
 MAX_INDEX_EXPANSION = 1 << 10
-"""Bound on the bytes of entries that a byte of a packed index stands for."""
+"""Most bytes of entries per byte of a packed index."""
 
 INDEX, DATA = "index", "data"
-"""Version 2's stored tensors."""
+"""Names of version 2's stored tensors."""
 
 _INDEX_LEVEL = 19
 
 MAX_WEIGHTS = 1 << 36
-"""Bound on the weights that one tensor may declare: checked before anything is allocated."""
+"""Most weights that one tensor may declare, checked before any allocation."""
 
 MAX_EXPANSION = 1 << 16
-"""Bound on the weights that a stored byte stands for, so that few bytes cannot ask for much memory; zstd makes at most
-2^17 bytes of four."""
+"""Most weights per stored byte, so that few bytes cannot require much memory. zstd makes at most 2^17 bytes from
+four."""
 
 LOSSLESS_CODECS = ("raw", "planes")
-"""Codecs that give every bit back."""
+"""Lossless codecs."""
 
 MAX_DIMENSIONS = 32
 MAX_PARTS = 128
 
 MAX_TIMES, MAX_STRIDE = 15, 127
-"""Bounds on the factors of a difference: sums of products with bytes stay within 16 bits."""
+"""Largest factors of a difference. With these, sums of products with bytes fit in 16 bits."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatticeParams:
-    """What codec `lattice` needs besides shape and dtype."""
+    """Parameters of codec `lattice` besides shape and dtype."""
 
     path: int
-    """Whether the symbols are steps of paths through the trellis: 0 no, 1 through the rows, 2 down the columns (since
-    version 2)."""
+    """Whether the symbols are steps of trellis paths: 0 no, 1 through the rows, 2 down the columns (since version
+    2)."""
     columns: int
-    """Of the matrix that the weights fill row by row."""
+    """Columns of the matrix that the weights fill row by row."""
     step: float
-    """Of the lattice, in the weights' unit; a float32."""
+    """Step of the lattice, in the unit of the weights; a float32."""
     escapes: int
-    """Pairs whose coordinates are stored apart."""
+    """Number of pairs whose coordinates are stored in the escape stream."""
 
     @classmethod
     def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "LatticeParams":
-        """From the tokens of an entry. Raises FormatError."""
+        """Parse the tokens of an entry. Raises FormatError."""
         (step,) = _floats(tokens, "step", 1)
         if step <= 0:
             raise FormatError(f"parameter step is {step}, not a positive number")
@@ -88,7 +89,7 @@ class LatticeParams:
         )
 
     def tokens(self) -> dict[str, str]:
-        """As an entry holds it."""
+        """Return the tokens of an entry."""
         return {
             "path": str(int(self.path)),
             "columns": str(self.columns),
@@ -99,16 +100,16 @@ class LatticeParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DifferenceParams(LatticeParams):
-    """What codec `difference` needs besides: coordinates are `times` * the base's + `stride` * those of the streams."""
+    """Parameters of codec `difference`: coordinates are `times` * the base's + `stride` * those of the streams."""
 
     base: str
-    """sha256 of the container that holds the base, a `lattice` tensor of the same name and shape."""
+    """SHA-256 of the container that holds the base, a `lattice` tensor of the same name and shape."""
     times: int
     stride: int
 
     @classmethod
     def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "DifferenceParams":
-        """From the tokens of an entry. Raises FormatError."""
+        """Parse the tokens of an entry. Raises FormatError."""
         own = LatticeParams.parse(tokens, version)
         base, times, stride = tokens.get("base", ""), _number(tokens, "times"), _number(tokens, "stride")
         if not _SHA256.fullmatch(base):
@@ -129,27 +130,27 @@ class DifferenceParams(LatticeParams):
         )
 
     def tokens(self) -> dict[str, str]:
-        """As an entry holds it."""
+        """Return the tokens of an entry."""
         own = LatticeParams.tokens(self)
         return {**own, "base": self.base, "times": str(self.times), "stride": str(self.stride)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperParams:
-    """What codec `paper` needs besides shape and dtype, by the names of the published code; points are float32."""
+    """Parameters of codec `paper`, named as in the published code; points are float32."""
 
     per_row: bool
-    """Whether pairs keep to their rows."""
+    """Whether pairs do not cross rows."""
     U: int
     K: int
     bits: int
-    """Of a code."""
+    """Bits per code."""
     centre: tuple[float, float]
     far: tuple[float, float]
 
     @classmethod
     def parse(cls, tokens: Mapping[str, str], version: int = FORMAT_VERSION) -> "PaperParams":  # noqa: ARG003
-        """From the tokens of an entry. Raises FormatError."""
+        """Parse the tokens of an entry. Raises FormatError."""
         (x, y), (far_x, far_y) = (_floats(tokens, key, 2) for key in ("centre", "far"))
         return cls(
             per_row=bool(_one_of(tokens, "per_row", ("0", "1"))),
@@ -161,7 +162,7 @@ class PaperParams:
         )
 
     def tokens(self) -> dict[str, str]:
-        """As an entry holds it."""
+        """Return the tokens of an entry."""
         return {
             "per_row": str(int(self.per_row)),
             "U": str(self.U),
@@ -173,7 +174,7 @@ class PaperParams:
 
 
 Params = LatticeParams | PaperParams | None
-"""What a codec needs besides shape and dtype; None for those that need nothing."""
+"""A codec's parameters besides shape and dtype; None for codecs without parameters."""
 
 _PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
     "lattice": LatticeParams.parse,
@@ -182,12 +183,13 @@ _PARAMS: dict[str, Callable[[Mapping[str, str], int], Params]] = {
     "planes": lambda _tokens, _version: None,
     "paper": PaperParams.parse,
 }
-"""Every codec, and how its parameters are read."""
+"""Every codec, and the parser of its parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claims:
-    """The encoder's claims about a tensor. Decoding ignores them; others than numbers are NaN, which checks refuse."""
+    """The encoder's claims about a tensor. Decoding ignores them. A claim that is not a number becomes NaN, which
+    checks refuse."""
 
     sqnr_db: float | None = None
     max_abs: float | None = None
@@ -195,35 +197,35 @@ class Claims:
     mean_abs: float | None = None
     """Mean error of a weight."""
     target_db: float | None = None
-    """The SQNR it had to reach, where its profile alone does not tell."""
+    """The SQNR that was required, if the profile alone does not determine it."""
     reason: str | None = None
-    """Why it is lossless though its header asked for coding: a key of `profiles.FALLBACKS`."""
+    """Why it is lossless although its header allows coding: a key of `profiles.FALLBACKS`."""
 
     @classmethod
     def parse(cls, tokens: Mapping[str, str]) -> "Claims":
-        """From the tokens of an entry."""
+        """Parse the tokens of an entry."""
         return cls(**{key: _claim(tokens, key) for key in _CLAIM_FORMATS}, reason=tokens.get("reason"))
 
     def tokens(self) -> dict[str, str]:
-        """As an entry holds it: what is there, rounded."""
+        """Return the tokens of an entry, rounded, without missing claims."""
         numbers = {key: getattr(self, key) for key in _CLAIM_FORMATS}
         said = {key: format(value, _CLAIM_FORMATS[key]) for key, value in numbers.items() if value is not None}
         return said if self.reason is None else {**said, "reason": self.reason}
 
     def rounded(self) -> "Claims":
-        """As it will be read back."""
+        """Return the claims as they will be read back."""
         return Claims.parse(self.tokens())
 
 
 _CLAIM_FORMATS = {"sqnr_db": ".3f", "max_abs": ".4g", "mean_abs": ".4g", "target_db": ".3f"}
-"""Numbers among the claims, in their order."""
+"""Numeric claims with their formats, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What the metadata says of one tensor, but for the lengths of its streams.
+    """The metadata of one tensor, except for the lengths of its streams.
 
-    `codec` names the coding, `dtype` is a safetensors code, `shape` the original one.
+    `codec` names the coding, `dtype` is a safetensors code, `shape` is the original one.
     """
 
     name: str
@@ -233,7 +235,7 @@ class Entry:
     params: Params = None
     claims: Claims = field(default_factory=Claims)
     version: int = FORMAT_VERSION
-    """Of the format that its streams are written in."""
+    """The format version of its streams."""
 
     @property
     def weights(self) -> int:
@@ -242,18 +244,18 @@ class Entry:
 
     @property
     def lossless(self) -> bool:
-        """Whether it decodes to the very bits of the original."""
+        """Whether it decodes to exactly the original bits."""
         return self.codec in LOSSLESS_CODECS
 
 
 class Consecutive(tuple[memoryview, ...]):
-    """Streams that follow each other in one piece of memory, `whole`."""
+    """Streams that are adjacent in one piece of memory, `whole`."""
 
     whole: memoryview
 
     @classmethod
     def cut(cls, whole: memoryview, sizes: Iterable[int]) -> "Consecutive":
-        """Cut a piece of memory into streams of these sizes, which take all of it."""
+        """Cut a piece of memory into streams of these sizes, whose sum is its length."""
         ends = list(accumulate(sizes, initial=0))
         found = cls(whole[begin:end] for begin, end in pairwise(ends))
         found.whole = whole
@@ -267,11 +269,11 @@ class Consecutive(tuple[memoryview, ...]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedTensor(Entry):
-    """One tensor as it is stored: its entry, and its streams as `parts`."""
+    """One stored tensor: its entry, and its streams as `parts`."""
 
     parts: tuple[bytes | memoryview, ...]
     base: "CodedTensor | None" = field(default=None, compare=False, repr=False)
-    """Of a difference, the tensor that it is to, once `with_bases` has found it."""
+    """For a difference, the base tensor, once `with_bases` has found it."""
 
     @property
     def nbytes(self) -> int:
@@ -292,10 +294,10 @@ class CodedTensor(Entry):
 
 
 def serialise(tensors: list[CodedTensor]) -> bytes:
-    """A container holding `tensors`, byte for byte a function of them.
+    """Return a container of `tensors`. Equal tensors give equal bytes.
 
     Raises:
-        FormatError: two tensors share a name, or one's streams are of an older version (see `tensor.recode`).
+        FormatError: Two tensors share a name, or one's streams are of an older version (see `tensor.recode`).
     """
     entries: dict[str, str] = {}
     for tensor in tensors:
@@ -319,12 +321,12 @@ def serialise(tensors: list[CodedTensor]) -> bytes:
 
 
 def is_difference(entry: Entry) -> bool:
-    """Whether a tensor is a difference to one of another container."""
+    """Return whether a tensor is a difference to one of another container."""
     return isinstance(entry.params, DifferenceParams)
 
 
 def bases_of(entries: Iterable[Entry]) -> tuple[str, ...]:
-    """sha256 of the containers that differences among some entries are to, each once, sorted."""
+    """Return the SHA-256 of the containers that differences among the entries refer to, sorted, without repeats."""
     params = (entry.params for entry in entries)
     return tuple(sorted({held.base for held in params if isinstance(held, DifferenceParams)}))
 
@@ -332,14 +334,15 @@ def bases_of(entries: Iterable[Entry]) -> tuple[str, ...]:
 def with_bases(
     tensors: Iterable[CodedTensor], tensors_of: Callable[[str], Mapping[str, CodedTensor]]
 ) -> list[CodedTensor]:
-    """Tensors of a container that can be decoded: each difference with its base.
+    """Return the tensors of a container with their bases, ready to decode.
 
     Args:
-        tensors: as `parse` gives them.
-        tensors_of: the tensors, by name, of the container of a sha256; whoever reads it has checked that digest.
+        tensors: As `parse` returns them.
+        tensors_of: Returns the tensors, by name, of the container with a SHA-256. It must check that digest.
 
     Raises:
-        BaseError: a base is no `lattice` tensor of that name, shape and rows; and whatever `tensors_of` raises.
+        BaseError: A base is not a `lattice` tensor of that name, shape and rows.
+        Exception: Whatever `tensors_of` raises.
     """
     return [_with_base(tensor, tensors_of) if is_difference(tensor) else tensor for tensor in tensors]
 
@@ -359,7 +362,8 @@ def _with_base(tensor: CodedTensor, tensors_of: Callable[[str], Mapping[str, Cod
 
 
 def fits(base: Entry, shape: tuple[int, ...], columns: int) -> bool:
-    """Whether a stored tensor can be the base of one of this shape in so many columns: it must stand for itself."""
+    """Return whether a stored tensor can be the base of one with this shape and columns. It must not be a difference
+    itself."""
     params = base.params
     return type(params) is LatticeParams and (base.shape, params.columns) == (shape, columns)
 
@@ -370,9 +374,9 @@ def _stored_bytes(begin: int, end: int) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What a container says before its streams: its tensors in the source's order, with the lengths of their streams.
+    """What precedes a container's streams: its tensors in the source's order, with the lengths of their streams.
 
-    `begins` are the offsets of the tensors' streams from the start of the file, `size` is the whole container's.
+    `begins` are the offsets of the tensors' streams from the start of the file, `size` is the size of the container.
     """
 
     version: int
@@ -382,7 +386,7 @@ class Head:
     size: int
 
     def tensor(self, number: int, blob: memoryview) -> CodedTensor:
-        """A tensor as it is stored, its streams as views of the container."""
+        """Return a stored tensor. Its streams are views of the container `blob`."""
         entry, at, sizes = self.entries[number], self.begins[number], self.parts[number]
         return CodedTensor(
             name=entry.name,
@@ -397,11 +401,11 @@ class Head:
 
 
 def parse(blob: bytes | memoryview) -> list[CodedTensor]:
-    """The tensors of a container, in the source's order; `parts` are views of `blob`, nothing is copied.
+    """Return the tensors of a container, in the source's order. `parts` are views of `blob`, without copies.
 
     Raises:
-        FormatError: not a container of this format: truncated, mutated or forged.
-        VersionError: written in a version that this code does not read.
+        FormatError: Not a container of this format: truncated, mutated or forged.
+        VersionError: Written in a version that this code does not read.
     """
     view = memoryview(blob)
     size = _json_end(view)
@@ -412,9 +416,9 @@ def parse(blob: bytes | memoryview) -> list[CodedTensor]:
 
 
 def _json_end(start: bytes | memoryview) -> int:
-    """Bytes of the length field and the JSON behind it. Raises FormatError."""
+    """Return the bytes of the length field and the JSON after it. Raises FormatError."""
     if len(start) < 8:
-        raise FormatError(f"container is truncated: {len(start)} bytes are no header")
+        raise FormatError(f"container is truncated: {len(start)} bytes are too few for a header")
     size = int(struct.unpack("<Q", start[:8])[0])
     if not 2 <= size <= MAX_HEADER_BYTES:
         raise FormatError(f"container header declares {size} bytes; 2 to {MAX_HEADER_BYTES} are allowed")
@@ -422,12 +426,12 @@ def _json_end(start: bytes | memoryview) -> int:
 
 
 def head_size(start: bytes) -> int:
-    """How many of a container's first bytes `parse_head` needs, as far as those at hand (at least 8) tell.
+    """Return how many leading bytes `parse_head` needs, as far as the given ones (at least 8) tell.
 
-    Where that is more than there are at hand, ask again with so many: version 2 says it in its header.
+    If the result is more than given, call again with that many bytes: version 2 stores the number in its header.
 
     Raises:
-        FormatError: not a container's start.
+        FormatError: Not the start of a container.
     """
     size = _json_end(start)
     if len(start) < size:
@@ -437,11 +441,11 @@ def head_size(start: bytes) -> int:
 
 
 def parse_head(head: bytes) -> Head:
-    """What stands before the streams, of at least the first `head_size` bytes.
+    """Parse what precedes the streams, from at least the first `head_size` bytes.
 
     Raises:
-        FormatError: not a header of this format.
-        VersionError: of a version that this code does not read.
+        FormatError: Not a header of this format.
+        VersionError: Written in a version that this code does not read.
     """
     needed = head_size(head)  # readers ask for more than that at first
     return (_recent_head if needed <= _RECENT_BYTES else _parse_head)(head[:needed])
@@ -465,12 +469,12 @@ def _parse_head(head: bytes) -> Head:
 
 
 def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
-    """(header, version) of a length field and the JSON behind it."""
+    """Parse (header, version) from a length field and the JSON after it."""
     try:
         header = strict_json.parse(text[8:])
-        "".join(header if isinstance(header, dict) else ()).encode()  # JSON can name lone surrogates, which are no text
+        "".join(header if isinstance(header, dict) else ()).encode()  # refuses lone surrogates, which JSON allows
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"container header is no JSON: {error}") from None
+        raise FormatError(f"container header is not JSON: {error}") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("container header has no metadata of strings: not a birkhoff container")
@@ -486,7 +490,7 @@ def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
 
 
 def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) -> Head:
-    """Versions 2 and 3: an index and the streams as two stored tensors."""
+    """Parse versions 2 and 3: an index and the streams as two stored tensors."""
     metadata = header.pop("__metadata__")
     if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: str(version)}:
         raise FormatError(f"container holds {sorted(header)[:3]!r}, version {version} has {INDEX!r} and {DATA!r} alone")
@@ -508,7 +512,7 @@ def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) ->
 
 
 def _extent(header: dict[str, object], key: str) -> tuple[int, int]:
-    """Where one of version 2's stored tensors begins and ends. Raises FormatError."""
+    """Return the range of one of version 2's stored tensors. Raises FormatError."""
     stored = header.get(key)
     offsets = stored.get("data_offsets") if isinstance(stored, dict) else None
     begin, end = _offsets(key, offsets, _MAX_FILE_BYTES)
@@ -534,14 +538,14 @@ def _unpack_index(frame: bytes) -> dict[str, str]:
     except zstandard.ZstdError as error:
         raise FormatError(f"container's index is corrupt: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"container's index is no JSON: {error}") from None
+        raise FormatError(f"container's index is not JSON: {error}") from None
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
-        raise FormatError("container's index is no object of strings")
+        raise FormatError("container's index is not an object of strings")
     return entries
 
 
 def _head_1(header: dict[str, object], start: int) -> Head:
-    """Version 1: an entry of the metadata and a stored tensor for each tensor."""
+    """Parse version 1: an entry of the metadata and a stored tensor for each tensor."""
     metadata: dict[str, str] = header.pop("__metadata__")  # type: ignore[assignment]
     del metadata[VERSION_KEY]
     if header.keys() != metadata.keys():
@@ -577,7 +581,7 @@ def _span_1(entry: Entry, sizes: tuple[int, ...], stored: object) -> tuple[int, 
 
 
 def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    """Nothing is declared that few bytes could not stand for, or that no real tensor needs."""
+    """Refuse more weights than so few bytes can hold, and shapes that no real tensor has. Raises FormatError."""
     weights, most = prod(shape), min(MAX_WEIGHTS, MAX_EXPANSION * sum(sizes))
     if weights > most:
         raise FormatError(f"tensor {name!r}: {sum(sizes)} bytes declare {weights} weights; at most {most} are allowed")
@@ -589,7 +593,7 @@ def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> 
 
 
 def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> tuple[Entry, tuple[int, ...]]:
-    """An entry of the index, and the byte lengths of its streams. Raises FormatError."""
+    """Parse an entry of the index, and the byte lengths of its streams. Raises FormatError."""
     try:
         tokens = strict_json.unique_keys([tuple(token.split("=", 1)) for token in text.split(" ")])  # type: ignore[misc]
     except ValueError:
@@ -622,7 +626,7 @@ def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> t
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = text.split(",") if text else []
     if not all(number.isascii() and number.isdigit() and len(number) <= 18 for number in numbers):
-        raise ValueError(repr(text[:80]))  # as a KeyError says it: the text is untrusted
+        raise ValueError(repr(text[:80]))  # quoted, as the text is untrusted
     return tuple(map(int, numbers))
 
 
@@ -631,7 +635,7 @@ def _offsets(name: str, offsets: object, size: int) -> tuple[int, int]:
         begin, end = offsets
         if 0 <= begin <= end <= size:
             return begin, end
-    raise FormatError(f"tensor {name!r}: offsets {offsets!r} are no place in a file")
+    raise FormatError(f"tensor {name!r}: offsets {offsets!r} are not positions in a file")
 
 
 def _number(tokens: Mapping[str, str], key: str) -> int:

@@ -1,13 +1,14 @@
 """Group symbols by their expected size, so that each group gets an entropy code of its own.
 
 Rows and columns of a weight matrix differ in scale. Every row r and every column p of a plane [R, P] has a level (a
-byte, `STEPS` an octave of root mean square); symbols are grouped by the sum of the two levels, neighbouring sums
-together until a group is large enough to pay for its code table. The grouping is a function of the levels alone, so a
-reader rebuilds it. Version 2 of the format groups both coordinates together, as the columns of one plane; version 1
-grouped each for itself, by another rule.
+byte, `STEPS` per octave of root mean square). Symbols are grouped by the sum of the two levels, and neighbouring sums
+are joined until a group is large enough to pay for its code table. The grouping is a function of the levels alone, so a
+reader can compute it. Version 2 of the format groups both coordinates together, as the columns of one plane; version 1
+grouped each separately, by another rule.
 
 Order of the symbols in a group: rows sorted by level, columns sorted by level (both stable) cut the plane into tiles of
-one level each; a group is its tiles, row levels outside, column levels inside, each tile row by row.
+one level each. A group consists of its tiles, with row levels in the outer loop and column levels in the inner loop,
+each tile row by row.
 
     rows at levels (1, 0), columns at (0, 2, 0), least group 2 symbols: tiles in order (row level, column level) are
     (0, 0) = [r1p0 r1p2], (0, 2) = [r1p1], (1, 0) = [r0p0 r0p2], (1, 2) = [r0p1]; sums 0, 2, 1, 3 with 2, 1, 2, 1
@@ -35,24 +36,24 @@ Integers = npt.NDArray[np.int64]
 
 
 class Rule(NamedTuple):
-    """When a group ends: at `least` symbols, if as many are left and fewer than `most` groups are begun."""
+    """A group ends at `least` symbols, if at least as many remain and fewer than `most` groups have begun."""
 
     least: int
     most: int
 
 
 RULE_1 = Rule(least=1 << 14, most=32)
-"""Of version 1, whose code tables took about 100 bytes."""
+"""The rule of version 1, whose code tables took about 100 bytes."""
 
 LEAST_BITS = (8, 24)
 """Range of log2 of the least group, which version 2 stores."""
 
 SMALL_BITS, USUAL_BITS = 10, 12
-"""Those that the encoder tries: a group costs about 50 bytes, table and states."""
+"""Values that the encoder tries. A group costs about 50 bytes for its table and states."""
 
 
 def rule_2(least_bits: int) -> Rule:
-    """The rule of version 2."""
+    """Return the rule of version 2."""
     return Rule(least=1 << least_bits, most=64)
 
 
@@ -60,7 +61,7 @@ RULE_2 = rule_2(USUAL_BITS)
 
 
 def mean_squares(plane: Bytes) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean squares of the rows and of the columns of symbols stored as n + 128, from exact sums."""
+    """Return mean squares of the rows and of the columns of symbols stored as n + 128, from exact sums."""
     rows, columns = plane.shape
     by_row, by_column = np.empty(rows, dtype=np.int64), np.zeros(columns, dtype=np.int64)
     library = native()
@@ -76,7 +77,7 @@ def mean_squares(plane: Bytes) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.
 
 
 _CHUNK = 1 << 16
-"""Symbols squared together: they stay in a core's cache."""
+"""Symbols squared together. They fit in a core's cache."""
 
 
 def levels(mean_square: npt.NDArray[np.float64]) -> Bytes:
@@ -115,7 +116,8 @@ def level_bounds() -> npt.NDArray[np.float64]:
 
 
 def group_of_sum(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Integers:
-    """Group of each possible sum of a row's and a column's level; groups are numbered from 0 without gaps."""
+    """Return the group of each possible sum of a row's and a column's level. Groups are numbered from 0 without
+    gaps."""
     count = np.convolve(np.bincount(rows), np.bincount(columns))
     group = np.zeros(len(count), dtype=np.int64)
     current, held, left = 0, 0, int(count.sum())
@@ -129,13 +131,13 @@ def group_of_sum(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Integers:
 
 
 def group_sizes(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[int]:
-    """Symbols in each group."""
+    """Return the number of symbols in each group."""
     count = np.convolve(np.bincount(rows), np.bincount(columns))
     return [int(size) for size in np.bincount(group_of_sum(rows, columns, rule), weights=count)]
 
 
 def _tiles(rows: Bytes, columns: Bytes, rule: Rule) -> Iterator[tuple[int, slice, slice]]:
-    """(group, rows, columns) of every tile of the sorted plane, in the order of the format."""
+    """Yield (group, rows, columns) of every tile of the sorted plane, in the order of the format."""
     group = group_of_sum(rows, columns, rule)
     row_ends, column_ends = (np.cumsum(np.bincount(level)) for level in (rows, columns))
     top = 0
@@ -221,15 +223,15 @@ def reference_join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2
 
 
 def places(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, ...]:
-    """Where each symbol (r, p) lies in the groups, one after the other, as sums of small tables.
+    """Return the position of each symbol (r, p) in the concatenated groups, as sums of small tables.
 
-    Returns (base, width, row_level, row_rank, column_level, column_rank): symbol (r, p) is number
+    Returns (base, width, row_level, row_rank, column_level, column_rank): symbol (r, p) has the number
     `base[row_level[r], column_level[p]] + row_rank[r] * width[column_level[p]] + column_rank[p]`.
     """
     height, width = np.bincount(rows), np.bincount(columns)
     tile = np.outer(height, width).reshape(-1)
     group = group_of_sum(rows, columns, rule)[np.add.outer(np.arange(len(height)), np.arange(len(width)))].reshape(-1)
-    order = np.argsort(group, kind="stable")  # groups follow each other; inside one, tiles stay row level by row level
+    order = np.argsort(group, kind="stable")  # sort by group, keeping the order of tiles within
     base = np.empty(len(tile), dtype=np.int64)
     base[order] = np.cumsum(tile[order]) - tile[order]
     tables = base.reshape(len(height), len(width)), width.astype(np.int64)
@@ -237,10 +239,11 @@ def places(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, 
 
 
 class Addresses(NamedTuple):
-    """Where each symbol (r, c) of a plane lies in its groups, one after the other, as sums of what is looked up.
+    """The position of each symbol (r, c) of a plane in its concatenated groups, as sums of table entries.
 
-    An entry of `row` [R] and `column` [P] is 64 * rank + level, the rank among those of its level. Symbol (r, c) is
-    number `base[a, b] + rank of r * width[b] + rank of c`, at the levels a and b; `base` is [64, 64], `width` [64].
+    An entry of `row` [R] and `column` [P] is 64 * rank + level, with the rank among those of its level. Symbol (r, c)
+    has the number `base[a, b] + rank of r * width[b] + rank of c` at the levels a and b. `base` is [64, 64], `width`
+    [64].
     """
 
     row: Integers
@@ -248,11 +251,11 @@ class Addresses(NamedTuple):
     base: Integers
     width: Integers
     sizes: Integers
-    """Symbols of each group."""
+    """Number of symbols in each group."""
 
 
 def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
-    """The addresses of a plane of these levels; what `places` says, in the form that kernels take."""
+    """Return the positions that `places` describes, in the form that kernels take."""
     library = native()
     if library is None:
         return reference_addresses(rows, columns, rule)
@@ -363,7 +366,7 @@ def reference_groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule
 
 
 def _ranks(levels_: Bytes) -> Integers:
-    """Number of each row or column among those of its level."""
+    """Return the rank of each row or column among those of its level."""
     order = np.argsort(levels_, kind="stable")
     counts = np.bincount(levels_)
     ranks = np.empty(len(levels_), dtype=np.int64)

@@ -24,22 +24,22 @@ NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
-"""torch's name of every safetensors code: the dense real types, which are what a weight can be."""
+"""torch's names of the safetensors codes for dense real types, those that weights can have."""
 
 OUTSIDE_CONTAINERS = ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
-"""Codes that version 1 of the container's format does not list."""
+"""Codes that the container's format version 1 does not list."""
 
 CODED_NAMES = ("float16", "bfloat16", "float32", "float64")
-"""Types that the lossy codecs take; all others are stored lossless."""
+"""Types that the lossy codecs accept. All others are stored lossless."""
 
 
 def is_float(name: str) -> bool:
-    """Return whether a torch dtype name is one that the lossy codecs take."""
+    """Return whether the lossy codecs accept a torch dtype name."""
     return name in CODED_NAMES
 
 
 def name_of_code(code: str) -> str:
-    """`float32` of `F32`. Raises FormatError for a code that no container can hold."""
+    """Return `float32` for `F32`. Raises FormatError for a code that no container can hold."""
     if code not in NAMES or code in OUTSIDE_CONTAINERS:
         known = ", ".join(known for known in NAMES if known not in OUTSIDE_CONTAINERS)
         raise FormatError(f"unknown element type {code!r}; known: {known}")
@@ -47,7 +47,7 @@ def name_of_code(code: str) -> str:
 
 
 def width_of_code(code: str) -> int:
-    """Return bytes of an element: 4 of `F32`. Raises FormatError for a code that no container can hold."""
+    """Return the bytes per element: 4 for `F32`. Raises FormatError for a code that no container can hold."""
     name_of_code(code)
-    bits = re.search("[0-9]+", code)  # the first number of a code counts them; BOOL has none
+    bits = re.search("[0-9]+", code)  # the first number is the width; BOOL has none
     return 1 if bits is None else int(bits[0]) // 8

@@ -7,19 +7,19 @@ from birkhoff.codec.dtype_names import CODED_NAMES, NAMES, OUTSIDE_CONTAINERS, n
 SAFETENSORS_TO_TORCH: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in NAMES.items() if code not in OUTSIDE_CONTAINERS
 }
-"""Of the codes that a container can hold."""
+"""By safetensors code, for the codes that a container can hold."""
 TORCH_TO_SAFETENSORS: dict[torch.dtype, str] = {dtype: code for code, dtype in SAFETENSORS_TO_TORCH.items()}
 
 CODED_DTYPES = tuple(getattr(torch, name) for name in CODED_NAMES)
-"""Types that the lossy codecs take; all others are stored lossless."""
+"""Types that the lossy codecs accept. All others are stored lossless."""
 
 
 def dtype_from_code(code: str) -> torch.dtype:
-    """torch dtype of a safetensors code; FormatError for an unknown one."""
+    """Return the torch dtype of a safetensors code. Raises FormatError if it is unknown."""
     dtype: torch.dtype = getattr(torch, name_of_code(code))
     return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
+    """Return `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

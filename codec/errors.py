@@ -1,38 +1,38 @@
-"""The errors of the project, drawn as a tree; catching the root catches everything.
+"""The errors of the project as a tree. Catching the root catches all.
 
 BirkhoffError
-├── CodecError              the codec was asked for something it cannot do
-│   ├── TensorError         a weight tensor that must not be coded: NaN, Inf
-│   └── TargetError         a fidelity target outside what the codec can reach
-├── FormatError             bytes that are not what the format page says: truncated, mutated, forged
-│   ├── VersionError        a format version this code does not read
-│   └── BaseError           a difference without the tensor that it is to
+├── CodecError              a request that the codec cannot fulfil
+│   ├── TensorError         a weight tensor that cannot be coded: NaN, Inf
+│   └── TargetError         a fidelity target that the codec cannot reach
+├── FormatError             bytes that do not follow the format page: truncated, mutated, forged
+│   ├── VersionError        a format version that this code does not read
+│   └── BaseError           a difference whose base is missing
 └── (birkhoff.pipeline.errors adds manifests, sources, stores and artifacts)
 """
 
 
 class BirkhoffError(Exception):
-    """Root of every error raised on purpose. Its text is one line: what, where, and what to do next."""
+    """Root of all errors raised on purpose. The text is one line: what failed, where, and what to do next."""
 
 
 class BirkhoffWarning(UserWarning):
-    """Something works, but not the way the caller may think: a fallback, a slower path."""
+    """The result may differ from what the caller expects: a fallback, a slower path."""
 
 
 class CodecError(BirkhoffError):
-    """The codec was asked for something it cannot do."""
+    """A request that the codec cannot fulfil."""
 
 
 class TensorError(CodecError):
-    """A weight tensor that must not be coded, such as one that holds NaN or Inf."""
+    """A weight tensor that cannot be coded, for instance because it holds NaN or Inf."""
 
 
 class TargetError(CodecError):
-    """A fidelity target outside what the codec can reach."""
+    """A fidelity target that the codec cannot reach."""
 
 
 class FormatError(BirkhoffError):
-    """Bytes that are not what the format page says: truncated, mutated or forged."""
+    """Bytes that do not follow the format page: truncated, mutated or forged."""
 
 
 class VersionError(FormatError):
@@ -40,4 +40,4 @@ class VersionError(FormatError):
 
 
 class BaseError(FormatError):
-    """A tensor that is a difference to another one, which is not at hand."""
+    """A tensor stored as a difference whose base is missing."""

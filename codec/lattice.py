@@ -1,6 +1,6 @@
 """A weight matrix on the trajectory: quantise for one step, decode, add a difference to a base.
 
-Shapes: R = rows, K = columns, P = pairs a row (see `pairs`), E = escapes.
+Shapes: R = rows, K = columns, P = pairs per row (see `pairs`), E = escapes.
 """
 
 import math
@@ -30,12 +30,12 @@ from birkhoff.codec.trajectory import (
 )
 
 _CHUNK = 1 << 16
-"""Weights coded together on a CPU: about ten such float32 buffers stay in a core's cache."""
+"""Weights coded together on a CPU. About ten such float32 buffers fit in a core's cache."""
 
 _CHUNK_GPU = 1 << 26
 
 _ROOM = 1 << 12
-"""Coordinates outside the box that are expected at most."""
+"""Expected maximum of coordinates outside the box."""
 
 _PATH_SCRATCH = 160
 """Bytes that `birkhoff_paths` needs for each step of its lanes, and one more."""
@@ -55,15 +55,15 @@ class LatticeTensor:
     columns: int
 
     def theta(self) -> Tensor:
-        """Step numbers, uint16 [R, P]; the in-memory form."""
+        """Return step numbers, uint16 [R, P], the in-memory form."""
         return theta_from_coordinates(self.i, self.j)
 
     def to(self, device: torch.device | str) -> "LatticeTensor":
-        """The same matrix on another device."""
+        """Return the same matrix on another device."""
         return replace(self, i=self.i.to(device), j=self.j.to(device), escapes=self.escapes.to(device))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weights [R, K] in `dtype`, on the device of the coordinates."""
+        """Return the weights [R, K] in `dtype`, on the device of the coordinates."""
         rows = self.i.shape[0]
         out = empty((rows, self.columns), dtype, self.i.device)
         library = native() if out.device.type == "cpu" and dtype == torch.float32 else None
@@ -79,19 +79,20 @@ class LatticeTensor:
         return out
 
     def decode_into(self, out: Tensor) -> None:
-        """Weights [R, K] in the dtype of `out`, but for those of escapes: the reference of what is faster."""
+        """Write the weights [R, K] in the dtype of `out`, except those of escapes. The reference for faster
+        decoders."""
         for row, column, pair in tiles(self.i.shape[0], self.columns, self.i.device):
             x, y = position(self.i[row, pair], self.j[row, pair], self.step)
             join(x, y, column.stop - column.start, out=out[row, column])
 
     def equals(self, other: "LatticeTensor") -> bool:
-        """Whether both are the same coordinates, for the same step."""
+        """Return whether both have the same coordinates and step."""
         mine, theirs = self.escapes, other.escapes
         same = ((self.i, other.i), (self.j, other.j), (mine.pair, theirs.pair), (mine.i, theirs.i), (mine.j, theirs.j))
         return (self.step, self.columns) == (other.step, other.columns) and all(torch.equal(a, b) for a, b in same)
 
     def rows(self, start: int, stop: int) -> "LatticeTensor":
-        """Rows start..stop-1 as a matrix of their own; its planes are views."""
+        """Return rows start..stop-1 as a matrix whose planes are views."""
         count = self.i.shape[1]
         first, last = torch.searchsorted(
             self.escapes.pair, self.escapes.pair.new_tensor([start, stop]) * count
@@ -101,8 +102,9 @@ class LatticeTensor:
         return replace(self, i=self.i[start:stop], j=self.j[start:stop], escapes=escapes)
 
     def escaped_weights(self) -> tuple[Tensor, Tensor]:
-        """Flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes' weights."""
-        if not len(self.escapes):  # most have none, and on a GPU each operation on nothing costs as one on something
+        """Return flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes'
+        weights."""
+        if not len(self.escapes):  # common, and on a GPU operations on empty tensors cost time too
             return self.escapes.pair, self.escapes.i.to(torch.float32)
         if self.escapes.pair.device.type == "cpu":
             return self._escaped_on_cpu()
@@ -141,14 +143,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def escape_places(pair: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row, column of x, column of y, mask of those that have a y), each [E], of flat pair indices."""
+    """Return (row, column of x, column of y, mask of pairs that have a y), each [E], of flat pair indices."""
     count = pairs_per_row(columns)
     first, second = columns_of_pairs(pair % count, columns)
     return pair // count, first, second, second < columns
 
 
 def tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows, columns, pairs) of tiles of about `_CHUNK` weights; columns are cut between blocks only."""
+    """Yield (rows, columns, pairs) of tiles of about `_CHUNK` weights. Columns are cut only between blocks."""
     chunk = _CHUNK if device.type == "cpu" else _CHUNK_GPU
     width = min(columns, max(chunk // (2 * HALF), 1) * 2 * HALF)
     height = max(1, chunk // max(1, width))
@@ -164,7 +166,7 @@ def tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice
 
 
 def quantise(weight_RK: Tensor, step: float) -> LatticeTensor:
-    """The nearest node of every pair of a real, finite matrix, for one step (in the weights' unit)."""
+    """Return the nearest node of every pair of a real, finite matrix. `step` is in the unit of the weights."""
 
     def coordinates(row: slice, column: slice, _pair: slice) -> tuple[Tensor, Tensor]:
         x, y = split(weight_RK[row, column].to(torch.float32))
@@ -181,7 +183,7 @@ def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float
     is known.
 
     Raises:
-        TargetError: weights so many steps long that float32 cannot tell even nodes from odd ones.
+        TargetError: Weights are so many steps long that float32 cannot tell even nodes from odd ones.
     """
     if not weight_RK.numel():
         return quantise(weight_RK, step)
@@ -231,7 +233,7 @@ def _native_path(library: CDLL, weight_RK: Tensor, step: float, lanes: int) -> L
 
 
 def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTensor:
-    """A matrix of given coordinates, float32 whole numbers [R, P] each, for one step; both are changed."""
+    """Return a matrix of given coordinates, float32 whole numbers [R, P] each, which are changed."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
     if library is not None:
         planes = empty((2, *i.shape), torch.int8, i.device)
@@ -257,7 +259,8 @@ def _gather(
     step: float,
     coordinates: Callable[[slice, slice, slice], tuple[Tensor, Tensor]],
 ) -> LatticeTensor:
-    """The coordinates of all tiles of [R, K], float32 whole numbers (changed in place), as int8 planes and escapes."""
+    """Collect the coordinates of all tiles of [R, K], float32 whole numbers (changed in place), as int8 planes and
+    escapes."""
     rows, columns = shape
     count = pairs_per_row(columns)
     planes = torch.empty(2, rows, count, dtype=torch.int8, device=device)
@@ -274,7 +277,7 @@ def _gather(
 
 
 def _take_escapes(i: Tensor, j: Tensor, *, first_row: int, first_pair: int, count: int) -> _EscapedPairs:
-    """Move the pairs outside the box of a tile out of (i, j), which become 0 there."""
+    """Return a tile's pairs outside the box, and set them to 0 in (i, j)."""
     outside = (i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)
     places = row, pair = outside.nonzero(as_tuple=True)
     taken = ((row + first_row) * count + pair + first_pair, i[places].to(torch.int32), j[places].to(torch.int32))
@@ -292,10 +295,11 @@ def _gather_escapes(parts: list[_EscapedPairs], device: torch.device) -> Escapes
 
 
 def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int, step: float) -> LatticeTensor:
-    """The matrix of coordinates `times` * base + `stride` * code, for `step`; both of one shape and device.
+    """Return the matrix of coordinates `times` * base + `stride` * code with step `step`. Both have one shape and
+    device.
 
     Raises:
-        FormatError: a sum leaves 32 bits.
+        FormatError: A sum exceeds 32 bits.
     """
     planes, outside = _added(base, code, times, stride)
     pair = torch.unique(torch.cat((base.escapes.pair, code.escapes.pair)))
@@ -305,7 +309,8 @@ def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int
 
 
 def _added(base: LatticeTensor, code: LatticeTensor, times: int, stride: int) -> tuple[list[Tensor], Escapes]:
-    """int8 planes of the sums of two matrices' planes, and the pairs outside the box, which are 0 there."""
+    """Return int8 planes of the sums of two matrices' planes, and the pairs outside the box, which are 0 in the
+    planes."""
     sources = (base.i, base.j, code.i, code.j)
     library = native() if base.i.device.type == "cpu" and all(plane.is_contiguous() for plane in sources) else None
     if library is None:
@@ -340,7 +345,7 @@ def _with_escapes(
     outside: Escapes,
     pair: Tensor,
 ) -> Escapes:
-    """All escapes of a sum, of those of its planes; `pair` are those of either matrix, whose planes hold 0 there."""
+    """Return all escapes of a sum. `outside` are those of the planes' sums, `pair` the escapes of either matrix."""
     i, j = (
         times * _coordinates(own, base.escapes.pair, wide, pair)
         + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
@@ -366,7 +371,7 @@ def _with_escapes(
 
 
 def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> Tensor:
-    """Coordinates int64 at some flat pair indices; `wide` are those of the escapes, at `escaped`."""
+    """Return int64 coordinates at flat pair indices. `wide` are those of the escapes, at `escaped`."""
     found = plane.view(-1)[pair].to(torch.int64)
     if len(escaped):
         place = torch.searchsorted(escaped, pair).clamp(max=len(escaped) - 1)

@@ -1,23 +1,23 @@
 """The packed in-memory form: 10 or 12 bits per pair, and a scale for every 64 pairs of a row.
 
-Where memory counts more than fidelity, the uint16 step numbers (8 bits a weight) are coded once more, on a shorter
-trajectory: n = 2^(bits/2) rows, so n = 32 or 64, and for each group of 64 pairs (128 weights) a byte c:
+Where memory matters more than fidelity, the uint16 step numbers (8 bits per weight) are coded again on a shorter
+trajectory with n = 2^(bits/2) rows, so n = 32 or 64, and a scale byte c for each group of 64 pairs (128 weights):
 
     theta = n * (I + n/2) + (J + n/2),    s = step * (1 + (c mod 16)/16) * 2^(floor(c/16) - 15)
     x = s * (I + J/n),    y = s * J
 
-which is the formula of `trajectory` with n for 256 and the group's s for h: 5.06 or 6.06 bits a weight. c is an
-unsigned float of four exponent and four mantissa bits; s is one shift and one product. This loses on top of what the
-stored code lost: of normally distributed weights 10 bits keep 25.7 dB, 12 bits 31.7 dB. Escapes that tower above their
-group stay escapes, exactly as they are; the others fit under the group's scale.
+This is the formula of `trajectory` with n for 256 and the group's s for h: 5.06 or 6.06 bits per weight. c is an
+unsigned float of four exponent and four mantissa bits, so s takes one shift and one product. The loss adds to that of
+the stored code: normally distributed weights keep 25.7 dB with 10 bits, 31.7 dB with 12. Escapes far above the rest of
+their group stay escapes, exact as they are; the others are coded with the group's scale.
 
-Worked example, n = 32, step 1, c = 0xf8: s = 1 + 8/16 = 1.5. The pair (2.9, -4.6) has v = -3.07, so J = -3, and
-u - J/32 = 1.933 + 0.094, so I = 2: theta = 32 * 18 + 13 = 589, decoded to (1.5 * (2 - 3/32), -4.5) = (2.859375, -4.5).
+Worked example, n = 32, step 1, c = 0xf8: s = 1 + 8/16 = 1.5. The pair (2.9, -4.6) has v = -3.07, so J = -3, and u -
+J/32 = 1.933 + 0.094, so I = 2: theta = 32 * 18 + 13 = 589, decoded to (1.5 * (2 - 3/32), -4.5) = (2.859375, -4.5).
 
-The low eight bits of a pair are a byte of one plane; its 2 or 4 high bits share a byte of a second one with those of
-the pairs beside it, the first pair lowest: no code straddles bytes.
+The low eight bits of a pair are a byte of one plane. Its 2 or 4 high bits share a byte of a second plane with those of
+its neighbours, the first pair in the lowest bits, so no code straddles bytes.
 
-Shapes: R = rows, K = columns, P = pairs a row, G = groups a row = ceil(P / 64), H = bytes of high bits a row.
+Shapes: R = rows, K = columns, P = pairs per row, G = groups per row = ceil(P / 64), H = bytes of high bits per row.
 """
 
 from collections.abc import Iterator
@@ -39,30 +39,32 @@ GROUP = 64
 """Pairs that share a scale."""
 
 _CHUNK = 1 << 16
-"""Pairs coded together on a CPU; a GPU takes `_CHUNK_GPU`, for whose steps it needs some 100 MB."""
+"""Pairs coded together on a CPU. A GPU takes `_CHUNK_GPU`, which needs about 100 MB."""
 
 _CHUNK_GPU = 1 << 20
 
 _EXPONENT = 127 - 15
-"""From the exponent field of c to that of a float32."""
+"""Offset from the exponent field of c to that of a float32."""
 
 _CANDIDATES = (1, 0, -1, -2)
-"""Scales tried about the least that clips nothing: clipping a few weights makes the step shorter for all others."""
+"""Scales tried, relative to the least one that clips nothing. Clipping a few weights makes the step smaller for all
+others."""
 
 
 _TOWERS = 4.0
-"""An escape this many times the greatest other weight of its group stays one: inside, it costs the others 12 dB."""
+"""An escape above this multiple of its group's greatest other weight stays an escape: coded, it would cost the
+others 12 dB."""
 
 _FEW = 4
-"""Escapes that a group may keep: they take 24 bytes each, the group 81 or 97."""
+"""Escapes that a group may keep. Each takes 24 bytes, the group 81 or 97."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTensor:
-    """A matrix [R, K], K = `columns`, at `bits` a pair.
+    """A matrix [R, K], K = `columns`, at `bits` per pair.
 
-    `low` is uint8 [R, P], `high` uint8 [R, H], `scale` uint8 [R, G], `step` a float in the weights' unit.
-    `escape_index` (int64 [E], row*K + column, increasing) and `escape_value` (float32 [E]) replace what is decoded.
+    `low` is uint8 [R, P], `high` uint8 [R, H], `scale` uint8 [R, G], `step` a float in the unit of the weights. Values
+    `escape_value` (float32 [E]) replace the decoded ones at `escape_index` (int64 [E], row*K + column, increasing).
     """
 
     bits: Bits
@@ -80,7 +82,7 @@ class PackedTensor:
         return sum(t.nbytes for t in (self.low, self.high, self.scale, self.escape_index, self.escape_value))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weights [R, K] in `dtype`, on the device of the planes."""
+        """Return the weights [R, K] in `dtype`, on the device of the planes."""
         rows, count = self.low.shape
         out = torch.empty(rows, self.columns, dtype=dtype, device=self.low.device)
         for row in _chunks(rows, count, self.low.device):
@@ -93,18 +95,19 @@ class PackedTensor:
 
 
 def rows_of(bits: int) -> int:
-    """n, the rows of the trajectory of 2^bits steps."""
+    """Return n, the rows of the trajectory of 2^bits steps."""
     return 1 << bits // 2
 
 
 def scales(code: Tensor, step: float | Tensor) -> Tensor:
-    """s, float32, of scale bytes c of any shape."""
+    """Return s, float32, of scale bytes c of any shape."""
     s: Tensor = ((code.to(torch.int32) + (_EXPONENT << 4)) << 19).view(torch.float32) * step
     return s
 
 
 def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
-    """Return the packed form of a coded matrix, on its device, the same on each. Lossy: compare `decode()` of both.
+    """Return the packed form of a coded matrix, on its device; equal on all devices. It is lossy: compare `decode()` of
+    both.
 
     Raises:
         CodecError: `bits` is neither 10 nor 12.
@@ -114,7 +117,7 @@ def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
     rows, count = code.i.shape
     kept, placed = _sort_escapes(code)
     limit, n = max(_greatest(code), placed.greatest()), rows_of(bits)
-    # The greatest scale is 31/16 of the step and reaches the greatest weight, which lies half a step beyond a node.
+    # The greatest scale is 31/16 of the step and must reach the greatest weight, half a step beyond a node.
     step = _float32(limit / (n / 2 - 0.5) * 16 / 31) if limit else code.step
     low = torch.empty(rows, count, dtype=torch.uint8, device=code.i.device)
     high = low.new_empty(rows, high_bytes(count, bits))
@@ -142,7 +145,7 @@ def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Placed:
-    """Escapes that are coded like all other pairs: flat indices `pair` (increasing) and weights `x` and `y`."""
+    """Escapes that are coded like other pairs: flat indices `pair` (increasing) and weights `x` and `y`."""
 
     pair: Tensor
     x: Tensor
@@ -161,7 +164,7 @@ class _Placed:
 
 
 def _sort_escapes(code: LatticeTensor) -> tuple[Escapes, _Placed]:
-    """Split escapes: those that stay escapes, and those that do not, as they are not few and far above their group."""
+    """Split escapes into those that stay escapes, because they are few and far above their group, and the rest."""
     escapes, count = code.escapes, code.i.shape[1]
     x, y = position(escapes.i, escapes.j, code.step)
     at = escapes.pair % count
@@ -177,7 +180,7 @@ def _sort_escapes(code: LatticeTensor) -> tuple[Escapes, _Placed]:
 
 
 def high_bytes(pairs: int, bits: int) -> int:
-    """H, the bytes that hold the high bits of so many pairs."""
+    """Return H, the bytes that hold the high bits of so many pairs."""
     return -(-pairs * (bits - 8) // 8)
 
 
@@ -191,7 +194,7 @@ def _float32(value: float) -> float:
 
 
 def _greatest(code: LatticeTensor) -> float:
-    """Return the greatest |weight| that the planes can hold, or a little more: what a group's scale never exceeds."""
+    """Return an upper bound of the |weight| that the planes hold. No group's scale exceeds it."""
     if not code.i.numel():
         return 0.0
     low_i, high_i = (float(bound) for bound in torch.aminmax(code.i))
@@ -201,17 +204,18 @@ def _greatest(code: LatticeTensor) -> float:
 
 
 def _grouped(plane_RP: Tensor) -> Tensor:
-    """[R, G, 64], zeros behind."""
+    """Return the plane as [R, G, 64], padded with zeros."""
     grouped: Tensor = pad(plane_RP, (0, -plane_RP.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     return grouped
 
 
 def _best_scale(x: Tensor, y: Tensor, step: float, n: int) -> Tensor:
-    """The scale byte [R, G] of least squared error among the candidates, the shear of the trajectory left out."""
+    """Return the scale byte [R, G] with the least squared error among the candidates, ignoring the trajectory's
+    shear."""
     greatest = torch.maximum(x.abs().amax(-1), y.abs().amax(-1))
-    # A product: a GPU divides by a number as by its reciprocal, and rounds otherwise.
+    # Multiplied, because a GPU divides by a number through its reciprocal, which rounds differently.
     wanted = (greatest.to(torch.float64) * (1 / ((n / 2 - 0.5) * step))).to(torch.float32)
-    least = (wanted.view(torch.int32) >> 19) - (_EXPONENT << 4) + 1  # the float's bits, cut after c's, plus one
+    least = (wanted.view(torch.int32) >> 19) - (_EXPONENT << 4) + 1  # the float's bits down to c's last, plus one
     best = torch.zeros_like(least)
     smallest = torch.full_like(greatest, torch.inf, dtype=torch.float64)
     for offset in _CANDIDATES:
@@ -224,12 +228,13 @@ def _best_scale(x: Tensor, y: Tensor, step: float, n: int) -> Tensor:
 
 
 def _rounding(u: Tensor, n: int) -> Tensor:
-    """Squared error of rounding to -n/2..n/2-1, summed over a group; the same in whatever order a device adds."""
+    """Return the squared error of rounding to -n/2..n/2-1, summed over a group, independent of the order of
+    additions."""
     return u.sub_(u.round().clamp_(-n // 2, n // 2 - 1)).square_().sum(-1, dtype=torch.float64)
 
 
 def _nearest(x: Tensor, y: Tensor, s: Tensor, n: int) -> Tensor:
-    """Step numbers int32 of the nearest nodes inside the box, of two candidate rows."""
+    """Return int32 step numbers of the nearest nodes inside the box, from two candidate rows."""
     low, high = -n // 2, n // 2 - 1
     u, v = x / s, y / s
     below = torch.floor(v)
@@ -255,7 +260,7 @@ def _pack_high(high_RP: Tensor, bits: int) -> Tensor:
 
 
 def _theta(low_RP: Tensor, high_RH: Tensor, bits: int) -> Tensor:
-    """Step numbers int32 [R, P] of the two planes."""
+    """Return int32 step numbers [R, P] from the two planes."""
     width = bits - 8
     shift = torch.arange(0, 8, width, device=high_RH.device)
     parts = (high_RH[..., None].to(torch.int32) >> shift) & ((1 << width) - 1)

@@ -2,12 +2,12 @@
 
 A weight matrix [R, K] is cut along K into blocks of 64 columns, and column k of a block pairs with column k + 32. The
 last block of a row may be narrower: with w columns left its halves are ceil(w/2) wide, and an odd w leaves the last
-pair without a partner (its y is 0, decoded and dropped). A decoded tile of 32 pairs is thus two contiguous runs of
-32 weights: a matrix product never has to interleave.
+pair without a partner (its y is 0, and is dropped after decoding). A decoded tile of 32 pairs is thus two contiguous
+runs of 32 weights, so a matrix product never interleaves.
 
     K = 5:  columns 0 1 2 | 3 4 .   pairs (0,3) (1,4) (2,-)
 
-Shapes: R = rows, K = columns, P = pairs a row = ceil-sum over blocks, H = half a block = 32.
+Shapes: R = rows, K = columns, P = pairs per row = the sum of ceil(w/2) over blocks, H = half a block = 32.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ HALF = 32
 
 
 def pairs_per_row(columns: int) -> int:
-    """P, the pairs of a row of `columns` weights."""
+    """Return P, the pairs in a row of `columns` weights."""
     return (columns + 1) // 2
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the [R, K] in which a tensor is coded.
 
-    Matrices keep their rows (HyperLinear needs them). Convolutions and tables keep their first dimension as rows where
-    a row fills a block; otherwise the tensor is one row, so that padding is at most one weight.
+    Matrices keep their rows (HyperLinear needs them). Convolutions and tables keep their first dimension as rows if a
+    row fills a block. Other tensors become one row, so that padding is at most one weight.
     """
     count = prod(shape)
     if len(shape) == 2 and shape[1] > 1:
@@ -40,7 +40,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _spans(columns: int) -> Iterator[tuple[slice, slice, int, int]]:
-    """(columns, pairs, half width, missing partners) of the full blocks taken together, then of the narrow one."""
+    """Yield (columns, pairs, half width, missing partners) of all full blocks together, then of the narrow one."""
     full = columns // (2 * HALF)
     if full:
         yield slice(0, full * 2 * HALF), slice(0, full * HALF), HALF, 0
@@ -51,7 +51,7 @@ def _spans(columns: int) -> Iterator[tuple[slice, slice, int, int]]:
 
 
 def split(weight_RK: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """First and second weights of every pair, (x_RP, y_RP), in the dtype of `weight_RK`.
+    """Return the first and second weights of every pair, (x_RP, y_RP), in the dtype of `weight_RK`.
 
     `out`, if given, is a [2, R, P] buffer to fill.
     """
@@ -81,7 +81,8 @@ def join(x_RP: Tensor, y_RP: Tensor, columns: int, out: Tensor | None = None) ->
 
 
 def columns_of_pairs(pair: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Columns (of x, of y) of pair numbers 0..P-1 of any shape; y of a pair without partner is `columns` or beyond."""
+    """Return the columns of x and of y of pair numbers 0..P-1 of any shape. A missing partner has a column >=
+    `columns`."""
     block = pair // HALF
     half = ((columns - block * 2 * HALF + 1) // 2).clamp(max=HALF)
     first = block * 2 * HALF + pair % HALF

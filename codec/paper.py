@@ -46,12 +46,12 @@ STEP = {
     1225: (8.163265738403425e-05, 0.002857143059372902),
     1600: (6.250001024454832e-05, 0.002500000176951289),
 }
-"""One step of the trajectory as the published code reaches it in float32, through a unit vector: an ulp
-or two off l/U and l/n, which U steps and a ring 20 times the box turn into 5e-6 of a weight."""
+"""One step of the trajectory as the published code reaches it in float32, through a unit vector. It is an ulp or two
+off l/U and l/n, which over U steps and a ring 20 times the box becomes 5e-6 of a weight."""
 
 _BLOCK = {"cpu": 1 << 13, "cuda": 1 << 21}
-"""Pairs coded at a time. On a CPU the four candidates of a block stay in cache, and below the size from which
-torch spreads an operation over threads: many workers share the cores. Eight divides both."""
+"""Pairs coded together. On a CPU the four candidates of a block fit in cache, and below this size torch uses one
+thread per operation, as many workers share the cores. Divisible by eight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class PaperCode:
     mean_abs_error: float
 
     def packed(self) -> bytes:
-        """Give the indices as one big-endian bit string, zero bits in front up to a whole byte."""
+        """Return the indices as one big-endian bit string, with zero bits in front up to a whole byte."""
         return pack_bits(self.index.cpu().numpy(), self.bits)
 
     @classmethod
@@ -100,7 +100,7 @@ class PaperCode:
         per_row: bool,
         mean_abs_error: float = math.nan,
     ) -> Self:
-        """Read what `packed` wrote, onto the CPU; FormatError for bytes or parameters out of range."""
+        """Read the output of `packed`, onto the CPU. Raises FormatError for bytes or parameters out of range."""
         if U not in STEP or not 0 <= K <= MAX_RINGS:
             raise FormatError(f"paper code: expected U of {[*STEP]} and K of 0..{MAX_RINGS}, got {U} and {K}")
         for name, point in (("centre", centre), ("far", far)):
@@ -125,15 +125,15 @@ class PaperCode:
 
 
 def encode(weight: Tensor, *, per_row: bool) -> PaperCode | None:
-    """Code a weight of any floating dtype, in float32 on its own device; None if it stays raw.
+    """Code a weight of any floating dtype, in float32 on its own device. Returns None if it stays raw.
 
-    `per_row` pairs within the rows of a matrix, as the published codec does for linear layers; otherwise
-    pairs are consecutive elements in row-major order. Odd counts are filled with the mean second coordinate
-    of the whole pairs. (Per row the published code means to do so too, but stops with a TypeError.) Raw stay
-    tensors under 10 elements, those with a mean error above 0.006, and `per_row` matrices of one column,
-    which have no such mean; weights from 2**60, too, where nodes and rings leave float32's range.
+    `per_row` pairs weights within the rows of a matrix, as the published codec does for linear layers; otherwise pairs
+    are consecutive elements in row-major order. An odd count is filled with the mean second coordinate of the whole
+    pairs. (Per row, the published code intends the same, but raises a TypeError.) Raw stay: tensors of fewer than 10
+    elements, those with a mean error above 0.006, `per_row` matrices of one column, which have no such mean, and
+    weights from 2**60, at which nodes and rings exceed float32.
 
-    Raises TensorError for NaN or Inf, CodecError for a dtype or rank that it does not take.
+    Raises TensorError for NaN or Inf, CodecError for an unsupported dtype or rank.
     """
     if not weight.is_floating_point():
         raise CodecError(f"paper codec: expected a floating-point weight, got {weight.dtype}; keep it raw")
@@ -166,7 +166,7 @@ def encode(weight: Tensor, *, per_row: bool) -> PaperCode | None:
 
 
 def decode(code: PaperCode) -> Tensor:
-    """Give the float32 weight of a code, in its own shape, on the device of its indices."""
+    """Return the float32 weight of a code, in its own shape, on the device of its indices."""
     device = code.index.device
     centre, far = code.centre.to(device), code.far.to(device)
     codebook_C2 = _codebook(trajectory(code.U, centre), centre, _radii(centre, far, code.K))
@@ -180,27 +180,26 @@ def decode(code: PaperCode) -> Tensor:
 
 
 def published_error(weight: Tensor, *, per_row: bool) -> float | None:
-    """SQNR in dB, 10*log10(sum w^2 / sum (w - w')^2), that the published codec makes; None where all is raw.
+    """Return the SQNR in dB, 10*log10(sum w^2 / sum (w - w')^2), of the published codec; None if the tensor stays raw.
 
-    -inf for a weight of zeros, since no node lies on the centre. Raises what `encode` raises.
+    It is -inf for a weight of zeros, since no node lies on the centre. Raises as `encode`.
     """
     code = encode(weight, per_row=per_row)
     return None if code is None else fidelity(weight.detach(), decode(code)).sqnr_db
 
 
 def trajectory(U: int, centre: Tensor) -> Tensor:
-    """Return all nodes about a centre, float32 [U, 2], bit for bit the published code's; U is 1225 or 1600."""
+    """Return all nodes about a centre, float32 [U, 2], bit for bit those of the published code. U is 1225 or 1600."""
     theta_U = torch.arange(U, dtype=torch.float32, device=centre.device)
     x_U, y_U = (theta_U * step % _side(centre) for step in STEP[U])
     return torch.stack([x_U, y_U], dim=1) + (centre - _side(centre) / 2)
 
 
 def nearest_node(point_P2: Tensor, node_U2: Tensor) -> Tensor:
-    """Find the nearest of the n * n nodes of a `trajectory`, int32 [P], at a cost that does not grow with n.
+    """Return the nearest of the n * n nodes of a `trajectory`, int32 [P], at a cost independent of n.
 
-    With v the height above the lowest row in steps, rows floor(v) and floor(v) + 1 are the candidates, and in
-    each the two nodes beside the point. Points outside the box get the nearest node of its edge, ties the
-    lowest step.
+    With v as the height above the lowest row in steps, the candidates are rows floor(v) and floor(v) + 1, and in each
+    row the two nodes beside the point. Points outside the box get the nearest node of its edge, ties the lowest step.
     """
     n = math.isqrt(len(node_U2))
     beside = torch.arange(2, device=point_P2.device)
@@ -215,14 +214,14 @@ def nearest_node(point_P2: Tensor, node_U2: Tensor) -> Tensor:
 def pack_bits(index: np.ndarray[Any, Any], bits: int) -> bytes:
     """Pack integers [P] below 2**bits, bits = 1..32, as one big-endian bit string with zero bits in front.
 
-    Toy: 1, 2, 3 in 3 bits are 001 010 011; with 7 bits in front, the bytes 00 53.
-    Raises CodecError for integers that do not fit.
+    Toy: 1, 2, 3 in 3 bits are 001 010 011; with 7 bits in front, the bytes 00 53. Raises CodecError for integers that
+    do not fit.
     """
     if not 1 <= bits <= 32:
         raise CodecError(f"pack_bits: expected 1..32 bits, got {bits}")
     if index.size and not 0 <= int(index.min()) <= int(index.max()) < 1 << bits:
         raise CodecError(f"pack_bits: {index.min()}..{index.max()} do not fit {bits} bits; pass more bits")
-    # Eight integers end on a byte: fill up to whole eights in front, then drop the surplus zero bytes.
+    # Eight integers end on a byte: fill up to a multiple of eight in front, then drop the surplus zero bytes.
     fill = -len(index) % 8
     full = np.concatenate([np.zeros(fill, np.uint32), index.astype(np.uint32)])
     blocks = (full[start : start + _BLOCK["cpu"]] for start in range(0, len(full), _BLOCK["cpu"]))
@@ -233,7 +232,7 @@ def pack_bits(index: np.ndarray[Any, Any], bits: int) -> bytes:
 def unpack_bits(data: bytes, count: int, bits: int) -> np.ndarray[Any, Any]:
     """Read the `count` integers of `bits` = 1..32 bits that `pack_bits` wrote, uint32 [count].
 
-    Raises FormatError if the length is not theirs or a bit in front of them is set.
+    Raises FormatError if the length is wrong or a bit in front of them is set.
     """
     if not 1 <= bits <= 32:
         raise FormatError(f"packed index: expected 1..32 bits, got {bits}")
@@ -256,7 +255,7 @@ def unpack_bits(data: bytes, count: int, bits: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Box:
-    """Where the pairs of one tensor lie: centre and far float32 [2], outside bool [P]."""
+    """The pairs' mean and farthest pair, float32 [2] each, and which pairs are outside the box, bool [P]."""
 
     centre: Tensor
     far: Tensor
@@ -287,7 +286,7 @@ class _Trial:
 
 
 def _search(pair_P2: Tensor, box: _Box) -> _Trial:
-    """Give the trial of the first U that meets the goal, else of the last."""
+    """Return the trial of the first U that meets the goal, or of the last U."""
     for U in STEP:
         trial = _best_rings(pair_P2, box, U) if box.outside.any() else _without_rings(pair_P2, box, U)
         if trial.error <= ERROR_GOAL:
@@ -301,7 +300,7 @@ def _without_rings(pair_P2: Tensor, box: _Box, U: int) -> _Trial:
 
 
 def _best_rings(pair_P2: Tensor, box: _Box, U: int) -> _Trial:
-    """Try K upwards until the goal is met, else give the best; pairs inside the box are coded but once."""
+    """Try increasing K until the goal is met, else return the best. Pairs inside the box are coded only once."""
     inner_P2, outer_P2 = pair_P2[~box.outside], pair_P2[box.outside]
     inner, inner_error = _code(inner_P2, box, U, 1, outside=False)
     trials: list[tuple[float, int, Tensor]] = []
@@ -317,7 +316,8 @@ def _best_rings(pair_P2: Tensor, box: _Box, U: int) -> _Trial:
 
 
 def _code(pair_P2: Tensor, box: _Box, U: int, K: int, *, outside: bool) -> tuple[Tensor, float]:
-    """Code pairs all outside, or all inside, the box: indices int32 [P] and the sum of absolute errors."""
+    """Code pairs that are all outside, or all inside, the box. Returns indices int32 [P] and the sum of absolute
+    errors."""
     radii, node_U2 = _radii(box.centre, box.far, K), trajectory(U, box.centre)
     codebook_C2 = _codebook(node_U2, box.centre, radii)
     index_P = pair_P2.new_empty(len(pair_P2), dtype=torch.int32)
@@ -329,23 +329,22 @@ def _code(pair_P2: Tensor, box: _Box, U: int, K: int, *, outside: bool) -> tuple
             point = offset * (radii[0] / radii)[ring, None] + box.centre
             index.copy_(nearest_node(point, node_U2) + U * ring)
         else:
-            # Where there are rings the published code takes this way to the centre and back, which rounds.
+            # With rings, the published code goes to the centre and back, which rounds.
             index.copy_(nearest_node(pair if K == 0 else pair - box.centre + box.centre, node_U2))
         error += (codebook_C2.index_select(0, index) - pair).abs_().sum(dtype=torch.float64)
     return index_P, float(error)
 
 
 def _expanded_distance(point_P2: Tensor, node_U2: Tensor, theta_4P: Tensor) -> Tensor:
-    """Distances [4, P] from points to candidate nodes, rounded as those of a float32 matrix product.
+    """Return distances [4, P] from points to candidate nodes, rounded as those of a float32 matrix product.
 
-    That is sqrt(fma(-2 py, qy, -2 px qx) + |p|^2 + |q|^2). The root stays: it merges neighbouring values into
-    ties.
+    That is sqrt(fma(-2 py, qy, -2 px qx) + |p|^2 + |q|^2). The root is needed: it merges neighbouring values into ties.
     """
     px, py = (-2 * point_P2).unbind(1)
     candidate = theta_4P.flatten()
     planes = torch.stack([*node_U2.unbind(1), node_U2.square().sum(1)])
     qx, qy, q_square = (plane.index_select(0, candidate).view(theta_4P.shape) for plane in planes)
-    # In float64 the product is exact, so that this rounds once.
+    # In float64 the product is exact, so this rounds once.
     cross_4P = torch.addcmul((px * qx).double(), py.double(), qy.double()).float()
     return cross_4P.add_(point_P2.square().sum(1)).add_(q_square).clamp_(min=0).sqrt_()
 

@@ -1,14 +1,14 @@
-"""The two forms of one lattice tensor: int8 coordinates in memory, grouped and entropy-coded symbols at rest.
+"""The two forms of a lattice tensor: int8 coordinates in memory, grouped and entropy-coded symbols at rest.
 
-At rest each coordinate n is a symbol: n itself, or k = n >> 1 where the coordinates lie on paths of the trellis. Both
-coordinates' symbols make one plane [R, 2P], I before J, which is grouped by levels of its rows and columns (see
-`contexts`); symbols are stored as a byte, symbol + 128.
+At rest each coordinate n is a symbol: n itself, or k = n >> 1 for coordinates on trellis paths. Both coordinates'
+symbols make one plane [R, 2P], I before J, which is grouped by levels of its rows and columns (see `contexts`). A
+symbol is stored as the byte symbol + 128.
 
-A symbol outside -128..127 is written as k & 1 (so that the path goes on), or as 0 off the trellis, and the pair's
-coordinates are in the escape stream, which has the last word. In memory more pairs are escapes: those whose coordinates
-lie outside -128..127 though their symbols, of paths, do not.
+A symbol outside -128..127 is written as k & 1 (so that the path continues), or as 0 without a trellis, and the pair's
+coordinates are in the escape stream, which overrides symbols. In memory more pairs are escapes: those with coordinates
+outside -128..127 although their symbols on paths are inside.
 
-Shapes: R = rows, P = pairs a row, G = groups (see `contexts`).
+Shapes: R = rows, P = pairs per row, G = groups (see `contexts`).
 """
 
 import math
@@ -34,36 +34,36 @@ from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 Stream = bytes | memoryview
 
 SMALL = 1 << 16
-"""Symbols up to which more ways of grouping are tried."""
+"""Number of symbols up to which more ways of grouping are tried."""
 
 _ONE_PAIR = 2
 """Symbols of a row that is one pair."""
 
 Item = tuple[LatticeTensor, int]
-"""A coded matrix, and its path: 0 none, 1 through the rows, 2 down the columns of the trellis."""
+"""A coded matrix, and its trellis path: 0 none, 1 through the rows, 2 down the columns."""
 
 Packed = tuple[tuple[Stream, ...], int]
-"""The streams of a matrix, and the number of escapes among them."""
+"""The streams of a matrix, and the number of escapes in them."""
 
 _PACKERS: dict[str, Callable[[Sequence[Item]], list[Packed]]] = {}
 
 
 def register_packer(device_type: str, packer: Callable[[Sequence[Item]], list[Packed]]) -> None:
-    """Let something faster than `reference_pack`, which makes the same bytes, pack what lies on such devices."""
+    """Register a faster packer for a type of device. It must make the same bytes as `reference_pack`."""
     _PACKERS[device_type] = packer
 
 
 def pack(code: LatticeTensor, *, path: int) -> Packed:
-    """Streams: levels of the rows and columns, groups, escapes; and the number of escapes stored.
+    """Return the streams (levels of the rows and columns, groups, escapes) and the number of stored escapes.
 
-    Levels of no bytes are all 0: the plane is one group. `path` says that the coordinates lie on trellis paths, 1 for
-    those through the rows and 2 for those down the columns.
+    A levels stream of no bytes means that all levels are 0, so the plane is one group. `path` says that the coordinates
+    are on trellis paths, 1 for paths through the rows, 2 for paths down the columns.
     """
     return pack_all([(code, path)])[0]
 
 
 def pack_all(items: Sequence[Item]) -> list[Packed]:
-    """`pack` of several matrices, all on one type of device."""
+    """Pack several matrices, all on one type of device."""
     packer = _PACKERS.get(items[0][0].i.device.type) if items else None
     return [reference_pack(code, path=path) for code, path in items] if packer is None else packer(items)
 
@@ -98,7 +98,8 @@ def tries_more(columns: int, size: int) -> bool:
 
 
 def _groupings(both: Bytes) -> Iterator[_Grouping]:
-    """The plane of all symbols as one group, and grouped by levels of rows and columns; small planes by columns too."""
+    """Yield groupings of the plane of all symbols: one group, by levels of rows and columns, and for small planes by
+    columns."""
     rows, columns = map(contexts.levels, contexts.mean_squares(both))
     first = _grouping(both, rows, columns, contexts.USUAL_BITS)
     fits = [tables.fit(first.counts)]
@@ -129,10 +130,10 @@ def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
 def unpack(
     streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int
 ) -> tuple[Tensor, Tensor, Escapes]:
-    """(i, j, escapes) in memory, on the CPU: int8 [R, P] each, from the streams of `pack`.
+    """Return (i, j, escapes) in memory, on the CPU: int8 [R, P] each, from the streams of `pack`.
 
     Raises:
-        FormatError: there are more or fewer streams than the levels ask for, or one is not what it should be.
+        FormatError: The number of streams does not fit the levels, or a stream is damaged.
     """
     rows, pairs = shape
     row, column, rule = unpack_levels(streams, shape)
@@ -151,18 +152,18 @@ def unpack(
 
 
 def unpack_escapes(streams: Sequence[Stream], shape: tuple[int, int], escapes: int, *, path: int) -> Escapes:
-    """The escapes that are stored. Raises FormatError."""
+    """Return the stored escapes. Raises FormatError."""
     return rest.unpack_escapes(streams[-1], escapes, shape[0] * shape[1], reach=2 if path else 1)
 
 
 def check_count(streams: Sequence[Stream], groups: int) -> None:
-    """Refuse more or fewer streams than a tensor of so many groups has. Raises FormatError."""
+    """Refuse a number of streams that does not fit so many groups. Raises FormatError."""
     if len(streams) != 2 + groups:
         raise FormatError(f"{len(streams)} streams stored where {2 + groups} were expected")
 
 
 def unpack_levels(streams: Sequence[Stream], shape: tuple[int, int]) -> tuple[Bytes, Bytes, Rule]:
-    """Levels of the rows, of the columns of both planes, and the rule that groups them. Raises FormatError."""
+    """Return the levels of the rows, those of the columns of both planes, and the grouping rule. Raises FormatError."""
     rows, pairs = shape
     if len(streams) < 3:
         raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
@@ -192,7 +193,7 @@ def unpack_1(
 
 
 def _planes_1(streams: Sequence[Stream], shape: tuple[int, int], escapes: int) -> tuple[list[Tensor], Escapes]:
-    """Both planes of version 1's symbols, as bytes symbol + 128, and its escapes."""
+    """Return both planes of version 1's symbols, as bytes symbol + 128, and its escapes."""
     rows, pairs = shape
     if len(streams) < 4:
         raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 4")
@@ -238,14 +239,14 @@ def symbols_of(code: LatticeTensor, *, path: int) -> Bytes:
 
 
 def escaped_symbols(true: Tensor, *, path: int) -> Tensor:
-    """The symbols + 128, uint8 [E], that stand where escapes of these coordinates (int32 [E]) are."""
+    """Return the symbols + 128, uint8 [E], stored at escapes with these coordinates (int32 [E])."""
     escaped = true >> 1 if path else true
     outside = (escaped < LOW) | (escaped > HIGH)
     return (torch.where(outside, escaped & 1 if path else 0, escaped) + 128).to(torch.uint8)
 
 
 def explicit(escapes: Escapes, *, path: int) -> Escapes:
-    """The escapes that symbols do not tell."""
+    """Return the escapes whose coordinates the symbols cannot hold."""
     if not path or not len(escapes):
         return escapes
     outside = torch.zeros(len(escapes), dtype=torch.bool, device=escapes.pair.device)
@@ -255,13 +256,13 @@ def explicit(escapes: Escapes, *, path: int) -> Escapes:
 
 
 def _coordinates(symbols: Tensor, path: int) -> Tensor:
-    """Coordinates [R, P], int16 of paths and else int8, of symbols + 128, which may be a view."""
+    """Return coordinates [R, P], int16 for paths and else int8, from symbols + 128, which may be a view."""
     k = (symbols ^ 128).contiguous().view(torch.int8)
     return trellis.numbers(k.view(-1), trellis.lanes_of(k.shape[0], k.shape[1], path)).view(k.shape) if path else k
 
 
 def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
-    """`_coordinates` of both planes of symbols + 128 and `_in_memory`, natively."""
+    """Return what `_coordinates` of both planes of symbols + 128 and `_in_memory` give, computed natively."""
     library = native()
     assert library is not None
     rows, pairs = both.shape[0], both.shape[1] // 2
@@ -293,10 +294,10 @@ def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, 
 
 
 def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tensor]], stored: Escapes) -> Escapes:
-    """The escapes in memory, on the CPU; their places in both `planes` (int8 [R, P], of any device) become 0.
+    """Return the escapes in memory, on the CPU, and set them to 0 in both `planes` (int8 [R, P], of any device).
 
-    `outside` are the coordinates of either plane that lie outside -128..127: flat indices, increasing, and values, on
-    the CPU. `stored` has the last word.
+    `outside` has for each plane the coordinates outside -128..127: flat indices, increasing, and values, on the CPU.
+    `stored` overrides them.
     """
     if not any(len(at) for at, _ in outside):
         return _emptied(planes, stored)
@@ -321,7 +322,7 @@ def _emptied(planes: Sequence[Tensor], escapes: Escapes) -> Escapes:
 
 
 _ROOM = 1 << 12
-"""Coordinates outside the box that are expected at most."""
+"""Expected maximum of coordinates outside the box."""
 
 
 def merged(a: Escapes, b: Escapes) -> Escapes:
@@ -334,7 +335,7 @@ def merged(a: Escapes, b: Escapes) -> Escapes:
 
 
 def _in_memory(coordinates: list[Tensor], stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
-    """int8 planes, 0 at every escape, and all escapes: those stored, and others outside the box."""
+    """Return int8 planes, 0 at every escape, and all escapes: the stored ones, and others outside the box."""
     for plane in coordinates:
         plane.view(-1)[stored.pair] = 0
     i, j = coordinates
@@ -347,7 +348,7 @@ def _in_memory(coordinates: list[Tensor], stored: Escapes) -> tuple[Tensor, Tens
 
 
 def _take_out(i: Tensor, j: Tensor, stored: Escapes) -> Escapes:
-    """Move the pairs outside the box, which become 0, behind those stored; all by rising index."""
+    """Set the pairs outside the box to 0, and return them with the stored ones, by increasing index."""
     pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
     taken = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
     i[pair] = 0

@@ -1,7 +1,7 @@
 """Profiles: the decision for a tensor, from its header alone.
 
-A profile is a codec and a target. Its resolved form (`Profile.recipe`) is part of every shard's key: change it, and
-the shard is another shard. What it comes to for one tensor is a `Decision`.
+A profile is a codec and a target. Its resolved form (`Profile.recipe`) is part of every shard's key, so another recipe
+makes other shards. Its result for one tensor is a `Decision`.
 """
 
 import math
@@ -15,20 +15,20 @@ from birkhoff.codec.dtype_names import is_float
 Codec = Literal["lattice", "paper"]
 Action = Literal["coded", "lossless"]
 Allocation = Literal["uniform", "size", "header", "output"]
-"""How a profile's target is shared among a model's tensors: see `Profile`."""
+"""How a profile's target is divided among a model's tensors, see `Profile`."""
 
 _ALLOCATIONS: dict[str, Allocation] = {"size": "size", "header": "header", "output": "output"}
-"""By what a recipe says; it says nothing of `uniform`."""
+"""Allocations by the name in a recipe. A recipe leaves out `uniform`."""
 
 Override = float | Literal["lossless"]
-"""What is said of a single tensor, over its profile: a target in dB, or to keep it lossless."""
+"""The user's choice for a single tensor: a target in dB, or to keep it lossless."""
 
 Recipe = dict[str, str | float | int | None]
 """A profile resolved to plain values, as manifests and shard keys hold it."""
 
 
 class Header(NamedTuple):
-    """What is known of a tensor before its weights are read; `dtype` is torch's name."""
+    """What is known about a tensor before its weights are read. `dtype` is torch's name."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,37 +36,39 @@ class Header(NamedTuple):
 
 
 TARGET_DB_RANGE = (6.0, 48.0)
-"""Targets the trajectory can serve: below, tensors die; above, most pairs would be escapes."""
+"""Targets that the trajectory can serve. Below them tensors become zeros; above them most pairs would be escapes."""
 
 NOMINAL_MEAN_RANGE_DB = (3.0, 60.0)
-"""Means of nominal targets that a budget can choose from: below, a model of 1.5 bits a weight says nothing more."""
+"""Range of the mean of nominal targets for a budget. Below it a model of 1.5 bits per weight carries no information."""
 
 REFERENCE_WEIGHTS = 1 << 20
-"""Size of the tensor that gets just the profile's target under allocation by size."""
+"""Size of the tensor that gets exactly the profile's target under allocation by size."""
 
 _LARGEST = 1 << 26
-"""Weights of a large tensor."""
+"""Number of weights of a large tensor."""
 
 _SIZE_SLOPE_DB = 7.5
-"""dB that a tensor of a tenth of the weights gets more: see `Profile`. Of 0, 5, 7.5 and 10 the best on the demo model,
-judged by its masks at equal bytes."""
+"""Extra dB for a tensor with a tenth of the weights, see `Profile`. The best of 0, 5, 7.5 and 10 on the demo model,
+by its masks at equal bytes."""
 
 _FLOOR_DB = 12.0
-"""Least target under allocation by header, unless the profile's own is lower: below, tensors die."""
+"""Least target under allocation by header, unless the profile's target is lower: below it, tensors become zeros."""
 
 _DEPTHWISE_DB = 14.0
 _CONVOLUTION_DB = 8.0
 _FAN_IN = 256
 _GAIN_RANGE_DB = (-26.0, 52.0)
-"""Gains of usual tensors: [8192, 8192], and a depthwise convolution of 1024 weights."""
+"""Gains of extreme tensors: [8192, 8192], and a depthwise convolution of 1024 weights."""
 
 _LIKE_ALL_DB = 1.0
-"""Within so many dB, the mean gain of a model's largest part stands for the mean of all: see `Profile.of_model`."""
+"""Largest difference in dB at which the mean gain of a model's largest part replaces the mean of all, see
+`Profile.of_model`."""
 
 _BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 LEAST_VECTOR = 64
-"""Weights from which a small parameter is coded under allocation by output: a code table costs more on fewer."""
+"""Size in weights from which small parameters are coded under allocation by output. On fewer weights a code table
+costs more than it saves."""
 
 ENCODER_VERSION = 6
 """Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
@@ -89,45 +91,45 @@ FALLBACKS = {
     "target": "no step meets its target",
     "published": f"the published codec leaves it raw: its mean error would exceed {PUBLISHED_ERROR_LIMIT}",
 }
-"""Why a tensor that its header sends to coding is lossless all the same, by the `reason` stored with it."""
+"""Reasons why a codable tensor was stored lossless, by the `reason` stored with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The decision for one tensor: with its weights, everything that determines its coded bytes.
+    """The decision for one tensor. Together with its weights it determines the coded bytes.
 
-    Made at planning; encoding, validation, verification and inspection read it. A list of them is a model's plan,
-    whoever made it.
+    It is made when a model is planned; encoding, validation, verification and inspection use it. A model's plan is the
+    list of its decisions.
     """
 
     codec: Literal["lattice", "paper", "planes", "raw"]
-    """`planes` gives way to `raw` where that is smaller, a lossy one to these where the weights themselves cannot be
+    """`planes` is replaced by `raw` if that is smaller. A lossy codec is replaced by these if the weights cannot be
     coded (`FALLBACKS`)."""
     target_db: float | None = None
-    """SQNR to reach, dB. None where there is none, and of `lattice` where the published codec's error is the target."""
+    """SQNR to reach in dB. None without a target, and for `lattice` if the target is the published codec's error."""
     path: bool = False
-    """Whether paths of the trellis are searched."""
+    """Whether trellis paths are searched."""
     states_target: bool = False
-    """Whether the target is stored with the tensor, its recipe alone not telling it."""
+    """Whether the target is stored with the tensor, because its recipe alone does not determine it."""
     override: Override | None = None
-    """What was decided for this tensor alone. The recipe does not tell it: it is part of the key of the tensor's shard,
-    and stands in the version's manifest."""
+    """The user's choice for this tensor. It is part of the key of the tensor's shard and of the version's manifest,
+    because the recipe does not contain it."""
     reason: str = ""
-    """Why it is not coded as the profile says; empty where it is."""
+    """Why the tensor is not coded as the profile says, or empty."""
     nominal: bool = False
-    """Whether the target only says the step, and no SQNR is promised: see `output.allocation`."""
+    """Whether the target only determines the step, and no SQNR is promised, see `output.allocation`."""
     hessian: str | None = None
-    """Under a nominal target, the sha256 of the packed Hessian through which errors are fed back; None where each
-    weight is rounded for itself. Needed to make a tensor, not to read it: what a version stores does not say it."""
+    """With a nominal target, the SHA-256 of the packed Hessian for error feedback; None if each weight is rounded by
+    itself. Only the encoder needs it, so versions do not store it."""
 
     @property
     def action(self) -> Action:
-        """Whether weights are lost."""
+        """Whether the tensor is lossy."""
         return "coded" if self.codec in ("lattice", "paper") else "lossless"
 
     @property
     def matches_published(self) -> bool:
-        """Whether the target is the error that the published codec makes on the tensor."""
+        """Whether the target is the error of the published codec on this tensor."""
         return self.codec == "lattice" and self.target_db is None
 
 
@@ -135,33 +137,32 @@ class Decision:
 class Profile:
     """How tensors are coded.
 
-    `target_db` is the SQNR (10*log10(sum w^2 / sum (w - w')^2), dB) that every coded tensor must reach, sum w^2 being
-    that of its bulk where few outliers carry most of it (the rule stands in `metrics`). The published codec has none,
-    it holds a mean absolute error; our own without one takes for each tensor what the published codec reaches on it,
-    and 48 dB for what that leaves raw. `path` searches paths of the trellis: some 0.17 bits a weight fewer at the same
-    error, for several times the encoding time on a CPU. Tensors of under `min_weights` weights stay lossless.
+    `target_db` is the SQNR (10*log10(sum w^2 / sum (w - w')^2), dB) that every coded tensor must reach. If few outliers
+    carry most of the energy, sum w^2 counts only the bulk (see `metrics`). The published codec has no target; it bounds
+    the mean absolute error. Codec `lattice` without a target takes for each tensor the SQNR of the published codec, or
+    48 dB where that codec leaves it raw. `path` searches trellis paths: about 0.17 bits per weight fewer at the same
+    error, for several times the encoding time on a CPU. Tensors of fewer than `min_weights` weights stay lossless.
 
-    With `allocation` `size`, `target_db` is that of a tensor of `REFERENCE_WEIGHTS` weights and smaller ones get more.
-    Each layer's relative error reaches the output much alike, whatever the layer's size, while a dB costs bits in
-    proportion to it: the least sum of relative errors sum 10^(-d_i/10) for so many bits sum n_i d_i is at
-    d_i = c - 10*log10(n_i). Three quarters of that slope are taken: a tensor's share of the output's error is not quite
-    independent of its size. Each tensor's target stays in `TARGET_DB_RANGE`.
+    With `allocation` `size`, `target_db` is for a tensor of `REFERENCE_WEIGHTS` weights, and smaller ones get more. The
+    relative errors of layers reach the output about equally, whatever their sizes, while a dB costs bits in proportion
+    to the size. The sum of relative errors sum 10^(-d_i/10) at a given number of bits sum n_i d_i is least at d_i = c -
+    10*log10(n_i). Three quarters of that slope are used, because a tensor's share of the output's error does depend on
+    its size a little. Each tensor's target stays in `TARGET_DB_RANGE`.
 
-    With `header`, `target_db` is the mean over the coded weights of a model: each tensor gets its `gain_db` more than
-    that of the mean weight, which `of_model` finds. So a profile takes about as many bytes as with `uniform`, whatever
-    the sizes of a model's layers. The gain is the full slope by size, 5 dB less for ten times the fan-in, and 14 dB
-    more for depthwise and 8 for dense convolutions, whose few weights reach every position of a picture. Targets end at
-    48 dB and at 12, or at the profile's own where that is lower: who asks for less gets less. Fitted on LiteMedSAM,
-    held on the demo model and MiniLM-L6 (`python -m tests.harness.benchmarks budget`).
+    With `header`, `target_db` is the mean over the coded weights of a model. Each tensor gets its `gain_db` minus the
+    mean gain, which `of_model` computes, on top. So a profile takes about as many bytes as with `uniform`, whatever the
+    sizes of a model's layers. The gain is the full slope by size, minus 5 dB for ten times the fan-in, plus 14 dB for
+    depthwise and 8 dB for dense convolutions, whose few weights affect every position of a picture. Targets are at most
+    48 dB, and at least 12 dB or the profile's own if that is lower. Fitted on LiteMedSAM, validated on the demo model
+    and MiniLM-L6 (`python -m tests.harness.benchmarks budget`).
 
-    With `output`, `target_db` is the mean of nominal targets, which say a tensor's step and promise no SQNR: what each
-    gets over the mean, and the Hessian through which its errors are fed back, come from the model's `statistics` and
-    stand beside the profile. Here they are unknown, and every tensor gets the mean. With `vectors`, biases, scales of
-    norms and other small parameters are coded too, which no other allocation dares to: their sensitivity says how
-    finely. One that no output feels stays lossless.
+    With `output`, `target_db` is the mean of nominal targets, which determine a tensor's step and promise no SQNR. Each
+    tensor's gain over the mean, and the Hessian for its error feedback, come from the model's `statistics`, not from
+    the profile; here every tensor gets the mean. With `vectors`, biases, scales of norms and other small parameters are
+    coded too, as only their measured sensitivity tells how finely. A parameter that affects no output stays lossless.
 
-    `raw_buffers`: the published codec leaves buffers of BatchNorm as they are, as its method does; a variance that it
-    has rounded to 0 or below makes NaN of every output.
+    `raw_buffers`: the published codec leaves the buffers of BatchNorm alone, as its method does. A variance rounded to
+    0 or below would make every output NaN.
     """
 
     name: str
@@ -172,21 +173,21 @@ class Profile:
     summary: str = ""
     allocation: Allocation = "uniform"
     mean_gain_db: float | None = None
-    """Under allocation by header, the gain of what gets just the target. None: each tensor is a model of its own, and
-    gets it."""
+    """Under allocation by header, the gain of a tensor that gets exactly the target. None: each tensor gets the
+    target, as if it were the whole model."""
     statistics: str | None = None
-    """Under allocation by output, the key of the statistics that it is by; None before these are known."""
+    """Under allocation by output, the key of the statistics used; None until they are known."""
     raw_buffers: bool = False
     vectors: bool = True
-    """Under allocation by output, whether parameters of `LEAST_VECTOR` weights and more are coded whatever their form;
-    versions of before have none that are."""
+    """Under allocation by output, whether parameters of at least `LEAST_VECTOR` weights are coded whatever their
+    shape. Older versions do not code them."""
 
     def of_model(self, headers: Iterable[Header]) -> "Profile":
-        """The profile for a model of these tensors: under allocation by header, with their mean gain.
+        """Return the profile for a model of these tensors: under allocation by header, with their mean gain.
 
-        Models that share an encoder share its shards, whatever decoder follows, only if both have the same mean. So
-        that of the largest part (of the names up to the first dot, that with the most coded weights) stands for the
-        whole wherever it lies within 1 dB, a sixth of a bit, of the mean of all.
+        Models that share an encoder share its shards, whatever decoder follows, only if both have the same mean. So the
+        mean of the largest part (the tensors with the same name up to the first dot that have the most coded weights)
+        is used if it is within 1 dB, a sixth of a bit, of the mean of all.
         """
         if self.allocation != "header":
             return self
@@ -204,13 +205,13 @@ class Profile:
         return replace(self, mean_gain_db=round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2))
 
     def decide(self, shape: tuple[int, ...], dtype: str, override: Override | None = None, name: str = "") -> Decision:
-        """Decide about a tensor from its header and its override alone; `dtype` is torch's name.
+        """Decide about a tensor from its header and its override. `dtype` is torch's name.
 
-        A target does not make a lossless tensor a coded one, and that a tensor is to be lossless says nothing where it
-        is so anyway: such an `override` is dropped. One with a target keeps tensors lossless that only the published
-        codec would take. The name counts under `raw_buffers` alone.
+        An override is dropped if it has no effect: a target for a lossless tensor, or lossless for a tensor that is
+        lossless anyway. With a target, tensors that only the published codec would code stay lossless. The name matters
+        only under `raw_buffers`.
 
-        Published versions are read by the same rules for ever: others need another `ENCODER_VERSION` to be told by.
+        Published versions are read by these rules for ever. Other rules need another `ENCODER_VERSION`.
         """
         if override is not None and override != "lossless" and not _uncoded("lattice", shape, dtype, self.min_weights):
             reason = f"{override:g} dB by override"
@@ -234,7 +235,7 @@ class Profile:
         return self._lattice(self.target_db if share is None else share, states_target=share is not None)
 
     def is_vector(self, shape: tuple[int, ...], dtype: str, name: str) -> bool:
-        """Whether a tensor is coded, if an output feels it, although it is small or has one dimension."""
+        """Return whether a tensor is coded, if it affects an output, although it is small or has one dimension."""
         if self.allocation != "output" or not self.vectors or self.target_db is None or not is_float(dtype):
             return False
         if not _uncoded(self.codec, shape, dtype, self.min_weights):
@@ -242,7 +243,7 @@ class Profile:
         return prod(shape) >= LEAST_VECTOR and name.rsplit(".", 1)[-1] not in _BATCH_NORM_BUFFERS
 
     def _share_db(self, shape: tuple[int, ...]) -> float | None:
-        """A tensor's target under the allocation; None where it is the profile's."""
+        """Return a tensor's target under the allocation; None if it is the profile's."""
         assert self.target_db is not None
         low, high = TARGET_DB_RANGE
         if self.allocation == "size":
@@ -268,7 +269,7 @@ class Profile:
 
     @classmethod
     def of_recipe(cls, name: str, recipe: Mapping[str, str | float | int | None]) -> "Profile":
-        """The profile of a stored recipe; what an older one does not say was not there to be chosen."""
+        """Return the profile of a stored recipe. Keys that an older recipe lacks take the values of that time."""
         target, codec = recipe.get("target_db"), recipe.get("codec", "lattice")
         allocation, mean = recipe.get("allocation"), recipe.get("mean_gain_db")
         statistics = recipe.get("statistics")
@@ -287,7 +288,7 @@ class Profile:
 
     @property
     def target_range(self) -> tuple[float, float]:
-        """Targets between which tensors of every usual size go through the whole of `TARGET_DB_RANGE`."""
+        """The range of targets over which tensors of usual sizes cover `TARGET_DB_RANGE`."""
         low, high = TARGET_DB_RANGE
         if self.allocation == "output":
             return NOMINAL_MEAN_RANGE_DB
@@ -300,7 +301,7 @@ class Profile:
         return low, high
 
     def recipe(self) -> Recipe:
-        """Everything that decides the coded bytes, as plain values."""
+        """Return everything that determines the coded bytes, as plain values."""
         recipe: Recipe = {"codec": self.codec, "encoder": ENCODER_VERSION}
         recipe["target_db"] = self.target_db
         recipe |= {"path": int(self.path), "min_weights": self.min_weights}
@@ -318,8 +319,8 @@ class Profile:
 def gain_db(shape: tuple[int, ...]) -> float:
     """Return how many dB more a tensor gets than one of 2^20 weights and fan-in 256, under allocation by header.
 
-    Fan-in: the product of shape[1:]. Convolutions, those of 1 x 1 too, have more than two dimensions; depthwise ones
-    have one channel a filter. A tensor of one row (a position embedding) has no fan-in and is no convolution.
+    The fan-in is the product of shape[1:]. Convolutions have more than two dimensions, also those of 1 x 1; depthwise
+    ones have one channel per filter. A tensor of one row (a position embedding) has no fan-in and is not a convolution.
     """
     gain = -10 * log10(max(1, prod(shape)) / REFERENCE_WEIGHTS)
     if len(shape) < 2 or shape[0] == 1 or not prod(shape):
@@ -331,7 +332,7 @@ def gain_db(shape: tuple[int, ...]) -> float:
 
 
 def _uncoded(codec: Codec, shape: tuple[int, ...], dtype: str, min_weights: int) -> str:
-    """Why a codec is not for a tensor of this header; empty where it is."""
+    """Return why a codec does not code a tensor of this header, or "" if it does."""
     count = prod(shape)
     if not is_float(dtype):
         kind = "quantised already" if dtype.startswith("float8") else "not a float type"

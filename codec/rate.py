@@ -1,8 +1,8 @@
-"""Rate control: the largest step whose error still meets a target in dB.
+"""Rate control: find the largest step whose error still meets a target in dB.
 
-The step h is found from the error itself, never from an assumed distribution: E(h) = sum (w - w')^2 is measured on a
-sample of blocks, and log h moved along E ~ h^2 until the SQNR meets the target; then the whole matrix is coded once,
-and again only if the sample misled.
+The step h follows from measured errors, not from an assumed distribution. E(h) = sum (w - w')^2 is measured on a sample
+of blocks, and log h is moved along E ~ h^2 until the SQNR meets the target. Then the whole matrix is coded once, or
+again if the sample was misleading.
 """
 
 import math
@@ -23,24 +23,24 @@ from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.trajectory import FARTHEST, reciprocal
 
 TOLERANCE_DB = 0.3
-"""A coded tensor lies at most this far above its target."""
+"""A coded tensor is at most this far above its target."""
 
 _CLOSE_DB = 0.06
-"""Good enough not to try again: 0.01 bits a weight."""
+"""Excess at which coding again does not pay: 0.01 bits per weight."""
 
 _MARGIN_DB = 0.02
-"""The search aims this far above the target, so that the first whole pass nearly always meets it."""
+"""Excess that the search aims for, so that the first whole pass nearly always meets the target."""
 
 _SEARCHES = 6
 _TRIES = 12
 _PATIENCE = 3
-"""Whole passes after which anything within the tolerance will do."""
+"""Number of whole passes after which any result within the tolerance is accepted."""
 
 _SAMPLE = 1 << 17
-"""Weights sampled for the step search, whose error is so known to 0.02 dB; smaller tensors are searched whole."""
+"""Weights sampled for the step search. The sample gives the error to 0.02 dB. Smaller tensors are searched whole."""
 
 _NEAR_DB = 0.1
-"""A correction so small need not be measured: E ~ h^2 holds along it."""
+"""A smaller correction is applied without measuring it, since E ~ h^2 holds along it."""
 
 _CHUNK = 1 << 20
 """Weights decoded together to measure their error."""
@@ -62,11 +62,11 @@ def encode(
         seen: what a look through the weights found, if there was one.
 
     Returns:
-        The coded matrix and its measured error. The SQNR lies within 0.3 dB above the target wherever the weights
-        allow it; a matrix of few distinct values can jump over that window and then lies above it.
+        The coded matrix and its measured error. The SQNR is at most 0.3 dB above the target, unless the matrix has so
+        few distinct values that no step hits this window.
 
     Raises:
-        TargetError: the target is out of range, the weights have no finite energy, or no step meets the target.
+        TargetError: The target is out of range, the weights have no finite energy, or no step meets the target.
     """
     check_target(target_db)
     if seen is None and in_parts(weight_RK):
@@ -84,7 +84,7 @@ def encode(
 
 
 class RangeError(TargetError):
-    """Weights so near the end of their type's range that they leave it when decoded."""
+    """Decoded weights would leave the range of their dtype, because the weights are near its end."""
 
 
 def check_error(error: float) -> None:
@@ -102,16 +102,17 @@ def check_target(target_db: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Goal:
-    """A target in dB against the energy of the weights' bulk; `outliers` tells whether that is not all of it."""
+    """A target in dB against the energy of the weights' bulk. `outliers` says whether some weights are not in the
+    bulk."""
 
     energy: float
     target_db: float
     outliers: bool
 
     def excess(self, error: float) -> float:
-        """dB above the target at a summed squared error, limited so that one step of the search stays sane.
+        """Return dB above the target for a summed squared error, clamped to keep each step of the search moderate.
 
-        Raises RangeError if a weight was rounded out of its type's range: float16 ends at 65504.
+        Raises RangeError if a weight was rounded out of its dtype's range: float16 ends at 65504.
         """
         check_error(error)
         return min(sqnr_db(self.energy, error) - self.target_db, 20.0)
@@ -121,7 +122,8 @@ def _search(weight_RK: Tensor, goal: _Goal, greatest: float | None) -> float:
     """The step of single nodes that lies `_MARGIN_DB` above the goal on a sample, or what corrections made of it."""
     step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
     sample = _sample(weight_RK)
-    # Quantisation error spreads evenly over a tensor even if its energy does not: scale the error, not the energy.
+    # Quantisation errors spread evenly over a tensor even if its energy does not, so the error is scaled, not the
+    # energy.
     scale = weight_RK.numel() / sample.numel()
     for _ in range(_SEARCHES):
         error = error_of_nodes(sample, step, greatest) * scale
@@ -149,24 +151,24 @@ def _is_native(weight_RK: Tensor) -> bool:
 
 
 def path_step(symbols: int) -> float:
-    """Step of a path through rows over the step of single nodes at equal error."""
+    """Return the step of a path through rows, relative to the step of single nodes with equal error."""
     return step_of_run(trellis.steps(symbols))
 
 
 def step_of_run(steps: int) -> float:
-    """Return the same for runs of so many steps; the gain was measured for 64 to 256."""
+    """Return the same for runs of `steps`. The gain was measured for 64 to 256."""
     return 0.5 * 10 ** ((1.085 - 7.3 / steps) / 20)
 
 
 def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tuple[LatticeTensor, Fidelity]:
     """Code the whole matrix, and again with a better step while that pays."""
     best: tuple[LatticeTensor, Fidelity] | None = None
-    below, above = 0.0, math.inf  # greatest step known to meet the target, least known to miss it
+    below, above = 0.0, math.inf  # the largest step that met the target, the smallest that missed it
     for attempt in range(_TRIES):
         coded = code(weight_RK, step)
         found = _fidelity(weight_RK, coded, goal)
         if best is not None and not found.error < math.inf:
-            break  # the one before is good
+            break  # the previous result is good
         excess = goal.excess(found.error)
         if excess >= 0 and (best is None or found.error > best[1].error):
             best = coded, found
@@ -221,7 +223,7 @@ def _errors(weight_RK: Tensor, coded: LatticeTensor) -> Errors:
 
 
 def _round(step: float) -> float:
-    """Return the step as the float32 that is stored."""
+    """Round a step to the float32 that is stored."""
     return float(torch.tensor(step, dtype=torch.float32))
 
 
@@ -234,7 +236,7 @@ def _energy(weight_RK: Tensor) -> float:
 
 
 def _sample(weight_RK: Tensor) -> Tensor:
-    """Return a matrix [S, 64] of blocks spread evenly over the weights, or all of them where they are few."""
+    """Return a matrix [S, 64] of blocks spread evenly over the weights, or all weights if there are few."""
     flat = weight_RK.reshape(-1)
     blocks = flat.numel() // (2 * HALF)
     wanted = _SAMPLE // (2 * HALF)

@@ -1,6 +1,6 @@
-"""Eager references: every kernel is tested against them, and they run without a GPU.
+"""Eager references for all kernels. They run without a GPU.
 
-Shapes: N = rows (out features), K = columns (in features), P = pairs a row, E = escaped weights.
+Shapes: N = rows (out features), K = columns (in features), P = pairs per row, E = escaped weights.
 """
 
 from collections.abc import Callable
@@ -32,26 +32,28 @@ def decode_planes(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dty
 
 
 def put_escapes(weight_NK: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Write float32 escape values [E] at their flat indices [E], of any device, into contiguous weights, in place."""
+    """Write float32 escape values [E] to their flat indices [E] in contiguous weights, in place. They may be on any
+    device."""
     if index.numel():
         weight_NK.view(-1)[index.to(weight_NK.device)] = value.to(weight_NK.device, weight_NK.dtype)
     return weight_NK
 
 
 PLANE_ALIGNMENT = 16
-"""Bytes that rows of a plane begin at multiples of: what the copy engine of a GPU asks for."""
+"""Alignment in bytes of a plane's rows, as a GPU's copy engine requires."""
 
 
 def plane_columns(columns: int, extra: int = 0) -> int:
-    """W, the columns of the plane of a matrix of K = `columns`: whole pairs and `extra` ones, to a multiple of 16."""
+    """Return W, the columns of the plane of a matrix of K = `columns`: whole pairs and `extra` ones, up to a
+    multiple of 16."""
     return -(-(2 * pairs_per_row(columns) + extra) // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
 
 
 def plane_of(code: LatticeTensor) -> tuple[Tensor, Tensor]:
-    """Coordinates as one int8 plane [N, W] in the order of the columns, I where x stands and J where y does.
+    """Return the coordinates as one int8 plane [N, W] in the order of the columns, with I in place of x and J of y.
 
-    What an escaped coordinate has beyond a byte stands in further columns behind the pairs, as many as it takes; the
-    second result, int32 [X], says which column each of them repeats. The rest of W is 0.
+    The excess of an escaped coordinate over a byte is in further columns after the pairs, as many as it takes. The
+    second result, int32 [X], has the column that each of them repeats. The rest of W is 0.
     """
     pairs = code.i.shape[1]
     parts = [join(code.i, code.j, 2 * pairs)]
@@ -70,16 +72,16 @@ def plane_of(code: LatticeTensor) -> tuple[Tensor, Tensor]:
 
 
 def extra_columns(code: LatticeTensor) -> int:
-    """X, the further columns that `plane_of` a matrix takes for its escapes."""
+    """Return X, the further columns that `plane_of` needs for a matrix's escapes."""
     _, column, value = _escaped(code)
     most = torch.zeros(2 * code.i.shape[1], dtype=value.dtype, device=value.device)
     beyond = torch.where(value < 0, (LOW - value + -LOW - 1) // -LOW, (value - HIGH + HIGH - 1) // HIGH).clamp(min=0)
-    # Of a column with coordinates of both signs, the longer of the two.
+    # If a column has coordinates of both signs, the longer excess counts.
     return int(most.scatter_reduce_(0, column, beyond, "amax").sum())
 
 
 def _escaped(code: LatticeTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column among whole pairs, coordinate), int64, of both coordinates of every escaped pair."""
+    """Return (row, column among whole pairs, coordinate), int64, of both coordinates of every escaped pair."""
     pairs = code.i.shape[1]
     first, second = columns_of_pairs(code.escapes.pair % pairs, 2 * pairs)
     row = code.escapes.pair // pairs
@@ -87,16 +89,16 @@ def _escaped(code: LatticeTensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def coordinates_of(plane_NW: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(I, J), int8 [N, P], of a plane; of escaped pairs as near as bytes come."""
+    """Return (I, J), int8 [N, P], of a plane. Coordinates of escaped pairs are clamped to a byte."""
     return split(plane_NW[:, : 2 * pairs_per_row(columns)])
 
 
 def quantise_tokens(x_MK: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as int8 [M, W], one float32 scale a token [M]: what a plane with these `extra` is multiplied with.
+    """Quantise activations to int8 [M, W] with one float32 scale per token [M], to multiply with a plane with these
+    `extra`.
 
-    The shear of the weights, x = (I + J/256) h, is moved to the activations: b = (a_x, a_y + a_x/256); then
-    scale = max |b| / 127 and q = round(b / scale), halves to even. A token that holds NaN or infinity gets a scale that
-    is not finite.
+    The shear of the weights, x = (I + J/256) h, is moved to the activations: b = (a_x, a_y + a_x/256). Then scale = max
+    |b| / 127 and q = round(b / scale), halves to even. A token with NaN or infinity gets a scale that is not finite.
     """
     tokens, columns = x_MK.shape
     width = 2 * pairs_per_row(columns)
@@ -112,7 +114,7 @@ def quantise_tokens(x_MK: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_product(q_MW: Tensor, plane_NW: Tensor) -> Tensor:
-    """q w^T of int8 matrices: whole numbers below 2^53, exact in float64."""
+    """Return q w^T of int8 matrices: whole numbers below 2^53, exact in float64."""
     return q_MW.double() @ plane_NW.double().T
 
 

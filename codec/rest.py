@@ -1,14 +1,14 @@
 """The form at rest: bytes as one stream, raw, by zstd or by a code table, whichever is smallest.
 
-The symbols of a lattice tensor and the byte planes of a lossless one are independent of each other, so an entropy coder
-is all there is to gain: rANS by a table of its own for each stream (see `entropy`). A search for repeats finds chance
-ones and codes them at a loss, but real repeats (equal rows, runs of zeros) do pay. A stream's first byte says which:
+The symbols of a lattice tensor and the byte planes of a lossless one are nearly independent, so only entropy coding
+helps: rANS with a code table for each stream (see `entropy`). A search for repeats mostly finds chance ones, and codes
+them at a loss, but real repeats (equal rows, runs of zeros) pay. A stream's first byte says which:
 
     0   the bytes as they are
     1   one zstd frame that declares its content size
     2   a byte log2 N, a code table (`entropy.tables`), blocks of N lanes (`entropy.rans`)
 
-No bytes are an empty stream. Version 1 knew zstd frames alone, without that first byte.
+No bytes make an empty stream. Version 1 has zstd frames only, without that first byte.
 """
 
 import threading
@@ -36,10 +36,10 @@ RAW, ZSTD, ANS = range(3)
 
 _LEVEL = 1
 PROBE = 1 << 13
-"""Bytes that are searched for repeats first: the rest follows only if these come out smaller than by a table."""
+"""Bytes that are searched for repeats first. The rest is searched only if zstd beats a table on these."""
 
 _LEAST_TABLE = 32
-"""Bytes below which a table is not tried."""
+"""Least size in bytes for which a table is tried."""
 
 
 def pack(data: Bytes) -> bytes:
@@ -73,15 +73,15 @@ def _same(data: Bytes) -> Bytes:
 
 
 def pays(size: int, table: Table) -> bool:
-    """Whether so many bytes are coded by a table at all."""
+    """Return whether so many bytes are coded by a table at all."""
     return size >= _LEAST_TABLE and table.bits < 8 * size
 
 
 def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Bytes]) -> tuple[int, bytes]:
-    """(kind, zstd's frame of that kind) of the smallest stream of `size` bytes.
+    """Return (kind, zstd's frame if it is of that kind) of the smallest stream of `size` bytes.
 
-    `coded` is the length of the stream by a table, None where there is none; `head` the first `PROBE` bytes; `whole`
-    gives all of them, where they are asked for.
+    `coded` is the length of the stream by a table, or None; `head` is the first `PROBE` bytes; `whole` returns all
+    bytes, and is called only if they are needed.
     """
     kind, found = (ANS, coded) if coded is not None and coded <= size else (RAW, 1 + size)
     frame = _searched(head)
@@ -93,7 +93,7 @@ def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Byte
 
 
 def estimate(size: int, table: Table | None) -> float:
-    """About the bytes that `pack` makes of `size` bytes with this table."""
+    """Return the approximate size in bytes of `pack`'s stream for `size` bytes with this table."""
     if table is None:
         return min(size + 1, 32)
     return min(size + 1, 2 + table.bits / 8 + rans.encoded_bytes(size))
@@ -139,7 +139,7 @@ def _blocks(sizes: rans.Integers) -> rans.Integers:
 
 
 def unpack(stream: bytes | memoryview, size: int, out: Bytes | None = None) -> Bytes:
-    """The `size` bytes of a stream, into `out` if given. Raises FormatError."""
+    """Return the `size` bytes of a stream, in `out` if given. Raises FormatError."""
     out = np.empty(size, dtype=np.uint8) if out is None else out
     if not size:
         _nothing(stream)
@@ -200,10 +200,10 @@ def _places(streams: Sequence[bytes | memoryview]) -> tuple[rans.Integers, rans.
 
 
 class Plan(NamedTuple):
-    """What a decoder of many blocks at once is told of some streams.
+    """Instructions for a decoder of many blocks at once.
 
-    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: place of a block's states (of its
-    bytes, if raw), its words (bytes), place of its symbols, symbols, number of the stream, lanes (0: raw), 0.
+    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: position of a block's states (of its
+    bytes, if raw), of its words (in bytes), of its symbols, number of symbols, number of the stream, lanes (0: raw), 0.
     """
 
     frequency: npt.NDArray[np.uint16]
@@ -213,17 +213,17 @@ class Plan(NamedTuple):
 def plan(
     streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
 ) -> Plan:
-    """The blocks of streams that are raw or coded by a table, in order.
+    """Return the blocks of streams that are raw or coded by a table, in order.
 
-    Everything that can be told without decoding is checked: what a block declares lies inside its stream.
+    Everything that can be checked without decoding is: each block is inside its stream.
 
     Args:
-        streams: none of them zstd's (see `inflated`).
-        sizes: symbols of each, all positive.
-        sources, targets: where each stream, and its symbols, will lie for the decoder.
+        streams: None of kind zstd (see `inflated`).
+        sizes: Number of symbols of each, positive.
+        sources, targets: Where each stream, and its symbols, will be for the decoder.
 
     Raises:
-        FormatError: as `unpack`.
+        FormatError: As `unpack`.
     """
     library = native()
     if library is None:
@@ -281,7 +281,7 @@ def _refuse(stream: bytes | memoryview, size: int) -> NoReturn:
 
 
 def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
-    """The raw stream of one of zstd's; others as they are. Raises FormatError."""
+    """Return a zstd stream as a raw one, and others unchanged. Raises FormatError."""
     if not len(stream) or stream[0] != ZSTD:
         return stream
     return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
@@ -293,7 +293,7 @@ def searched_bytes(heads: Sequence[Bytes]) -> list[int]:
 
 
 _OWN = threading.local()
-"""A compressor of each thread's own: making one takes as long as its search through a probe."""
+"""One compressor per thread: creating one takes as long as searching a probe."""
 
 
 def _searched(data: Bytes) -> bytes:
@@ -304,10 +304,10 @@ def _searched(data: Bytes) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, size: int) -> bytes:
-    """The content of a frame that must hold exactly `size` bytes.
+    """Return the content of a frame that must hold exactly `size` bytes.
 
     Raises:
-        FormatError: the frame declares another size, is truncated or corrupt, or is followed by other bytes.
+        FormatError: The frame declares another size, is truncated or corrupt, or is followed by other bytes.
     """
     try:
         if not size:
@@ -341,7 +341,7 @@ def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
 
 
 def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: int) -> bytes:
-    """The `size` bytes of `pack_elements`. Raises FormatError."""
+    """Return the `size` bytes packed by `pack_elements`. Raises FormatError."""
     if len(streams) not in (1, width) or size % width:
         raise FormatError(f"{len(streams)} streams of {size} bytes stored, expected 1 or {width} of whole elements")
     share = size // len(streams)
@@ -350,7 +350,7 @@ def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: i
 
 
 def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes:
-    """The `size` bytes of planes in one frame, as version 1 has them. Raises FormatError."""
+    """Return the `size` bytes of planes in one frame, as in version 1. Raises FormatError."""
     if not size:
         return _nothing(frame)
     if size % width:
@@ -360,10 +360,10 @@ def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes
 
 
 def pack_escapes(escapes: Escapes) -> bytes:
-    """Escapes as int32 [3, E]: gaps between pair indices (the first from 0), then I, then J; byte planes of 4.
+    """Pack escapes as int32 [3, E]: gaps between pair indices (the first from 0), then I, then J; as 4 byte planes.
 
     Raises:
-        FormatError: a gap that no int32 holds.
+        FormatError: A gap does not fit int32.
     """
     if not len(escapes):
         return b""
@@ -377,10 +377,10 @@ def pack_escapes(escapes: Escapes) -> bytes:
 
 
 def unpack_escapes(stream: bytes | memoryview, count: int, pairs: int, *, reach: int = 1, version: int = 2) -> Escapes:
-    """The `count` escapes of a tensor of `pairs` pairs; symbols reach `reach` times as far as -128..127.
+    """Return the `count` escapes of a tensor of `pairs` pairs. Symbols range over `reach` times -128..127.
 
     Raises:
-        FormatError: indices not increasing or outside the tensor, or a coordinate that needed no escape.
+        FormatError: Indices are not increasing or outside the tensor, or a coordinate needs no escape.
     """
     if not count:
         _nothing(stream)

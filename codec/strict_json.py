@@ -1,15 +1,15 @@
-"""Strict JSON for stored files: a duplicate key is an error, while Python's parser keeps the last one."""
+"""Strict JSON for stored files: duplicate keys are an error, while Python's parser keeps the last one."""
 
 import json
 from typing import Any
 
 
 class DuplicateKeyError(ValueError):
-    """An object that has one of its keys twice."""
+    """An object has a key twice."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a dict of pairs whose keys all differ. Raises DuplicateKeyError."""
+    """Return a dict of pairs. Raises DuplicateKeyError if two keys are equal."""
     table = dict(pairs)
     if len(table) < len(pairs):
         raise DuplicateKeyError("a key appears twice")
@@ -17,10 +17,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(text: str | bytes | bytearray) -> Any:
-    """Parse JSON; bytes are UTF-8 (the json module would guess among encodings).
+    """Parse JSON. Bytes are read as UTF-8, while the json module guesses the encoding.
 
     Raises:
-        DuplicateKeyError: an object has one of its keys twice.
-        ValueError, RecursionError: the text is no JSON, or nested too deeply.
+        DuplicateKeyError: An object has a key twice.
+        ValueError, RecursionError: The text is not JSON, or is nested too deeply.
     """
     return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=unique_keys)

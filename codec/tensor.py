@@ -1,4 +1,4 @@
-"""Encode and decode one tensor with any codec: the place that tells codecs apart."""
+"""Encode and decode one tensor with any codec."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -25,25 +25,25 @@ from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
 
 LEAST_PATH = 1 << 12
-"""Weights from which a path is searched: the start of a run costs what it gains on fewer."""
+"""Size in weights from which trellis paths are searched. On fewer, the start of a run costs what it gains."""
 
 ESCAPE_BITS = 40
-"""About what an escape takes."""
+"""Approximate bits of an escape."""
 
 MOST_ESCAPED = 1 / 40
-"""Share of a path's pairs that may be escapes in memory, where its coordinates reach half as far as single nodes; at
-rest they cost no more. Above 39 dB there are more of them, and HyperLinear adds each by itself."""
+"""Largest share of a path's pairs that may be escapes in memory, where its coordinates reach half as far as those of
+single nodes. At rest they cost no more. Above 39 dB there are more, and HyperLinear adds each one separately."""
 
 
 _LARGEST_INTEGER = 1 << 24
-"""Beyond, float32 holds nothing but whole numbers."""
+"""From here on, float32 holds only whole numbers."""
 
 _LOOK = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """A stored tensor, what was done to it and why, and its error as the encoder measured it (None if lossless)."""
+    """A stored tensor, what was done to it and why, and its error as measured by the encoder (None if lossless)."""
 
     tensor: CodedTensor
     reason: str
@@ -52,7 +52,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unpacked:
-    """A tensor whose coordinates are found and whose streams are still to be made; `target_db` is to be stored."""
+    """A tensor with coordinates, whose streams are not packed yet. `target_db` is stored with it if given."""
 
     name: str
     tensor: Tensor
@@ -62,7 +62,7 @@ class _Unpacked:
     target_db: float | None = None
 
     def packed(self, streams: Sequence[bytes | memoryview], escapes: int) -> Encoded:
-        """The stored tensor."""
+        """Return the stored tensor."""
         params = LatticeParams(path=self.path, columns=self.code.columns, step=self.code.step, escapes=escapes)
         coded = stored(self.name, self.tensor, "lattice", *streams, params=params, error=self.error)
         encoded = Encoded(tensor=coded, reason="", fidelity=self.error)
@@ -70,19 +70,20 @@ class _Unpacked:
 
 
 def encode_tensor(name: str, tensor: Tensor, decision: Decision) -> Encoded:
-    """Code one tensor (any shape, any stored dtype, CPU or GPU) as was decided of it.
+    """Code one tensor (any shape, any stored dtype, CPU or GPU) by its decision.
 
-    Under a nominal target `output.encode` does, with a base `difference.encode`.
+    `output.encode` codes tensors with a nominal target, `difference.encode` those with a base.
 
     Raises:
-        TensorError: the tensor holds NaN or Inf, or has a dtype that cannot be stored.
-        TargetError: the target is out of range.
+        TensorError: The tensor holds NaN or Inf, or has a dtype that cannot be stored.
+        TargetError: The target is out of range.
     """
     return encode_tensors([(name, tensor, decision)])[0]
 
 
 def encode_tensors(items: Iterable[tuple[str, Tensor, Decision]]) -> list[Encoded]:
-    """`encode_tensor` of several, those that are coded all on one type of device: their streams are made together."""
+    """Code several tensors as `encode_tensor` does. Streams are packed together, so lossy ones must be on one type
+    of device."""
     found = [_encode(*item) for item in items]
     unpacked = [one for one in found if isinstance(one, _Unpacked)]
     packed = iter(planes.pack_all([(one.code, one.path) for one in unpacked]))
@@ -114,19 +115,19 @@ def check_storable(name: str, tensor: Tensor) -> None:
 
 
 def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Tensor:
-    """The dense tensor on `device`, original dtype and shape, in memory of its own.
+    """Return the dense tensor on `device`, in its original dtype and shape, in its own memory.
 
     Raises:
-        FormatError: the streams are not what the entry declares.
-        BaseError: it is a difference, and its base is not at hand.
+        FormatError: The streams do not match the entry.
+        BaseError: It is a difference whose base is missing.
     """
     return decode_with_code(coded, device)[0]
 
 
 def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Tensor, lattice.LatticeTensor | None]:
-    """`decode_tensor`, and the coordinates that a tensor on the lattice was decoded from, on `device` too; else None.
+    """Return `decode_tensor`'s result and, for a tensor on the lattice, its coordinates, on `device`; else None.
 
-    The streams are read on the CPU, as FORMAT.md writes it down, step by step. Raises as `decode_tensor`.
+    The CPU reads the streams step by step, as FORMAT.md describes. Raises as `decode_tensor`.
     """
     try:
         if isinstance(coded.params, LatticeParams):
@@ -138,20 +139,20 @@ def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Te
             f"tensor {coded.name!r}: unknown codec {coded.codec!r}; known: {', '.join(['lattice', *_DECODERS])}"
         ) from None
     except BaseError:
-        raise  # which names the tensor
+        raise  # it names the tensor already
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
 
 
 def _finite(tensor: Tensor) -> bool:
-    # min and max propagate NaN, and need no mask of the tensor's size.
+    # min and max propagate NaN and need no mask of the tensor's size.
     if not tensor.numel():
         return True
     return all(map(math.isfinite, to_host(*torch.aminmax(tensor))))
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    """Little-endian elements in row-major order."""
+    """Return the elements in row-major order, little-endian."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -169,7 +170,7 @@ def stored(
     params: Params = None,
     error: Fidelity | None = None,
 ) -> CodedTensor:
-    """A coded tensor; what the encoder measured goes with it, so that metrics travel with the artifact."""
+    """Return a coded tensor that carries the encoder's measurements, if `error` is given."""
     claims = Claims()
     if error is not None:
         claims = Claims(sqnr_db=error.sqnr_db, max_abs=error.max_abs, mean_abs=error.mean_abs).rounded()
@@ -189,10 +190,10 @@ def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
-    """Byte planes where they are smaller; else the elements as they are."""
+    """Store byte planes if they are smaller, else the elements as they are."""
     data = _bytes_of(tensor)
     packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
-    # Few bytes may stand for so many weights: see `container.MAX_EXPANSION`.
+    # A reader refuses few bytes for so many weights, see `container.MAX_EXPANSION`.
     if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
         return stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
@@ -228,13 +229,13 @@ def fallback(matrix: Tensor, seen: Survey | None = None) -> str | None:
 
 
 def _whole(matrix: Tensor) -> bool:
-    """Whether all weights are whole numbers; those of most layers end it at the first look."""
+    """Return whether all weights are whole numbers. The first weights of most layers already decide."""
     flat = matrix.reshape(-1)
     return all(torch.equal(part, part.round()) for part in (flat[:_LOOK], flat))
 
 
 def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> Encoded:
-    """A tensor kept lossless although its header asked for coding; the reason, a key of `FALLBACKS`, goes with it."""
+    """Store a codable tensor lossless, with the reason, a key of `FALLBACKS`."""
     coded = (_encode_raw if raw else _encode_lossless)(name, tensor)
     coded = replace(coded, claims=Claims(reason=reason))
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
@@ -272,8 +273,8 @@ def _encode_code(
 
 
 def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: Fidelity, *, path: int) -> Encoded:
-    """A tensor as the coordinates that were found for it; `path` says that they lie on paths of the trellis, 1 for
-    those through the rows and 2 for those down the columns."""
+    """Return a tensor coded by the given coordinates. `path` says that these are on trellis paths, 1 for paths
+    through the rows, 2 for paths down the columns."""
     found = _Unpacked(name=name, tensor=tensor, code=code, error=error, path=path)
     return found.packed(*planes.pack(code, path=path))
 
@@ -284,9 +285,9 @@ def _encode_match(name: str, tensor: Tensor, *, path: bool, seen: Survey | None)
 
 
 def published_target(tensor: Tensor) -> float:
-    """The SQNR in dB that the published codec reaches on a tensor, within what the lattice can serve.
+    """Return the SQNR in dB that the published codec reaches on a tensor, clamped to the range of the lattice.
 
-    What that codec leaves raw, because its absolute error does not suit it, gets the finest target there is.
+    A tensor that the published codec leaves raw, because of its absolute error, gets the highest target.
     """
     published = paper.published_error(tensor, per_row=tensor.dim() == 2)
     lowest, highest = TARGET_DB_RANGE
@@ -294,7 +295,7 @@ def published_target(tensor: Tensor) -> float:
 
 
 def with_target(encoded: Encoded, target_db: float) -> Encoded:
-    """The target goes with a coded tensor of which no recipe tells it; rounded down, lest it claim too much."""
+    """Store the target with a coded tensor whose recipe does not contain it, rounded down so that it claims no more."""
     if encoded.fidelity is None:
         return encoded
     claims = replace(encoded.tensor.claims, target_db=math.floor(target_db * 1000) / 1000)
@@ -302,20 +303,20 @@ def with_target(encoded: Encoded, target_db: float) -> Encoded:
 
 
 def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _Unpacked:
-    """The target goes with a coded tensor of which no recipe tells it."""
+    """Store the target with a coded tensor whose recipe does not contain it."""
     return replace(encoded, target_db=target_db) if isinstance(encoded, _Unpacked) else encoded
 
 
 def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
-    """The coordinates of a tensor on the lattice, without decoding them to weights: what HyperLinear is built from.
+    """Return the coordinates of a tensor on the lattice, which HyperLinear is built from, without decoding weights.
 
-    Those of a difference are the sum of its base's and its own: what comes out does not tell.
+    Those of a difference are the sum of its base's and its own.
 
-    On the CPU, and the reference of what is faster on a GPU: `birkhoff.kernels.entropy.op.lattices_of`.
+    Runs on the CPU, and is the reference for the faster GPU version, `birkhoff.kernels.entropy.op.lattices_of`.
 
     Raises:
-        FormatError: the streams are not what the entry declares.
-        BaseError: it is a difference, and its base is not at hand.
+        FormatError: The streams do not match the entry.
+        BaseError: It is a difference whose base is missing.
     """
     own = own_lattice(coded)
     params = coded.params
@@ -325,18 +326,18 @@ def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
 
 
 def base_of(coded: CodedTensor) -> CodedTensor:
-    """The tensor that a difference is to. Raises BaseError if it is not at hand."""
+    """Return the base of a difference. Raises BaseError if it is missing."""
     if coded.base is None:
         assert isinstance(coded.params, DifferenceParams)
         raise BaseError(
-            f"tensor {coded.name!r} is a difference to the one in container {coded.params.base}, which is not at hand: "
+            f"tensor {coded.name!r} is a difference to the one in container {coded.params.base}, which was not read: "
             "read both with `container.with_bases`"
         )
     return coded.base
 
 
 def own_lattice(coded: CodedTensor) -> lattice.LatticeTensor:
-    """The coordinates that a tensor's own streams hold: of a difference, what is added to its base's.
+    """Return the coordinates in a tensor's own streams. Those of a difference are added to its base's.
 
     Raises FormatError.
     """
@@ -347,7 +348,7 @@ def own_lattice(coded: CodedTensor) -> lattice.LatticeTensor:
 
 
 def lattice_shape(coded: CodedTensor) -> tuple[LatticeParams, tuple[int, int]]:
-    """What such a tensor declares, and the shape (R, P) of its planes. Raises FormatError where they disagree."""
+    """Return the tensor's parameters, and the shape (R, P) of its planes. Raises FormatError if they disagree."""
     params = coded.params
     if not isinstance(params, LatticeParams):
         raise FormatError(f"codec {coded.codec} holds no coordinates")
@@ -361,10 +362,11 @@ def lattice_shape(coded: CodedTensor) -> tuple[LatticeParams, tuple[int, int]]:
 
 
 def recode(coded: CodedTensor) -> CodedTensor:
-    """A stored tensor in the present version of the format: the same coordinates or bits, and the same claims.
+    """Return a stored tensor in the present version of the format, with the same coordinates or bits and the same
+    claims.
 
     Raises:
-        FormatError: the streams are not what the entry declares.
+        FormatError: The streams do not match the entry.
     """
     if coded.version == FORMAT_VERSION:
         return coded
@@ -373,7 +375,7 @@ def recode(coded: CodedTensor) -> CodedTensor:
         return replace(_encode_lossless(coded.name, decode_tensor(coded)), claims=coded.claims)
     if isinstance(params, LatticeParams):
         code = lattice_of(coded)
-        for path in dict.fromkeys((params.path, 0)):  # a writer may have left the path at its escapes
+        for path in dict.fromkeys((params.path, 0)):  # escapes may break a writer's path
             streams, escapes = planes.pack(code, path=path)
             found = replace(
                 coded, parts=streams, params=replace(params, path=path, escapes=escapes), version=FORMAT_VERSION
@@ -385,7 +387,7 @@ def recode(coded: CodedTensor) -> CodedTensor:
 
 
 def is_matrix(coded: CodedTensor) -> bool:
-    """Whether a stored tensor is a coded matrix [N, K] in rows of K: what HyperLinear can be built from."""
+    """Return whether a stored tensor is a coded matrix [N, K] in rows of K, from which HyperLinear can be built."""
     params = coded.params
     return isinstance(params, LatticeParams) and len(coded.shape) == 2 and params.columns == coded.shape[1]
 
@@ -428,7 +430,8 @@ def _parts(coded: CodedTensor, count: int) -> tuple[bytes | memoryview, ...]:
 
 
 def float_dtype(coded: CodedTensor) -> torch.dtype:
-    """Dtype of a tensor of codec `lattice` or `paper`. Raises FormatError where these hold no such numbers."""
+    """Return the dtype of a tensor of codec `lattice` or `paper`. Raises FormatError for dtypes that these do not
+    store."""
     dtype = dtype_from_code(coded.dtype)
     if dtype not in CODED_DTYPES:
         raise FormatError(f"codec {coded.codec} holds no {dtype_name(dtype)}")

@@ -29,7 +29,7 @@ N = 256
 """Rows of the lattice, the paper's n."""
 
 LOW, HIGH = -128, 127
-"""Range of a coordinate that fits the trajectory; others are escapes."""
+"""Range of a coordinate that fits the trajectory. Other pairs are escapes."""
 
 
 FARTHEST = 1 << 22
@@ -38,21 +38,21 @@ sum."""
 
 
 def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Lattice coordinates of the node nearest to each pair, exact by two candidate rows.
+    """Return the coordinates of the lattice node nearest to each pair, found exactly among two candidate rows.
 
     Args:
-        x, y: float32, any one shape; first and second weight of each pair.
-        step: h > 0, in the weights' unit.
+        x, y: float32 of one shape; first and second weight of each pair.
+        step: h > 0, in the unit of the weights.
 
     Returns:
-        (I, J), float32 holding whole numbers, the shape of `x`, not limited to -128..127. Ties take the lower row.
+        (I, J), whole numbers as float32, in the shape of `x`, not limited to -128..127. Ties take the lower row.
     """
-    # One multiplication by a float32 reciprocal, and no multiply-add that a compiler might contract: CPU and GPU
-    # must take the same side of every tie.
+    # One multiplication by a float32 reciprocal, and no multiply-add that a compiler might contract, so that CPU and
+    # GPU resolve every tie alike.
     inverse = reciprocal(step)
     v = y * inverse
     row = torch.floor(v)
-    below = v.sub_(row)  # distance to the lower row, 0..1
+    below = v.sub_(row)  # distance from the lower row, 0..1
     t0 = x * inverse
     t0.sub_(row * (1 / N))
     t1 = t0 - 1 / N
@@ -60,19 +60,20 @@ def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
     e0, e1 = t0.sub_(i0), t1.sub_(i1)
     # e1^2 + (1 - below)^2 < e0^2 + below^2, each square rounded by itself
     upper = e1.mul_(e1).add_(1).sub_(below.add_(below)) < e0.mul_(e0)
-    # i0 and i1 differ by one at most, so that this is exact; it is much faster than a selection.
+    # i0 and i1 differ by at most one, so this is exact. It is much faster than `torch.where`.
     return i0.add_(i1.sub_(i0).mul_(upper)), row.add_(upper)
 
 
 def reciprocal(step: float) -> float:
-    """1 / step, rounded to float32 as every encoder uses it."""
+    """Return 1 / step, rounded to float32, as every encoder uses it."""
     return float(torch.tensor(1.0, dtype=torch.float32) / torch.tensor(step, dtype=torch.float32))
 
 
 def position(i: Tensor, j: Tensor, step: float | Tensor, n: int = N) -> tuple[Tensor, Tensor]:
-    """Weights (x, y) of lattice coordinates: `h * (I + J/n)`, `h * J`, float32, bit-identical on every device.
+    """Return the weights (x, y) of lattice coordinates: `h * (I + J/n)`, `h * J`, float32, bit-identical on every
+    device.
 
-    `step` is one h, or a float32 tensor of one for each pair; n is a power of two.
+    `step` is one h, or a float32 tensor with one per pair. n is a power of two.
     """
     i, j = i.to(torch.float32), j.to(torch.float32)
     return (i + j * (1 / n)).mul_(step), j * step
@@ -94,14 +95,14 @@ def _stacked(i: Tensor, j: Tensor) -> Tensor:
 
 
 def coordinates_from_theta(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 coordinates (I, J) of uint16 step numbers."""
+    """Return the int8 coordinates (I, J) of uint16 step numbers."""
     planes = theta.unsqueeze(-1).view(torch.int8).bitwise_xor(-128)
     return planes[..., 1], planes[..., 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Escapes:
-    """Pairs whose node lies outside the trajectory's box, kept by their coordinates.
+    """Pairs whose node is outside the trajectory's box, with their coordinates.
 
     `pair` is int64 [E], the flat index r*P + p, strictly increasing; `i` and `j` are int32 [E].
     """
@@ -115,7 +116,7 @@ class Escapes:
 
     @classmethod
     def none(cls, device: torch.device | str = "cpu") -> "Escapes":
-        """No escapes."""
+        """Return no escapes."""
         empty = torch.empty(0, dtype=torch.int32, device=device)
         return cls(pair=empty.to(torch.int64), i=empty, j=empty)
 

@@ -1,7 +1,6 @@
-"""The site of the pages: `make docs`. Its source folder is the repository, so links hold here and on a forge.
+"""Sphinx configuration of the site, which `make docs` builds.
 
-`generate` writes what comes from the code (commands, manifest keys) to `docs/_build/generated`; pages under
-`docs/reference` include it.
+The source folder is the repository, so links work here and on a forge.
 """
 
 import sys
@@ -12,9 +11,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "src")]
-
-import generate  # noqa: E402  (it lies beside this file)
+sys.path.insert(0, str(ROOT / "src"))
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -54,7 +51,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "code"  # docstrings put names between single backticks
 
-smartquotes = False  # `--quiet` is no dash
+smartquotes = False  # they would turn the hyphens of `--quiet` into a dash
 
 html_theme = "furo"
 html_title = f"Birkhoff {version}"
@@ -69,13 +66,12 @@ linkcheck_anchors = False
 
 
 def setup(app: Sphinx) -> None:
-    """Write the generated parts before Sphinx looks for sources, and mend what axe finds in its pages."""
-    app.connect("builder-inited", lambda _: generate.write(ROOT / "docs" / "_build" / "generated"))
+    """Fix what axe finds in the pages."""
     app.connect("html-page-context", _accessible, priority=900)  # after furo has drawn the navigation
 
 
 def _accessible(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _tree: object) -> None:
-    """Captions of the navigation get the level of a heading; code and tables that scroll can be reached by keyboard."""
+    """Give navigation captions a heading level, and let the keyboard reach code and tables that scroll."""
     for key, old, new in (
         ("furo_navigation_tree", 'role="heading"', 'role="heading" aria-level="2"'),
         ("body", "<pre>", '<pre tabindex="0">'),

@@ -1,4 +1,4 @@
-"""What the layers that compute on compressed weights share: bias, escapes, dtypes, checks."""
+"""Base of the layers that compute on compressed weights: bias, escapes, dtypes, checks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,24 +16,25 @@ _ADDRESS = Tensor.data_ptr
 
 
 class CompressedLinear(nn.Module):
-    """y = x W^T + b with a constant weight in buffers; a layer of one kind adds those of its code.
+    """y = x W^T + b with a constant weight in buffers. Subclasses add the buffers of their code.
 
     Buffers (N = out features, K = in features, E = escaped weights):
-        step_bits: int32 [], the bits of the float32 `step`, in the weights' unit.
-        escape_index: int64 [E], places of the weights kept beside the code, by row*K + column, increasing.
+        step_bits: int32 [], the bits of the float32 `step`, in the unit of the weights.
+        escape_index: int64 [E], positions row*K + column of the weights stored outside the code, increasing.
         escape_bits: int32 [E], the bits of the float32 `escape_value`, those weights.
 
-    All are of integer types that NCCL and gloo move, so that DistributedDataParallel can broadcast them, and that no
-    cast changes: neither `.to(dtype)` nor FSDP's mixed precision. `step` and `escape_value` show the values; state
-    dicts that hold these instead load too. The result has the dtype of the input, or autocast's. Gradients reach the
-    input and the bias.
+    All buffers have integer types. NCCL and gloo can move these, so DistributedDataParallel can broadcast them, and
+    neither `.to(dtype)` nor FSDP's mixed precision casts them. `step` and `escape_value` give the float values; state
+    dicts that hold these also load. The result has the dtype of the input, or autocast's. Gradients reach the input and
+    the bias.
     """
 
     _CODE: ClassVar[tuple[tuple[str, torch.dtype | None], ...]]
-    """Buffers in the order of the op's arguments, and the type of their values where that is not the buffer's."""
+    """Buffers in the order of the op's arguments, each with the dtype of its values if that differs from the
+    buffer's."""
 
     _SIZED: ClassVar[tuple[str, ...]] = ("escape_index", "escape_bits")
-    """Buffers that take the shape of what a state dict holds."""
+    """Buffers that take their shape from a loaded state dict."""
 
     step_bits: Tensor
     escape_index: Tensor
@@ -50,11 +51,11 @@ class CompressedLinear(nn.Module):
     def _register_rest(
         self, step: float, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        """Register step, escapes and bias, empty: to load a state dict into."""
+        """Register step, escapes and bias, uninitialized, to load a state dict into."""
         self.register_buffer("step_bits", torch.full((), step, dtype=torch.float32, device=device).view(torch.int32))
         self.register_buffer("escape_index", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("escape_bits", torch.empty(0, dtype=torch.int32, device=device))
-        # Follows `.to(dtype)`, so that a layer without bias knows its dtype too.
+        # Follows `.to(dtype)`, so that a layer without bias has a dtype too.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         zeros = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
@@ -89,7 +90,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def step(self) -> Tensor:
-        """float32 [], in the weights' unit; a view of `step_bits`."""
+        """float32 [], in the unit of the weights; a view of `step_bits`."""
         return self.step_bits.view(torch.float32)
 
     @step.setter
@@ -107,38 +108,38 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight in the layer's dtype, made anew on every access; see `dense_weight`."""
+        """The decoded weight in the layer's dtype, decoded again on every access; see `dense_weight`."""
         return self.dense_weight()
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
+        """Return the decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
         raise NotImplementedError
 
     def code(self) -> tuple[Tensor, ...]:
-        """The constant tensors of the op, in its order: views of the buffers in the types of their values."""
+        """Return the op's constant tensors in its order: views of the buffers with the dtypes of their values."""
         held: dict[str, Any] = self._buffers
         return tuple(held[name] if kind is None else held[name].view(kind) for name, kind in self._CODE)
 
     def _keep_code(self) -> "Kept":
-        """(addresses of the buffers, `code`, form of the code), kept between calls while every buffer stays in place.
+        """Return (addresses of the buffers, `code`, form of the code), cached until a buffer moves.
 
-        Views, and looking at them, cost the host microseconds.
+        Making the views again would cost the host microseconds per call.
         """
         pointers = tuple(map(_ADDRESS, self._buffers.values()))  # type: ignore[arg-type]
         kept = self._kept
         if kept is None or kept[0] != pointers:
-            with _disable_current_modes(), _untraced():  # modes and tracers see the op, not what it is handed
+            with _disable_current_modes(), _untraced():  # modes and tracers see only the op
                 code = self.code()
                 kept = pointers, code, self._code_form(code)
-            self.__dict__["_kept"] = kept  # past the module's `__setattr__`
+            self.__dict__["_kept"] = kept  # skips the module's `__setattr__`
         return kept
 
     def _code_form(self, code: tuple[Tensor, ...]) -> tuple[object, ...]:  # noqa: ARG002
-        """What the op would otherwise ask the code at every call."""
+        """Return properties of the code that the op would otherwise compute on every call."""
         return ()
 
     def _watched_code(self) -> tuple[Tensor, ...]:
-        """`code` for the op: made anew where the buffers have no addresses, or a compiler is to see what is made."""
+        """Return `code` for the op: made again if the buffers have no addresses or a compiler must see the views."""
         plain = not (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
@@ -148,15 +149,15 @@ class CompressedLinear(nn.Module):
 
     def _own_bias(self) -> Tensor | None:
         try:
-            return self._parameters["bias"]  # attributes of a module cost three times as much
+            return self._parameters["bias"]  # three times as fast as the attribute
         except KeyError:
-            return self.bias  # FSDP puts a plain attribute in the parameter's place
+            return self.bias  # FSDP replaces the parameter by a plain attribute
 
     def _checked(self, x: Tensor) -> Tensor:
-        """The input in autocast's dtype, if that is on.
+        """Return the input, in autocast's dtype if that is on.
 
         Raises:
-            KernelError: its last dimension is not K, or the layer is being exported to ONNX.
+            KernelError: The last dimension is not K, or the layer is being exported to ONNX.
         """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             name = type(self).__name__
@@ -175,24 +176,24 @@ class CompressedLinear(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The shape, as `nn.Linear` prints it, and the escapes if any."""
+        """Return the shape as `nn.Linear` prints it, and the number of escapes if there are any."""
         escapes = f", escapes={self.escape_index.numel()}" if self.escape_index.numel() else ""
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{text}, bias={self.bias is not None}{self._form()}{escapes}"
 
     def _form(self) -> str:
-        """What `extra_repr` says of the code."""
+        """Return the subclass's part of `extra_repr`."""
         return ""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._kept = None  # it would hold what was moved away from
+        self._kept = None  # the old buffers' views are stale
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _to_bits(state_dict, prefix)
         for name in self._SIZED:
             stored, own = state_dict.get(prefix + name), getattr(self, name)
-            # Rows of a matrix are those of the layer.
+            # A state dict may change a matrix's columns, not its rows.
             if stored is not None and stored.shape != own.shape and stored.shape[:-1] == own.shape[:-1]:
                 setattr(self, name, getattr(self, name).new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -211,18 +212,18 @@ BITS: dict[str, tuple[str, torch.dtype, torch.dtype]] = {
     "step": ("step_bits", torch.float32, torch.int32),
     "escape_value": ("escape_bits", torch.float32, torch.int32),
 }
-"""What layers held before by name: the buffer that holds it now, the type of its values, and that of the buffer."""
+"""Buffers of earlier releases by name: the present buffer, the dtype of its values, and its own dtype."""
 
 
 def as_bits(name: str, value: Tensor) -> Tensor:
-    """The buffer that holds these values of `theta`, `step` or `escape_value`: a view where they have their type."""
+    """Return the buffer for values of `theta`, `step` or `escape_value`: a view if the dtype fits."""
     _, kind, held = BITS[name]
-    # The only other form that theta came in is int16, of the same bits.
+    # Old state dicts may hold theta as int16 with the same bits.
     return (value.view(kind) if name == "theta" else value.to(kind)).view(held)
 
 
 def _to_bits(state: dict[str, Any], prefix: str) -> None:
-    """Turn what layers held before into what they hold now, in place."""
+    """Replace the buffers of earlier releases in a state dict by the present ones, in place."""
     for name, (now, _, _) in BITS.items():
         if prefix + name in state:
             state[prefix + now] = as_bits(name, state.pop(prefix + name))
@@ -230,7 +231,7 @@ def _to_bits(state: dict[str, Any], prefix: str) -> None:
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    """Let `torch.jit.trace` take what is computed meanwhile for a constant."""
+    """Inside the block, `torch.jit.trace` records results as constants."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -240,10 +241,10 @@ def _untraced() -> Iterator[None]:
 
 
 def layer_dtype(rows: int, bias: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype of a layer of a matrix of `rows`: as asked for, else the bias's, else float32.
+    """Return the dtype of a layer for a matrix of `rows`: as requested, else the bias's, else float32.
 
     Raises:
-        KernelError: the bias has not one value per row.
+        KernelError: The bias does not have one value per row.
     """
     if bias is not None and bias.shape != (rows,):
         raise KernelError(f"a weight of {rows} rows takes a bias [{rows}], got {list(bias.shape)}")

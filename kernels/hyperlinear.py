@@ -1,4 +1,4 @@
-"""HyperLinear: an `nn.Linear` whose weight stays on the trajectory, 8 bits a weight."""
+"""HyperLinear: an `nn.Linear` whose weight stays compressed on the trajectory, 8 bits per weight."""
 
 from typing import Any
 
@@ -15,12 +15,13 @@ _ORIGIN = 0x80
 
 
 class HyperLinear(CompressedLinear):
-    """y = x W^T + b, the weight decoded on the fly.
+    """y = x W^T + b, with the weight decoded on the fly.
 
-    Buffers (N = out features, K = in features, P = ceil(K/2) pairs a row), beside those of `CompressedLinear`:
+    Buffers (N = out features, K = in features, P = ceil(K/2) pairs per row), in addition to those of
+    `CompressedLinear`:
         theta_bytes: uint8 [N, 2P], the bytes of `theta`, uint16 [N, P], the step numbers of the trajectory.
 
-    The escapes are weights outside the trajectory's box. The weight is constant.
+    The escapes are the weights outside the trajectory's box. The weight is constant.
     """
 
     _CODE = (
@@ -41,7 +42,7 @@ class HyperLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A layer of zeros, to load a state dict into; `dtype` is the bias's."""
+        """Make a layer with weight 0, to load a state dict into. `dtype` is the dtype of the bias."""
         super().__init__(in_features, out_features)
         shape = out_features, 2 * pairs_per_row(in_features)
         self.register_buffer("theta_bytes", torch.full(shape, _ORIGIN, dtype=torch.uint8, device=device))
@@ -56,12 +57,12 @@ class HyperLinear(CompressedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "HyperLinear":
-        """A layer of a coded matrix [N, K] and, if given, its bias [N], copied.
+        """Return a layer for a coded matrix [N, K] and a copy of its bias [N], if there is one.
 
         `dtype` defaults to the bias's, or float32; `device` to the code's.
 
         Raises:
-            KernelError: the bias has not one value per row.
+            KernelError: The bias does not have one value per row.
         """
         rows = code.i.shape[0]
         dtype = layer_dtype(rows, bias, dtype)
@@ -80,15 +81,15 @@ class HyperLinear(CompressedLinear):
         self.theta_bytes = as_bits("theta", value)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
+        """Return the decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
         theta, step, escape_index, escape_value = self.code()
         return dense_weight(theta, step, escape_index, escape_value, self.in_features, dtype or self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N].
+        """Map x [..., K] to y [..., N].
 
         Raises:
-            KernelError: the last dimension of `x` is not K, or the layer is being exported to ONNX.
+            KernelError: The last dimension of `x` is not K, or the layer is being exported to ONNX.
         """
         x, bias = self._checked(x), self._own_bias()
         held: dict[str, Any] = self._buffers

@@ -14,12 +14,15 @@ from birkhoff.kernels.runtime.errors import KernelError
 
 
 class Int8HyperLinear(CompressedLinear):
-    """y = x W^T + b, x rounded to int8 by one scale a token, the coordinates of W multiplied as they are.
+    """y = x W^T + b, with x rounded to int8 by one scale per token, and the weight's integer coordinates multiplied
+    exactly.
 
-    As much memory as HyperLinear, exactly the same weights; what is lost is the rounding of x, about 42 dB under
-    normally distributed activations and less where a token has outliers. Gradients take that rounding for the identity.
+    It takes as much memory as HyperLinear and has exactly the same weights. Only the rounding of x loses accuracy:
+    about 42 dB SQNR for normally distributed activations, less if a token has outliers. Gradients treat that rounding
+    as the identity.
 
-    Buffers (N = out features, K = in features, W and X as in `int8.triton`), beside those of `CompressedLinear`:
+    Buffers (N = out features, K = in features, W and X as in `int8.triton`), in addition to those of
+    `CompressedLinear`:
         plane: int8 [N, W], the coordinates in the order of the columns (`codec.reference.plane_of`).
         extra: int32 [X], the columns that the last ones of the plane repeat, for coordinates beyond a byte.
 
@@ -47,10 +50,10 @@ class Int8HyperLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A layer of zeros, to load a state dict into; `dtype` is the bias's.
+        """Make a layer with weight 0, to load a state dict into. `dtype` is the dtype of the bias.
 
         Raises:
-            KernelError: more columns than int32 can sum.
+            KernelError: `in_features` is more than int32 sums can hold.
         """
         if in_features > MOST_COLUMNS:
             raise KernelError(f"Int8HyperLinear takes up to {MOST_COLUMNS} columns, got {in_features}; use HyperLinear")
@@ -69,12 +72,12 @@ class Int8HyperLinear(CompressedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "Int8HyperLinear":
-        """A layer of a coded matrix [N, K] and, if given, its bias [N], copied.
+        """Return a layer for a coded matrix [N, K] and a copy of its bias [N], if there is one.
 
         `dtype` defaults to the bias's, or float32; `device` to the code's.
 
         Raises:
-            KernelError: the bias has not one value per row, or the matrix more columns than int32 can sum.
+            KernelError: The bias does not have one value per row, or int32 sums cannot hold so many columns.
         """
         rows = code.i.shape[0]
         dtype = layer_dtype(rows, bias, dtype)
@@ -84,14 +87,14 @@ class Int8HyperLinear(CompressedLinear):
         return layer._take_rest(code.step, code.escaped_weights(), bias, device)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
+        """Return the decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
         return int8_weight(self.code(), self.in_features, dtype or self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N].
+        """Map x [..., K] to y [..., N].
 
         Raises:
-            KernelError: the last dimension of `x` is not K, or the layer is being exported to ONNX.
+            KernelError: The last dimension of `x` is not K, or the layer is being exported to ONNX.
         """
         x, bias = self._checked(x), self._own_bias()
         held: dict[str, Any] = self._buffers

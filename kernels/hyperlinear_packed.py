@@ -1,4 +1,4 @@
-"""PackedHyperLinear: an `nn.Linear` whose weight stays at 10 or 12 bits a pair, 5.06 or 6.06 bits a weight."""
+"""PackedHyperLinear: an `nn.Linear` whose weight stays at 10 or 12 bits per pair, 5.06 or 6.06 bits per weight."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from birkhoff.kernels.packed.op import Planes, direct_packed_linear, packed_weig
 
 
 class PackedHyperLinear(CompressedLinear):
-    """y = x W^T + b, the weight decoded for every call; less memory than HyperLinear and less fidelity.
+    """y = x W^T + b, with the weight decoded on every call. It takes less memory than HyperLinear and is less accurate.
 
-    Buffers (N = out features, K = in features, P, H, G as in `birkhoff.codec.packed`), beside those of
+    Buffers (N = out features, K = in features, P, H, G as in `birkhoff.codec.packed`), in addition to those of
     `CompressedLinear`:
         low, high, scale: uint8 [N, P], [N, H], [N, G].
 
@@ -43,7 +43,7 @@ class PackedHyperLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A layer to load a state dict into; `dtype` is the bias's."""
+        """Make a layer to load a state dict into. `dtype` is the dtype of the bias."""
         super().__init__(in_features, out_features)
         self.bits = bits
         pairs = pairs_per_row(in_features)
@@ -60,12 +60,12 @@ class PackedHyperLinear(CompressedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "PackedHyperLinear":
-        """A layer of a packed matrix [N, K] and, if given, its bias [N], copied.
+        """Return a layer for a packed matrix [N, K] and a copy of its bias [N], if there is one.
 
         `dtype` defaults to the bias's, or float32; `device` to the planes'.
 
         Raises:
-            KernelError: the bias has not one value per row.
+            KernelError: The bias does not have one value per row.
         """
         rows = packed.low.shape[0]
         dtype = layer_dtype(rows, bias, dtype)
@@ -76,14 +76,14 @@ class PackedHyperLinear(CompressedLinear):
         return layer._take_rest(packed.step, (packed.escape_index, packed.escape_value), bias, device)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
+        """Return the decoded weight [N, K] in `dtype` (default: the layer's), escapes included."""
         return packed_weight(self._planes(), self.bits, self.in_features, dtype or self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N].
+        """Map x [..., K] to y [..., N].
 
         Raises:
-            KernelError: the last dimension of `x` is not K, or the layer is being exported to ONNX.
+            KernelError: The last dimension of `x` is not K, or the layer is being exported to ONNX.
         """
         x, bias = self._checked(x), self._own_bias()
         if torch.compiler.is_compiling() or is_watched(x, self.low, bias):

@@ -1,13 +1,13 @@
-"""Measure plans on the GPU at hand and keep the best, for shapes that the shipped tables do not know.
+"""Measure kernel plans on the GPU at hand and keep the fastest, for shapes that the shipped tables lack.
 
     from birkhoff.kernels.tune import tune_model
     tune_model(model, tokens=[1, 4096])
 
-Results go to `plans.json` in the cache folder (`~/.cache/birkhoff`, or `cache` below BIRKHOFF_HOME) under the GPU's
-name and the versions that made them; a new GPU or version starts anew. Nothing tunes by itself: a first call costs one
-compilation, no more.
+Results go to `plans.json` in the cache folder (`~/.cache/birkhoff`, or `cache` below BIRKHOFF_HOME), under the GPU's
+name and the versions that made them; other GPUs and versions are tuned again. Tuning runs only on request: without it,
+a first call costs one compilation.
 
-Shapes: N = out features, K = in features, P = pairs a row.
+Shapes: N = out features, K = in features, P = pairs per row.
 """
 
 import logging
@@ -37,14 +37,14 @@ from birkhoff.kernels.runtime.timing import Times, compare, copies
 _log = logging.getLogger("birkhoff.kernels")
 
 _TOLERANCE = 5e-3
-"""Relative error of bfloat16 outputs; a plan beyond it is not used, however fast."""
+"""Largest relative error of bfloat16 outputs. A plan with a larger error is not used."""
 
 
 def tune_model(model: nn.Module, tokens: Sequence[int], *, seconds: float = 120) -> int:
     """Tune every shape of a model's HyperLinear and Int8HyperLinear for these numbers of tokens, for about `seconds`.
 
     Returns:
-        How many (shape, tokens) were measured; those already in the cache are not.
+        How many pairs (shape, tokens) were measured. Pairs in the cache are not measured again.
     """
     layers = [m for m in model.modules() if isinstance(m, (HyperLinear, Int8HyperLinear))]
     shapes = sorted({(m.out_features, m.in_features, isinstance(m, Int8HyperLinear)) for m in layers})
@@ -71,15 +71,16 @@ def _save(found: dict[str, Plan]) -> int:
 
 
 def problem_of(rows: int, columns: int, tokens: int, *, int8: bool) -> Problem:
-    """What plans are measured for: bfloat16, with whatever alignment rows of so many columns have."""
+    """Return the problem that plans are measured for: bfloat16, aligned as rows of so many columns are."""
     aligned = int8 or columns % 8 == 0
     return Problem(tokens=tokens, rows=rows, columns=columns, dtype=torch.bfloat16, aligned=aligned, int8=int8)
 
 
 def tune(problem: Problem, device: torch.device, *, rounds: int = 5) -> tuple[Plan, dict[Plan, Times]]:
-    """The fastest plan that computes the right product, and the times of all that do; random weights, cold.
+    """Return the fastest plan that computes the right product, and the times of all that do, for random weights in a
+    cold cache.
 
-    Times of int8 include the quantisation of the tokens.
+    Times of int8 include the quantization of the tokens.
     """
     calls, expected = (_int8_calls if problem.int8 else _float_calls)(problem, device)
     right = {chosen: made for chosen, made in calls.items() if _is_right(made[0], expected, chosen)}
@@ -91,7 +92,7 @@ _Calls = dict[Plan, list[Callable[[], Tensor]]]
 
 
 def _float_calls(problem: Problem, device: torch.device) -> tuple[_Calls, Tensor]:
-    """Calls by each plan, one for each of several weights, and what the first is to give."""
+    """Return calls of each plan, one per copy of the weight, and the expected result of the first."""
     theta = _random_bytes(problem.rows, 2 * pairs_per_row(problem.columns), device).view(torch.uint16)
     x, bias, step = _inputs(problem, device)
     dense = decode_theta(theta, step, problem.columns, problem.dtype)
@@ -102,7 +103,7 @@ def _float_calls(problem: Problem, device: torch.device) -> tuple[_Calls, Tensor
 
 
 def _int8_calls(problem: Problem, device: torch.device) -> tuple[_Calls, Tensor]:
-    """As `_float_calls`."""
+    """Return the same for int8 plans."""
     plane = _random_bytes(problem.rows, plane_columns(problem.columns), device)
     plane[:, 2 * pairs_per_row(problem.columns) :] = 0
     x, bias, step = _inputs(problem, device)
@@ -132,7 +133,7 @@ def _copies(problem: Problem) -> int:
 
 
 def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K], bias [N] and step []."""
+    """Return x [M, K], bias [N] and step []."""
     x = torch.randn(problem.tokens, problem.columns, device=device).to(problem.dtype)
     return x, torch.randn(problem.rows, device=device).to(problem.dtype), torch.tensor(0.01, device=device)
 

@@ -12,7 +12,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""More than any document needs (a manifest of 10,000 shards: 6 MB), and harmless to read."""
+"""Largest document that is read. A manifest of 10,000 shards takes 6 MB."""
 
 
 class Document(BaseModel):
@@ -21,7 +21,7 @@ class Document(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
     def to_bytes(self) -> bytes:
-        """Return compact JSON in field order: equal documents are equal bytes."""
+        """Return compact JSON in field order, so equal documents give equal bytes."""
         data = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
@@ -33,7 +33,7 @@ def read_document(kind: type[D], key: str, body: bytes) -> D:
     """Parse a stored document.
 
     Raises:
-        IntegrityError: the object is not such a document.
+        IntegrityError: The object is not such a document.
     """
     try:
         return kind.model_validate(strict_json.parse(body))
@@ -43,12 +43,12 @@ def read_document(kind: type[D], key: str, body: bytes) -> D:
 
 
 def parse_bounded(kind: type[D], key: str, body: bytes) -> D:
-    """`read_document`, unless the body is larger than any document. Raises IntegrityError."""
+    """Parse a document, after checking that its size is not above the limit. Raises IntegrityError."""
     check_size(key, body)
     return read_document(kind, key, body)
 
 
 def check_size(key: str, body: bytes) -> None:
-    """Refuse the body of a document of which more than `MAX_DOCUMENT_BYTES` were read. Raises IntegrityError."""
+    """Refuse a document of more than `MAX_DOCUMENT_BYTES`. Raises IntegrityError."""
     if len(body) > MAX_DOCUMENT_BYTES:
         raise IntegrityError(f"{key}: larger than {MAX_DOCUMENT_BYTES} bytes: not a document of this program")

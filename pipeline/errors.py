@@ -3,14 +3,14 @@
 BirkhoffError                   (birkhoff.codec.errors)
 ├── ManifestError               a manifest that is not valid
 ├── SourceError                 a checkpoint that is missing, truncated, corrupt or of an unknown kind
-│   ├── SourceGoneError         its address has no such file
+│   ├── SourceGoneError         no such file at its address
 │   └── UnsafeSourceError       a pickle that would run code
 ├── StoreError                  the object store failed
 │   ├── StoreUnreachableError   no answer, or not the answer of an object store
 │   ├── StoreDeniedError        wrong key, missing permission, read-only
 │   ├── ObjectNotFoundError     no such object
 │   ├── PermitEndedError        a deletion came after its permit had ended; nothing was deleted
-│   ├── StoreConflictError      another writer was at the same object in the same moment
+│   ├── StoreConflictError      another writer changed the same object at the same time
 │   ├── ConditionsError         the store has no conditional writes
 │   └── PreconditionError       a conditional write lost: the object exists already, or has changed
 ├── ArtifactNotFoundError       no such model, version, alias or digest
@@ -18,16 +18,16 @@ BirkhoffError                   (birkhoff.codec.errors)
 ├── LabelError                  a label that is not valid, or one too many
 ├── IntegrityError              stored bytes that do not match their digest, or fail their validation
 ├── ModelMismatchError          an artifact that does not fit the model to load into
-├── BuilderError                a model whose code is not here, or that `segment` cannot drive
+├── BuilderError                a model whose code is missing, or that no adapter runs
 ├── PictureError                a picture, prompt or annotation that cannot be used
-├── TrustError                  a signature missing or wrong, or an alias that went back
+├── TrustError                  a missing or wrong signature, or an alias in an older state than seen before
 ├── OutputError                 a file or folder that cannot be written
 ├── BudgetError                 a budget that no quality fits
 ├── ValidationError             an encoded tensor that does not meet its target
 │   └── ProofError              a model whose outputs do not agree with the original's, or cannot be proven to
-├── BusyError                   an earlier tick of the same schedule is still at work
-├── WorkerError                 a worker died or could not be had
-│   └── ClusterError            no Ray cluster could be started, or reached
+├── BusyError                   an earlier run of the same models is still active
+├── WorkerError                 a worker died or could not be started
+│   └── ClusterError            no Ray cluster could be started or reached
 └── PartialError                some models of several failed
 """
 
@@ -59,9 +59,9 @@ class StoreError(BirkhoffError):
 
 
 class StoreUnreachableError(StoreError):
-    """No answer from the store, or not that of an object store: a failure worth retrying.
+    """The store did not answer, or not as an object store does. Worth retrying.
 
-    `retry_after` is the wait that the store asks for, in seconds; None if it does not say.
+    `retry_after` is the wait that the store requests, in seconds, or None.
     """
 
     def __init__(self, *arguments: object, retry_after: float | None = None) -> None:
@@ -78,13 +78,13 @@ class ObjectNotFoundError(StoreError):
 
 
 class StoreConflictError(StoreError):
-    """Two writers met at one object, and the store obeyed neither."""
+    """Another writer changed an object at the same time, and the store accepted neither change."""
 
 
 class ConditionsError(StoreError):
     """The store refuses conditional writes, or its tags never match a condition.
 
-    `finding` says which, as a phrase that follows the store's name: "answers If-Match with 501 NotImplemented".
+    `finding` is a phrase that follows the store's name: "answers If-Match with 501 NotImplemented".
     """
 
     def __init__(self, message: str, finding: str) -> None:
@@ -132,7 +132,7 @@ class PictureError(BirkhoffError):
 
 
 class TrustError(BirkhoffError):
-    """A signature that is missing or wrong, a file that is not a key, or an alias that went back."""
+    """A missing or wrong signature, a file that is not a key, or an alias in an older state than seen before."""
 
 
 class OutputError(BirkhoffError):
@@ -144,7 +144,7 @@ class BudgetError(BirkhoffError):
 
 
 class ValidationError(BirkhoffError):
-    """An encoded tensor that does not meet its target, or a probe that does not agree."""
+    """An encoded tensor that misses its target, or a probe whose result is wrong."""
 
 
 class ProofError(ValidationError):
@@ -152,11 +152,11 @@ class ProofError(ValidationError):
 
 
 class WorkerError(BirkhoffError):
-    """A worker died, or the cluster cannot give what the plan needs."""
+    """A worker died, or the cluster lacks the resources that the plan needs."""
 
 
 class ClusterError(WorkerError):
-    """No Ray cluster could be started on this machine, or reached elsewhere. `reason` says why, without a remedy."""
+    """No Ray cluster could be started on this machine or reached elsewhere. `reason` excludes the remedy."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"cannot reach {where}: {reason}; try --executor inline")
@@ -167,7 +167,7 @@ class ClusterError(WorkerError):
 
 
 class BusyError(BirkhoffError):
-    """An earlier run of the same models is still at work: `holder` for people, its `host` and `pid` if it said them."""
+    """An earlier run of the same models is still active. `holder` describes it; `host` and `pid` are set if known."""
 
     def __init__(self, message: str, *, holder: str = "", host: str | None = None, pid: int | None = None) -> None:
         super().__init__(message)
@@ -182,7 +182,7 @@ class PartialError(BirkhoffError):
 
 EXIT_CODES: dict[type[BirkhoffError], int] = {
     BirkhoffError: 1,
-    # 2 is the command line's own: wrong usage
+    # the command line uses 2 for wrong usage
     ManifestError: 3,
     SourceError: 4,
     UnsafeSourceError: 5,
@@ -209,14 +209,14 @@ EXIT_CODES: dict[type[BirkhoffError], int] = {
 
 
 def exit_code(error: BirkhoffError) -> int:
-    """Exit code of the nearest listed ancestor of `error`'s class."""
+    """Return the exit code of the nearest listed ancestor of the error's class."""
     return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
 
 
 def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
-    """Return an error for machines: its class, its exit code, its line, and what that line advises.
+    """Return an error for machines: its class, exit code, message, and the advice in that message.
 
-    Error lines say what, where and, as their last clause, what to do next.
+    A message says what failed, where, and in its last clause what to do next.
     """
     line = printable(message)
     clauses = re.split("; (?!nor )", line)
@@ -224,12 +224,12 @@ def failure_facts(kind: str, code: int, message: str) -> dict[str, object]:
 
 
 def failure_of(error: BirkhoffError) -> dict[str, object]:
-    """Return the same for a BirkhoffError."""
+    """Return `failure_facts` for a BirkhoffError."""
     return failure_facts(type(error).__name__, exit_code(error), str(error))
 
 
 def failure(errors: Sequence[BirkhoffError | None]) -> BirkhoffError | None:
-    """Return what models, one entry for each, make a command end with: their one kind of error, or PartialError."""
+    """Return the error that a command ends with, given one entry per model: their common kind, or PartialError."""
     failed = [error for error in errors if error is not None]
     if not failed:
         return None

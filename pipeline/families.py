@@ -1,7 +1,5 @@
-"""Members of the Segment Anything family under the names of `adapter:`; `segment.adapters` runs them.
-
-And the files that go with a transformers model.
-"""
+"""Names of the Segment Anything family's members for `adapter:` (`segment.adapters` runs them), and of the files
+beside a transformers model."""
 
 ADAPTERS = (
     "sam",
@@ -23,7 +21,7 @@ ADAPTERS = (
 )
 
 CONFIG_FILE = "config.json"
-"""A transformers configuration."""
+"""Name of a transformers configuration."""
 
 BESIDE = (
     "preprocessor_config.json",
@@ -38,13 +36,13 @@ BESIDE = (
     "vocab.txt",
     "merges.txt",
 )
-"""What transformers writes beside weights and reads from there, besides the configuration."""
+"""Files that transformers reads and writes beside weights, besides the configuration."""
 
 CARD_FILE = "README.md"
 """The model card of a repository on the Hugging Face Hub."""
 
 HUB_FILES = (CONFIG_FILE, *BESIDE, CARD_FILE, "LICENSE.md", "LICENSE.txt")
-"""What a model's repository there has beside the weights."""
+"""Files of a model's Hub repository besides the weights."""
 
 TRANSFORMERS = ("sam", "sam_hq", "sam2", "edgetam", "sam3_tracker")
 """Values of `model_type` in a transformers configuration whose models an adapter runs."""

@@ -14,25 +14,26 @@ from typing import BinaryIO
 from birkhoff.pipeline.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of a disk that is full, by what is on it or by what its user may have."""
+"""Error numbers of a full disk, quota or file size limit."""
 
 SPARE_BYTES = 256 << 20
-"""Left free on the disk for everything else that runs there."""
+"""Bytes to leave free on a disk for other programs."""
 
 _SETTLED_SECONDS = 5.0
-"""Age from which a file's times tell its states apart."""
+"""Age in seconds from which the times of a file reveal a later change."""
 
 _FICLONE = 0x40049409
-"""ioctl of Linux (linux/fs.h): share the blocks of another file until one of the two changes."""
+"""Linux ioctl (linux/fs.h) that shares the blocks of another file until one of the two changes."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """An empty file to fill, which appears as `path` whole, durable and with `mode` once the block ends well, or never.
+    """Yield a temporary path to fill. When the block ends without error, the file appears as `path`, complete and
+    durable.
 
     Raises OSError.
     """
-    import tempfile  # in functions: commands that write nothing start without it
+    import tempfile  # imported here, so that commands that write nothing start faster
 
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     os.close(handle)
@@ -50,17 +51,17 @@ def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """`atomic_path`, open for writing. Raises OSError."""
+    """As `atomic_path`, opened for writing. Raises OSError."""
     with atomic_path(path, mode=mode) as temporary, temporary.open("wb") as file:
         yield file
 
 
 @contextlib.contextmanager
 def atomic_output(path: Path) -> Iterator[BinaryIO]:
-    """`atomic_file` in a folder that is made if there is none, with the errors of an output.
+    """As `atomic_file`, in a folder that is created if necessary.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable, where its file system can. Raises OSError."""
+    """Make the entries of a folder durable, if its file system can. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -84,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def shortage(folder: Path, nbytes: int) -> str | None:
-    """What a folder's disk lacks for `nbytes` more and `SPARE_BYTES` on top, for a message; None if there is room.
+    """Return what a folder's disk lacks for `nbytes` and `SPARE_BYTES`, for a message; None if there is room.
 
     Raises OSError.
     """
@@ -95,7 +96,7 @@ def shortage(folder: Path, nbytes: int) -> str | None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds something. Raises OutputError."""
+    """Refuse a folder that is not empty. Raises OutputError."""
     try:
         if folder.exists() and any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty; name a new folder")
@@ -105,10 +106,10 @@ def check_new_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name whole, once the block ends well, or not at all.
+    """Yield a temporary folder to fill. When the block ends without error, it appears as `folder`.
 
     Raises:
-        OutputError: there is one of that name that holds something, or it cannot be written.
+        OutputError: The folder exists and is not empty, or cannot be written.
     """
     import tempfile
 
@@ -128,7 +129,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes in hex, in constant memory. Raises OSError."""
+    """Return the SHA-256 of a file in hex, in constant memory. Raises OSError."""
     import hashlib
 
     with path.open("rb") as file:
@@ -136,25 +137,26 @@ def file_sha256(path: Path) -> str:
 
 
 def file_state(path: Path) -> list[int]:
-    """What tells the states of a file apart without reading it: size, inode, and its times in ns. Raises OSError."""
+    """Return size, inode and times in ns, which reveal a change of a file without reading it. Raises OSError."""
     facts = path.stat()
     return [facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def is_settled(state: list[int]) -> bool:
-    """Whether a change after `file_state` will show: a file changed twice within one tick of its clock would not."""
+    """Return whether a later change will show in `file_state`. Two changes within one tick of the file's clock would
+    not."""
     return time.time() - max(state[2:]) / 1e9 > _SETTLED_SECONDS
 
 
 State = Mapping[str, list[int]]
-"""`file_state` of some files, by their paths."""
+"""`file_state` of several files by path."""
 
 
 def remembered_digest(note: Path, state: Callable[[], State], take: Callable[[], str]) -> str:
-    """The digest of files, taken anew only if they have changed since the file `note` was written.
+    """Return the digest of files, computed only if they have changed since `note` was written.
 
-    It is noted if the files stayed as they were while it was taken, and a later change would show in their state.
-    Raises OSError, and what `state` and `take` raise.
+    The digest is noted if the files did not change meanwhile, and a later change would show in their state. Raises
+    OSError, and what `state` and `take` raise.
     """
     before = state()
     found = recalled_digest(note, before)
@@ -168,7 +170,7 @@ def remembered_digest(note: Path, state: Callable[[], State], take: Callable[[],
 
 
 def recalled_digest(note: Path, state: State) -> str | None:
-    """The digest that was noted for files in this state, None where there is none; reads nothing of the files."""
+    """Return the digest noted for files in this state, or None. The files are not read."""
     try:
         known = json.loads(note.read_bytes())
         return str(known["sha256"]) if known["state"] == state else None
@@ -177,15 +179,15 @@ def recalled_digest(note: Path, state: State) -> str | None:
 
 
 def atomic_write(path: Path, body: bytes) -> None:
-    """Write a file so that it appears under its name whole or not at all. Raises OutputError."""
+    """Write a file atomically. Raises OutputError."""
     with atomic_output(path) as file:
         file.write(body)
 
 
 def place(source: Path, target: Path) -> None:
-    """Give a file a second name that costs no bytes where the file system can: shared blocks, else a hard link.
+    """Give a file a second name without using space, by shared blocks or a hard link, if the file system can.
 
-    Copies elsewhere, such as across file systems. What stood at `target` is replaced at once. Raises OSError.
+    Otherwise, for instance across file systems, copy it. An existing `target` is replaced atomically. Raises OSError.
     """
     fresh = target.with_name(f".part-{os.getpid()}-{target.name}")
     fresh.unlink(missing_ok=True)

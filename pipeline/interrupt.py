@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM: one request, acted on soon, never lost.
 
-Python raises KeyboardInterrupt at any point, even inside a finaliser, which swallows it, and the command line library
-turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise our own exception and
-set a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such
-calls are made inside `deferred`, where only the flag is set.
+Python raises KeyboardInterrupt at any point, even inside a finalizer, which swallows it, and the command line library
+turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise `Interrupted` and set
+a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such calls
+are made inside `deferred`, where only the flag is set.
 """
 
 import contextlib
@@ -59,8 +59,8 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def stop(number: int) -> None:
-    """Act as if the signal had come: raise Interrupted, or set the flag while deferred."""
-    global _number  # handlers get no state of their own
+    """Act as on the signal: raise Interrupted, or set the flag while deferred."""
+    global _number  # signal handlers take no state
     _number = signal.Signals(number)
     _asked.set()
     if not _deferred:

@@ -1,12 +1,12 @@
-"""Logs: lines or JSON on standard error, and a trace of every run in files that outlive a kill.
+"""Logs: lines or JSON on standard error, and a trace of every run in files that survive a kill.
 
-A run's trace lies under `<home>/runs/<id>/`: `driver-<pid>.jsonl`, and one file for each worker process on that
-worker's machine. Before each step that may take the process down (a tensor read, encoded or proven, a shard uploaded)
-its worker writes a line with model, shard, tensor, bytes and stage, straight to the file. So after an out-of-memory
-kill the file's last line says what was at work, and `last_step` finds it for the error's message.
+A run's trace is stored under `<home>/runs/<id>/`: `driver-<pid>.jsonl`, and one file per worker process on the worker's
+machine. Before each step that may kill the process (reading, encoding or proving a tensor, uploading a shard) the
+worker writes a line with model, shard, tensor, bytes and stage, unbuffered. So after an out-of-memory kill the last
+line names the step, and `last_step` finds it for the error's message.
 
-Every JSON line has `time` (UTC, ISO 8601), `level`, `logger` and `event`, and those of `model`, `shard`, `tensor`,
-`bytes`, `stage`, `status` and `seconds` that belong to the event.
+Every JSON line has `time` (UTC, ISO 8601), `level`, `logger` and `event`, and depending on the event `model`, `shard`,
+`tensor`, `bytes`, `stage`, `status` and `seconds`.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.text import printable
 
 FOLDER_VARIABLE = "BIRKHOFF_RUN_LOG"
-"""Tells worker processes the folder of the run's trace."""
+"""Environment variable that tells worker processes the folder of the run's trace."""
 
 KEPT_TRACES = 20
-"""Runs whose traces stay on this machine."""
+"""Maximum number of traces kept on this machine."""
 
 _TAIL_BYTES = 8192
 
 
 class LogFormat(StrEnum):
-    """How lines on standard error look."""
+    """Format of the lines on standard error."""
 
     TEXT = "text"
     JSON = "json"
@@ -45,18 +45,18 @@ class _Lines(logging.Formatter):
     """Format lines for people. Untrusted text is made `printable`; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        """The line, without traceback."""
+        """Return the line without traceback."""
         return printable(super().formatMessage(record))
 
 
 _package = logging.getLogger("birkhoff")
 _steps = logging.getLogger("birkhoff.step")
 _shard: dict[str, Any] = {}
-"""Model and index of the shard that this process works on: a worker has one at a time."""
+"""Model and index of the shard that this process works on, one at a time."""
 
 
 def configure(form: LogFormat, *, debug: bool) -> None:
-    """Send log records to standard error: warnings (everything with `debug`), as JSON also the run's events."""
+    """Send log records to standard error: warnings, with `debug` everything, as JSON also the run's events."""
     handler = logging.StreamHandler(sys.stderr)
     if form is LogFormat.JSON:
         handler.setFormatter(_json())
@@ -72,15 +72,15 @@ def configure(form: LogFormat, *, debug: bool) -> None:
 
 
 def as_json() -> bool:
-    """Whether standard error is to hold JSON alone."""
+    """Return whether standard error holds only JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 @contextlib.contextmanager
 def trace(run: str) -> Iterator[Path | None]:
-    """Keep a run's trace in files for as long as the block lasts, and drop the oldest traces.
+    """Write a run's trace to files during the block, and delete the oldest traces.
 
-    Yields the folder, or None where it cannot be written, which is a warning: a trace must not stop a run.
+    Yields the folder. If it cannot be written, logs a warning and yields None, so that the run continues.
     """
     folder = birkhoff_home() / "runs" / run
     try:
@@ -104,12 +104,12 @@ def trace(run: str) -> Iterator[Path | None]:
 
 
 def environment() -> dict[str, str]:
-    """Variables that a worker process needs for its part of the trace."""
+    """Return the variables that a worker process needs to write its part of the trace."""
     return {FOLDER_VARIABLE: os.environ[FOLDER_VARIABLE]} if FOLDER_VARIABLE in os.environ else {}
 
 
 def join_trace() -> None:
-    """Write this process's part of the trace, if there is one and it does not yet."""
+    """Start writing this process's part of the trace, if the run has one."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None or any(isinstance(handler, logging.FileHandler) for handler in _package.handlers):
         return
@@ -121,7 +121,7 @@ def join_trace() -> None:
 
 @contextlib.contextmanager
 def shard(model: str, index: int) -> Iterator[None]:
-    """Steps inside the block belong to this shard."""
+    """Attribute the steps inside the block to this shard."""
     _shard.update(model=model, shard=index)
     try:
         yield
@@ -131,16 +131,16 @@ def shard(model: str, index: int) -> Iterator[None]:
 
 
 def step(stage: str, nbytes: int, tensor: str | None = None) -> None:
-    """Note a step before it is taken: it may be the last thing that this process does."""
+    """Log a step before it is taken, as it may kill the process."""
     if _steps.isEnabledFor(logging.INFO):
         more = {} if tensor is None else {"tensor": tensor}
         _steps.info("step", extra={**_shard, **more, "stage": stage, "bytes": nbytes})
 
 
 def last_step(model: str, index: int) -> str | None:
-    """The step that a shard did not come back from, for a message: `encode of blocks.3.weight, 19660800 bytes`.
+    """Return the step that a shard did not finish, for a message: `encode of blocks.3.weight, 19660800 bytes`.
 
-    None where none is known: no trace, the worker was on another machine, or it was at no step of the shard.
+    None if it is unknown: there is no trace, the worker was on another machine, or the shard was between steps.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
@@ -155,7 +155,7 @@ def last_step(model: str, index: int) -> str | None:
 
 
 def _tail(path: Path) -> Iterator[dict[str, Any]]:
-    """The last whole lines of a trace."""
+    """Yield the last complete lines of a trace."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -170,16 +170,16 @@ def _tail(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _TraceFile(logging.FileHandler):
-    """A file of a trace. The first line that cannot be written is a warning, and the rest goes nowhere."""
+    """A file of a trace. The first line that cannot be written causes a warning, and the trace ends."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's)
         _package.removeHandler(self)
-        _package.warning("no more trace of this run: %s: %s", self.baseFilename, sys.exc_info()[1])
+        _package.warning("the trace of this run ends here: %s: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def _file(folder: Path, kind: str) -> logging.Handler:
     folder.mkdir(parents=True, exist_ok=True)
-    # Unbuffered below the handler's own flush: a line is with the kernel before the step begins.
+    # The handler flushes every line and nothing below buffers it, so the kernel has the line before the step begins.
     handler = _TraceFile(folder / f"{kind}-{os.getpid()}.jsonl", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_json())
     _package.addHandler(handler)
@@ -197,8 +197,8 @@ def _json() -> JsonFormatter:
 
 
 def _prune(parent: Path) -> None:
-    """Leave room for one more trace."""
-    from birkhoff.pipeline.run_ids import run_of  # pydantic takes 0.1 s, and every command imports this module
+    """Delete the oldest traces, to make room for one more."""
+    from birkhoff.pipeline.run_ids import run_of  # it imports pydantic (0.1 s), and every command imports this module
 
     runs = sorted(path for path in parent.glob("*") if run_of(f"runs/{path.name}/x"))
     for path in runs[: max(0, len(runs) - KEPT_TRACES + 1)]:

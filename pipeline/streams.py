@@ -1,7 +1,7 @@
-"""Standard streams without a reader: a command does its work whether or not its output can be written.
+"""Standard streams that never fail: a command does its work whether or not its output can be written.
 
-A daemon may have closed them, a pager may have quit, a disk may be full, a terminal may have hung up. A run is
-published even if its last line cannot be written. So printing never fails, and the exit code reports it at the end.
+A daemon may have closed them, a pager may have quit, a disk may be full, a terminal may have hung up. The run must
+still be published. So printing never raises, and the exit code reports lost output at the end.
 """
 
 import errno
@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO
 
 BROKEN_PIPE = 141
-"""The shell's exit code for SIGPIPE, with which other commands end if their reader goes away."""
+"""The shell's exit code for SIGPIPE, as other commands end if their reader goes away."""
 
 
 class _Unfailing(io.FileIO):
@@ -33,7 +33,7 @@ def guard() -> None:
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # else the next file that is opened would take its place, and get what is printed
+        except OSError:  # else the next opened file takes this number, and output goes into it
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     sys.stdin = sys.stdin or _reader()
     sys.stdout = _writer(1, sys.stdout)

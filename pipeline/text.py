@@ -5,7 +5,7 @@ from typing import Any
 
 
 def size(count: int) -> str:
-    """Return bytes for people: `5.7 MiB`."""
+    """Format bytes: `5.7 MiB`."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -15,32 +15,32 @@ def size(count: int) -> str:
 
 
 def short(digest: str) -> str:
-    """Return the first 12 digits of a digest: enough to tell versions apart."""
+    """Return the first 12 digits of a digest, enough to tell versions apart."""
     return digest[:12]
 
 
 def fixed(digits: int) -> Callable[[float], str]:
-    """Return a number with so many decimals."""
+    """Return a formatter for numbers with so many decimals."""
     return lambda value: f"{value:.{digits}f}"
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """Return a number with so many digits that count."""
+    """Return a formatter for numbers with so many significant digits."""
     return lambda value: f"{value:.{digits}g}"
 
 
 def shape(dims: Sequence[int]) -> str:
-    """`768x768`; `scalar` for no dimensions."""
+    """Format a shape as `768x768`, or `scalar` without dimensions."""
     return "x".join(map(str, dims)) or "scalar"
 
 
 def pairs(table: Mapping[str, str]) -> str:
-    """`licence=MIT, team=maps`."""
+    """Format labels as `licence=MIT, team=maps`."""
     return ", ".join(f"{key}={value}" for key, value in table.items())
 
 
 def span(form: Callable[[Any], str]) -> Callable[[Sequence[Any]], str]:
-    """Return two values as `5.7 to 6.4`, or as one if they read alike."""
+    """Return a formatter for two values: `5.7 to 6.4`, or one if both are formatted alike."""
     return lambda ends: " to ".join(dict.fromkeys(map(form, ends)))
 
 
@@ -53,14 +53,14 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return the `repr` of data from a file: on one line and short, whatever the file holds."""
+    """Return a short `repr`, on one line, of a value from an untrusted file."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
-    """Return type and first informative line of a library's error, for a one-line message."""
-    # torch puts a page of advice on trusting the file before what went wrong.
+    """Return the type and the first informative line of a library's error."""
+    # torch begins with a page of advice on trusting the file, before the cause.
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
@@ -71,7 +71,7 @@ def printable(text: str) -> str:
 
 
 def all_printable(value: Any) -> Any:
-    """Return a value of a table or a list with every text in it, however deep, `printable`."""
+    """Return a value of a table or list with every nested text made `printable`."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -80,19 +80,19 @@ def all_printable(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that an unknown one probably stands for."""
+    """Return the known name that is most similar to an unknown one; None if none is."""
     import difflib  # on the way to an error only
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """` 'nmae', did you mean 'name'?`, or the name alone if no known name is near."""
+    """Return `'nmae', did you mean 'name'?`, or the quoted name alone if no known name is similar."""
     close = nearest(name, known)
     return f" {name!r}" if close is None else f" {name!r}, did you mean {close!r}?"
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
-    """`a, b, c and 4 more`; `none` for no names."""
+    """Join names as `a, b, c and 4 more`; `none` without names."""
     shown = ", ".join(names[:most]) or "none"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -1,7 +1,4 @@
-"""The pages of this repository: their fenced blocks, their links, and the commands that they name.
-
-What the site generates (`docs/_build`) is no page: it comes from the code.
-"""
+"""The pages of this repository: their fenced blocks, their links, and the commands that they name."""
 
 import re
 import shlex

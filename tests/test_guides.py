@@ -22,7 +22,7 @@ from tests.pipeline.command import execute
 from tests.pipeline.publishing import publish_tensors
 
 LOAD = read("docs/how-to/load.md")
-ERRORS = read("docs/how-to/troubleshoot.md").text.split("| it says | do |")[1]
+ERRORS = read("docs/how-to/troubleshoot.md").text.split("| error | remedy |")[1]
 TABLE = re.findall(r"^\| `([^`]+)` \| ", ERRORS.split("\n\n")[0], re.M)
 
 

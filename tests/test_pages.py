@@ -136,7 +136,7 @@ def run(folder: Path, kind: str, text: str) -> subprocess.CompletedProcess[str]:
 
 def test_blocks_are_marked_as_what_they_are() -> None:
     blocks = [block for page in PAGES.values() for block in page.blocks]
-    assert {block.kind for block in blocks} == {"", "sh", "python", "yaml"}
+    assert {block.kind for block in blocks} == {"", "sh", "python", "yaml", "console"}
     assert all(len(block.reason) > 10 for block in blocks if block.reason is not None)
     assert not [
         block.text for block in blocks if block.kind == "" and re.search(r"^(make|\.venv|birkhoff)", block.text)
@@ -260,7 +260,7 @@ def test_links_and_paths_lead_somewhere(name: str) -> None:
 
 
 def test_links_astray_are_found() -> None:
-    text = "[a](README.md) [b](READ.md) [c](PROMISES.md#what-two-at-once-get) [d](PROMISES.md#no) `codec/no.py`"
+    text = "[a](README.md) [b](READ.md) [c](PROMISES.md#concurrent-processes) [d](PROMISES.md#no) `codec/no.py`"
     assert astray(Page(name="x.md", text=text)) == ["READ.md", "PROMISES.md#no", "codec/no.py"]
 
 

@@ -1,6 +1,7 @@
 """The site of the pages: builds without a warning, its links hold, and a browser finds nothing wrong with it."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     return folder / "html"
+
+
+def test_the_generated_pages_are_current() -> None:
+    """A clone shows commands and keys without a build, so their pages are committed."""
+    for name, text in runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]().items():
+        assert len(text.split()) > 500
+        assert (ROOT / "docs" / "reference" / name).read_text() == text, f"docs/reference/{name}: run `make docs`"
 
 
 def test_make_builds_it_the_same_way() -> None:

@@ -1,21 +1,21 @@
-"""Interleaved rANS: a stream of bytes coded by a static table, in blocks that decode by themselves.
+"""Interleaved rANS: bytes coded by a static table, in blocks that decode independently.
 
-Source: J. Duda, "Asymmetric numeral systems" (arXiv 1311.2540); the interleaving is that of F. Giesen, "Interleaved
-entropy coders" (arXiv 1402.3392), as GPU coders use it.
+Source: J. Duda, "Asymmetric numeral systems" (arXiv 1311.2540). The interleaving is that of F. Giesen, "Interleaved
+entropy coders" (arXiv 1402.3392), as used by GPU coders.
 
-A stream is cut into blocks of 131072 symbols, the last one shorter. Symbol i of a block belongs to lane i mod N, N a
-power of two up to 32. Each lane has a state x, 2^16 <= x < 2^32, and the block has one row of 16-bit words. With F and
-C a symbol's frequency and the sum of the frequencies of all smaller symbols, decoding goes through the symbols in
-order, and for each takes
+A stream is cut into blocks of 131072 symbols, the last one shorter. Symbol i of a block belongs to lane i mod N, where
+N is a power of two up to 32. Each lane has a state x, 2^16 <= x < 2^32, and the block has one sequence of 16-bit words.
+Let F be a symbol's frequency and C the sum of the frequencies of all smaller symbols. Decoding goes through the symbols
+in order, and takes for each
 
     slot = x mod 4096, the symbol with C <= slot < C + F, x = F * floor(x / 4096) + slot - C,
-    and if x < 2^16: x = 65536 x + the next word of the row
+    and if x < 2^16: x = 65536 x + the next word
 
-At a block's end every state is 2^16 and every word is read: whatever else happens is damage. A GPU's warp, or four
-vectors of AVX2, does N symbols at a time, those lanes whose x is small taking the next words in the lanes' order.
+At a block's end every state must be 2^16 and every word read; otherwise the block is damaged. A GPU's warp, or four
+vectors of AVX2, decode N symbols at a time, and the lanes with a small x take the next words in the order of the lanes.
 
-A block: N states (uint32), then its words (uint16), little-endian. The number of words of each block but the last
-(uint32) goes before all blocks; the last one's are what is left.
+A block has N states (uint32), then its words (uint16), little-endian. The number of words of each block but the last
+(uint32) precedes all blocks; the last block takes the rest.
 
 Worked example: the table of two equally frequent bytes a < b (F = 2048 each, C = 0 and 2048), one lane, the stream
 "ab". Encoding runs backwards from x = 65536: b first, x = 4096 * floor(65536 / 2048) + 65536 mod 2048 + 2048 = 133120;
@@ -38,21 +38,21 @@ Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 BLOCK = 1 << 17
-"""Symbols of a block: enough that 32 states take 0.01 bits a symbol, few enough that a GPU decodes one in 0.3 ms."""
+"""Symbols per block: so many that 32 states take 0.01 bits per symbol, so few that a GPU decodes one in 0.3 ms."""
 
 MOST_LANES = 32
 _LEAST_LANES = 4
 _DEPTH = 8192
-"""Symbols a lane, about: a state costs 24 bits."""
+"""Approximate number of symbols per lane. A state costs 24 bits."""
 
 _LEAST_STATE = 1 << 16
 
 _TOGETHER = 64
-"""Blocks that the references code side by side."""
+"""Blocks that the references code together."""
 
 
 def lanes(size: int) -> int:
-    """N, as the encoder chooses it for a stream of so many symbols."""
+    """Return N, as the encoder chooses it for a stream of so many symbols."""
     found = _LEAST_LANES
     while found < MOST_LANES and size >= found * _DEPTH:
         found *= 2
@@ -68,13 +68,13 @@ def lanes_of_all(sizes: Integers) -> Integers:
 
 
 def encoded_bytes(size: int) -> int:
-    """Bytes of a stream's states and of the sizes of its blocks."""
+    """Return the bytes of a stream's states and of the sizes of its blocks."""
     blocks = -(-size // BLOCK)
     return 4 * (blocks - 1) + 4 * lanes(size) * blocks
 
 
 def encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
-    """The blocks of a stream of at least one symbol, each of a frequency above 0."""
+    """Encode a stream of at least one symbol, all with a frequency above 0, as blocks."""
     library = native()
     if library is None:
         return reference_encode(symbols, frequency, lanes)
@@ -104,7 +104,7 @@ def encode_all(flat: Bytes, sizes: Sequence[int], frequencies: Sequence[Frequenc
 
 
 def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int, out: Bytes | None = None) -> Bytes:
-    """The `size` symbols (at least one) of blocks, into `out` if given. Raises DamagedError."""
+    """Decode the `size` symbols (at least one) of blocks, into `out` if given. Raises DamagedError."""
     out = np.empty(size, dtype=np.uint8) if out is None else out
     library = native()
     if library is None:
@@ -117,7 +117,7 @@ def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: i
 
 
 def reference_encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
-    """`encode` in numpy, a step of all lanes of some blocks at a time."""
+    """`encode` in numpy, one step of all lanes of several blocks at a time."""
     coded: list[tuple[bytes, bytes]] = []
     for first in range(0, symbols.size, _TOGETHER * BLOCK):
         coded += _encode_some(symbols[first : first + _TOGETHER * BLOCK], frequency.astype(np.int64), lanes)
@@ -148,7 +148,7 @@ def _encode_some(symbols: Bytes, frequency: npt.NDArray[np.int64], lanes: int) -
 
 
 def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int) -> Bytes:
-    """`decode` in numpy, a step of all lanes of some blocks at a time."""
+    """`decode` in numpy, one step of all lanes of several blocks at a time."""
     starts, words = directory(data, size, lanes)
     blocks = len(words)
     places = [range(first, min(first + _TOGETHER, blocks)) for first in range(0, blocks, _TOGETHER)]
@@ -159,7 +159,8 @@ def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies
 
 
 def directory(data: bytes | memoryview, size: int, lanes: int) -> tuple[Integers, Integers]:
-    """Where each block of a stream of `size` symbols begins, and its number of words; [B] each. Raises DamagedError."""
+    """Return the start of each block of a stream of `size` symbols, and its number of words, [B] each. Raises
+    DamagedError."""
     blocks = -(-size // BLOCK)
     head = 4 * (blocks - 1)
     if len(data) < head:

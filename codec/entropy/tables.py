@@ -46,16 +46,16 @@ _FITTED_TOGETHER = 4
 
 _MOST_COUNT = 32767
 _MOST_BYTES = 2048
-"""Of a table, with room: 256 fields of at most 41 bits each are never the best."""
+"""Bytes reserved for a table, with room: 256 fields of at most 41 bits each are never the best."""
 
 
 class DamagedError(ValueError):
-    """Bytes that are no table, or no code by that table."""
+    """The bytes are not a table, or not a code by that table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`data` as stored, `frequency` uint16 [256], and `bits` of a stream of these counts, this table included."""
+    """`data` as stored, `frequency` uint16 [256], and `bits` of a stream of the fitted counts, including the table."""
 
     data: bytes
     frequency: Frequencies
@@ -63,7 +63,7 @@ class Table:
 
 
 def histogram(data: npt.NDArray[np.uint8]) -> Counts:
-    """How often each byte value occurs, [256]."""
+    """Return how often each byte value occurs, [256]."""
     library = native()
     if library is None:
         return np.bincount(data, minlength=256)
@@ -73,7 +73,7 @@ def histogram(data: npt.NDArray[np.uint8]) -> Counts:
 
 
 def fit(counts: Counts) -> Table | None:
-    """The table of fewest bits for a stream of these counts [256]; None where fewer than two values occur."""
+    """Return the table with the fewest bits for a stream of these counts [256]; None if fewer than two values occur."""
     library = native()
     if library is None:
         return reference_fit(counts)
@@ -141,7 +141,7 @@ def fit_groups(flat: npt.NDArray[np.uint8], sizes: Sequence[int]) -> tuple[Count
 
 
 def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:
-    """(frequencies [256], bytes of the table) of what begins with a table. Raises DamagedError."""
+    """Return (frequencies [256], bytes of the table) from data that starts with a table. Raises DamagedError."""
     library = native()
     if library is None:
         return reference_parse(data)
@@ -153,7 +153,7 @@ def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:
 
 
 def log2_fixed(value: int) -> int:
-    """log2 of 1..2^31 in units of 2^-16, rounded down: the same integers everywhere."""
+    """Return log2 of 1..2^31 in units of 2^-16, rounded down: the same integers on every machine."""
     whole = value.bit_length() - 1
     y, fraction = value << (31 - whole), 0
     for bit in range(15, -1, -1):
@@ -169,7 +169,7 @@ _COST = np.array([0, *((BITS << 16) - log2_fixed(f) for f in range(1, SLOTS + 1)
 
 
 def frequencies_of(fields: list[int], fine: int) -> list[int] | None:
-    """Frequencies of fields; None where they make no table."""
+    """Return the frequencies of fields; None if they make no valid table."""
     values = [((1 << fine) + (q - 1) % (1 << fine)) << ((q - 1) >> fine) if q else 0 for q in fields]
     if sum(value > 0 for value in values) < 2:
         return None
@@ -181,7 +181,7 @@ def frequencies_of(fields: list[int], fine: int) -> list[int] | None:
 
 
 def fields_of(counts: list[int], fine: int) -> list[int]:
-    """The nearest fields of counts."""
+    """Return the nearest fields of counts."""
     found = []
     for count in counts:
         octave = count.bit_length() - 1
@@ -227,7 +227,7 @@ def reference_fit(counts: Counts) -> Table | None:
 
 
 def _signed(fields: list[int]) -> list[int]:
-    """z of the differences of fields."""
+    """Return z for the differences of fields."""
     steps = [q - last for q, last in zip(fields, [0, *fields], strict=False)]
     return [2 * d if d >= 0 else -2 * d - 1 for d in steps]
 

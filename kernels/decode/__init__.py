@@ -1,1 +1,2 @@
-"""Step numbers and coordinate planes to dense weights; whether Triton serves a device is decided here, by a trial."""
+"""Decode step numbers and coordinate planes to dense weights, and decide by a trial whether Triton supports a
+device."""

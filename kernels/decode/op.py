@@ -2,7 +2,7 @@
 
 Reference: `birkhoff.codec.reference.decode`.
 
-Shapes: N = rows, K = columns, P = pairs a row.
+Shapes: N = rows, K = columns, P = pairs per row.
 """
 
 import torch
@@ -19,20 +19,20 @@ if HAS_TRITON:
     from birkhoff.kernels.decode import triton as decode_triton
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute in; other types run eagerly."""
+"""Dtypes of the kernels. Others run eagerly."""
 
 
 def decode_theta(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Weights [N, K] of step numbers, without escapes (those decode to 0).
+    """Return the weights [N, K] of step numbers. Escapes decode to 0.
 
     Args:
         theta_NP: uint16.
-        step: float32 scalar tensor on the same device, in the weights' unit.
+        step: float32 scalar tensor on the same device, in the unit of the weights.
         columns: K.
         dtype: float32, bfloat16, float16 or float64; float32 values are rounded to it once.
 
     Raises:
-        KernelError: theta is not uint16 of the shape that K asks for.
+        KernelError: theta is not uint16, or has the wrong shape for K.
     """
     if theta_NP.dtype != torch.uint16 or theta_NP.dim() != 2 or theta_NP.shape[1] != pairs_per_row(columns):
         raise KernelError(
@@ -45,9 +45,10 @@ def decode_theta(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtyp
 
 
 def decode_lattice(code: LatticeTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights [N, K] in `dtype` straight from the coordinate planes, escapes included; `code.decode`'s bits."""
+    """Return the weights [N, K] in `dtype` from the coordinate planes, escapes included, bit-identical to
+    `code.decode`."""
     if dtype not in TRITON_DTYPES or not triton_serves(code.i.device):
         return code.decode(dtype)
-    step = torch.full((), code.step, dtype=torch.float32, device=code.i.device)  # a copy from the host would wait
+    step = torch.full((), code.step, dtype=torch.float32, device=code.i.device)  # no copy from the host
     weight = decode_triton.decode_planes(code.i.contiguous(), code.j.contiguous(), step, code.columns, dtype)
     return reference.put_escapes(weight, *code.escaped_weights())

@@ -1,9 +1,8 @@
-"""Which way an op runs: its Triton kernel, or the eager reference in `birkhoff.codec`.
+"""Choose how an op runs: by its Triton kernel, or by the eager reference in `birkhoff.codec`.
 
-Triton serves CUDA tensors on compute capability 8.0 and above, once a trial decode of all 65536 step numbers has
-given the reference's bits on that very device. Everything else runs eagerly, and says so once in the log
-`birkhoff.kernels`: for information where there is no GPU, as a warning where one stands idle. No op ever changes its
-result for speed.
+Triton is used for CUDA tensors on compute capability 8.0 and above, once a trial decode of all 65536 step numbers on
+that device has matched the reference bit for bit. Everything else runs eagerly, which the log `birkhoff.kernels` says
+once: as information on a machine without GPU, as a warning if a GPU is unused. No op changes its result for speed.
 """
 
 import logging
@@ -19,10 +18,10 @@ _log = logging.getLogger("birkhoff.kernels")
 
 
 def triton_serves(device: torch.device) -> bool:
-    """Whether the Triton kernels run for tensors on `device`; logs the reason once where they do not."""
+    """Return whether the Triton kernels run for tensors on `device`. If not, the reason is logged once."""
     if device.type == "cpu" and runtime.is_interpreting():
         return True
-    with _LOCK:  # threads would make their trials side by side
+    with _LOCK:  # threads would run the trial several times
         return _serves(device.type, device.index)
 
 
@@ -31,14 +30,14 @@ def _serves(kind: str, index: int | None) -> bool:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     reason = obstacle(device)
     if reason is not None:
-        # Where there is no GPU nothing is amiss; where there is one, it stands idle.
+        # A machine without GPU is fine. An unused GPU is worth a warning.
         level = logging.WARNING if torch.cuda.is_available() or runtime.gpu_in_sight() else logging.INFO
         _log.log(level, "kernels on %s run eagerly: %s", device, reason)
     return reason is None
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why Triton does not serve `device`, or None."""
+    """Return why Triton does not support `device`, or None."""
     if device.type != "cuda":
         if torch.cuda.is_available():
             return "the tensors are not on the GPU"
@@ -56,7 +55,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def _trial(device: torch.device) -> str | None:
-    """Decode every step number on `device` and compare with the reference."""
+    """Decode every step number on `device` and compare with the reference. Returns the difference, or None."""
     from birkhoff.codec import reference
     from birkhoff.kernels.decode import triton as decode_triton
     from birkhoff.kernels.runtime.triton_key import keep_triton_key
@@ -67,9 +66,9 @@ def _trial(device: torch.device) -> str | None:
     expected = reference.decode(theta, step, 2048, torch.float32)
     try:
         theta, step = theta.to(device), step.to(device)
-        # Twice: the second launch takes the short way of `prepared`.
+        # Twice, because the second launch takes the fast path of `prepared`.
         first, second = (decode_triton.decode(theta, step, 2048, torch.float32) for _ in range(2))
         same = torch.equal(first.cpu(), expected) and torch.equal(second.cpu(), expected)
-    except Exception as error:  # a missing compiler, an old driver: whatever it is, the reference still works
+    except Exception as error:  # a missing compiler, an old driver: the reference still works
         return f"Triton failed on a trial decode ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     return None if same else "a trial decode differs from the reference"

@@ -1,9 +1,9 @@
-"""Decode on the GPU: step numbers, or coordinate planes as they come from rest, to weights.
+"""Decode on the GPU: step numbers, or coordinate planes as stored at rest, to weights.
 
-One pass, bound by memory: 1 byte read and 2 or 4 written per weight. Rows of whole 64-blocks (K % 64 == 0) are taken as
-one long row, so that every access is a run of 32 elements at a compile-time alignment.
+One pass, bound by memory: 1 byte read and 2 or 4 written per weight. Rows of whole 64-blocks (K % 64 == 0) are treated
+as one long row, so every access is a run of 32 elements with an alignment known at compile time.
 
-Shapes: N = rows, K = columns, P = pairs a row.
+Shapes: N = rows, K = columns, P = pairs per row.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -28,7 +28,8 @@ from birkhoff.kernels.runtime.triton_ops import (
 )
 
 _BLOCK = 1024
-"""Pairs a program decodes: 8 a thread, 16 bytes of step numbers; half of it to float32, so that nothing is moved."""
+"""Pairs per program: 8 per thread, 16 bytes of step numbers. Half as many for float32, so that no data moves between
+threads."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -81,12 +82,13 @@ def _decode_kernel(
 
 
 def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Weights [N, K] in float32, bfloat16 or float16 of contiguous step numbers, the bits of `reference.decode`."""
+    """Return the weights [N, K] in float32, bfloat16 or float16 of contiguous step numbers, bit-identical to
+    `reference.decode`."""
     return _launch(theta_NP, theta_NP, step, columns, dtype, planes=False)
 
 
 def decode_planes(i_NP: Tensor, j_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The same of contiguous int8 coordinate planes."""
+    """Return the same from contiguous int8 coordinate planes."""
     return _launch(i_NP, j_NP, step, columns, dtype, planes=True)
 
 
@@ -99,7 +101,8 @@ def _launch(source: Tensor, other: Tensor, step: Tensor, columns: int, dtype: to
 
 @lru_cache(1 << 12)
 def prepare(rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, planes: bool = False) -> Prepared:
-    """The launch for (theta or plane I, theta or plane J, step, out [N, K] of `dtype`), all contiguous, none empty."""
+    """Prepare the launch for (theta or plane I, theta or plane J, step, out [N, K] of `dtype`), contiguous and not
+    empty."""
     tail = columns % (2 * HALF)
     if tail == 0:
         rows, columns = 1, rows * columns

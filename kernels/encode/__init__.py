@@ -1,1 +1,1 @@
-"""Weights to step numbers on a GPU, with the error measured in passing."""
+"""Encode weights to step numbers on a GPU, and measure the error in the same pass."""

@@ -1,8 +1,9 @@
-"""Encode a matrix on the device it lives on: `codec.lattice.quantise` and `.encode` with the error measured in passing.
+"""Encode a matrix on its own device: `codec.lattice.quantise` and `codec.rate.encode`, with the error measured in
+passing.
 
 Reference: `birkhoff.codec.lattice.quantise`.
 
-Shapes: R = rows, K = columns, P = pairs a row, E = escapes.
+Shapes: R = rows, K = columns, P = pairs per row, E = escapes.
 """
 
 import math
@@ -28,15 +29,15 @@ if HAS_TRITON:
     from birkhoff.kernels.encode.triton import Pass
 
 _MARGIN_DB = 0.02
-"""The search aims this far above the target, so that the first pass nearly always meets it."""
+"""Excess in dB that the search aims for, so that the first pass nearly always meets the target."""
 
 _TRIES = 12
 
 
 def quantise(weight_RK: Tensor, step: float) -> tuple[LatticeTensor, Fidelity]:
-    """`lattice.quantise` and the error of the result, decoded to the weights' dtype, in one pass.
+    """Return what `lattice.quantise` does, and the error of the result decoded to the weights' dtype, in one pass.
 
-    Indices and escapes are the codec's; the sums of the `Fidelity` are rounded elsewhere.
+    Indices and escapes are equal to the codec's. The sums in the `Fidelity` may differ by rounding.
     """
     if not _triton_takes(weight_RK):
         code = lattice.quantise(weight_RK, step)
@@ -45,14 +46,15 @@ def quantise(weight_RK: Tensor, step: float) -> tuple[LatticeTensor, Fidelity]:
 
 
 def encode(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity]:
-    """`rate.encode`: code a matrix at the least fidelity that meets `target_db` (SQNR, dB), with its error.
+    """Code a matrix with the largest step that meets `target_db` (SQNR in dB), as `rate.encode`; return it with its
+    error.
 
-    One pass sums the energy, a sample finds the step, one pass encodes and measures; a further pass is needed only
-    where the sample misled. The step may differ from the codec's in its last digits.
+    One pass sums the energy, a sample gives the step, one pass encodes and measures. Another pass is needed only if the
+    sample was misleading. The step may differ from the codec's in its last digits.
 
     Raises:
-        TargetError: the target is out of range, the weights have no finite energy, no step meets the target, or weights
-            leave their type's range when decoded (RangeError).
+        TargetError: The target is out of range, the weights have no finite energy, no step meets the target, or decoded
+            weights leave their dtype's range (RangeError).
     """
     low, high = TARGET_DB_RANGE
     if not _triton_takes(weight_RK) or not low <= target_db <= high:
@@ -63,7 +65,7 @@ def encode(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity
 
 
 def encode_all(weights: Sequence[Tensor], target_db: float) -> list[tuple[LatticeTensor, Fidelity]]:
-    """`encode` of several matrices on one GPU, which is waited for once. Raises as `encode`."""
+    """Encode several matrices on one GPU, which is synchronized once. Raises as `encode`."""
     low, high = TARGET_DB_RANGE
     if not all(map(_triton_takes, weights)) or not low <= target_db <= high:
         return [encode(weight, target_db) for weight in weights]
@@ -76,19 +78,19 @@ def encode_all(weights: Sequence[Tensor], target_db: float) -> list[tuple[Lattic
 
 
 def start(weight_RK: Tensor, target_db: float) -> "Pass":
-    """Queue the search and the first pass on the GPU; `finish` waits for them."""
+    """Queue the search and the first pass on the GPU. `finish` waits for them."""
     return encode_triton.encode_pass(weight_RK, encode_triton.search(weight_RK, target_db + _MARGIN_DB))
 
 
 def finish(weight_RK: Tensor, first: "Pass", scalars: list[float], target_db: float) -> tuple[LatticeTensor, Fidelity]:
-    """Check that the pass of `start` meets the target, and repeat it with another step if not."""
+    """Check that the pass of `start` meets the target. If not, repeat it with another step."""
     code, found = _collect(weight_RK, first, scalars)
     if not 0 < found.energy < math.inf:
         raise TargetError(
             f"the weights' energy is {found.energy:g}: no relative error can be met; store the tensor lossless"
         )
     best: tuple[LatticeTensor, Fidelity] | None = None
-    below, above = 0.0, math.inf  # greatest step known to meet the target, least known to miss it
+    below, above = 0.0, math.inf  # the largest step that met the target, the smallest that missed it
     for _ in range(_TRIES):
         if best is None:
             rate.check_error(found.error)
@@ -125,7 +127,7 @@ def _collect(weight_RK: Tensor, coded: "Pass", scalars: list[float]) -> tuple[La
     code = LatticeTensor(i=coded.i, j=coded.j, escapes=escapes, step=step, columns=weight_RK.shape[1])
     mean = absolute / weight_RK.numel()
     if outside or step * (1 - LOW) > OUTLIER_RMS * math.sqrt(energy / weight_RK.numel()):
-        energy = bulk(weight_RK, energy).energy  # else nothing lies far enough out for it
+        energy = bulk(weight_RK, energy).energy  # otherwise no weight can be an outlier
     return code, Fidelity(energy=energy, error=error, max_abs=greatest, mean_abs=mean)
 
 

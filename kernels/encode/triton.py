@@ -1,10 +1,10 @@
 """Encode on the GPU: nearest node, coordinate planes, escapes and error statistics in one pass over the weights.
 
 Bound by memory: 2 or 4 bytes read and 1 written per weight. The arithmetic is `trajectory.nearest`, operation by
-operation, with multiply-add contraction off, so that indices equal the codec's on every device. The step stays in
-device memory from the search to the encoding: nothing waits for the host.
+operation, without fused multiply-adds, so indices equal the codec's on every device. The step stays in device memory
+between search and encoding, so the host never waits.
 
-Shapes: R = rows, K = columns, P = pairs a row, B = programs, C = candidate steps, E = escapes.
+Shapes: R = rows, K = columns, P = pairs per row, B = programs, C = candidate steps, E = escapes.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,39 +25,39 @@ from birkhoff.kernels.runtime.prepared import Prepared
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED, local_columns, position, rounded
 
 _THREADS = 128
-"""Threads of a program, where there is work for so many; each takes neighbouring weights, 16 bytes at a time."""
+"""Threads per program, if there is enough work. Each takes adjacent weights, 16 bytes at a time."""
 
 _MOST_TURNS = 32
-"""Most blocks that a program takes, one after the other, before its sums are added up."""
+"""Most blocks per program, processed one after the other before the sums are added up."""
 
 _LEAST_PROGRAMS = 1024
-"""Blocks are not gathered into fewer programs than this: some eight for each multiprocessor."""
+"""Least number of programs when blocks are gathered: about eight per multiprocessor."""
 
 _STAGES = 4
-"""Blocks of a program under way at once: the next are read while one is coded."""
+"""Blocks of a program in flight: the next are loaded while one is coded."""
 
 ESCAPE_CAPACITY = 4096
-"""Escapes that a first listing has room for; where there are more, they are listed again."""
+"""Capacity of the first list of escapes. If there are more, they are listed again."""
 
 CANDIDATES = 8
 _SPACING_DB = 1.5
 _FIRST_DB = -1.5
-"""Steps tried by the search: 1.5 dB below the step of a uniform error, then up in 1.5 dB."""
+"""Steps tried by the search: from 1.5 dB below the step of a uniform error upwards, 1.5 dB apart."""
 
 _ENERGY_PROGRAMS = 1024
 _SAMPLE_BLOCKS = 4096
-"""64-blocks the search looks at, spread evenly: 2^18 weights know the error to 0.01 dB."""
+"""Blocks of 64 weights that the search samples, spread evenly: 2^18 weights give the error to 0.01 dB."""
 
 _SAMPLE_PER_PROGRAM = 64
 
 
 _MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2^23: adding it rounds to a whole number, ties to even, whose low byte is then the low byte of the sum."""
+"""1.5 * 2^23: adding it rounds to a whole number, ties to even, whose low byte is the low byte of the sum."""
 
 
 @triton.jit
 def _round_even(t):
-    """Nearest whole number, ties to even, whatever its size."""
+    """Round to the nearest whole number, ties to even, whatever its size."""
     low = tl.floor(t)
     rest = t - low
     odd = low - 2.0 * tl.floor(low * 0.5)
@@ -66,10 +66,10 @@ def _round_even(t):
 
 @triton.jit
 def _floor(t):
-    """Greatest whole number not above, of what is below 2^22 in size."""
+    """Return the floor of a number below 2^22 in size."""
     if INTERPRETED:
         whole = tl.floor(t)
-    else:  # an addition that rounds down; the instruction for it runs at an eighth of the speed
+    else:  # add with rounding down, eight times as fast as the floor instruction
         whole = tl.inline_asm_elementwise(
             "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -81,7 +81,7 @@ def _floor(t):
 def _nearest(x, y, inverse, EXACT: tl.constexpr):
     """`trajectory.nearest`: (I, J) as float32, not limited to the box.
 
-    Without EXACT, they are right below 2^22 in size and about as large as they should be beyond.
+    Without EXACT, results are right below 2^22 in size, and of about the right size beyond.
     """
     v = y * inverse
     row = tl.floor(v) if EXACT else _floor(v)
@@ -100,22 +100,23 @@ def _nearest(x, y, inverse, EXACT: tl.constexpr):
 
 @triton.jit
 def _bits(whole):
-    """Bits of a float32 whole number in the box, offset to 0..255, under those of _MAGIC; others differ above them."""
+    """Return the bits of a float32 whole number in the box, offset to 0..255, under those of _MAGIC. Others differ
+    above them."""
     return (whole + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _low_byte(bits):
-    """The whole number of `_bits` as int8; of one outside the box, its low byte.
+    """Return the whole number of `_bits` as int8; outside the box, its low byte.
 
-    Flipping the sign bit back also keeps ptxas from storing the float itself as a byte, saturated.
+    Flipping the sign bit back also keeps ptxas from storing the float itself as a saturated byte.
     """
     return (bits ^ 0x80).to(tl.int8)
 
 
 @triton.jit
 def _beside(seen, bits):
-    """`seen` with the bits added by which those of `_bits` differ from a zero's: in one instruction of three inputs."""
+    """Return `seen` plus the bits in which `_bits` differ from those of 0, in one instruction of three inputs."""
     if INTERPRETED:
         seen |= bits ^ 0x4B400000
     else:
@@ -127,8 +128,8 @@ def _beside(seen, bits):
 
 @triton.jit
 def _as_stored(x, y, STORED: tl.constexpr):
-    """float32 rounded to STORED and back."""
-    if tl.bfloat16 == STORED and not INTERPRETED:  # both at once: one by one they cost four times as much
+    """Return float32 values rounded to STORED and back."""
+    if tl.bfloat16 == STORED and not INTERPRETED:  # both at once, four times as fast
         both = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -150,7 +151,8 @@ def _load_pairs(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """(x, y, their place in a plane, mask of pairs, mask of those with a y) of a block; no masks are made if EVEN."""
+    """Return (x, y, their position in a plane, mask of pairs, mask of those with a y) of a block. EVEN needs no
+    masks."""
     local = tl.arange(0, BLOCK_P)[None, :]
     first, second = local_columns(local)
     if TAIL_HALF > 0:
@@ -178,7 +180,7 @@ def _load_pairs(
 
 @triton.jit
 def _add_errors(x, y, i, j, step, paired, squared, absolute, greatest, STORED: tl.constexpr, TAIL_HALF: tl.constexpr):
-    """The sums of e^2 and |e| and the greatest |e|, with those of a block at its nodes (I, J) added."""
+    """Add a block's errors at its nodes (I, J) to the sums of e^2 and |e| and to the greatest |e|."""
     near_x, near_y = position(i, j, step)
     near_x, near_y = _as_stored(near_x, near_y, STORED)
     error_x, error_y = tl.abs(x - near_x), tl.abs(y - near_y)
@@ -263,7 +265,7 @@ def _escape_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Where `_encode_kernel` met coordinates outside the box: once more, exactly, and list them."""
+    """Code again, exactly, the blocks in which `_encode_kernel` found coordinates outside the box, and list these."""
     STORED: tl.constexpr = weight_ptr.dtype.element_ty
     pid = tl.program_id(0)
     stats = stats_ptr + pid
@@ -282,7 +284,7 @@ def _escape_kernel(
             squared, absolute, greatest = _add_errors(
                 x, y, i, j, step, paired, squared, absolute, greatest, STORED, TAIL_HALF
             )
-            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)  # -128..127 is within it
+            outside = mask & (tl.maximum(tl.abs(i + 0.5), tl.abs(j + 0.5)) > 127.5)  # -128..127 is inside
             tl.store(i_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
             tl.store(j_ptr + place, tl.zeros_like(i).to(tl.int8), mask=outside)
             slot = tl.atomic_add(count_ptr + tl.zeros_like(place).to(tl.int32), 1, mask=outside)
@@ -297,7 +299,7 @@ def _escape_kernel(
 
 @triton.jit
 def _energy_kernel(weight_ptr, partial_ptr, count, BLOCK: tl.constexpr):
-    """partial [B]: each program's share of sum w^2."""
+    """Write each program's share of sum w^2 to partial [B]."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         place = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -308,7 +310,7 @@ def _energy_kernel(weight_ptr, partial_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _guess(energy_ptr, programs, count, target_db, BLOCK: tl.constexpr):
-    """(energy, step of a uniform error at the target)."""
+    """Return (energy, step of a uniform error at the target)."""
     place = tl.arange(0, BLOCK)
     energy = tl.sum(tl.load(energy_ptr + place, mask=place < programs, other=0))
     return energy, tl.sqrt(12.0 * energy / count) * tl.exp2(target_db * -0.16609640474436813)  # log2(10) / 20
@@ -363,26 +365,26 @@ def _pick_kernel(
     ENERGY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The step at which log E, linear in log h between candidates, meets the target."""
+    """Store the step at which log E, linear in log h between candidates, meets the target."""
     energy, guess = _guess(energy_ptr, energies, count, target_db, ENERGY_BLOCK)
     candidate = tl.arange(0, CANDIDATES)
     place = tl.arange(0, BLOCK)[None, :]
     shares = tl.load(errors_ptr + candidate[:, None] * programs + place, mask=place < programs, other=0)
     error = tl.maximum(tl.sum(shares, axis=1) * (count / sampled), 1e-38)
     excess = 3.0102999566398120 * (tl.log2(energy) - tl.log2(error)) - target_db
-    met = tl.sum((excess >= 0).to(tl.int32))  # candidates rise, their excess falls
+    met = tl.sum((excess >= 0).to(tl.int32))  # larger candidates have a smaller excess
     low = tl.minimum(tl.maximum(met - 1, 0), CANDIDATES - 2)
     at_low = tl.sum(tl.where(candidate == low, excess, 0.0))
     at_high = tl.sum(tl.where(candidate == low + 1, excess, 0.0))
     slope = tl.minimum(tl.maximum(at_low - at_high, 0.1), 100.0)
-    # Beyond the first or last candidate the error is taken to go on as h^2.
+    # Beyond the first or last candidate, E ~ h^2 is assumed.
     along = tl.where(met == 0, at_low, tl.where(met == CANDIDATES, spacing_db + at_high, at_low / slope * spacing_db))
     tl.store(step_ptr, guess * tl.exp2((first_db + low * spacing_db + along) * 0.16609640474436813))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """What one pass left in device memory (see `_encode_kernel`), and how it was launched."""
+    """The results of a pass in device memory (see `_encode_kernel`), and its launch parameters."""
 
     step: Tensor
     i: Tensor
@@ -440,9 +442,9 @@ def encode_passes(weights: Sequence[Tensor], target_db: float) -> list[Pass]:
 
 
 def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
-    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`; waits for nothing.
+    """Code contiguous float32, bfloat16 or float16 weights for the float32 scalar `step`, without waiting.
 
-    Escapes still have whatever their low bytes are: if any of stats[4] is not 0, `take_escapes` must follow.
+    Escapes hold arbitrary low bytes: if any of stats[4] is not 0, `take_escapes` must follow.
     """
     rows, columns = weight_RK.shape
     device = weight_RK.device
@@ -464,7 +466,7 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
 def _prepare_pass(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Prepared, int, tuple[int, ...], dict[str, int | bool]]:
-    """The launch of a pass, its programs, and the kernel's numbers and constants."""
+    """Return the launch of a pass, its number of programs, and the kernel's numbers and constants."""
     tail_half = pairs_per_row(columns % (2 * HALF))
     if tail_half == 0:
         rows, columns = 1, rows * columns
@@ -492,9 +494,9 @@ def _prepare_pass(
 
 
 def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """List the escapes of a pass, (pair int64, I, J int32) [E] by pair, and put the origin in their place.
+    """List the escapes of a pass, (pair int64, I, J int32) [E] by pair, and replace them by the origin.
 
-    The statistics in `coded.stats` are corrected. Waits for the device.
+    Corrects the statistics in `coded.stats`. Waits for the device.
     """
     capacity = ESCAPE_CAPACITY if capacity is None else capacity
     device = weight_RK.device
@@ -523,7 +525,7 @@ def take_escapes(weight_RK: Tensor, coded: Pass, capacity: int | None = None) ->
 
 
 def search(weight_RK: Tensor, target_db: float) -> Tensor:
-    """A step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
+    """Return a step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
     device = weight_RK.device
     made = _prepare_search(weight_RK.numel(), weight_RK.dtype, device, target_db)
     energy, errors = torch.empty(made.energies, device=device), torch.empty(CANDIDATES, made.programs, device=device)
@@ -535,7 +537,7 @@ def search(weight_RK: Tensor, target_db: float) -> Tensor:
 
 
 class _Search(NamedTuple):
-    """The launches of a search, programs of its energy and of its sample."""
+    """The launches of a search, and the number of programs for its energy and its sample."""
 
     energies: int
     programs: int
@@ -546,7 +548,7 @@ class _Search(NamedTuple):
 
 @lru_cache(1 << 10)
 def _prepare_search(count: int, dtype: torch.dtype, device: torch.device, target_db: float) -> _Search:  # noqa: ARG001
-    """The launches for weights of a dtype, which they are compiled for."""
+    """Prepare the launches for weights of a dtype."""
     energies = min(_ENERGY_PROGRAMS, -(-count // 4096))
     blocks = -(-count // (2 * HALF))
     stride = max(1, blocks // _SAMPLE_BLOCKS)

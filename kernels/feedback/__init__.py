@@ -1,1 +1,1 @@
-"""Columns of a matrix rounded one after the other, on a GPU."""
+"""Round the columns of a matrix one after another on a GPU."""

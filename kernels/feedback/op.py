@@ -1,6 +1,6 @@
-"""Importing this module gives the codec's error feedback its GPU kernels: CUDA tensors then run `feedback.triton`.
+"""Import this module to give the codec's error feedback its GPU kernels: CUDA tensors then run `feedback.triton`.
 
-Without Triton, or on a GPU it does not serve, the eager loop takes over there, as the log says once.
+Without Triton, or on a GPU that it does not support, the eager loop runs instead, and the log says so once.
 
 Reference: `birkhoff.codec.output.columns.eager_round_block`.
 """

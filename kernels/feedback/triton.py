@@ -1,11 +1,10 @@
-"""Error feedback inside a block of columns on a GPU: rows beside each other, columns one after the other.
+"""Error feedback inside a block of columns on a GPU: rows in parallel, columns one after another.
 
-The formula and its worked example stand in `birkhoff.codec.output.columns`. Rows need nothing of each other, so that a
-program keeps some of them and goes through all columns of a block, where weights are rounded each for itself. Paths of
-the trellis join the rows of a column: then a launch prepares u for one column, and the search of `trellis.triton`
-follows.
+`birkhoff.codec.output.columns` has the formula and its worked example. Rows are independent, so a program takes some
+rows and goes through all columns of a block, if weights are rounded one by one. With a trellis, a path joins the rows
+of a column: then each launch prepares u for one column, and the search of `trellis.triton` follows.
 
-Toy: one row, w = (0.4, 0.4), U = [[2.294, -2.065], [0, 1]]: the first column stores n = 0 and e = 0.1744, the second
+Toy: one row, w = (0.4, 0.4), U = [[2.294, -2.065], [0, 1]]. The first column stores n = 0 and e = 0.1744. The second
 loads e and U_01, and stores u = 0.4 + 0.1744 * 2.065 = 0.76, n = 1 and e = -0.24.
 
 Shapes: R = rows, K = columns.
@@ -27,7 +26,7 @@ _ROWS_PER_BLOCK = 64
 
 @triton.jit
 def _lose(base_ptr, n_ptr, error_ptr, inside_ptr, at, place, inside, COLUMNS: tl.constexpr):
-    """What a column loses, of the weights `at` as far as they are `inside`; stored and returned."""
+    """Store and return the scaled error e of a column, for the weights `at` masked by `inside`."""
     pivot = tl.load(inside_ptr + place * COLUMNS + place)
     base = tl.load(base_ptr + at, mask=inside, other=0.0)
     e = (base - tl.load(n_ptr + at, mask=inside, other=0.0)) / pivot
@@ -49,7 +48,7 @@ def _columns_kernel(
         known = column
         if not ROUNDS:
             previous = column - 1
-            if previous >= start:  # its path was found after the last launch
+            if previous >= start:  # the trellis found its path after the last launch
                 known, place = previous, previous - start
                 e = _lose(base_ptr, n_ptr, error_ptr, inside_ptr, previous * rows + row, place, inside, COLUMNS)
                 u -= e * tl.load(factors + place)
@@ -69,7 +68,7 @@ def _columns_kernel(
             n = _nearest(u)
             tl.store(n_ptr + column * rows + row, n, mask=inside)
             tl.store(error_ptr + column * rows + row, (base - n) / tl.load(factors + column - start), mask=inside)
-            tl.debug_barrier()  # the next column reads what this one has stored
+            tl.debug_barrier()  # the next column reads these values
         else:
             tl.store(n_ptr + column * rows + row, u, mask=inside)
 
@@ -98,8 +97,8 @@ def round_block(
     rows, count = w_KR.shape[1], stop - start
     if not count:
         return
-    inside = upper_KK[start:stop, start:stop].T.contiguous()  # the factors of a column beside each other
-    base = w_KR if base_KR is None else base_KR  # u takes the place of w
+    inside = upper_KK[start:stop, start:stop].T.contiguous()  # the factors of a column are contiguous
+    base = w_KR if base_KR is None else base_KR  # u overwrites w
     grid, fixed = (triton.cdiv(rows, _ROWS_PER_BLOCK),), {"COLUMNS": count, "BLOCK": _ROWS_PER_BLOCK, "num_warps": 2}
     matrices, how = (w_KR, n_KR, error_KR, base, inside, partner), fixed | {"STEPS": N, "AGAIN": base_KR is not None}
     if not lanes:

@@ -1,15 +1,16 @@
 """HyperLinear for many tokens on Hopper: a persistent, warp-specialised kernel in Gluon.
 
-One warp streams tiles of x and of step numbers into a ring of shared memory with the copy engine. Two warpgroups each
-own 64 rows of W: they take their step numbers from the ring, decode them in registers while the tensor cores work on
-the block before, and multiply with the decoded rows as the register operand, so that a decoded weight never touches
-memory and shared memory carries half of what two shared operands would. Only I + J/256 and J are formed; the step
+One warp streams tiles of x and of step numbers into a ring in shared memory with the copy engine. Two warpgroups each
+own 64 rows of W. They load their step numbers from the ring, decode them in registers while the tensor cores process
+the previous block, and multiply with the decoded rows as the register operand. So a decoded weight never touches
+memory, and shared memory carries half the traffic of two shared operands. Only I + J/256 and J are formed; the step
 multiplies the accumulator.
 
-Tiles that do not fill a last wave of multiprocessors are cut along K into as many parts as there are multiprocessors
-for; a second, small kernel adds the parts.
+Tiles that do not fill a last wave of multiprocessors are split along K over all multiprocessors; a second, small kernel
+adds the parts.
 
-Shapes: M = tokens, N = out features, K = in features (whole blocks of 64), P = K/2; BM = tokens a tile, 128 rows of W.
+Shapes: M = tokens, N = out features, K = in features (whole blocks of 64), P = K/2; BM = tokens per tile, 128 rows of
+W.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -38,12 +39,12 @@ from birkhoff.kernels.runtime.prepared import Form, Prepared, Run
 from birkhoff.kernels.runtime.triton_ops import after_the_last, let_next_come, rounded
 
 ROWS = gl.constexpr(128)
-"""Rows of W a tile."""
+"""Rows of W per tile."""
 
 
 @gluon.jit
 def _item(item, full, splits, blocks):
-    """(tile, first block, last block, part) of a work item; part < 0: the whole of K."""
+    """Return (tile, first block, last block, part) of a work item; part < 0 means the whole of K."""
     part = item - full
     whole = part < 0
     tile = gl.where(whole, item, full + part // splits)
@@ -57,11 +58,11 @@ def _item(item, full, splits, blocks):
 def _decoded_slot(
     theta_ring, ready, turn, W: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, DEPTH: gl.constexpr
 ):
-    """Wait for the tiles of a turn; this warpgroup's [64, 64] weights over the step, I + J/256 beside J."""
+    """Wait for the tiles of a turn, and return this warpgroup's [64, 64] weights over the step: I + J/256 next to J."""
     slot = turn % DEPTH
     mbarrier.wait(ready.index(slot), turn // DEPTH & 1)
     first, second = decoded(theta_ring.index(slot).slice(W * 64, 64).load(LAYOUT), DTYPE)
-    # Side by side along K: only registers are renamed.
+    # Concatenated along K, which only renames registers.
     return gl.convert_layout(gl.join(first, second).permute((0, 2, 1)).reshape((64, 64)), LAYOUT)
 
 
@@ -107,16 +108,16 @@ def _multiply_partition(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, first, last, part = _item(item, full, splits, blocks)
         n = tile % tiles_n * ROWS + row
-        if BIAS:  # in flight while the tensor cores work
+        if BIAS:  # loads while the tensor cores work
             bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
         weights = _decoded_slot(theta_ring, ready, turn, W, LEFT, DTYPE, DEPTH)
         acc = gl.zeros((64, BM), gl.float32, MMA)
-        continues = gl.to_tensor(False)  # whether the product is added to the accumulator or begins it
+        continues = gl.to_tensor(False)  # whether the product adds to the accumulator
         for _block in range(first + 1, last):
             slot = turn % DEPTH
             running = warpgroup_mma(weights, x_ring.index(slot).permute((1, 0)), acc, use_acc=continues, is_async=True)
             decoded_next = _decoded_slot(theta_ring, ready, turn + 1, W, LEFT, DTYPE, DEPTH)
-            # Naming the weights here keeps their registers as they are until the tensor cores have read them.
+            # Naming the weights as a dependency keeps their registers until the tensor cores have read them.
             acc, weights = warpgroup_mma_wait(0, deps=(running, weights))
             mbarrier.arrive(empty.index(slot))
             weights = decoded_next
@@ -157,7 +158,7 @@ def _second_rows(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr):
     _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH)
 
 
-# One binary for every shape: none of the numbers below is compiled in.
+# One binary for every shape: the numbers below are not compiled in.
 @gluon.jit(do_not_specialize=["items", "full", "splits", "N", "blocks"])
 def _linear_kernel(
     x_desc,  # [M, K], tiles [BM, 64]
@@ -215,7 +216,7 @@ def _add_parts_kernel(
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A [64, BLOCK] piece of a cut tile: the sum of its parts, scaled, biased and turned."""
+    """Write a [64, BLOCK] piece of a split tile: the sum of its parts, scaled, biased and transposed."""
     after_the_last(True)
     ROWS: tl.constexpr = 128
     pieces: tl.constexpr = 2 * (BM // BLOCK)
@@ -240,7 +241,7 @@ def _add_parts_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """Slots of the ring, programs a multiprocessor, registers a thread: average, of multiplying, of loading ones."""
+    """Slots of the ring, programs per multiprocessor, and registers per thread: average, multiplying, loading."""
 
     depth: int
     programs: int
@@ -255,12 +256,12 @@ def _launch(depth: int, programs: int) -> Launch:
 
 
 LAUNCHES = {256: _launch(4, 1), 128: _launch(6, 1), 64: _launch(5, 2), 32: _launch(6, 2), 16: _launch(8, 2)}
-"""By tokens a tile: what fits the 227 KB and 65536 registers of a multiprocessor."""
+"""By tokens per tile: what fits the 227 KB and 65536 registers of a multiprocessor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How tiles are spread: `full` whole ones, then `cut` tiles in `splits` parts each."""
+    """How tiles are distributed: `full` whole ones, then `cut` tiles in `splits` parts each."""
 
     full: int
     cut: int
@@ -268,7 +269,7 @@ class Schedule:
 
     @classmethod
     def of(cls, tiles: int, places: int, blocks: int) -> "Schedule":
-        """Cut the tiles that would not fill a last wave of `places` into parts that do; at least 4 blocks a part."""
+        """Split the tiles that would not fill a last wave of `places` into parts that do, of at least 4 blocks each."""
         rest = tiles % places
         splits = min(places // rest, blocks // 4) if rest else 1
         if splits < 2:
@@ -278,14 +279,14 @@ class Schedule:
 
 @cache
 def _layouts(block_m: int, dtype: torch.dtype) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
-    """Shared-memory layouts of tiles of x or y and of step numbers."""
+    """Return shared-memory layouts of tiles of x or y, and of step numbers."""
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     wide = gl.NVMMASharedLayout.get_default_for([block_m, 64], kind)
     return wide, gl.NVMMASharedLayout.get_default_for([ROWS.value, 32], gl.uint16)
 
 
 def prepare(form: Form, *, block_m: int, split: bool = True) -> Run:
-    """The launches for a form; `block_m` is a key of `LAUNCHES`.
+    """Prepare the launches for a form. `block_m` is a key of `LAUNCHES`.
 
     For Hopper, bfloat16 or float16, K a multiple of 64, N of 8, and rows of x that begin at multiples of 16 bytes.
     """

@@ -1,6 +1,6 @@
-"""From a plan to a launch; which of the Gluon kernels run on a device is found by trial.
+"""Launch plans, and find by trial which of the Gluon kernels run on a device.
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row.
+Shapes: M = tokens, N = out features, K = in features, P = pairs per row.
 """
 
 import logging
@@ -20,23 +20,23 @@ from birkhoff.kernels.runtime.prepared import Form, Run
 _log = logging.getLogger("birkhoff.kernels")
 
 MANY_ESCAPES = 64
-"""Above, a dense weight with the escapes in it costs less than adding their products."""
+"""Above this number, a dense weight with the escapes costs less than adding their products."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A device as plans see it: its name and the Gluon kernels ("small_m", "hopper") that run there."""
+    """A device as plans see it: its name and the Gluon kernels ("small_m", "hopper") that run on it."""
 
     name: str
     kernels: frozenset[str]
 
 
 Fused = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x [M, K], theta [N, P], step [], bias [N] or None) to y [M, N], escapes left out."""
+"""(x [M, K], theta [N, P], step [], bias [N] or None) to y [M, N], without escapes."""
 
 
 def fused_kernel(form: Form, escapes: int, *, aligned: bool) -> Run | None:
-    """The fused kernel for a form, ready to run; None where the weight is better decoded first.
+    """Return the fused kernel for a form, ready to run; None if the weight should be decoded first.
 
     `aligned`: x, theta and the rows of x begin at multiples of 16 bytes.
     """
@@ -49,7 +49,7 @@ def fused_kernel(form: Form, escapes: int, *, aligned: bool) -> Run | None:
 
 
 def form_of(x_MK: Tensor, rows: int, bias: Tensor | None) -> Form:
-    """The form of inputs [M, K] to a weight of `rows` rows and its bias [N], if any."""
+    """Return the form of inputs [M, K] to a weight of `rows` rows and its bias [N], if any."""
     (tokens, columns), dtype = x_MK.shape, x_MK.dtype
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return Form(
@@ -65,18 +65,18 @@ def form_of(x_MK: Tensor, rows: int, bias: Tensor | None) -> Form:
 
 
 def plan_for(problem: Problem, device: torch.device) -> Plan:
-    """The plan for a problem on a device."""
+    """Return the plan for a problem on a device."""
     gpu = gpu_of(device)
     return tuned.choose(problem, gpu.name, gpu.kernels)
 
 
 def is_aligned(x_MK: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes."""
+    """Return whether rows begin at multiples of 16 bytes."""
     return x_MK.stride(0) * x_MK.element_size() % 16 == 0 and x_MK.data_ptr() % 16 == 0
 
 
 def launcher(chosen: Plan) -> Fused | None:
-    """The kernel of a plan as a function of tensors; None for `decode`, which has none."""
+    """Return the kernel of a plan as a function of tensors; None for `decode`."""
     return None if chosen.path == "decode" else partial(_launch, chosen)
 
 
@@ -90,7 +90,7 @@ def _launch(chosen: Plan, x_MK: Tensor, theta: Tensor, step: Tensor, bias: Tenso
 
 @lru_cache(1 << 12)
 def prepare(chosen: Plan, form: Form) -> Run | None:
-    """The kernel of a plan, ready to run on a form; None for `decode`."""
+    """Return the kernel of a plan, ready to run on a form; None for `decode`."""
     match chosen.path:
         case "hopper":
             from birkhoff.kernels.linear import hopper as linear_hopper
@@ -115,7 +115,7 @@ def prepare(chosen: Plan, form: Form) -> Run | None:
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The device's name and kernels; for a CPU (interpreted kernels) there are no Gluon ones."""
+    """Return the device's name and kernels. A CPU (interpreted kernels) has no Gluon kernels."""
     if device.type != "cuda":
         return Gpu(name=device.type, kernels=frozenset())
     trials = {"small_m": (8, small_m(16, 8, 1))}
@@ -126,7 +126,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def _works(chosen: Plan, tokens: int, device: torch.device) -> bool:
-    """Run a plan on a small problem and compare with the reference; a failure is logged and the plan not used."""
+    """Run a plan on a small problem and compare with the reference. A failure is logged, and the plan not used."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     theta = torch.randint(1 << 16, (136, 320), generator=generator, dtype=torch.int32).to(torch.uint16)
     x = torch.randn(tokens, 640, generator=generator).to(torch.bfloat16)
@@ -134,9 +134,9 @@ def _works(chosen: Plan, tokens: int, device: torch.device) -> bool:
     expected = x.double() @ reference.decode(theta, step, 640, torch.float32).double().T
     x, theta, step = x.to(device), theta.to(device), step.to(device)
     try:
-        # Twice: the second launch takes the short way of `prepared`.
+        # Twice, because the second launch takes the fast path of `prepared`.
         errors = [_error(_launch(chosen, x, theta, step, None), expected) for _ in range(2)]
-    except Exception as error:  # Gluon is young: whatever it is, other kernels do the same work
+    except Exception as error:  # Gluon may fail in any way; other kernels do the same work
         problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     else:
         if all(error < 5e-3 for error in errors):

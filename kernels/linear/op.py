@@ -1,15 +1,15 @@
-"""The registered ops `birkhoff::hyperlinear` and `birkhoff::dense_weight`: what `torch.compile` and export see.
+"""The registered ops `birkhoff::hyperlinear` and `birkhoff::dense_weight`, as `torch.compile` and export see them.
 
-y = x W^T + b with W on the trajectory. Each op has a shape function, an eager reference for every device, a Triton
-implementation, and hyperlinear a gradient for x and b (never for the compressed weight).
+y = x W^T + b with W on the trajectory. Each op has a shape function, an eager reference for every device and a Triton
+implementation. hyperlinear also has a gradient for x and b, never for the compressed weight.
 
 Reference: `birkhoff.codec.reference.decode`, then torch's own matrix product.
 
-`hyperlinear` has two entry points to one implementation: the op, for whoever must see it (autograd, compilers, modes),
-and, where nobody watches, the implementation itself. What a call comes down to is settled once for each form of its
-arguments and looked up from then on.
+`hyperlinear` has two entry points to one implementation. Under autograd, compilers or modes, calls go through the op;
+otherwise they skip the dispatcher. How to compute a call is decided once for each form of its arguments, and looked up
+afterwards.
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = escaped weights.
+Shapes: M = tokens, N = out features, K = in features, P = pairs per row, E = escaped weights.
 """
 
 import math
@@ -39,17 +39,17 @@ if HAS_TRITON:
     from birkhoff.kernels.runtime.prepared import Form, Prepared, Run
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""The arguments of `hyperlinear` to its result."""
+"""Computes `hyperlinear` from its arguments."""
 
 Settle = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Call]
-"""(x, theta or whatever holds the code, step, escape_index, bias) to how calls of that form are computed."""
+"""From (x, the code such as theta, step, escape_index, bias), returns how calls of that form are computed."""
 
 _MOST_CALLS = 1 << 13
 _calls: dict[tuple[object, ...], Call] = {}
-"""What calls of each form come down to; emptied when full."""
+"""How calls of each form are computed; emptied when full."""
 
 
-# Defined and implemented one by one: `torch.library.custom_op` wraps each call in checks that cost more than a launch.
+# Defined without `torch.library.custom_op`, which wraps each call in checks that cost more than a launch.
 torch.library.define(
     "birkhoff::dense_weight",
     "(Tensor theta, Tensor step, Tensor escape_index, Tensor escape_value, int columns, ScalarType dtype) -> Tensor",
@@ -63,7 +63,7 @@ torch.library.define(
 def dense_weight(
     theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Decoded weights [N, K] in `dtype`, escapes included; the arguments are those of `hyperlinear`."""
+    """Return the decoded weights [N, K] in `dtype`, escapes included. The arguments are those of `hyperlinear`."""
     weight: Tensor = torch.ops.birkhoff.dense_weight.default(theta, step, escape_index, escape_value, columns, dtype)
     return weight
 
@@ -71,12 +71,12 @@ def dense_weight(
 def hyperlinear(
     x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """x W^T + b.
+    """Return x W^T + b.
 
     Args:
-        x: [..., K], any float dtype, which is the dtype computed in and returned.
-        theta: uint16 [N, P] step numbers; 0x8080 where a pair is escaped.
-        step: float32 [], in the weights' unit.
+        x: [..., K], any float dtype. It is also the dtype of the computation and the result.
+        theta: uint16 [N, P] step numbers; 0x8080 for an escaped pair.
+        step: float32 [], in the unit of the weights.
         escape_index: int64 [E], row*K + column of escaped weights, increasing.
         escape_value: float32 [E], the weights there.
         bias: [N] or None.
@@ -85,7 +85,7 @@ def hyperlinear(
         [..., N].
 
     Raises:
-        KernelError: x has not the columns that theta has.
+        KernelError: The columns of x and theta differ.
     """
     if torch.compiler.is_compiling() or is_watched(x, theta, bias):
         return watched_hyperlinear(x, theta, step, escape_index, escape_value, bias)
@@ -95,7 +95,7 @@ def hyperlinear(
 def watched_hyperlinear(
     x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, escape_value: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`hyperlinear` by the registered op, or by its form for transforms while one is active."""
+    """Compute `hyperlinear` by the registered op, or by its autograd function while a transform is active."""
     if not torch.compiler.is_compiling() and transforms.is_transformed():
         return transforms.linear(_LAYER, x, (theta, step, escape_index, escape_value), bias)
     y: Tensor = torch.ops.birkhoff.hyperlinear.default(x, theta, step, escape_index, escape_value, bias)
@@ -103,18 +103,19 @@ def watched_hyperlinear(
 
 
 def forget_plans() -> None:
-    """Choose kernels anew from now on; for after `tuned.save`."""
+    """Choose kernels again from now on. To be called after `tuned.save`."""
     _calls.clear()
 
 
 def is_watched(x: Tensor, code: Tensor, bias: Tensor | None) -> bool:
-    """Whether the call must be an op: gradients, transforms, tracing, modes, subclasses, devices without memory."""
+    """Return whether the call must be an op: gradients, transforms, tracing, modes, subclasses, devices without
+    memory."""
     return (
         type(x) is not Tensor
         or type(code) is not Tensor
         or not (x.is_cuda or x.is_cpu)
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or has_torch_function_unary(x)  # true within a function mode, too
+        or has_torch_function_unary(x)  # also true within a function mode
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -142,9 +143,9 @@ def direct_hyperlinear(
     bias: Tensor | None,
     form: tuple[object, ...] | None = None,
 ) -> Tensor:
-    """`hyperlinear` past the dispatcher, for calls that nothing watches; what the op computes, too.
+    """Compute `hyperlinear` without the dispatcher, for calls that are not watched, and for the op itself.
 
-    `form` is the `code_form` of theta, step and escape_index, from whoever has it already.
+    `form` is the `code_form` of theta, step and escape_index, if the caller has it.
     """
     return direct_call(_settle, x, theta, step, escape_index, escape_value, bias, form)
 
@@ -159,7 +160,7 @@ def direct_call(
     bias: Tensor | None,
     form: tuple[object, ...] | None,
 ) -> Tensor:
-    """Compute a linear layer as `settle` decides for the form of its arguments, once for each."""
+    """Compute a linear layer as `settle` decides, once for each form of its arguments."""
     if form is None:
         form = code_form(code, step, escape_index)
     key = (
@@ -176,7 +177,8 @@ def direct_call(
 
 
 def code_form(theta: Tensor, step: Tensor, escape_index: Tensor) -> tuple[object, ...]:
-    """What a call depends on of these tensors, but for their values and addresses; first, whether theta is regular."""
+    """Return what a call depends on in these tensors except their values and addresses. The first item says whether
+    theta is regular."""
     return (
         theta.is_contiguous() and theta.data_ptr() % 16 == 0,
         *(theta.shape, theta.dtype, theta.get_device()),
@@ -206,7 +208,7 @@ def _check(x: Tensor, theta: Tensor) -> None:
 
 
 def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: Tensor | None) -> Call:
-    """Check the arguments and choose how calls like this one are computed."""
+    """Check the arguments and choose how calls of their form are computed."""
     _check(x, theta)
     check_rest(x, {"theta": theta, "step": step, "escape_index": escape_index}, theta.shape[0], bias)
     if x.dtype not in TRITON_DTYPES or not x.numel() or not theta.numel() or not triton_serves(x.device):
@@ -223,7 +225,8 @@ def _settle(x: Tensor, theta: Tensor, step: Tensor, escape_index: Tensor, bias: 
 
 
 def check_rest(x: Tensor, code: Mapping[str, Tensor], rows: int, bias: Tensor | None) -> None:
-    """Raise KernelError where tensors of a layer lie elsewhere than x, or the bias is not one value per row."""
+    """Raise KernelError if tensors of a layer are on another device than x, or the bias does not have one value per
+    row."""
     rest = {**code, "bias": bias}
     elsewhere = [name for name, tensor in rest.items() if tensor is not None and tensor.device != x.device]
     if elsewhere:
@@ -233,7 +236,7 @@ def check_rest(x: Tensor, code: Mapping[str, Tensor], rows: int, bias: Tensor | 
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """[..., K] as [M, K] with rows of neighbouring elements, copied where need be."""
+    """Return [..., K] as [M, K] with contiguous rows, copied if necessary."""
     x_MK = x.reshape(-1, x.shape[-1])
     if x_MK.stride(1) != 1 or x_MK.stride(0) < x_MK.shape[1]:
         x_MK = x_MK.contiguous()
@@ -261,7 +264,7 @@ def _fused(
 
 
 def _decoded(decode: "Prepared", theta: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """`decode_theta` where its choices are made."""
+    """Decode as `decode_theta` does, with its choices made."""
     weight_NK = theta.new_empty((theta.shape[0], columns), dtype=dtype)
     decode(theta, theta, step, weight_NK)
     return weight_NK
@@ -283,13 +286,13 @@ def _decode_first(
 
 
 def dense_linear(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, [..., K] to [..., N], in the dtype of x and the weight; the bias may have another."""
+    """Return x W^T + b, [..., K] to [..., N], in the dtype of x and the weight. The bias may have another dtype."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    # As a matrix: cuBLAS adds the bias then, with more dimensions another kernel does.
+    # For a matrix, cuBLAS adds the bias; for more dimensions, another kernel does.
     x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # the op computes in the dtype it was given
+        with torch.autocast(x.device.type, enabled=False):  # the op computes in the dtype of its input
             y_MN = functional.linear(x_MK, weight_NK, bias)
     else:
         y_MN = functional.linear(x_MK, weight_NK, bias)
@@ -315,7 +318,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def linear_flops(x_shape: tuple[int, ...], rows: int) -> int:
-    """Multiplications and additions of x [..., K] with a weight of `rows` rows, as torch counts them."""
+    """Return the multiplications and additions of x [..., K] with a weight of `rows` rows, as torch counts them."""
     return 2 * math.prod(x_shape) * rows
 
 

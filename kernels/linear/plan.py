@@ -1,6 +1,6 @@
-"""Which kernel runs a linear layer and how it is launched: the choices, and rules between them.
+"""Choose the kernel of a linear layer and its launch parameters, by rules.
 
-Measured plans are in `tuned`; rules serve the shapes and GPUs that no table knows.
+`tuned` has measured plans. Rules are for the shapes and GPUs that are not in its tables.
 
 Shapes: M = tokens, N = out features (rows of W), K = in features (columns of W).
 """
@@ -15,7 +15,7 @@ Path = Literal["decode", "tiles", "small_m", "hopper", "int8_fused", "int8_tiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A kernel and its launch parameters; those that a path does not use stay 0. Made by the functions below."""
+    """A kernel and its launch parameters, 0 if its path does not use them. Made by the functions below."""
 
     path: Path
     block_m: int = 0
@@ -29,27 +29,27 @@ class Plan:
 
 
 DECODE = Plan(path="decode")
-"""Dense weight into memory, then cuBLAS."""
+"""Decode the dense weight into memory, then use cuBLAS."""
 
 
 def tiles(block_m: int, block_n: int, warps: int, stages: int, unroll: int = 1) -> Plan:
-    """The portable fused kernel, `linear.triton`."""
+    """Return a plan for the portable fused kernel, `linear.triton`."""
     return Plan(path="tiles", block_m=block_m, block_n=block_n, warps=warps, stages=stages, unroll=unroll)
 
 
 def small_m(block_n: int, warps: int, unroll: int) -> Plan:
-    """The fused kernel for up to 64 tokens, `linear_few`."""
+    """Return a plan for the fused kernel for up to 64 tokens, `linear.small_m`."""
     return Plan(path="small_m", block_n=block_n, warps=warps, unroll=unroll)
 
 
 def hopper(block_m: int, *, split: bool = False) -> Plan:
-    """The fused kernel for Hopper, `linear_hopper`."""
+    """Return a plan for the fused kernel for Hopper, `linear.hopper`."""
     return Plan(path="hopper", block_m=block_m, split=split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a plan is chosen for.
+    """The input of the choice of a plan.
 
     `aligned`: rows of x begin at multiples of 16 bytes. `tf32`: allowed for float32. `int8`: on int8 tensor cores, by
     the plans of `kernels.int8.plan`.
@@ -70,7 +70,7 @@ class Problem:
 
     @property
     def bucket(self) -> int:
-        """Tokens rounded up to a power of two, as tables are keyed; 8192 and above are one."""
+        """Tokens rounded up to a power of two, the key of tables. 8192 and above share one."""
         return min(8192, 1 << max(0, self.tokens - 1).bit_length())
 
 
@@ -84,7 +84,7 @@ _TILES = [
 
 
 def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
-    """Every plan worth measuring for a problem on a GPU where `kernels` ("small_m", "hopper") run."""
+    """Return every plan worth measuring for a problem on a GPU where `kernels` ("small_m", "hopper") run."""
     tokens, whole = problem.tokens, problem.columns % 64 == 0
     found = [DECODE]
     if problem.half and whole and problem.aligned:
@@ -108,7 +108,7 @@ def candidates(problem: Problem, kernels: frozenset[str]) -> list[Plan]:
 
 
 def by_rule(problem: Problem, kernels: frozenset[str]) -> Plan:
-    """The plan for a problem that no table knows: within 7 % of the best on average over the H200's table."""
+    """Return the plan for a problem outside the tables: on average within 7 % of the best in the H200's table."""
     tokens, rows, blocks = problem.tokens, problem.rows, problem.columns // 64
     if not problem.half:
         return tiles(16, 32, 4, 4) if problem.tf32 and tokens <= 16 else DECODE

@@ -1,8 +1,8 @@
-"""HyperLinear for few tokens: every operand straight from memory into the registers of the tensor cores, in Gluon.
+"""HyperLinear for few tokens, in Gluon: every operand goes straight from memory into registers for the tensor cores.
 
 Each warp takes other blocks of K for the same rows of W and the same tokens, and the warps' sums are added at the end.
-The order of K inside a product is free as long as both operands agree on it, so each thread reads 8 neighbouring
-pairs (16 bytes) of a row of W and the same 8 columns of a row of x: no shared memory and no barrier before the sum.
+The order of K inside a product is free as long as both operands share it. So each thread reads 8 adjacent pairs (16
+bytes) of a row of W and the same 8 columns of a row of x, without shared memory or barriers before the sum.
 
 Shapes: M = tokens (at most 64), N = out features, K = in features (whole blocks of 64), P = K/2; B = warps.
 """
@@ -86,7 +86,7 @@ def _linear_kernel(
 
 
 def prepare(form: Form, *, block_n: int, warps: int, unroll: int) -> Run:
-    """The launch for a form; `warps` share the K of 16 rows, and `block_n` / 16 groups x.
+    """Prepare the launch for a form. `warps` share the K of 16 rows, and `block_n` / 16 groups share x.
 
     For bfloat16 or float16, at most 64 tokens, K a multiple of 64, and rows of x that begin at multiples of 16 bytes.
     """

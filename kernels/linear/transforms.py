@@ -1,7 +1,7 @@
-"""The derivatives of a linear layer with a constant weight: once for the registered ops, once for `torch.func`.
+"""The derivatives of a linear layer with a constant weight, for the registered ops and for `torch.func`.
 
-A registered op has gradients, but no transform of `torch.func` and no forward-mode AD goes through it. `linear` is the
-same layer as an autograd function with a rule for each: `grad`, `jacrev`, `jacfwd`, `hessian`, `vmap`, dual tensors.
+A registered op has gradients, but supports no transform of `torch.func` and no forward-mode AD. `linear` is the same
+layer as an autograd function with a rule for each: `grad`, `jacrev`, `jacfwd`, `hessian`, `vmap`, dual tensors.
 
 Shapes: B = vmap's dimension, N = out features, K = in features.
 """
@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 class Layer:
     """A kind of layer as functions of its constant tensors, the code.
 
-    `product` computes (x [..., K], code, bias [N] or None) to [..., N] as the registered op does, `transformed` does so
-    under whatever transforms are active. `weight` decodes (code, K, dtype) to [N, K]. `tangent` computes as
-    `transformed` does, from the tangents of x and the bias; None where that is the same, as of a linear layer it is.
+    `product` computes (x [..., K], code, bias [N] or None) to [..., N] as the registered op does; `transformed` does so
+    under any active transforms. `weight` decodes (code, K, dtype) to [N, K]. `tangent` computes the output's tangent
+    from those of x and the bias; None if `transformed` does so, as for an exactly linear layer.
     """
 
     product: Callable[[Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
@@ -31,12 +31,12 @@ class Layer:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or a level of forward-mode AD is active."""
+    """Return whether a transform of `torch.func` or a level of forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def linear(layer: Layer, x: Tensor, code: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    """x W^T + b, differentiable in x and b by every mode and transform."""
+    """Return x W^T + b, differentiable in x and b by every mode and transform."""
     y: Tensor = _Linear.apply(layer, x, bias, *code)  # type: ignore[no-untyped-call]
     return y
 
@@ -44,7 +44,8 @@ def linear(layer: Layer, x: Tensor, code: tuple[Tensor, ...], bias: Tensor | Non
 def gradients(
     grad: Tensor, needed: tuple[bool, bool], weight: Callable[[], Tensor], bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the input and the bias, where needed, for that of the output [..., N]; `weight` gives [N, K]."""
+    """Return the gradients of the input and the bias, if needed, for that of the output [..., N]. `weight` returns
+    [N, K]."""
     grad_x = grad @ weight() if needed[0] else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias_dtype) if needed[1] else None
     return grad_x, grad_bias
@@ -75,19 +76,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _layer: None, x: Tensor | None, bias: Tensor | None, *_code: None) -> Tensor:
-        """The tangent of the output for those of the input and the bias, of which one may be None."""
+        """Return the tangent of the output for those of the input and the bias, of which one may be None."""
         code = ctx.saved_tensors
         if x is not None:
             moved: Tensor = (ctx.layer.tangent or ctx.layer.transformed)(x, code, bias)
             return moved
-        assert bias is not None  # the function is called for some tangent
+        assert bias is not None  # called only if there is a tangent
         return bias.to(ctx.dtype).expand(*ctx.leading, -1)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], layer: Layer, x: Tensor, bias: Tensor | None, *code: Tensor
     ) -> tuple[Tensor, int]:
-        """One product for a batch of inputs; a batch of weights goes one by one."""
+        """Compute one product for a batch of inputs. A batch of weights is processed one by one."""
         _, x_dim, bias_dim, *code_dims = in_dims
         if any(dim is not None for dim in code_dims):
             each = [

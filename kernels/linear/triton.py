@@ -1,10 +1,10 @@
 """HyperLinear in one portable kernel: weights are decoded in registers, on their way into the tensor cores.
 
-y^T = W x^T, with the decoded tile of W as the left operand, because that one may come from registers. Only I + J/256
-and J are formed there; the step multiplies the accumulator. Any shape, ragged rows included, and any of float32
-(exact or TF32), bfloat16 and float16. `linear_hopper` and `linear_few` are faster where they apply.
+y^T = W x^T, with the decoded tile of W as the left operand, because only that may come from registers. Only I + J/256
+and J are formed there; the step multiplies the accumulator. Any shape, ragged rows included, in float32 (exact or
+TF32), bfloat16 or float16. `linear.hopper` and `linear.small_m` are faster where they apply.
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row, E = escaped weights.
+Shapes: M = tokens, N = out features, K = in features, P = pairs per row, E = escaped weights.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -32,7 +32,8 @@ from birkhoff.kernels.runtime.triton_ops import (
 
 @triton.jit
 def _weights(theta, DTYPE: tl.constexpr):
-    """[.., 32] step numbers to [.., 64] weights over the step: I + J/256, rounded once to DTYPE, and J, exact."""
+    """Return [.., 32] step numbers as [.., 64] weights over the step: I + J/256, rounded once to DTYPE, and J,
+    exact."""
     if tl.bfloat16 == DTYPE and not INTERPRETED:
         bf16: tl.constexpr = (tl.bfloat16, tl.bfloat16)
         first, second = tl.inline_asm_elementwise(DECODE_BF16, "=r,=r,r", [theta], dtype=bf16, is_pure=True, pack=2)
@@ -42,7 +43,7 @@ def _weights(theta, DTYPE: tl.constexpr):
     else:
         i, j = coordinates(theta)
         first, second = rounded(i + j * 0.00390625, DTYPE), rounded(j, DTYPE)
-    # Side by side along K, as the columns of a block are.
+    # Concatenated along K, like the columns of a block.
     return tl.join(first, second).permute((0, 2, 1)).reshape((theta.shape[0], 2 * theta.shape[1]))
 
 
@@ -73,7 +74,7 @@ def _linear_kernel(
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     pair, column = tl.arange(0, 32)[None, :], tl.arange(0, 64)[None, :]
-    # Rows beyond the end repeat the last one, and are not stored: no masks in the loop.
+    # Rows beyond the end repeat the last one and are not stored, so the loop needs no masks.
     P = K // 2 if TAIL % 2 == 0 else (K + 1) // 2
     theta_row = theta_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * P
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_m
@@ -119,7 +120,7 @@ def _escape_kernel(
     stride_m,
     BLOCK_M: tl.constexpr,
 ):
-    """Add the escaped weights of one row times their inputs; the row's first escape does it for all of them."""
+    """Add the escaped weights of one row times their inputs. The program of the row's first escape does it for all."""
     escape = tl.program_id(0)
     row = tl.load(index_ptr + escape) // K
     begins = escape == 0
@@ -140,9 +141,9 @@ def _escape_kernel(
 
 
 def prepare(form: Form, *, block_m: int, block_n: int, warps: int, stages: int, unroll: int) -> Run:
-    """The launch for a form of float32 (exact unless `form.tf32`), bfloat16 or float16.
+    """Prepare the launch for a form in float32 (exact unless `form.tf32`), bfloat16 or float16.
 
-    `unroll`: blocks of 64 columns a turn of the loop, where the number of blocks is a multiple of it.
+    `unroll`: blocks of 64 columns per loop iteration, if it divides the number of blocks.
     """
     overlap = pdl(form.device)
     launch = Prepared(
@@ -174,5 +175,5 @@ def _escapes_launch(form: Form, escapes: int) -> Prepared:
 
 
 def add_escapes(y: Tensor, x: Tensor, form: Form, index: Tensor, value: Tensor) -> None:
-    """Add to `y` what the escaped weights (flat indices and float32 values [E]) contribute, in place."""
+    """Add the products of the escaped weights (flat indices and float32 values [E]) to `y`, in place."""
     _escapes_launch(form, index.numel())(x, index, value, y)

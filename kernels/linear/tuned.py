@@ -1,6 +1,6 @@
-"""Choosing a plan: the user's own measurements (see `tune`), then shipped ones for known GPUs, then rules.
+"""Choose a plan: the user's own measurements (see `tune`) first, then shipped ones for known GPUs, then rules.
 
-A plan is chosen from shapes alone, so it costs a look-up per call and is the same in every graph.
+A plan follows from shapes alone, so it costs a look-up per call and is the same in every graph.
 """
 
 import json
@@ -18,24 +18,24 @@ from birkhoff.kernels.linear.tuned_h200 import PLANS as H200
 _log = logging.getLogger("birkhoff.kernels")
 
 Table = dict[tuple[int, int], dict[int, Plan]]
-"""(rows, columns) to tokens (a power of two) to plan; for 16-bit floats."""
+"""By (rows, columns), then by tokens (a power of two): the plan for 16-bit floats."""
 
 SHIPPED: dict[str, Table] = {"NVIDIA H200": H200}
 """By the name of the GPU."""
 
 
 _EVERYWHERE = ("decode", "tiles", "int8_fused", "int8_tiles")
-"""Paths that every GPU runs."""
+"""Paths that every GPU supports."""
 
 
 @cache
 def choose(problem: Problem, gpu: str, kernels: frozenset[str]) -> Plan:
-    """The plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("small_m", "hopper") run."""
+    """Return the plan for a problem on the GPU named `gpu`, where the Gluon `kernels` ("small_m", "hopper") run."""
     return measured(problem, gpu, kernels, SHIPPED.get(gpu, {})) or by_rule(problem, kernels)
 
 
 def measured(problem: Problem, gpu: str, kernels: frozenset[str], shipped: Table) -> Plan | None:
-    """What was measured for a problem, by the user or for the shipped table, if it runs here."""
+    """Return the measured plan of a problem, the user's or a shipped one, if it runs here."""
     if not (problem.half and problem.aligned):
         return None
     plan = user_table().get(key(gpu, problem)) or _shipped(shipped, problem)
@@ -43,14 +43,14 @@ def measured(problem: Problem, gpu: str, kernels: frozenset[str], shipped: Table
 
 
 def _shipped(table: Table, problem: Problem) -> Plan | None:
-    """The plan of the next number of tokens that was measured."""
+    """Return the plan for the next larger measured number of tokens."""
     plans = table.get((problem.rows, problem.columns), {})
     tokens = min((measured for measured in plans if measured >= problem.bucket), default=0)
     return plans.get(tokens)
 
 
 def key(gpu: str, problem: Problem) -> str:
-    """Key of the user's table: whatever can change which plan is best."""
+    """Return the key in the user's table: everything that can change which plan is best."""
     versions = f"torch {torch.__version__}|{_triton_version()}"
     compute = "|int8" if problem.int8 else ""
     return f"{gpu}|{versions}|{problem.rows}x{problem.columns}|{problem.bucket}{compute}"
@@ -58,7 +58,7 @@ def key(gpu: str, problem: Problem) -> str:
 
 @cache
 def user_table() -> dict[str, Plan]:
-    """The plans of `plans.json`; empty if there is none, or none that can be read."""
+    """Return the plans of `plans.json`; empty if the file is missing or cannot be read."""
     try:
         stored: dict[str, dict[str, Any]] = json.loads(_path().read_text())
         return {name: Plan(**fields) for name, fields in stored.items()}
@@ -70,7 +70,7 @@ def user_table() -> dict[str, Plan]:
 
 
 def save(plans: dict[str, Plan]) -> None:
-    """Add plans to the user's table; the file is replaced as a whole."""
+    """Add plans to the user's table. The file is replaced atomically."""
     table = {**user_table(), **plans}
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +82,13 @@ def save(plans: dict[str, Plan]) -> None:
 
 
 def fields(plan: Plan) -> dict[str, Any]:
-    """The fields that a plan uses."""
+    """Return the fields that a plan uses."""
     names = Plan.__slots__
     return {name: value for name in names if (value := getattr(plan, name))}
 
 
 def _path() -> Path:
-    # The folder of pipeline.home.cache_folder, which may not be imported here.
+    # The same folder as pipeline.paths.cache_folder, which may not be imported here.
     home, caches = os.environ.get("BIRKHOFF_HOME"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "cache" if home else Path(caches) / "birkhoff"
     return folder.absolute() / "plans.json"

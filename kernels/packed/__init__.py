@@ -1,1 +1,1 @@
-"""The packed form of 10 or 12 bits a pair: decode and linear."""
+"""The packed form of 10 or 12 bits per pair: decode and linear."""

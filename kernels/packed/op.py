@@ -1,12 +1,12 @@
 """The packed form (`birkhoff.codec.packed`) as operators: `birkhoff::packed_weight` and `birkhoff::packed_linear`.
 
-y = x W^T + b with W at 10 or 12 bits a pair. The weight is decoded, then multiplied: there is no fused kernel, so that
-the product of few tokens costs a pass over the dense weight. The dense weight lives for one call, backward included.
+y = x W^T + b with W at 10 or 12 bits per pair. The weight is decoded, then multiplied. There is no fused kernel, so a
+product of few tokens also costs a pass over the dense weight, which lives for one call, backward included.
 
 Reference: `birkhoff.codec.packed.PackedTensor`.
 
-Shapes: N = rows (out features), K = columns (in features), P = pairs a row, H = bytes of high bits a row, G = groups a
-row, E = escaped weights.
+Shapes: N = rows (out features), K = columns (in features), P = pairs per row, H = bytes of high bits per row, G =
+groups per row, E = escaped weights.
 """
 
 from typing import Any
@@ -38,31 +38,31 @@ torch.library.define("birkhoff::packed_linear", f"(Tensor x, {_PLANES}, Tensor? 
 
 
 def packed_weight(planes: Planes, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Decoded weights [N, K] in `dtype`, escapes included.
+    """Return the decoded weights [N, K] in `dtype`, escapes included.
 
     Args:
         planes: low, high and scale, uint8 [N, P], [N, H] and [N, G]; step, float32 [] on their device; escape_index
             and escape_value, int64 and float32 [E], by row*K + column.
-        bits: 10 or 12 a pair.
+        bits: Per pair, 10 or 12.
         columns: K.
         dtype: float32, bfloat16, float16 or float64.
 
     Raises:
-        KernelError: the planes do not fit together.
+        KernelError: The planes do not fit together.
     """
     weight: Tensor = torch.ops.birkhoff.packed_weight.default(*planes, bits, columns, dtype)
     return weight
 
 
 def packed_linear(x: Tensor, planes: Planes, bits: int, bias: Tensor | None) -> Tensor:
-    """x W^T + b, [..., K] to [..., N] in the dtype of x; the other arguments are those of `packed_weight`."""
+    """Return x W^T + b, [..., K] to [..., N] in the dtype of x. The other arguments are those of `packed_weight`."""
     if torch.compiler.is_compiling() or is_watched(x, planes[0], bias):
         return watched_packed_linear(x, planes, bits, bias)
     return direct_packed_linear(x, *planes, bits, bias)
 
 
 def watched_packed_linear(x: Tensor, planes: Planes, bits: int, bias: Tensor | None) -> Tensor:
-    """`packed_linear` by the registered op, or by its form for transforms while one is active."""
+    """Compute `packed_linear` by the registered op, or by its autograd function while a transform is active."""
     if not torch.compiler.is_compiling() and transforms.is_transformed():
         return transforms.linear(_LAYERS[bits], x, planes, bias)
     y: Tensor = torch.ops.birkhoff.packed_linear.default(x, *planes, bits, bias)
@@ -113,7 +113,7 @@ def _check(low: Tensor, high: Tensor, scale: Tensor, bits: int, columns: int) ->
 
 
 def direct_packed_linear(x: Tensor, *rest: Any) -> Tensor:
-    """`packed_linear` past the dispatcher, its arguments in a row, for calls that nothing watches."""
+    """Compute `packed_linear` without the dispatcher, for calls that are not watched."""
     low, high, scale, step, index, value, bits, bias = rest
     return dense_linear(x, _packed_weight(low, high, scale, step, index, value, bits, x.shape[-1], x.dtype), bias)
 

@@ -1,10 +1,10 @@
-"""Decode the packed form on the GPU: bytes, high bits and scales of groups to weights.
+"""Decode the packed form on the GPU: low bytes, high bits and scales to weights.
 
-One pass, bound by memory: 0.63 or 0.76 bytes read and 2 or 4 written per weight. Rows of whole pairs of blocks
-(K % 128 == 0: groups end with them) are taken as one long row. A byte of high bits, and a scale, is loaded once for all
-pairs that share it: a thread's eight pairs take three loads, of 8, 2 or 4, and 1 byte.
+One pass, bound by memory: 0.63 or 0.76 bytes read and 2 or 4 written per weight. Rows that end with a group (K % 128 ==
+0) are treated as one long row. A byte of high bits, and a scale, is loaded once for all pairs that share it: a thread's
+eight pairs take three loads, of 8, 2 or 4, and 1 byte.
 
-Shapes: N = rows, K = columns, P = pairs a row, H = bytes of high bits a row, G = groups a row.
+Shapes: N = rows, K = columns, P = pairs per row, H = bytes of high bits per row, G = groups per row.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,20 +23,21 @@ from birkhoff.kernels.runtime.prepared import Prepared
 from birkhoff.kernels.runtime.triton_ops import after_the_last, let_next_come, local_columns, rounded
 
 _BLOCK = 1024
-"""Pairs that a program decodes: 8 a thread; half of it to float32, so that nothing is moved between threads."""
+"""Pairs per program: 8 per thread. Half as many for float32, so that no data moves between threads."""
 
 _GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
 def _steps(code, step):
-    """The groups' s of scale bytes: exponent and mantissa put where a float32 has them, times the tensor's step."""
+    """Return the groups' s for scale bytes: exponent and mantissa moved to a float32's positions, times the tensor's
+    step."""
     return ((code.to(tl.int32) + 1792) << 19).to(tl.float32, bitcast=True) * step
 
 
 @triton.jit
 def _spread(x, TIMES: tl.constexpr):
-    """[R, S] to [R, S * TIMES], each element TIMES times in a row: [[a, b]] becomes [[a, a, b, b]]."""
+    """[R, S] to [R, S * TIMES], each element repeated TIMES times: [[a, b]] becomes [[a, a, b, b]]."""
     wide = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], TIMES))
     return tl.reshape(wide, (x.shape[0], x.shape[1] * TIMES))
 
@@ -104,14 +105,15 @@ def _decode_kernel(
 
 @triton.jit
 def _left(count, start, BLOCK: tl.constexpr):
-    """How many of a block's elements there are, int32."""
+    """Return how many of a block's elements exist, int32."""
     return tl.minimum(count - start, BLOCK).to(tl.int32)
 
 
 def decode(
     low_NP: Tensor, high_NH: Tensor, scale_NG: Tensor, step: Tensor, bits: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Weights [N, K] in float32, bfloat16 or float16 of contiguous planes, the bits of `PackedTensor.decode`."""
+    """Return the weights [N, K] in float32, bfloat16 or float16 of contiguous planes, bit-identical to
+    `PackedTensor.decode`."""
     rows = low_NP.shape[0]
     out = low_NP.new_empty((rows, columns), dtype=dtype)
     if out.numel():
@@ -121,7 +123,7 @@ def decode(
 
 @lru_cache(1 << 12)
 def _prepare(rows: int, columns: int, bits: int, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """The launch for (low, high, scale, step, out [N, K] of `dtype`), all contiguous, none empty."""
+    """Prepare the launch for (low, high, scale, step, out [N, K] of `dtype`), contiguous and not empty."""
     one_row = columns % (2 * GROUP) == 0
     if one_row:
         rows, columns = 1, rows * columns

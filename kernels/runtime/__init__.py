@@ -1,1 +1,1 @@
-"""What every family of kernels shares: devices, prepared launches, device functions, timing, the error."""
+"""Shared by all families of kernels: devices, prepared launches, device functions, timing, the error."""

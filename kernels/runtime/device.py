@@ -1,4 +1,4 @@
-"""What a device is and can do, and whether the kernels run under Triton's interpreter."""
+"""The capabilities of a device, and whether the kernels run under Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
@@ -10,42 +10,42 @@ from pathlib import Path
 import torch
 
 HAS_TRITON = find_spec("triton") is not None
-"""Whether the Triton package is installed; the modules `triton` may only be imported if so."""
+"""Whether the Triton package is installed. Modules named `triton` may be imported only then."""
 
 MINIMUM_CAPABILITY = (8, 0)
-"""bfloat16 arithmetic and asynchronous copies begin here."""
+"""The first capability with bfloat16 arithmetic and asynchronous copies."""
 
 _GPU_FILES = (Path("/dev"), "nvidia[0-9]*"), (Path("/dev"), "dxg"), (Path("/dev"), "kfd")
-"""Device files of NVIDIA's driver, of Windows' for Linux guests, and of AMD's."""
+"""Device files of NVIDIA's driver, of Windows' driver for Linux guests, and of AMD's."""
 
 _interpreting = False
 
 
 def is_interpreting() -> bool:
-    """Whether the kernels run for CPU tensors too (see `interpreting`)."""
+    """Return whether the kernels also run for CPU tensors (see `interpreting`)."""
     return _interpreting
 
 
 @cache
 def pdl(device: torch.device) -> bool:
-    """Whether kernels can be launched while the one before still runs (Hopper and newer)."""
+    """Return whether a kernel can be launched while the previous one still runs (Hopper and newer)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that is no less than `count`, which is positive."""
+    """Return the least power of two that is at least `count`, which is positive."""
     return 1 << (count - 1).bit_length()
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device."""
+    """Return the number of multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Run the kernels for CPU tensors too, under Triton's interpreter (`TRITON_INTERPRET=1` before the import)."""
+    """Run the kernels for CPU tensors too, under Triton's interpreter (set `TRITON_INTERPRET=1` before the import)."""
     global _interpreting
     before, _interpreting = _interpreting, True
     try:
@@ -55,7 +55,7 @@ def interpreting() -> Iterator[None]:
 
 
 def gpu_in_sight() -> bool:
-    """Whether this machine has a GPU that the process is not told to leave alone, whether or not torch can use it."""
+    """Return whether this machine has a GPU that is not hidden from the process, even if torch cannot use it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return any(next(folder.glob(pattern), None) is not None for folder, pattern in _GPU_FILES)

@@ -10,7 +10,8 @@ from birkhoff.kernels.runtime.triton_ops import DECODE_BF16, DECODE_F16
 
 @gluon.jit
 def decoded(theta, DTYPE: gl.constexpr):
-    """(I + J/256, J) of step numbers as bfloat16 or float16, in the layout they came in (an even run a thread)."""
+    """Return (I + J/256, J) of step numbers as bfloat16 or float16, in their layout (an even number per thread in a
+    row)."""
     if gl.bfloat16 == DTYPE:
         bf16: gl.constexpr = (gl.bfloat16, gl.bfloat16)
         first, second = gl.inline_asm_elementwise(DECODE_BF16, "=r,=r,r", [theta], dtype=bf16, is_pure=True, pack=2)

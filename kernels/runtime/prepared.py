@@ -1,7 +1,7 @@
-"""A kernel's launch with all but its tensors settled, which makes a repeated call cheap on the host.
+"""A kernel launch with everything fixed except its tensors, which makes repeated calls cheap on the host.
 
 Triton looks the compiled kernel up at every launch, by the type, value and alignment of each argument: 10 to 20
-microseconds of host time. A `Prepared` asks once; later calls hand addresses straight to the launcher that Triton
+microseconds of host time. A `Prepared` does it once. Later calls pass addresses straight to the launcher that Triton
 keeps with the compiled kernel.
 """
 
@@ -19,20 +19,21 @@ from torch import Tensor
 from birkhoff.kernels.runtime.carveout import prefer_shared
 
 _MOST_MAPS = 4096
-"""Addresses of which a launch keeps the encoded descriptors."""
+"""Addresses for which a launch caches encoded descriptors."""
 
 _ALIGNMENT = 16
-"""Triton compiles for pointers that are, or are not, multiples of this many bytes."""
+"""Triton compiles different kernels for pointers that are multiples of this many bytes and for others."""
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
-"""A fused kernel ready to run: (x, theta [N, P], step [], bias [N] or None, y), writing y; escapes are left out."""
+"""A fused kernel ready to run: writes y from (x, theta [N, P], step [], bias [N] or None, y), without escapes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """All that a launch of a linear layer depends on but addresses: M, N, K, elements between rows of x, and so on.
+    """Everything that a launch of a linear layer depends on except addresses: M, N, K, the stride of x's rows, and so
+    on.
 
-    `bias` is the dtype of one, None without.
+    `bias` is the dtype of the bias, or None.
     """
 
     tokens: int
@@ -46,11 +47,10 @@ class Form:
 
 
 class Prepared:
-    """A kernel, its grid, numbers and constants; called with its tensors, in the order of its parameters.
+    """A kernel with its grid, numbers and constants, called with its tensors in the order of its parameters.
 
-    The kernel's parameters are its tensors, then `numbers`, then `constants`. The first call compiles; the tensors of
-    later ones have the dtypes (where `tiles` are given, the shapes and strides too) of the first, which is what the
-    holder keys it by.
+    The kernel's parameters are its tensors, then `numbers`, then `constants`. The first call compiles. Tensors of later
+    calls must have the same dtypes, and with `tiles` the same shapes and strides; the holder's key ensures this.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Prepared:
         tiles: "tuple[tuple[list[int], Any], ...]" = (),
         shared: bool = False,
     ) -> None:
-        """Nothing is compiled yet.
+        """Store the launch. Nothing is compiled yet.
 
         Args:
-            kernel: a `triton.jit` or `gluon.jit` function.
-            grid: up to three sizes, all positive.
-            numbers: handed over at launch.
+            kernel: A `triton.jit` or `gluon.jit` function.
+            grid: Up to three positive sizes.
+            numbers: Passed at launch.
             constants: `tl.constexpr` parameters by name.
             options: launch options, `num_warps` and such.
             device: of the tensors.
@@ -110,7 +110,7 @@ class Prepared:
         known.run(*known.grid, known.stream_of(index), *known.handles, *pointers, *known.after)
 
     def _mapped(self, known: "_Known", pointers: list[Any], tensors: tuple[Tensor, ...]) -> list[Any]:
-        """The pointers, the first of them as what descriptors of tensors there come down to."""
+        """Return the pointers, with the leading ones replaced by the expanded descriptors of their tensors."""
         mapped: list[Any] = []
         for place, (maps, expand) in enumerate(known.maps):
             found = maps.get(pointers[place])
@@ -122,14 +122,14 @@ class Prepared:
         return mapped + pointers[len(known.maps) :]
 
     def _launch_and_keep(self, tensors: tuple[Tensor, ...]) -> None:
-        """Launch as Triton does; keep what it compiled if the next call may use it as it is."""
+        """Launch as Triton does, and keep the compiled kernel if later calls can use it directly."""
         described = [_describe(tensor, *tile) for tensor, tile in zip(tensors, self._tiles, strict=False)]
         arguments = (*described, *tensors[len(described) :], *self._numbers)
         compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
         if compiled is not None and self._shared:
             prefer_shared(compiled.function)
         if compiled is None or any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors):
-            return  # interpreted, or compiled for less than what the others have
+            return  # interpreted, or compiled for unaligned pointers
         constants = (self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
         run, expanders = _launcher_of(compiled) if described else (compiled.run, [])
         self._known = _Known(
@@ -144,25 +144,25 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """What a launch takes beside pointers: the launcher, what it is handed before them and after."""
+    """What a launch takes besides pointers: the launcher, and the arguments before and after them."""
 
     run: Callable[..., None]
     handles: tuple[Any, ...]
     grid: tuple[int, ...]
     stream_of: Callable[[int | None], int]
-    maps: tuple[tuple[dict[int, list[Any]], "_Expand"], ...]  # of each descriptor: address to what it expands to
+    maps: tuple[tuple[dict[int, list[Any]], "_Expand"], ...]  # per descriptor: address to expansion
     after: tuple[Any, ...]
 
 
 _Expand = Callable[[Any], list[Any]]
-"""A descriptor to the arguments that the launcher proper takes for it."""
+"""Expands a descriptor to the arguments of the inner launcher."""
 
 
 def _launcher_of(compiled: Any) -> tuple[Callable[..., None], list[_Expand]]:
-    """Triton's launcher of a kernel that takes descriptors, without its wrapper that encodes them at every launch.
+    """Return Triton's launcher of a kernel with descriptors, without the wrapper that encodes these at every launch.
 
-    Encoding is half of such a launch's host time, and depends on nothing but the address. The wrapper is a closure
-    over the launcher proper; beside it stands the function that it expands descriptors with.
+    Encoding takes half of such a launch's host time and depends only on the address. The wrapper is a closure over the
+    inner launcher and the function that expands descriptors.
     """
     from triton.backends.nvidia import driver
 
@@ -179,5 +179,5 @@ def _describe(tensor: Tensor, block: list[int], layout: Any) -> Any:
 
 
 def run_one(launch: Prepared, x: Tensor, theta: Tensor, step: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """The `Run` of kernels that take these five tensors; where there is no bias they are handed the step, unread."""
+    """The `Run` of kernels with these five tensors. Without a bias they get the step, and do not read it."""
     launch(x, theta, step, step if bias is None else bias, y)

@@ -1,4 +1,4 @@
-"""GPU times that can be compared: CUDA graphs, weights that are not in the cache, candidates in turn."""
+"""Comparable GPU times: CUDA graphs, weights outside the cache, alternating candidates."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Microseconds of one call: median, 20th and 80th percentile over replays of a graph of calls."""
+    """Microseconds per call: median, 20th and 80th percentile over replays of a graph of calls."""
 
     median: float
     low: float
@@ -21,7 +21,7 @@ class Times:
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls in a row, each run once before (compilation, library handles)."""
+    """Return one graph of all calls in sequence. Each runs once before (compilation, library handles)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
@@ -36,7 +36,7 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def compare(candidates: Mapping[Name, Sequence[Call]], rounds: int) -> dict[Name, Times]:
-    """Time each candidate's calls as one graph, the candidates taking turns `rounds` times after one turn unseen."""
+    """Time each candidate's calls as one graph. The candidates alternate for `rounds`, after one round of warm-up."""
     graphs = {name: capture(calls) for name, calls in candidates.items()}
     events: dict[Name, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
@@ -54,7 +54,7 @@ def compare(candidates: Mapping[Name, Sequence[Call]], rounds: int) -> dict[Name
 
 
 def copies(tensor: Tensor, *, most: int, cache_bytes: int = 128 << 20) -> list[Tensor]:
-    """The tensor and clones of it, together larger than twice an H200's cache where `most` allows that."""
+    """Return the tensor and clones of it, together larger than twice an H200's cache if `most` allows it."""
     count = min(most, -(-cache_bytes // max(1, tensor.nbytes)))
     return [tensor, *(tensor.clone() for _ in range(count - 1))]
 

@@ -11,27 +11,28 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def coordinates(theta):
-    """(I, J) as float32 of uint16 step numbers: 0x8180 is (1, 0)."""
+    """Return (I, J) as float32 of uint16 step numbers: 0x8180 is (1, 0)."""
     t = theta.to(tl.int32)
     return ((t >> 8) - 128).to(tl.float32), ((t & 0xFF) - 128).to(tl.float32)
 
 
 @triton.jit
 def position(i, j, step):
-    """Weights (x, y) of coordinates, the bits of `trajectory.position`: I + J/256 is exact, one rounding follows."""
+    """Return the weights (x, y) of coordinates, bit-identical to `trajectory.position`: I + J/256 is exact, one
+    rounding follows."""
     return tl.fma(j, 0.00390625, i) * step, j * step
 
 
 @triton.jit
 def local_columns(pair):
-    """Columns (of x, of y) of pair numbers counted from the start of a full block."""
+    """Return the columns of x and of y of pair numbers counted from the start of a full block."""
     first = pair // 32 * 64 + pair % 32
     return first, first + 32
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to nearest even."""
+    """Round float32 to DTYPE, to nearest even."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
@@ -41,14 +42,15 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in float32."""
+    """Return acc + a b, accumulated in float32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 # Two step numbers (one 32-bit register) to (I0 + J0/256, I1 + J1/256) and (J0, J1), eight instructions for four
-# weights. bfloat16 holds 7 bits of a byte under the exponent of 128; the eighth picks what is taken off: 128 or 256.
+# weights. bfloat16 holds 7 bits of a byte under the exponent of 128; the eighth bit selects the subtracted constant,
+# 128 or 256.
 DECODE_BF16 = tl.constexpr("""{
 .reg .b32 bytes, low, off, i, j, one, shear;
 mov.b32 one, 0x3f803f80;
@@ -81,11 +83,11 @@ mov.b32 $1, j;
 
 @triton.jit
 def settled(acc):
-    """The accumulator, but no product may still be running on it.
+    """Return the accumulator once no product runs on it.
 
-    Triton keeps the last product of a loop turn running while the next turn begins; with a left operand in registers,
-    that turn then overwrites what the tensor cores still read. Using the sum in between makes it wait; nothing is
-    executed.
+    Triton keeps the last product of a loop iteration running into the next iteration. If its left operand is in
+    registers, that iteration overwrites them while the tensor cores still read. Using the sum in between forces a wait,
+    without executing anything.
     """
     if not INTERPRETED:
         acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
@@ -94,9 +96,9 @@ def settled(acc):
 
 @triton.jit
 def after_the_last(PDL: tl.constexpr):
-    """Wait until the kernel before is done; with programmatic dependent launch this one is already up by then.
+    """Wait until the previous kernel is done. With programmatic dependent launch, this one has started by then.
 
-    Nothing is read or written before, so that order between kernels is what it is without; only the launch is hidden.
+    Nothing is read or written before, so kernels are ordered as usual; only the launch overlaps.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -104,6 +106,6 @@ def after_the_last(PDL: tl.constexpr):
 
 @triton.jit
 def let_next_come(PDL: tl.constexpr):
-    """Let the next kernel's programs come up. Said near the end: those that come early crowd the idle processors."""
+    """Allow the next kernel to start. Called near the end, as programs that start early occupy idle processors."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,6 +1,6 @@
-"""Importing this module gives the codec's Viterbi search its GPU kernel: CUDA tensors then run `trellis.triton`.
+"""Import this module to give the codec's Viterbi search its GPU kernel: CUDA tensors then run `trellis.triton`.
 
-Without Triton, or on a GPU it does not serve, the eager search takes over there, as the log says once.
+Without Triton, or on a GPU that it does not support, the eager search runs instead, and the log says so once.
 
 Reference: `birkhoff.codec.trellis.eager_viterbi`.
 """

@@ -1,17 +1,17 @@
-"""The Viterbi search of `birkhoff.codec.trellis` on a GPU: one thread a lane, its eight metrics in registers.
+"""The Viterbi search of `birkhoff.codec.trellis` on a GPU: one thread per lane, with its eight metrics in registers.
 
 For every step of a run and every subset c = n mod 4, d_c = ((u - c)/4 - round((u - c)/4))^2. With q = 0..3,
 
     ahead[2q]     = min(metric[q] + d_q,         metric[q + 4] + d_(q xor 2))
     ahead[2q + 1] = min(metric[q] + d_(q xor 2), metric[q + 4] + d_q)
 
-and one bit a state says which of the two was taken (the second only if less). The eight bits of a step are a byte of
-[T, L]; going back from the least metric, state s = 2q + o came from q + 4*bit by the subset c = q xor 2*(o xor bit).
+and one bit per state says which was taken (the second only if less). The eight bits of a step are a byte of [T, L].
+Going back from the least metric, state s = 2q + o came from q + 4*bit by the subset c = q xor 2*(o xor bit).
 
 Toy: from state 0 (metric 0, others 1e9) with u = 0.9, d = (0.0506, 0.0006, 0.0756, 0.2256): ahead[0] = d_0 = 0.0506,
 ahead[1] = d_2 = 0.0756, the others stay near 1e9.
 
-The operations are those of the eager search, each rounded by itself, so the symbols are the same.
+The operations are those of the eager search, each with its own rounding, so the symbols are equal.
 
 Shapes: T = steps of a run, L = lanes.
 """
@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 _LANES_PER_BLOCK = 32
-"""One warp: a plane has few lanes, and each walks its run alone."""
+"""One warp: a plane has few lanes, and each is processed sequentially."""
 
 
 @triton.jit
 def _nearest(x):
-    """x rounded to a whole number, ties to even: adding 1.5 * 2^23 leaves no bits behind the point."""
+    """Round x to a whole number, ties to even: adding 1.5 * 2^23 leaves no fraction bits."""
     shifted = (x + 12582912.0) - 12582912.0
     return tl.where(tl.abs(x) < 4194304.0, shifted, tl.floor(x + 0.5))
 
@@ -43,7 +43,7 @@ def _distance(u, c: tl.constexpr):
 
 @triton.jit
 def _step(low, high, d, other):
-    """(ahead[2q], ahead[2q + 1], bits of the two) for metrics of states q and q + 4."""
+    """Return (ahead[2q], ahead[2q + 1], the bits of both) for metrics of states q and q + 4."""
     a, b = low + d, high + other
     c, e = low + other, high + d
     bits = (b < a).to(tl.int32) + ((e < c).to(tl.int32) << 1)
@@ -52,7 +52,7 @@ def _step(low, high, d, other):
 
 @triton.jit
 def _ahead(u, m0, m1, m2, m3, m4, m5, m6, m7):
-    """Metrics after one more symbol, and the bits of its eight decisions."""
+    """Return the metrics after one more symbol, and the bits of its eight decisions."""
     d0, d1, d2, d3 = _distance(u, 0), _distance(u, 1), _distance(u, 2), _distance(u, 3)
     a0, a1, b0 = _step(m0, m4, d0, d2)
     a2, a3, b1 = _step(m1, m5, d1, d3)
@@ -64,7 +64,7 @@ def _ahead(u, m0, m1, m2, m3, m4, m5, m6, m7):
 
 @triton.jit
 def _back(state, bits, u):
-    """The state before, and the number that led from it, by the decisions of the step between."""
+    """Return the previous state, and the number that led from it, by the decisions of the step between."""
     bit = (bits.to(tl.int32) >> state) & 1
     q = state >> 1
     c = (q ^ (((state & 1) ^ bit) << 1)).to(tl.float32)
@@ -79,7 +79,7 @@ def _search_kernel(u_ptr, taken_ptr, n_ptr, steps, lanes, symbols, BLOCK: tl.con
     m0, m1, m2, m3, m4, m5, m6, m7 = tl.zeros([BLOCK], tl.float32), far, far, far, far, far, far, far
     at = lane.to(tl.int64)
     fours, rest = steps // 4, steps % 4
-    # A walk waits for memory once in four steps: what these need is loaded before the first of them.
+    # Values of four steps are loaded before the first of them, so memory latency is paid once in four steps.
     for _ in range(fours):
         u0 = tl.load(u_ptr + at, mask=inside & (at < symbols), other=0.0)
         u1 = tl.load(u_ptr + at + lanes, mask=inside & (at + lanes < symbols), other=0.0)
@@ -134,7 +134,7 @@ def _search_kernel(u_ptr, taken_ptr, n_ptr, steps, lanes, symbols, BLOCK: tl.con
 
 
 def search(u_TL: Tensor) -> Tensor:
-    """The best path of every lane: float32 [T, L], contiguous, to float32 whole numbers [T, L]."""
+    """Return the best path of every lane: float32 [T, L], contiguous, to float32 whole numbers [T, L]."""
     taken = torch.empty(u_TL.shape, dtype=torch.uint8, device=u_TL.device)
     n = torch.empty_like(u_TL)
     _search(u_TL, taken, n, u_TL.shape[1])
@@ -142,14 +142,14 @@ def search(u_TL: Tensor) -> Tensor:
 
 
 def search_column_(u: Tensor, taken: Tensor, lanes: int) -> None:
-    """The best path of every lane of a flat plane, float32 [S], in place; `taken` is room for uint8 [T * L]."""
+    """Replace a flat plane, float32 [S], by the best path of every lane. `taken` is scratch space, uint8 [T * L]."""
     _search(u, taken, u, lanes)
 
 
 def _search(u: Tensor, taken: Tensor, n: Tensor, lanes: int) -> None:
-    """Symbols that the last step of a lane lacks count as zeros."""
+    """Symbols missing in the last step of a lane count as zeros."""
     symbols = u.numel()
-    # Contracting a product and a sum into one rounding would take other sides of ties than the eager search.
+    # Fusing a product and a sum into one rounding would break ties differently than the eager search.
     _search_kernel[(triton.cdiv(lanes, _LANES_PER_BLOCK),)](
         u, taken, n, triton.cdiv(symbols, lanes), lanes, symbols,
         BLOCK=_LANES_PER_BLOCK, num_warps=_LANES_PER_BLOCK // 32, enable_fp_fusion=False,

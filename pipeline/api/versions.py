@@ -1,7 +1,7 @@
 """List the versions of a store: `birkhoff.list`."""
 
 from birkhoff.pipeline.notebook import rows_html
-from birkhoff.pipeline.registry.listing import ListedVersion, newest_versions, versions_of
+from birkhoff.pipeline.registry.listing import ListedVersion, current_versions, versions_of
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.default import borrowed_store
 
@@ -16,15 +16,17 @@ class Versions(list[ListedVersion]):
 
 
 def list_versions(model: str | None = None, *, store: str | Store | None = None) -> Versions:
-    """Return the latest version of every model in a store, or all named versions of one model, oldest first.
+    """Return the versions that aliases point at, of every model in a store; or all versions of one, oldest first.
+
+    A model without an alias `latest` is represented by its newest version.
 
     Args:
-        model: the model whose versions are meant.
+        model: List every named version of this model.
         store: The store or its URL. Default: `BIRKHOFF_STORE`, then `embedded`.
 
     Raises:
-        ArtifactNotFoundError: no such model.
-        StoreError: the store cannot be reached or read.
+        ArtifactNotFoundError: There is no such model.
+        StoreError: The store cannot be reached or read.
     """
     with borrowed_store(store) as opened:
-        return Versions(newest_versions(opened) if model is None else versions_of(opened, model))
+        return Versions(current_versions(opened) if model is None else versions_of(opened, model))

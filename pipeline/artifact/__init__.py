@@ -1,1 +1,1 @@
-"""Read versions, stored or pulled: references, the cache of blobs, pull, verify, export, diff."""
+"""Read stored or pulled versions: references, the cache of blobs, pull, verify, export, diff."""

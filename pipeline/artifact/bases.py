@@ -1,4 +1,5 @@
-"""Which version a model is coded as a difference to: as it is named, or the one of the store that suits best."""
+"""Find the base of a model, to which its tensors are stored as differences: the one named, or the nearest in the
+store."""
 
 import logging
 import math
@@ -28,28 +29,28 @@ from birkhoff.pipeline.store.base import Store
 log: logging.Logger = logging.getLogger("birkhoff.bases")
 
 SAMPLED = 4
-"""Tensors of a model that are held against those of a base, spread over the sizes of all."""
+"""Tensors of a model that are compared with a base's, spread over all sizes."""
 
 WORTH = 0.95
-"""Share of the direct bytes that a base found by itself must save to, at least, for it to be taken."""
+"""Largest size relative to direct coding, at which a base found by `auto` is taken."""
 
 _EVERY = 3
 """Every so manyth target of a budget's grid is asked for its share."""
 
 _USUAL_DB = 36.0
-"""For an estimate, the target of a tensor whose own is the published codec's error."""
+"""Target assumed for an estimate, if a tensor's target is the published codec's error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseVersion:
-    """A version as a base: its shards, and the entry of each tensor, with the number of its shard."""
+    """A version as a base: its shards, and each tensor's entry with the index of its shard."""
 
     artifact: StoredArtifact
     record: BaseRecord
     entries: dict[str, tuple[Entry, int]]
 
     def shards_for(self, planned: Planned) -> tuple[BaseShard, ...]:
-        """The shards that hold tensors which fit those of a model, with these."""
+        """Return its shards that have tensors fitting a model's, with these tensors."""
         names: dict[int, list[str]] = {}
         for plan in self.fitting(planned):
             names.setdefault(self.entries[plan.tensor.name][1], []).append(plan.tensor.name)
@@ -60,7 +61,7 @@ class BaseVersion:
         )
 
     def fitting(self, planned: Planned) -> list[TensorPlan]:
-        """The coded tensors of a model that have a base here: of their name and shape."""
+        """Return a model's coded tensors whose name and shape this base has."""
         return [plan for plan in planned.plan.tensors if plan.decision.action == "coded" and self._fits(plan)]
 
     def _fits(self, plan: TensorPlan) -> bool:
@@ -68,21 +69,21 @@ class BaseVersion:
         return entry is not None and fits(entry, plan.tensor.shape, matrix_shape(plan.tensor.shape)[1])
 
     def tensor(self, name: str) -> CodedTensor:
-        """A stored tensor. Raises IntegrityError."""
+        """Return a stored tensor. Raises IntegrityError."""
         shard: ShardRecord = self.artifact.manifest.shards[self.entries[name][1]]
         return next(coded for coded in self.artifact.coded_of(shard) if coded.name == name)
 
     def on(self, planned: Planned) -> Planned:
-        """A model with this base."""
+        """Return a model with this base."""
         return planned.on(self.record, self.shards_for(planned))
 
 
 def open_base(store: Store, version: Version) -> BaseVersion:
-    """A version as a base, its headers read.
+    """Return a version as a base, with its headers read.
 
     Raises:
-        ManifestError: its tensors are differences themselves.
-        FormatError, StoreError, IntegrityError: it cannot be read.
+        ManifestError: Its tensors are differences themselves.
+        FormatError, StoreError, IntegrityError: It cannot be read.
     """
     manifest = version.manifest
     if is_derived(version):
@@ -106,15 +107,15 @@ def record_of(version: Version) -> BaseRecord:
 
 
 def find_base(store: Store, planned: Planned, before: Version | None, *, again: bool = False) -> BaseVersion | None:
-    """The base of a planned model that the store holds; None where it has none.
+    """Return the base of a planned model in the store; None without one.
 
-    What was found by itself once stays, so that a version does not change with what others publish, unless it is to be
-    looked for `again`. `before` is the model's latest version.
+    The choice of `auto` is kept for later runs, so that a version does not change with what others publish; `again`
+    searches again. `before` is the model's latest version.
 
     Raises:
-        ArtifactNotFoundError: no such version.
-        SourceError: the source cannot be read, to be compared with.
-        ManifestError, FormatError, IntegrityError, StoreError: as `open_base`.
+        ArtifactNotFoundError: There is no such version.
+        SourceError: The source cannot be read for the comparison.
+        ManifestError, FormatError, IntegrityError, StoreError: As `open_base`.
     """
     reference = planned.entry.base
     if reference is None:
@@ -133,7 +134,7 @@ def find_base(store: Store, planned: Planned, before: Version | None, *, again: 
 
 
 def forecast_base(manifest: Manifest, store: Store | None, planned: Planned, before: Version | None) -> Based:
-    """What a run would find as a model's base, for `plan`. Raises as `find_base`."""
+    """Return what a run would find as a model's base, for `plan`. Raises what `find_base` raises."""
     entry = planned.entry
     if entry.base is None:
         return Based(planned=planned)
@@ -145,7 +146,7 @@ def forecast_base(manifest: Manifest, store: Store | None, planned: Planned, bef
             return Based(planned=planned, label=within.name, note=note)
         found: BaseVersion | None = open_base(store, version)
     elif store is None:
-        raise ArtifactNotFoundError(f"base: {entry.base!r} is no model of the manifest, and there is no store")
+        raise ArtifactNotFoundError(f"base: {entry.base!r} is not a model of the manifest, and there is no store")
     else:
         found = find_base(store, planned, before)
     if found is None:
@@ -183,7 +184,7 @@ def newer_base(store: Store, planned: Planned, before: Version | None, now: Base
 
 
 def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
-    """The base that a version was made with, if it is still there to be a base again."""
+    """Return the base that a version was made with; None if it is gone or incomplete."""
     try:
         version = resolve(store, f"{record.model}@{record.digest}")
     except ArtifactNotFoundError:
@@ -192,7 +193,7 @@ def kept_base(store: Store, record: BaseRecord) -> BaseVersion | None:
 
 
 def best_base(store: Store, planned: Planned) -> BaseVersion | None:
-    """The newest version of another model to which the model's differences are smallest; None where none is worth it.
+    """Return the newest version of another model with the smallest differences; None if none saves enough.
 
     Names and shapes tell which models can be a base, a few tensors of each how near they are. One that cannot be read
     is named in a warning, and passed over.
@@ -216,7 +217,7 @@ def best_base(store: Store, planned: Planned) -> BaseVersion | None:
 
 
 def share(base: BaseVersion, planned: Planned) -> float:
-    """About the share of the coded tensors' direct bytes that they take as differences, from a few of them.
+    """Estimate from a few tensors the size of the coded tensors as differences, relative to direct coding.
 
     Under a budget it is that at the target of its profile. Raises SourceError, and as `open_base`.
     """
@@ -259,6 +260,6 @@ def _shares(base: BaseVersion, planned: Planned, plans: Sequence[ModelPlan]) -> 
 
 
 def _spread(plans: Sequence[TensorPlan]) -> Iterator[TensorPlan]:
-    """Some tensors of all sizes, the largest among them."""
+    """Yield some tensors of all sizes, including the largest."""
     ordered = sorted(plans, key=lambda plan: -math.prod(plan.tensor.shape))
     return islice(ordered, 0, None, max(1, -(-len(ordered) // SAMPLED)))

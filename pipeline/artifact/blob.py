@@ -1,11 +1,12 @@
-"""Download one blob into the cache: ranges in any order, hashed in order, visible only when the digest is right.
+"""Download one blob into the cache: ranges arrive in any order, are hashed in order, and appear only if the digest is
+right.
 
-The file has its full size from the start, so that ranges go straight to their places. It is locked while a process
-works on it, and renamed once the digest is right. Ranges from an earlier, killed download are reused unchecked, because
-the digest decides. If it is wrong, the blob is fetched once more from the beginning, since a bit may have flipped on
-the way; only a second wrong digest means damage in the store.
+The file has its full size from the start, so that ranges are written to their places. It is locked while a process
+works on it, and renamed once the digest is right. Ranges of an earlier, killed download are reused unchecked, because
+the digest decides. If it is wrong, the blob is fetched once more from the beginning, because a bit may have flipped in
+transit. Only a second wrong digest means damage in the store.
 
-The range that is next in order is hashed as it arrives, later ones in their turn, from the page cache.
+The next range in order is hashed as it arrives, later ones in turn from the page cache.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.store.base import Store
 
 RANGE_BYTES = 8 << 20
-"""Bytes per request, and the most that a kill costs."""
+"""Bytes per request, and the most that a kill loses."""
 
 _local = threading.local()
 
@@ -38,12 +39,12 @@ class Blob:
 
     @property
     def ranges(self) -> int:
-        """How many requests it takes."""
+        """Number of requests it takes."""
         return max(1, -(-self.size // RANGE_BYTES))
 
 
 class BlobDownload:
-    """The download of one blob. `run` may be called from several threads, once for each range."""
+    """The download of one blob. Several threads may call `run`, once per range."""
 
     def __init__(self, blob: Blob, store: Store, cache: BlobCache, *, label: str) -> None:
         self.blob = blob
@@ -58,7 +59,7 @@ class BlobDownload:
     def open(self) -> bool:
         """Lock the partial file; return False if another process works on this blob.
 
-        The first answer stands until `retake`. Raises OSError.
+        The result is kept until `retake`. Raises OSError.
         """
         with self._lock:
             if self._opened is None:
@@ -66,14 +67,14 @@ class BlobDownload:
             return self._opened
 
     def retake(self) -> bool:
-        """Try again after `open` returned False; return whether the file is locked now. Raises OSError."""
+        """Try again after `open` returned False; return whether the file is now locked. Raises OSError."""
         with self._lock:
             self._opened = self._take()
             return self._opened
 
     @property
     def busy(self) -> bool:
-        """Whether another process was seen working on it."""
+        """Whether another process was working on it."""
         return self._opened is False
 
     @property
@@ -82,12 +83,12 @@ class BlobDownload:
         return self._ready
 
     def run(self, index: int, report: Callable[[int], None]) -> None:
-        """Fetch a range, unless it is there; the last one to end moves the blob into place.
+        """Fetch a range unless it is there. The last call to finish moves the blob into place.
 
         Raises:
-            IntegrityError: the stored object is missing, truncated or has another digest.
-            StoreError: the store failed.
-            OSError: the disk did.
+            IntegrityError: The stored object is missing, truncated or has another digest.
+            StoreError: The store failed.
+            OSError: The disk failed.
         """
         start = index * RANGE_BYTES
         length = min(RANGE_BYTES, self.blob.size - start)
@@ -99,7 +100,7 @@ class BlobDownload:
             self._finish(report)
 
     def close(self) -> None:
-        """Release the file; what has arrived stays for the next time."""
+        """Release the file; what has arrived stays for the next attempt."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)
@@ -126,8 +127,8 @@ class BlobDownload:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(path.stat(), os.fstat(file)):
                     break
-            os.close(file)  # finished, and moved away, between the two calls
-        if self._cache.find(self.blob.digest, self.blob.size):  # finished by another process just before
+            os.close(file)  # finished and moved away between the two calls
+        if self._cache.find(self.blob.digest, self.blob.size):  # another process finished it just before
             path.unlink(missing_ok=True)
             os.close(file)
             self._ready = True
@@ -163,7 +164,7 @@ class BlobDownload:
             nonlocal place
             if leads:
                 self._sha.update(piece)
-            with disk_errors(self._cache.folder):  # here: to a store in a directory it would look like its own error
+            with disk_errors(self._cache.folder):  # here, because a directory store would take it for its own error
                 _write(self._file, piece, place)
             place += len(piece)
             report(len(piece))
@@ -187,13 +188,13 @@ class BlobDownload:
                 self._hashing = False
 
     def _hash_what_is_next(self) -> bool:
-        """Hash the ranges that are next; return True to the one caller that hashed, or found hashed, the last."""
+        """Hash the ranges that are next. Return True to exactly one caller, once the last range is hashed."""
         while True:
             with self._lock:
                 if self._hashing or self._ready:
                     return False
                 if self._hashed == self.blob.ranges:
-                    self._hashing = True  # the finish is this caller's
+                    self._hashing = True  # this caller finishes the download
                     return True
                 if not self._done[self._hashed]:
                     return False
@@ -216,7 +217,7 @@ class BlobDownload:
     def _finish(self, report: Callable[[int], None]) -> None:
         found = self._sha.hexdigest()
         if found == self.blob.digest:
-            self._notes.unlink(missing_ok=True)  # first: after the move, notes there are another download's
+            self._notes.unlink(missing_ok=True)  # first, because after the move the notes belong to another download
             self._cache.adopt(self.blob.digest, self._cache.partial_path(self.blob.digest))
             self._ready = True
             self.close()
@@ -240,7 +241,7 @@ class BlobDownload:
 
 
 def _buffer() -> memoryview:
-    """Return a buffer of this thread's own."""
+    """Return a buffer of this thread."""
     try:
         found: memoryview = _local.buffer
     except AttributeError:
@@ -261,4 +262,4 @@ def _allocate(file: int, size: int) -> None:
     except OSError as error:
         if error.errno in FULL:
             raise
-        os.ftruncate(file, size)  # a file system that cannot
+        os.ftruncate(file, size)  # the file system cannot allocate

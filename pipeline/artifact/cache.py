@@ -1,13 +1,13 @@
 """The local cache of blobs: files under the SHA-256 of their bytes, shared by models, folders and processes.
 
     FOLDER/sha256/ab/<hex>        a blob, complete and read-only; renamed into place
-    FOLDER/partial/<hex>.part     a running download: of full size from the start, locked while a process works on it
-    FOLDER/partial/<hex>.done     a byte for each range of it that has arrived
+    FOLDER/partial/<hex>.part     a running download: full size from the start, locked while a process works on it
+    FOLDER/partial/<hex>.done     a byte for each of its ranges that has arrived
     FOLDER/refs/<key>.json        the last result of a reference to a store, for `--offline`
 
-FOLDER is `cache` under BIRKHOFF_HOME if that is set, else `birkhoff` under XDG_CACHE_HOME (~/.cache). It may be deleted
-as a whole while nothing runs. Nothing in it is trusted: every reader of a blob checks its digest, and a wrong blob is
-removed and fetched again. So blobs are not synced to disk: a crash of the machine costs a download.
+FOLDER is `cache` under BIRKHOFF_HOME if that is set, else `birkhoff` under XDG_CACHE_HOME (~/.cache). You may delete it
+while nothing runs. Nothing in it is trusted: every reader checks a blob's digest, and a wrong blob is removed and
+fetched again. So blobs are not synced to disk, and a crash of the machine costs a download.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from birkhoff.pipeline.hints import hint
 from birkhoff.pipeline.paths import cache_folder
 
 BUFFER_BYTES = 1 << 20
-"""Bytes read, hashed and written at a time; they fit a core's cache."""
+"""Bytes read, hashed and written at a time; they fit into a core's cache."""
 
 _REMEDY = "point BIRKHOFF_HOME or XDG_CACHE_HOME at a folder that can be written"
 
@@ -37,7 +37,7 @@ _REMEDY = "point BIRKHOFF_HOME or XDG_CACHE_HOME at a folder that can be written
 class CacheUsage:
     """The contents of a cache: `bytes` of blobs, and `partial_bytes` of running or abandoned downloads.
 
-    `linked` blobs have a second name, in a pulled folder: removing them from the cache frees nothing.
+    `linked` blobs are also in a pulled folder, so removing them from the cache frees nothing.
     """
 
     folder: str
@@ -50,7 +50,7 @@ class CacheUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What `prune` removed, or would remove; bytes of the files, without those that pulled folders still use."""
+    """What `prune` removed, or would remove. Bytes exclude files that pulled folders still use."""
 
     blobs: int
     bytes: int
@@ -91,12 +91,13 @@ class BlobCache:
             return None
         if facts.st_size != size:
             return None
-        with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
+        with contextlib.suppress(OSError):  # a cache that cannot be written is still usable
             os.utime(path, ns=(time.time_ns(), facts.st_mtime_ns))
         return path
 
     def whole(self, blobs: Iterable[tuple[str, int]]) -> set[str]:
-        """Return the digests of those (digest, size) that are here; read and hash each file, remove damaged ones."""
+        """Return the digests of those (digest, size) that are here. Reads and hashes each file, removes damaged
+        ones."""
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             return {digest for digest in pool.map(self._checked, blobs) if digest}
 
@@ -126,7 +127,7 @@ class BlobCache:
         return None
 
     def _discard(self, path: Path, seen: os.stat_result) -> None:
-        """Remove a damaged file, but not one that another process has put in its place since."""
+        """Remove a damaged file, unless another process has replaced it since."""
         with disk_errors(self.folder), contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), seen):
                 path.unlink()
@@ -136,11 +137,11 @@ class BlobCache:
         path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.chmod(0o444)
-        os.utime(partial)  # its time of use: the file may have been begun long ago
+        os.utime(partial)  # its last use; the file may have been begun long ago
         partial.replace(path)
 
     def remember(self, reference: str, body: bytes) -> None:
-        """Keep the result of a reference for offline use; skip it if nothing can be written."""
+        """Store the result of a reference for offline use, if the cache can be written."""
         path = self._note(reference)
         with contextlib.suppress(OSError, OutputError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +149,14 @@ class BlobCache:
                 atomic_write(path, body)
 
     def recall(self, reference: str) -> bytes | None:
-        """Return the result that `remember` kept."""
+        """Return the result that `remember` stored; None without one."""
         try:
             return self._note(reference).read_bytes()
         except OSError:
             return None
 
     def check_room(self, nbytes: int) -> None:
-        """Raises OutputError if the disk cannot take so many bytes more."""
+        """Raise OutputError if the disk has no room for this many bytes."""
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lack = shortage(self.folder, nbytes)
@@ -178,9 +179,10 @@ class BlobCache:
         )
 
     def prune(self, *, unused: timedelta, keep_bytes: int = 0, dry_run: bool = False) -> Pruned:
-        """Remove blobs not used for so long, least recently used first, until `keep_bytes` remain; and dead downloads.
+        """Remove blobs unused for so long, least recently used first, until `keep_bytes` remain; and abandoned
+        downloads.
 
-        Pulled folders keep what is theirs; who pulls meanwhile fetches again what goes. Raises OutputError.
+        Pulled folders stay complete. A concurrent pull fetches removed blobs again. Raises OutputError.
         """
         found = sorted(_files(self.folder / "sha256"), key=lambda item: item[1].st_atime)
         left, before = sum(facts.st_size for _, facts in found), time.time() - unused.total_seconds()
@@ -201,7 +203,7 @@ class BlobCache:
 
 
 def file_digest(path: Path) -> str:
-    """Return `file_sha256`; empty, which matches no digest, for a file that cannot be read."""
+    """Return `file_sha256`; for an unreadable file "", which matches no digest."""
     try:
         return file_sha256(path)
     except OSError:
@@ -210,9 +212,9 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def usable_cache(target: Path, tell: Callable[[str], object]) -> Iterator[BlobCache]:
-    """The cache for a pull into `target`; if it cannot be written, one beside the target that goes with the block.
+    """Yield the cache for a pull into `target`; if it cannot be written, a temporary one beside the target.
 
-    A full disk is not passed over so: the folder that is pulled into mostly lies on the same one.
+    A full disk is an error instead, because the target is usually on the same disk.
     """
     cache = BlobCache()
     why = cache.obstacle()
@@ -231,7 +233,7 @@ def usable_cache(target: Path, tell: Callable[[str], object]) -> Iterator[BlobCa
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError below the cache into an OutputError with path and remedy."""
+    """Convert an OSError in the cache to an OutputError with path and remedy."""
     try:
         yield
     except OSError as error:
@@ -257,7 +259,7 @@ def _prune_partial(path: Path, *, dry_run: bool) -> bool:
         except BlockingIOError:
             return False
         if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            return False  # finished, and moved away, meanwhile; what is there now is another one's
+            return False  # finished and moved away meanwhile; the file there is another one's
         if not dry_run:
             path.with_suffix(".done").unlink(missing_ok=True)
             path.unlink(missing_ok=True)

@@ -14,11 +14,11 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Two versions side by side."""
+    """The comparison of two versions."""
 
     rows: list[Row]
-    """One for each tensor: `change` is `added`, `removed`, `changed`, `recoded` or `same`; metrics under `*_a`, `*_b`.
-    Tensors are in B's order, removed ones last."""
+    """One row per tensor: `change` is `added`, `removed`, `changed`, `recoded` or `same`; metrics are under `*_a`,
+    `*_b`. Tensors are in B's order, removed ones last."""
     title: str
     """Both versions, and the number of tensors by kind of change."""
 
@@ -26,12 +26,12 @@ class Difference:
 def diff(store: Store, reference_a: str, reference_b: str) -> Difference:
     """Compare the stored tensors of two versions, of one model or of two.
 
-    A tensor is `same` if its streams and parameters are, and otherwise `changed`, or `recoded` where both versions were
-    made from the same source file, so that only the recipe can differ. Shards that the versions share are compared by
-    their digests; of the others one at a time is fetched.
+    A tensor is `same` if its streams and parameters are equal. Otherwise it is `changed`, or `recoded` if both versions
+    were made from the same source file, so that only the recipe can differ. Shards are compared by digest; those that
+    differ are fetched one at a time.
 
     Raises:
-        ArtifactNotFoundError, IntegrityError, StoreError: as `resolve`.
+        ArtifactNotFoundError, IntegrityError, StoreError: As `resolve`.
     """
     a, b = (StoredArtifact(store, resolve(store, reference)) for reference in (reference_a, reference_b))
     contents_a, contents_b = _contents(a, b), _contents(b, a)

@@ -1,4 +1,4 @@
-"""Export a dense checkpoint that unmodified upstream code loads: original names, dtypes and nesting."""
+"""Export a dense checkpoint that upstream code loads unchanged: original names, dtypes and nesting."""
 
 import io
 import json
@@ -22,17 +22,17 @@ SUFFIXES = (".safetensors", *_TORCH)
 
 
 def export(artifact: Artifact, path: Path) -> int:
-    """Write a dense checkpoint, the same bytes every time; returns its size.
+    """Write a dense checkpoint, the same bytes every time; return its size in bytes.
 
-    `.safetensors` holds the flat state dict; `.pth` and `.pt` restore the nesting of the source (`{"model": ...}`).
-    A model that was made of several files, or of several state dicts of one, comes back as one file: nested as they
-    were where they agree, else flat, under the names that the manifest gave.
+    `.safetensors` has the flat state dict; `.pth` and `.pt` restore the nesting of the source (`{"model": ...}`). A
+    model made of several files, or of several state dicts of one file, becomes one file: nested as its parts were if
+    they agree, else flat, under the manifest's names.
 
-    Written tensor by tensor: one shard and one dense tensor are in memory at a time.
+    Memory holds one shard and one dense tensor at a time.
 
     Raises:
-        OutputError: the suffix names no format, or the file cannot be written.
-        IntegrityError: the artifact is damaged.
+        OutputError: The suffix names no format, or the file cannot be written.
+        IntegrityError: The artifact is damaged.
     """
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}")
@@ -42,9 +42,9 @@ def export(artifact: Artifact, path: Path) -> int:
 
 
 def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
-    """Write what `torch.save` writes, byte by byte, from tensors without memory; `_Records` supplies the data.
+    """Write the bytes that `torch.save` would write, from tensors without memory; `_Records` supplies the data.
 
-    `torch.save` itself asks for all tensors at once; the function below it takes whatever writes records.
+    `torch.save` needs all tensors at once; the function below it accepts any writer of records.
     """
     rows = list(inspect(artifact))
     nested: dict[str, Any] = {row.name: torch.empty(row.shape, dtype=DTYPES[row.dtype]) for row in rows}
@@ -54,7 +54,7 @@ def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
     try:
         with serialization._open_zipfile_writer(
             cast(IO[bytes], kept)
-        ) as writer:  # given a path, its name would be part of the bytes
+        ) as writer:  # if it were given a path, the bytes would contain the name
             serialization._save(nested, _Records(writer, artifact, rows), pickle, serialization.DEFAULT_PROTOCOL, False)
     except RuntimeError:
         if kept.error is not None:
@@ -63,7 +63,7 @@ def _write_torch(artifact: Artifact, file: BinaryIO) -> None:
 
 
 class _KeptError(io.RawIOBase):
-    """A file that keeps its first failed write, because torch's writer does not report the reason."""
+    """A file that keeps its first write error, because torch's writer does not report the reason."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _KeptError(io.RawIOBase):
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write to the file, or nowhere after a failure: the writer closes its archive either way."""
+        """Write to the file, or nowhere after a failure, because the writer closes its archive either way."""
         if self.error is not None:
             return len(data)
         try:
@@ -89,7 +89,7 @@ class _Records:
         self._tensors = zip(rows, artifact.tensors(), strict=True)
 
     def write_record(self, name: str, data: object, size: int) -> None:
-        """Write a record of `size` bytes; storages, named `data/0`, `data/1`, ..., come in the order of the tensors."""
+        """Write a record of `size` bytes. Storages, named `data/0`, `data/1`, ..., are in the order of the tensors."""
         if name.startswith("data/"):
             row, (stored, tensor) = next(self._tensors)
             if (stored, tuple(tensor.shape), tensor.dtype) != (row.name, tuple(row.shape), DTYPES[row.dtype]):
@@ -106,7 +106,7 @@ def _storage(tensor: Tensor) -> UntypedStorage:
 
 
 def _write_safetensors(artifact: Artifact, file: BinaryIO) -> None:
-    """Write the header, known from `inspect` alone, then the data; wide types first, for readers that map files."""
+    """Write the header, which `inspect` knows, then the data; wide types first, for readers that map files."""
     rows = sorted(inspect(artifact), key=lambda row: -DTYPES[row.dtype].itemsize)
     header: dict[str, object] = {}
     places: dict[str, int] = {}

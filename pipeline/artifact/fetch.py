@@ -18,7 +18,7 @@ _POLL_SECONDS = 0.05
 
 
 class _StoppedError(Exception):
-    """The consumer has gone."""
+    """The consumer has stopped."""
 
 
 def fetch(

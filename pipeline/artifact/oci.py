@@ -1,15 +1,15 @@
-"""Versions in OCI registries, by the CNCF's ModelPack specification (github.com/modelpack/model-spec).
+"""Versions in OCI registries, as images of the CNCF's ModelPack specification (github.com/modelpack/model-spec).
 
-A version is one manifest; its layers are files as `pull` lays them out, byte by byte, so that registries keep each blob
-once and a mounted image is a pulled folder:
+A version is one manifest. Its layers are files as `pull` lays them out, byte for byte, so registries store each blob
+once, and a mounted image is a pulled folder:
 
     shard-00001-of-00002.safetensors    application/vnd.cncf.model.weight.v1.raw
     manifest.json, version.json         application/vnd.cncf.model.weight.config.v1.raw
     files/config.json, ...              the same; texts as application/vnd.cncf.model.doc.v1.raw
-    model.sig                           where the version has an OMS signature
+    model.sig                           if the version has an OMS signature
 
-The config says format, precision and quantisation. Labels are an annotation of the manifest. `OciStore` shows such a
-manifest as a store that holds the one version, to be read.
+The config states format, precision and quantisation. Labels are an annotation of the manifest. `OciStore` presents such
+a manifest as a read-only store with one version.
 """
 
 import json
@@ -46,7 +46,7 @@ SETTINGS_TYPE = "application/vnd.cncf.model.weight.config.v1.raw"
 DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 PATH_KEY = "org.cncf.model.filepath"
 TITLE_KEY = "org.opencontainers.image.title"
-"""Beside ModelPack's own: by this one ORAS names the files that it pulls."""
+"""Besides ModelPack's own annotation: ORAS names pulled files by this one."""
 LABELS_KEY = "org.birkhoff.labels"
 
 _MAX_LAYERS = 100_000
@@ -55,12 +55,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OciPushed:
-    """A version that lies in a registry now. `copied` counts blobs that the repository lacked."""
+    """A version that was pushed to a registry. `copied` counts blobs that the repository lacked."""
 
     model: str
     version: str
     digest: str
-    """Of the version."""
+    """Digest of the version."""
     to: str
     manifest: str
     """Digest of the registry's manifest, by which other tools name it."""
@@ -69,7 +69,7 @@ class OciPushed:
     copied_bytes: int
 
     def facts(self) -> dict[str, object]:
-        """Under the keys of `--json`."""
+        """Return the result under the keys of `--json`."""
         return {
             "model": self.model,
             "version": self.version,
@@ -90,11 +90,11 @@ def push_oci(
     allow_http: bool = False,
     report: Callable[[int], None] = lambda _: None,
 ) -> OciPushed:
-    """Bring a version into a registry: blobs that its repository lacks, the config, and last the manifest.
+    """Push a version to a registry: blobs that its repository lacks, the config, and the manifest last.
 
     Raises:
-        IntegrityError: a blob of the source is missing or damaged; nothing was named.
-        StoreError: the source or the registry failed.
+        IntegrityError: A blob of the source is missing or damaged; nothing was named.
+        StoreError: The source or the registry failed.
     """
     registry = Registry(reference, allow_http=allow_http)
     manifest, copied, copied_bytes = parcel.manifest, 0, 0
@@ -139,10 +139,11 @@ def push_oci(
 
 
 class OciStore(Store):
-    """The version of one manifest in a registry as a store that can be read; `reference` names it there."""
+    """The version of one manifest in a registry, as a read-only store; `reference` names it there."""
 
     def __init__(self, reference: OciReference, *, allow_http: bool = False) -> None:
-        """Raises StoreError, ObjectNotFoundError, and IntegrityError for a manifest that holds no version of ours."""
+        """Read the manifest. Raises StoreError, ObjectNotFoundError, and IntegrityError if it is not a version of
+        ours."""
         super().__init__(StoreAddress(url=reference.url))
         self._registry = Registry(reference, allow_http=allow_http)
         self.reference: str = ""
@@ -155,7 +156,7 @@ class OciStore(Store):
             raise
 
     def _open(self, body: bytes) -> dict[str, bytes | tuple[str, int]]:
-        """Return what is under each key: its bytes, or digest and size of a layer."""
+        """Return the content of each key: its bytes, or digest and size of a layer."""
         where = self.url
         try:
             whole = json.loads(body)
@@ -167,8 +168,8 @@ class OciStore(Store):
             signatures = noted_signatures(note)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(
-                f"{where}: holds no version of this program ({type(error).__name__}: {error}); expected an image "
-                "that a version was pushed as"
+                f"{where}: not a version of birkhoff ({type(error).__name__}: {error}); expected an image that "
+                "`birkhoff push` wrote"
             ) from None
         self.reference = f"{model}@{name}"
         record = NameRecord(digest=digest, created=str(note.get("created", _EPOCH.isoformat())), publisher="oci")
@@ -220,34 +221,34 @@ class OciStore(Store):
         return self._objects[key]
 
     def _refuse(self) -> NoReturn:
-        raise StoreDeniedError(f"{self.url}: a registry takes whole versions alone: push one")
+        raise StoreDeniedError(f"{self.url}: a registry accepts whole versions only; use `birkhoff push`")
 
     def put(self, key: str, body: bytes) -> str:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def create(self, key: str, body: bytes) -> str:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def replace(self, key: str, body: bytes, *, tag: str) -> str:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def touch(self, key: str) -> None:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def delete(self, key: str, *, permit: str | None = None) -> None:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def permit(self, now: datetime, *, witness: str) -> str:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def revoke(self, permit: str) -> datetime | None:  # noqa: ARG002
-        """Refuses."""
+        """Refuse."""
         self._refuse()
 
     def close(self) -> None:
@@ -261,7 +262,7 @@ def _paths(parcel: Parcel) -> Iterator[tuple[BlobRecord, str]]:
 
 
 def _documents(parcel: Parcel) -> Iterator[tuple[str, str, bytes]]:
-    """Yield (path, media type, bytes) of what a pulled folder has besides its blobs."""
+    """Yield (path, media type, bytes) of the documents in a pulled folder."""
     manifest = parcel.manifest
     signature = parcel.beside.get(OMS_FILE)
     found = Found(
@@ -285,7 +286,7 @@ def _media_type(record: BlobRecord) -> str:
 
 
 def _kept(registry: Registry, kind: str, body: bytes, annotations: dict[str, str] | None) -> dict[str, Any]:
-    """Return the descriptor of a document, which the repository has then."""
+    """Store a document in the repository unless it is there; return its descriptor."""
     digest = f"sha256:{sha256(body)}"
     if not registry.has_blob(digest, len(body)):
         registry.put_blob(digest, body)
@@ -306,7 +307,8 @@ def _descriptor(kind: str, digest: str, size: int, annotations: dict[str, str] |
 
 
 def _config(parcel: Parcel, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The model's config by ModelPack: what it is, and the digests of its layers, none of which is compressed again."""
+    """Return the model's config by ModelPack: facts of the model, and the digests of its layers, which are not
+    compressed."""
     manifest, labels = parcel.manifest, parcel.labels()
     licence = licence_of(labels)
     origin = (manifest.source.origin or ("",))[0]
@@ -330,7 +332,7 @@ def _config(parcel: Parcel, layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(layer: Any) -> tuple[str, int]:
-    """Digest and size of a layer. Raises ValueError, KeyError, TypeError."""
+    """Return digest and size of a layer. Raises ValueError, KeyError, TypeError."""
     digest, size = layer["digest"], layer["size"]
     if not isinstance(digest, str) or not digest.startswith("sha256:") or len(digest) != 71 or type(size) is not int:
         raise ValueError(f"layer {str(digest)[:80]!r} has no SHA-256 or size")

@@ -1,9 +1,9 @@
-"""A registry by the OCI distribution specification 1.1: blobs and manifests of one repository, over HTTP.
+"""A client of the OCI distribution specification 1.1: blobs and manifests of one repository, over HTTP.
 
-Credentials are those that `docker login`, `skopeo login` or `oras login` left: REGISTRY_AUTH_FILE, else config.json
-below DOCKER_CONFIG, else ~/.docker/config.json, or the helper that such a file names, as those of clouds do. TLS is
-checked as `requests` checks it (REQUESTS_CA_BUNDLE); plain http is for this machine, or allowed by name. An upload goes
-in pieces, each tried again from where the registry says it stands.
+Credentials come from `docker login`, `skopeo login` or `oras login`: REGISTRY_AUTH_FILE, else config.json in
+DOCKER_CONFIG, else ~/.docker/config.json, or the credential helper that such a file names. `requests` checks TLS
+(REQUESTS_CA_BUNDLE); plain http is for this machine, or must be allowed. An upload is sent in pieces; after a failure
+it continues from where the registry says it stands.
 """
 
 import base64
@@ -50,7 +50,7 @@ _PASSING = {408, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OciReference:
-    """A manifest in a registry: `oci://HOST[:PORT]/REPOSITORY[:TAG][@sha256:DIGEST]`; without either, tag `latest`."""
+    """A manifest in a registry: `oci://HOST[:PORT]/REPOSITORY[:TAG][@sha256:DIGEST]`; the default tag is `latest`."""
 
     host: str
     repository: str
@@ -59,7 +59,7 @@ class OciReference:
 
     @classmethod
     def parse(cls, text: str) -> "OciReference":
-        """Raises StoreError."""
+        """Parse a reference. Raises StoreError."""
         found = _REFERENCE.fullmatch(text)
         if found is None:
             raise StoreError(
@@ -71,20 +71,20 @@ class OciReference:
 
     @property
     def name(self) -> str:
-        """Tag or digest, by which the registry is asked."""
+        """Tag or digest to ask the registry for."""
         return self.digest or self.tag or "latest"
 
     @property
     def url(self) -> str:
-        """The reference in its normal form."""
+        """The reference in normal form."""
         tag, digest = (f":{self.tag}" if self.tag else ""), (f"@{self.digest}" if self.digest else "")
         return f"oci://{self.host}/{self.repository}{tag}{digest}"
 
 
 class Registry:
-    """One repository of a registry. May be shared by threads that only read.
+    """One repository of a registry. Threads that only read may share it.
 
-    Every method raises StoreUnreachableError, StoreDeniedError, and StoreError for another refusal.
+    Every method raises StoreUnreachableError, StoreDeniedError, and StoreError for other refusals.
     """
 
     def __init__(self, reference: OciReference, *, allow_http: bool = False) -> None:
@@ -100,7 +100,7 @@ class Registry:
         self._session.close()
 
     def manifest(self, name: str) -> tuple[bytes, str]:
-        """Body and digest of the manifest of a tag or digest. Raises ObjectNotFoundError, IntegrityError."""
+        """Return body and digest of the manifest with a tag or digest. Raises ObjectNotFoundError, IntegrityError."""
         response = self._ask("GET", f"manifests/{name}", headers={"Accept": MANIFEST_TYPE})
         self._expect(response, 200, f"manifest {name}")
         body = response.content
@@ -112,13 +112,13 @@ class Registry:
         return body, digest
 
     def put_manifest(self, name: str, body: bytes) -> str:
-        """Store a manifest under a tag or its digest; returns the digest."""
+        """Store a manifest under a tag or its digest; return the digest."""
         response = self._ask("PUT", f"manifests/{name}", data=body, headers={"Content-Type": MANIFEST_TYPE})
         self._expect(response, 201, f"manifest {name}")
         return f"sha256:{sha256(body)}"
 
     def has_blob(self, digest: str, nbytes: int) -> bool:
-        """Return whether the repository has a blob in this size."""
+        """Return whether the repository has a blob at this size."""
         response = self._ask("HEAD", f"blobs/{digest}")
         if response.status_code == 404:
             return False
@@ -136,12 +136,12 @@ class Registry:
             return b""
         self._expect(response, (200, 206), f"blob {digest}")
         body = response.content
-        if response.status_code == 200 and headers:  # a registry without ranges
+        if response.status_code == 200 and headers:  # the registry ignores ranges
             body = body[start:] if length is None else body[start : start + length]
         return body
 
     def put_blob(self, digest: str, body: bytes) -> None:
-        """Upload a blob in pieces; a piece that broke off goes on where the registry says it stands."""
+        """Upload a blob in pieces; a broken piece continues where the registry says it stands."""
         place, done = self._begin(digest), 0
         backoff = Backoff(_ATTEMPTS)
         while done < len(body):
@@ -157,7 +157,7 @@ class Registry:
                 if not backoff.again():
                     raise
                 response = self._ask("GET", place)
-                if response.status_code in (400, 404, 416):  # its answer was lost, and with it the upload's state
+                if response.status_code in (400, 404, 416):  # the answer was lost, and the upload's state with it
                     place, done = self._begin(digest), 0
                     continue
                 self._expect(response, (202, 204), f"upload of {digest}")
@@ -166,13 +166,13 @@ class Registry:
         self._expect(response, 201, f"blob {digest}")
 
     def _begin(self, digest: str) -> str:
-        """Return where a new upload goes."""
+        """Start an upload; return its URL."""
         response = self._ask("POST", "blobs/uploads/", headers={"Content-Length": "0"})
         self._expect(response, 202, f"upload of {digest}")
         return self._location(response)
 
     def _location(self, response: requests.Response) -> str:
-        """Return where an upload goes on; never at another host, which would get the credentials."""
+        """Return the URL at which an upload continues. Refuses another host, which would get the credentials."""
         place = urljoin(response.url, response.headers.get("Location", ""))
         here, there = urlsplit(response.url), urlsplit(place)
         if (here.scheme, here.netloc) != (there.scheme, there.netloc):
@@ -190,7 +190,8 @@ class Registry:
         tries: int = _ATTEMPTS,
         **more: Any,
     ) -> requests.Response:
-        """One answer; asked once more with credentials where the registry wants them, and again after what may pass."""
+        """Return the answer to a request, repeated with credentials if the registry asks, and after transient
+        errors."""
         backoff = Backoff(tries)
         while True:
             try:
@@ -213,14 +214,14 @@ class Registry:
         for _ in range(2):
             if self._token is not None:
                 headers["Authorization"] = self._token
-            # Registries send blobs from other hosts by redirects; `requests` drops the credentials on the way.
+            # Registries redirect blobs to other hosts; `requests` drops the credentials on the way.
             response = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **more)
             if response.status_code != 401 or not self._answer(response.headers.get("WWW-Authenticate", "")):
                 return response
         return response
 
     def _base(self) -> str:
-        """`https://HOST/v2/REPOSITORY`, by http for one on this machine that speaks no TLS."""
+        """Return `https://HOST/v2/REPOSITORY`, with http for a registry on this machine without TLS."""
         if len(self._schemes) > 1:
             try:
                 self._session.get(f"https://{self._reference.host}/v2/", timeout=_TIMEOUT)
@@ -230,7 +231,7 @@ class Registry:
         return f"{self._schemes[0]}://{self._reference.host}/v2/{self._reference.repository}"
 
     def _answer(self, challenge: str) -> bool:
-        """Answer a challenge, Basic or for a token; False if nothing is left to try."""
+        """Answer a challenge, Basic or for a token; return False if nothing is left to try."""
         scheme, _, rest = challenge.partition(" ")
         login, facts, before = self._login(), dict(_CHALLENGE.findall(rest)), self._token
         if scheme.lower() == "basic" and login.get("auth"):
@@ -240,7 +241,7 @@ class Registry:
         return self._token != before
 
     def _bearer(self, facts: Mapping[str, str], login: Mapping[str, str]) -> str | None:
-        """Return a token of the server that a challenge names: by a refresh token, by a password, or for anybody.
+        """Return a token of the server that a challenge names: by a refresh token, by a password, or anonymous.
 
         https://distribution.github.io/distribution/spec/auth/token/, and .../oauth/ for refresh tokens.
         """
@@ -258,12 +259,13 @@ class Registry:
             return f"Bearer {answer.get('token') or answer['access_token']}"
         except (ValueError, KeyError, AttributeError):
             raise StoreError(
-                f"{self._reference.url}: {urlsplit(facts['realm']).netloc} gives no token that can be read, though the "
-                "registry sends us there"
+                f"{self._reference.url}: {urlsplit(facts['realm']).netloc} gives no readable token, though the "
+                "registry refers to it"
             ) from None
 
     def _login(self) -> dict[str, str]:
-        """Return what a login left for the host: `auth`, user:password in base64, or `identitytoken` to refresh."""
+        """Return the credentials that a login stored for the host: `auth`, user:password in base64, or
+        `identitytoken` to refresh."""
         folder, host = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"), self._reference.host
         for path in (os.environ.get("REGISTRY_AUTH_FILE") or "", folder / "config.json"):
             try:
@@ -293,15 +295,15 @@ class Registry:
 
 
 def _stands(response: requests.Response) -> int:
-    """Return bytes of an upload that the registry has: its Range is of the first and the last of them."""
+    """Return the number of bytes of an upload that the registry has, from its Range."""
     found = re.fullmatch(r"(?:bytes=)?0-([0-9]+)", response.headers.get("Range", ""))
     return int(found[1]) + 1 if found and found[1] != "0" else 0
 
 
 def _ask_helper(helper: str, host: str) -> dict[str, str]:
-    """What a credential helper of Docker's keeps for a host, in `_login`'s form; nothing where it has none.
+    """Return a host's credentials from a Docker credential helper, in the form of `_login`; empty if it has none.
 
-    https://github.com/docker/docker-credential-helpers: `docker-credential-NAME get`, the host on its standard input.
+    https://github.com/docker/docker-credential-helpers: `docker-credential-NAME get`, with the host on standard input.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", helper):
         return {}

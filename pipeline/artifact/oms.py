@@ -1,10 +1,10 @@
-"""OpenSSF Model Signing bundles (OMS 1.0) of folders, by the `model-signing` package.
+"""OpenSSF Model Signing bundles (OMS 1.0) of folders, with the `model-signing` package.
 
 A bundle is a Sigstore bundle around a DSSE envelope around an in-toto statement that names every file of the folder
 with its SHA-256. `model_signing verify key` or `verify certificate` checks it without this package. In a pulled folder
-the bundle is `model.sig`. `version.json`, which says how the folder was pulled, is not signed: it holds no weights.
+the bundle is `model.sig`. `version.json`, which records how the folder was pulled, is not signed and has no weights.
 
-A version carries one bundle, of the folder that `pull` makes of it, as `oms.json` beside its manifest.
+A version has one bundle, of the folder that `pull` makes from it, as `oms.json` beside its manifest.
 """
 
 import logging
@@ -31,10 +31,10 @@ OMS_FILE = "oms.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmsKey:
-    """What signs, or what is trusted: an elliptic-curve key (P-256, P-384 or P-521) in PEM form, or certificates.
+    """A signing key, or what is trusted: an elliptic-curve key (P-256, P-384 or P-521) in PEM form, or certificates.
 
-    To sign: `key` private, with a `certificate` of it and the `chain` up to the root where readers trust certificates.
-    To verify: `key` public, or the `chain` of trusted roots alone.
+    To sign: the private `key`, and for readers who trust certificates its `certificate` and the `chain` to the root. To
+    verify: the public `key`, or the `chain` of trusted roots.
     """
 
     key: Path | None = None
@@ -43,11 +43,11 @@ class OmsKey:
 
 
 def sign_folder(folder: Path, signer: OmsKey) -> Path:
-    """Sign every file of a folder but `version.json`; returns the bundle's path, FOLDER/model.sig.
+    """Sign every file of a folder except `version.json`; return the bundle's path, FOLDER/model.sig.
 
     Raises:
-        TrustError: the key cannot be used, or model-signing is not installed.
-        ArtifactNotFoundError: no such folder.
+        TrustError: The key cannot be used, or model-signing is not installed.
+        ArtifactNotFoundError: There is no such folder.
     """
     _check_folder(folder)
     signing, hashing = _package("signing"), _package("hashing")
@@ -64,7 +64,7 @@ def sign_folder(folder: Path, signer: OmsKey) -> Path:
                 private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
             )
         config.sign(folder, target)
-    # The package lets its libraries' errors through: of keys, certificates, files, JSON and base64.
+    # Errors of many libraries: keys, certificates, files, JSON, base64.
     except Exception as error:
         log.debug("%s", error, exc_info=True)
         raise TrustError(
@@ -77,17 +77,17 @@ def sign_folder(folder: Path, signer: OmsKey) -> Path:
 def verify_folder(
     folder: Path, trusted: OmsKey, *, signature: Path | None = None, ignored: Sequence[Path] = ()
 ) -> None:
-    """Check that a folder holds exactly the files of its bundle, and that a trusted key or root signed them.
+    """Check that a folder has exactly the files of its bundle, and that a trusted key or root signed them.
 
     Args:
-        folder: a pulled folder, or any model's.
-        trusted: see `OmsKey`.
-        signature: the bundle. Default: FOLDER/model.sig.
-        ignored: paths that need not be signed; those that the bundle leaves out are ignored besides.
+        folder: A pulled folder, or any model's.
+        trusted: See `OmsKey`.
+        signature: The bundle. Default: FOLDER/model.sig.
+        ignored: Paths that may be unsigned, in addition to those that the bundle leaves out.
 
     Raises:
-        TrustError: not so: a file that differs, is missing or was added, or another signer.
-        ArtifactNotFoundError: no such folder, or it has no bundle.
+        TrustError: A file differs, is missing or was added, or another signer signed.
+        ArtifactNotFoundError: There is no such folder, or it has no bundle.
     """
     _check_folder(folder)
     path = signature or folder / SIGNATURE_FILE
@@ -109,7 +109,7 @@ def verify_folder(
 
 
 def attach(store: Store, model: str, digest: str, bundle: bytes) -> None:
-    """Store the bundle of a version, over one that it has. Raises StoreError."""
+    """Store the bundle of a version, replacing an older one. Raises StoreError."""
     store.put(oms_key(model, digest), bundle)
 
 
@@ -124,9 +124,9 @@ def attached(store: Store, model: str, digest: str) -> bytes | None:
 
 
 def remembered(found: Found, store: Store | None, cache: BlobCache) -> bytes | None:
-    """The bundle of a version that is pulled: the store's, else, without one, what its last pull here brought.
+    """Return the bundle of a version to pull: the store's or, without a store, the one of its last pull here.
 
-    Raises as `attached`.
+    Raises what `attached` raises.
     """
     note = f"oms {found.model}@{found.digest}"
     if store is None:
@@ -138,7 +138,7 @@ def remembered(found: Found, store: Store | None, cache: BlobCache) -> bytes | N
 
 
 def oms_key(model: str, digest: str) -> str:
-    """Key of a version's bundle."""
+    """Return the key of a version's bundle."""
     return version_key(model, digest).removesuffix(MANIFEST_FILE) + OMS_FILE
 
 

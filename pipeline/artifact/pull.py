@@ -1,17 +1,17 @@
-"""Pull a version into a folder: fetch missing blobs into the cache, then link the folder to it.
+"""Pull a version into a folder: fetch missing blobs into the cache, then link the folder's files to it.
 
-    FOLDER/shard-00001-of-00099.safetensors   the shards, byte by byte as stored
-    FOLDER/base-00001-of-00099.safetensors    containers of its base, where its tensors are differences to such
-    FOLDER/files/config.json                  small files that go with the weights, where the version has any
-    FOLDER/version.json                       model, name and digest, the signatures that were asked for, and `files`,
-                                              the names that `pull` has put here
-    FOLDER/model.sig                          the version's OMS signature, where it has one
+    FOLDER/shard-00001-of-00099.safetensors   the shards, byte for byte as stored
+    FOLDER/base-00001-of-00099.safetensors    containers of its base, if its tensors are differences
+    FOLDER/files/config.json                  small files that go with the weights, if the version has any
+    FOLDER/version.json                       model, name and digest, the signatures that were required, and `files`,
+                                              the names that `pull` has written here
+    FOLDER/model.sig                          the version's OMS signature, if it has one
     FOLDER/manifest.json                      last: a folder with a manifest is whole
 
-A later pull into the folder removes what `files` names and the new version lacks, and nothing else; a folder with
+A later pull into the folder removes files that `files` names and the new version lacks, and nothing else. A folder with
 symbolic links in it is refused, so that nothing outside is ever written or removed.
 
-Imports no torch: the command is done before that would be loaded.
+Imports no torch, which would take longer than the command.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ _OWN = re.compile(
 """Names that `pull` gives to files."""
 
 ROUNDS = 5
-"""Times that a blob is brought into the cache, should another process remove it before it is used."""
+"""Attempts to use a blob of the cache, if another process removes it before it is used."""
 
 
 BlobId = tuple[str, str, int]
 
 
 def blob_id(record: BlobRecord) -> BlobId:
-    """What tells the records of a version apart: the name or key, and the blob."""
+    """Return what distinguishes the records of a version: name or key, and blob."""
     name = record.name if isinstance(record, FileRecord) else record.key if isinstance(record, ShardRecord) else ""
     return (name, record.blob, record.bytes)
 
 
 def blob_files(manifest: VersionManifest) -> dict[BlobId, str]:
-    """Path of each blob's file in a pulled folder: of a shard, of a base, of a file that goes with the weights."""
+    """Return the path of each blob's file in a pulled folder: shards, base containers, sidecar files."""
     files: dict[BlobId, str] = {}
     for number, shard in enumerate(manifest.shards, 1):
         files.setdefault(blob_id(shard), f"shard-{number:05}-of-{len(manifest.shards):05}.safetensors")
@@ -70,7 +70,7 @@ def blob_files(manifest: VersionManifest) -> dict[BlobId, str]:
 
 
 def blobs_of(manifest: VersionManifest) -> list[Blob]:
-    """Everything that a version refers to."""
+    """Return all blobs that a version refers to."""
     return [Blob(digest=record.blob, size=record.bytes) for record in manifest.stored]
 
 
@@ -83,23 +83,23 @@ def pull(
     signature: bytes | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Bring a version into a folder, every digest checked; returns the bytes fetched from the store.
+    """Pull a version into a folder with every digest checked; return the bytes fetched from the store.
 
-    What the folder or the cache holds is taken from there once its bytes were hashed.
+    Files and blobs that folder or cache have are used after hashing them.
 
     Args:
-        found: the version.
-        store: where it is; None to do without: then the cache must hold it.
-        folder: new, empty, or of an earlier pull.
-        cache: where what is missing goes, and what the folder's files are links to.
-        signature: the version's OMS signature, which becomes `model.sig`.
-        report: told of bytes as they are there.
+        found: The version.
+        store: The store to fetch from; None to use the cache only.
+        folder: A new or empty folder, or one of an earlier pull.
+        cache: Receives missing blobs; the folder's files are links to it.
+        signature: The version's OMS signature, for `model.sig`.
+        report: Called with numbers of bytes as they arrive.
 
     Raises:
-        ArtifactNotFoundError: without a store, the cache lacks a blob.
-        IntegrityError: a stored blob does not match its digest.
-        OutputError: folder or cache cannot be written, or the folder holds links, or was not made by `pull`.
-        StoreError: the store failed.
+        ArtifactNotFoundError: Without a store, the cache lacks a blob.
+        IntegrityError: A stored blob does not match its digest.
+        OutputError: Folder or cache cannot be written, or the folder has links or was not made by `pull`.
+        StoreError: The store failed.
     """
     manifest = found.manifest
     _claim(folder)
@@ -107,7 +107,8 @@ def pull(
     names = {files[blob_id(record)]: record for record in manifest.stored}
     own = [*names, *([] if signature is None else [SIGNATURE_FILE])]
     before = _recorded(folder) - set(own)
-    # Until the folder is whole both lists stand there: a pull that is killed leaves nothing that no later one removes.
+    # Until the folder is whole, both versions' names are recorded, so that a later pull can remove what a killed one
+    # left.
     atomic_write(folder / VERSION_FILE, _note(found, [*own, *before]))
     _clear(folder, before)
     kept = _intact(folder, names.items())
@@ -129,7 +130,7 @@ def _fill(
     cache: BlobCache,
     report: Callable[[int], None],
 ) -> int:
-    """Bring files into the folder; returns the bytes fetched. What leaves the cache meanwhile is fetched once more."""
+    """Fill the folder; return the bytes fetched. Blobs that leave the cache meanwhile are fetched again."""
     fetched = 0
     for _ in range(ROUNDS):
         wanted = {record.blob for record in missing.values()}
@@ -145,10 +146,10 @@ def _fill(
 
 
 def _placed(source: Path, target: Path, record: BlobRecord) -> bool:
-    """Put a file of the cache into a folder; False where it left the cache meanwhile. Raises OutputError."""
+    """Put a file of the cache into a folder; return False if it has left the cache. Raises OutputError."""
     try:
         target.parent.mkdir(exist_ok=True)
-        if isinstance(record, FileRecord):  # small, and people edit them: not one file in several folders
+        if isinstance(record, FileRecord):  # small, and people edit it, so it must not be shared between folders
             with atomic_file(target) as file:
                 file.write(source.read_bytes())
         else:
@@ -169,7 +170,7 @@ def bring(
     only: set[str],
     report: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Have the blobs of `only` in the cache, each hashed; returns the bytes fetched. Raises as `pull`."""
+    """Fetch the blobs of `only` into the cache, each hashed; return the bytes fetched. Raises as `pull`."""
     wanted = [blob for blob in blobs if blob.digest in only]
     whole = cache.whole((blob.digest, blob.size) for blob in wanted)
     missing = [blob for blob in wanted if blob.digest not in whole]
@@ -186,7 +187,8 @@ def bring(
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or find it empty or left by an earlier `pull`. Raises OutputError, also for links in it."""
+    """Create the folder, or check that it is empty or from an earlier `pull`. Raises OutputError, also for links in
+    it."""
     files = folder / FILES_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def _claim(folder: Path) -> None:
         raise OutputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
     link = next((path for path in [*entries, *inside] if path.is_symlink()), None)
     if link is not None:
-        raise OutputError(f"{link} is a symbolic link, which `pull` follows nowhere; remove it, or name a new folder")
+        raise OutputError(f"{link} is a symbolic link, which `pull` never follows; remove it, or name a new folder")
     held = [path.name for path in entries if not path.name.startswith(".part-")]
     if held and not (folder / VERSION_FILE).is_file():
         raise OutputError(f"{folder} holds {held[0]} and was not made by `pull`; name an empty or new folder")
@@ -207,9 +209,9 @@ def _note(found: Found, files: list[str]) -> bytes:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """Files that an earlier pull says it has put here, so far as a pull names files so.
+    """Return the files that an earlier pull recorded, if they have names that `pull` gives.
 
-    Of a folder from before `files` was kept, those that its manifest names.
+    For a folder older than the record, return those that its manifest names.
     """
     names: object = None
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -229,7 +231,7 @@ def _small(path: Path) -> bytes:
 
 
 def _clear(folder: Path, gone: Iterable[str]) -> None:
-    """Remove the manifest, and what an earlier version left. Raises OutputError."""
+    """Remove the manifest, and files of an earlier version. Raises OutputError."""
     files = folder / FILES_FOLDER
     try:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -242,7 +244,7 @@ def _clear(folder: Path, gone: Iterable[str]) -> None:
 
 
 def _intact(folder: Path, files: Iterable[tuple[str, BlobRecord]]) -> set[str]:
-    """Names of those files that are there, whole."""
+    """Return the names of those files that exist undamaged."""
 
     def check(item: tuple[str, BlobRecord]) -> str | None:
         name, record = item

@@ -1,7 +1,7 @@
 """Read published artifacts: for verify, inspect, dense tensors, and loading into a model.
 
-Three places hold an artifact: a store, the local cache in front of one, and a folder that `pull` wrote. All hand out
-shards whose digest was checked after the last copy.
+An artifact is in a store, in the local cache in front of one, or in a pulled folder. All three return shards whose
+digest was checked after the last copy.
 """
 
 import contextlib
@@ -44,32 +44,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADER_GUESS = 256 << 10
-"""Bytes of a container read at first to see its header."""
+"""Bytes that are read first from a container, usually enough for its header."""
 
 _HEADERS_AHEAD = 8
-"""Headers read beside each other."""
+"""Headers read ahead."""
 
 _BASES_HELD = 8
-"""Containers of a base that stay in memory: mostly one shard after the other is a difference to each."""
+"""Base containers kept in memory: consecutive shards are usually differences to the same one."""
 
 
 class Artifact(ABC):
-    """One version, wherever it lies."""
+    """One version, from any of these places."""
 
     manifest: VersionManifest
     label: str
-    """For messages: `demo-sam@v3`, or the folder."""
+    """`demo-sam@v3`, or the folder, for messages."""
 
     @abstractmethod
     def read_blob(self, record: BlobRecord) -> bytes:
-        """The stored bytes of a blob, unchecked."""
+        """Return the stored bytes of a blob, not checked."""
 
     @abstractmethod
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
-        """The first `size` bytes of a shard, or fewer where it is shorter."""
+        """Return the first `size` bytes of a shard, or fewer if it is shorter."""
 
     def blob(self, record: BlobRecord) -> bytes:
-        """The bytes of a blob, checked against its digest. Raises IntegrityError naming the blob."""
+        """Return the bytes of a blob, checked against its digest. Raises IntegrityError with the blob's name."""
         body = self.read_blob(record)
         if sha256(body) != record.blob:
             raise IntegrityError(
@@ -80,24 +80,24 @@ class Artifact(ABC):
 
     @property
     def fetched(self) -> int:
-        """Bytes of its blobs that came from a store so far; 0 for a copy on this machine."""
+        """Bytes of its blobs fetched from a store so far; 0 for a copy on this machine."""
         return 0
 
     def labels(self) -> dict[str, str]:
-        """What the store says of it now; nothing for a copy, which has only what the version itself is."""
+        """Return the labels that the store has now; none for a local copy."""
         return {}
 
     def file(self, name: str) -> bytes | None:
-        """One of the files that go with the weights, its digest checked; None where there is none of that name."""
+        """Return a file that goes with the weights, its digest checked; None if there is none of that name."""
         record = next((record for record in self.manifest.files or () if record.name == name), None)
         return None if record is None else self.blob(record)
 
     def arriving(self) -> Iterator[ShardRecord]:
-        """All shards, each once, as soon as its bytes can be read without waiting; in whatever order that is."""
+        """Yield every shard once, as soon as its bytes can be read without waiting, in any order."""
         yield from self.manifest.shards
 
     def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
-        """The stored tensors of a shard. May be called from any thread. Raises IntegrityError naming the blob."""
+        """Return the stored tensors of a shard. Thread-safe. Raises IntegrityError with the blob's name."""
         try:
             found = with_bases(parse(self.blob(shard)), partial(self._tensors_of, shard))
             dense = sum(coded.weights * width_of_code(coded.dtype) for coded in found)
@@ -111,7 +111,7 @@ class Artifact(ABC):
         return found
 
     def _tensors_of(self, shard: ShardRecord, digest: str) -> dict[str, CodedTensor]:
-        """The tensors of a container that a shard's are differences to, by name. Raises IntegrityError naming it."""
+        """Return the tensors of a shard's base container, by name. Raises IntegrityError with the container's name."""
         base = next((base for base in shard.bases or () if base.blob == digest), None)
         if base is None:
             raise IntegrityError(
@@ -139,20 +139,20 @@ class Artifact(ABC):
         return _Recent()
 
     def coded(self) -> Iterator[CodedTensor]:
-        """Every stored tensor in the checkpoint's order, one shard in memory at a time. Raises as `coded_of`."""
+        """Yield every stored tensor in the checkpoint's order, one shard in memory at a time. Raises as `coded_of`."""
         for shard in self.manifest.shards:
             yield from self.coded_of(shard)
 
     def tensors(self) -> "Iterator[tuple[str, Tensor]]":
-        """(name, dense CPU tensor) in the checkpoint's order. Raises IntegrityError, FormatError."""
-        from birkhoff.codec.tensor import decode_tensor  # what reads headers alone does without torch
+        """Yield (name, dense CPU tensor) in the checkpoint's order. Raises IntegrityError, FormatError."""
+        from birkhoff.codec.tensor import decode_tensor  # reading headers must not import torch
 
         for coded in self.coded():
             yield coded.name, decode_tensor(coded)
 
 
 class _Recent:
-    """The containers of a base that were asked for last, for several threads."""
+    """The base containers used last; thread-safe."""
 
     def __init__(self) -> None:
         self._held: dict[str, dict[str, CodedTensor]] = {}
@@ -175,21 +175,21 @@ class StoredArtifact(Artifact):
     def __init__(self, store: Store, version: Version) -> None:
         self._store = store
         self.version = version
-        self._reads: list[int] = []  # appended to by threads
+        self._reads: list[int] = []  # threads append to it
         self.manifest: VersionManifest = version.manifest
         self.label: str = f"{version.model}@{version.name or version.digest[:12]}"
 
     @property
     def fetched(self) -> int:
-        """Bytes of its blobs that came from the store so far."""
+        """Bytes of its blobs fetched from the store so far."""
         return sum(self._reads)
 
     def labels(self) -> dict[str, str]:
-        """The labels of the version."""
+        """Return the labels of the version."""
         return read_labels(self._store, self.version.model, self.version.digest)
 
     def read_blob(self, record: BlobRecord) -> bytes:
-        """Fetch a blob's bytes, and of a longer object one byte more: its digest is then another."""
+        """Fetch a blob's bytes, and one byte more of a longer object, so that its digest differs."""
         return self._get(record, record.bytes + 1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
@@ -206,7 +206,7 @@ class StoredArtifact(Artifact):
 
 
 class CachedArtifact(Artifact):
-    """A version read through the local cache: what is missing there is fetched from the store, if there is one."""
+    """A version read through the local cache; missing blobs are fetched from the store, if there is one."""
 
     def __init__(self, found: Found, store: Store | None, cache: BlobCache) -> None:
         self._found, self._store, self._cache = found, store, cache
@@ -214,7 +214,7 @@ class CachedArtifact(Artifact):
         self.label: str = found.label
 
     def arriving(self) -> Iterator[ShardRecord]:
-        """All shards, those in the cache first, the others as they come."""
+        """Yield all shards, cached ones first, the others as they arrive."""
         if self._store is None:
             yield from self.manifest.shards
             return
@@ -227,7 +227,7 @@ class CachedArtifact(Artifact):
             left = [shard for shard in left if not here.issuperset(shard.needs)]
 
     def blob(self, record: BlobRecord) -> bytes:
-        """The bytes of a blob, checked; a damaged or missing file of the cache is fetched anew."""
+        """Return the bytes of a blob, checked; a damaged or missing file of the cache is fetched again."""
         blob = Blob(digest=record.blob, size=record.bytes)
         for _ in range(ROUNDS):
             if (body := self._cache.read(record.blob)) is not None:
@@ -240,7 +240,7 @@ class CachedArtifact(Artifact):
         return self._read(record, -1)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
-        """Read the start of a shard's file in the cache, which is fetched if it is not there."""
+        """Read the start of a shard's file in the cache, fetching it if needed."""
         if self._cache.find(shard.blob, shard.bytes) is None:
             return self.blob(shard)[:size]
         return self._read(shard, size)
@@ -258,7 +258,7 @@ class PulledArtifact(Artifact):
     """A version in a folder that `pull` wrote."""
 
     def __init__(self, folder: Path, trust: Trust = ANY) -> None:
-        """Raises IntegrityError, and TrustError if the folder is not signed as `trust` demands."""
+        """Read the folder. Raises IntegrityError, and TrustError if it is not signed as `trust` requires."""
         self._folder = folder
         self.label: str = str(folder)
         manifest, version = (
@@ -303,15 +303,14 @@ def open_artifact(
     offline: bool = False,
     trust: Trust = ANY,
 ) -> Iterator[Artifact]:
-    """The artifact at a folder of `pull`, or at `MODEL[@REF]` in a store (`BIRKHOFF_STORE`, else embedded).
+    """Open the artifact in a pulled folder, or at `MODEL[@REF]` in a store (`BIRKHOFF_STORE`, else embedded).
 
-    Where no store is named, a folder of that name wins over a model. A store that was given is left open. With
-    `cached`, blobs of a store are read through the local cache; with `offline` besides, the store is not asked for
-    anything.
+    Unless a store is named, a folder of that name takes precedence over a model. A given store is left open. With
+    `cached`, blobs are read through the local cache; with `offline` too, the store is not used.
 
     Raises:
-        ArtifactNotFoundError, IntegrityError, StoreError.
-        TrustError: it is not what `trust` demands.
+        ArtifactNotFoundError, IntegrityError, StoreError: It cannot be found or read.
+        TrustError: It does not meet the demands of `trust`.
     """
     folder = folder_meant(reference, store)
     if folder is not None and (folder / MANIFEST_FILE).is_file():
@@ -320,7 +319,7 @@ def open_artifact(
     if folder is not None and (isinstance(reference, os.PathLike) or folder.is_dir()):
         raise ArtifactNotFoundError(_no_folder(folder))
     reference = str(reference)
-    if "/" in reference.partition("@")[0] or reference.startswith((".", "~")):  # no model is called so
+    if "/" in reference.partition("@")[0] or reference.startswith((".", "~")):  # not a valid name of a model
         raise ArtifactNotFoundError(_no_folder(Path(reference)))
     if offline:
         cache = BlobCache()
@@ -342,9 +341,9 @@ def open_artifact(
 
 
 def folder_meant(reference: str | os.PathLike[str], store: str | Store | None) -> Path | None:
-    """The folder that a reference may mean; None where it can name a model of a store that was named.
+    """Return the folder that a reference may name; None if a store was named and the reference can be its model.
 
-    Else a folder that somebody put into the working directory would stand for the store's model.
+    Otherwise somebody could put a folder into the working directory to replace the store's model.
     """
     model, at, ref = str(reference).partition("@")
     named = NAME_PATTERN.fullmatch(model) and (not at or NAME_PATTERN.fullmatch(ref))
@@ -353,7 +352,7 @@ def folder_meant(reference: str | os.PathLike[str], store: str | Store | None) -
 
 @contextlib.contextmanager
 def _nor_a_folder(reference: str) -> Iterator[None]:
-    """Says of a model that is not there that it is no folder either, where it might have been meant as one."""
+    """Add to the error of a missing model that there is no such folder either, if one might have been meant."""
     try:
         yield
     except ArtifactNotFoundError as error:
@@ -367,13 +366,13 @@ def _nor_a_folder(reference: str) -> Iterator[None]:
 def _no_folder(folder: Path) -> str:
     if folder.is_dir():
         return f"{folder} holds no {MANIFEST_FILE}: not a folder of `birkhoff pull`; pull into it, or name MODEL[@REF]"
-    what = "is no folder" if folder.exists() else "no such folder"
+    what = "not a folder" if folder.exists() else "no such folder"
     return f"{folder}: {what}; name one that `birkhoff pull` wrote, or a model: MODEL[@REF]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
-    """A stored tensor, as `inspect` shows it. `bits_per_weight` counts its streams, not its entry in the header."""
+    """A stored tensor as `inspect` shows it. `bits_per_weight` counts its streams, not its header entry."""
 
     name: str
     shape: tuple[int, ...]
@@ -383,22 +382,22 @@ class TensorRow:
     sqnr_db: float | None
     max_abs_error: float
     target_db: float | None = None
-    """The SQNR it was coded for; of a `nominal` one, the SQNR that its step would have if each weight were rounded."""
+    """The SQNR it was coded for. For a `nominal` one, the SQNR that its step would give with plain rounding."""
     nominal: bool = False
-    """Whether no SQNR was promised: its step follows from what the model's outputs feel of it."""
+    """Whether no SQNR was promised, because its step follows from the sensitivity of the model's outputs."""
     reason: str | None = None
-    """Why it is lossless although it was to be coded: a key of `codec.profiles.FALLBACKS`."""
+    """Why it is lossless although it should be coded: a key of `codec.profiles.FALLBACKS`."""
     why: str = ""
-    """What made it lossless, or gave it a target of its own; empty where it was coded as the profile says."""
+    """Why it is lossless or has its own target; empty if it was coded as the profile says."""
 
     @property
     def lossless(self) -> bool:
-        """Whether it decodes to the very bits of the original."""
+        """Whether it decodes to the original bit for bit."""
         return self.action in LOSSLESS_CODECS
 
 
 def inspect(artifact: Artifact) -> Iterator[TensorRow]:
-    """All tensors of an artifact in the checkpoint's order, from the headers of its shards alone.
+    """Yield all tensors of an artifact in the checkpoint's order, from the headers of its shards alone.
 
     A few headers are in memory at a time, however many tensors there are. Raises FormatError, StoreError.
     """
@@ -407,7 +406,7 @@ def inspect(artifact: Artifact) -> Iterator[TensorRow]:
 
 
 def heads(artifact: Artifact) -> Iterator[Head]:
-    """What the containers of an artifact say before their streams, in the order of its shards. Raises as `inspect`."""
+    """Yield the headers of an artifact's containers, in the order of its shards. Raises as `inspect`."""
     with ThreadPoolExecutor(_HEADERS_AHEAD, thread_name_prefix="inspect") as pool:
         waiting: deque[Future[bytes]] = deque()
         left = iter(artifact.manifest.shards)
@@ -422,16 +421,16 @@ def heads(artifact: Artifact) -> Iterator[Head]:
 
 
 def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:
-    """The tensors of one shard, in its order, from its header alone."""
+    """Return the tensors of one shard, in order, from its header alone."""
     return _rows(artifact, parse_head(_read_header(artifact, shard)))
 
 
 def _read_header(artifact: Artifact, shard: ShardRecord) -> bytes:
     head = artifact.read_head(shard, _HEADER_GUESS)
-    while len(head) < (size := head_size(head)):  # which version 2 says in two steps
+    while len(head) < (size := head_size(head)):  # version 2 states its size in two steps
         longer = artifact.read_head(shard, size)
         if len(longer) <= len(head):
-            break  # a shard that is shorter than it says, which `parse_head` refuses
+            break  # the shard is shorter than it claims, which `parse_head` refuses
         head = longer
     return head
 
@@ -444,13 +443,13 @@ def _rows(artifact: Artifact, head: Head) -> list[TensorRow]:
 
 
 def _row(entry: Entry, size: int, decision: Decision) -> TensorRow:
-    """What an entry of so many bytes and the decision on its tensor come to."""
+    """Return the row of an entry with `size` stored bytes and its tensor's decision."""
     claims, target, why = entry.claims, entry.claims.target_db, ""
     if any(math.isnan(claim or 0) for claim in (claims.sqnr_db, claims.max_abs, target)):
-        raise FormatError(f"tensor {entry.name!r}: a claim of its entry is no number")
+        raise FormatError(f"tensor {entry.name!r}: a claim of its entry is not a number")
     if not entry.lossless:
         target = decision.target_db if target is None else target
-        why = "as the outputs feel it" if decision.nominal else "" if decision.override is None else "by override"
+        why = "by output sensitivity" if decision.nominal else "" if decision.override is None else "by override"
     elif claims.reason is not None:
         why = FALLBACKS.get(claims.reason, claims.reason)
     elif decision.action == "lossless":
@@ -471,5 +470,5 @@ def _row(entry: Entry, size: int, decision: Decision) -> TensorRow:
 
 
 def row_json(row: TensorRow) -> dict[str, object]:
-    """A row as `--json` prints it."""
+    """Return a row as `--json` prints it."""
     return asdict(row)

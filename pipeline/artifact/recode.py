@@ -1,7 +1,7 @@
 """Recode a stored version in the current container format, from its own bytes: no source, no new quantisation.
 
-Each container is rewritten tensor by tensor and read back: every coordinate and every bit must be what the old one
-holds. The recoded version has records of its own, and is published by the ordinary protocol.
+Each container is rewritten tensor by tensor and read back, and every coordinate and bit must equal the old one's. The
+recoded version gets new records, and is published by the ordinary protocol.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from birkhoff.pipeline.store.base import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recoded:
-    """A version before and after: the same one if there was nothing to do."""
+    """A version before and after; the same one if there was nothing to do."""
 
     before: Version
     after: Version
     shards: int
-    """How many containers were rewritten."""
+    """Number of rewritten containers."""
 
     def facts(self) -> dict[str, object]:
         """Return the result under the keys of `--json`."""
@@ -59,17 +59,17 @@ def recode_version(
     """Publish a version in the current container format, with the labels of its original.
 
     Args:
-        store: where the version is, and where it goes.
+        store: The store of the version.
         reference: MODEL[@REF].
-        make_latest: do it for an older version than `latest` too, which then points at the recoded one.
-        single_publisher: as `publish`.
-        signer: as `publish`.
+        make_latest: Allow a version older than `latest`; `latest` then points at the recoded one.
+        single_publisher: As `publish`.
+        signer: As `publish`.
 
     Raises:
-        ArtifactNotFoundError: no such version.
-        PreconditionError: it is not the newest one, and `make_latest` is not set.
-        IntegrityError: a blob is damaged, or does not come back as it was.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such version.
+        PreconditionError: It is not the newest one, and `make_latest` is off.
+        IntegrityError: A blob is damaged, or differs after recoding.
+        StoreError: The store failed.
     """
     with open_run(store) as run:
         before = resolve(store, reference)
@@ -77,7 +77,7 @@ def recode_version(
         if newest is not None and newest.digest != before.digest and not make_latest:
             raise PreconditionError(
                 f"{reference} is not the newest version of {before.model}, which is {newest.name}: publishing it again "
-                "would make it `latest`; recode that one, or say --make-latest"
+                "would make it `latest`; recode that one, or use --make-latest"
             )
         artifact = StoredArtifact(store, before)
         shards = []
@@ -105,8 +105,8 @@ def _recode_shard(store: Store, artifact: StoredArtifact, record: ShardRecord) -
     except FormatError as error:
         raise IntegrityError(f"{artifact.label}: blob {record.blob} cannot be recoded: {error}") from None
     if not same:
-        raise IntegrityError(f"{artifact.label}: blob {record.blob} came back otherwise: report this as a bug")
-    # Of no source that an encoder could come with: a shard that is made from one has another key.
+        raise IntegrityError(f"{artifact.label}: blob {record.blob} differs after recoding: report this as a bug")
+    # Not a key that an encoder could compute from a source: such a shard has another key.
     key = hashlib.sha256(json.dumps(["recoded", FORMAT_VERSION, record.key]).encode()).hexdigest()
     recoded = record.model_copy(update={"key": key, "blob": sha256(blob), "bytes": len(blob)})
     keep_shard(store, blob, recoded)

@@ -1,4 +1,4 @@
-"""Resolve references: to a version in a store or, offline, to the one that was last pulled.
+"""Resolve references to a version in a store or, offline, to the one that was pulled last.
 
 MODEL, MODEL@latest, MODEL@v3, MODEL@<digest>
 """
@@ -19,33 +19,33 @@ from birkhoff.pipeline.store.default import default_store_url
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A version that a reference led to. `name` such as v3; None if it was asked for by digest and has none."""
+    """A version that a reference resolved to. `name` is such as v3; None if it was found by digest and has none."""
 
     model: str
     name: str | None
     digest: str
     manifest: VersionManifest
     signatures: tuple[VersionSignatures, ...] = ()
-    """Those that were asked for."""
+    """The signatures that were required."""
 
     @property
     def label(self) -> str:
-        """The reference for messages: `demo-sam@v3`."""
+        """The reference, for messages: `demo-sam@v3`."""
         return f"{self.model}@{self.name or self.digest[:12]}"
 
     def pointer(self) -> dict[str, str | None]:
-        """Model, name and digest, as a pulled folder holds them."""
+        """Return model, name and digest, as a pulled folder stores them."""
         return {"model": self.model, "version": self.name, "digest": self.digest}
 
     def note(self) -> dict[str, object]:
-        """Return what a pulled folder and the cache keep of it, beside the manifest."""
+        """Return what a pulled folder and the cache store besides the manifest."""
         return {**self.pointer(), "signatures": [record.model_dump(mode="json") for record in self.signatures]}
 
 
 def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
     """Return the version in a store, and remember it in the cache.
 
-    Raises TrustError if it is not what `trust` demands, else as `publish.resolve`.
+    Raises TrustError if it does not meet the demands of `trust`, else what `versions.resolve` raises.
     """
     version = resolve(store, reference)
     signatures = check_version(store, version, trust)
@@ -63,18 +63,18 @@ def find(store: Store, reference: str, cache: BlobCache, trust: Trust) -> Found:
 
 
 def recall(store: str | Store | None, reference: str, cache: BlobCache, trust: Trust) -> Found:
-    """Return the last version of a reference, from the cache alone.
+    """Return the last version of a reference from the cache alone.
 
     Raises:
-        ArtifactNotFoundError: it was never pulled from this store.
-        TrustError: it was pulled without the signature that `trust` demands.
-        IntegrityError: what the cache remembers is damaged.
+        ArtifactNotFoundError: It was never pulled from this store.
+        TrustError: It was pulled without the signature that `trust` requires.
+        IntegrityError: The cache's record is damaged.
     """
     url = store.url if isinstance(store, Store) else StoreAddress.parse(default_store_url(store)).url
     body = cache.recall(f"{url} {reference}")
     if body is None:
         raise ArtifactNotFoundError(
-            f"{reference}: the cache {cache.folder} knows no such version of {url}; pull it once without --offline"
+            f"{reference}: the cache {cache.folder} has no such version of {url}; pull it once without --offline"
         )
     try:
         note = json.loads(body)

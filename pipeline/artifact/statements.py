@@ -1,8 +1,8 @@
-"""Provenance and bill of materials of a version, in the formats that other tools read.
+"""Provenance and bill of materials of a version, in formats that other tools read.
 
 `provenance` is an in-toto statement with SLSA's predicate (https://slsa.dev/spec/v1.0/provenance), `bill_of_materials`
-a CycloneDX 1.6 ML-BOM (https://cyclonedx.org/docs/1.6/json). Both say what the version's manifest says and nothing
-else, so trusting its digest means trusting them: the same version gives the same bytes everywhere.
+a CycloneDX 1.6 ML-BOM (https://cyclonedx.org/docs/1.6/json). Both state only what the version's manifest states, so
+they are as trustworthy as its digest, and the same version gives the same bytes everywhere.
 """
 
 import uuid
@@ -12,12 +12,12 @@ from birkhoff.pipeline.registry.documents import VersionManifest
 
 _BUILDER = "pkg:pypi/birkhoff-compression@{code}"
 _SPACE = uuid.UUID("5f6c1f0e-3a1d-5d2f-9a53-0c9f2b6b8c11")
-"""Of the serial numbers of bills of materials, one for each version's digest (UUID version 5)."""
+"""Namespace for the serial numbers of bills of materials, one per version digest (UUID version 5)."""
 
 
 def provenance(manifest: VersionManifest) -> dict[str, Any]:
-    """An in-toto statement: subjects are the manifest and its own blobs, dependencies the source, and the base with the
-    containers of it that tensors are differences to, all by their SHA-256."""
+    """Return an in-toto statement. Subjects are the manifest and its own blobs; dependencies are the source and,
+    with a base, its manifest and the containers that tensors are differences to. All by SHA-256."""
     source = manifest.source
     dependency = {"name": source.file, "digest": {"sha256": source.sha256}}
     origins = [{"uri": url, "digest": {"gitCommit": _commit(url)}} for url in source.origin or ()]
@@ -58,7 +58,7 @@ def provenance(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def bill_of_materials(manifest: VersionManifest) -> dict[str, Any]:
-    """Return a CycloneDX document: the model, the model that it was made of, and the program that made it."""
+    """Return a CycloneDX document: the model, the model it was made from, and the program that made it."""
     source, figures = manifest.source, manifest.figures()
     made, base, tool = (
         f"{manifest.model}@{manifest.digest}",

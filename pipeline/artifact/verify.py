@@ -19,12 +19,13 @@ from birkhoff.pipeline.shard.decisions import decisions_of
 from birkhoff.pipeline.shard.validate import check_step, claimed, promise
 
 _GIVES_REASONS = 2
-"""`profiles.ENCODER_VERSION` from which a tensor that fell back to lossless says why."""
+"""The first `profiles.ENCODER_VERSION` that records why a tensor fell back to lossless."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What `verify` looked at. `compared` counts tensors measured against a source; `sqnr_db` is their least, in dB."""
+    """The extent of a verification. `compared` counts tensors measured against a source; `sqnr_db` is their least,
+    dB."""
 
     blobs: int
     bytes: int
@@ -34,13 +35,13 @@ class Verification:
 
 
 def verify(artifact: Artifact, against: Path | None = None) -> Verification:
-    """Check an artifact down to every byte.
+    """Check every byte of an artifact.
 
     Raises:
-        IntegrityError: a blob is missing, does not match its digest or cannot be decoded; it is named.
-        ValidationError: a tensor is not finite, was not treated as recipe and overrides say, or misses its target,
-            by what it claims or, with a source, by what is measured; or has another step than its nominal one.
-        SourceError: the source cannot be read.
+        IntegrityError: A blob is missing, does not match its digest or cannot be decoded; it is named.
+        ValidationError: A tensor is not finite, contradicts recipe and overrides, misses its target (claimed or, with a
+            source, measured), or has another step than its nominal one.
+        SourceError: The source cannot be read.
     """
     sources: dict[str, StoredTensor] | None = None
     if against is not None:
@@ -74,7 +75,7 @@ def verify(artifact: Artifact, against: Path | None = None) -> Verification:
 
 
 def _decided(artifact: Artifact) -> Iterator[tuple[CodedTensor, Decision]]:
-    """Every stored tensor, and what the manifest has decided of it; one shard in memory at a time."""
+    """Yield every stored tensor with the manifest's decision for it, one shard in memory at a time."""
     for shard in artifact.manifest.shards:
         held = artifact.coded_of(shard)
         decisions = decisions_of(artifact.manifest, held)
@@ -82,7 +83,7 @@ def _decided(artifact: Artifact) -> Iterator[tuple[CodedTensor, Decision]]:
 
 
 def _target(artifact: Artifact, coded: CodedTensor, decision: Decision) -> float | None:
-    """The SQNR that a tensor must reach, dB, and by its own claim does; None where there is none to reach."""
+    """Return the SQNR in dB that a tensor must reach, and claims to; None if there is none."""
     target = promise(coded, decision, reasons=int(artifact.manifest.recipe.get("encoder") or 1) >= _GIVES_REASONS)
     if target is not None and (claim := claimed(coded, "sqnr_db")) < target:
         raise ValidationError(f"tensor {coded.name!r} claims {claim} dB, its target is {target:g} dB")
@@ -90,7 +91,7 @@ def _target(artifact: Artifact, coded: CodedTensor, decision: Decision) -> float
 
 
 def _check(artifact: Artifact, coded: CodedTensor, source: StoredTensor | None, alone: bool) -> float | None:
-    """Decode one tensor and compare; the SQNR in dB of a coded one that has a source."""
+    """Decode one tensor and compare; return the SQNR in dB of a coded one that has a source."""
     try:
         decoded = decode_tensor(coded)
     except FormatError as error:

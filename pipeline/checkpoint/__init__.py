@@ -1,1 +1,1 @@
-"""Checkpoints on this machine, described by their headers: formats, vetting of pickles, digests."""
+"""Local checkpoints, described by their headers: formats, vetting of pickles, digests."""

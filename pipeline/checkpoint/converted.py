@@ -1,8 +1,8 @@
 """Checkpoints that must be rewritten once before ranges of them can be read.
 
-A legacy pickle (`torch.save` before 1.6) becomes a safetensors file, and a zip that packs one checkpoint is
-unpacked. Both go into a cache folder under the SHA-256 of the source, so a copy is never stale and never made
-twice; files appear there complete or not at all, and no name from inside an archive is ever used as a path.
+A legacy pickle (`torch.save` before 1.6) becomes a safetensors file, and a zip that contains one checkpoint is
+unpacked. Both go into a cache folder under the SHA-256 of the source, so a copy is never stale and never made twice.
+Files appear there complete or not at all, and no name from inside an archive is used as a path.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ from birkhoff.pipeline.errors import OutputError, SourceError
 from birkhoff.pipeline.files import atomic_path, file_sha256, shortage
 from birkhoff.pipeline.text import first_line, shown
 
-# Magic number, protocol version, system facts, state dict, storage keys; the storages' bytes follow.
+# The pickles: magic number, protocol version, system facts, state dict, storage keys. The storages' bytes follow.
 _LEGACY_PICKLES = 5
-# Elements of a storage, before its bytes.
+# Number of a storage's elements, before its bytes.
 _COUNT = struct.Struct("<q")
 _METADATA_KEY = "birkhoff.legacy"
 
 _SUFFIXES = {".pt", ".pth"}
-# Finder's resource forks repeat every file name of the archive.
+# macOS's resource forks repeat every file name of the archive.
 _JUNK_FOLDER = "__MACOSX/"
 # Trained weights deflate to 90 %; only filler reaches a hundredth.
 _MAX_RATIO = 100
@@ -53,7 +53,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Legacy:
-    """What the pickles of a legacy file say: what it holds, and which storages lie behind them, in which order."""
+    """The contents of a legacy file's pickles: what it holds, and the order of the storages behind them."""
 
     contents: Contents
     keys: tuple[str, ...]
@@ -62,11 +62,11 @@ class Legacy:
 
 
 def read_legacy(path: Path) -> Legacy:
-    """Read every pickle of a legacy file, or the one pickle of a file that `torch.save` did not write.
+    """Read all pickles of a legacy file, or the one pickle of a file that `torch.save` did not write.
 
     Raises:
-        UnsafeSourceError: a pickle names code to run.
-        SourceError: the file is truncated or corrupt, or is not a checkpoint.
+        UnsafeSourceError: A pickle names code to run.
+        SourceError: The file is truncated or corrupt, or is not a checkpoint.
     """
     with path.open("rb") as file:
         head = file.read(MAX_PICKLE_BYTES)
@@ -82,16 +82,16 @@ def read_legacy(path: Path) -> Legacy:
 
 
 def open_legacy(path: Path, legacy: Legacy, cache: Path, under: str | None = None) -> Checkpoint:
-    """Describe a legacy file by way of its safetensors copy in `cache`, written on first use.
+    """Describe a legacy file through its safetensors copy in `cache`, which is written on first use.
 
     The first use loads the weights into memory.
 
     Raises:
-        UnsafeSourceError: it holds nothing but what code would make.
-        SourceError: it is truncated or corrupt, holds no state dict, or the copy does not fit on the disk.
-        OutputError: the cache cannot be written.
+        UnsafeSourceError: It holds only objects that code would make.
+        SourceError: It is truncated or corrupt, holds no state dict, or the copy does not fit on the disk.
+        OutputError: The cache cannot be written.
     """
-    # One copy for each state dict that was asked for.
+    # One copy for each state dict that was requested.
     part = "" if under is None else f".{hashlib.sha256(under.encode()).hexdigest()[:16]}"
     target = cache / f"{file_sha256(path)}{part}.legacy.safetensors"
     if not target.is_file():
@@ -116,7 +116,7 @@ def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> dict[str, torc
     tensors: dict[str, torch.Tensor] = {}
     for name, note in state.tensors.items():
         storage, itemsize = note.storage, DTYPES[note.dtype].itemsize
-        if storage is None:  # a flaw, refused before
+        if storage is None:  # a flaw, which was refused before
             raise SourceError(f"{path}: tensor {shown(name)} has no storage in the file; save it again")
         nbytes = legacy.contents.storages[storage.key][1] * _itemsize(path, storage.dtype)
         start = storage.start + note.start
@@ -135,7 +135,7 @@ def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> dict[str, torc
 
 
 def _places(path: Path, legacy: Legacy, size: int) -> dict[str, int]:
-    """Where the bytes of each storage begin: each follows its number of elements, in the order of the file's list."""
+    """Return where the bytes of each storage begin: after its number of elements, in the order of the file's list."""
     places: dict[str, int] = {}
     place = legacy.start
     with path.open("rb") as file:
@@ -159,7 +159,7 @@ def _places(path: Path, legacy: Legacy, size: int) -> dict[str, int]:
 
 
 def _read_storage(path: Path, place: int | None, nbytes: int) -> torch.Tensor:
-    """Return the bytes of a storage; zeros where the file lists none, never what the allocator left there."""
+    """Return the bytes of a storage. A storage that the file does not list is zeros, never uninitialised memory."""
     storage = torch.zeros(nbytes, dtype=torch.uint8)
     if place is not None and nbytes:
         with path.open("rb") as file:
@@ -169,14 +169,14 @@ def _read_storage(path: Path, place: int | None, nbytes: int) -> torch.Tensor:
 
 
 def _itemsize(path: Path, dtype: str) -> int:
-    """Return bytes of an element of a storage."""
+    """Return the bytes of an element of a storage."""
     if dtype in ELEMENT_BYTES:
         return ELEMENT_BYTES[dtype]
     raise SourceError(f"{path}: a legacy checkpoint with storages of {shown(dtype)}; load it and torch.save it again")
 
 
 def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tied weights once, and what safetensors cannot express into the metadata."""
+    """Write tied weights once, and put into the metadata what safetensors cannot express."""
     stored: dict[tuple[object, ...], str] = {}
     names: list[tuple[str, str]] = []
     for name, tensor in tensors.items():
@@ -186,7 +186,7 @@ def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, t
     copies = {name: _own(tensors[name]) for name in stored.values()}
     try:
         save_file(copies, target, metadata={_METADATA_KEY: json.dumps(facts)})
-    # The library raises errors of several roots, OSError among them.
+    # The library raises several kinds of errors, OSError among them.
     except Exception as error:
         raise SourceError(
             f"{path}: cannot be rewritten as safetensors ({first_line(error)}); load and torch.save it again"
@@ -194,7 +194,7 @@ def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, t
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on a storage of its own, which safetensors asks for; a copy only if it is a view."""
+    """Return the tensor on its own storage, as safetensors requires; a view is copied."""
     dense = tensor.detach().contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 
@@ -224,9 +224,9 @@ def unpack_checkpoint(path: Path, cache: Path) -> Path:
     """Return the one `.pt` or `.pth` member of the zip file `path`, unpacked into `cache` on first use.
 
     Raises:
-        SourceError: no or several such members, one that is encrypted, corrupt or inflates absurdly, or one that
-            does not fit on the disk.
-        OutputError: the cache cannot be written.
+        SourceError: There is no such member or several, or it is encrypted, corrupt, inflates absurdly, or does not fit
+            on the disk.
+        OutputError: The cache cannot be written.
     """
     with open_zip(path) as archive:
         member = _only_member(path, archive)
@@ -261,7 +261,7 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def _inflate(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    """Stream the member out; the library reads no more than its declared size and checks its CRC."""
+    """Stream the member to a file. The library reads no more than its declared size, and checks its CRC."""
     try:
         with archive.open(member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, _CHUNK_BYTES)
@@ -276,7 +276,7 @@ def _inflate(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, targ
 
 @contextmanager
 def _new_copy(path: Path, target: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place when the block ends well, and else disappears."""
+    """Yield a temporary file that replaces `target` if the block succeeds, and is removed otherwise."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lack = shortage(target.parent, nbytes)
@@ -289,7 +289,7 @@ def _new_copy(path: Path, target: Path, nbytes: int) -> Iterator[Path]:
             partial = stack.enter_context(atomic_path(target))
         except OSError as error:
             raise _unwritable(target.parent, error) from error
-        yield partial  # what fails from here on is the source's
+        yield partial  # from here on, errors are the source's
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

@@ -1,7 +1,7 @@
 """Descriptors of a checkpoint: what planner and worker need to know about a tensor without loading it.
 
-A descriptor is a few hundred bytes, picklable, and enough to read its tensor from any process that sees the
-file. All byte counts are plain integers, all offsets count from the start of the named file.
+A descriptor takes a few hundred bytes, can be pickled, and suffices to read its tensor in any process that sees the
+file. Byte counts are plain integers; offsets count from the start of the named file.
 """
 
 import math
@@ -20,19 +20,19 @@ from birkhoff.pipeline.text import shown
 CheckpointFormat = Literal["torch-zip", "torch-legacy", "safetensors"]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES.values()}
-"""Dense and real: what a weight can be. Complex, quantized and packed 4-bit types are refused by name."""
+"""Dense, real types that a weight can have. Complex, quantised and packed 4-bit types are refused by name."""
 
-# PyTorch's own kernels stop at 64 dimensions.
+# PyTorch's kernels support at most 64 dimensions.
 _MAX_DIMS = 64
-# An expanded view of 4 bytes can claim terabytes; no real checkpoint expands its tensors beyond this, all together.
+# An expanded view of 4 bytes can claim terabytes. Real checkpoints expand their tensors by less than this in total.
 _MAX_EXPANDED_BYTES = 256 << 20
-# Names that share the same bytes: models that apply one layer many times store it once.
+# Names that share the same bytes: a model that applies one layer many times stores it once.
 _MAX_SHARING = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies in a file, and how to read it from there."""
+    """The location of a tensor in a file, and how to read it."""
 
     name: str
     """State-dict key after unnesting, such as `image_encoder.blocks.0.attn.qkv.weight`."""
@@ -40,45 +40,45 @@ class StoredTensor:
     """Name of the torch dtype without `torch.`, a key of `DTYPES`."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """In elements. Contiguous in nearly every file, but `.pth` files can hold views."""
+    """In elements. Contiguous in nearly all files, but `.pth` files can contain views."""
     offset: int
     """Bytes from the start of `path` to element 0."""
     nbytes: int
-    """Bytes from element 0 to the end of the last element: what has to be read."""
+    """Bytes from element 0 to the end of the last element, which have to be read."""
     path: str
     """Absolute path of the file that holds the bytes."""
     crc32: int | None = None
-    """Checksum of the `nbytes` bytes, where the file has one."""
+    """Checksum of the `nbytes` bytes, if the file has one."""
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the elements, whatever stride the file keeps them in."""
+        """Bytes of the elements without gaps."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint of which only the headers were read."""
+    """A checkpoint whose headers were read."""
 
     path: Path
-    """What was opened: the file, or the index of a sharded checkpoint. Absolute."""
+    """The file that was opened, or the index of a sharded checkpoint. Absolute."""
     files: tuple[Path, ...]
     """Source files whose bytes make up the checkpoint: `path`, and the shards of an index."""
     nbytes: int
     """Size of all source files together."""
     format: CheckpointFormat
     tensors: tuple[StoredTensor, ...]
-    """In the order of the file; tied weights are listed under each of their names."""
+    """In the order of the file. Tied weights are listed under each of their names."""
     nesting: tuple[str, ...] = ()
-    """Keys that lead to the state dict: `("model",)` where it sits under `checkpoint["model"]`."""
+    """Keys that lead to the state dict: `("model",)` for `checkpoint["model"]`."""
     skipped: tuple[tuple[str, str], ...] = ()
     """(key, type) of the entries that are not weights, such as `("epoch", "int")`."""
     origin: tuple[str, ...] = ()
-    """Where files of it are for everybody, at a commit each: `hf://ORG/REPO@COMMIT/FILE`."""
+    """Public addresses of its files, each pinned to a commit: `hf://ORG/REPO@COMMIT/FILE`."""
 
     @property
     def shared(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of two or more names that cover the very same bytes: tied weights."""
+        """Groups of two or more names with the same bytes: tied weights."""
         groups: defaultdict[tuple[str, int, int], list[str]] = defaultdict(list)
         for tensor in self.tensors:
             if tensor.nbytes:
@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides of `shape` in elements, as torch gives them (an empty dimension counts as 1)."""
+    """Return the row-major strides of `shape` in elements, as torch does (an empty dimension counts as 1)."""
     return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
@@ -99,15 +99,15 @@ def extent_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> 
 
 
 def check_tensor(path: Path, name: str, dtype: str, shape: Sequence[int], stride: Sequence[int]) -> None:
-    """Refuse a tensor that no checkpoint of weights holds.
+    """Refuse a tensor that no checkpoint of weights contains.
 
     Raises:
-        SourceError: a name that is not text, an unknown dtype, too many dimensions, or a view that expands to
+        SourceError: Its name is not text, its dtype unknown, its dimensions too many, or it is a view that expands to
             an absurd size.
     """
     label = f"{path}: tensor {shown(name)}"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise SourceError(f"{label} has a name that is no valid text; the file is forged")
+        raise SourceError(f"{label} has a name that is not valid text; the file is forged")
     if dtype not in DTYPES:
         raise SourceError(f"{label} is {dtype}, expected a dense real dtype; convert it and save again")
     if len(shape) > _MAX_DIMS:
@@ -122,10 +122,10 @@ def check_tensor(path: Path, name: str, dtype: str, shape: Sequence[int], stride
 
 
 def check_total(path: Path, dense_bytes: Iterable[int], nbytes: int) -> None:
-    """Refuse a checkpoint whose tensors, of `dense_bytes` each, become far more than the `nbytes` of its files.
+    """Refuse a checkpoint whose tensors, of `dense_bytes` each, expand far beyond the `nbytes` of its files.
 
     Raises:
-        SourceError: views that expand, or names that share the same bytes, add up to an absurd size.
+        SourceError: Views that expand, or names that share bytes, add up to an absurd size.
     """
     total, most = sum(dense_bytes), _MAX_SHARING * nbytes + _MAX_EXPANDED_BYTES
     if total > most:

@@ -1,6 +1,7 @@
 """Digests of source files, remembered by path, size, inode and times, so that an unchanged fleet is not read again.
 
-A file changed within the last seconds is not remembered: a second change in the same tick of its clock would go unseen.
+A file that changed within the last seconds is not remembered, because a second change within one tick of its clock
+would not be seen.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from birkhoff.pipeline.paths import birkhoff_home
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """`source_digest` of a checkpoint, remembered where its files have not changed. Raises SourceError, OutputError."""
+    """Return the `source_digest` of a checkpoint, remembered while its files stay the same. Raises SourceError,
+    OutputError."""
     note = _note(checkpoint.path)
     try:
         return remembered_digest(note, lambda: checkpoint_state(checkpoint), lambda: source_digest(checkpoint))
@@ -25,12 +27,12 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
 
 
 def known_digest(checkpoint: Checkpoint) -> str | None:
-    """Return the digest if it is remembered; reads nothing of the checkpoint. Raises SourceError."""
+    """Return the digest if it is remembered, without reading the checkpoint. Raises SourceError."""
     return recalled_digest(_note(checkpoint.path), checkpoint_state(checkpoint))
 
 
 def checkpoint_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """`file_state` of a checkpoint's files, by their paths. Raises SourceError."""
+    """Return the `file_state` of a checkpoint's files, by path. Raises SourceError."""
     state = {}
     for file in checkpoint.files:
         try:

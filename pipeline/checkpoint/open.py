@@ -1,8 +1,8 @@
-"""Checkpoints in local files: what they hold, one tensor of them, and their digest.
+"""Local checkpoint files: their contents, single tensors, and their digest.
 
-`open_checkpoint` reads headers only and returns picklable descriptors; `read_tensor` turns one of them into a
-tensor with one ranged read, in any process that sees the file. The format is told from the content, never from
-the suffix, and nothing in a file is believed before it is checked.
+`open_checkpoint` reads headers only and returns picklable descriptors. `read_tensor` reads one of them with one ranged
+read, in any process that sees the file. The format is detected from the content, never from the suffix, and every claim
+of a file is checked before it is used.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ __all__ = ["Checkpoint", "CheckpointFormat", "StoredTensor", "open_checkpoint", 
 
 
 def open_checkpoint(path: Path | str, *, cache: Path | None = None, under: str | None = None) -> Checkpoint:
-    """Describe the checkpoint in a local file; reads headers only, so memory does not grow with the file.
+    """Describe the checkpoint in a local file. Only headers are read, so memory does not grow with the file.
 
-    Reads safetensors files, their sharded index, `torch.save` files of either form, and a zip file that packs one
-    of the latter. Legacy pickles and packing zips are rewritten once into the folder `cache`, and their
-    descriptors point there; only that first rewrite of a legacy pickle loads the whole file. `under` is the path of
-    keys, joined by dots, to the wanted one of several state dicts.
+    Reads safetensors files, their sharded index, `torch.save` files of either form, and a zip with one such file.
+    Legacy pickles and such zips are rewritten once into the folder `cache`, and their descriptors point there. Only
+    that rewrite of a legacy pickle loads the whole file. `under` is the dotted path of keys to one of several state
+    dicts.
 
     Raises:
-        UnsafeSourceError: a pickle names code to run, or nothing but what code would make.
-        SourceError: the file is missing, truncated, corrupt, of an unknown kind or holds no state dict, or `cache`
-            is needed and missing.
+        UnsafeSourceError: A pickle names code to run, or holds only objects that code would make.
+        SourceError: The file is missing, truncated, corrupt, of an unknown kind or without a state dict, or `cache` is
+            needed and not given.
         OutputError: `cache` is needed and cannot be written.
     """
     path = Path(path).absolute()
@@ -53,10 +53,10 @@ def open_checkpoint(path: Path | str, *, cache: Path | None = None, under: str |
 
 
 def read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor: contiguous, on the CPU, in memory of its own, of the dtype and shape it was stored with.
+    """Read one tensor: contiguous, on the CPU, in its own memory, with its stored dtype and shape.
 
     Raises:
-        SourceError: the file has gone, has become shorter since it was opened, or does not match its own checksum.
+        SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum.
     """
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")
@@ -85,12 +85,12 @@ def read_tensor(tensor: StoredTensor) -> torch.Tensor:
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 in hex of the source file's bytes, streamed.
+    """Return the SHA-256 in hex of the source file's bytes, streamed.
 
-    For a sharded checkpoint it is the SHA-256 of what `sha256sum` prints for index and shards in `files` order.
+    For a sharded checkpoint it is the SHA-256 of what `sha256sum` prints for index and shards, in `files` order.
 
     Raises:
-        SourceError: a file has gone.
+        SourceError: A file is gone.
     """
     try:
         digests = [file_sha256(file) for file in checkpoint.files]
@@ -116,7 +116,7 @@ def _open(path: Path, content: Content, cache: Path | None, under: str | None) -
 
 
 def _open_packed(path: Path, cache: Path | None, under: str | None) -> Checkpoint:
-    """Return a checkpoint packed into a zip file: the facts of the inner file under the outer file's name."""
+    """Return a checkpoint inside a zip file: the facts of the inner file, under the outer file's name."""
     inner = unpack_checkpoint(path, _required(path, cache, "a zip that packs a checkpoint"))
     try:
         content = sniff(inner)

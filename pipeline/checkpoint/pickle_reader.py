@@ -1,17 +1,17 @@
-"""Reads pickles as data: what tensors they describe, under which keys, and what else they hold. Never calls anything.
+"""Read pickles as data: the tensors they describe, with their keys, and the names of everything else. Calls nothing.
 
-An interpreter of the opcodes that builds no object of any class. A dict becomes a table, a call that `torch.save` makes
-for a tensor becomes a description of that tensor, and every other call, class or extension becomes a placeholder that
-knows its name. Keys that are not text are kept as text beside the table, so that nothing from the file is hashed but
-strings.
+This is an interpreter of pickle opcodes that builds no object of any class. A dict becomes a table, a call that
+`torch.save` makes for a tensor becomes a description of that tensor, and every other call, class or extension becomes a
+placeholder with its name. Keys that are not text are kept as text beside the table, so that only strings from the file
+are hashed.
 
-Run as a script it is a process with limits on memory and processor time, which takes pickles on its standard input and
-prints what they hold as JSON: a forged file can cost no more than that process. Standard library only, so that it
-starts in 20 ms and under `python -I -S`.
+Run as a script it is a process with limits on memory and processor time. It reads pickles from standard input and
+prints their contents as JSON, so a forged file costs no more than that process. It uses the standard library only, so
+it starts in 20 ms, and under `python -I -S`.
 
-    stdin                the pickles, one behind the other
-    argv                 how many
-    stdout               what `answer` returns; nothing if a limit was met
+    stdin                the pickles, one after the other
+    argv                 their number
+    stdout               what `answer` returns; nothing if a limit was exceeded
 """
 
 import gc
@@ -32,7 +32,7 @@ MEMORY_BYTES = 1 << 30
 CPU_SECONDS = 60
 
 _MAX_RESULT_CHARACTERS = 48 << 20
-"""Keys can be repeated by reference: a pickle of 16 MiB could spell out terabytes."""
+"""Limit of the result. References can repeat keys: a pickle of 16 MiB could spell out terabytes."""
 
 _NAME_CHARACTERS = 200
 _MAX_INTEGER = 1 << 63
@@ -55,7 +55,7 @@ _STORAGES = {
     "torch.storage.UntypedStorage": "",
     "torch.UntypedStorage": "",
 }
-"""Classes of storages, and the dtype of their elements; none where the tensor says it."""
+"""Classes of storages, and the dtype of their elements; empty if the tensor states it."""
 
 _UNSUPPORTED = {
     "torch._utils._rebuild_sparse_tensor": "sparse",
@@ -66,7 +66,7 @@ _UNSUPPORTED = {
     "torch._utils._rebuild_device_tensor_from_numpy": "of a device without storages",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of a device without storages",
 }
-"""Calls that rebuild a tensor which is no dense weight, and what such a tensor is."""
+"""Calls that rebuild a tensor which is not a dense weight, and what it is."""
 
 _TABLES = {
     "collections.OrderedDict": "OrderedDict",
@@ -76,9 +76,9 @@ _TABLES = {
     "__builtin__.dict": "dict",
 }
 _RECONSTRUCTORS = {"copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj__"}
-"""Calls whose first argument is the class that is meant."""
+"""Calls whose first argument is the class of the object."""
 
-# What dense tensors and plain containers need, so that messages name what comes beyond it.
+# Needed for dense tensors and plain containers, so that messages name what is beyond them.
 _PLAIN = {
     *_TABLES,
     *_STORAGES,
@@ -137,8 +137,8 @@ _COMMANDS = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("open", "__import__", "input")),
     *("io.open", "io.open_code", "io.FileIO", "types.FunctionType", "types.CodeType"),
 }
-"""What runs commands or code, or reaches for files and network: no trainer's by-product. Nothing is called whatever it
-is named; a file that names one of these was made to attack whoever opens it elsewhere."""
+"""Functions that run commands or code, or access files and network. No trainer saves them. Nothing is called either
+way, but a file that names one was made to attack others who load it."""
 
 _TEXT_OPS = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINUNICODE8"})
 _TEXT_OPS_OF_PYTHON_2 = frozenset({"BINSTRING", "SHORT_BINSTRING", "STRING"})
@@ -149,7 +149,7 @@ _GET_OPS = frozenset({"GET", "BINGET", "LONG_BINGET"})
 
 
 class _Mark:
-    """Where the arguments of an opcode begin on the stack."""
+    """Marks where the arguments of an opcode begin on the stack."""
 
 
 _MARK = _Mark()
@@ -157,7 +157,7 @@ _MARK = _Mark()
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """Something that is no tensor and leads to none: what it is called."""
+    """An object that is not a tensor and leads to none, with its name."""
 
     kind: str
 
@@ -171,14 +171,14 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Table:
-    """A dict. `others` are the entries whose key is no text: such a key as text, and the value."""
+    """A dict. `others` are entries whose key is not text: the key as text, and the value."""
 
     kind: str = "dict"
     entries: dict[str, Any] = field(default_factory=dict)
     others: list[tuple[str, Any]] = field(default_factory=list)
 
     def set(self, key: object, value: object) -> None:
-        """Put an entry; a later one of the same text takes its place."""
+        """Set an entry; a later one with the same text replaces it."""
         if isinstance(key, str):
             self.entries[key] = value
         else:
@@ -187,7 +187,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A record of the file. `dtype` of its elements is empty for bytes; `count` and `start` are of elements."""
+    """A record of the file. `dtype` is empty for bytes; `count` and `start` are in elements."""
 
     key: str
     dtype: str
@@ -197,7 +197,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor. `flaw` says why it is no dense weight; then the rest is empty."""
+    """A tensor. `flaw` says why it is not a dense weight; then the other fields are empty."""
 
     flaw: str = ""
     storage: Storage | None = None
@@ -209,7 +209,7 @@ class Tensor:
 
 @dataclass(slots=True)
 class Pickle:
-    """What one pickle holds. `foreign` and `command` are (name, last text before it) of the first such global."""
+    """The contents of one pickle. `foreign` and `command` are (name, last text before it) of the first such global."""
 
     root: Any
     end: int
@@ -220,15 +220,15 @@ class Pickle:
 
 
 class CorruptError(Exception):
-    """The opcodes end too early, or are none."""
+    """The opcodes end too early or are invalid."""
 
 
 def read(stream: io.BytesIO) -> Pickle:
-    """Interpret one pickle; leaves `stream` behind its end.
+    """Interpret one pickle; `stream` is then behind its end.
 
     Raises:
-        CorruptError: it is no complete pickle.
-        Exception: of any kind, from opcodes that do not fit each other.
+        CorruptError: It is not a complete pickle.
+        Exception: Of any kind, for opcodes that do not fit each other.
     """
     machine = _Machine()
     for op, arg in _operations(stream):
@@ -243,7 +243,7 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
     try:
         for op, arg, _ in pickletools.genops(stream):
             yield op.name, arg
-    # A forged pickle can trip the reader anywhere: bad opcode, short argument, absurd length, broken text.
+    # A forged pickle can fail anywhere: bad opcode, short argument, absurd length, broken text.
     except (ValueError, EOFError, IndexError, KeyError, OverflowError) as error:
         raise CorruptError(_line(error)) from error
 
@@ -261,7 +261,7 @@ class _Machine:
         self._texts = deque(["", "", ""], maxlen=3)
 
     def step(self, op: str, arg: Any) -> None:
-        """Carry out one opcode."""
+        """Execute one opcode."""
         if op in _TEXT_OPS or op in _TEXT_OPS_OF_PYTHON_2:
             self._texts.append(arg)
             self.stack.append(arg)
@@ -285,7 +285,7 @@ class _Machine:
             raise ValueError(f"opcode {op} has no place in a checkpoint")
 
     def marked(self) -> list[Any]:
-        """Take what lies above the last mark off the stack, and the mark."""
+        """Remove the items above the last mark from the stack, and the mark."""
         items: list[Any] = []
         while (item := self.stack.pop()) is not _MARK:
             items.append(item)
@@ -312,7 +312,7 @@ class _Machine:
         self.protocol = version
 
     def global_(self, arg: str) -> None:
-        # pickletools joins module and name by a blank; nested names hold dots.
+        # pickletools joins module and name with a blank; nested names contain dots.
         self.stack.append(self.name(arg.replace(" ", ".", 1), self._texts[2]))
 
     def stack_global(self, _: Any) -> None:
@@ -395,7 +395,7 @@ class _Machine:
         _set_all(self.stack[-1], items)
 
     def build(self, _: Any) -> None:
-        """Drop the state: attributes of an object make no weights."""
+        """Drop the state: attributes of an object are not weights."""
         self.stack.pop()
         _ = self.stack[-1]
 
@@ -441,7 +441,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _set_all(table: object, items: list[Any]) -> None:
-    """Put keys and values, one after the other, into a table; what else takes items is a placeholder anyway."""
+    """Put alternating keys and values into a table; other objects that take items are placeholders anyway."""
     if len(items) % 2:
         raise ValueError("a key without a value")
     if isinstance(table, Table):
@@ -450,7 +450,7 @@ def _set_all(table: object, items: list[Any]) -> None:
 
 
 def _called(target: object, args: object) -> object:
-    """Return what stands for a call."""
+    """Return the stand-in for a call."""
     if not isinstance(args, tuple):
         raise ValueError("a call whose arguments are no tuple")
     if not isinstance(target, Global):
@@ -470,7 +470,7 @@ def _called(target: object, args: object) -> object:
 
 
 def _table(kind: str, args: tuple[Any, ...]) -> Table:
-    """Return a dict, empty or, as Python 2 wrote it, of a list of pairs."""
+    """Return a dict, empty or, as Python 2 wrote it, from a list of pairs."""
     table = Table(kind)
     if len(args) == 1 and isinstance(args[0], list):
         for pair in args[0]:
@@ -480,10 +480,10 @@ def _table(kind: str, args: tuple[Any, ...]) -> Table:
 
 
 def _storage(place: object) -> object:
-    """Return what a persistent id of torch.save means: ("storage", class, key, location, elements[, view])."""
+    """Return the storage of a torch.save persistent id: ("storage", class, key, location, elements[, view])."""
     if not (isinstance(place, tuple) and place and isinstance(place[0], str)):
         raise ValueError("a persistent id that torch.save does not write")
-    if place[0] == "module" and len(place) > 1 and isinstance(place[1], Global):  # the class, with its source
+    if place[0] == "module" and len(place) > 1 and isinstance(place[1], Global):  # a class with its source
         return place[1]
     kind, key, _location, count, *view = place[1:]
     if place[0] != "storage" or not (isinstance(kind, Global) and isinstance(key, str)):
@@ -505,7 +505,7 @@ def _tensor(
     _hooks: object = None,
     *more: Any,
 ) -> object:
-    """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    """Handle `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     return _dense(storage, start, shape, stride, None, more[0] if more else None)
 
 
@@ -547,7 +547,7 @@ def _parameter(data: object, *_: Any) -> object:
 
 
 def _of_type(function: object, kind: object, args: object, *_: Any) -> object:
-    """`_rebuild_from_type_v2`: a tensor with a Python class or attributes of its own; they are dropped."""
+    """Handle `_rebuild_from_type_v2`: a tensor of another Python class or with attributes, which are dropped."""
     found = _called(function, args)
     plain = isinstance(kind, Global) and kind.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
     return found if plain or not isinstance(found, Tensor) else Tensor(flaw="of a tensor subclass")
@@ -570,7 +570,8 @@ def _integer(value: object) -> int:
 
 
 def _key_text(key: object) -> str:
-    """For messages, a key that is no text; a container by its kind alone, since its parts can be shared without end."""
+    """Return a key that is not text, for messages. A container is given by its kind, because its parts may be shared
+    endlessly."""
     if key is None or isinstance(key, bool | float) or (isinstance(key, int) and abs(key) < _MAX_INTEGER):
         return str(key)
     return f"<{_kind(key)}>"
@@ -596,7 +597,7 @@ def _line(error: BaseException) -> str:
 
 
 class _Printer:
-    """Numbers the tables and tensors that a root leads to by dicts alone; each is written once, however often meant."""
+    """Numbers the tables and tensors that are reachable from a root through dicts; each is written once."""
 
     def __init__(self) -> None:
         self.tables: list[dict[str, Any]] = []
@@ -606,7 +607,7 @@ class _Printer:
         self._queue: list[tuple[dict[str, Any], Table]] = []
 
     def place(self, value: Any) -> Any:
-        """["table", number], ["tensor", number], or the name of the kind of thing it is."""
+        """Return ["table", number], ["tensor", number], or the name of another object's kind."""
         if not isinstance(value, Table | Tensor):
             return self._charged(_kind(value))
         if id(value) not in self._known:
@@ -623,7 +624,7 @@ class _Printer:
         return self._known[id(value)]
 
     def walk(self) -> None:
-        """Number everything below what was placed."""
+        """Number everything below the placed objects."""
         while self._queue:
             note, table = self._queue.pop()
             for name, items in (("entries", table.entries.items()), ("others", table.others)):
@@ -637,7 +638,7 @@ class _Printer:
 
 
 def described(pickle: Pickle) -> dict[str, Any]:
-    """Return a pickle as JSON can say it. Raises MemoryError if that grows beyond bounds."""
+    """Return a pickle in JSON's types. Raises MemoryError if the result exceeds its limit."""
     printer = _Printer()
     root = printer.place(pickle.root)
     printer.walk()
@@ -656,8 +657,8 @@ def described(pickle: Pickle) -> dict[str, Any]:
 
 
 def answer(data: bytes, count: int) -> dict[str, Any]:
-    """What `main` prints: {"pickles": [...]}, and {"corrupt": why}, of the opcodes, or {"broken": why}, of what they
-    build, with the pickles before it. Raises MemoryError."""
+    """Return what `main` prints: {"pickles": [...]}, with {"corrupt": why} for bad opcodes, or {"broken": why} for
+    opcodes that do not fit, after the pickles before them. Raises MemoryError."""
     stream, found = io.BytesIO(data), list[dict[str, Any]]()
     try:
         for _ in range(count):
@@ -666,23 +667,23 @@ def answer(data: bytes, count: int) -> dict[str, Any]:
         return {"pickles": found, "corrupt": str(error)}
     except MemoryError:
         raise
-    # Opcodes of a forged pickle can fail to fit each other in any way at all.
+    # Opcodes of a forged pickle can fail to fit in any way.
     except Exception as error:
         return {"pickles": found, "broken": _line(error)}
     return {"pickles": found}
 
 
 def main() -> None:
-    """Read pickles from the standard input, under limits."""
+    """Read pickles from standard input, under limits."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, without a traceback
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    gc.disable()  # looks at everything again and again, and this process ends soon
+    gc.disable()  # collections would cost time, and this process ends soon
     try:
         json.dump(answer(sys.stdin.buffer.read(), int(sys.argv[1])), sys.stdout)
     except MemoryError:
-        os._exit(1)  # the rest of an orderly end would need memory, too
+        os._exit(1)  # an orderly exit would need memory
     sys.stdout.flush()
     os._exit(0)
 

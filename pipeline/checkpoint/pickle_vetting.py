@@ -1,9 +1,9 @@
-"""Inspect a checkpoint's pickle: what it holds, and where its state dict is.
+"""Inspect a checkpoint's pickle: its contents, and the location of its state dict.
 
-No pickle is ever loaded. `pickle_reader` interprets its opcodes as data, in a process of its own with limits on memory
-and time, and calls nothing: tensors become notes, dicts tables, and everything else a placeholder that knows its name.
-So what trainers write beside the weights does no harm and is no obstacle, and a forged pickle costs its file, not the
-run. A file that names what runs commands is refused all the same: it was made to attack those who load it.
+No pickle is ever loaded. `pickle_reader` interprets the opcodes as data, in a process with limits on memory and time,
+and calls nothing: tensors become notes, dicts tables, and other objects placeholders with their name. So objects that
+trainers save beside the weights do no harm and are no obstacle, and a forged pickle costs its file, not the run. A file
+that names a function which runs commands is refused, because it was made to attack others who load it.
 """
 
 import contextlib
@@ -23,43 +23,45 @@ from birkhoff.pipeline.checkpoint.descriptors import DTYPES, check_tensor
 from birkhoff.pipeline.errors import SourceError, UnsafeSourceError
 from birkhoff.pipeline.text import shown
 
-# SAM-H describes its 594 tensors in 0.1 MB; beyond this the pickle holds data, not descriptions.
+# SAM-H describes its 594 tensors in 0.1 MB. A pickle beyond this contains data, not descriptions.
 MAX_PICKLE_BYTES = 16 << 20
 
 MAX_TENSORS = 500_000
-"""Of one state dict. A name costs a few bytes of a pickle and a kilobyte of everything that comes after it."""
+"""Most tensors of a state dict. A name costs a few bytes in a pickle and a kilobyte later."""
 
 _WALL_SECONDS = 300.0
-"""Beyond the reader's own limit of processor time: for a machine under load."""
+"""Beyond the reader's limit of processor time, for a loaded machine."""
 
 _POLL_SECONDS = 0.2
 
 _ENVIRONMENT = ("LD_LIBRARY_PATH",)
-"""What a Python may need to start."""
+"""Variables that a Python may need to start."""
 
 # Keys that a message lists.
 _SHOWN_KEYS = 10
 
 _REMEDY = "save model.state_dict() where you trust the file, best with safetensors.torch.save_file"
 
-# What torch.save writes, and the next, which its unpickler still reads.
+# The protocol that torch.save writes, and the next, which its unpickler still reads.
 _PROTOCOLS = (2, 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageNote:
-    """A storage that a pickle names: its key in the file. `start`, in elements, where it is part of another one."""
+    """A storage that a pickle names, with its key in the file. `start`, in elements, is for a part of another
+    storage."""
 
     key: str
     dtype: str
-    """Of its elements; empty if they are bytes."""
+    """Type of its elements; empty for bytes."""
     count: int
     start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNote:
-    """A tensor that a pickle describes: its storage, and where in it, in elements. `flaw`: why it is not a weight."""
+    """A tensor that a pickle describes: its storage, and its place there in elements. `flaw` says why it is not a
+    weight."""
 
     flaw: str
     storage: StorageNote | None
@@ -71,13 +73,13 @@ class TensorNote:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Table:
-    """A dict of a pickle. `others`: entries whose key is not text, under its text."""
+    """A dict of a pickle. `others` are entries whose key is not text, under its text."""
 
     kind: str
     entries: dict[str, "Node"] = field(default_factory=dict)
     others: list[tuple[str, "Node"]] = field(default_factory=list)
     tensors: int = 0
-    """Entries that are tensors."""
+    """Number of entries that are tensors."""
 
     def items(self) -> list[tuple[str, "Node"]]:
         """Return all entries."""
@@ -89,25 +91,26 @@ ELEMENT_BYTES = {
     **{name: dtype.itemsize for name, dtype in DTYPES.items()},
     **{"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4},
 }
-"""Of storages by the dtype that a pickle gives them, empty for bytes; those of no weights too."""
+"""Bytes of a storage's element by the dtype that a pickle gives it, empty for bytes; also for types that weights
+cannot have."""
 
 Node = Table | TensorNote | str
-"""A value in a pickle; of what is neither a dict nor a tensor, the name of its kind."""
+"""A value in a pickle; the name of its kind if it is neither a dict nor a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What one pickle holds."""
+    """The contents of one pickle."""
 
     root: Node
     texts: tuple[str, ...] | None
-    """The root, where it is a list of texts."""
+    """The root, if it is a list of texts."""
     end: int
-    """Bytes from the start of what was read to the end of this pickle."""
+    """Bytes from the start of the data to the end of this pickle."""
     foreign: tuple[str, str] | None
     """The first global that tensors and plain containers do not need, and the text before it."""
     storages: dict[str, tuple[str, int]]
-    """dtype (empty for bytes) and number of elements of every storage, by its key."""
+    """dtype (empty for bytes) and number of elements of every storage, by key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +123,17 @@ class StateDict:
 
 
 def read_pickles(path: Path, data: bytes, count: int = 1) -> tuple[Contents, ...]:
-    """Return what the first `count` pickles in `data` hold; `path` is for messages.
+    """Return the contents of the first `count` pickles in `data`; `path` is for messages.
 
     Raises:
-        UnsafeSourceError: one names what runs commands or code.
-        SourceError: one is not complete, does not fit together, or takes more memory or time than any checkpoint.
+        UnsafeSourceError: One names a function that runs commands or code.
+        SourceError: One is incomplete or inconsistent, or takes more memory or time than any checkpoint.
     """
     found = _isolated(path, data, count)
     for note in found["pickles"]:
         if note["command"]:
             raise _unsafe(path, note["command"])
-    # Only then, so that a pickle that would run code is called that, whatever its protocol.
+    # After the first loop, so that a pickle which would run code is reported as that, whatever its protocol.
     for note in found["pickles"]:
         if note["protocol"] not in _PROTOCOLS:
             raise SourceError(
@@ -146,8 +149,8 @@ def read_pickles(path: Path, data: bytes, count: int = 1) -> tuple[Contents, ...
 
 
 def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
-    """Return the answer of `pickle_reader`, run as a process. Raises SourceError if its limits end it."""
-    with tempfile.TemporaryFile() as pickles:  # not a pipe, which would have to be fed while the answer is waited for
+    """Return the answer of `pickle_reader`, run as a process. Raises SourceError if a limit ends it."""
+    with tempfile.TemporaryFile() as pickles:  # not a pipe, which would have to be fed while waiting for the answer
         pickles.write(data)
         pickles.seek(0)
         process = subprocess.Popen(
@@ -155,7 +158,7 @@ def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
             stdin=pickles,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # Nothing else from here is its business, least of all a store's keys.
+            # It must not see the rest of the environment, least of all a store's keys.
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
     with process:
@@ -174,7 +177,7 @@ def _isolated(path: Path, data: bytes, count: int) -> dict[str, Any]:
 
 
 def _said(process: subprocess.Popen[bytes]) -> bytes | None:
-    """Return what the process printed before it ended; None if that took too long. Heeds Ctrl-C."""
+    """Return what the process printed before it ended; None if that took too long. Ctrl-C interrupts it."""
     for _ in range(int(_WALL_SECONDS / _POLL_SECONDS)):
         interrupt.check()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -213,7 +216,7 @@ def _tensor(
 
 
 def refuse_code(path: Path, contents: Contents) -> None:
-    """Raise UnsafeSourceError if a pickle without weights names something that only code could make."""
+    """Raise UnsafeSourceError if a pickle without weights names an object that only code could make."""
     if contents.foreign:
         raise _unsafe(path, contents.foreign)
 
@@ -227,14 +230,14 @@ def _unsafe(path: Path, wanted: Sequence[str]) -> UnsafeSourceError:
 
 
 def find_state_dict(path: Path, contents: Contents, under: str | None = None) -> StateDict:
-    """Find the state dict in what a checkpoint's pickle holds.
+    """Find the state dict in a checkpoint's pickle.
 
-    With `under` it is the dict behind these keys, joined by dots. Else a top-level dict that holds tensors is the state
-    dict; otherwise the one value that is a dict of tensors, with "model" before "state_dict" where there are several.
+    With `under` it is the dict behind these dotted keys. Otherwise a top-level dict with tensors is the state dict;
+    else the only value that is a dict of tensors, with "model" before "state_dict" if there are several.
 
     Raises:
-        UnsafeSourceError: there is none, and an object that only code could make stands where it might be.
-        SourceError: none or no single state dict, or one that holds tensors which are no dense weights.
+        UnsafeSourceError: There is none, and an object that only code could make is in its place.
+        SourceError: There is none or more than one, or it has tensors that are not dense weights.
     """
     loaded = contents.root
     if not isinstance(loaded, Table):
@@ -257,7 +260,7 @@ def find_state_dict(path: Path, contents: Contents, under: str | None = None) ->
 
 
 def _below(path: Path, loaded: Table, under: str) -> StateDict:
-    """Return the state dict behind the keys of `under`; a key may hold dots itself."""
+    """Return the state dict behind the keys of `under`; keys may contain dots."""
     table, rest = loaded, under
     nesting: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -280,7 +283,7 @@ def _below(path: Path, loaded: Table, under: str) -> StateDict:
 
 
 def _dicts(table: Table) -> str:
-    """For messages: the dicts among the values of a table, and how many tensors each holds."""
+    """List the dicts among the values of a table with their number of tensors, for messages."""
     inner = [(key, value) for key, value in table.entries.items() if isinstance(value, Table)]
     shown_keys = [f"{shown(key)} ({value.tensors} tensors)" for key, value in inner[:_SHOWN_KEYS]]
     more = ", ..." if len(inner) > _SHOWN_KEYS else ""
@@ -292,7 +295,7 @@ def _count_tensors(value: Node) -> int:
 
 
 def _choose(path: Path, contents: Contents, loaded: Table, nested: list[str]) -> str:
-    """Return the key of the state dict among those `nested` keys that lead to tensors."""
+    """Return the key of the state dict among those that lead to tensors."""
     if len(nested) == 1:
         return nested[0]
     for preferred in ("model", "state_dict"):
@@ -323,7 +326,7 @@ def _refuse_deeper(path: Path, table: Table, prefix: str) -> None:
 
 
 def _collect(path: Path, state: Node, *, nesting: tuple[str, ...], outer: Table) -> StateDict:
-    """Sort the entries of the state dict, and of the dict around it, into weights and the rest."""
+    """Separate the entries of the state dict, and of the dict around it, into weights and others."""
     assert isinstance(state, Table)  # it was chosen for its tensors
     prefix = ".".join(nesting)
     _refuse_deeper(path, state, prefix or "the top")
@@ -346,7 +349,7 @@ def _collect(path: Path, state: Node, *, nesting: tuple[str, ...], outer: Table)
 
 
 def _shown_key(text: str) -> str:
-    """Return a key that is no text, which came as text: without the quotes that a text gets."""
+    """Return a non-text key, which came as text, without the quotes of a text."""
     return shown(text)[1:-1]
 
 

@@ -1,9 +1,8 @@
 """Safetensors checkpoints: one file, or the shards of a `model.safetensors.index.json`.
 
-The header is parsed here rather than by the library because descriptors need the byte offsets, and because
-every claim of a file that came from elsewhere has to be checked before it is used. Layout of a file, from the
-format section of the safetensors README: 8 bytes little-endian header length N, N bytes of JSON, then the data,
-in which the tensors lie without holes or overlaps.
+The header is parsed here instead of by the library, because descriptors need byte offsets and every claim of an
+untrusted file must be checked before use. Layout, from the format section of the safetensors README: 8 bytes
+little-endian header length N, N bytes of JSON, then the data, in which tensors are without holes or overlaps.
 """
 
 import math
@@ -17,7 +16,7 @@ from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, StoredT
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line, shown
 
-# The library's own limit, so that no reader is asked for more than another can take.
+# The library's own limit, so that every reader accepts the same files.
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _METADATA_KEY = "__metadata__"
@@ -38,7 +37,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Describe one safetensors file; reads its header only.
 
     Raises:
-        SourceError: the file is truncated, or its header says something that cannot be.
+        SourceError: The file is truncated, or its header is invalid.
     """
     tensors = read_header(path).tensors
     if not tensors:
@@ -49,11 +48,11 @@ def open_safetensors(path: Path) -> Checkpoint:
 def open_sharded(path: Path) -> Checkpoint:
     """Describe the shards that the index file `path` lists; reads headers only.
 
-    Tensors come shard by shard in the order of the shards' names.
+    Tensors are ordered by the names of their shards.
 
     Raises:
-        SourceError: a malformed index, a shard that is missing or not a plain file name of the same folder,
-            or shards that hold other tensors than the index lists.
+        SourceError: The index is malformed, a shard is missing or not a plain file name of the same folder, or the
+            shards have other tensors than the index lists.
     """
     weight_map = _read_weight_map(path)
     shards = [path.parent / name for name in sorted(set(weight_map.values()))]
@@ -79,7 +78,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of the safetensors file `path`.
 
     Raises:
-        SourceError: the file is truncated, or its header says something that cannot be.
+        SourceError: The file is truncated, or its header is invalid.
     """
     with path.open("rb") as file:
         raw = _read_raw_header(path, file)
@@ -93,7 +92,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_raw_header(path: Path, file: BinaryIO) -> bytes:
-    """Return the JSON bytes of the header, once their claimed length is known to be possible."""
+    """Return the JSON bytes of the header, after checking its claimed length."""
     size = path.stat().st_size
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES:
@@ -114,7 +113,7 @@ def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
     except strict_json.DuplicateKeyError as error:
         raise SourceError(f"{path}: header: a key occurs twice; the file is forged") from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: header is no valid JSON ({first_line(error)}); download it again") from error
+        raise SourceError(f"{path}: header is not valid JSON ({first_line(error)}); download it again") from error
     if not isinstance(parsed, dict):
         raise SourceError(f"{path}: header is a JSON {type(parsed).__name__}, expected an object; save it again")
     return parsed
@@ -127,7 +126,7 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 
 def _entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
-    """Descriptor of one header entry whose data begin `start` bytes into the file."""
+    """Return the descriptor of one header entry; the data begin `start` bytes into the file."""
     label = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise SourceError(f"{label} is {shown(entry)}, expected {sorted(_FIELDS)}; save the file again")
@@ -161,7 +160,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_cover(path: Path, start: int, tensors: tuple[StoredTensor, ...]) -> None:
-    """The tensors must cover the data from its start to the end of the file, each byte once."""
+    """Check that the tensors cover the data from its start to the end of the file, each byte once."""
     end = start
     for tensor in tensors:
         if tensor.offset != end:
@@ -179,7 +178,7 @@ def _check_cover(path: Path, start: int, tensors: tuple[StoredTensor, ...]) -> N
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, every file name plain."""
+    """Return the shard's file name for each tensor name; every file name is plain."""
     size = path.stat().st_size
     if size > MAX_HEADER_BYTES:
         raise SourceError(f"{path}: index of {size} bytes, at most {MAX_HEADER_BYTES} are allowed; save it again")

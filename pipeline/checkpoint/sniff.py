@@ -1,4 +1,4 @@
-"""Tell what a checkpoint file is from its first bytes; its suffix is only worth a remark."""
+"""Detect the format of a checkpoint file from its first bytes. The suffix is only used for a remark."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _SNIFF_BYTES = 512
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_PROTOCOLS = range(2, 6)
-# A header longer than this is not a length but text or noise; the reader's own limit is far below.
+# A longer header is not a length but text or noise; the reader's own limit is far below.
 _MAX_PLAUSIBLE_HEADER = 1 << 48
 # (offset, lower-case bytes, what that is and what to do)
 _FOREIGN = (
@@ -36,10 +36,10 @@ _USUAL: dict[str, set[Content]] = {
 
 
 def sniff(path: Path) -> Content:
-    """Return what the first bytes say the file is.
+    """Return the format of a file, from its first bytes.
 
     Raises:
-        SourceError: no such file, not a regular file, an empty one, or content that is not a checkpoint.
+        SourceError: There is no such file, or it is not regular, empty, or not a checkpoint.
     """
     if not path.exists():
         raise SourceError(f"{path}: no such file; check the path")
@@ -63,7 +63,7 @@ def sniff(path: Path) -> Content:
 
 
 def suffix_remark(path: Path, content: Content) -> str:
-    """Return what to append to an error where suffix and content disagree; empty if they agree."""
+    """Return what to append to an error if suffix and content disagree; empty if they agree."""
     usual = _USUAL.get(path.suffix.lower())
     if usual is None or content in usual:
         return ""
@@ -71,7 +71,7 @@ def suffix_remark(path: Path, content: Content) -> str:
 
 
 def _content_of(head: bytes) -> Content | None:
-    # First: a header length can begin with the bytes of a pickle.
+    # First, because a header length can begin with the bytes of a pickle.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_PLAUSIBLE_HEADER:
         return "safetensors file"
     if head.startswith(_ZIP_MAGIC):

@@ -1,8 +1,8 @@
-"""PyTorch checkpoints in the zip form (`torch.save` since 1.6): descriptors from the headers alone.
+"""PyTorch checkpoints in zip form (`torch.save` since 1.6), described from the headers alone.
 
 The archive's directory is read and checked here, and its pickle interpreted by `pickle_vetting`. A tensor's storage has
-a key, which names the record with its bytes; where that lies in the file the directory says. `torch.load` never sees
-the file, so neither memory nor trust grows with it, and no offset rests on a guess about how it was written.
+a key that names the record with its bytes, and the directory locates the record. `torch.load` never sees the file, so
+memory does not grow with it, nothing in it is trusted, and no offset is guessed.
 """
 
 import struct
@@ -19,10 +19,10 @@ from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line, shown
 
 _PICKLE = "data.pkl"
-# Present in TorchScript archives only, which also have a data.pkl.
+# Only TorchScript archives have this member; they also have a data.pkl.
 _TORCHSCRIPT = "constants.pkl"
 _MAX_NOTE_BYTES = 64
-# APPNOTE.TXT 4.3.7: signature, 22 bytes of no interest here, name length, extra length.
+# APPNOTE.TXT 4.3.7: signature, 22 bytes that are not needed, name length, extra length.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED = 0x1
@@ -37,12 +37,12 @@ class _Record:
     """Bytes from the start of the file to the member's data."""
     nbytes: int
     crc32: int | None
-    """Checksum of the data; None if it was not written, which torch can be told."""
+    """Checksum of the data; None if it was not written, which is an option of torch.save."""
 
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file; what the library makes of a broken directory becomes a SourceError."""
+    """Open a zip file; the library's errors for a broken directory become a SourceError."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OverflowError, struct.error) as error:
@@ -55,7 +55,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def is_torch_zip(path: Path) -> bool:
-    """Return whether a zip file was written by `torch.save` (or `torch.jit.save`), judged by its pickle's name."""
+    """Return whether `torch.save` (or `torch.jit.save`) wrote a zip file, judged by its pickle's name."""
     with open_zip(path) as archive:
         return any(name.count("/") == 1 and name.endswith(f"/{_PICKLE}") for name in archive.namelist())
 
@@ -66,8 +66,8 @@ def open_torch_zip(path: Path, under: str | None = None) -> Checkpoint:
     `under` as in `find_state_dict`.
 
     Raises:
-        UnsafeSourceError: the pickle names code to run.
-        SourceError: the file is truncated, corrupt, compressed, big-endian, TorchScript, or holds no state dict.
+        UnsafeSourceError: The pickle names code to run.
+        SourceError: The file is truncated, corrupt, compressed, big-endian or TorchScript, or holds no state dict.
     """
     with open_zip(path) as archive, path.open("rb") as file:
         records = _read_records(path, archive, file)
@@ -102,7 +102,7 @@ def _is_storage(name: str) -> bool:
 
 
 def _read_records(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, _Record]:
-    """Members by their name below the archive's one root folder, each checked against its local header."""
+    """Return the members by name below the archive's one root folder, each checked against its local header."""
     roots = {info.filename.partition("/")[0] for info in archive.infolist()}
     if len(roots) != 1:
         raise SourceError(f"{path}: has {len(roots)} root folders {shown(sorted(roots))}, expected 1; save it again")
@@ -124,7 +124,7 @@ def _read_records(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> dict[
 
 
 def _locate(path: Path, info: zipfile.ZipInfo, file: BinaryIO) -> _Record:
-    """Return where the data of one member lie, according to its local header."""
+    """Return the location of one member's data, from its local header."""
     label = f"{path}: member {shown(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise SourceError(f"{label} is compressed, expected it stored; load and torch.save the checkpoint again")
@@ -143,7 +143,8 @@ def _locate(path: Path, info: zipfile.ZipInfo, file: BinaryIO) -> _Record:
 
 
 def _read_small(path: Path, file: BinaryIO, records: dict[str, _Record], name: str, limit: int) -> bytes:
-    """Data of a member that must be small. The checksum is not consulted: torch can be told not to write it."""
+    """Return the data of a member that must be small. Its checksum is ignored, because torch may not have written
+    it."""
     record = records.get(name)
     if record is None:
         raise SourceError(f"{path}: lacks the member {shown(name)} of a torch.save file; download it again")

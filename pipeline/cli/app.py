@@ -1,4 +1,4 @@
-"""The typer app that commands register on, with the options and output functions that they share."""
+"""The typer app that commands register on, with shared options and output functions."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ import birkhoff
 from birkhoff.pipeline import hints, logs
 from birkhoff.pipeline.cli.completion import references
 from birkhoff.pipeline.errors import failure_facts
-from birkhoff.pipeline.text import printable, short, size
+from birkhoff.pipeline.text import printable, short, size, some
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ SignatureOption = Annotated[
     typer.Option(
         "--require-signature",
         metavar="PUBFILE",
-        help="Refuse what this public key did not sign. Repeatable: any one of the keys.",
+        help="Require a signature by this public key. Repeatable: any one of the keys is enough.",
     ),
 ]
 AudienceOption = Annotated[
@@ -72,14 +72,16 @@ def _named_store(url: str | None) -> str | None:
 
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", metavar="URL", help="The store: s3://, file:// or embedded.", callback=_named_store),
+    typer.Option(
+        "--store", metavar="URL", help="The store: s3://, gs://, az://, file:// or embedded.", callback=_named_store
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def output() -> "Console":
     """Return the console for tables: standard output, 200 columns wide unless it is a terminal."""
-    from rich.console import Console  # imported here, so that commands without tables start without it
+    from rich.console import Console  # commands without tables start faster without it
 
     return Console(width=None if sys.stdout.isatty() else 200)
 
@@ -115,12 +117,12 @@ _quiet = False
 
 def set_quiet(quiet: bool) -> None:
     """Set whether only results, warnings and errors are printed."""
-    global _quiet  # one command a process
+    global _quiet  # one command per process
     _quiet = quiet
 
 
 def is_quiet() -> bool:
-    """Return whether to leave out progress, remarks and the facts of what was done."""
+    """Return whether to omit progress, remarks and facts."""
     return _quiet
 
 
@@ -130,7 +132,7 @@ def print_json(value: object, file: IO[str] | None = None) -> None:
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """Serialise a value, or a part of one, as `print_json` does."""
+    """Serialise a value as `print_json` does."""
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 
@@ -176,7 +178,7 @@ def say(text: str) -> None:
 
 
 def remark(message: str) -> None:
-    """Print a line that is worth knowing; nothing with `--quiet`."""
+    """Print a line of information; nothing with `--quiet`."""
     if _quiet:
         return
     if logs.as_json():
@@ -185,8 +187,15 @@ def remark(message: str) -> None:
     say(message)
 
 
+def remark_unproven(reasons: Mapping[str, object]) -> None:
+    """Print in one line per reason which models have no proof of their masks; `reasons` by model."""
+    for reason in dict.fromkeys(reasons.values()):
+        models = [model for model, why in reasons.items() if why == reason]
+        remark(f"no proof of masks for {some(models)}: {reason}")
+
+
 def warn(message: str) -> None:
-    """Print a warning: it works, but perhaps not as expected."""
+    """Print a warning: the command works, but perhaps not as expected."""
     if logs.as_json():
         log.warning("%s", printable(message))
         return

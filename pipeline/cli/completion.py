@@ -1,7 +1,7 @@
 """Shell completion of MODEL[@REF]: models of the store, and after `@` their aliases and versions.
 
-Completion must be fast and silent. A store that does not answer within a second, or an embedded server that is not
-running, completes nothing; no server is started.
+Completion must be fast and silent. If the store does not answer within a second, or is an embedded server that does not
+run, nothing is completed. No server is started.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def references(context: typer.Context, incomplete: str) -> list[str]:
     try:
         return [found for found in _known(context.params.get("store"), incomplete) if found.startswith(incomplete)]
     except (BirkhoffError, OSError):
-        return []  # a shell is waiting; the error shows when the command runs
+        return []  # a shell is waiting; running the command shows the error
 
 
 def _known(store: str | None, incomplete: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ from birkhoff.pipeline.cli.app import (
     output,
     print_json,
     remark,
+    remark_unproven,
     warn,
 )
 from birkhoff.pipeline.errors import EXIT_CODES, BusyError, SourceError, exit_code, failure
@@ -44,7 +45,7 @@ _PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".jo
 
 
 class ExecutorName(StrEnum):
-    """Where shards run: in Ray workers, or in this process."""
+    """Runs shards in Ray workers, or in this process."""
 
     RAY = "ray"
     INLINE = "inline"
@@ -91,7 +92,7 @@ def compress(
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     mirror: MirrorOption = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Encode every shard, also those already in the store.")
+        bool, typer.Option("--force", help="Encode every shard, even those already in the store.")
     ] = False,
     revalidate: Annotated[
         bool, typer.Option("--revalidate", help="Validate shards in the store against their source again.")
@@ -101,7 +102,7 @@ def compress(
         bool,
         typer.Option(
             "--scheduled",
-            help="Leave it to an earlier run of these models that is still at work, say so, and do not wait.",
+            help="If an earlier run of these models is still at work, say so and exit instead of waiting.",
         ),
     ] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -189,6 +190,8 @@ def compress(
             warn(f"{run.name}: {warning}")
         if run.error is not None:
             complain(f"{run.name}: {run.error}")
+    if not as_json:
+        remark_unproven({run.name: run.subjects.unproven for run in runs if run.unproven and run.subjects.unproven})
     _announce(record, quiet=as_json)
     if all(run.status == "up to date" for run in runs) and not as_json:
         remark(f"nothing to do: {len(runs)} of {len(runs)} models are up to date")
@@ -206,7 +209,8 @@ def _offer(manifest: Path, model: str, held: str, newer: str, profile: str | Non
 
 @contextmanager
 def _gives_way(*, as_json: bool) -> Iterator[None]:
-    """End the command well where an earlier tick is at work: schedulers call every other exit code a failure."""
+    """Exit with 0 if another run of the schedule is at work, because schedulers report every other code as a
+    failure."""
     try:
         yield
     except BusyError as busy:
@@ -218,7 +222,7 @@ def _gives_way(*, as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def _announced(record: "Recorder", *, quiet: bool) -> Iterator[None]:
-    """Print how to read the report of a run, also if an error ends it."""
+    """Print how to read a run's report, even if an error ends the run."""
     try:
         yield
     except BirkhoffError:
@@ -257,7 +261,7 @@ def plan(
         return
     remember(store=store or chosen.store)
     with open_existing_store(store or chosen.store, allow_http=chosen.allow_http) as opened:
-        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened))
+        rows, errors = plan_rows(chosen, opened, mirror, _bases(chosen, opened), _unproven)
     columns = [column for column in PLAN_COLUMNS if any(row.get(column.key) is not None for row in rows)]
     if as_json or any(row["status"] != "failed" for row in rows):
         show(output(), columns, rows, as_json=as_json)
@@ -271,13 +275,22 @@ def plan(
             remark(f"{row['model']}: no weights, left out: {some(skipped)}")
         if "error" in row:
             complain(f"{row['model']}: {row['error']}")
+    remark_unproven({str(row["model"]): row["unproven"] for row in rows if row.get("unproven")})
     failed = failure(errors)
     if failed is not None:
         raise typer.Exit(exit_code(failed))
 
 
+def _unproven(planned: "Planned") -> str | None:
+    """Return why a model cannot be proven. Raises what `compress` would raise about it."""
+    from birkhoff.pipeline.proof.subject import subjects_of
+
+    return subjects_of(planned).unproven
+
+
 def _bases(chosen: "Manifest", opened: "Store | None") -> "BaseOf":
-    """Finds the bases of models; what reads them is loaded only if one of them names any."""
+    """Return a function that finds the bases of models. The code that reads them is loaded only if a model names a
+    base."""
     from birkhoff.pipeline.plan.estimate import Based
 
     def find(planned: "Planned", latest: "Version | None") -> "Based":

@@ -1,7 +1,7 @@
-"""`birkhoff doctor`: what this machine would use, whether it works, and what to do where it does not.
+"""The checks of `birkhoff doctor`: what a run would use on this machine, whether it works, and what to do if not.
 
-Each check tries the thing itself: a store is written to under `probe/` and cleaned up, an embedded server that was
-never used is tried out in a temporary folder, Triton decodes on the GPU. Nothing is left behind.
+Each check tries the real thing: it writes to the store under `probe/` and cleans up, runs an unused embedded server in
+a temporary folder, and decodes on the GPU with Triton. Nothing is left behind.
 """
 
 import importlib
@@ -33,7 +33,7 @@ State = Literal["ok", "note", "fails"]
 
 MINIMUM_PYTHON = (3, 11)
 _LOW_DISK_BYTES = 10 << 30
-"""A published SAM-H takes 2.6 GB as it is fetched, and about 0.4 GB stored."""
+"""A published SAM-H takes 2.6 GB as fetched, and about 0.4 GB stored."""
 
 
 EXTRAS = {
@@ -42,12 +42,12 @@ EXTRAS = {
     "azure": ("azure.storage.blob", "stores on Azure Blob Storage (az://)"),
     "oms": ("model_signing", "signatures that other tools check (birkhoff oms)"),
 }
-"""Optional parts: the module that each needs, and what is not to be had without it."""
+"""Optional parts: the module that each needs, and what is missing without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at. `code` is the exit code of what fails, 0 otherwise."""
+    """The result of a check. `code` is the exit code of a failure, 0 otherwise."""
 
     check: str
     state: State
@@ -57,7 +57,7 @@ class Finding:
 
 
 def examine(store: str | None = None) -> Iterator[Finding]:
-    """Look at everything; `store` as in `--store`. One finding a check, what others depend on first."""
+    """Run all checks, those that others depend on first; `store` as in `--store`."""
     yield _python()
     yield _native()
     yield from _torch()
@@ -70,7 +70,7 @@ def examine(store: str | None = None) -> Iterator[Finding]:
 def _python() -> Finding:
     found = f"{platform.python_implementation()} {platform.python_version()}, {sys.executable}"
     if sys.version_info < MINIMUM_PYTHON:
-        return _fails("python", found, "make the environment anew with Python 3.11 or newer")
+        return _fails("python", found, "create the environment again with Python 3.11 or newer")
     return Finding(check="python", state="ok", found=found)
 
 
@@ -173,7 +173,7 @@ def _extra(name: str) -> Finding:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its package is missing too
         return False
 
 
@@ -245,7 +245,8 @@ def _opened(store: Store, shown: str) -> Iterator[Finding]:
 
 
 def _read_only(store: Store, refusal: StoreDeniedError) -> Finding:
-    """A store that may be read, though not written. Raises the refusal where it may not be read either."""
+    """Return the finding for a store that can be read but not written. Raises the refusal if it cannot be read
+    either."""
     try:
         first = next(iter(store.list("models/")), None)
         if first is not None:
@@ -265,7 +266,7 @@ def _read_only(store: Store, refusal: StoreDeniedError) -> Finding:
 
 
 def _aws(_: Store) -> str:
-    """Where the AWS chain found credentials; whether they are right shows only at the store."""
+    """Return where the AWS chain found credentials. Only the store can tell whether they are right."""
     from boto3.session import Session
 
     found = Session().get_credentials()
@@ -287,7 +288,7 @@ def _azure(store: Store) -> str:
 
 
 _CREDENTIALS: dict[str, Callable[[Store], str]] = {"s3": _aws, "gs": _google, "az": _azure}
-"""Whose credentials a store of each scheme is opened by."""
+"""Returns whose credentials open a store, by scheme."""
 
 _SIGNING = {
     "gs": "; credentials that can sign, such as a service account's key file, make the store refuse them",
@@ -312,11 +313,11 @@ _ADVICE = {
         f"see that this machine reaches the account that the AZURE_STORAGE_* variables name; {_OTHERWISE}",
     ),
 }
-"""What to do where credentials are not enough, and where nothing answers."""
+"""What to do if credentials are not enough, and if nothing answers."""
 
 
 def _of_error(url: str, error: BirkhoffError) -> Finding:
-    """What a store that does not serve us calls for."""
+    """Return the finding for a store that refused or did not answer."""
     denied, unreachable = _ADVICE.get(url.partition("://")[0], _ADVICE["s3"])
     if isinstance(error, StoreDeniedError):
         check, advice = "credentials", denied
@@ -334,9 +335,9 @@ def _fails(check: str, found: str, advice: str, *, code: int = 1) -> Finding:
 
 
 def _import(module: str) -> str | None:
-    """Why a module cannot be imported, or None."""
+    """Return why a module cannot be imported; None if it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a missing shared library raises whatever it likes
+    except Exception as error:  # a missing shared library may raise anything
         return f"{type(error).__name__}: {error}"
     return None

@@ -7,7 +7,7 @@ import typer
 
 from birkhoff.pipeline.cli.app import JsonOption, ReferenceArgument, StoreOption, app, report
 
-key_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Make and show signing keys (Ed25519).")
+key_app: typer.Typer = typer.Typer(no_args_is_help=True, help="Create and show signing keys (Ed25519).")
 app.add_typer(key_app, name="key")
 
 
@@ -18,7 +18,7 @@ def new(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key pair: `--sign FILE` signs, `--require-signature FILE.pub` checks."""
+    """Create a key pair: `--sign FILE` signs, `--require-signature FILE.pub` checks."""
     from birkhoff.pipeline.registry.signing import PUBLIC_SUFFIX, new_key
 
     public = new_key(file)
@@ -29,7 +29,7 @@ def new(
 def show(
     file: Annotated[Path, typer.Argument(metavar="PUBFILE", help="A public key.")], as_json: JsonOption = False
 ) -> None:
-    """Print the id by which signatures name a public key."""
+    """Print the id that signatures use for a public key."""
     from birkhoff.pipeline.registry.signing import load_public
 
     report({"key": load_public(file).id, "public": str(file)}, as_json, "key")

@@ -1,4 +1,4 @@
-"""Entry point: command modules register themselves, one command runs, and its error becomes one line."""
+"""Entry point: command modules register themselves, one command runs, and an error becomes one line."""
 
 import errno
 import os
@@ -41,8 +41,8 @@ _DISK = (*FULL, errno.EROFS)
 
 _JSON = "--json"
 GLOBAL_FLAGS = ("--debug", "--allow-http", "--quiet")
-"""Every command takes these, before or after its name. `--json` and `--store` may stand there too, for the commands
-that have them."""
+"""Flags of every command, before or after its name. `--json` and `--store` may also precede the commands that have
+them."""
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -61,19 +61,19 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def run(command: Callable[[], object], *, debug: bool, as_json: bool = False) -> int:
-    """Run a command; its error becomes one line and the exit code of its kind."""
+    """Run a command; an error becomes one line and the exit code of its kind."""
     try:
         code = command()
     except (BirkhoffError, interrupt.Interrupted) as error:
         if debug:
             traceback.print_exc()
         return _end(error, as_json)
-    except typer.Abort:  # Ctrl-C, noticed by typer
+    except typer.Abort:  # Ctrl-C that typer caught
         return _end(interrupt.Interrupted(), as_json)
     except _UsageError as error:
         return _end_usage(error, as_json)
     except Exception as error:
-        if interrupt.asked():  # a library raised another error for it
+        if interrupt.asked():  # a library turned Ctrl-C into another error
             return _end(interrupt.Interrupted(), as_json)
         if debug:
             raise
@@ -92,7 +92,7 @@ def run(command: Callable[[], object], *, debug: bool, as_json: bool = False) ->
 def _end(error: BirkhoffError | interrupt.Interrupted, as_json: bool) -> int:
     """Print the error that ended a command, and return its exit code."""
     if isinstance(error, interrupt.Interrupted):
-        message, code = "interrupted; run the same command again to go on from here", error.exit_code
+        message, code = "interrupted; run the same command again to resume", error.exit_code
     else:
         message, code = str(error), exit_code(error)
     complain(message)
@@ -102,7 +102,7 @@ def _end(error: BirkhoffError | interrupt.Interrupted, as_json: bool) -> int:
 
 
 def _end_usage(error: Any, as_json: bool) -> int:
-    """Print what is wrong with a command line, and return the exit code."""
+    """Print the error of a command line, and return the exit code."""
     error.show()
     if as_json:
         print_json(failure_document("UsageError", error.exit_code, error.format_message()))
@@ -131,11 +131,11 @@ def main() -> None:
 
 
 def _with_output(code: str | int | None) -> str | int | None:
-    """Return the final exit code: a command that succeeded must also have written its output."""
+    """Return the final exit code. A command that succeeded must also have written its output."""
     lost = streams.lost_output()
     if code or lost is None:
         return code
     if streams.is_broken_pipe(lost):
         return streams.BROKEN_PIPE
-    complain(f"standard output: {lost.strerror}; the command did its work, but what it printed is lost")
+    complain(f"standard output: {lost.strerror}; the command succeeded, but its output is lost")
     return exit_code(OutputError())

@@ -50,7 +50,9 @@ ComputeOption = Annotated[
         "does so where the version's proof found that it keeps their outputs."
     ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1; the GPU where there is one.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1. Default: the GPU, if there is one.")
+]
 
 PICTURE_COLUMN = Column(title="picture", key="image")
 SEGMENT_COLUMNS = (
@@ -86,7 +88,7 @@ def segment(
     ] = False,
     grid: Annotated[
         int | None,
-        typer.Option(min=1, max=256, metavar="N", help="With --everything: ask at N x N points. Published: 32."),
+        typer.Option(min=1, max=256, metavar="N", help="With --everything: prompt with N x N points. Published: 32."),
     ] = None,
     predicted_iou: Annotated[
         float | None,
@@ -102,7 +104,7 @@ def segment(
     ] = None,
     crop_layers: Annotated[
         int | None,
-        typer.Option(min=0, max=4, metavar="N", help="With --everything: ask again on 4, 16, ... crops. Published: 0."),
+        typer.Option(min=0, max=4, metavar="N", help="With --everything: repeat on 4, 16, ... crops. Published: 0."),
     ] = None,
     min_region: Annotated[
         int | None,
@@ -110,7 +112,7 @@ def segment(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="SOURCE", help="Draw this checkpoint's masks beside, and print the IoU of both."),
+        typer.Option(metavar="SOURCE", help="Draw this checkpoint's masks too, and print the IoU with them."),
     ] = None,
     builder: BuilderOption = None,
     upstream: UpstreamOption = None,
@@ -209,21 +211,21 @@ _OF_MASKS = "--annotations, --boxes, --random, --fail-below, --adapter"
 
 
 class Truth(StrEnum):
-    """The truth that masks are compared with."""
+    """The masks to compare with."""
 
     annotations = "annotations"
     results = "results"
 
 
 class Multimask(StrEnum):
-    """The mask to take if a model gives several."""
+    """The mask to take from a model that returns several."""
 
     single = "single"
     best = "best"
 
 
 class Metric(StrEnum):
-    """The measure by which masks are compared with the truth."""
+    """The measure for comparing masks with the truth."""
 
     iou = "iou"
     ap = "ap"
@@ -300,8 +302,8 @@ def evaluate(
 ) -> None:
     """Compare a compressed model's masks with the original's on the same pictures and prompts: mean and worst.
 
-    With annotations, both are compared with the truth too. Pictures, annotations and results that cannot be used are
-    skipped, counted and listed. With --inputs, the outputs of any module are compared instead.
+    With annotations, both are also compared with these. Unusable pictures, annotations and results are skipped, counted
+    and listed. With --inputs, the outputs of any module are compared instead.
     """
     from birkhoff.pipeline.files import atomic_write
     from birkhoff.pipeline.report.evaluation import page
@@ -391,7 +393,7 @@ def _evaluate_outputs(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """`evaluate --inputs`: any module, one model after the other in memory."""
+    """Run `evaluate --inputs`: compare the outputs of any module, with one model in memory at a time."""
     from birkhoff.pipeline.artifact.readers import open_artifact
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.files import atomic_write
@@ -442,7 +444,7 @@ def _show_evaluation(found: dict[str, Any], job: ModuleType, against: Path) -> N
 
 @contextlib.contextmanager
 def counting(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on a terminal's standard error; what it gives is told how many more are done."""
+    """Show a progress bar on a terminal's standard error; yield a function that is told how many more are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -453,14 +455,14 @@ def counting(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], 
 
 
 def chosen_device(device: str | None) -> str:
-    """The device meant: the one named, else the GPU where there is one. Raises typer.BadParameter."""
+    """Return the named device, else the GPU if there is one. Raises typer.BadParameter."""
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that does not exist
         reason = " ".join(str(error).split())[:200]
         raise typer.BadParameter(f"{device}: {reason}", param_hint="--device") from None
     return device

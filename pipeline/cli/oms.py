@@ -1,4 +1,4 @@
-"""The commands for statements that other tools read: oms sign, oms verify, provenance, bom."""
+"""Commands for statements that other tools read: oms sign, oms verify, provenance, bom."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ def sign(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign every file of a folder (model.sig), or a version, whose pulled folders then carry the signature."""
+    """Sign every file of a folder (model.sig), or a version; pulled folders of that version include the signature."""
     import tempfile
 
     from birkhoff.pipeline.artifact.cache import BlobCache
@@ -58,11 +58,11 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="The signature. Default: FOLDER/model.sig.")
     ] = None,
     ignore: Annotated[
-        list[Path] | None, typer.Option(metavar="PATH", help="Path that need not be signed. Repeatable.")
+        list[Path] | None, typer.Option(metavar="PATH", help="A path that may be unsigned. Repeatable.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a folder holds exactly what its signature names, and who signed it (exit code 20)."""
+    """Check that a folder has exactly the files its signature names, and who signed it; exit with 20 if not."""
     from birkhoff.pipeline.artifact.oms import OmsKey, verify_folder
 
     if (key is None) == (not chain):
@@ -74,7 +74,7 @@ def verify(
 
 @app.command()
 def provenance(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
-    """Print a version's provenance: an in-toto statement with SLSA's predicate, in JSON."""
+    """Print a version's provenance as JSON: an in-toto statement with SLSA's predicate."""
     from birkhoff.pipeline.artifact import statements
 
     print_json(_of(reference, store, statements.provenance, offline=offline))
@@ -82,7 +82,7 @@ def provenance(reference: ReferenceArgument, store: StoreOption = None, offline:
 
 @app.command()
 def bom(reference: ReferenceArgument, store: StoreOption = None, offline: OfflineOption = False) -> None:
-    """Print a version's bill of materials (CycloneDX), in JSON."""
+    """Print a version's bill of materials (CycloneDX) as JSON."""
     from birkhoff.pipeline.artifact import statements
 
     print_json(_of(reference, store, statements.bill_of_materials, offline=offline))

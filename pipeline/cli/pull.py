@@ -40,7 +40,7 @@ app.add_typer(cache_app, name="cache")
 
 
 class Format(StrEnum):
-    """Form of a pulled folder: the artifact as stored, or a folder for transformers' `from_pretrained`."""
+    """The form of a pulled folder: the artifact as stored, or a folder for transformers' `from_pretrained`."""
 
     BIRKHOFF = "birkhoff"
     TRANSFORMERS = "transformers"
@@ -56,6 +56,9 @@ PULL_COLUMNS = (
     Column(title="digest", key="digest", form=short, rank=4, whole=True),
 )
 
+PULLED = Path("pulled")
+"""Default folder of pulls, each in a folder of its model's name."""
+
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the cache only; ask no store.")]
 
 
@@ -63,11 +66,15 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the cache on
 def pull(
     given: ReferencesArgument,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder to fetch into; DIR/MODEL if there are several models."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to fetch into; DIR/MODEL if there are several models. Default: pulled/MODEL.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     store: StoreOption = None,
     form: Annotated[
         Format, typer.Option("--format", help="The artifact as stored, or a folder for transformers' from_pretrained.")
@@ -82,7 +89,7 @@ def pull(
     accept_older: OlderOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch versions into folders and check every digest; fetch only what neither folder nor cache holds."""
+    """Fetch versions into folders and check every digest; fetch only what folder and cache lack."""
     from birkhoff.pipeline.api.pull import check_not_remote, origin_of, pull_found
     from birkhoff.pipeline.api.transfer import transferring
     from birkhoff.pipeline.artifact.cache import BlobCache, usable_cache
@@ -94,7 +101,7 @@ def pull(
         raise typer.BadParameter("applies to --format transformers", param_hint="--card")
     trust = Trust.of(require_signature, audience=signed_for, accept_older=accept_older)
     with ExitStack() as stack:
-        cache = BlobCache() if offline else stack.enter_context(usable_cache(output, warn))
+        cache = BlobCache() if offline else stack.enter_context(usable_cache(output or PULLED, warn))
         image = is_one(given) and given[0].startswith("oci://")
         if offline:
             check_not_remote(given[0])
@@ -115,7 +122,7 @@ def pull(
             return done.facts()
 
         if is_one(given):
-            facts = pull_one(given[0], output)
+            facts = pull_one(given[0], output or PULLED / model_of(given[0]))
             report(facts if as_json or facts["missing_blobs"] else _less(facts, "missing_"), as_json, "pulled")
             return
         if opened is None and any(map(is_glob, given)):
@@ -124,7 +131,7 @@ def pull(
         check_models_differ(meant)
         run_each(
             meant,
-            lambda reference: pull_one(reference, output / model_of(reference)),
+            lambda reference: pull_one(reference, (output or PULLED) / model_of(reference)),
             PULL_COLUMNS,
             done="pulled",
             as_json=as_json,
@@ -137,7 +144,7 @@ def _less(facts: Facts, prefix: str) -> Facts:
 
 @cache_app.callback()
 def usage(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Show where the cache is and what it holds."""
+    """Show the cache's folder and size."""
     from birkhoff.pipeline.artifact.cache import BlobCache
 
     if context.invoked_subcommand is None:
@@ -153,7 +160,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove unused blobs and abandoned downloads; pulled folders stay complete."""
+    """Remove unused blobs and abandoned downloads. Pulled folders stay complete."""
     from birkhoff.pipeline.artifact.cache import BlobCache
 
     pruned = BlobCache().prune(unused=duration(unused), keep_bytes=keep << 20, dry_run=dry_run)

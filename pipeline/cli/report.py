@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from birkhoff.pipeline.cli.app import JsonOption, StoreOption, app, output, print_json, remark
+from birkhoff.pipeline.cli.app import JsonOption, StoreOption, app, output, print_json, remark, remark_unproven
 from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, Column, filled
 from birkhoff.pipeline.text import fixed, printable, size
 
@@ -69,6 +69,7 @@ def report_(
         for model in report.models:
             if model.error:
                 remark(f"{model.name}: {model.error}")
+        remark_unproven({model.name: model.unproven for model in report.models if model.unproven})
 
 
 def _page(report: "RunReport", html: Path | None, browse: bool) -> None:

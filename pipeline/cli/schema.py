@@ -1,8 +1,8 @@
-"""The JSON schema of what every command writes with `--json`: `birkhoff schema`, kept as `output.schema.json` here.
+"""The JSON schema of every command's `--json` output: `birkhoff schema`, stored as `output.schema.json` here.
 
-One rule holds for all of them: standard output is one JSON document. It is a list of objects if the command shows rows,
-one object if it says what it did, and `{"error": {...}}` if it failed. Keys stay; more may come. A key that a table
-shows has that table's heading as its `title`. Sizes are bytes, times seconds, fidelities dB.
+Standard output is always one JSON document: a list of objects if the command shows rows, one object if it reports what
+it did, and `{"error": {...}}` if it failed. Keys are never removed; new ones may be added. A key that a table shows has
+the table's heading as its `title`. Sizes are bytes, times seconds, fidelities dB.
 """
 
 import json
@@ -35,7 +35,7 @@ LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
 
 
 def maybe(schema: Schema) -> Schema:
-    """The same, or null if there is no value."""
+    """Return a schema that also allows null."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
@@ -70,19 +70,19 @@ _SCORES = {
 
 
 def an_object(keys: Mapping[str, Schema], columns: Sequence[Column] = (), optional: Sequence[str] = ()) -> Schema:
-    """An object with these keys; those that a table shows carry its headings."""
+    """Return the schema of an object with these keys; those that a table shows get its headings as titles."""
     titles = {column.key: column.title for column in columns}
     properties = {key: {"title": titles[key], **form} if key in titles else form for key, form in keys.items()}
     return {"type": "object", "properties": properties, "required": [key for key in keys if key not in optional]}
 
 
 def rows(keys: Mapping[str, Schema], columns: Sequence[Column] = (), optional: Sequence[str] = ()) -> Schema:
-    """A list of such objects."""
+    """Return the schema of a list of such objects."""
     return {"type": "array", "items": an_object(keys, columns, optional)}
 
 
 def several(keys: Mapping[str, Schema], columns: Sequence[Column], done: str) -> Schema:
-    """What a command over several models writes: a row for each, what it has of those keys and how it ended."""
+    """Return the schema of a command on several models: a row each, with these keys and how it ended."""
     ended = {"model": TEXT, "status": {"enum": [done, "failed"]}, "error": _NAME}
     found = {key: maybe(form) for key, form in keys.items()}
     optional = [key for key in found if key not in {column.key for column in columns}]
@@ -90,11 +90,11 @@ def several(keys: Mapping[str, Schema], columns: Sequence[Column], done: str) ->
 
 
 ERROR = an_object({"error": an_object(_FAILURE)})
-"""What any command writes if it fails: class, exit code, line, and what the line advises."""
+"""The document of any command that fails: class, exit code, line, remedy."""
 
 
 def outputs() -> dict[str, Schema]:
-    """What each command writes if it does not fail, by the command's words."""
+    """Return the schema of each command's document on success, by the command's words."""
     from birkhoff.pipeline.cli.doctor import FINDING_COLUMNS
     from birkhoff.pipeline.cli.inspect import VERIFY_COLUMNS
     from birkhoff.pipeline.cli.models import OUTPUT_COLUMNS, SCORE_COLUMNS, SEGMENT_COLUMNS, SKIPPED_COLUMNS
@@ -122,6 +122,7 @@ def outputs() -> dict[str, Schema]:
         "stages": MAP,
         "target_db": _DB,
         "passes": COUNT,
+        "unproven": _NAME,
         "warnings": TEXTS,
         "error": maybe(TEXT),
         "failure": maybe(an_object(_FAILURE)),
@@ -147,6 +148,7 @@ def outputs() -> dict[str, Schema]:
         "predicted_seconds": NUMBER,
         "predicted_memory_bytes": COUNT,
         "skipped": TEXTS,
+        "unproven": _NAME,
         "overrides": MAP,
         "groups": rows({"action": TEXT, "reason": TEXT, "tensors": COUNT, "weights": COUNT, "bytes": COUNT}),
         "note": TEXT,
@@ -277,7 +279,7 @@ def outputs() -> dict[str, Schema]:
 
 
 def document() -> dict[str, Any]:
-    """The whole schema: a definition for each command, and `error`."""
+    """Return the whole schema: a definition for each command, and `error`."""
     found = {**outputs(), "error": ERROR}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -1,7 +1,7 @@
-"""Commands over several models: references and globs, a row for each, one rule for the exit code.
+"""Commands on several models: references and globs, a row per model, one rule for the exit code.
 
-A model that fails does not stop the others. The exit code is 0 if none failed, that of the error if all failed with the
-same kind, else 14, as for `compress`.
+A model that fails does not stop the others. The exit code is 0 if none failed, the error's if all failed with the same
+kind, else 14, as for `compress`.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,16 +40,16 @@ def is_glob(reference: str) -> bool:
 
 
 def is_one(given: Sequence[str]) -> bool:
-    """Return whether a command is about one artifact, so that it prints a line and not a table."""
+    """Return whether a command is about one artifact, so that it prints a line instead of a table."""
     return len(given) == 1 and not is_glob(given[0])
 
 
 def expand(store: "Store", given: Sequence[str]) -> list[str]:
-    """Return the references that globs and names stand for, each once, those of a glob sorted.
+    """Return the references that globs and names stand for, each once; those of a glob are sorted.
 
     Raises:
-        ArtifactNotFoundError: a glob matches no model.
-        StoreError: the store failed.
+        ArtifactNotFoundError: A glob matches no model.
+        StoreError: The store failed.
     """
     from birkhoff.pipeline.registry.versions import models
 
@@ -73,19 +73,20 @@ def model_of(reference: str) -> str:
 
 
 def check_models_differ(given: Sequence[str]) -> None:
-    """Refuse two references to one model where each gets a folder of its model's name. Raises typer.BadParameter."""
+    """Refuse two references to one model, which would share the folder of that model's name. Raises
+    typer.BadParameter."""
     models = [model_of(reference) for reference in given]
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
-        raise typer.BadParameter(f"{twice} is named twice, and has one folder: pull its versions one after the other")
+        raise typer.BadParameter(f"{twice} is named twice but has one folder; pull its versions one by one, with -o")
 
 
 def run_each(
     given: Sequence[str], work: Callable[[str], Facts], columns: Sequence[Column], *, done: str, as_json: bool
 ) -> None:
-    """Do something with each reference, show a row for each, and end with the code of what failed.
+    """Call `work` for each reference, show a row for each, and exit with the code of the failures.
 
-    `work` returns the facts of one; `done` is what its `status` is then. Raises typer.Exit.
+    `work` returns the facts of one reference; `done` is its `status` on success. Raises typer.Exit.
     """
     from birkhoff.pipeline.cli.tables import show
 

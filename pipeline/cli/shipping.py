@@ -202,7 +202,7 @@ def recode(
 
 
 def _said(facts: Facts, as_json: bool) -> Facts:
-    """Return the facts for one line; signatures have a warning of their own."""
+    """Return the facts for one line; signatures get a warning of their own."""
     if as_json:
         return facts
     return {**facts, "aliases": ", ".join(facts["aliases"]), "labels": pairs(facts["labels"]), "signed_for": ""}

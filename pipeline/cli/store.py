@@ -28,8 +28,8 @@ def down() -> None:
 def env(as_json: JsonOption = False) -> None:
     """Print the variables that let S3 tools reach the server: `eval "$(birkhoff store env)"`.
 
-    AWS_* serve the AWS command line and SDKs, S3_ENDPOINT_URL serves s5cmd, and RCLONE_CONFIG_* define rclone's remote
-    birkhoff:.
+    AWS_* are for the AWS command line and SDKs, S3_ENDPOINT_URL is for s5cmd, and RCLONE_CONFIG_* define rclone's
+    remote birkhoff:.
     """
     import shlex
 

@@ -14,41 +14,42 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _FRAME = 3
-"""Cells that a column takes beside its text: two of padding and a line."""
+"""Cells that a column takes besides its text: two of padding and a line."""
 
 _READABLE = 24
-"""Cells that a text is cut to before a column is left out for it."""
+"""Width that texts are cut to before a column is left out."""
 
 _LEAST_WIDTH = 8
-"""Cells that a text is cut to once no more columns can be left out."""
+"""Width that texts are cut to when no more columns can be left out."""
 
 _MOST_TEXT = 60
-"""Cells that a text gets at most, where its column does not say: an error's line may be much longer."""
+"""Default limit for the width of a text; an error's line may be much longer."""
 
 _MEASURED = 500
-"""Rows up to which a table is drawn with lines, at a millisecond a row; plain columns are fitted to as many."""
+"""Largest number of rows drawn with lines, at a millisecond each; longer output has plain columns fitted to this
+many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of a table: heading, the row's key, and how its value is written."""
+    """A column of a table: heading, the row's key, and how to format the value."""
 
     title: str
     key: str
     form: Callable[[Any], str] = str
     right: bool = False
     rank: int = 0
-    """How soon a narrow terminal does without it: the greatest first, 0 never."""
+    """Order in which a narrow terminal leaves columns out: the greatest first, 0 never."""
     most: int = _MOST_TEXT
-    """Cells that its text gets at most."""
+    """Most cells of its text."""
     tail: bool = False
-    """Whether the end of a long text tells more than its beginning, as that of a tensor's name does."""
+    """Cut long texts at the beginning, because the end of a tensor's name tells more."""
     whole: bool = False
-    """Whether it is never cut, as an id."""
+    """Never cut it, as for an id."""
 
 
 def groups(rows: Sequence[Row]) -> str:
-    """Tensors by action, and why: one line a group."""
+    """Format tensors by action and reason, one line per group."""
     return "\n".join(
         f"{row['tensors']} {row['action']}" + (f": {row['reason']}" if row["reason"] else "") for row in rows
     )
@@ -112,15 +113,15 @@ ADDRESS_COLUMNS = (
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Row], *optional: str) -> list[Column]:
-    """The columns, without those of the keys `optional` that no row has anything for."""
+    """Return the columns, except those of `optional` keys that no row has a value for."""
     return [column for column in columns if column.key not in optional or any(row.get(column.key) for row in rows)]
 
 
 def show(console: "Console", columns: Sequence[Column], rows: Sequence[Row], *, as_json: bool, title: str = "") -> None:
-    """Print rows as a table, or as one JSON list. A row is one row of the table, whatever it holds and however wide.
+    """Print rows as a table, or as one JSON list. Each row is one line of the table.
 
-    Long texts are cut. A terminal that is too narrow for all columns shows the most important ones, and the line below
-    names the others; elsewhere, in a file or a pipe, all columns are there, so that none depends on what a row holds.
+    Long texts are cut. A terminal that is too narrow for all columns shows the most important ones, and names the
+    others below. A file or a pipe gets all columns, so that they never depend on the values.
     """
     if as_json:
         print_json(rows, console.file)
@@ -149,11 +150,12 @@ def show(console: "Console", columns: Sequence[Column], rows: Sequence[Row], *, 
 def stream(
     console: "Console", columns: Sequence[Column], rows: Iterable[Row], *, as_json: bool, title: str = ""
 ) -> None:
-    """Print rows as they come, in constant memory: few as `show` prints them, more in plain lines, or one JSON list.
+    """Print rows as they come, in constant memory: as `show` does for few, in plain lines for many, or as one JSON
+    list.
 
-    The first `_MEASURED` rows decide which of the plain columns fit, and how wide they are; in a file or a pipe a
-    longer value further down moves its line. JSON waits in a temporary file until the last row is there: what fails
-    before has its error as the one document.
+    The first `_MEASURED` rows decide which of the plain columns fit and how wide they are. In a file or a pipe, a
+    longer value further down shifts its line. JSON waits in a temporary file for the last row, so that an earlier
+    failure can be the one document.
     """
     left = iter(rows)
     first = list(islice(left, _MEASURED))
@@ -199,7 +201,7 @@ def _left_out(columns: Sequence[Column], kept: Sequence[Column]) -> str:
 
 
 def _fitting(columns: Sequence[Column], widths: dict[str, int], room: int) -> list[Column]:
-    """The columns that a terminal has room for, the least important left out first; makes `widths` fit too."""
+    """Return the columns that a terminal has room for, leaving out the least important first; adjusts `widths` too."""
     kept = list(columns)
     while _total(widths[c.key] if c.whole else min(widths[c.key], _READABLE) for c in kept) > room:
         least = max(kept, key=lambda column: column.rank)
@@ -216,7 +218,7 @@ def _fitting(columns: Sequence[Column], widths: dict[str, int], room: int) -> li
 
 
 def _total(widths: Iterable[int]) -> int:
-    """Cells of a table of such columns."""
+    """Return the width in cells of a table with these columns."""
     return sum(width + _FRAME for width in widths) + 1
 
 
@@ -228,7 +230,7 @@ def _width(column: Column, values: Sequence[str]) -> int:
 
 
 def _cut(text: str, width: int, tail: bool) -> str:
-    """Fit each line of a text into so many cells: cut its end, or its beginning if it is a name."""
+    """Fit each line of a text into a width: cut its end, or its beginning if it is a name."""
     from rich.cells import cell_len, set_cell_size
 
     def line(value: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands about versions: promote, rollback, remove, label, history, diff, gc, list."""
+"""Commands on versions: promote, rollback, remove, label, history, diff, gc, list."""
 
 import re
 from datetime import timedelta
@@ -37,7 +37,10 @@ def duration(text: str) -> timedelta:
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", show_default=False)]
-AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS")]
+AliasArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="ALIAS", help=f"The alias to move. Default: {ALIAS_STABLE}.", show_default=False),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move the alias even if it is protected.")]
 
 
@@ -85,11 +88,11 @@ _GC_DEFAULTS = {("--grace", "7d"), ("--keep", None), ("--wait", "0s"), ("--keep-
 @app.command()
 def promote(
     reference: ReferenceArgument,
-    alias: AliasArgument = ALIAS_STABLE,
+    alias: AliasArgument = None,
     protect: Annotated[
         bool | None,
         typer.Option(
-            "--protect/--no-protect", help="From now on, let the alias move by --force only, or freely again."
+            "--protect/--no-protect", help="Require --force for later moves of the alias, or allow them freely."
         ),
     ] = None,
     force: ForceOption = False,
@@ -97,7 +100,7 @@ def promote(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias at a version."""
+    """Point an alias at a version: `stable`, unless you name another."""
     from birkhoff.pipeline.errors import ArtifactNotFoundError
     from birkhoff.pipeline.registry.aliases import promote as move
     from birkhoff.pipeline.registry.signing import load_signer
@@ -109,14 +112,16 @@ def promote(
         version = resolve(opened, reference)
         if version.name is None:
             raise ArtifactNotFoundError(f"{reference} has no name any more; compress its source again to publish it")
-        moved = move(opened, version.model, version.name, alias, protect=protect, force=force, signer=signer)
-    _show_move(moved.facts(), as_json, "promoted")
+        moved = move(
+            opened, version.model, version.name, alias or ALIAS_STABLE, protect=protect, force=force, signer=signer
+        )
+    _show_move(moved.facts(), as_json, "promoted", defaulted=alias is None)
 
 
 @app.command()
 def rollback(
     model: ModelArgument,
-    alias: AliasArgument = ALIAS_STABLE,
+    alias: AliasArgument = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="REF", help="Go to this version instead of the previous one.")
     ] = None,
@@ -125,7 +130,7 @@ def rollback(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take an alias back to the version it pointed at before; each call goes back one more."""
+    """Take an alias (`stable`, unless you name another) back to its previous version; repeat to go further back."""
     from birkhoff.pipeline.registry.aliases import rollback as move
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.registry.versions import resolve
@@ -134,8 +139,8 @@ def rollback(
     signer = load_signer(sign) if sign else None
     with open_default_store(store) as opened:
         target = resolve(opened, f"{model}@{to}").name or to if to is not None else None
-        moved = move(opened, model, alias, to=target, force=force, signer=signer)
-    _show_move(moved.facts(), as_json, "rolled back")
+        moved = move(opened, model, alias or ALIAS_STABLE, to=target, force=force, signer=signer)
+    _show_move(moved.facts(), as_json, "rolled back", defaulted=alias is None)
 
 
 @app.command()
@@ -242,22 +247,20 @@ def diff(
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Default: only show what would be deleted.")] = False,
     grace: Annotated[
-        str, typer.Option(metavar="TIME", help="Keep what was written or retired within this time: readers may use it.")
+        str, typer.Option(metavar="TIME", help="Keep objects written or retired within this time, for readers.")
     ] = "7d",
     keep: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Retire all but a model's newest N versions, unless an alias points at them."
-        ),
+        typer.Option(min=1, metavar="N", help="Retire a model's versions except the newest N and those with an alias."),
     ] = None,
     wait: Annotated[
-        str, typer.Option(metavar="TIME", help="Wait this long for open runs to end; new ones wait meanwhile.")
+        str, typer.Option(metavar="TIME", help="Wait this long for open runs to end; new runs wait meanwhile.")
     ] = "0s",
     keep_runs: Annotated[int, typer.Option(min=0, metavar="N", help="Keep the reports of the newest N runs.")] = 100,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what no version name, alias or open run refers to; delete it with --yes."""
+    """Show objects that no version name, alias or open run refers to; delete them with --yes."""
     from birkhoff.pipeline.cli.tables import show
     from birkhoff.pipeline.registry.gc import collect
     from birkhoff.pipeline.store.default import open_default_store
@@ -277,7 +280,7 @@ def gc(
 
 
 def _collected(found: "Collection", deleting: str) -> str:
-    """Summarise a collection in one line; `deleting` is the command that deletes what this one showed."""
+    """Summarise a collection in one line. `deleting` is the command that deletes what was only shown."""
     if not found.garbage and not found.retired:
         return f"nothing to delete: {sum(found.kept.values())} objects are in use or too young to go"
     freed = size(sum(item.info.size for item in found.garbage))
@@ -286,8 +289,11 @@ def _collected(found: "Collection", deleting: str) -> str:
     return f"--yes frees {freed}; nothing was deleted; delete it with `{deleting}`"
 
 
-def _show_move(facts: dict[str, Any], as_json: bool, verb: str) -> None:
+def _show_move(facts: dict[str, Any], as_json: bool, verb: str, *, defaulted: bool) -> None:
+    """Print a move; say so if the command's default chose the alias."""
     if not as_json:
+        if defaulted:
+            facts = {**facts, "alias": f"{facts['alias']} (the default)"}
         unsaid = {"changed"} if facts["changed"] else {"changed", "from"}
         verb = verb if facts["changed"] else "nothing to do"
         facts = {key: value for key, value in facts.items() if key not in unsaid}
@@ -300,13 +306,13 @@ def list_(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the newest version of each model, or every version and alias of one, with sizes and ratios."""
+    """Show each model's latest version and those that other aliases point at, or every version of one model."""
     from birkhoff.pipeline.cli.tables import LIST_COLUMNS, show
-    from birkhoff.pipeline.registry.listing import newest_versions, versions_of
+    from birkhoff.pipeline.registry.listing import current_versions, versions_of
     from birkhoff.pipeline.store.default import open_default_store
 
     with open_default_store(store) as opened:
-        found = versions_of(opened, model) if model else newest_versions(opened)
+        found = versions_of(opened, model) if model else current_versions(opened)
         rows = [version.row() for version in found]
     if not rows and not as_json:
         remark(f"{opened.url} holds no models yet")

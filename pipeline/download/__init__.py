@@ -1,1 +1,1 @@
-"""Sources from elsewhere, brought to this machine once: addresses, transports, the cache of downloads."""
+"""Sources on other machines, downloaded once: addresses, transports, the cache of downloads."""

@@ -1,4 +1,4 @@
-"""Downloads from s3://, gs:// and az://, through the stores' own clients: their credentials, retries and errors."""
+"""Downloads from s3://, gs:// and az://, through the stores' clients: their credentials, retries and errors."""
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.download.cache import Partial, Remote, check_space
@@ -13,7 +13,7 @@ _RANGE_BYTES = 16 << 20
 
 
 class BucketTransport:
-    """Reads addresses of objects in buckets; one client for each bucket."""
+    """Reads objects in buckets, with one client per bucket."""
 
     def __init__(self, settings: FetchSettings, *, allow_http: bool = False) -> None:
         self._settings = StoreSettings(
@@ -43,7 +43,7 @@ class BucketTransport:
     def download(self, url: str, partial: Partial, report: Report | None) -> Remote:
         """Complete `partial`, range by range; return the object's description. Raises SourceError, OSError."""
         remote = self.look(url)
-        assert remote.size is not None  # a store always says
+        assert remote.size is not None  # a store always states it
         if partial.remote() != remote or partial.done > remote.size:
             partial.begin(remote)
         check_space(partial.path.parent, remote.size - partial.done, url)
@@ -60,7 +60,7 @@ class BucketTransport:
                 file.flush()
                 if report is not None:
                     report(key.rpartition("/")[2], file.tell(), remote.size)
-        # The ranges are one object's only if it is still the same.
+        # The ranges belong together only if the object is still the same.
         if partial.done != remote.size or self.look(url) != remote:
             partial.discard()
             raise SourceError(f"{url}: has changed while it was being downloaded; run the same command again")

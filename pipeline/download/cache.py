@@ -3,10 +3,10 @@
     FOLDER/<sha256>/<name>        a download, complete and read-only; renamed into place
     FOLDER/seen/<key>.json        first-seen record of an address: digest, size, ETag, time
     FOLDER/partial/<key>.part     a running download, with <key>.json: the ETag and size it belongs to
-    FOLDER/locks/<key>            held while an address is being downloaded
+    FOLDER/locks/<key>            held while an address is downloaded
 
-<key> is the SHA-256 of the address. Only damaged copies and finished partial files are ever removed. The folder may be
-deleted as a whole while nothing runs.
+<key> is the SHA-256 of the address. Only damaged copies and finished partial files are ever removed. You may delete the
+folder while nothing runs.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from birkhoff.pipeline.files import atomic_file, file_sha256, file_state, rememb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
-    """A server's description of a file. `size` in bytes; None for what it does not say."""
+    """A server's description of a file. `size` is in bytes; fields that it does not state are None."""
 
     size: int | None = None
     etag: str | None = None
@@ -55,13 +55,13 @@ class FirstSeen:
     etag: str | None
     modified: str | None
     name: str
-    """Of the copy under FOLDER/<sha256>."""
+    """Name of the copy under FOLDER/<sha256>."""
     mtime_ns: int
-    """Of the copy when it was hashed: as long as it stands, the copy is not hashed again."""
+    """Modification time of the copy when it was hashed. While it stays, the copy is not hashed again."""
     time: str
     """When the digest was first seen, ISO 8601 in UTC."""
     commit: str | None = None
-    """Of the repository on the Hugging Face Hub: the file stays there, at this commit."""
+    """Commit of the repository on the Hugging Face Hub; the file stays in the hub's cache, at this commit."""
 
 
 class DownloadCache:
@@ -110,9 +110,9 @@ class DownloadCache:
         return Partial(url=shown_url(url), path=base.with_suffix(".part"), note=base.with_suffix(".json"))
 
     def adopt(self, url: str, source: Path, *, sha256: str, name: str, remote: Remote, link: bool = False) -> Path:
-        """Put a complete file, whose digest was just taken, under that digest and record when its address.
+        """Move a complete file, whose digest was just computed, under that digest, and record its address and time.
 
-        With `link` the file stays where it is and gains a second name. Raises OSError.
+        With `link` the file stays and gains a second name. Raises OSError.
         """
         target = self.folder / sha256 / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,8 @@ class DownloadCache:
         write_json(self.first_seen_file(url), asdict(seen))
 
     def digest(self, path: Path) -> str:
-        """SHA-256 of a local file outside the cache, remembered while its size and times stand. Raises OSError."""
+        """Return the SHA-256 of a local file outside the cache, remembered while size and times stay. Raises
+        OSError."""
         note = self.first_seen_file(path.as_uri())
         return remembered_digest(note, lambda: {str(path): file_state(path)}, lambda: file_sha256(path))
 
@@ -160,7 +161,7 @@ class DownloadCache:
 
 
 def stands(path: Path, seen: FirstSeen) -> bool:
-    """Return whether a file is there and still what was seen; hashed where its time has changed. Raises OSError."""
+    """Return whether a file exists unchanged; it is hashed if its time has changed. Raises OSError."""
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -180,23 +181,23 @@ class Partial:
 
     @property
     def done(self) -> int:
-        """How many bytes have arrived."""
+        """Number of bytes that have arrived."""
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
 
     def remote(self) -> Remote | None:
-        """Return the remote file that the bytes belong to; None if unknown, so that they are useless."""
+        """Return the remote file that the bytes belong to; None if that is unknown and they are useless."""
         try:
             note = json.loads(self.note.read_bytes())
-            # A machine that went down may have lost bytes that were not synced, and left zeros in their place.
+            # A machine that crashed may have lost unsynced bytes, and left zeros in their place.
             return Remote(**note["remote"]) if note["boot"] == _boot() else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
     def begin(self, remote: Remote) -> Self:
-        """Start over with the bytes of `remote`. Raises SourceError if the disk cannot hold them."""
+        """Start over with the bytes of `remote`. Raises SourceError if the disk has no room."""
         self.discard()
         if remote.size is not None:
             check_space(self.path.parent, remote.size, self.url)
@@ -205,14 +206,14 @@ class Partial:
         return self
 
     def discard(self) -> None:
-        """Forget the bytes."""
-        # In this order: bytes without a note are never taken for anything.
+        """Delete the bytes."""
+        # In this order: bytes without a note are ignored.
         self.note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, nbytes: int, label: str) -> None:
-    """Raises SourceError if `folder` cannot take `nbytes` and leave `SPARE_BYTES`."""
+    """Raise SourceError if `folder` cannot take `nbytes` and leave `SPARE_BYTES`."""
     if lack := shortage(folder, nbytes):
         raise SourceError(f"{label}: {lack}; make room or point BIRKHOFF_HOME at a larger disk")
 
@@ -229,7 +230,7 @@ def _key(url: str) -> str:
 
 
 def _boot() -> str:
-    """Return which run of the machine this is; empty if the system does not say."""
+    """Return an id of this boot of the machine; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

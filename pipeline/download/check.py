@@ -14,11 +14,11 @@ from birkhoff.pipeline.download.spec import SourcePart, is_remote, shown_url
 from birkhoff.pipeline.errors import SourceError, SourceGoneError
 
 AddressState = Literal["here", "mirror", "answers", "gone", "fails"]
-"""`here`: on this machine; `mirror`: the mirror has it, no server is asked; `answers`: the server has it; `gone`: the
-server says that there is no such file, or a path leads nowhere; `fails`: no answer, or a refusal that may pass."""
+"""`here`: on this machine. `mirror`: in the mirror, no server is asked. `answers`: the server has it. `gone`: the
+server has no such file, or a path does not exist. `fails`: no answer, or a refusal that may be temporary."""
 
 _AT_ONCE = 16
-"""How many servers are asked at the same time."""
+"""Servers asked at a time."""
 _WAIT = FetchSettings(connect_timeout=10.0, read_timeout=20.0, attempts=1)
 
 
@@ -26,8 +26,8 @@ _WAIT = FetchSettings(connect_timeout=10.0, read_timeout=20.0, attempts=1)
 class Address:
     """An address of a model's source, and the answer.
 
-    nbytes: the size that the server or the disk says, in bytes; None if it does not.
-    problem: why there is no file; empty if there is one.
+    nbytes: The size according to server or disk, in bytes; None if unknown.
+    problem: Why there is no file; empty if there is one.
     """
 
     model: str
@@ -48,15 +48,15 @@ def check_addresses(
     mirror: Path | None = None,
     settings: FetchSettings = _WAIT,
 ) -> list[Address]:
-    """Return the state of every address of some models, in their order; each server is asked once for each address.
+    """Return the state of every address of some models, in order. Each server is asked once per address.
 
     Args:
-        sources: the source of each model by its name, paths absolute.
-        mirror: see `resolve.mirror_folder`.
-        settings: how patient to be with each server.
+        sources: Each model's source by name, with absolute paths.
+        mirror: See `resolve.mirror_folder`.
+        settings: Time-outs and attempts for each server.
 
     Raises:
-        SourceError: the mirror is no folder.
+        SourceError: The mirror is not a folder.
     """
     folder = mirror_folder(mirror)
     asked = {(part.allow_http, url): part for parts in sources.values() for part, url in _addresses(parts)}

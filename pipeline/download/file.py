@@ -35,7 +35,7 @@ _REMEDY = "put the file into a folder and name that with --mirror or BIRKHOFF_MI
 
 
 def local_file(part: SourcePart, cache: DownloadCache, mirror: Path | None, *, check: bool = True) -> Path | None:
-    """The file at one of the paths, else in the mirror; None if it is only to be had from servers.
+    """Return the file at one of the paths, else in the mirror; None if only servers have it.
 
     Raises SourceError if its digest is not the expected one (with `check`), OSError if it cannot be read.
     """
@@ -47,7 +47,7 @@ def local_file(part: SourcePart, cache: DownloadCache, mirror: Path | None, *, c
             (seen.sha256, f"first seen at {seen.url} on {seen.time}") for _, seen in _first_seen_records(part, cache)
         ]
     else:
-        # Paths alone, none of them there: whoever opens the first says so best.
+        # Only paths, and none exists: opening the first gives the best error.
         local = [url for url in part.urls if not is_remote(url)]
         if len(local) < len(part.urls):
             return None
@@ -63,7 +63,7 @@ def local_file(part: SourcePart, cache: DownloadCache, mirror: Path | None, *, c
 
 
 def _local(url: str) -> Path | None:
-    """Where a path or a package's file is on this machine; None for a package that is not here, or without the file."""
+    """Return the local file of a path or a package; None for a package that is not installed or lacks the file."""
     if scheme_of(url) == "path":
         return Path(url)
     name, wanted = package_place(url)
@@ -71,24 +71,24 @@ def _local(url: str) -> Path | None:
         files = metadata.distribution(name).files or []
     except metadata.PackageNotFoundError:
         return None
-    # Only what the package itself lists: the rest of the environment is none of its.
+    # only files that the package itself lists, not the rest of the environment
     return next((Path(str(file.locate())) for file in files if file.as_posix() == wanted), None)
 
 
 def cached_file(part: SourcePart, cache: DownloadCache) -> Path | None:
-    """The cached copy of any of the addresses; no server is asked. Raises SourceError, OSError."""
+    """Return the cached copy of any of the addresses, without asking a server. Raises SourceError, OSError."""
     return next((path for url, seen in _first_seen_records(part, cache) if (path := _copy(url, seen, cache))), None)
 
 
 def pinned(part: SourcePart, cache: DownloadCache) -> SourcePart:
-    """The part with every address of the hub at the commit that it led to first. Raises SourceError."""
+    """Return the part with every hub address at the commit it led to first. Raises SourceError."""
     seen = {url: cache.first_seen(url) for url in part.urls if scheme_of(url) == "hf"}
     at = {url: hub_place(url).at(found.commit).url for url, found in seen.items() if found and found.commit}
     return part.model_copy(update={"urls": tuple(at.get(url, url) for url in part.urls)})
 
 
 def _copy(url: str, seen: FirstSeen, cache: DownloadCache) -> Path | None:
-    """The file of an address in the cache, or in the hub's; None where neither has it, unchanged."""
+    """Return the file of an address in the cache or the hub's; None if neither has it unchanged."""
     if seen.commit is None:
         return cache.copy(seen)
     from birkhoff.pipeline.download.hub import cached  # the library takes 0.3 s
@@ -98,7 +98,7 @@ def _copy(url: str, seen: FirstSeen, cache: DownloadCache) -> Path | None:
 
 
 def remote_size(part: SourcePart, settings: FetchSettings) -> int | None:
-    """Bytes that a download would bring, from the first server that answers. Raises SourceError if none does."""
+    """Return the size of a download in bytes, from the first server that answers. Raises SourceError if none does."""
     problems = []
     for url in filter(is_remote, part.urls):
         try:
@@ -109,7 +109,8 @@ def remote_size(part: SourcePart, settings: FetchSettings) -> int | None:
 
 
 def look(url: str, part: SourcePart, settings: FetchSettings) -> Remote:
-    """What the server says about one address of `part`. Raises SourceError, SourceGoneError for no such file."""
+    """Return a server's description of one address of `part`. Raises SourceError, or SourceGoneError for no such
+    file."""
     if scheme_of(url) == "hf":
         return _hub(part).look(url)
     with closing(_transport(url, part, settings)) as transport:
@@ -117,7 +118,7 @@ def look(url: str, part: SourcePart, settings: FetchSettings) -> Remote:
 
 
 def mirrored(part: SourcePart, mirror: Path | None) -> Path | None:
-    """The file in the mirror, under the name of any of its addresses; None where it is not there."""
+    """Return the file in the mirror, by the name of any of its addresses; None if it is not there."""
     if mirror is None:
         return None
     names = dict.fromkeys(file_name(url) for url in part.urls if is_remote(url))
@@ -125,7 +126,7 @@ def mirrored(part: SourcePart, mirror: Path | None) -> Path | None:
 
 
 def on_this_machine(url: str) -> Path:
-    """The file at a path or in an installed package. Raises SourceGoneError where there is none."""
+    """Return the file at a path or in an installed package. Raises SourceGoneError if there is none."""
     path = _local(url)
     if path is None:
         name, inside = package_place(url)
@@ -136,11 +137,11 @@ def on_this_machine(url: str) -> Path:
 
 
 class Fetcher:
-    """Downloads files into a cache. May be shared by threads if `report` may."""
+    """Downloads files into a cache. Threads may share it if they may share `report`."""
 
     def __init__(self, cache: DownloadCache, report: Report | None, settings: FetchSettings) -> None:
         self._cache, self._report, self._settings = cache, report, settings
-        # For questions that a silent network must not hold up: the answer is no more than a warning.
+        # For questions whose answer is only worth a warning, so that a silent network does not delay them.
         self._hurried = replace(
             settings,
             connect_timeout=min(settings.connect_timeout, _ASK_SECONDS),
@@ -149,7 +150,7 @@ class Fetcher:
         )
 
     def obtain(self, part: SourcePart) -> Path:
-        """The file of `part`, from the cache or from the first address that has it. Raises SourceError, OSError."""
+        """Return the file of `part`, from the cache or the first address that has it. Raises SourceError, OSError."""
         known = dict(_first_seen_records(part, self._cache))
         for url, seen in known.items():
             path = _copy(url, seen, self._cache)
@@ -161,9 +162,9 @@ class Fetcher:
         return self._download_from_any(part, known)
 
     def _stands(self, url: str, seen: FirstSeen, part: SourcePart) -> bool:
-        """Whether the server still has what was seen first, by its size and ETag; if not, the digest decides.
+        """Return whether the server still has the first-seen file, by size and ETag; if not, the digest decides.
 
-        Raises SourceError for a file of another size, and for one of the hub that is another at its commit.
+        Raises SourceError for a file of another size, or a hub file that differs at its commit.
         """
         if scheme_of(url) == "hf" and hub_place(url).revision == seen.commit:
             return True
@@ -192,10 +193,10 @@ class Fetcher:
         raise SourceError(f"{part.name}: cannot be fetched: {'; '.join(problems)}; {_REMEDY}")
 
     def _download(self, url: str, part: SourcePart, known: dict[str, FirstSeen]) -> Path:
-        """Download from one address, check, and put the file into the cache, unless it came there after `known`."""
+        """Download from one address, check, and cache the file, unless it was cached after `known` was read."""
         with self._cache.lock(url):
             if dict(_first_seen_records(part, self._cache)) != known and (path := cached_file(part, self._cache)):
-                return path  # someone else was faster
+                return path  # another process was faster
             if scheme_of(url) == "hf":
                 return self._from_hub(url, part)
             partial = self._cache.partial(url)
@@ -211,11 +212,12 @@ class Fetcher:
             return path
 
     def _from_hub(self, url: str, part: SourcePart) -> Path:
-        """Bring one file into the hub's cache, with what lies beside a whole one, check it, and record its commit."""
+        """Download one file into the hub's cache, with the files beside a whole one, check it, and record its
+        commit."""
         hub, place = _hub(part), hub_place(url)
         seen = dict(_first_seen_records(part, self._cache)).get(url)
         if seen is not None and seen.commit is not None:
-            place = place.at(seen.commit)  # it stands there, but has left the hub's cache
+            place = place.at(seen.commit)  # the file is at this commit, but left the hub's cache
         path, remote = hub.fetch(place.url, self._report)
         digest = self._checked(url, part, path)
         if part.whole and remote.commit is not None:
@@ -224,7 +226,7 @@ class Fetcher:
         return path
 
     def _checked(self, url: str, part: SourcePart, path: Path) -> str:
-        """Digest of a complete download. Raises SourceError if it is not the expected one, or no checkpoint at all."""
+        """Return the digest of a complete download. Raises SourceError if it is unexpected, or not a checkpoint."""
         digest = file_sha256(path)
         if part.sha256 not in (None, digest):
             raise SourceError(
@@ -268,7 +270,7 @@ def _transport(url: str, part: SourcePart, settings: FetchSettings) -> _Transpor
 
 
 def _first_seen_records(part: SourcePart, cache: DownloadCache) -> Iterator[tuple[str, FirstSeen]]:
-    """Addresses that were seen before and what was seen, except what contradicts the digest of the manifest."""
+    """Yield first-seen records by address, except those that contradict the manifest's digest."""
     for url in filter(is_remote, part.urls):
         seen = cache.first_seen(url)
         if seen is not None and part.sha256 in (None, seen.sha256):

@@ -1,7 +1,7 @@
-"""Downloads over http(s): resumed after a break, tried again after what may pass, never slower than a crawl.
+"""Downloads over http(s): resumed after a break, retried after transient errors, with a minimum throughput.
 
-Resuming follows RFC 9110: `Range` with `If-Range`, so that a file that has changed meanwhile comes whole and anew.
-Proxies, CA bundles and ~/.netrc are those of the environment, as `requests` reads them.
+Resuming follows RFC 9110: `Range` with `If-Range`, so that a file that has changed meanwhile is sent whole. Proxies, CA
+bundles and ~/.netrc are those of the environment, as `requests` reads them.
 """
 
 import http.client
@@ -23,32 +23,32 @@ from birkhoff.pipeline.store.least_speed import pace_session
 from birkhoff.pipeline.text import first_line
 
 Report = Callable[[str, int, int | None], None]
-"""Told of progress: name of the file, bytes that are here, bytes in all if known. Called from the calling thread."""
+"""Receives progress: file name, bytes that arrived, total bytes if known. Called in the calling thread."""
 
 _CHUNK_BYTES = 1 << 18
 _MAX_REDIRECTS = 10
 _REDIRECTS = {301, 302, 303, 307, 308}
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
-# Answers of servers that do not know HEAD, and of signed addresses, whose signature covers the method.
+# Answers of servers without HEAD, and of signed addresses, whose signature covers the method.
 _NO_HEAD = {400, 403, 405, 501}
 _GONE = {404, 410}
 _CODINGS = {"br", "compress", "deflate", "gzip", "x-gzip", "zstd"}
 _QUOTING = (http.client.HTTPException, DecodeError, HeaderParsingError, InvalidChunkLength, LocationParseError)
-"""Errors whose text repeats what the server sent, which may be the signed address that it was asked for. Those of the
-operating system (`RemoteDisconnected` is one too) have texts of their own."""
+"""Errors whose text repeats what the server sent, possibly the signed address. Those of the operating system
+(`RemoteDisconnected` is one too) have texts of their own."""
 
-# An attempt that brings this much does not count as a failed one.
+# An attempt that brings this much does not count as failed.
 _WORTH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchSettings:
-    """How patient a download is. All times in seconds.
+    """Patience of a download, with times in seconds.
 
-    connect_timeout: for the connection and its TLS handshake.
-    read_timeout: between two bytes; and a stretch of so long that brings next to nothing counts as a break (`pace`).
-    attempts: tries in a row that bring nothing, in all.
-    backoff: longest wait before the second try; `pipeline.backoff` has the rest.
+    connect_timeout: For the connection and its TLS handshake.
+    read_timeout: Between two bytes; a period of this length with too few bytes counts as a break (`least_speed`).
+    attempts: Tries in a row without progress, in all.
+    backoff: Longest wait before the second try; see `pipeline.backoff`.
     """
 
     connect_timeout: float = 10.0
@@ -58,7 +58,7 @@ class FetchSettings:
 
 
 class TransientError(Exception):
-    """What may succeed when tried again; `wait` is what the server asks for, in seconds."""
+    """A failure worth retrying; `wait` is the server's request, in seconds."""
 
     def __init__(self, text: str, wait: float | None = None) -> None:
         super().__init__(text)
@@ -66,7 +66,7 @@ class TransientError(Exception):
 
 
 class HttpTransport:
-    """Reads http(s) addresses. Not to be shared by threads."""
+    """Reads http(s) addresses. Threads must not share it."""
 
     def __init__(self, settings: FetchSettings, *, allow_http: bool = False) -> None:
         self._settings = settings
@@ -83,7 +83,7 @@ class HttpTransport:
         self._session.close()
 
     def look(self, url: str) -> Remote:
-        """What the server says about the file, asked once. Raises SourceError."""
+        """Return the server's description of the file, asked once. Raises SourceError."""
         try:
             with closing(self._answer("HEAD", url, {})) as response:
                 if response.status_code == 200:
@@ -98,7 +98,7 @@ class HttpTransport:
             raise SourceError(str(error)) from error
 
     def download(self, url: str, partial: Partial, report: Report | None) -> Remote:
-        """Bring `partial` to completion; returns what the file was. Raises SourceError, OSError."""
+        """Complete `partial`; return the file's description. Raises SourceError, OSError."""
         backoff, best = Backoff(self._settings.attempts, first=self._settings.backoff), partial.done
         while True:
             try:
@@ -111,7 +111,7 @@ class HttpTransport:
                     raise SourceError(f"{error} ({backoff.failures} attempts)") from error
 
     def _continue(self, url: str, partial: Partial, report: Report | None) -> Remote:
-        """One attempt, from where the last one stopped if the file is still the same."""
+        """Make one attempt, which continues the last one if the file is still the same."""
         begun, start = partial.remote(), partial.done
         if begun is not None and start == begun.size:
             return begun
@@ -132,7 +132,7 @@ class HttpTransport:
         """Append the body to `file`."""
         name, done = file_name(url), file.tell()
         try:
-            # read1 comes back with what is there, so that what came before a break is kept.
+            # read1 returns what has arrived, so bytes before a break are kept.
             while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 done += len(chunk)
@@ -145,7 +145,7 @@ class HttpTransport:
             ) from error
 
     def _answer(self, method: str, url: str, headers: dict[str, str]) -> requests.Response:
-        """The answer at the end of all redirects, its body unread. Raises SourceError, TransientError."""
+        """Return the answer after all redirects, with its body unread. Raises SourceError, TransientError."""
         here = url
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._request(method, here, headers)
@@ -171,11 +171,11 @@ class HttpTransport:
             raise SourceError(f"{shown_url(url)}: TLS failed ({_reason(error)}); {remedy}") from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise TransientError(f"{shown_url(url)}: no answer ({_reason(error)})") from error
-        except (OSError, HTTPError, ValueError) as error:  # OSError: a CA bundle that is not there
+        except (OSError, HTTPError, ValueError) as error:  # OSError: a missing CA bundle
             raise SourceError(f"{shown_url(url)}: cannot be asked for ({_reason(error)}); check the address") from error
 
     def _redirected(self, here: str, target: str) -> str:
-        """Where a redirect leads, if we may follow."""
+        """Return the target of a redirect, if it may be followed."""
         there = urljoin(here, target)
         try:
             if scheme_of(there) not in ("http", "https"):
@@ -191,7 +191,7 @@ class HttpTransport:
 
 
 def _remote(response: requests.Response) -> Remote:
-    """What the headers of a complete answer say."""
+    """Return the description in the headers of a complete answer."""
     length = response.headers.get("Content-Length", "")
     return Remote(
         size=int(length) if length.isdecimal() else None,
@@ -201,7 +201,7 @@ def _remote(response: requests.Response) -> Remote:
 
 
 def _begin_or_continue(url: str, response: requests.Response, partial: Partial, begun: Remote | None) -> Remote:
-    """Make `partial` ready for the body of an answer; `begun` is what a range of was asked for, if one was.
+    """Prepare `partial` for the body of an answer; `begun` is the file whose rest was requested, if any.
 
     Raises SourceError, TransientError.
     """
@@ -223,7 +223,7 @@ def _begin_or_continue(url: str, response: requests.Response, partial: Partial, 
 
 
 def _check_plain(url: str, response: requests.Response) -> None:
-    """Refuse bytes that are not the file's own."""
+    """Refuse an encoded body."""
     encoding = response.headers.get("Content-Encoding", "identity").lower()
     if response.ok and encoding != "identity":
         how = f" as {encoding}" if encoding in _CODINGS else ""
@@ -231,13 +231,13 @@ def _check_plain(url: str, response: requests.Response) -> None:
 
 
 def _check_bounded(url: str, response: requests.Response, remote: Remote) -> None:
-    """Refuse a body whose end could not be told from a broken connection."""
+    """Refuse a body whose end looks the same as a broken connection."""
     if remote.size is None and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
         raise SourceError(f"{shown_url(url)}: the server does not say how long the file is; use another address")
 
 
 def _check_continues(url: str, response: requests.Response, partial: Partial, begun: Remote) -> None:
-    """A 206 must be the rest of the very file that was begun."""
+    """Check that a 206 is the rest of the file that was begun."""
     expected = f"bytes {partial.done}-"
     span, _, total = response.headers.get("Content-Range", "").partition("/")
     etag = response.headers.get("ETag", begun.etag)
@@ -248,8 +248,8 @@ def _check_continues(url: str, response: requests.Response, partial: Partial, be
 
 
 def _refuse(url: str, response: requests.Response) -> NoReturn:
-    """Raise for an answer that brings no file."""
-    # Not the server's own phrase: some repeat the address there, signature and all.
+    """Raise the error for an answer without a file."""
+    # not the server's own phrase, which may repeat the signed address
     text = f"{shown_url(url)}: {response.status_code} {http.client.responses.get(response.status_code, '')}".rstrip()
     if response.status_code in _PASSING:
         raise TransientError(text, retry_after(response.headers.get("Retry-After")))
@@ -257,7 +257,8 @@ def _refuse(url: str, response: requests.Response) -> NoReturn:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause of a library's error, in a few words: the outer ones repeat the URL with its query."""
+    """Describe the innermost cause of a library's error in a few words; the outer ones repeat the URL with its
+    query."""
     seen: list[BaseException] = [error]
     while (inner := _inner(seen[-1])) is not None and inner not in seen:
         seen.append(inner)
@@ -266,7 +267,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """What a library's error wraps: urllib3 and requests keep it in an attribute, as the cause or as an argument."""
+    """Return the error inside a library's error: urllib3 and requests keep it in an attribute, as the cause or an
+    argument."""
     for inner in (getattr(error, "reason", None), error.__cause__):
         if isinstance(inner, BaseException):
             return inner

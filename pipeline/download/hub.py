@@ -4,7 +4,7 @@
     hf://ORG/REPO@REV/PATH/FILE       a branch, tag or commit; a slash in it as %2F
 
 A revision is resolved once. The first-seen record holds the commit, and from then on the file at that commit is used.
-Files stay in the hub's cache (`HF_HOME`), whose snapshot folders keep them side by side.
+Files stay in the hub's cache (`HF_HOME`), whose snapshot folders keep them together.
 """
 
 import logging
@@ -30,7 +30,7 @@ log: logging.Logger = logging.getLogger("birkhoff.fetch")
 
 _NAME, _VERSION = "birkhoff-compression", birkhoff.__version__
 _HTTP: type[Exception] = errors.HfHubHTTPError.__bases__[0]
-"""The HTTP client's own, of connections as of answers; which client that is differs by version."""
+"""The HTTP client's base error, for connections and answers; the client depends on the library's version."""
 _FAILURES = (_HTTP, errors.FileMetadataError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
 
 
@@ -67,7 +67,7 @@ class HubTransport:
         return path, Remote(size=path.stat().st_size, etag=path.resolve().name, commit=commit)
 
     def companions(self, url: str, names: Iterable[str]) -> None:
-        """Have those of these files that lie beside a pinned file in the hub's cache beside it. Raises SourceError."""
+        """Fetch those of these files that are beside a pinned file into the hub's cache. Raises SourceError."""
         place = hub_place(url)
         folder = place.path.rpartition("/")[0]
         wanted = {f"{folder}/{name}" if folder else name for name in names}

@@ -17,14 +17,14 @@ from birkhoff.pipeline.text import shown
 def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Checkpoint:
     """Return the union of the parts' tensors, in the order of the parts.
 
-    Its nesting is that of the parts where they agree. Otherwise it is flat: one state dict under the new names.
+    Its nesting is the parts' if they agree. Otherwise it is flat: one state dict under the new names.
 
-    What was taken of which part is written to a small listing in `folder`, which stands for the whole: it is the
-    `path` and the first of the `files`, so the digest of the checkpoint covers the choice along with the bytes.
+    A small listing of what was taken from each part is written to `folder`. It is the `path` and the first of the
+    `files`, so the digest of the checkpoint covers the choice as well as the bytes.
 
     Raises:
-        SourceError: a glob that matches nothing, or a name that two parts have.
-        OSError: the listing cannot be written.
+        SourceError: A glob matches nothing, or two parts have the same name.
+        OSError: The listing cannot be written.
     """
     if len(parts) == 1 and parts[0][0].whole:
         return parts[0][1]
@@ -46,7 +46,7 @@ def merge(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Check
 
 
 def _chosen(part: SourcePart, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """Return the tensors that `keep` asks for, under their new names."""
+    """Return the tensors that `keep` selects, under their new names."""
     tensors = list(checkpoint.tensors)
     if part.keep is not None:
         for glob in part.keep:
@@ -82,7 +82,8 @@ def _check_names(chosen: Sequence[tuple[Checkpoint, list[StoredTensor]]]) -> Non
 
 
 def _write_listing(parts: Sequence[tuple[SourcePart, Checkpoint]], folder: Path) -> Path:
-    """Write what was taken from each file; the same on every machine, and left alone if it exists."""
+    """Write the listing of what was taken from each file. It is the same on every machine; an existing one is left
+    alone."""
     listing = {
         "parts": [
             {"file": checkpoint.path.name, "keep": part.keep, "prefix": part.prefix}

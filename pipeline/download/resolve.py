@@ -3,13 +3,13 @@
 A file is taken from the first of these that has it:
 
 1. a local path among its addresses;
-2. the mirror, a folder that holds files under the names of the addresses (`--mirror`, BIRKHOFF_MIRROR);
+2. the mirror, a folder with files under the names of the addresses (`--mirror`, BIRKHOFF_MIRROR);
 3. the download cache;
-4. the addresses themselves, in their order; with the index of a sharded checkpoint come its shards.
+4. the addresses in order. With the index of a sharded checkpoint, its shards are downloaded too.
 
 Its digest is checked against the manifest's `sha256`. Without one, the digest of the first download is recorded and
-required from then on: a cached file is used after the server confirms its size and ETag, or, with a warning, if no
-server answers. So a file that changes at its address fails its model, and nothing else.
+required from then on. A cached file is used if the server confirms its size and ETag or, with a warning, if no server
+answers. So a file that changes at its address fails its model, and nothing else.
 """
 
 import os
@@ -38,7 +38,7 @@ _Find = Callable[[SourcePart], Path | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotDownloaded:
-    """A source whose `missing` files are not downloaded yet, one address for each."""
+    """A source with `missing` files that are not downloaded yet, one address for each."""
 
     missing: tuple[str, ...]
     nbytes: int | None
@@ -63,23 +63,23 @@ def resolve(
     """Download the files of a source, check their digests, and describe them as one checkpoint.
 
     Args:
-        source: what the manifest says, its paths absolute.
-        cache: folder of checkpoints that must be rewritten once; see `open_checkpoint`.
-        downloads: the download cache; `downloads` under the birkhoff home if left out.
-        mirror: see `mirror_folder`.
-        report: told of every chunk that arrives.
-        settings: how patient to be.
+        source: The manifest's source, with absolute paths.
+        cache: Folder for checkpoints that must be rewritten once; see `open_checkpoint`.
+        downloads: The download cache. Default: `downloads` in the birkhoff home.
+        mirror: See `mirror_folder`.
+        report: Called for every chunk that arrives.
+        settings: Time-outs and attempts.
 
     Raises:
-        UnsafeSourceError: a pickle would run code.
-        SourceError: a file cannot be had, is not what its digest says, has changed since it was first seen, or is no
-            checkpoint; a glob matches nothing, or two files hold the same name.
+        UnsafeSourceError: A pickle would run code.
+        SourceError: A file cannot be fetched, has another digest, has changed since it was first seen, or is not a
+            checkpoint; a glob matches nothing, or two files have the same tensor name.
     """
     store = DownloadCache(downloads or birkhoff_home() / "downloads")
     here = partial(local_file, cache=store, mirror=mirror_folder(mirror))
     fetcher = Fetcher(store, report, settings or FetchSettings())
     with _disk_errors(store):
-        paths, _ = _gather(source, here, fetcher.obtain, store)  # what cannot be had is an error there
+        paths, _ = _gather(source, here, fetcher.obtain, store)  # a file that cannot be fetched is an error there
         return _open(source, paths, cache, store)
 
 
@@ -91,10 +91,10 @@ def peek(
     mirror: Path | None = None,
     settings: FetchSettings | None = None,
 ) -> Checkpoint | NotDownloaded:
-    """Return the checkpoint as `resolve` does if its files are here; else what to download, after asking for sizes.
+    """Return what `resolve` returns if the files are here; else what to download, after asking for sizes.
 
-    Asks no server about files that are here, and hashes them only where their times have changed. Raises as `resolve`
-    does, but not for a server that does not answer.
+    Asks no server about local files, and hashes them only if their times have changed. Raises what `resolve` raises,
+    except for a server that does not answer.
     """
     store = DownloadCache(downloads or birkhoff_home() / "downloads")
     here = partial(local_file, cache=store, mirror=mirror_folder(mirror), check=False)
@@ -106,7 +106,7 @@ def peek(
 
 
 def mirror_folder(option: Path | None) -> Path | None:
-    """Return the mirror: `option`, else BIRKHOFF_MIRROR, else none. Raises SourceError if that is no folder."""
+    """Return the mirror: `option`, else BIRKHOFF_MIRROR, else None. Raises SourceError if it is not a folder."""
     given = option or os.environ.get("BIRKHOFF_MIRROR")
     if not given:
         return None
@@ -119,7 +119,7 @@ def mirror_folder(option: Path | None) -> Path | None:
 def _gather(
     source: Sequence[SourcePart], here: _Find, there: _Find, store: DownloadCache
 ) -> tuple[list[Path], list[SourcePart]]:
-    """Return the files of a source by `here`, else by `there`, those with shards beside them; and what neither has."""
+    """Return the files of a source, by `here` or else by `there`, with their shards; and the parts that neither has."""
     paths, missing = [], []
     for part in source:
         path = here(part)
@@ -145,7 +145,7 @@ def _open(source: Sequence[SourcePart], paths: Sequence[Path], cache: Path, down
 
 
 def _origin(part: SourcePart, store: DownloadCache) -> str | None:
-    """Return where on the hub a part comes from, at its commit; None for one that does not come from there."""
+    """Return a part's hub address at its commit; None if it is not from the hub."""
     for url, at in zip(part.urls, pinned(part, store).urls, strict=True):
         seen = store.first_seen(url) if scheme_of(url) == "hf" else None
         if seen is not None and seen.commit is not None:
@@ -154,7 +154,7 @@ def _origin(part: SourcePart, store: DownloadCache) -> str | None:
 
 
 def _not_downloaded(parts: Sequence[SourcePart], settings: FetchSettings) -> NotDownloaded:
-    """Ask the servers for the sizes of what is missing."""
+    """Ask the servers for the sizes of missing files."""
     missing = tuple(next(filter(is_remote, part.urls)) for part in parts)
     try:
         sizes = [remote_size(part, settings) for part in parts]
@@ -168,7 +168,7 @@ def _not_downloaded(parts: Sequence[SourcePart], settings: FetchSettings) -> Not
 
 @contextmanager
 def _disk_errors(cache: DownloadCache) -> Iterator[None]:
-    """Turn disk errors below the cache into errors of the source."""
+    """Convert disk errors in the cache to source errors."""
     try:
         yield
     except OSError as error:

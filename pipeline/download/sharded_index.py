@@ -1,4 +1,4 @@
-"""Sharded safetensors behind an address: the shards that a downloaded index lists lie beside it on the server."""
+"""Remote sharded safetensors: the shards that a downloaded index lists are beside it on the server."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ from birkhoff.pipeline.store.base import BUCKETS
 
 
 def shard_parts(part: SourcePart, path: Path) -> dict[str, SourcePart]:
-    """Where the shards are that `path`, downloaded for `part`, lists: file name -> source; empty for no index.
+    """Return the source of each shard that `path`, downloaded for `part`, lists, by file name; empty if it is no index.
 
-    A digest in the manifest is the index's own; each shard is held to its first sight. Raises SourceError, OSError.
+    A digest in the manifest is the index's; each shard is checked against its first-seen digest. Raises SourceError,
+    OSError.
     """
     if sniff(path) != "JSON index":
         return {}
@@ -28,7 +29,7 @@ def shard_parts(part: SourcePart, path: Path) -> dict[str, SourcePart]:
 
 
 def beside(index: Path, shards: Mapping[str, Path], folder: Path) -> Path:
-    """The index in a folder of its own below `folder`, with links to the shards beside it. Raises OSError."""
+    """Return the index in its own folder below `folder`, with links to the shards beside it. Raises OSError."""
     targets = {index.name: index, **shards}
     places = json.dumps(sorted((name, str(target)) for name, target in targets.items()))
     home = folder / hashlib.sha256(places.encode()).hexdigest()
@@ -40,7 +41,7 @@ def beside(index: Path, shards: Mapping[str, Path], folder: Path) -> Path:
 
 
 def _listed(index: Path) -> list[str]:
-    """Shard names of an index. Those it may not name are left out: whoever opens the index refuses them."""
+    """Return the shard names of an index. Invalid ones are left out, because opening the index refuses them."""
     if index.stat().st_size > MAX_HEADER_BYTES:
         return []
     try:
@@ -58,7 +59,7 @@ def _is_usable(name: str) -> bool:
 
 
 def _sibling(url: str, name: str) -> str:
-    """The address of a file in the same folder, asked for with the same query."""
+    """Return the address of a file in the same folder, with the same query."""
     if scheme_of(url) in ("hf", *BUCKETS):
         return f"{url.rpartition('/')[0]}/{name}"
     parts = urlsplit(url)

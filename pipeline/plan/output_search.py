@@ -1,11 +1,10 @@
 """Search the lowest target in dB whose version agrees with the original well enough: pure, no I/O.
 
-Each probe is a version that is encoded and proven. A probe says how many dB it lacks or can spare: for an SQNR of
-outputs that is the difference, for agreement 20 log10 of how many times too large the disagreement is (on LiteMedSAM
-6 dB halve it). So the second probe is near; the bracket closes by the secant, and by half where two probes in turn fell
-to the same side.
+Each probe is a version that is encoded and proven. It tells how many dB are missing or to spare: for an SQNR of outputs
+the difference, for agreement 20 log10 of the ratio of disagreements (on LiteMedSAM 6 dB halve it). So the second probe
+is near. The bracket closes by the secant method, and by bisection if two probes in turn fell on the same side.
 
-It starts at the same target whatever was published before, so that the same inputs lead to the same version.
+The search always starts at the same target, whatever was published before, so that equal inputs give equal versions.
 """
 
 import math
@@ -14,31 +13,31 @@ from dataclasses import dataclass, field
 from birkhoff.codec.budget import Grid
 
 RESOLUTION_DB = 0.25
-"""Targets that are tried lie so far apart: about 0.8 % of a version's bytes."""
+"""Distance between targets that are tried, dB: about 0.8 % of a version's bytes."""
 
 START_DB = 30.0
 
 PROBES = 9
-"""Versions that are proven at most; the lowest that reaches what is wanted is then taken."""
+"""Most versions to prove. After that the lowest one that meets the goal is taken."""
 
 _FARTHEST_DB = 20.0
-"""From one probe to the next."""
+"""Largest step from one probe to the next, dB."""
 
 _LEAST_DISAGREEMENT = 1e-4
-"""Stands for none: its logarithm is finite."""
+"""Replaces a disagreement of zero, whose logarithm is infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a version must reach: mean agreement of masks, or SQNR of outputs in dB; one of both."""
+    """The goal: mean agreement of masks, or SQNR of outputs in dB. One is set."""
 
     agreement: float | None = None
     output_db: float | None = None
 
     def lacking_db(self, agreement: float | None, output_db: float | None) -> float:
-        """How many dB more its tensors would need, by the figures of its proof; 0 or less if it reaches what is wanted.
+        """Return how many dB more the tensors would need, by the figures of a proof; 0 or less if the goal is met.
 
-        None for `agreement` is none, for `output_db` no error at all.
+        `agreement` None means no agreement at all, `output_db` None no error at all.
         """
         if self.agreement is None:
             assert self.output_db is not None
@@ -56,21 +55,21 @@ class Wanted:
 
 @dataclass(slots=True, kw_only=True)
 class OutputSearch:
-    """What is known of one model; `lowest` is the lowest step of the grid that may be tried."""
+    """The search for one model's target. `lowest` is the lowest step of the grid that may be tried."""
 
     grid: Grid
     lowest: int = 0
     best: int | None = None
-    """The lowest step that reaches what is wanted."""
+    """The lowest step that meets the goal."""
     _lacking: dict[int, float] = field(default_factory=dict)
 
     @property
     def probes(self) -> int:
-        """Versions that were proven."""
+        """Number of versions that were proven."""
         return len(self._lacking)
 
     def note(self, step: int, lacking_db: float) -> None:
-        """A probe has ended."""
+        """Record a probe."""
         self._lacking[step] = lacking_db
         if lacking_db <= 0 and (self.best is None or step < self.best):
             self.best = step
@@ -101,17 +100,17 @@ class OutputSearch:
         return low + round((high - low) * lacking / (lacking + spare))
 
     def _move(self, step: int) -> int:
-        """Steps from a probe to where what is wanted should lie."""
+        """Return the estimated number of steps from a probe to the goal."""
         lacking = self._lacking[step]
         return self.grid.steps(min(_FARTHEST_DB, max(-_FARTHEST_DB, lacking)))
 
     def _beyond(self, step: int, move: int) -> int | None:
-        """Return a step beyond all that were tried, or None at the grid's end."""
+        """Return a step beyond all that were tried; None at the grid's end."""
         found = self._near(step + move)
         return None if found in self._lacking else found
 
     def _near(self, step: int) -> int:
-        """Return the nearest step that may be tried: on the resolution's own grid, or an end."""
+        """Return the nearest step that may be tried: a multiple of the resolution, or an end."""
         every = self.grid.steps(RESOLUTION_DB)
         last = self.grid.steps(self.grid.high - self.grid.low)
         return min(max(self.lowest, round(step / every) * every), last)

@@ -12,9 +12,9 @@ from birkhoff.pipeline.text import shown
 
 
 def said(rules: Sequence[OverrideRule], tensors: Iterable[StoredTensor]) -> dict[str, Override]:
-    """What rules say of single tensors, by name, in the order of the checkpoint; the last one that matches holds.
+    """Return the overrides of single tensors, by name, in the order of the checkpoint. The last matching rule applies.
 
-    Whether that changes anything is for `Profile.decide` to say.
+    `Profile.decide` says whether an override changes anything.
     """
     found: dict[str, Override] = {}
     for tensor in tensors:
@@ -28,7 +28,7 @@ def check_matches(rules: Iterable[OverrideRule], checkpoints: Sequence[tuple[str
     """Refuse a rule that matches no tensor of any of the models, given as (name, checkpoint).
 
     Raises:
-        ManifestError: names the glob, its place in the manifest, and what there is that is like it.
+        ManifestError: Names the glob, its place in the manifest, and similar globs that match.
     """
     names = [tensor.name for _, checkpoint in checkpoints for tensor in checkpoint.tensors]
     for rule in rules:
@@ -41,7 +41,7 @@ def check_matches(rules: Iterable[OverrideRule], checkpoints: Sequence[tuple[str
 
 
 def _like(glob: str, names: Sequence[str]) -> str:
-    """Globs that are near one and match something: names, and their beginnings and endings between dots."""
+    """Return globs similar to one that match something: names, and their beginnings and endings at dots."""
     globs: dict[str, None] = {}
     for name in names:
         words = name.split(".")

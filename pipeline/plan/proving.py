@@ -1,12 +1,12 @@
-"""The keys of a manifest about proofs, for all models or for one.
+"""The manifest keys about proofs, for all models or for one.
 
-    proof: true                  # publish nothing without a proof; default: make one if it can be made
+    proof: true                  # publish nothing without a proof; default: make one if possible
     floor_agreement: 0.9         # the least mean IoU with the original's masks; default 0.75
     floor_output_db: 15          # for models without masks, the least SQNR of their outputs; default 10
     pictures: scans/             # the user's own pictures, measured beside the synthetic ones
     compute: int8                # prove the version on int8 tensor cores too, and say which layers stay in float
 
-`proof: false` publishes without one. A model's keys override the manifest's.
+`proof: false` publishes without a proof. A model's keys override the manifest's.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ from birkhoff.pipeline.plan.quality import Strict, wrong
 from birkhoff.pipeline.registry.documents import BudgetRecord, ProofRecord
 
 FLOOR_AGREEMENT = 0.75
-"""LiteMedSAM on the proof's pictures, weights rounded to the steps of these targets: bfloat16 0.984, `balanced` 0.917,
-24 dB 0.813, 30 dB in every tensor 0.713 (whose masks of real pictures agree at 0.67 to 0.73), 20 dB 0.686. The demo:
-`balanced` 0.955, the published codec 0.863."""
+"""Agreement of LiteMedSAM on the proof's pictures, with weights rounded to the steps of these targets: bfloat16
+0.984, `balanced` 0.917, 24 dB 0.813, 30 dB in every tensor 0.713 (0.67 to 0.73 on real pictures), 20 dB 0.686.
+The demo: `balanced` 0.955, the published codec 0.863."""
 FLOOR_OUTPUT_DB = 10.0
 """An error of a tenth of the outputs' energy."""
 
 
 class Proving(Strict):
-    """The keys about proofs that a manifest and each of its models have in common."""
+    """The keys about proofs that a manifest shares with its models."""
 
     proof: bool | None = None
-    """`true`: publish nothing without a proof; `false`: make none. Default: make one if it can be made."""
+    """`true`: publish nothing without a proof; `false`: make none. Default: make one if possible."""
     floor_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The least mean IoU of masks with the original's; below it nothing is published. Default: 0.75."""
+    """The least mean IoU of masks with the original's; a model below it is not published. Default: 0.75."""
     floor_output_db: float | None = None
     """The least SQNR of outputs, for models without masks, dB. Default: 10."""
     pictures: str | None = None
@@ -61,7 +61,7 @@ class ProofTerms:
     compute: Literal["int8"] | None = None
 
     def met_by(self, record: ProofRecord | None) -> bool:
-        """Return whether a version with this proof is one that would be published now."""
+        """Return whether a version with this proof could be published now."""
         if not self.wanted:
             return True
         if record is None:
@@ -91,9 +91,9 @@ class ProofTerms:
 
 
 def proof_terms(whole: Proving, model: Proving, budget: BudgetRecord | None) -> ProofTerms:
-    """Return what a model's words and those of the manifest come to.
+    """Return a model's terms, from its keys and the manifest's.
 
-    A target for the outputs that lies below the floor is the user's word too: it is the floor then.
+    A target for the outputs that is below the default floor replaces the floor.
     """
 
     def said(key: str) -> object:

@@ -1,19 +1,18 @@
-"""The keys of a manifest about fidelity, for all models or for one: a profile or a budget, and overrides.
+"""The manifest keys about fidelity, for all models or for one: a profile or a budget, and overrides.
 
     target_ratio: 7              # a budget: the best quality in a seventh of the source's bytes
     max_bytes: 64MiB             # or in this many bytes, every byte of the version counted
     target_agreement: 0.97       # or the fewest bytes whose masks have this mean IoU with the original's
     target_output_db: 30         # or whose outputs (mask logits) have this SQNR
     allocation: uniform          # one dB for every tensor; `size`, `header` (the default), `output`: see `Profile`
-    floor_db: 12                 # the least that a budget may leave a coded tensor; default 15
-    profile: fast                # how to encode; any other profile sets a quality, and excludes a budget
-    overrides:                   # single tensors by glob; the last rule that matches applies, a model's come last
+    floor_db: 12                 # the least target that a budget may give a coded tensor; default 15
+    profile: fast                # how to encode; any other profile sets a quality and excludes a budget
+    overrides:                   # single tensors by glob; the last matching rule applies, a model's rules come last
       - {tensors: "mask_decoder.*", target_db: 36}
       - {tensors: "*.pos_embed", lossless: true}
 
-What a model says of profile or budget replaces all that the manifest says of them; an allocation alone goes with the
-manifest's profile or budget. 1-D and tiny tensors stay lossless whatever a rule says of dB; only `allocation: output`
-codes them.
+A profile or budget of a model replaces the manifest's. An allocation alone is combined with the manifest's profile or
+budget. 1-D and tiny tensors stay lossless whatever dB a rule says; only `allocation: output` codes them.
 """
 
 from dataclasses import dataclass, replace
@@ -27,51 +26,51 @@ from birkhoff.pipeline.registry.documents import BudgetRecord
 from birkhoff.pipeline.text import suggestion
 
 BUDGETS = ("target_ratio", "max_bytes", "target_agreement", "target_output_db")
-"""The keys that name an outcome whose target is searched; at most one of them."""
+"""The keys of budgets, whose target is searched. At most one may be set."""
 
 
 def check_profile(name: str) -> str:
-    """The name of a known profile. Raises ValueError."""
+    """Return the name of a known profile. Raises ValueError."""
     if name not in PROFILES:
         raise ValueError(f"unknown profile{suggestion(name, PROFILES)}; known: {', '.join(PROFILES)}")
     return name
 
 
 def wrong(key: str, message: str) -> PydanticCustomError:
-    """A complaint about one key of a mapping: `manifest` shows its line."""
-    # As context, not as text: pydantic would take braces in it for its own.
+    """Return an error about one key of a mapping. `manifest` adds the key's line number."""
+    # In the context instead of the text, because pydantic interprets braces in the text.
     return PydanticCustomError("key", "{message}", {"key": key, "message": message})
 
 
 def no_target(key: str, profile: Profile) -> PydanticCustomError:
-    """A complaint about an allocation where there is nothing to allocate."""
+    """Return the error for an allocation of a profile without a target."""
     return wrong(key, f"shares a target in dB, and profile {profile.name!r} has none; leave it out")
 
 
 def no_floor(key: str) -> PydanticCustomError:
-    """A complaint about a floor where nothing is promised of single tensors."""
+    """Return the error for a floor under an allocation that promises no target to single tensors."""
     return wrong(
         key,
-        "goes with an allocation that promises each tensor a target, and `allocation: output` promises masks: say "
-        "`floor_agreement`, or leave it out",
+        "is for allocations with a target for each tensor, and `allocation: output` has none: set `floor_agreement`, "
+        "or leave it out",
     )
 
 
 class Strict(BaseModel):
-    """A part of a manifest: unknown keys and other types are refused."""
+    """A part of a manifest: unknown keys and wrong types are refused."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class OverrideRule(Strict):
-    """A rule for some tensors, which overrides profile and budget."""
+    """A rule for some tensors that overrides profile and budget."""
 
     tensors: Annotated[str, Field(min_length=1)]
     """Shell glob on tensor names: `*`, `?`, `[abc]`; `*` matches dots too."""
     target_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
-    """The least SQNR of those that are coded, dB."""
+    """The least SQNR of matching tensors that are coded, dB."""
     lossless: Literal[True] | None = None
-    """Keep them bit for bit."""
+    """Keep matching tensors bit for bit."""
     _place: str = PrivateAttr(default="overrides")
 
     @model_validator(mode="after")
@@ -86,19 +85,19 @@ class OverrideRule(Strict):
         return self._place
 
     def at(self, place: str) -> "OverrideRule":
-        """The rule, knowing where it stands."""
+        """Return the rule with its place in the file."""
         placed = self.model_copy()
         placed._place = place
         return placed
 
     @property
     def override(self) -> Override:
-        """What each tensor gets."""
+        """The override of each matching tensor."""
         return "lossless" if self.target_db is None else self.target_db
 
 
 class Quality(Strict):
-    """The keys that a manifest and each of its models have in common."""
+    """The keys about fidelity that a manifest shares with its models."""
 
     profile: str | None = None
     """Name of a profile. Default: `balanced`."""
@@ -107,11 +106,12 @@ class Quality(Strict):
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Budget: the most stored bytes; a number or a size such as `64MiB`."""
     target_agreement: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The least mean IoU of masks with the original's; the smallest version that reaches it is searched."""
+    """The least mean IoU of masks with the original's. The smallest version that reaches it is published."""
     target_output_db: Annotated[float, Field(ge=0, le=100)] | None = None
-    """The least SQNR of mask logits, or of another model's outputs, dB; searched likewise."""
+    """The least SQNR of mask logits, or of another model's outputs, dB. The smallest version that reaches it is
+    published."""
     allocation: Allocation | None = None
-    """How the target of a profile or a budget is shared among tensors. Default: `header`."""
+    """How the target of a profile or a budget is allocated to tensors. Default: `header`."""
     floor_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
     """The least target that a budget may give a coded tensor, dB. Default: 15."""
     overrides: Annotated[tuple[OverrideRule, ...], Field(strict=False)] = ()
@@ -144,7 +144,7 @@ class Quality(Strict):
 
     @property
     def budget(self) -> BudgetRecord | None:
-        """The budget, if there is one."""
+        """The budget; None without one."""
         if all(getattr(self, key) is None for key in BUDGETS):
             return None
         return BudgetRecord(
@@ -157,13 +157,14 @@ class Quality(Strict):
 
     @property
     def decides(self) -> bool:
-        """Whether anything is said of profile or budget."""
+        """Whether a profile or a budget is set."""
         return self.profile is not None or self.budget is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """What one model is to get: a profile, whose target a budget still has to find, and rules for single tensors."""
+    """The fidelity of one model: a profile, a budget that its target must be found for, and rules for single
+    tensors."""
 
     profile: Profile
     budget: BudgetRecord | None
@@ -171,13 +172,13 @@ class Fidelity:
 
 
 def is_method(profile: Profile) -> bool:
-    """Whether a profile differs from the default in how it encodes, not in what comes out."""
+    """Return whether a profile differs from the default only in how it encodes, not in the result."""
     default = PROFILES[DEFAULT_PROFILE]
     return profile != default and replace(profile, name=default.name, path=True, summary=default.summary) == default
 
 
 def resolve(whole: Quality, model: Quality) -> Fidelity:
-    """What a model gets of its own words and those of the manifest."""
+    """Return a model's fidelity, from its keys and the manifest's."""
     words = model if model.decides else whole
     profile, budget = PROFILES[words.profile or DEFAULT_PROFILE], words.budget
     allocation = model.allocation or words.allocation

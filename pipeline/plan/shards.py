@@ -1,8 +1,8 @@
 """Cut a checkpoint into shards from its header: pure functions, no tensors, no I/O.
 
-A shard is a run of whole tensors of one module block: the unit of work, of sharing between models, and of what a
-worker holds in memory. Cuts depend only on the tensors near them, so that two checkpoints that share an encoder
-share its shards, whatever decoder follows.
+A shard is a run of whole tensors of one module block. It is the unit of work, of sharing between models, and of a
+worker's memory. A cut depends only on nearby tensors, so two checkpoints with the same encoder get the same shards of
+it, whatever decoder follows.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,15 +27,15 @@ MIB = 1 << 20
 class ModelPlan:
     """The shards of a model, in the order of the checkpoint: every tensor with its decision.
 
-    `profile` is what the decisions were made by; what one of them does not owe to it is its `override`.
+    The decisions follow from `profile`, except those with an `override`.
     """
 
     profile: Profile
     shards: tuple[tuple[TensorPlan, ...], ...]
     shares: Shares | None = None
-    """Under allocation by output, what statistics have allotted; None before they are known."""
+    """Under allocation by output, the targets derived from statistics; None before these are known."""
     bases: tuple[BaseShard, ...] = ()
-    """Shards of a base version, with the tensors in them that those of this model can be differences to."""
+    """Shards of a base version, with their tensors that this model's can be differences to."""
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -44,16 +44,16 @@ class ModelPlan:
 
     @property
     def overrides(self) -> dict[str, Override]:
-        """What was decided for single tensors over the profile, by name."""
+        """The overrides of single tensors, by name."""
         decided = ((plan.tensor.name, plan.decision.override) for plan in self.tensors)
         return {name: override for name, override in decided if override is not None}
 
     def at(self, target_db: float) -> "ModelPlan":
-        """The plan under the same profile with another target, which only tensors that follow the profile's heed."""
+        """Return the plan with another target for the profile. Tensors with an override keep theirs."""
         return self._under(replace(self.profile, target_db=target_db), self.shares)
 
     def with_statistics(self, statistics: StatisticsRecord) -> "ModelPlan":
-        """The plan with its targets shared by what the model's outputs feel of each tensor."""
+        """Return the plan with targets derived from the sensitivity of the model's outputs to each tensor."""
         felt = {
             tensor.name: Felt(
                 weights=prod(tensor.shape),
@@ -71,11 +71,11 @@ class ModelPlan:
 
     @property
     def _following(self) -> list[StoredTensor]:
-        """Coded tensors of which the profile decides, no override."""
+        """Coded tensors that follow the profile, without an override."""
         return [plan.tensor for plan in self.tensors if plan.decision.action == "coded" and not plan.decision.override]
 
     def _under(self, profile: Profile, shares: Shares | None) -> "ModelPlan":
-        """The same shards, with what the profile and shares make of tensors that follow them."""
+        """Return the same shards, with the decisions of the profile and shares for tensors that follow them."""
         decisions = decide(_headers(self._following), profile, {}, shares)
         shards = (
             tuple(
@@ -87,7 +87,7 @@ class ModelPlan:
         return ModelPlan(profile=profile, shards=tuple(shards), shares=shares, bases=self.bases)
 
     def tasks(self, model: str, *, reuse: Reuse = "trust") -> list[ShardTask]:
-        """What makes its shards."""
+        """Return the tasks that make its shards."""
         recipe = self.profile.recipe()
         return [
             ShardTask(model=model, index=index, tensors=shard, recipe=recipe, reuse=reuse, bases=self._bases_of(shard))
@@ -95,14 +95,14 @@ class ModelPlan:
         ]
 
     def _bases_of(self, shard: tuple[TensorPlan, ...]) -> tuple[BaseShard, ...]:
-        """The shards of the base that hold tensors of a shard, with these alone."""
+        """Return the base's shards that fit tensors of a shard, reduced to these tensors."""
         names = {plan.tensor.name for plan in shard if plan.decision.action == "coded"}
         found = (replace(base, tensors=tuple(name for name in base.tensors if name in names)) for base in self.bases)
         return tuple(base for base in found if base.tensors)
 
     def estimates(self, model: str, targets_db: Iterable[float], *, reuse: Reuse = "trust") -> list[ShardTask]:
-        """What estimates the sizes of its shards at each of some targets of its profile, dB."""
-        # Of a lossless tensor no target is asked for: any number will do.
+        """Return tasks that estimate the sizes of its shards at each of some targets of its profile, dB."""
+        # A lossless tensor has no target, so any number will do.
         trials = zip(
             *([plan.decision.target_db or 0.0 for plan in self.at(db).tensors] for db in targets_db), strict=True
         )
@@ -121,7 +121,7 @@ def plan_model(
     """Decide about each tensor of a model and cut shards, from its header; `overrides` by tensor name.
 
     Raises:
-        SourceError: the checkpoint holds no tensor of a type that is coded.
+        SourceError: No tensor of the checkpoint has a type that can be coded.
     """
     tensors = checkpoint.tensors
     if not any(is_float(tensor.dtype) for tensor in tensors):
@@ -144,9 +144,10 @@ def _headers(tensors: Iterable[StoredTensor]) -> Iterator[Header]:
 
 
 def cut_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[tuple[StoredTensor, ...]]:
-    """Runs of at most `shard_bytes` source bytes (more only for a single larger tensor), never across top modules.
+    """Cut tensors into runs of at most `shard_bytes` source bytes, never across top modules. A larger tensor stays
+    whole.
 
-    Small neighbouring blocks of one top module share a shard; a block that would overflow it starts the next.
+    Small neighbouring blocks of one top module share a shard. A block that would overflow it starts the next.
     """
     shards: list[tuple[StoredTensor, ...]] = []
     for _, members in groupby(tensors, key=lambda tensor: tensor.name.split(".", 1)[0]):
@@ -166,14 +167,14 @@ def cut_shards(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[tuple[
 
 
 def block_of(name: str) -> str:
-    """Module block of a tensor name: up to its first number (`encoder.blocks.3`), else its module path."""
+    """Return the module block of a tensor name: up to its first number (`encoder.blocks.3`), else its module path."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1])
 
 
 def _pieces(group: list[StoredTensor], shard_bytes: int) -> list[list[StoredTensor]]:
-    """A block cut between tensors where it is larger than a shard."""
+    """Cut a block that is larger than a shard between its tensors."""
     pieces: list[list[StoredTensor]] = [[]]
     size = 0
     for tensor in group:

@@ -1,11 +1,11 @@
-"""Small files that go with the weights of a version, such as transformers' `config.json`.
+"""Sidecar files: small files that go with the weights of a version, such as transformers' `config.json`.
 
     files: [configs/config.json, configs/preprocessor_config.json]   # of a model in the manifest
     files: []                                                        # none
 
-Where the manifest does not say, they are those that transformers keeps beside a local safetensors source, if its
-configuration is among them; of the Hugging Face Hub its model card and licence too. They are text, few and small, and
-never code. Imports no torch.
+By default they are the files that transformers keeps beside a local safetensors source, if a configuration is among
+them; from the Hugging Face Hub also model card and licence. They are text, few and small, and never code. Imports no
+torch.
 """
 
 import json
@@ -20,35 +20,35 @@ from birkhoff.pipeline.families import BESIDE, CONFIG_FILE, HUB_FILES
 from birkhoff.pipeline.registry.documents import MAX_FILE_BYTES, FileRecord, sha256
 
 _CODE_KEYS = re.compile(r"auto_map|custom_pipelines|\w*_implementation(_internal)?")
-"""Settings that can name code to be downloaded and run: modules and kernels of the Hugging Face Hub. They are left out
-of every configuration; of one that came with weights far more is (`load.stored_config`)."""
+"""Settings that can name code to download and run: modules and kernels of the Hugging Face Hub. They are removed
+from every configuration. A configuration that came with weights loses far more (`load.stored_config`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companion:
-    """A file as it was read, and its record."""
+    """A file's bytes and its record."""
 
     record: FileRecord
     body: bytes = field(repr=False)
 
 
 def named(paths: Sequence[str]) -> tuple[Companion, ...]:
-    """Return the files that a manifest names, in the order of their names. Raises SourceError."""
+    """Return the files that a manifest names, sorted by name. Raises SourceError."""
     found = [_read(Path(path).name, Path(path)) for path in paths]
     return tuple(sorted(found, key=lambda sidecar: sidecar.record.name))
 
 
 def of_hub(weights: Path) -> tuple[Companion, ...]:
-    """Return the files of a model's repository beside weights that came from there, in the order of their names."""
+    """Return the repository's files beside weights that came from the Hub, sorted by name."""
     found = (weights.with_name(name) for name in HUB_FILES)
     return tuple(_read(path.name, path) for path in sorted(found) if path.is_file())
 
 
 def beside(weights: Path) -> tuple[Companion, ...]:
-    """Return the files of transformers beside weights, in the order of their names; none without a configuration.
+    """Return transformers' files beside weights, sorted by name; none without a configuration.
 
-    A configuration under the weights' own name goes alone: the others there may belong to other weights.
-    Raises SourceError for one that is too large, or empty.
+    A configuration named after the weights is taken alone, because the other files may belong to other weights. Raises
+    SourceError for a file that is too large or empty.
     """
     config = config_beside(weights)
     if config is None:
@@ -67,7 +67,7 @@ def config_beside(place: Path) -> Path | None:
 
 
 def settings_of(path: Path) -> dict[str, Any] | None:
-    """Return the settings in a transformers configuration file; None if it is not one."""
+    """Return the settings of a transformers configuration file; None if it is not one."""
     try:
         with path.open("rb") as file:
             return settings_in(file.read(MAX_FILE_BYTES + 1))
@@ -76,7 +76,7 @@ def settings_of(path: Path) -> dict[str, Any] | None:
 
 
 def settings_in(body: bytes) -> dict[str, Any] | None:
-    """Return the settings of a transformers configuration, none of which names code; None if it is not one."""
+    """Return the settings of a transformers configuration, without those that name code; None if it is not one."""
     try:
         found = json.loads(body)
         if len(body) > MAX_FILE_BYTES or not isinstance(found, dict) or not isinstance(found.get("model_type"), str):

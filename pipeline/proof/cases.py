@@ -1,7 +1,7 @@
-"""The inputs of a proof: synthetic pictures, drawn shapes whose masks are known, and the user's own pictures.
+"""The inputs of a proof: synthetic pictures, drawn shapes with known masks, and the user's own pictures.
 
-Synthetic pictures come from `codec.output`, with seeds that no allocation uses. Their boxes are random; those of shapes
-are the shapes' own. Points are the centres of boxes.
+Synthetic pictures come from `codec.output`, with seeds that no allocation uses, and random boxes. Drawn shapes use
+their own boxes. Point prompts are the centres of boxes.
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,31 @@ from birkhoff.pipeline.segment.dataset import Case
 from birkhoff.pipeline.segment.prompts import Prompts, box_grid, boxes_of, pictures_in, point_grid, read_picture
 
 SEED = 0x9B00F
-"""Seed of the proof's pictures; statistics use others."""
+"""Seed of a proof's pictures. Statistics use other seeds."""
 
 PICTURES = 3
 SHAPES = 1
-"""Pictures of each kind: four passes of each model's encoder, nearly the whole cost of a proof."""
+"""Pictures of each kind. Each model's encoder runs on all four, which is nearly the whole cost of a proof."""
 
 BOXES, POINTS = 6, 2
 """Prompts per picture."""
 
 MOST_SIDE = 512
-"""Side of a synthetic picture in pixels, at most the model's input; a larger input enlarges it."""
+"""Side of a synthetic picture in pixels, or the side of the model's input if that is smaller. A larger input
+enlarges the picture."""
 
 OWN_PICTURES = 32
-"""How many pictures of the user's folder are used, by name."""
+"""Maximum number of pictures taken from the user's folder, in order of their names."""
 
 OWN_SIDE = 1024
-"""Longer side to which the user's pictures are reduced: the input of the largest models."""
+"""Longer side in pixels to which the user's pictures are reduced: the input of the largest models."""
 
 _OWN_BOXES, _OWN_POINTS = 3, 2
 """Boxes and points across and down a user's picture."""
 
 
 def synthetic(side: int) -> list[Case]:
-    """Return pictures for a model whose input has `side` pixels; drawn shapes come with their masks as truth."""
+    """Return pictures for a model whose input has `side` pixels. Drawn shapes carry their masks as the truth."""
     side = min(side, MOST_SIDE)
     pictures = synthetic_pictures(PICTURES, side, SEED)
     boxes = synthetic_boxes(PICTURES, BOXES, side, SEED + 1)
@@ -47,7 +48,7 @@ def synthetic(side: int) -> list[Case]:
         _case(f"synthetic {number}", pixels, own)
         for number, (pixels, own) in enumerate(zip(pictures, boxes, strict=True))
     ]
-    # Not square: whether a model pads or stretches shows only there.
+    # A picture that is not square shows whether a model pads or stretches it.
     drawn, masks = drawn_shapes(SHAPES, (side * 3 // 4, side), SEED + 2)
     cases += [
         _case(f"shapes {number}", pixels, boxes_of(truth), truth)
@@ -57,7 +58,7 @@ def synthetic(side: int) -> list[Case]:
 
 
 def own(folder: Path) -> Iterator[Case]:
-    """Yield the user's pictures, one at a time, asked by grids. Raises PictureError."""
+    """Yield the user's pictures one at a time, prompted by a grid of boxes and points. Raises PictureError."""
     for path in pictures_in(folder)[:OWN_PICTURES]:
         pixels = read_picture(path)
         size = int(pixels.shape[1]), int(pixels.shape[2])

@@ -7,7 +7,8 @@ from birkhoff.pipeline.registry.documents import FLOOR_DB
 
 
 def decibel(energy: float, error: float) -> float | None:
-    """SQNR in dB, to what two devices agree on; None for no error, `FLOOR_DB` if an output is not finite."""
+    """Return the SQNR in dB, rounded to the precision on which devices agree: None without error, `FLOOR_DB` if an
+    output is not finite."""
     if not error:
         return None
     return round(max(FLOOR_DB, sqnr_db(energy, error)), 1) if math.isfinite(energy + error) else FLOOR_DB

@@ -1,7 +1,7 @@
 """Run a segmenter on the pictures of a proof, and compare the outputs of two models.
 
-Only outputs are kept, so that the original and the compressed model are in memory one after the other: each picture's
-embedding, and the decoder's logits for every prompt, from which masks are recomputed when needed.
+Only outputs are kept: each picture's embedding, and the decoder's logits for every prompt, from which masks are
+computed when needed. So the original and the compressed model are never in memory together.
 """
 
 import io
@@ -22,18 +22,20 @@ from birkhoff.pipeline.segment.dataset import Case
 from birkhoff.pipeline.segment.masks import in_parts
 
 LEAST_MASK = 0.001
-"""Share of a picture below which the original's mask counts as empty: two empty masks agree on nothing."""
+"""Share of a picture below which the original's mask counts as empty and is skipped, as the IoU of empty masks means
+nothing."""
 
 PERCENTILE = 0.05
 
 _ROWS = 2
 _WIDEST = 1120
-"""Rows and width in pixels of the picture in a report."""
+"""Rows, and width in pixels, of the picture in a report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A model's outputs for one picture: its view without the finer maps, and logits [K, s, s] by kind of prompt."""
+    """A model's outputs for one picture: its view without high-resolution features, and logits [K, s, s] by kind of
+    prompt."""
 
     case: Case
     view: View
@@ -41,7 +43,7 @@ class Seen:
 
 
 def look(segmenter: Segmenter, cases: Iterable[Case]) -> list[Seen]:
-    """Run a model on pictures, one at a time; everything kept is on the CPU."""
+    """Run a model on pictures one at a time. The results are on the CPU."""
     found = []
     for case in cases:
         interrupt.check()
@@ -61,7 +63,7 @@ def masks(segmenter: Segmenter, seen: Seen) -> tuple[Tensor, ...]:
 
 
 def shapes_iou(segmenter: Segmenter, seen: Sequence[Seen]) -> float:
-    """Return the mean IoU of box masks with the truth, over the pictures that have a truth."""
+    """Return the mean IoU of box masks with the true masks, over the pictures that have them."""
     values = [
         float(value)
         for one in seen
@@ -72,7 +74,7 @@ def shapes_iou(segmenter: Segmenter, seen: Sequence[Seen]) -> float:
 
 
 def agreement(segmenter: Segmenter, original: Sequence[Seen], compressed: Sequence[Seen]) -> Agreement:
-    """Compare two models' outputs on the same pictures; `segmenter` is either."""
+    """Compare two models' outputs on the same pictures. `segmenter` may be either model's."""
     values: list[float] = []
     sums = {"embedding": [0.0, 0.0], "logits": [0.0, 0.0]}
     for first, second in zip(original, compressed, strict=True):

@@ -1,12 +1,13 @@
 """Run any module on the user's inputs, and compare the outputs of two models.
 
-    def batches():                     # --inputs FILE.py:batches: what the model is called with, one after the other
-        yield torch.rand(4, 3, 64, 64)             # a tensor, a tuple of arguments, or a mapping of named ones
+    def batches():                     # --inputs FILE.py:batches: yields what the model is called with
+        yield torch.rand(4, 3, 64, 64)             # a tensor, a tuple of arguments, or a mapping of keyword arguments
 
-    def metric(original, compressed):  # --metric FILE.py:metric: lists of outputs, one for each batch
+    def metric(original, compressed):  # --metric FILE.py:metric: two lists of outputs, one per batch
         return {"top1": ...}                       # a number, or numbers by name
 
-Each output gets its SQNR in dB and the mean cosine of its samples with the original's. Only real tensors are compared.
+Each output gets its SQNR in dB, and the mean cosine similarity of its samples with the original's. Only floating-point
+tensors are compared.
 """
 
 import math
@@ -28,28 +29,28 @@ from birkhoff.pipeline.registry.documents import Agreement
 
 @dataclass(slots=True, kw_only=True)
 class OutputScore:
-    """One output over all batches: sum x^2, sum (x - x')^2, and the cosine of each sample."""
+    """Sums of one output over all batches: sum x^2, sum (x - x')^2, and the cosine of each sample."""
 
     energy: float = 0.0
     error: float = 0.0
     cosines: list[float] = field(default_factory=list)
 
     def row(self, name: str) -> dict[str, Any]:
-        """Return its line in the table of `evaluate`."""
+        """Return this output's row in the table of `evaluate`."""
         return {"output": name, "sqnr_db": decibel(self.energy, self.error), "cosine": self.cosine}
 
     @property
     def cosine(self) -> float:
-        """Mean over the samples."""
+        """The mean over all samples."""
         return round(sum(self.cosines) / max(1, len(self.cosines)), 4)
 
 
 def batches_of(inputs: str) -> list[Any]:
-    """Return the batches of the user's function. Raises BuilderError."""
+    """Return the batches that the user's function yields. Raises BuilderError."""
     make = user_function("--inputs", inputs)
     try:
         found = list(make())
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         raise BuilderError(f"--inputs {inputs}: {type(error).__name__}: {error}") from error
     if not found:
         raise BuilderError(f"--inputs {inputs}: expected batches, got none")
@@ -58,27 +59,28 @@ def batches_of(inputs: str) -> list[Any]:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
-    """Return a model's outputs for each batch, on the CPU. Raises BuilderError if they cannot be called."""
+    """Return a model's outputs for each batch, on the CPU. Raises BuilderError if the model cannot be called."""
     return [_moved(_called(model, batches, number), torch.device("cpu")) for number in range(len(batches))]
 
 
 def tapped(model: nn.Module, batches: Sequence[Any]) -> Callable[[int], Outputs]:
-    """What gives a model's outputs for each batch with their graph, all of one weight: for `codec.output.statistics`.
+    """Return a function from a batch's number to the model's outputs, with their graph, each of weight 1.
 
-    Raises BuilderError if the model cannot be called so, or its outputs hold no real tensors.
+    `codec.output.statistics` calls it. It raises BuilderError if the model cannot be called, or if the outputs hold no
+    floating-point tensors.
     """
 
     def outputs(number: int) -> Outputs:
         found = {name: (1.0, tensor) for name, tensor in _tensors(_called(model, batches, number))}
         if not found:
-            raise BuilderError("--inputs: the model's outputs hold no real tensors, so that nothing is felt by them")
+            raise BuilderError("--inputs: the model's outputs hold no real tensors, so no sensitivity can be measured")
         return found
 
     return outputs
 
 
 def _called(model: nn.Module, batches: Sequence[Any], number: int) -> Any:
-    """Return a model's output for one batch. Raises BuilderError if it cannot be called so."""
+    """Return a model's output for one batch. Raises BuilderError if the call fails."""
     interrupt.check()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given = _moved(batches[number], device)
@@ -86,13 +88,13 @@ def _called(model: nn.Module, batches: Sequence[Any], number: int) -> Any:
         if isinstance(given, Mapping):
             return model(**given)
         return model(*given) if isinstance(given, tuple | list) else model(given)
-    except Exception as error:  # whatever the model raises
+    except Exception as error:  # the model's code may raise anything
         kind = f"{type(model).__name__} fails on batch {number}"
         raise BuilderError(f"--inputs: {kind}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def scores(original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, OutputScore]:
-    """Compare outputs by name. Raises BuilderError if there is nothing to compare."""
+    """Return the score of every output by name. Raises BuilderError if there is nothing to compare."""
     found: dict[str, OutputScore] = {}
     for first, second in zip(original, compressed, strict=True):
         others = dict(_tensors(second))
@@ -103,12 +105,12 @@ def scores(original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, Outp
             score.error += measured.error
             score.cosines += _cosines(tensor, other)
     if not found:
-        raise BuilderError("--inputs: the model's outputs hold no real tensors, so that there is nothing to compare")
+        raise BuilderError("--inputs: the model's outputs hold no real tensors, so there is nothing to compare")
     return found
 
 
 def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str, float] | None) -> Agreement:
-    """Return the worst SQNR and cosine of the outputs, and the user's metric."""
+    """Return the worst SQNR and cosine over all outputs, with the user's metric."""
     lossy = [db for score in found.values() if (db := decibel(score.energy, score.error)) is not None]
     return Agreement(
         inputs=batches,
@@ -119,7 +121,7 @@ def agreement(found: Mapping[str, OutputScore], batches: int, metrics: dict[str,
 
 
 def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence[Any]) -> dict[str, float] | None:
-    """Return the values of the user's metric by name; None without one. Raises BuilderError."""
+    """Return the values of the user's metric by name, or None without a metric. Raises BuilderError."""
     if metric is None:
         return None
     measure: Callable[[Sequence[Any], Sequence[Any]], Any] = user_function("--metric", metric)
@@ -127,7 +129,7 @@ def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence
         found = measure(original, compressed)
         named = found if isinstance(found, Mapping) else {metric.rpartition(":")[2]: found}
         values = {str(name): float(value) for name, value in named.items()}
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         raise BuilderError(f"--metric {metric}: {type(error).__name__}: {error}") from error
     if not all(map(math.isfinite, values.values())):
         raise BuilderError(f"--metric {metric}: expected finite numbers, got {values}")
@@ -135,7 +137,7 @@ def metrics_of(metric: str | None, original: Sequence[Any], compressed: Sequence
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the real tensors in an output, by the keys and places that lead to them."""
+    """Yield the floating-point tensors in an output, named by the keys and indices that lead to them."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.numel():
             yield name or "output", output.float()
@@ -146,7 +148,7 @@ def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Return the same with its tensors on a device; objects of other kinds stay as they are."""
+    """Return `value` with its tensors on `device`. Other objects are left alone."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Prove a whole model: run original and compressed model on the same inputs, one after the other.
+"""Prove a whole model: run the original and the compressed model on the same inputs, one after the other.
 
-The compressed weights are decoded from the shards in the store, as readers get them. Only the original's outputs stay
-in memory; those of the last proof are kept, because a search for a target needs them again.
+The compressed weights are decoded from the shards in the store, as readers get them. The original's outputs of the last
+proof are kept, because a search for a target needs them again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,19 @@ from birkhoff.pipeline.shard.run import Stages
 from birkhoff.pipeline.store.base import Store
 
 SHAPES_SOUND = 0.8
-"""IoU of the original's masks with the drawn shapes below which other ways of preparing pictures are tried. LiteMedSAM
-reaches 0.98 as itself and 0.6 with the pictures of MobileSAM."""
+"""IoU of the original's masks with the drawn shapes below which other preprocessings are tried. LiteMedSAM scores
+0.98 under its own preprocessing and 0.6 under MobileSAM's."""
 
 SHAPES_BETTER = 0.1
-"""By how much another way must be better to be named as the right one."""
+"""Gain in IoU from which another preprocessing is named as the right one."""
 
 SHAPES_LEAST = 0.3
-"""Below this the original finds nothing, and agreement with it proves nothing."""
+"""IoU below which the original finds nothing, so agreement with it proves nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reference:
-    """The original's outputs."""
+    """The original's outputs, and the key of the proof that they belong to."""
 
     key: object
     synthetic: Sequence[masks.Seen] = ()
@@ -52,16 +52,16 @@ class _Reference:
 
 
 _last: list[_Reference] = []
-"""The reference of this process's last proof: one or none."""
+"""The reference of this process's last proof, if any."""
 
 
 def prove(task: ProofTask, store: Store, device: torch.device) -> Proof:
     """Compare a model's shards in a store with its checkpoint.
 
     Raises:
-        ProofError: the proof is required and cannot be made, or the original is run in the wrong way.
-        BuilderError: the model is not of the family named.
-        SourceError, StoreError, IntegrityError, PictureError: as reading raises.
+        ProofError: A required proof cannot be made, or the original is run by the wrong adapter.
+        BuilderError: The model is not of the family named.
+        SourceError, StoreError, IntegrityError, PictureError: An input cannot be read.
     """
     stages = Stages()
     with threads(task.checkpoint.nbytes):
@@ -78,7 +78,7 @@ def prove(task: ProofTask, store: Store, device: torch.device) -> Proof:
 
 
 def _missing(task: ProofTask, error: Exception, stages: Stages) -> Proof:
-    """Return the reason for a missing proof. Raises ProofError if a proof is required."""
+    """Return the reason why there is no proof. Raises ProofError if a proof is required."""
     if task.subject.required:
         raise ProofError(f"{task.label} is required, and cannot be made: {error}")
     stages.end("prove")
@@ -138,7 +138,7 @@ def _int8_record(
 
 
 def _of_outputs(task: ProofTask, model: nn.Module, store: Store, stages: Stages) -> Proof:
-    """Return the proof of a model that no adapter knows, on the user's inputs."""
+    """Prove a model without an adapter, on the user's inputs."""
     subject = task.subject
     assert subject.inputs is not None
     key = _key(task, model)
@@ -167,14 +167,14 @@ def _outputs_agree(subject: Subject, reference: _Reference, found: Sequence[Any]
 
 
 def _some(task: ProofTask, found: Agreement, where: str | None) -> Agreement:
-    """Return an agreement about something. Raises ProofError if the original found nothing anywhere."""
+    """Return `found`. Raises ProofError if the original found nothing on any picture."""
     if not found.prompts:
         raise ProofError(f"{task.label}: the original finds nothing on {where}: agreement with it proves nothing")
     return found
 
 
 def _reference(task: ProofTask, segmenter: Segmenter) -> _Reference:
-    """Return the original's outputs, computed by loading its weights unless the last proof left them."""
+    """Return the original's outputs: those of the last proof if the key matches, else computed from its weights."""
     subject, key = task.subject, _key(task, segmenter.model)
     if _last and _last[0].key == key:
         return _last[0]
@@ -190,10 +190,10 @@ def _reference(task: ProofTask, segmenter: Segmenter) -> _Reference:
 
 
 def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case], sound: float) -> None:
-    """Refuse a model whose masks miss plain shapes, but fit if pictures are prepared as for another member.
+    """Refuse an original that misses drawn shapes under this family's preprocessing.
 
     Raises:
-        ProofError: it is, or no member's way gives masks that have anything to do with what was asked for.
+        ProofError: Another family's preprocessing finds the shapes, or none does.
     """
     given, found = segmenter.preprocessing, {segmenter.family: sound}
     tried = [given]
@@ -207,7 +207,7 @@ def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case],
         segmenter.preprocessing = given
     best = max(found.values())
     if best >= sound + SHAPES_BETTER:
-        # Padding and stretching differ by little, preparing the values in another way by much.
+        # Padding and stretching give similar masks. Another scaling of the values gives very different ones.
         close = " or ".join(name for name, value in found.items() if value > best - SHAPES_BETTER / 2)
         raise ProofError(
             f"{task.label}: run as {segmenter.family!r}, the original itself finds drawn shapes at a mean IoU of "
@@ -222,7 +222,7 @@ def _check_family(task: ProofTask, segmenter: Segmenter, shapes: Sequence[Case],
 
 
 def _key(task: ProofTask, model: nn.Module) -> object:
-    """Return a key that is equal for proofs whose originals give the same outputs."""
+    """Return a key that is equal for proofs whose originals have the same outputs."""
     device = next((parameter.device for parameter in model.parameters()), None)
     return task.manifest.source.sha256, replace(task.subject, required=False, int8=False), str(device)
 

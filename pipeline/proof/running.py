@@ -13,7 +13,7 @@ from birkhoff.pipeline.load.builders import built, config_of
 from birkhoff.pipeline.proof.task import Subject
 
 THREADED_BYTES = 128 << 20
-"""Size of a checkpoint from which its model's operations are worth several threads."""
+"""Checkpoint size from which a model's operations profit from several threads."""
 
 
 def built_model(subject: Subject, checkpoint: Checkpoint) -> nn.Module:
@@ -26,9 +26,9 @@ def built_model(subject: Subject, checkpoint: Checkpoint) -> nn.Module:
 
 @contextlib.contextmanager
 def threads(nbytes: int) -> Iterator[None]:
-    """Every CPU for a large model, whose version waits for nothing else; one for a small one.
+    """Use every CPU for a large model, as only its proof is left to do, and one thread for a small model.
 
-    Beside busy workers, threads that wait for each other at every small operation take ten times as long as one.
+    Beside busy workers, the threads of a small operation wait for each other and take ten times as long as one thread.
     """
     before = torch.get_num_threads()
     if nbytes >= THREADED_BYTES:

@@ -7,7 +7,7 @@ from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.registry.documents import ProofRecord, VersionManifest
 
 COPIES = 3
-"""Memory of a proof, as a multiple of its model's bytes: the model, tensors on their way into it, activations."""
+"""Memory of a proof as a multiple of its model's bytes: the model, the tensors being loaded, and activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,17 +15,17 @@ class Subject:
     """How a model is run: the code that builds it, and its inputs. Paths are absolute."""
 
     adapter: str | None = None
-    """The member of the family, if the manifest names it."""
+    """The adapter, if the manifest names one."""
     builder: str | None = None
-    """As `--builder`. Default: the configuration, then the architecture that the tensors imply."""
+    """As `--builder`. By default the configuration decides, then the architecture that the tensors imply."""
     upstream: str | None = None
     """As `--upstream`."""
     config: tuple[str, dict[str, Any]] | None = field(default=None, hash=False)
-    """The transformers configuration beside the weights: its path and its content."""
+    """The path and content of the transformers configuration beside the weights."""
     inputs: str | None = None
-    """FILE.py:function that gives batches, for a model without an adapter."""
+    """FILE.py:function that yields batches, for a model without an adapter."""
     metric: str | None = None
-    """FILE.py:function that compares two outputs."""
+    """FILE.py:function that compares two lists of outputs."""
     pictures: str | None = None
     """The user's own folder of pictures."""
     required: bool = False
@@ -36,35 +36,35 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProofTask:
-    """A proof to make, of shards that are all in the store."""
+    """A proof to make. All its shards are in the store."""
 
     model: str
     manifest: VersionManifest
-    """Of the version that would be published."""
+    """The manifest of the version to be published."""
     checkpoint: Checkpoint
     subject: Subject
     reuse: Literal["never"] = "never"
     index: int = -1
-    """No shard's."""
+    """Not the index of a shard."""
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """The task's name in messages."""
         return f"the proof of {self.model}"
 
     @property
     def nbytes(self) -> int:
-        """About how much memory it takes."""
+        """An estimate of the memory that the proof needs."""
         return COPIES * self.checkpoint.nbytes
 
     @property
     def effort(self) -> int:
-        """Return an effort above every shard's: a model waits for its proof, and nothing else of it can run."""
+        """An effort above every shard's, so that proofs start first: a model's version waits for its proof."""
         return self.nbytes << 10
 
     @property
     def signature(self) -> object:
-        """Return a signature unlike any other task's."""
+        """A signature that no other task has."""
         return (self.model, self.index)
 
     @property
@@ -74,22 +74,22 @@ class ProofTask:
 
     @property
     def memory_remedy(self) -> str:
-        """The remedy if it runs out of memory."""
+        """What to do if the proof runs out of memory."""
         return "use a machine with more memory, or leave the proof out by `proof: false` in the manifest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """The result: a record, or the reason why there is none."""
+    """A proof's record, or the reason why there is none."""
 
     record: ProofRecord | None
     missing: str = ""
     """Why no proof could be made, and how to get one."""
     picture: bytes = b""
-    """WebP: masks of both models side by side; empty for a model without masks."""
+    """WebP with both models' masks side by side, empty for a model without masks."""
     stages: dict[str, float]
 
     @property
     def seconds(self) -> float:
-        """All stages together."""
+        """The sum over all stages."""
         return sum(self.stages.values())

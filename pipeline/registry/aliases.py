@@ -1,14 +1,14 @@
-"""Aliases: movable pointers at named versions, each with its history inside, moved by compare-and-swap.
+"""Aliases: movable pointers at named versions. Each stores its history and is moved by compare-and-swap.
 
-`promote` points an alias at a version, `rollback` takes it back along the versions it came by, `advance` is what
-publishing does to `latest`. Every change raises `gen` by one and keeps the state before it, so history is never
-rewritten: a rollback is one more state.
+`promote` points an alias at a version, `rollback` moves it back along its history, and `advance` moves `latest` when a
+version is published. Every change raises `gen` by one and keeps the previous state: a rollback adds a state and
+rewrites none.
 
-An alias points at live names only. Retiring a name and moving an alias there may meet; each side writes first and
-looks second (the mover at the name, `gc.retire` at the aliases), so at least one of them sees the other, and whoever
-does makes the name live again. Before a name is buried for good, `fence` rewrites every alias of its model, so a mover
-who looked at the name before, and was stopped since, loses its swap and looks again. A new alias is made in two steps
-for that: first one that refers to nothing, which can be rewritten.
+An alias may point at live names only. If a name is retired while an alias moves to it, both sides write first and look
+second (the mover at the name, `gc.retire` at the aliases). So at least one of them sees the other and makes the name
+live again. Before a name is buried for good, `fence` rewrites every alias of its model: a mover that looked at the name
+earlier and was paused since then loses its swap and looks again. For this, a new alias is made in two steps: first as a
+record that refers to nothing, which `fence` can rewrite.
 """
 
 import logging
@@ -43,12 +43,13 @@ from birkhoff.pipeline.store.keys import ALIAS_LATEST, ALIAS_STABLE, DIGEST, NAM
 log: logging.Logger = logging.getLogger("birkhoff.aliases")
 
 KEPT_STATES = 50
-"""States an alias remembers: about 200 bytes each."""
+"""Number of states that an alias remembers, of about 200 bytes each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """What became of an alias: `before` is None where it is new, and equals `after` where nothing was to do."""
+    """The result of moving an alias: `before` is None for a new alias, and equals `after` if there was nothing to
+    do."""
 
     model: str
     alias: str
@@ -56,7 +57,7 @@ class Move:
     after: AliasRecord
 
     def facts(self) -> dict[str, object]:
-        """The move under the keys of `--json`."""
+        """Return the move under the keys of `--json`."""
         return {
             "model": self.model,
             "alias": self.alias,
@@ -70,7 +71,7 @@ class Move:
 
 
 def aliases(store: Store, model: str, *, removed: bool = False) -> dict[str, AliasRecord]:
-    """Aliases of a model, with `removed` also those that refer to nothing now. Raises IntegrityError, StoreError."""
+    """Return the aliases of a model by name; with `removed`, removed ones too. Raises IntegrityError, StoreError."""
     known = _known(store, model)
     records = [fetch_document(store, AliasRecord, alias_key(model, alias)) for alias in known]
     return {
@@ -81,10 +82,10 @@ def aliases(store: Store, model: str, *, removed: bool = False) -> dict[str, Ali
 
 
 def fence(store: Store, model: str) -> set[str]:
-    """Make every move of an alias fail that was decided on before; returns the versions that aliases point at.
+    """Make pending moves of a model's aliases fail; return the versions that its aliases point at.
 
-    Rewrites each with another `publisher`: its state, generation, history and signature stay what they are.
-    Raises IntegrityError, StoreError.
+    Each alias gets another `publisher` and stays the same otherwise, its signature included. A mover that read it
+    before loses its swap. Raises IntegrityError, StoreError.
     """
     pointed = set()
     for alias in _known(store, model):
@@ -120,17 +121,21 @@ def promote(
     force: bool = False,
     signer: Signer | None = None,
 ) -> Move:
-    """Point an alias at a named version, making the alias where there is none.
+    """Point an alias at a named version. A new alias is created.
 
     Args:
-        protect: protect the alias from now on, or no longer; None leaves that as it is.
-        force: move it although it is protected.
-        signer: signs the alias, also one that points there already.
+        store: The store.
+        model: The model.
+        name: Name of the version, such as `v3`.
+        alias: The alias.
+        protect: Protect the alias, or stop protecting it; None changes nothing.
+        force: Move a protected alias.
+        signer: Signs the alias, even if it points there already.
 
     Raises:
-        ArtifactNotFoundError: no such version, or a retired one.
-        AliasError: a protected alias without `force`, or no name for an alias.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such version, or it is retired.
+        AliasError: The alias is protected and `force` is off, or its name is not allowed.
+        StoreError: The store failed.
     """
     _check_alias(alias)
     publisher = uuid.uuid4().hex
@@ -157,15 +162,16 @@ def rollback(
     force: bool = False,
     signer: Signer | None = None,
 ) -> Move:
-    """Point an alias at the version it came from, or at `to`; again, and it goes back one more.
+    """Point an alias at its previous version, or at `to`. Each further call goes back one more.
 
-    Refers to the state it finds first: of two rollbacks that meet, one moves the alias and the other finds it done.
+    The call is about the state that it finds first: of two concurrent rollbacks, one moves the alias and the other
+    finds that done.
 
     Raises:
-        ArtifactNotFoundError: no such alias, or the version to go back to was retired.
-        AliasError: nothing to go back to, or a protected alias without `force`.
-        PreconditionError: somebody else moved the alias elsewhere meanwhile.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such alias, or the version to go back to is retired.
+        AliasError: The alias has no previous version, or it is protected and `force` is off.
+        PreconditionError: Somebody else moved the alias elsewhere meanwhile.
+        StoreError: The store failed.
     """
     _check_alias(alias)
     first = _read(store, model, alias)[0]
@@ -193,12 +199,12 @@ def rollback(
 
 
 def remove(store: Store, model: str, alias: str, *, force: bool = False) -> Move:
-    """Let an alias refer to nothing. Its history stays, and it goes on from there where it is made again.
+    """Remove an alias. Its history stays, and continues if the alias is made again.
 
     Raises:
-        ArtifactNotFoundError: no such alias.
-        AliasError: a protected alias without `force`.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such alias.
+        AliasError: The alias is protected and `force` is off.
+        StoreError: The store failed.
     """
     _check_alias(alias)
     publisher = uuid.uuid4().hex
@@ -215,7 +221,8 @@ def remove(store: Store, model: str, alias: str, *, force: bool = False) -> Move
 
 
 def check_movable(store: Store, model: str, alias: str, *, to: str, force: bool = False) -> None:
-    """Raises AliasError where `promote` to a version `to` would: for what is no alias, or a protected one elsewhere."""
+    """Raise AliasError if `promote` to version `to` would: the name is not allowed, or the alias is protected
+    elsewhere."""
     _check_alias(alias)
     found = _read(store, model, alias)[0]
     if found is None or found.version != to:
@@ -223,11 +230,11 @@ def check_movable(store: Store, model: str, alias: str, *, to: str, force: bool 
 
 
 def advance(store: Store, model: str, name: str, publisher: str, *, signer: Signer | None = None) -> None:
-    """Move `latest` to a version just published. The caller holds an open run.
+    """Move `latest` to a version that was just published. The caller holds an open run.
 
-    It stays where it is if it has been at this version or a later one before: a slow publisher must not take it back,
-    and what was rolled back comes again only with a new version. A protected one stays too, with a warning. With
-    `signer` it is signed, also where it is at this version already.
+    `latest` stays if it has ever been at this version or a later one: a slow publisher must not move it back, and a
+    version that was rolled back does not return. A protected alias stays too, with a warning. With `signer` the alias
+    is signed, even if it is at this version already.
     """
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
@@ -247,12 +254,12 @@ def advance(store: Store, model: str, name: str, publisher: str, *, signer: Sign
 
 
 def sign(store: Store, model: str, alias: str, name: str, signer: Signer) -> Move:
-    """Sign the state that an alias is in; `gen`, time and history stay what they are.
+    """Sign the present state of an alias; its `gen`, time and history stay the same.
 
     Raises:
-        ArtifactNotFoundError: no such alias.
-        PreconditionError: it has left the version `name` meanwhile.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such alias.
+        PreconditionError: The alias has left the version `name` meanwhile.
+        StoreError: The store failed.
     """
 
     def decide(before: AliasRecord | None) -> AliasRecord | None:
@@ -268,7 +275,8 @@ def sign(store: Store, model: str, alias: str, name: str, signer: Signer) -> Mov
 
 
 def trail(record: AliasRecord) -> list[str]:
-    """The versions by which an alias came to where it is, with what was rolled back cut off; the present one last."""
+    """Return the versions that led to an alias's present state, which comes last; versions rolled back from are left
+    out."""
     found: list[str] = []
     for state in (*record.previous, record):
         if state.back and state.version in found:
@@ -291,7 +299,7 @@ def _version_before(model: str, alias: str, record: AliasRecord) -> str:
 def _next(
     before: AliasRecord | None, name: str, digest: str, publisher: str, *, protected: bool = False, back: bool = False
 ) -> AliasRecord:
-    """The state that follows `before`, which moves into the history."""
+    """Return the state that follows `before`, with `before` in its history."""
     after = AliasRecord(
         version=name,
         digest=digest,
@@ -305,13 +313,13 @@ def _next(
 
 
 def _follow(before: AliasRecord, after: AliasRecord) -> AliasRecord:
-    """A state as the one after `before`."""
+    """Return `after` as the successor of `before`."""
     left = AliasState.model_validate(before.model_dump(exclude={"publisher", "signature", "previous"}))
     return after.model_copy(update={"gen": before.gen + 1, "previous": (*before.previous, left)[-KEPT_STATES:]})
 
 
 def _is_signed(store: Store, record: AliasRecord | None, model: str, alias: str, signer: Signer | None) -> bool:
-    """Whether nothing is left to sign."""
+    """Return whether there is nothing left to sign."""
     if signer is None:
         return True
     return record is not None and alias_signed_by(signer.public, model, alias, record, audience=audience_of(store))
@@ -324,9 +332,9 @@ def _swap(
     decide: Callable[[AliasRecord | None], AliasRecord | None],
     signer: Signer | None,
 ) -> Move:
-    """Change an alias to what `decide` makes of its present state, None for no change. Raises StoreError.
+    """Replace an alias by what `decide` returns for its present state; None means no change. Raises StoreError.
 
-    `decide` looks at the name that it points the alias at, after the alias was read: see `fence`.
+    `decide` must look at the name it points to only after the alias was read: see `fence`.
     """
     key = alias_key(model, alias)
     for _ in range(RACES):
@@ -360,7 +368,7 @@ def _restless(store: Store, model: str, alias: str) -> StoreError:
 
 
 def _read(store: Store, model: str, alias: str) -> tuple[AliasRecord | None, str]:
-    """State and tag of an alias, also of one that refers to nothing; None and no tag where there is none."""
+    """Return the record and tag of an alias, even if it refers to nothing; (None, "") if there is no record."""
     key = alias_key(model, alias)
     try:
         body, tag = store.read(key, length=MAX_DOCUMENT_BYTES + 1)

@@ -1,19 +1,19 @@
-"""One version as one file, for machines that no network reaches: an uncompressed tar, read and written as a stream.
+"""One version as one file, for machines without a network: an uncompressed tar, written and read as a stream.
 
-    version.json               form of the archive, model, name, digest and alias of the version
-    manifest.json              the version's manifest, of that digest
-    beside/labels.json, ...    what lies beside the manifest in a store, sorted by path
+    version.json               form of the archive; model, name, digest and alias of the version
+    manifest.json              the version's manifest, which has that digest
+    beside/labels.json, ...    objects beside the manifest in a store, sorted by path
     blobs/sha256/ab/<hex>      every blob once, in the manifest's order
     sha256.txt                 SHA-256 in hex of every byte before this member's header, and a line feed
 
-Members are plain files of mode 644, of user and group 0 without names, of time 0, with the headers of POSIX ustar
-(IEEE Std 1003.1-1988, 10.1.1); the tar ends with two empty blocks. So a version, saved under the same name with the
-same labels and signatures, is the same bytes wherever and whenever.
+Members are regular files with mode 644, user and group 0 without names, time 0, and POSIX ustar headers (IEEE Std
+1003.1-1988, 10.1.1). The tar ends with two empty blocks. A version saved under the same name, labels and signatures
+therefore always gives the same bytes.
 
-Reading trusts nothing: a header must be, byte for byte, the one that `write_archive` would write for a member that has
-its turn, so there are no links, devices, other paths or other sizes; the manifest must have the digest that
-`version.json` says, each blob that of the manifest, and the whole that of `sha256.txt`, before anything is named. One
-member is in memory at a time, and no more of one than the file holds.
+Reading trusts nothing. A header must equal, byte for byte, what `write_archive` would write for the expected member,
+which rules out links, devices, and other paths or sizes. The manifest must match the digest in `version.json`, each
+blob its digest in the manifest, and the whole file `sha256.txt`, before anything is named. Memory holds one member at a
+time, and never more of it than the file contains.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ from birkhoff.pipeline.store.keys import NAME_PATTERN
 HEAD, MANIFEST, BESIDE, CHECKSUM = "version.json", "manifest.json", "beside/", "sha256.txt"
 MAX_HEAD_BYTES = 4096
 MAX_MEMBER_BYTES = (1 << 33) - 1
-"""What 11 octal digits of a header can say: 8 GiB less one byte."""
+"""The largest size that 11 octal digits in a header can state: 8 GiB less one byte."""
 
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
@@ -65,12 +65,12 @@ class ArchiveHead(Document):
 
 
 def save(source: Store, parcel: Parcel, path: Path, *, report: Report = lambda _: None) -> int:
-    """Write a version into a file, which appears under its name whole or not at all; returns its size in bytes.
+    """Write a version to a file and return its size in bytes. The file appears whole or not at all.
 
     Raises:
-        IntegrityError: a blob is missing or damaged.
-        OutputError: the file cannot be written, or a blob is too large for a tar.
-        StoreError: the store failed.
+        IntegrityError: A blob is missing or damaged.
+        OutputError: The file cannot be written, or a blob is too large for a tar.
+        StoreError: The store failed.
     """
     with atomic_output(path) as file:
         write_archive(source, parcel, file, report=report)
@@ -78,7 +78,7 @@ def save(source: Store, parcel: Parcel, path: Path, *, report: Report = lambda _
 
 
 def write_archive(source: Store, parcel: Parcel, file: BinaryIO, *, report: Report = lambda _: None) -> None:
-    """Write a version as a tar, the same bytes every time, in constant memory. Raises as `save`."""
+    """Write a version as a tar in constant memory; the same version gives the same bytes. Raises what `save` raises."""
     manifest = parcel.manifest
     head = ArchiveHead(model=manifest.model, name=parcel.name, digest=manifest.digest, alias=parcel.alias)
     documents = {HEAD: head.to_bytes(), MANIFEST: manifest.to_bytes()}
@@ -100,20 +100,21 @@ def write_archive(source: Store, parcel: Parcel, file: BinaryIO, *, report: Repo
 
 
 def load(path: Path, target: Store, delivery: Delivery, *, report: Callable[[str, int], Report]) -> Installed:
-    """Publish the version of an archive in a store; what is there already is read and checked all the same.
+    """Publish the version of an archive in a store. Blobs that the store has are read and checked too.
 
     Args:
-        path: the file of `save`; may be a pipe.
-        target: where the version goes.
-        delivery: what is to become of it there.
-        report: given the version's label and bytes, gives what is told of bytes as they are there.
+        path: A file that `save` wrote, or a pipe.
+        target: The store to publish in.
+        delivery: How the version is named, aliased and signed there.
+        report: Called with the version's label and size in bytes; returns a function that is told of bytes as they
+            arrive.
 
     Raises:
-        ArtifactNotFoundError: there is no such file.
-        IntegrityError: it is no archive, or damaged; nothing was named.
-        PreconditionError: the version's name is another version's in the target.
-        AliasError: an alias of the target is protected.
-        StoreError: the store failed.
+        ArtifactNotFoundError: There is no such file.
+        IntegrityError: The file is not an archive, or it is damaged; nothing was named.
+        PreconditionError: The target has another version under this name.
+        AliasError: An alias in the target is protected.
+        StoreError: The store failed.
     """
     try:
         file = path.open("rb")
@@ -135,10 +136,10 @@ def load(path: Path, target: Store, delivery: Delivery, *, report: Callable[[str
 
 
 class Archive:
-    """An archive being read, from its first byte to its last. `label` names it in messages."""
+    """An archive that is read from its first byte to its last. `label` names it in messages."""
 
     def __init__(self, file: BinaryIO, label: str) -> None:
-        """Read everything but the blobs. Raises IntegrityError."""
+        """Read everything before the blobs. Raises IntegrityError."""
         self._file, self._label, self._whole = file, label, hashlib.sha256()
         name, size = self._next()
         head = read_document(ArchiveHead, f"{label}: {HEAD}", self._document(name, size, HEAD, MAX_HEAD_BYTES))
@@ -162,7 +163,7 @@ class Archive:
         self.parcel: Parcel = Parcel(origin=label, name=head.name, alias=head.alias, manifest=manifest, beside=beside)
 
     def blobs(self) -> Iterator[tuple[BlobRecord, bytes]]:
-        """Every blob, once, checked against its digest, one in memory at a time. Raises IntegrityError."""
+        """Yield each blob once, checked against its digest, one in memory at a time. Raises IntegrityError."""
         for index, record in enumerate(self.parcel.blobs):
             name, size = self._next() if index else self._first
             if (name, size) != (blob_key(record.blob), record.bytes):
@@ -180,7 +181,7 @@ class Archive:
             raise self._damage(f"member {name[:120]!r} comes after the last")
 
     def _next(self) -> tuple[str, int]:
-        """Name and size of the next member; no name at the end."""
+        """Return name and size of the next member; an empty name at the end."""
         block = self._take(_BLOCK)
         if block == _END[:_BLOCK]:
             if self._take(_BLOCK) != block or self._file.read(1):
@@ -201,7 +202,7 @@ class Archive:
         return self._read(size)
 
     def _read(self, size: int) -> bytes:
-        """A member's bytes; memory is taken as they come, not as they are announced."""
+        """Return a member's bytes. Memory grows with the bytes read, whatever size the header claims."""
         body = bytearray()
         while len(body) < size:
             body += self._take(min(_BUFFER_BYTES, size - len(body)))
@@ -251,7 +252,7 @@ def _write_blob(
 
 
 def _header(name: str, size: int) -> bytes:
-    """The one header of a member of this name and size. Raises OutputError for one that has none."""
+    """Return the header of a member. Raises OutputError if ustar cannot express its name or size."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     if size > MAX_MEMBER_BYTES:

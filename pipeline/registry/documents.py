@@ -1,20 +1,20 @@
-"""What lies in a store, and under which key.
+"""The documents in a store, and their keys.
 
     blobs/sha256/ab/<hex>                   a shard (a codec container) or a model's small file, named by its digest
-    shards/ab/<key>.json                    which blob a shard key has led to, and what its validation measured
-    statistics/ab/<key>.json                what a model's outputs feel of its weights; its Hessians are blobs
-    models/M/versions/<digest>/manifest.json   a version: inputs, recipe, shards; named by the digest of this document
-    models/M/versions/<digest>/signatures/<key>.json   under which names a key has signed it (see signing.py)
-    models/M/versions/<digest>/labels.json   what people say of it (see labels.py)
-    models/M/names/v<N>.json                human names, created once, never reused, changed by compare-and-swap
-    models/M/given.json                     numbers whose names are gone, so that no copy brings one back
+    shards/ab/<key>.json                    the blob of a shard key, and the measurements of its validation
+    statistics/ab/<key>.json                sensitivity of a model's outputs to its weights; Hessians are blobs
+    models/M/versions/<digest>/manifest.json   a version: source, recipe, shards; named by the digest of this document
+    models/M/versions/<digest>/signatures/<key>.json   the names under which a key has signed it (see signing.py)
+    models/M/versions/<digest>/labels.json   its labels (see labels.py)
+    models/M/names/v<N>.json                version names, created once, never reused, changed by compare-and-swap
+    models/M/given.json                     numbers of names that are gone, so that no copy reuses one
     models/M/aliases/<alias>.json           movable pointers with their history, changed by compare-and-swap
-    runs/<id>/report.json, runs/<id>/report.html   what became of a run (see report.py); ids sort by time
+    runs/<id>/report.json, runs/<id>/report.html   the report of a run (see report/document.py); ids sort by time
     runs/open/<id>.json, runs/sweep/<id>.json   leases of running publishers and of garbage collection (see leases.py)
-    runs/condemned.json                     what a collection is about to delete, while it does (see fencing.py)
+    runs/condemned.json                     the keys that a collection is about to delete (see fencing.py)
 
-Each object refers only to objects that were durable before it was written, so a reader never meets a dangling one,
-whenever a writer dies. What a name or an alias refers to is held while it does (see PROTOCOL.md).
+Each object refers only to objects that were durable before it was written. So a reader never meets a dangling
+reference, whenever a writer dies. Garbage collection spares whatever a name or an alias refers to (see PROTOCOL.md).
 """
 
 import hashlib
@@ -36,11 +36,11 @@ from birkhoff.pipeline.store.keys import DIGEST
 VersionName = Annotated[str, Field(pattern=r"^v[1-9][0-9]{0,8}$")]
 
 FLOOR_DB = -99.0
-"""Recorded for a source of zeros that came back as something else: JSON has no minus infinity."""
+"""Recorded if a source of zeros did not decode to zeros: JSON has no minus infinity."""
 
 
 class BaseBlob(Document):
-    """A container of another version, to whose tensors those of a shard are differences."""
+    """A container of another version, to which tensors of a shard are stored as differences."""
 
     blob: Digest
     """sha256 of the container."""
@@ -48,11 +48,11 @@ class BaseBlob(Document):
 
 
 class BaseRecord(Document):
-    """The version that a version was made as a difference to. What it needs of that are the `bases` of its shards."""
+    """The base of a version. The `bases` of its shards list what it needs of that version."""
 
     model: str
     version: VersionName | None = None
-    """The name that it had then."""
+    """Its name when the version was made."""
     digest: Digest
 
     @property
@@ -65,7 +65,7 @@ class ShardRecord(Document):
     """A shard that was encoded, validated and uploaded."""
 
     key: Digest
-    """H(format, recipe, names, dtypes, shapes and bytes of its source tensors)."""
+    """H(format, recipe, and names, dtypes, shapes and bytes of its source tensors)."""
     blob: Digest
     """sha256 of the container."""
     bytes: Annotated[int, Field(ge=0)]
@@ -74,64 +74,65 @@ class ShardRecord(Document):
     """Bytes of its tensors before coding."""
     tensors: Annotated[int, Field(ge=1)]
     sqnr_db: tuple[float, ...]
-    """SQNR of every coded tensor, dB, measured on the container's bytes, in its order."""
+    """SQNR in dB of every coded tensor, in the container's order, measured on the container's bytes."""
     probe_db: tuple[float, ...]
-    """Output SQNR of HyperLinear on random inputs against the source weight, dB, of every coded matrix."""
+    """SQNR in dB of HyperLinear's output on random inputs, against the source weight, for every coded matrix."""
     probe_error: float
     """Greatest relative error of HyperLinear's output against `F.linear` with the decoded weight."""
     fallbacks: dict[str, str] | None = None
-    """Tensors that are lossless for what their weights are, with the `reason` stored with each."""
+    """Tensors stored lossless because of their values, with the `reason` stored with each."""
     bases: Annotated[tuple[BaseBlob, ...] | None, Field(min_length=1)] = None
-    """Containers without which it cannot be decoded: those that its tensors are differences to."""
+    """Containers needed to decode it, because its tensors are differences to theirs."""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """sha256 of every blob that it takes to decode it: its own first."""
+        """The sha256 of every blob needed to decode it, its own first."""
         return (self.blob, *(base.blob for base in self.bases or ()))
 
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Finite and not below 0."""
+"""Finite and at least 0."""
 
 
 class HessianRecord(Document):
-    """The Hessian of a matrix, as `codec.output.packing` writes it; stored as a blob."""
+    """The Hessian of a matrix, stored as a blob in the form of `codec.output.packing`."""
 
     blob: Digest
     """sha256 of its bytes."""
     bytes: Annotated[int, Field(ge=2)]
     columns: Annotated[int, Field(ge=1)]
-    """Of the matrix as the codec holds it."""
+    """Columns of the matrix as the codec holds it."""
 
 
 class StatisticsRecord(Document):
-    """What the outputs of a model feel of its weights on synthetic pictures, by names of its tensors.
+    """The sensitivity of a model's outputs to its weights on synthetic pictures, by tensor name.
 
-    Shards are made by it. Nobody who reads a version needs it, and it can be made again: no version's blobs or bytes
-    count it, and no copy takes it along.
+    It is an input of encoding. Readers do not need it and it can be made again, so it is no part of a version's blobs
+    or bytes, and copies leave it out.
     """
 
     key: Digest
-    """H(versions, counts and seed, source, and what the model was run as)."""
+    """H(versions, counts and seed, source, and how the model was run)."""
     adapter: str | None = None
-    """The member of the family as which it was run; None for a model that the user's builder makes."""
+    """The member of the family that it was run as; None if the user's builder made the model."""
     pictures: Annotated[int, Field(ge=1)]
-    """Or batches of the user's inputs."""
+    """Number of pictures, or of batches of the user's inputs."""
     probes: Annotated[int, Field(ge=1)]
-    """Of each."""
+    """Per picture or batch."""
     device: str
-    """Kind of device that took it: `cpu` or `cuda`."""
+    """Kind of device that computed it: `cpu` or `cuda`."""
     sensitivities: dict[str, Positive]
-    """Mean squared share of the outputs by the square of the weights' unit; 0 for what no output feels."""
+    """Mean squared relative change of the outputs, per squared unit of the weights; 0 if no output depends on the
+    tensor."""
     left: dict[str, Positive] = Field(default_factory=dict)
-    """Share of the outputs' error that feedback leaves, of each tensor with a Hessian."""
+    """Fraction of the outputs' error that remains with error feedback, for each tensor with a Hessian."""
     rms: dict[str, Positive]
     """Root mean square of the bulk of each tensor's weights."""
     hessians: dict[str, HessianRecord]
 
 
 class SourceRecord(Document):
-    """Where a version came from."""
+    """The source of a version."""
 
     file: str
     """Name of the source file, without its folder."""
@@ -139,22 +140,24 @@ class SourceRecord(Document):
     bytes: int
     format: str
     nesting: tuple[str, ...] = ()
-    """Keys that led to the state dict in the source: `("model",)`."""
+    """Keys that lead to the state dict in the source: `("model",)`."""
     origin: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None
-    """Where files of it are for everybody, at a commit each: `hf://ORG/REPO@COMMIT/FILE`."""
+    """Public addresses of its files, each pinned to a commit: `hf://ORG/REPO@COMMIT/FILE`."""
 
 
 BUDGET_FLOOR_DB = 15.0
-"""The least target that a budget may give a coded tensor, unless the manifest's `floor_db` says another: 3 % of the
-weights' energy lost, which is about where ten times smaller than float32 is. A tensor at 9 dB has lost an eighth of
-it."""
+"""Default for the least target that a budget may give a coded tensor, dB, which `floor_db` of a manifest overrides.
+
+At 15 dB, 3 % of the weights' energy is lost, which is about where a tensor is ten times smaller than float32. At 9 dB
+an eighth is lost.
+"""
 
 
 class BudgetRecord(Document):
-    """What the recipe's target was found for, one of these.
+    """The budget that the recipe's target was found for. One field is set, besides `floor_db`.
 
-    Bytes: the least ratio of source bytes to the version's `stored_bytes`, or the most of them. Outputs: the least mean
-    agreement of masks with the original's, or the least SQNR of outputs in dB, with as few bytes as that takes.
+    In bytes: the least ratio of source bytes to `stored_bytes`, or the most `stored_bytes`. In outputs: the least mean
+    agreement of masks with the original's, or the least SQNR of outputs in dB, at the smallest size that reaches it.
     """
 
     target_ratio: float | None = None
@@ -162,21 +165,22 @@ class BudgetRecord(Document):
     target_agreement: float | None = None
     target_output_db: float | None = None
     floor_db: float | None = None
-    """The least target of a coded tensor, dB, if the manifest says another one than `BUDGET_FLOOR_DB`."""
+    """The least target of a coded tensor, dB, if it differs from `BUDGET_FLOOR_DB`."""
 
     @property
     def least_db(self) -> float:
-        """The least target that a coded tensor gets, dB."""
+        """The least target of a coded tensor, dB."""
         return BUDGET_FLOOR_DB if self.floor_db is None else self.floor_db
 
     @property
     def by_output(self) -> bool:
-        """Whether outputs decide, not bytes."""
+        """Whether the budget is about outputs and not about bytes."""
         return self.target_agreement is not None or self.target_output_db is not None
 
     @property
     def label(self) -> str:
-        """What stands where a profile's name would: `ratio 7`, `64.0MiB`, `agreement 0.97`, `output 30 dB`."""
+        """The budget for people, in place of a profile's name: `ratio 7`, `64.0MiB`, `agreement 0.97`, `output 30
+        dB`."""
         if self.target_agreement is not None:
             return f"agreement {self.target_agreement:g}"
         if self.target_output_db is not None:
@@ -186,7 +190,7 @@ class BudgetRecord(Document):
         return ByteSize(self.max_bytes or 0).human_readable()
 
     def limit(self, source_bytes: int) -> int:
-        """The most bytes that a version of so large a source may take; of a budget in bytes."""
+        """Return the most bytes that a version of a source may take, for a budget in bytes."""
         if self.target_ratio is not None:
             return math.floor(source_bytes / self.target_ratio)
         return self.max_bytes or 0
@@ -196,7 +200,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.(json|txt
 MAX_FILE_NAME = 100
 MAX_FILES = 16
 MAX_FILE_BYTES = 8 << 20
-"""More than any tokenizer of a published segmentation model has, which is the largest of such files."""
+"""The tokenizers of published segmentation models, the largest such files, are smaller."""
 
 
 class FileRecord(Document):
@@ -218,28 +222,28 @@ class FileRecord(Document):
 
 
 BlobRecord = ShardRecord | BaseBlob | FileRecord
-"""What names a blob, and says how large it is."""
+"""A record that names a blob and its size."""
 
 
 class Agreement(Document):
-    """How much the outputs of two models agree on some pictures, or on some inputs; dB is None for no error at all."""
+    """How well the outputs of two models agree on some inputs. A dB figure is None if there is no error."""
 
     inputs: Annotated[int, Field(ge=1)]
-    """Pictures, or batches of another model's inputs."""
+    """Number of pictures, or of batches for other models."""
     prompts: Annotated[int, Field(ge=0)] | None = None
-    """Prompts at which the original finds anything, by box and by point; None for a model without masks."""
+    """Box and point prompts for which the original finds a mask; None for a model without masks."""
     agreement_mean: float | None = None
-    """IoU of the masks with the original's, over the prompts."""
+    """Mean IoU of masks with the original's, over the prompts."""
     agreement_p5: float | None = None
-    """The same at the 5th percentile of the prompts."""
+    """The 5th percentile of that IoU."""
     embedding_db: float | None = None
     """SQNR of the image embedding, dB."""
     output_db: float | None = None
-    """SQNR of the mask logits, or of another model's outputs, dB."""
+    """SQNR of the mask logits, or of other outputs, dB."""
     cosine: float | None = None
-    """Mean cosine of another model's outputs with the original's."""
+    """Mean cosine of other outputs with the original's."""
     metrics: dict[str, float] | None = None
-    """What the user's own metric gives."""
+    """Results of the user's own metric."""
 
 
 class Int8Record(Document):
@@ -263,16 +267,16 @@ class Int8Record(Document):
 
 
 class ProofRecord(Document):
-    """The final bytes of a version, decoded and run beside the original, before it was published."""
+    """The comparison of a version with its original: its final bytes were decoded and run before it was published."""
 
     adapter: str | None = None
-    """The member of the family as which both were run; None for a model that the user's builder makes."""
+    """The member of the family that both were run as; None if the user's builder makes the model."""
     pictures_version: int | None = None
-    """Of the synthetic pictures."""
+    """Version of the synthetic pictures."""
     shapes_iou: float | None = None
-    """Of the original's masks with drawn shapes: whether it is run as it wants to be."""
+    """IoU of the original's masks with the drawn shapes: low if the model was run in the wrong way."""
     measured: Agreement
-    """On synthetic pictures, or the user's inputs."""
+    """On synthetic pictures, or on the user's inputs."""
     own: Agreement | None = None
     """On the user's own pictures."""
     int8: Int8Record | None = None
@@ -291,7 +295,7 @@ def _worse(measured: Agreement, own: Agreement | None) -> dict[str, float | None
 
 
 NO_FIGURES: dict[str, float | None] = dict.fromkeys(("agreement_mean", "agreement_p5", "output_db"))
-"""`ProofRecord.figures` of a version without a proof."""
+"""The `figures` of a version without a proof."""
 
 FIGURES = ("source_bytes", "stored_bytes", "ratio", "sqnr_db_min", "sqnr_db_median", *NO_FIGURES)
 """The keys of `VersionManifest.figures`."""
@@ -301,36 +305,36 @@ class VersionManifest(Document):
     """One immutable version of a model. Its digest is the sha256 of `to_bytes()`."""
 
     version: Literal[1] = 1
-    """Version of this document's form."""
+    """Version of this document's layout."""
     model: str
     source: SourceRecord
     profile: str
     recipe: dict[str, str | float | int | None]
-    """The profile resolved: with `overrides` everything that decided the coded bytes."""
+    """The resolved profile. With `overrides` it determines the coded bytes."""
     budget: BudgetRecord | None = None
-    """Where the recipe's target comes from, if not from the profile."""
+    """The budget that the recipe's target follows from, if any."""
     overrides: dict[str, Override] | None = None
-    """What single tensors got over the recipe: a target in dB, or `lossless`."""
+    """Targets of single tensors that override the recipe: dB, or `lossless`."""
     gains_db: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
-    """Under allocation by output: what tensors get over the recipe's target, which is their mean, dB."""
+    """Under allocation by output: dB by which a tensor's target differs from the recipe's, which is their mean."""
     adapter: str | None = None
-    """The member of the Segment Anything family that the weights are, where the manifest names it: what their pictures
-    and prompts look like cannot be read off them."""
+    """The member of the Segment Anything family, if the manifest names it: the weights do not tell how pictures and
+    prompts are prepared."""
     code: str
     """Version of birkhoff-compression that made it."""
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
     """In the order of the checkpoint."""
     files: Annotated[tuple[FileRecord, ...] | None, Field(min_length=1, max_length=MAX_FILES)] = None
-    """What goes with the weights, by name."""
+    """Files that go with the weights."""
     proof: ProofRecord | None = None
-    """What its outputs were measured to be before it was published; None where no proof was made."""
+    """Measurements of its outputs, made before it was published; None if no proof was made."""
     base: BaseRecord | None = None
-    """The version that its tensors could be differences to."""
+    """The version that its tensors could be stored as differences to."""
 
     @field_validator("files")
     @classmethod
     def _check_files(cls, files: tuple[FileRecord, ...] | None) -> tuple[FileRecord, ...] | None:
-        names = [file.name.lower() for file in files or ()]  # some file systems do not tell A from a
+        names = [file.name.lower() for file in files or ()]  # some file systems ignore case
         if len(set(names)) < len(names):
             raise ValueError("two files have one name")
         return files
@@ -345,54 +349,55 @@ class VersionManifest(Document):
 
     @property
     def stored(self) -> tuple[BlobRecord, ...]:
-        """The record of every blob that the version needs: shards, then what they are differences to, then files."""
+        """The record of every blob that the version needs: shards, base containers, files."""
         return (*self.shards, *self.bases, *(self.files or ()))
 
     @property
     def own(self) -> tuple[BlobRecord, ...]:
-        """Those of `stored` that would not be there without this version, or one that has the same."""
+        """The records of `stored` that belong to this version and not to its base."""
         return (*self.shards, *(self.files or ()))
 
     @property
     def bases(self) -> tuple[BaseBlob, ...]:
-        """Containers of the base that shards are differences to, each once, without those that are its own shards."""
+        """Containers of the base that its shards are differences to, each once, except those that are its own shards
+        too."""
         own = {shard.blob for shard in self.shards}
         found = (base for shard in self.shards for base in shard.bases or ())
         return tuple({base.blob: base for base in found if base.blob not in own}.values())
 
     @property
     def allocation(self) -> str | None:
-        """How the recipe's target was shared among tensors; None where there was none."""
+        """How the recipe's target was allocated to tensors; None if it has no target."""
         return None if self.recipe.get("target_db") is None else str(self.recipe.get("allocation") or "uniform")
 
     @property
     def statistics_keys(self) -> tuple[str, ...]:
-        """Key in the store of the statistics that it was made by, if it was."""
+        """The store key of the statistics that it was made with, if any."""
         key = self.recipe.get("statistics")
         return (statistics_key(key),) if isinstance(key, str) and DIGEST.fullmatch(key) else ()
 
     @property
     def stored_bytes(self) -> int:
-        """Every byte that the digest stands for: this document, blobs, shard records.
+        """Bytes of all that the digest covers: this document, blobs, shard records.
 
-        Names, aliases and signatures, some hundred bytes each, point at a version and change while it does not. What a
-        base holds is the base's: see `base_bytes`.
+        Names, aliases and signatures are not counted: they take some hundred bytes and change while the version does
+        not. Containers of a base are counted in `base_bytes`.
         """
         records = sum(len(shard.to_bytes()) for shard in self.shards)
         return len(self.to_bytes()) + sum(record.bytes for record in self.own) + records
 
     @property
     def base_bytes(self) -> int:
-        """Bytes of its base's containers that it needs besides `stored_bytes`; 0 if it stands for itself."""
+        """Bytes of base containers that it needs besides `stored_bytes`; 0 without a base."""
         return sum(base.bytes for base in self.bases)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the source over `stored_bytes`."""
+        """Source bytes over `stored_bytes`."""
         return round(self.source.bytes / self.stored_bytes, 3)
 
     def figures(self) -> dict[str, int | float | None]:
-        """Sizes in bytes, their ratio, SQNR in dB, and what its proof measured, under the keys of every `--json`."""
+        """Return sizes in bytes, ratio, SQNR in dB, and the results of its proof, under the keys of `--json`."""
         least, median = sqnr_summary(self.shards)
         return {
             "source_bytes": self.source.bytes,
@@ -405,35 +410,36 @@ class VersionManifest(Document):
 
     @property
     def digest(self) -> str:
-        """sha256 of the document, by which the version is known."""
+        """The sha256 of this document, which identifies the version."""
         return sha256(self.to_bytes())
 
 
 def sqnr_summary(shards: Iterable[ShardRecord]) -> tuple[float | None, float | None]:
-    """(least, median) SQNR of the coded tensors of shards, dB; None where there are none."""
+    """Return (least, median) SQNR in dB of the coded tensors of shards; None if there are none."""
     values = [value for shard in shards for value in shard.sqnr_db]
     return (min(values), round(median(values), 2)) if values else (None, None)
 
 
 NOTHING = "0" * 64
-"""The digest of no version: in a name that is dead, and in an alias that is being made or was removed."""
+"""The digest in records that refer to no version: a buried name, or an alias that is being made or was removed."""
 
 
 class NameRecord(Document):
-    """A human name of a version: `v3`. PROTOCOL.md has its states and who may change them."""
+    """A version name, such as `v3`. PROTOCOL.md has its states and who may change them."""
 
     digest: Digest
-    """`NOTHING` in a dead name: it refers to no version, and never will again."""
+    """`NOTHING` in a buried name, which never refers to a version again."""
     created: str
     """UTC, ISO 8601."""
     publisher: str
-    """A random name of the writer: two publishers never write equal bodies."""
+    """A random id of the writer, so that two publishers never write equal bodies."""
     single_publisher: bool | None = None
-    """Set where the store has no conditional writes, so that only one publisher at a time is safe."""
+    """Set if the store has no conditional writes, so that only one publisher at a time is safe."""
     retired: str | None = None
-    """When the name was given up (UTC, ISO 8601): it resolves no more, and its number is not given again.
+    """When the name was retired (UTC, ISO 8601). It does not resolve any more, and its number is not reused.
 
-    In a claim, which its publisher has yet to make live, the time of its creation."""
+    In a claim, which its publisher has not made live yet, this is the time of creation.
+    """
 
     @property
     def live(self) -> bool:
@@ -442,25 +448,25 @@ class NameRecord(Document):
 
     @property
     def dead(self) -> bool:
-        """Whether it refers to nothing."""
+        """Whether it is buried."""
         return self.digest == NOTHING
 
     @property
     def claimed(self) -> bool:
-        """Whether it was never live: its publisher is at work, or died."""
+        """Whether it is a claim: its publisher is at work, or died."""
         return self.never_live and not self.dead
 
     @property
     def never_live(self) -> bool:
-        """Whether it was claimed and no more."""
+        """Whether it was claimed but never made live."""
         return self.retired == self.created
 
 
 class GivenNames(Document):
-    """Numbers of a model's names that resolved once and were given up; the records of the names may be gone."""
+    """Numbers of a model's names that once resolved and were retired. The records of the names may be gone."""
 
     ranges: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(max_length=65536)] = ()
-    """First and last of each, ascending."""
+    """First and last number of each range, ascending."""
 
     @model_validator(mode="after")
     def _ascending(self) -> "GivenNames":
@@ -470,11 +476,11 @@ class GivenNames(Document):
         return self
 
     def holds(self, number: int) -> bool:
-        """Whether that number was given."""
+        """Return whether this number is among them."""
         return any(first <= number <= last for first, last in self.ranges)
 
     def with_numbers(self, numbers: Iterable[int]) -> "GivenNames":
-        """These numbers too."""
+        """Return a record with these numbers added."""
         merged: list[tuple[int, int]] = []
         for first, last in sorted((*self.ranges, *((number, number) for number in numbers))):
             if merged and first <= merged[-1][1] + 1:
@@ -485,11 +491,11 @@ class GivenNames(Document):
 
 
 class NameSignature(Document):
-    """One statement of a key: this version was published under this name in this store."""
+    """A key's statement that a version was published under a name in a store."""
 
     version: VersionName
     audience: Annotated[str, Field(max_length=1024)] | None = None
-    """The store it was signed for (`signing.audience_of`); signatures from before there were audiences name none."""
+    """The store that it was signed for (`signing.audience_of`); None in signatures older than audiences."""
     signed: str
     """UTC, ISO 8601."""
     signature: Annotated[str, Field(max_length=128)]
@@ -497,7 +503,7 @@ class NameSignature(Document):
 
 
 class VersionSignatures(Document):
-    """What one key has said of one version."""
+    """All statements of one key about one version."""
 
     key: Digest
     """sha256 of the public key's 32 bytes."""
@@ -505,7 +511,7 @@ class VersionSignatures(Document):
 
 
 class AliasSignature(Document):
-    """A signature of the state of an alias."""
+    """A signature of an alias's state."""
 
     key: Digest
     audience: Annotated[str, Field(max_length=1024)] | None = None
@@ -515,54 +521,54 @@ class AliasSignature(Document):
 
 
 class AliasState(Document):
-    """What an alias pointed at, and since when."""
+    """A version that an alias pointed at, and since when."""
 
     version: VersionName
     digest: Digest
     gen: Annotated[int, Field(ge=1)]
-    """Counts the alias's changes; never goes back."""
+    """Number of changes of the alias; only grows."""
     moved: str
     """UTC, ISO 8601."""
     back: bool | None = None
-    """Set where a rollback led here."""
+    """Set if a rollback led here."""
     protected: bool | None = None
-    """Set where the alias moves by force only."""
+    """Set if the alias moves only with `force`."""
 
 
 class AliasRecord(AliasState):
-    """A movable pointer at a named version, and the states it was in before.
+    """A movable pointer at a named version, with its earlier states.
 
-    One whose digest is `NOTHING` is not there for readers: it is being made, or, with states in `previous`, was
-    removed. That one stays, so that the alias goes on from its `gen` if it comes back.
+    Readers ignore a record whose digest is `NOTHING`: the alias is being made, or was removed if `previous` holds
+    states. The record of a removed alias stays, so that its `gen` continues if it is made again.
     """
 
     publisher: str
-    """A random name of the writer: two writers never write equal bodies."""
+    """A random id of the writer, so that two writers never write equal bodies."""
     signature: AliasSignature | None = None
-    """Of this state, by who moved it, where it was signed."""
+    """Signature of this state by whoever moved the alias, if it was signed."""
     previous: tuple[AliasState, ...] = ()
-    """Oldest first, the last `aliases.KEPT_STATES` of them."""
+    """Oldest first; at most `aliases.KEPT_STATES`."""
 
 
 def sha256(data: bytes | memoryview) -> str:
-    """Hex digest."""
+    """Return the sha256 in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def blob_key(digest: str) -> str:
-    """Key of a blob."""
+    """Return the key of a blob."""
     return f"blobs/sha256/{digest[:2]}/{digest}"
 
 
 def shard_key(key: str) -> str:
-    """Key of a shard's record."""
+    """Return the key of a shard's record."""
     return f"shards/{key[:2]}/{key}.json"
 
 
 def keep_object(store: Store, key: str, body: bytes) -> None:
-    """Store what is named by what is in it, or what it was made from.
+    """Store an object whose key is derived from its content or its inputs.
 
-    What stands there otherwise is damaged, or another worker's equal claim: replaced.
+    An object that is there already is replaced: it is damaged, or another worker's equal result.
     """
     try:
         store.create(key, body)
@@ -571,50 +577,50 @@ def keep_object(store: Store, key: str, body: bytes) -> None:
 
 
 def statistics_key(key: str) -> str:
-    """Key of a model's statistics."""
+    """Return the key of a model's statistics."""
     return f"statistics/{key[:2]}/{key}.json"
 
 
 def version_key(model: str, digest: str) -> str:
-    """Key of a version's manifest."""
+    """Return the key of a version's manifest."""
     return f"models/{model}/versions/{digest}/manifest.json"
 
 
 def signatures_key(model: str, digest: str, key: str) -> str:
-    """Key of what one key has signed of a version."""
+    """Return the key of one key's signatures of a version."""
     return f"models/{model}/versions/{digest}/signatures/{key}.json"
 
 
 def name_key(model: str, name: str) -> str:
-    """Key of a human name."""
+    """Return the key of a version name."""
     return f"models/{model}/names/{name}.json"
 
 
 def given_key(model: str) -> str:
-    """Key of the numbers that are not given again."""
+    """Return the key of the numbers that are not reused."""
     return f"models/{model}/given.json"
 
 
 def alias_key(model: str, alias: str) -> str:
-    """Key of an alias."""
+    """Return the key of an alias."""
     return f"models/{model}/aliases/{alias}.json"
 
 
 def report_key(run: str, file: str) -> str:
-    """Key of a file of a run's report."""
+    """Return the key of a file of a run's report."""
     return f"runs/{run}/{file}"
 
 
 def utc_now() -> str:
-    """The time as records hold it: UTC, ISO 8601, whole seconds."""
+    """Return the present time as records hold it: UTC, ISO 8601, whole seconds."""
     return clock.utc().isoformat(timespec="seconds")
 
 
 def fetch_document(store: Store, kind: type[D], key: str) -> D:
-    """Read and parse a stored document, no more of it than one can have.
+    """Read and parse a stored document, up to the size limit of documents.
 
     Raises:
-        ObjectNotFoundError, StoreError: there is none, or the store failed.
-        IntegrityError: the object is not such a document, or larger than any.
+        ObjectNotFoundError, StoreError: There is none, or the store failed.
+        IntegrityError: The object is not such a document, or is too large.
     """
     return parse_bounded(kind, key, store.get(key, length=MAX_DOCUMENT_BYTES + 1))

@@ -1,9 +1,9 @@
-"""The sweep record: what a collection is about to delete, said before it looks again, and how others put an end to it.
+"""The sweep record: a collection announces what it will delete before it looks again, and others can end it.
 
-PROTOCOL.md has the rules and why they hold. In short: a collection writes the keys that it condemns into one object,
-`runs/condemned.json`, then looks at names and aliases once more, then deletes under a permit. A publisher claims a name
-first and reads that object second. So one of the two sees the other, whatever the order, the clocks and the pauses; and
-a publisher that finds keys of its own there ends the permit before it relies on what it has found.
+A collection writes the keys that it condemns into one object, `runs/condemned.json`, then reads names and aliases once
+more, then deletes under a permit. A publisher claims a name first and reads that object second. So one of the two sees
+the other, in any order and with any clocks and pauses. A publisher that finds a key it needs there ends the permit
+before it relies on the object. PROTOCOL.md has the rules and the argument.
 """
 
 import contextlib
@@ -33,34 +33,34 @@ from birkhoff.pipeline.store.base import UNENDING, Store, timed_end
 log: logging.Logger = logging.getLogger("birkhoff.fencing")
 
 SWEEP_KEY = "runs/condemned.json"
-"""Where the one sweep record of a store lies while there is one."""
+"""Key of a store's one sweep record, which exists while a collection deletes."""
 
 BATCH = 5000
 """Keys condemned at a time: about half a megabyte."""
 
 _TRIES = 4
-"""Times that one deletion is sent."""
+"""How often one deletion is tried."""
 
 
 class SweepRecord(Document):
-    """What a collection is about to delete."""
+    """The keys that a collection is about to delete."""
 
     sweep: str
-    """A random name of the collection: no two write equal bodies."""
+    """A random id of the collection, so that no two write equal bodies."""
     holder: str
-    """Who collects, for people."""
+    """The collecting process, for people."""
     step: int
-    """Counts the changes of this record."""
+    """Number of changes of this record."""
     state: Literal["sweeping", "ended"]
-    """Whether its collection may still go on. Whoever ends it does so for good."""
+    """Whether the collection may continue. Once ended, it stays ended."""
     permit: str
-    """The permit under which it deletes; on a store that ends permits by its clock, the latest."""
+    """The permit it deletes under; the latest one, on a store that ends permits by its clock."""
     keys: tuple[str, ...]
-    """What deletions may be under way for."""
+    """Keys that deletions may be under way for."""
 
 
 class Sweep:
-    """The deleting side. One at a time in a store: a newer one ends what an older one has left."""
+    """The deleting side. A store has one at a time: a newer one ends what an older one left."""
 
     def __init__(self, store: Store, lease: Lease) -> None:
         self._store, self._lease = store, lease
@@ -68,19 +68,19 @@ class Sweep:
         self._record: SweepRecord | None = None
         self._tag = ""
         self._keys: tuple[str, ...] = ()
-        """Condemned last."""
+        """The batch condemned last."""
         self._earlier: list[tuple[datetime, tuple[str, ...]]] = []
-        """What was condemned before, by collections before this one too, and when the last permit of each ends by
-        itself: what lies between may send a request twice, and its second copy may come after the answer."""
+        """Earlier batches, of earlier collections too, with the time at which each batch's last permit ends. Until
+        then a proxy may repeat a request, even after it was answered."""
         self._open = False
-        """Whether a deletion was sent whose outcome nobody knows."""
+        """Whether a deletion was sent whose outcome is unknown."""
         self._lock = threading.Lock()
 
     def condemn(self, keys: Sequence[str]) -> None:
-        """Say what may be deleted from now on, beside what deletions may still be under way for.
+        """Announce the keys that may be deleted from now on, besides those that deletions may still be under way for.
 
         Raises:
-            StoreError: somebody has ended this collection, one that cannot be ended is under way, or the store failed.
+            StoreError: Somebody has ended this collection, another one cannot be ended, or the store failed.
         """
         keys = tuple(keys)
         if self._record is None:
@@ -91,7 +91,7 @@ class Sweep:
         self._keys = keys
 
     def delete(self, key: str) -> None:
-        """Delete an object that was condemned; once more if no answer comes. Raises StoreError, as `condemn`."""
+        """Delete a condemned object; a deletion without an answer is repeated. Raises what `condemn` raises."""
         for attempt in range(_TRIES):
             record = self._record
             assert record is not None  # condemned before
@@ -112,10 +112,11 @@ class Sweep:
         raise StoreError(f"gc: {self._store.url}: {_TRIES} permits ended before {key} was deleted; run it again")
 
     def close(self, *, failed: bool = False) -> None:
-        """Give up the right to delete, and clear the record of what no deletion is under way for. Raises StoreError.
+        """Give up the right to delete, and remove from the record every key that no deletion is under way for. Raises
+        StoreError.
 
-        A record stays where requests go over a network, for a deletion of it that comes late could take away another
-        collection's. Without keys it says nothing.
+        Over a network the record stays: a late deletion of it could remove another collection's. Without keys it has no
+        effect.
         """
         if self._record is None:
             return
@@ -131,16 +132,16 @@ class Sweep:
             permit = self._permit()
             self._write(record.model_copy(update={"state": "ended", "permit": permit, "keys": ()}))
             if permit != UNENDING:
-                # Sent once. Left behind, it says nothing, and the next collection takes it over.
+                # Sent once. If it fails, the record has no effect, and the next collection takes it over.
                 with contextlib.suppress(StoreError):
                     self._store.delete(SWEEP_KEY, permit=permit)
             self._revoke(permit)
             self._revoke(record.permit)
 
     def _outlast(self) -> None:
-        """Wait until no deletion whose answer was lost can take effect any more; goes on under another permit then.
+        """Wait until no unanswered deletion can take effect, then continue under another permit.
 
-        Where permits end by themselves nobody waits: the keys stay in the record until then.
+        If permits end by themselves there is no wait: the keys stay in the record until then.
         """
         record = self._record
         assert record is not None
@@ -150,7 +151,7 @@ class Sweep:
             self._write(record.model_copy(update={"permit": self._permit()}))
 
     def _under_way(self) -> tuple[str, ...]:
-        """Keys condemned up to now which a deletion may still reach."""
+        """Return the keys condemned so far that a deletion may still reach."""
         over = None if self._record is None else timed_end(self._record.permit)
         if over is not None:
             self._earlier.append((over, self._keys))
@@ -160,7 +161,7 @@ class Sweep:
         return tuple(dict.fromkeys(key for _, keys in self._earlier for key in keys))
 
     def _take(self, keys: tuple[str, ...]) -> None:
-        """Make the sweep record this collection's."""
+        """Take over the sweep record, or create it."""
         while True:
             found = read_sweep(self._store)
             tag = ""
@@ -199,13 +200,13 @@ class Sweep:
         except PreconditionError:
             self._revoke(record.permit)
             raise StoreError(
-                f"gc: {self._store.url}: somebody who publishes, or a later collection, has ended this one, as it was "
-                "stopped or slow; nothing is broken: run it again"
+                f"gc: {self._store.url}: a publisher or a later collection has ended this one because it was stopped "
+                "or slow; nothing is damaged: run it again"
             ) from None
         self._record = record
 
     def _renew(self, ended: str) -> None:
-        """Get another permit, unless a thread beside this one has, or somebody has ended this collection."""
+        """Get another permit, unless another thread has, or somebody has ended this collection."""
         with self._lock:
             record = self._record
             assert record is not None
@@ -215,22 +216,24 @@ class Sweep:
     def _permit(self) -> str:
         permit = self._store.permit(self._lease.renew(), witness=self._lease.key)
         if permit == UNENDING:
-            self._lease.renew()  # the store has shown it by deleting that
+            self._lease.renew()  # the store has deleted that lease to show what kind of permit it has
         return permit
 
     def _revoke(self, permit: str) -> None:
-        """Leave no permit behind; one that ends by the store's clock, or never, needs nothing."""
+        """Revoke a permit. One that ends by the store's clock, or never, needs nothing."""
         if permit != UNENDING:
             self._store.revoke(permit)
 
 
 def settle(store: Store, run: Lease, keys: AbstractSet[str]) -> None:
-    """Return once no deletion that was decided on before the call can take effect on any of `keys`.
+    """Return once no deletion decided on before this call can take effect on any of `keys`.
 
-    Ends a collection that is about to delete one. Later ones see what the caller has written before the call.
+    A collection that is about to delete one of them is ended. Later collections see what the caller wrote before this
+    call.
 
     Raises:
-        StoreError: the collection cannot be ended, as its store refuses no late deletion; or the store failed.
+        StoreError: The collection cannot be ended, because the store does not refuse late deletions; or the store
+            failed.
     """
     while (found := read_sweep(store)) is not None:
         record, tag = found
@@ -244,7 +247,7 @@ def settle(store: Store, run: Lease, keys: AbstractSet[str]) -> None:
 
 
 def read_sweep(store: Store) -> tuple[SweepRecord, str] | None:
-    """The sweep record of a store and its tag, None where there is none. Raises IntegrityError, StoreError."""
+    """Return the sweep record and its tag; None if there is none. Raises IntegrityError, StoreError."""
     try:
         body, tag = store.read(SWEEP_KEY, length=MAX_DOCUMENT_BYTES + 1)
     except ObjectNotFoundError:
@@ -253,9 +256,9 @@ def read_sweep(store: Store) -> tuple[SweepRecord, str] | None:
 
 
 def end(store: Store, record: SweepRecord, tag: str) -> str:
-    """Take the right to delete away from the collection of a record; the record's new tag, "" where it has changed.
+    """End the collection of a record. Return the record's new tag, or "" if the record has changed.
 
-    Deletions that were permitted before may still take effect until `wait_for_end`.
+    Deletions that were permitted before may take effect until `wait_for_end` returns.
     """
     if record.state == "ended":
         return tag
@@ -271,7 +274,7 @@ def end(store: Store, record: SweepRecord, tag: str) -> str:
 
 
 def wait_for_end(store: Store, lease: Lease, record: SweepRecord) -> None:
-    """Return once nothing that the collection of an ended record has sent can take effect any more."""
+    """Return once no request of an ended collection can take effect."""
     if record.permit == UNENDING:
         if record.keys:
             raise _endless(store, record)
@@ -282,12 +285,12 @@ def wait_for_end(store: Store, lease: Lease, record: SweepRecord) -> None:
 
 
 def _is_over(end: datetime, now: datetime) -> bool:
-    """Whether a permit that ends by the store's clock has ended for sure."""
+    """Return whether a permit that ends by the store's clock has certainly ended."""
     return now > end + timedelta(seconds=leases.SLACK_SECONDS)
 
 
 def _wait_for_answer(store: Store, record: SweepRecord) -> None:
-    """Wait for a collection that nobody can end to change its record. Raises StoreError if it does not."""
+    """Wait for a collection that cannot be ended to change its record. Raises StoreError if it does not."""
     since = clock.seconds()
     while (found := read_sweep(store)) is not None and found[0] == record:
         if record.state == "ended" or clock.seconds() - since > leases.LEASE_SECONDS + leases.SLACK_SECONDS:

@@ -1,27 +1,27 @@
-"""Retention and garbage collection: which versions keep their names, and deleting what nothing refers to.
+"""Retention and garbage collection: retire old version names, and delete objects that nothing refers to.
 
-`retire` gives up names. `collect` buries those whose grace is over, marks, and sweeps. It keeps
+`retire` retires names. `collect` buries names whose grace period is over, marks what is in use, and sweeps the rest. It
+keeps
 
-* every version that a name or an alias refers to: live, or retired less than the grace period ago;
-* every other version's manifest, shard record and blob written or touched less than the grace period ago;
-* all shard records and blobs (also of files, and of bases: see `_needed`) of the versions it keeps, and the blobs that
-  the shard records it keeps need;
-* the statistics that a version it keeps was made by, those within the grace period, and the Hessians of both;
-* the reports of the newest `keep_runs` runs, and every report written less than the grace period ago.
+* versions that an alias or a name refers to, if the name is live or was retired within the grace period;
+* manifests, shard records and blobs that were written or touched within the grace period;
+* the shard records and blobs of every version it keeps (base containers and sidecar files included), and the blobs that
+  kept shard records need;
+* the statistics that a kept version was made with, those within the grace period, and the Hessians of both;
+* the reports of the newest `keep_runs` runs, and reports written within the grace period.
 
-The rest goes from the top down: tombstones of names, then manifests, then shard records and statistics, then blobs,
-each kind done before the next begins; reports, to which nothing refers, come last. So an object is deleted only after
-everything that referred to it, and a sweep that dies anywhere leaves no reference to what is gone; the next one takes
-up the rest.
+Objects are deleted referrers first: names, manifests, shard records and statistics, blobs; then reports, which nothing
+refers to. A kind is finished before the next begins, so a sweep that dies leaves no dangling reference, and the next
+sweep continues.
 
-The grace period counts by the store's clock. It is what readers live on: they hold no lease, and a version is there for
-that long after its name was retired. Publishers hold leases, which keep a sweep from running beside them. What keeps a
-version whole although a lease was lost unnoticed is the order of steps in PROTOCOL.md: a sweep says what it condemns
-(`fencing`), looks again at names and aliases, and deletes only what is still out of reach and was not touched, under a
-permit that others can end.
+The grace period counts by the store's clock and protects readers, who hold no lease: a version stays readable for that
+long after its name was retired. Publishers hold leases, which keep a sweep from running beside them. A publisher may
+lose its lease unnoticed; the order of steps in PROTOCOL.md then keeps versions whole: a sweep announces what it
+condemns (`fencing`), reads names and aliases again, and deletes only what is still unreferenced and untouched, under a
+permit that others can revoke.
 
-A version that an alias or a name refers to but that cannot be read stops the collection before it deletes anything.
-Statistics that cannot be read do not: nothing is read by them, and the next run takes them anew.
+If a version that a name or an alias refers to cannot be read, the collection stops before it deletes anything.
+Unreadable statistics do not stop it: no reader needs them, and the next run takes them again.
 """
 
 import contextlib
@@ -82,12 +82,13 @@ KINDS: tuple[Kind, ...] = ("name", "version", "shard", "statistics", "blob", "ru
 
 DEFAULT_GRACE = timedelta(days=7)
 DEFAULT_KEEP_RUNS = 100
-"""Runs whose reports stay, whatever their age."""
+"""Number of newest runs whose reports are kept, whatever their age."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """An object that nothing refers to. `model` is None for what models share: shards, statistics, blobs, runs."""
+    """An object that nothing refers to. `model` is None for objects that models share: shards, statistics, blobs,
+    runs."""
 
     kind: Kind
     model: str | None
@@ -96,17 +97,17 @@ class Garbage:
 
 @dataclass(slots=True, kw_only=True)
 class Collection:
-    """What a collection found: names it retired, objects it deleted, both only planned where `deleted` is off."""
+    """The result of a collection: retired names and deleted objects. Without `deleted` both are only planned."""
 
     deleted: bool = False
     retired: list[tuple[str, str]] = field(default_factory=list)
     """(model, name)."""
     garbage: list[Garbage] = field(default_factory=list)
     kept: dict[tuple[Kind, str | None], int] = field(default_factory=dict)
-    """Objects that stay, by kind and model: every kind and model there is has its entry."""
+    """Number of kept objects by kind and model. Every kind and model in the store has an entry."""
 
     def rows(self) -> list[dict[str, object]]:
-        """One row for each kind of object and model, in the order of deletion, under the keys of `--json`."""
+        """Return one row per kind of object and model, in the order of deletion, under the keys of `--json`."""
         return [self._row(kind, model) for kind in KINDS for found, model in self.kept if found == kind]
 
     def _row(self, kind: Kind, model: str | None) -> dict[str, object]:
@@ -123,11 +124,11 @@ class Collection:
 
 
 def retirable(store: Store, model: str, keep: int) -> list[str]:
-    """Names beyond the newest `keep` that no alias points at, oldest first.
+    """Return the names beyond the newest `keep` that no alias points at, oldest first.
 
     Raises:
         ManifestError: `keep` is below 1.
-        StoreError, IntegrityError: the store failed.
+        StoreError, IntegrityError: The store failed.
     """
     if keep < 1:
         raise ManifestError(f"keep: expected 1 version or more to keep of {model}, got {keep}")
@@ -137,10 +138,10 @@ def retirable(store: Store, model: str, keep: int) -> list[str]:
 
 
 def retire(store: Store, model: str, keep: int) -> list[str]:
-    """Give up the names of the oldest versions beyond `keep`; returns them. The caller holds an open run or a sweep.
+    """Retire the names of the oldest versions beyond `keep`, and return them. The caller holds an open run or a sweep.
 
-    Nothing is deleted: `collect` does that a grace period later. A name that an alias comes to point at meanwhile
-    stays. Raises as `retirable`.
+    Nothing is deleted: `collect` does that once the grace period is over. A name stays if an alias is moved to it
+    meanwhile. Raises what `retirable` raises.
     """
     chosen = retirable(store, model, keep)
     for name in chosen:
@@ -152,12 +153,12 @@ def retire(store: Store, model: str, keep: int) -> list[str]:
 
 
 def remove_version(store: Store, model: str, name: str) -> NameRecord:
-    """Give up one name; returns its record. The version goes with the first collection a grace period later.
+    """Retire one name and return its record. The first collection after the grace period deletes the version.
 
     Raises:
-        ArtifactNotFoundError: no such version, or a retired one.
-        AliasError: an alias points at it.
-        StoreError, IntegrityError: the store failed.
+        ArtifactNotFoundError: There is no such version, or it is retired.
+        AliasError: An alias points at it.
+        StoreError, IntegrityError: The store failed.
     """
 
     def check() -> None:
@@ -174,7 +175,7 @@ def remove_version(store: Store, model: str, name: str) -> NameRecord:
         retire_name(store, model, name)
         try:
             check()
-        except AliasError:  # one was moved there meanwhile
+        except AliasError:  # an alias was moved there meanwhile
             revive_name(store, model, name)
             raise
         return record
@@ -189,17 +190,22 @@ def collect(
     delete: bool = False,
     wait: timedelta = timedelta(0),
 ) -> Collection:
-    """Retire the versions of every model beyond `keep`, and delete what nothing refers to for longer than `grace`.
+    """Retire each model's versions beyond `keep`, and delete what nothing has referred to for longer than `grace`.
 
-    Of reports, those beyond the newest `keep_runs` runs go, once they are older than `grace`.
+    Without `delete` the store is only read. The result is then an estimate for people, because others may write
+    meanwhile.
 
-    Runs that are open get the time `wait` to end, and new ones are held off meanwhile.
-
-    Without `delete` the store is only read; meant for people: what others do meanwhile may fall between its readings.
+    Args:
+        store: The store.
+        grace: Objects written or retired within this time stay.
+        keep: Versions to keep per model; None retires none.
+        keep_runs: Reports to keep; older ones are deleted once they are older than `grace`.
+        delete: Retire and delete.
+        wait: Time for open runs to end; new runs are held off meanwhile.
 
     Raises:
-        StoreError: a run is open (with `delete`), or the store failed.
-        ArtifactNotFoundError, IntegrityError: a version that something refers to cannot be read.
+        StoreError: With `delete`, a run is open; or the store failed.
+        ArtifactNotFoundError, IntegrityError: A version that something refers to cannot be read.
         ManifestError: `keep` is below 1.
     """
     thinned = [] if keep is None else models(store)
@@ -219,7 +225,7 @@ def collect(
 
 @dataclass(slots=True)
 class _Model:
-    """What points at the versions of a model."""
+    """Everything that points at the versions of one model."""
 
     names: dict[str, tuple[ObjectInfo, NameRecord]] = field(default_factory=dict)
     aliases: dict[str, AliasRecord] = field(default_factory=dict)
@@ -232,13 +238,13 @@ class _Model:
         return {record.version for record in self.aliases.values()}
 
     def digests(self, *, without: Container[str] = ()) -> set[str]:
-        """What aliases and names refer to, leaving out the names `without`."""
+        """Return the digests that aliases and names refer to, except the names in `without`."""
         held = {record.digest for name, (_, record) in self.names.items() if name not in without and not record.dead}
         return held | {record.digest for record in self.aliases.values()}
 
 
 class _Pointers:
-    """Names and aliases of every model, each read again only where it has changed since the last look."""
+    """Names and aliases of every model. Each is read again only if it has changed since the last look."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -246,7 +252,7 @@ class _Pointers:
         """Tag in the listing and record, by key."""
 
     def look(self) -> dict[str, _Model]:
-        """All there is below `models/`, by model."""
+        """Return everything below `models/`, by model."""
         objects = list(self._store.list("models/"))
         pointers = [info for info in objects if info.key.split("/")[2] in ("names", "aliases")]
         stale = [info for info in pointers if self._known.get(info.key, ("", None))[0] != info.tag]
@@ -280,7 +286,7 @@ class _Pointers:
 
 
 def _bury_expired(store: Store, pointers: _Pointers, young: datetime) -> None:
-    """Let names that were given up before `young` refer to nothing, those aside that an alias points at."""
+    """Bury names that were retired before `young`, unless an alias points at them."""
     for model, state in pointers.look().items():
         expired = {
             name: (info, record)
@@ -291,7 +297,7 @@ def _bury_expired(store: Store, pointers: _Pointers, young: datetime) -> None:
             continue
         pointed = fence(store, model)
         resolved = [name for name, (_, record) in expired.items() if not record.never_live and name not in pointed]
-        if resolved:  # before a record of one can go
+        if resolved:  # before any of their records can be deleted
             remember_given(store, model, resolved)
         for name, (info, record) in expired.items():
             if name in pointed:
@@ -301,16 +307,15 @@ def _bury_expired(store: Store, pointers: _Pointers, young: datetime) -> None:
 
 
 def _needed(manifest: VersionManifest) -> set[str]:
-    """Keys of the blobs without which a version cannot be read.
+    """Return the keys of the blobs that reading a version takes.
 
-    Those of its base are among them, whatever has become of the base: that version may lose its names and its manifest
-    while others are differences to it.
+    They include containers of its base. The base may lose its names and its manifest while differences to it remain.
     """
     return {blob_key(record.blob) for record in manifest.stored}
 
 
 class _Mark:
-    """Tells garbage from what stays."""
+    """Separates garbage from what stays."""
 
     def __init__(
         self,
@@ -330,7 +335,7 @@ class _Mark:
         self._held: set[tuple[str, str]] = set()
         """(model, digest) that something refers to."""
         self._late: set[str] = set()
-        """What versions need that were named since the mark: keys, and folders of versions."""
+        """Keys, and folders of versions, that versions named since the mark need."""
 
     def run(self) -> Collection:
         """Judge every object."""
@@ -340,7 +345,7 @@ class _Mark:
         shards = {shard_key(shard.key) for manifest in kept for shard in manifest.shards}
         blobs = {key for manifest in kept for key in _needed(manifest)}
         stay = self._judge("shard", None, self._store.list("shards/"), shards)
-        # Records that no version refers to, too young to go, hold their blobs by themselves.
+        # Young records that no version refers to keep their blobs, too.
         records = each(lambda key: fetch_document(self._store, ShardRecord, key), sorted(stay - shards))
         blobs |= {blob_key(blob) for record in records for blob in record.needs}
         blobs |= self._statistics({key for manifest in kept for key in manifest.statistics_keys})
@@ -349,7 +354,7 @@ class _Mark:
         return found
 
     def look_again(self) -> None:
-        """Find what was named since the last look; `reached` then knows it."""
+        """Find versions that were named since the last look, so that `reached` knows what they need."""
         for model, state in self._pointers.look().items():
             for digest in sorted(state.digests()):
                 if (model, digest) in self._held:
@@ -365,28 +370,28 @@ class _Mark:
                     self._late.update((key, *self._hessians(key)))
 
     def reached(self, key: str) -> bool:
-        """Whether an object that was garbage at the mark is wanted by now."""
+        """Return whether an object that was garbage at the mark is needed now."""
         return key in self._late or "/".join(key.split("/")[:4]) in self._late
 
     def _statistics(self, reached: set[str]) -> set[str]:
-        """Judge the statistics of models; returns the keys of blobs that those need which stay."""
+        """Judge the statistics of models; return the keys of the blobs that the kept ones need."""
         objects = list(self._store.list("statistics/"))
         stay = self._judge("statistics", None, objects, reached) if objects else set()
         return {blob for blobs in each(self._hessians, sorted(stay)) for blob in blobs}
 
     def _hessians(self, key: str) -> list[str]:
-        """Keys of the blobs that statistics refer to; none where they are gone or cannot be read."""
+        """Return the keys of the blobs that statistics refer to; none if they are gone or unreadable."""
         try:
             record = fetch_document(self._store, StatisticsRecord, key)
         except ObjectNotFoundError:
             return []
         except IntegrityError as error:
-            log.warning("%s; a run takes them anew", error)
+            log.warning("%s; a run measures them again", error)
             return []
         return [blob_key(hessian.blob) for hessian in record.hessians.values()]
 
     def _reports(self) -> None:
-        """Judge the reports of runs, all files of a run alike; leases have no part in it."""
+        """Judge the reports of runs; all files of a run share one fate. Leases are not considered."""
         reports = [(run, info) for info in self._store.list("runs/") if (run := run_of(info.key))]
         known = sorted({run for run, _ in reports})
         newest = set(known[max(0, len(known) - self._keep_runs) :])
@@ -395,7 +400,7 @@ class _Mark:
             self._judge("run", None, (info for _, info in reports), stay)
 
     def _versions(self, model: str, state: _Model) -> list[VersionManifest]:
-        """Judge a model's names and versions; returns the manifests that stay."""
+        """Judge a model's names and versions; return the manifests that stay."""
         digests = self._reached(model, state)
         manifests = {digest: found for digest in sorted(digests) if (found := self._manifest(model, digest))}
         self._held.update((model, digest) for digest in manifests)
@@ -413,25 +418,27 @@ class _Mark:
         return info.key.endswith("/manifest.json") and info.key.count("/") == 4 and info.modified > self._young
 
     def _manifest(self, model: str, digest: str) -> VersionManifest | None:
-        """The manifest of a version that something refers to; None where nothing does by now, or only claims.
+        """Return the manifest of a version that is referred to; None if only claims refer to it, or nothing does any
+        more.
 
-        A claim without a manifest is buried: its publisher, if there still is one, looks again.
+        A claim without a manifest is buried; its publisher, if it is alive, notices and claims again.
 
         Raises:
-            ArtifactNotFoundError, IntegrityError: it cannot be read, which stops everything here.
+            ArtifactNotFoundError, IntegrityError: It cannot be read, which stops the collection.
         """
         try:
             return load_version(self._store, model, digest)
         except ArtifactNotFoundError:
-            claims = self._claims(model, digest)  # another collection may have been quicker
+            claims = self._claims(model, digest)  # another collection may have been faster
             if claims is None:
                 raise
         if not self._deletes or all(bury(self._store, model, *claim) for claim in claims):
             return None
-        return load_version(self._store, model, digest)  # its publisher has made one live, and so the version whole
+        return load_version(self._store, model, digest)  # its publisher has made a claim live, so the version is whole
 
     def _claims(self, model: str, digest: str) -> list[tuple[str, NameRecord, str]] | None:
-        """Name, record and tag of the claims that refer to a version, each read anew; None where anything else does."""
+        """Return (name, record, tag) of each claim on a version, read again; None if anything but claims refers to
+        it."""
         state, found = self._pointers.look().get(model, _Model()), []
         for name, (_, record) in state.names.items():
             if record.digest == digest:
@@ -443,14 +450,14 @@ class _Mark:
         return None if pointed or not all(record.claimed for _, record, _ in found) else found
 
     def _young_manifest(self, model: str, digest: str) -> VersionManifest | None:
-        """The manifest of a version that nothing refers to, if it is still there."""
+        """Return the manifest of an unreferenced version, if it is still there."""
         try:
             return load_version(self._store, model, digest)
         except ArtifactNotFoundError:
             return None
 
     def _reached(self, model: str, state: _Model) -> set[str]:
-        """Digests that aliases and names of a model refer to, the names judged."""
+        """Judge a model's names; return the digests that its aliases and remaining names refer to."""
         highest = max(state.names, key=number, default=None)
         gone = {
             name
@@ -464,7 +471,7 @@ class _Mark:
         return state.digests(without=gone)
 
     def _expired(self, model: str, name: str, info: ObjectInfo, record: NameRecord) -> bool:
-        """Whether a collection that deletes would bury a name now, or retire it first."""
+        """Return whether a deleting collection would bury a name now, or retire it first."""
         if record.live:
             return (model, name) in self._retired and self._now <= self._young
         return info.modified <= self._young
@@ -472,7 +479,8 @@ class _Mark:
     def _judge(
         self, kind: Kind, model: str | None, objects: Iterable[ObjectInfo], reached: set[str], *, young: bool = True
     ) -> set[str]:
-        """Sort objects into garbage and kept, those within the grace period kept if `young`; returns the kept keys."""
+        """Sort objects into garbage and kept ones, and return the kept keys. With `young` the grace period protects
+        objects."""
         stay: set[str] = set()
         for info in objects:
             if info.key in reached or (young and info.modified > self._young):
@@ -484,10 +492,10 @@ class _Mark:
 
 
 def _sweep(store: Store, mark: _Mark, found: Collection, lease: Lease) -> None:
-    """Delete what is still out of reach and untouched, one kind after the other; what is not leaves `found.garbage`.
+    """Delete what is still unreferenced and untouched, kind by kind; what survives is removed from `found.garbage`.
 
     Raises:
-        StoreError: also where the lease was lost on the way, or somebody has ended this collection.
+        StoreError: The store failed, the lease was lost, or somebody has ended this collection.
     """
     sweep = Sweep(store, lease)
 
@@ -516,14 +524,14 @@ def _sweep(store: Store, mark: _Mark, found: Collection, lease: Lease) -> None:
                     else:
                         found.kept[kind, item.model] += 1
     except BaseException:
-        with contextlib.suppress(StoreError):  # the first error is the one to tell
+        with contextlib.suppress(StoreError):  # the first error is the one to report
             sweep.close(failed=True)
         raise
     sweep.close()
 
 
 def _touched(store: Store, info: ObjectInfo) -> bool:
-    """Whether an object is not as a listing showed it: somebody uses it again."""
+    """Return whether an object has changed since it was listed, so that somebody uses it again."""
     try:
         now = store.head(info.key)
     except ObjectNotFoundError:

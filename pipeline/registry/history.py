@@ -1,4 +1,4 @@
-"""Rows of `birkhoff history`: what became of a model. Needs no torch; `diff` compares versions."""
+"""Rows of `birkhoff history`. Imports no torch; `diff` compares versions."""
 
 from collections.abc import Iterator
 
@@ -14,26 +14,26 @@ Row = dict[str, object]
 
 
 def history_rows(store: Store, model: str) -> list[Row]:
-    """What happened to a model, oldest first: versions published and retired, aliases moved.
+    """Return the events of a model, oldest first: versions published and retired, aliases moved.
 
-    Events are `published`, `retired`, `moved`, `rolled back`, `removed`, `protected` and `unprotected`. Sizes, SQNR and
-    labels stand with the publication of versions that are there; an alias remembers its last `aliases.KEPT_STATES`
+    Events are `published`, `retired`, `moved`, `rolled back`, `removed`, `protected` and `unprotected`. A `published`
+    row has sizes, SQNR and labels if the version still resolves. An alias remembers its last `aliases.KEPT_STATES`
     states.
 
     Raises:
-        ArtifactNotFoundError: no such model.
-        IntegrityError, StoreError: something stored cannot be read.
+        ArtifactNotFoundError: There is no such model.
+        IntegrityError, StoreError: A stored object cannot be read.
     """
     rows = [row for name, record in all_names(store, model) for row in _name_rows(store, model, name, record)]
     if not rows:
-        resolve(store, model)  # says which models there are
+        resolve(store, model)  # raises with the models that exist
     rows += [row for alias, record in aliases(store, model, removed=True).items() for row in _alias_rows(alias, record)]
-    # Times are whole seconds: a stable sort keeps each alias's moves in order, after the versions they point at.
+    # Times have whole seconds: a stable sort keeps each alias's moves in order, after the versions they point at.
     return sorted(rows, key=lambda row: str(row["time"]))
 
 
 def trend(rows: list[Row]) -> str:
-    """Ratio, SQNR and agreement of the published versions as sparklines, oldest first; nothing for less than two."""
+    """Return ratio, SQNR and agreement of published versions as sparklines, oldest first; empty for fewer than two."""
     published = [row for row in rows if row["event"] == "published"]
     said = []
     for key, title, digits in (
@@ -51,7 +51,7 @@ def trend(rows: list[Row]) -> str:
 def _name_rows(store: Store, model: str, name: str, record: NameRecord) -> Iterator[Row]:
     metrics: Row = {}
     if record.claimed:
-        return  # it never was a version
+        return  # it was never a version
     if record.retired is None:
         manifest = resolve(store, f"{model}@{name}").manifest
         labels = read_labels(store, model, record.digest)

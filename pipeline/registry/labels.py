@@ -1,9 +1,9 @@
-"""Labels of versions: a licence, a data set, who approved it. Said of a version, and no part of it.
+"""Labels of versions, such as a licence, a data set, or who approved them.
 
     models/M/versions/<digest>/labels.json    all labels of one version
 
-They lie beside the manifest, so they change while the version and its digest do not; they are collected with it. No
-signature covers them: whoever can write to the store can change them (SIGNING.md).
+They lie beside the manifest: changing them leaves the version and its digest alone, and they are collected with it. No
+signature covers them, so anybody who can write to the store can change them (SIGNING.md).
 """
 
 import re
@@ -28,7 +28,7 @@ _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 def check_label(key: str, value: str) -> None:
-    """Raises ValueError for what is no label."""
+    """Raise ValueError if this is not a valid label."""
     if not _KEY.fullmatch(key):
         raise ValueError(
             f"label {key[:80]!r}: expected 1 to 63 of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
@@ -38,7 +38,7 @@ def check_label(key: str, value: str) -> None:
 
 
 def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
-    """Labels that all are such, and not too many. Raises ValueError."""
+    """Return labels if each is valid and there are not too many. Raises ValueError."""
     if len(labels) > MAX_LABELS:
         raise ValueError(f"{len(labels)} labels; a version has at most {MAX_LABELS}")
     for key, value in labels.items():
@@ -55,17 +55,17 @@ class LabelRecord(Document):
 
 
 def licence_of(labels: Mapping[str, str]) -> str | None:
-    """What labels say of the licence, by either spelling."""
+    """Return the licence that labels name, in either spelling."""
     return labels.get("licence") or labels.get("license")
 
 
 def labels_key(model: str, digest: str) -> str:
-    """Key of a version's labels."""
+    """Return the key of a version's labels."""
     return f"models/{model}/versions/{digest}/{LABELS_FILE}"
 
 
 def read_labels(store: Store, model: str, digest: str) -> dict[str, str]:
-    """The labels of a version, by key; empty where it has none. Raises StoreError, IntegrityError."""
+    """Return the labels of a version by key; empty if it has none. Raises StoreError, IntegrityError."""
     try:
         return fetch_document(store, LabelRecord, labels_key(model, digest)).labels
     except ObjectNotFoundError:
@@ -75,13 +75,13 @@ def read_labels(store: Store, model: str, digest: str) -> dict[str, str]:
 def change_labels(
     store: Store, model: str, digest: str, labels: Mapping[str, str], *, drop: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Set labels of a version, take those of `drop` away, and leave the others; returns all it has then.
+    """Set labels of a version, remove those in `drop`, and keep the others; return all labels.
 
     The caller holds an open run, or knows that a name refers to the version.
 
     Raises:
-        LabelError: one is no label, or there would be too many.
-        StoreError, IntegrityError: the store failed.
+        LabelError: A label is not valid, or there would be too many.
+        StoreError, IntegrityError: The store failed.
     """
     gone, wanted = set(drop), dict[str, str]()
 
@@ -103,11 +103,11 @@ def change_labels(
 def label(
     store: Store, reference: str, labels: Mapping[str, str], *, drop: Iterable[str] = ()
 ) -> tuple[Version, dict[str, str]]:
-    """`change_labels` of the version that a reference means; returns it and its labels.
+    """Change labels of the version that a reference resolves to; return the version and its labels.
 
     Raises:
-        ArtifactNotFoundError: no such version.
-        LabelError, StoreError, IntegrityError: as `change_labels`.
+        ArtifactNotFoundError: There is no such version.
+        LabelError, StoreError, IntegrityError: As `change_labels`.
     """
     with open_run(store):
         version = resolve(store, reference)

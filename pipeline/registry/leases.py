@@ -1,24 +1,24 @@
-"""Leases: how publishers and garbage collection keep out of each other's way, on stores without transactions.
+"""Leases: publishers and garbage collection announce themselves, so that they do not run at the same time.
 
-A publisher relies on objects that nothing refers to yet: shards of an earlier run, a blob it has found in the store.
-Garbage collection deletes just those. So the two exclude each other. This saves work and is no safeguard: a holder that
-was stopped has lost its lease and may not know it. What keeps versions whole then is `fencing`; see PROTOCOL.md.
+A publisher relies on objects that nothing refers to yet: shards of an earlier run, a blob it found in the store.
+Garbage collection deletes such objects. Leases keep the two apart, which saves work but is not the safeguard: a paused
+holder may have lost its lease without knowing. `fencing` keeps versions whole even then; see PROTOCOL.md.
 
-1. Each announces itself first: an object of its own, `runs/open/<id>.json` or `runs/sweep/<id>.json`.
-2. Only then it looks for the others. A publisher that finds a sweep takes its lease back, waits until the sweep is over
-   and begins anew; a sweep that finds any other lease gives up and has deleted nothing, or keeps its lease and waits
-   for those that were there before it. Its lease keeps new ones out, so runs that overlap for ever do not starve it.
+1. Each holder first writes an object of its own: `runs/open/<id>.json` or `runs/sweep/<id>.json`.
+2. Then it looks for the others. A publisher that finds a sweep withdraws its lease, waits until the sweep is over, and
+   starts again. A sweep that finds another lease gives up without deleting anything; or it keeps its lease, which holds
+   off new runs, and waits for those that were there first. So overlapping runs cannot starve it.
 
-Listings show every object written before they began, so of two that start together at least one sees the other:
-a publisher at work and a sweep at work never overlap. Publishers do not exclude each other, except the ticks of one
-schedule (`schedule_lock`), which announce themselves under `runs/turn/` too.
+A listing shows every object written before it began. Of two that start together, at least one therefore sees the other.
+Publishers do not exclude each other, except runs of one schedule (`schedule_lock`), which also announce themselves
+under `runs/turn/`.
 
-A lease is renewed by a thread while its holder lives and dies with it: it counts for `LEASE_SECONDS` after its last
-renewal, by the store's own clock (the `modified` time of the object against that of the reader's own lease), so clocks
-of machines need not agree. One whose time lies ahead of the store's clock, set back since, counts until it was
-seen unchanged for as long. The holder counts from before each renewal was sent, the others from when it arrived, with
-`SLACK_SECONDS` on top: it knows first. A holder that was stopped longer than that (a suspended machine, a store out
-of reach) has lost its lease for good, and `Lease.check` says so instead of going on.
+A thread renews a lease while its holder lives. It counts for `LEASE_SECONDS` after its last renewal, by the store's
+clock: the object's `modified` time is compared with that of the reader's own lease, so machines' clocks need not agree.
+A lease dated after the store's present time (its clock was set back) counts until it was seen unchanged for that long.
+The holder counts from before each renewal was sent, the others from its arrival plus `SLACK_SECONDS`: so the holder
+learns that its lease expired before anyone else does. A holder that was stopped for longer, by a suspended machine or a
+lost connection, has lost its lease for good, and `Lease.check` raises.
 """
 
 import contextlib
@@ -43,23 +43,23 @@ from birkhoff.pipeline.store.base import ObjectInfo, Store
 log: logging.Logger = logging.getLogger("birkhoff.leases")
 
 LEASE_SECONDS = 60.0
-"""How long a lease counts after its last renewal: how long a killed process keeps the others waiting."""
+"""Seconds that a lease counts after its last renewal, and so the time that a killed process holds up others."""
 
 RENEWALS = 4
 """Renewals within that time: three in a row may fail."""
 
 SLACK_SECONDS = 2.0
-"""Stores give times in whole seconds."""
+"""Seconds of tolerance, because stores give times in whole seconds."""
 
 POLL_SECONDS = 0.5
-"""How often those who wait look again."""
+"""Seconds between two looks of a waiting process."""
 
 _MAX_LEASE_BYTES = 4096
 _OPEN, _SWEEP, _TURN = "runs/open/", "runs/sweep/", "runs/turn/"
 
 
 class Lease:
-    """The announcement that a process is at work in a store; `open_run` and `sweeping` hand it out."""
+    """The announcement that a process is at work in a store. `open_run` and `sweeping` create it."""
 
     def __init__(self, store: Store, prefix: str) -> None:
         self.key: str = f"{prefix}{uuid.uuid4().hex}.json"
@@ -71,21 +71,17 @@ class Lease:
         self._lock = threading.Lock()
 
     def renew(self) -> datetime:
-        """Write the lease once more; returns the store's time. Raises StoreError."""
+        """Write the lease again and return the store's time. Raises StoreError."""
         with self._lock:
             sent = clock.seconds()
-            self._renewals += 1  # so that each renewal changes the object's tag
+            self._renewals += 1  # each renewal must change the object's tag
             self._store.put(self.key, json.dumps({**self._facts, "renewals": self._renewals}).encode())
             self._lost = self._lost or self._over()
             self._renewed = sent
         return self._store.head(self.key).modified
 
     def check(self) -> None:
-        """Make sure that the others still honour this lease.
-
-        Raises:
-            StoreError: it ran out in between: what was relied on may be gone.
-        """
+        """Raise StoreError if the lease has expired, because objects that the holder relied on may be gone."""
         if self._lost or self._over():
             raise StoreError(
                 f"{self._store.url}: lease {self.key} ran out, as this process was stopped or cut off from the store "
@@ -97,19 +93,19 @@ class Lease:
 
 
 _mine: ContextVar[Mapping[str, Lease]] = ContextVar("birkhoff_open_runs", default=MappingProxyType({}))
-"""Open runs of this thread by the store's URL."""
+"""Open runs of this thread, by the store's URL."""
 
 
 @contextlib.contextmanager
 def open_run(store: Store) -> Iterator[Lease]:
-    """Hold off garbage collection while publishing; waits for one that is under way or asked for.
+    """Hold off garbage collection while publishing. Waits for a collection that is running or about to start.
 
-    Whoever looks for stored shards in order to reuse them holds an open run from the first look until the version that
-    refers to them is published. A run opened inside another one of the same thread is that one: it must not wait for
-    a collection that waits for the outer one. Runs of others may overlap.
+    Hold it from the first look for reusable shards until the version that refers to them is published. A nested call in
+    the same thread yields the outer run, because it must not wait for a collection that waits for the outer run. Runs
+    of other threads and processes may overlap.
 
     Raises:
-        StoreError: the store failed.
+        StoreError: The store failed.
     """
     outer = _mine.get().get(store.url)
     if outer is not None:
@@ -125,7 +121,7 @@ def open_run(store: Store) -> Iterator[Lease]:
                 finally:
                     _mine.reset(token)
                 return
-        # Withdrawn while it waits: the sweep may be waiting itself, for the runs it has found.
+        # Not held while waiting: the sweep may be waiting for the runs that it found.
         if not waited:
             log.warning("waiting for the garbage collection of %s to end", store.url)
         waited = True
@@ -136,11 +132,11 @@ def open_run(store: Store) -> Iterator[Lease]:
 def sweeping(store: Store, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
     """Keep publishers out while deleting.
 
-    Runs that are open get `wait_seconds` to end; none begins meanwhile, so that runs which overlap without a pause do
-    not hold it off for ever.
+    Open runs get `wait_seconds` to end. No new run starts meanwhile, so overlapping runs cannot hold off the sweep for
+    ever.
 
     Raises:
-        StoreError: someone still publishes or sweeps there, or the store failed.
+        StoreError: Another process still publishes or sweeps there, or the store failed.
     """
     deadline, watch = clock.seconds() + wait_seconds, _Watch()
     while True:
@@ -164,13 +160,13 @@ def sweeping(store: Store, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def schedule_lock(store: Store, models: Iterable[str]) -> Iterator[Lease]:
-    """Be the only tick of a schedule of these models; the lease dies with its holder, as all do.
+    """Hold the one slot of a schedule of these models.
 
-    Of two that begin in the same moment both may give way; the next tick then does the work.
+    If two start in the same moment both may give way, and the next run of the schedule does the work.
 
     Raises:
-        BusyError: another one is at work, or was within `LEASE_SECONDS`.
-        StoreError: the store failed.
+        BusyError: Another run is at work, or was within `LEASE_SECONDS`.
+        StoreError: The store failed.
     """
     schedule = hashlib.sha256("\n".join(sorted(models)).encode()).hexdigest()[:16]
     prefix = f"{_TURN}{schedule}-"
@@ -191,16 +187,16 @@ def schedule_lock(store: Store, models: Iterable[str]) -> Iterator[Lease]:
 
 
 class _Watch:
-    """Tells whether leases have ended, also where the store's clock was set back since they were written."""
+    """Decides whether leases have expired, even if the store's clock was set back since they were written."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, float]] = {}
-        """Tag and the time here at which it was first seen, of leases from ahead of the store's clock."""
+        """For leases dated after the store's time: the tag, and the local time at which it was first seen."""
         self._held: set[str] = set()
-        """Those that have changed since: somebody renews them."""
+        """Such leases that changed since: somebody renews them."""
 
     def ended(self, info: ObjectInfo, now: datetime) -> bool:
-        """Whether a lease counts no more at the store's time `now`."""
+        """Return whether a lease has expired at the store's time `now`."""
         age = (now - info.modified).total_seconds()
         if age >= -SLACK_SECONDS:
             self._seen.pop(info.key, None)
@@ -214,22 +210,22 @@ class _Watch:
         return clock.seconds() - since > LEASE_SECONDS + SLACK_SECONDS
 
     def doubts(self, others: Iterable[ObjectInfo]) -> bool:
-        """Whether of each of these only time will tell."""
+        """Return whether waiting is the only way to tell if these leases have expired."""
         return all(info.key in self._seen and info.key not in self._held for info in others)
 
 
 def _others(store: Store, now: datetime, lease: Lease, watch: _Watch) -> list[ObjectInfo]:
-    """Whom a sweep has to wait for."""
+    """Return the leases that a sweep has to wait for."""
     return [*_live(store, _OPEN, now, lease, watch), *_live(store, _SWEEP, now, lease, watch)]
 
 
 def _yields(lease: Lease, others: list[ObjectInfo]) -> bool:
-    """Whether a waiting sweep withdraws: of two that wait for each other the one with the lesser key stays."""
+    """Return whether a waiting sweep withdraws: of two that wait for each other, the one with the smaller key stays."""
     return any(info.key.startswith(_SWEEP) and info.key < lease.key for info in others)
 
 
 def _wait_for_sweeps(store: Store, now: datetime) -> None:
-    """Wait until no sweep counts any more; `now` is the store's time at the call."""
+    """Wait until no sweep is left; `now` is the store's time at the call."""
     since, watch = clock.seconds(), _Watch()
     while any(not watch.ended(info, now + timedelta(seconds=clock.seconds() - since)) for info in store.list(_SWEEP)):
         clock.pause(POLL_SECONDS)
@@ -237,7 +233,7 @@ def _wait_for_sweeps(store: Store, now: datetime) -> None:
 
 @contextlib.contextmanager
 def _held(store: Store, prefix: str) -> Iterator[tuple[Lease, datetime]]:
-    """A lease, renewed by a thread until the end; also the store's time."""
+    """Yield a lease that a thread renews, and the store's time."""
     lease = Lease(store, prefix)
     keeper = Keeper(lease)
     try:
@@ -246,23 +242,23 @@ def _held(store: Store, prefix: str) -> Iterator[tuple[Lease, datetime]]:
         yield lease, now
     finally:
         keeper.stop()
-        with contextlib.suppress(StoreError):  # it ends by itself
+        with contextlib.suppress(StoreError):  # it expires by itself
             store.delete(lease.key)
 
 
 class Keeper:
-    """Renews a lease from a thread."""
+    """Renews a lease in a thread."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease, self._stop = lease, threading.Event()
         self._thread = threading.Thread(target=self._keep, name="birkhoff-lease", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and return once no renewal is under way."""
+        """Stop the thread, and return once no renewal is under way."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -273,7 +269,7 @@ class Keeper:
 
 
 def keep_once(lease: Lease) -> None:
-    """Renew a lease; a failure is logged, as the next renewal may come through."""
+    """Renew a lease. A failure is logged, because the next renewal may succeed."""
     try:
         lease.renew()
     except BirkhoffError as error:
@@ -281,19 +277,19 @@ def keep_once(lease: Lease) -> None:
 
 
 def _live(store: Store, prefix: str, now: datetime, own: Lease, watch: _Watch) -> list[ObjectInfo]:
-    """Leases of others that count at the store's time `now`."""
+    """Return the leases of others that have not expired at the store's time `now`."""
     return [info for info in store.list(prefix) if info.key != own.key and not watch.ended(info, now)]
 
 
 def _clear(store: Store, now: datetime, watch: _Watch, *prefixes: str) -> None:
-    """Remove leases whose holders died. Leaves the others be: their own clocks told them first."""
+    """Remove the leases of dead holders. Their own clocks told them first that the leases had expired."""
     for info in store.list("runs/"):
         if info.key.startswith(prefixes) and watch.ended(info, now):
             store.delete(info.key)
 
 
 def _holder(store: Store, info: ObjectInfo) -> str:
-    """Who holds a lease, for people: the body is theirs alone, so anything may be in it."""
+    """Describe a lease's holder for people. Only the holder writes the body, so it is not trusted."""
     try:
         held = json.loads(store.get(info.key, length=_MAX_LEASE_BYTES))
         return f"one of them process {held['pid']} on {held['host']}, since {held['started']}"
@@ -302,7 +298,7 @@ def _holder(store: Store, info: ObjectInfo) -> str:
 
 
 def _process(store: Store, info: ObjectInfo) -> tuple[str | None, int | None]:
-    """(host, process id) of who holds a lease, as far as it says them."""
+    """Return (host, process id) of a lease's holder; None for what its body does not say."""
     try:
         held = json.loads(store.get(info.key, length=_MAX_LEASE_BYTES))
         host, pid = held["host"], held["pid"]

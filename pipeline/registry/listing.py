@@ -1,4 +1,4 @@
-"""What a store holds: the versions of `birkhoff list`."""
+"""The versions in a store, for `birkhoff list`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,32 +20,32 @@ Named = tuple[str, NameRecord]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedVersion:
-    """A named version as it stands in a store."""
+    """A named version in a store."""
 
     model: str
     name: str
     """Such as `v3`."""
     digest: str
     aliases: tuple[str, ...]
-    """That point at its content, sorted."""
+    """Aliases that point at its content, sorted."""
     manifest: VersionManifest | None
-    """None where it is missing or damaged, as `problem` says."""
+    """None if it is missing or damaged; `problem` says which."""
     missing_blobs: int | None
-    """Blobs that the store lacks of it; None without a manifest."""
+    """Number of its blobs that the store lacks; None without a manifest."""
     missing_bytes: int | None
     problem: str | None
-    """For people: what the store lacks of it."""
+    """What is wrong with it, for people."""
     created: str
     """When it got its name, in ISO 8601."""
     labels: dict[str, str]
 
     @property
     def reference(self) -> str:
-        """What names it in its store: `demo-sam@v3`."""
+        """Its unique name in its store: `demo-sam@v3`."""
         return f"{self.model}@{self.name}"
 
     def row(self) -> Row:
-        """Under the keys of `--json`."""
+        """Return it under the keys of `--json`."""
         manifest = self.manifest
         unknown = dict.fromkeys(("profile", *FIGURES))
         return {
@@ -62,7 +62,7 @@ class ListedVersion:
         }
 
     def facts(self) -> dict[str, str]:
-        """For people, under the titles of a table."""
+        """Return it for people, under the titles of a table."""
         return {
             "aliases": ", ".join(self.aliases),
             **({} if self.manifest is None else said_figures(self.manifest)),
@@ -76,22 +76,26 @@ class ListedVersion:
         return facts_html(self.reference, self.facts())
 
 
-def newest_versions(store: Store) -> list[ListedVersion]:
-    """The latest version of every model; the newest one where nothing is `latest`."""
+def current_versions(store: Store) -> list[ListedVersion]:
+    """Return the versions in use: of every model, those that aliases point at, oldest first.
+
+    If no alias `latest` exists, the newest version stands in for it.
+    """
     found = []
     for model in models(store):
-        named = list(names(store, model))
-        latest = aliases(store, model).get(ALIAS_LATEST)
-        chosen = [(name, record) for name, record in named if latest is None or name == latest.version]
-        found += _listed(store, model, (chosen or named)[-1:])
+        named, pointers = list(names(store, model)), aliases(store, model)
+        used = {state.version for state in pointers.values()}
+        if ALIAS_LATEST not in pointers:
+            used.update(name for name, _ in named[-1:])
+        found += _listed(store, model, [(name, record) for name, record in named if name in used] or named[-1:])
     return found
 
 
 def versions_of(store: Store, model: str) -> list[ListedVersion]:
-    """Every named version of a model, oldest first. Raises ArtifactNotFoundError."""
+    """Return every named version of a model, oldest first. Raises ArtifactNotFoundError."""
     found = _listed(store, model, list(names(store, model)))
     if not found:
-        resolve(store, model)  # says what there is instead
+        resolve(store, model)  # raises with what there is instead
         raise ArtifactNotFoundError(f"{store.url}: model {model!r} has no named version")
     return found
 
@@ -120,7 +124,7 @@ def _listed(store: Store, model: str, named: Iterable[Named]) -> list[ListedVers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
-    """What a store lacks of a version; `problem` says it for people, None where it lacks nothing."""
+    """What a store lacks of a version. `problem` says it for people; None if nothing is missing."""
 
     blobs: int | None
     nbytes: int | None
@@ -128,7 +132,7 @@ class Lack:
 
 
 def _manifest(store: Store, model: str, digest: str) -> tuple[VersionManifest | None, Lack]:
-    """What a version is, and what the store lacks of it: a copy made by hand looks whole until it is pulled."""
+    """Return a version's manifest, and what the store lacks of it: a copy by hand may look whole until it is pulled."""
     try:
         manifest = load_version(store, model, digest)
     except (ArtifactNotFoundError, IntegrityError) as error:
@@ -138,7 +142,7 @@ def _manifest(store: Store, model: str, digest: str) -> tuple[VersionManifest | 
 
 
 def lacking(store: Store, manifest: VersionManifest) -> Lack:
-    """How much of a version a store lacks."""
+    """Return what a store lacks of a version."""
     missing = missing_blobs(store, manifest.stored)
     blobs = len({record.blob for record in manifest.stored})
     return Lack(

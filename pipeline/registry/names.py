@@ -1,10 +1,10 @@
-"""Human names of versions: v1, v2, ...: taken once, retired at most once, never given again.
+"""Version names v1, v2, ...: taken once, retired at most once, never reused.
 
-A name is claimed first, checked, and only then made live; every step is a compare-and-swap of its record, so the
-publisher who makes a claim live and the collection that buries it cannot both win. A retired name stays as a
-tombstone, and a model's highest name is never removed: the next number lies above every number ever given. Of names
-that resolved once, `given.json` keeps the numbers when their tombstones go: a copy that wants such a name is refused,
-and a publisher who listed names before that takes another one.
+A name is claimed, checked, and only then made live. Each step is a compare-and-swap of its record, so of a publisher
+that makes a claim live and a collection that buries it, one loses. A retired name stays as a tombstone, and a model's
+highest name is never deleted, so the next number is higher than every number given before. `given.json` keeps the
+numbers of resolved names whose tombstones were deleted: a copy that wants such a name is refused, and a publisher that
+listed names before takes another one.
 """
 
 import re
@@ -30,51 +30,51 @@ from birkhoff.pipeline.store.base import Store
 VERSION_NAME = re.compile(r"v[1-9][0-9]{0,8}")
 
 _READ_AHEAD = 64
-"""Records read before anybody has asked for them."""
+"""Records read ahead of demand."""
 
 
 def number(name: str) -> int:
-    """3 of `v3`."""
+    """Return 3 for `v3`."""
     return int(name.removeprefix("v"))
 
 
 def given(store: Store, model: str) -> list[str]:
-    """Every name of a model that is taken, retired ones too, oldest first."""
+    """Return every taken name of a model, retired ones too, oldest first."""
     prefix = f"models/{model}/names/"
     found = (info.key.removeprefix(prefix).removesuffix(".json") for info in store.list(prefix))
     return sorted((name for name in found if VERSION_NAME.fullmatch(name)), key=number)
 
 
 def read_name(store: Store, model: str, name: str) -> NameRecord:
-    """The record of a name, retired or not. Raises ObjectNotFoundError, IntegrityError."""
+    """Return the record of a name, retired or not. Raises ObjectNotFoundError, IntegrityError."""
     key = name_key(model, name)
     return fetch_document(store, NameRecord, key)
 
 
 def read_tagged(store: Store, model: str, name: str) -> tuple[NameRecord, str]:
-    """The record of a name, and its tag. Raises as `read_name`."""
+    """Return the record of a name, and its tag. Raises what `read_name` raises."""
     return swaps.read_tagged(store, NameRecord, name_key(model, name))
 
 
 def names(store: Store, model: str, *, newest_first: bool = False) -> Iterator[tuple[str, NameRecord]]:
-    """(name, record) of the named versions of a model, oldest first; retired names are left out."""
+    """Yield (name, record) of a model's live names, oldest first."""
     found = all_names(store, model, newest_first=newest_first)
     return ((name, record) for name, record in found if record.live)
 
 
 def all_names(store: Store, model: str, *, newest_first: bool = False) -> Iterator[tuple[str, NameRecord]]:
-    """(name, record) of every name ever given that is still on record, oldest first; read some at a time."""
+    """Yield (name, record) of every recorded name, retired ones too, oldest first. Records are read in batches."""
 
     def read(name: str) -> NameRecord | None:
         try:
             return read_name(store, model, name)
         except ObjectNotFoundError:
-            return None  # its tombstone was collected since the listing
+            return None  # its tombstone was deleted since the listing
 
     known = given(store, model)
     if newest_first:
         known.reverse()
-    start, count = 0, 1  # who wants the first alone pays for no more
+    start, count = 0, 1  # a caller that wants only the first pays for one read
     while start < len(known):
         some = known[start : start + count]
         yield from ((name, found) for name, found in zip(some, each(read, some), strict=True) if found is not None)
@@ -82,10 +82,10 @@ def all_names(store: Store, model: str, *, newest_first: bool = False) -> Iterat
 
 
 def live_name(store: Store, model: str, name: str) -> NameRecord:
-    """The record of a name that resolves.
+    """Return the record of a live name.
 
     Raises:
-        ArtifactNotFoundError: no such name, or a retired one.
+        ArtifactNotFoundError: There is no such name, or it is retired.
     """
     try:
         record = read_name(store, model, name)
@@ -99,11 +99,11 @@ def live_name(store: Store, model: str, name: str) -> NameRecord:
 
 
 def check_name(store: Store, model: str, name: str, digest: str) -> bool:
-    """Whether a name is this version's already; False where it can be claimed for it.
+    """Return whether a name is this version's already; False if it can be claimed.
 
     Raises:
-        PreconditionError: it is another version's, or was given up.
-        StoreError, IntegrityError: the store failed.
+        PreconditionError: It is another version's, or was retired.
+        StoreError, IntegrityError: The store failed.
     """
     try:
         held = _is_of(store, model, name, digest, read_name(store, model, name))
@@ -115,17 +115,18 @@ def check_name(store: Store, model: str, name: str, digest: str) -> bool:
 
 
 def _is_of(store: Store, model: str, name: str, digest: str, record: NameRecord) -> bool:
-    """Whether a name that has a record is this version's, False where a claim can take it. Raises PreconditionError."""
+    """Return whether a recorded name is this version's; False if it can be claimed. Raises PreconditionError
+    otherwise."""
     if record.live and record.digest == digest:
         return True
     if record.never_live and (record.dead or record.digest == digest):
-        return False  # of a publisher of the same version, or of one that died
+        return False  # a claim of a publisher of this version, or one whose publisher died
     what = f"was retired on {record.retired}" if record.retired else f"is version {record.digest[:12]}"
     raise _taken(store, model, name, digest, what)
 
 
 def _check_new(store: Store, model: str, name: str, digest: str) -> None:
-    """Raises PreconditionError if a name resolved once, whose record may be gone."""
+    """Raise PreconditionError if a name once resolved, although its record may be gone."""
     if read_given(store, model).holds(number(name)):
         raise _taken(store, model, name, digest, "was given up and collected")
 
@@ -138,7 +139,7 @@ def _taken(store: Store, model: str, name: str, digest: str, what: str) -> Preco
 
 
 def read_given(store: Store, model: str) -> GivenNames:
-    """Numbers of names that were given up. Raises StoreError, IntegrityError."""
+    """Return the numbers of retired names. Raises StoreError, IntegrityError."""
     try:
         return fetch_document(store, GivenNames, given_key(model))
     except ObjectNotFoundError:
@@ -146,7 +147,7 @@ def read_given(store: Store, model: str) -> GivenNames:
 
 
 def remember_given(store: Store, model: str, names: Iterable[str]) -> None:
-    """Note names that resolved once, before they are buried. Raises StoreError, IntegrityError."""
+    """Record the numbers of names that once resolved, before they are buried. Raises StoreError, IntegrityError."""
     numbers = [number(name) for name in names]
 
     def change(found: GivenNames | None) -> GivenNames | None:
@@ -159,7 +160,7 @@ def remember_given(store: Store, model: str, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A name that is its publisher's alone, and does not resolve yet."""
+    """A name that one publisher has claimed and that does not resolve yet."""
 
     name: str
     record: NameRecord
@@ -176,16 +177,16 @@ def claim_name(
     single_publisher: bool = False,
     announce: Callable[[str, str | None], None] = lambda *_: None,
 ) -> Claim:
-    """Claim `wanted`, or the next free `v<N>`: of several publishers exactly one gets each.
+    """Claim `wanted`, or the next free `v<N>`. Of several publishers exactly one gets each name.
 
-    From here on no collection deletes what a version of this digest needs, unless it has condemned that before.
-    `announce` is called before each try, with the name and the one that was lost just before.
+    From then on no collection deletes what a version of this digest needs, unless it had condemned it before.
+    `announce` is called before each attempt, with the name and the one that was lost just before.
 
-    A name that is wanted and this version's already is the claim, live or not: publishers of one version share it.
+    If `wanted` is this version's already, live or claimed, that is the claim: publishers of one version share it.
 
     Raises:
-        PreconditionError: `wanted` is another version's, or was given up.
-        StoreError: the store failed.
+        PreconditionError: `wanted` is another version's, or was retired.
+        StoreError: The store failed.
     """
     lost: str | None = None
     taken = max(map(number, given(store, model)), default=0)
@@ -206,19 +207,20 @@ def claim_name(
         else:
             found = Claim(name=name, record=record, tag=tag)
         if wanted is None and read_given(store, model).holds(taken):
-            # Given, given up and collected since the listing; the claim is left, and buried like any other.
+            # Given, retired and collected since the listing. The claim is left, and buried like any other.
             lost, taken = name, max(map(number, given(store, model)))
             continue
         if wanted is not None and not found.record.live:
-            _check_new(store, model, name, digest)  # its record may have gone, and be a new one now
+            _check_new(store, model, name, digest)  # the old record may have been deleted since, and this one is new
         return found
     raise StoreError(f"{store.url}: no version name of {model} could be had in {RACES} tries")
 
 
 def adopt_claim(store: Store, model: str, name: str, digest: str, publisher: str) -> Claim | None:
-    """Take over the claim of a publisher of the same version who failed or is slower; None if it is none any more.
+    """Take over a claim on the same version from a publisher that failed or is slower; None if it is not a claim any
+    more.
 
-    The other one then finds its claim changed, as if a collection had buried it. Raises StoreError.
+    The other publisher finds its claim changed, as if a collection had buried it. Raises StoreError.
     """
     record, tag = read_tagged(store, model, name)
     if not record.claimed or record.digest != digest:
@@ -233,9 +235,9 @@ def adopt_claim(store: Store, model: str, name: str, digest: str, publisher: str
 
 
 def _claim_again(store: Store, model: str, name: str, claim: NameRecord) -> Claim | None:
-    """The claim of a name that has a record: what is this version's, or a new one where it was never live.
+    """Claim a name that has a record: return this version's claim, or a new one if the name was never live.
 
-    None where it changed meanwhile. Raises PreconditionError, as `check_name`.
+    None if the record changed meanwhile. Raises PreconditionError, as `check_name`.
     """
     try:
         found, tag = read_tagged(store, model, name)
@@ -250,7 +252,7 @@ def _claim_again(store: Store, model: str, name: str, claim: NameRecord) -> Clai
 
 
 def make_live(store: Store, model: str, claim: Claim) -> bool:
-    """Let a claimed name resolve; False if a collection has buried it meanwhile. Raises StoreError."""
+    """Make a claimed name resolve; return False if a collection has buried it. Raises StoreError."""
     record = claim.record.model_copy(update={"retired": None})
     try:
         store.replace(name_key(model, claim.name), record.to_bytes(), tag=claim.tag)
@@ -260,7 +262,8 @@ def make_live(store: Store, model: str, claim: Claim) -> bool:
 
 
 def bury(store: Store, model: str, name: str, record: NameRecord, tag: str) -> bool:
-    """Let a name that does not resolve refer to nothing, for good; False if it has changed since it was read."""
+    """Make a name that does not resolve refer to nothing, for good; return False if it has changed since it was
+    read."""
     dead = record.model_copy(update={"digest": NOTHING, "retired": record.retired or utc_now()})
     try:
         store.replace(name_key(model, name), dead.to_bytes(), tag=tag)
@@ -270,13 +273,13 @@ def bury(store: Store, model: str, name: str, record: NameRecord, tag: str) -> b
 
 
 def retire_name(store: Store, model: str, name: str) -> None:
-    """Put a tombstone in place of a name. Raises StoreError."""
+    """Replace a name by a tombstone. Raises StoreError."""
 
     def change(record: NameRecord) -> NameRecord | None:
         if not record.live:
             return None
         now = clock.utc()
-        if now.isoformat(timespec="seconds") == record.created:  # which would make it a claim
+        if now.isoformat(timespec="seconds") == record.created:  # which would make it look like a claim
             now += timedelta(seconds=1)
         return record.model_copy(update={"retired": now.isoformat(timespec="seconds")})
 
@@ -284,7 +287,7 @@ def retire_name(store: Store, model: str, name: str) -> None:
 
 
 def revive_name(store: Store, model: str, name: str) -> None:
-    """Take a tombstone away again, for a version that an alias has come to point at. Raises StoreError."""
+    """Make a retired name live again, because an alias points at it now. Raises StoreError."""
 
     def change(record: NameRecord) -> NameRecord | None:
         if record.dead:
@@ -295,7 +298,7 @@ def revive_name(store: Store, model: str, name: str) -> None:
 
 
 def _change(store: Store, model: str, name: str, change: Callable[[NameRecord], NameRecord | None]) -> None:
-    """Swap the record of a name for what `change` makes of it, None for no change."""
+    """Replace the record of a name by `change(record)`; None means no change."""
     for _ in range(RACES):
         record, tag = read_tagged(store, model, name)
         after = change(record)

@@ -1,4 +1,4 @@
-"""Many requests to a store at once."""
+"""Concurrent requests to a store."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def each(ask: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Results of `ask` for every item, in their order. All have ended when it returns or raises."""
+    """Return the result of `ask` for each item, in order. All calls have ended when it returns or raises."""
     todo = list(items)
     if THREADS == 1 or len(todo) < 2:
         return [ask(item) for item in todo]

@@ -1,12 +1,12 @@
-"""What a version's proof says, in words."""
+"""A version's proof in words."""
 
 from birkhoff.pipeline.registry.documents import Agreement, VersionManifest
 
 
 def proven(manifest: VersionManifest) -> str:
-    """`, agreement 0.963 (5th percentile 0.700), logits 37.8 dB`, to go on from what else is said of a version.
+    """Return the proof as `, agreement 0.963 (5th percentile 0.700), logits 37.8 dB`, to append to other text.
 
-    Nothing where no proof was made.
+    Empty if no proof was made.
     """
     if manifest.proof is None:
         return ""

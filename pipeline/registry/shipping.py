@@ -1,15 +1,15 @@
-"""Shipping a version from one place to another: everything it is made of, in the order in which it is published.
+"""Copy a version from one place to another: all its parts, in the order of publishing.
 
-A version travels as its manifest, what lies beside the manifest (signatures, labels, ...), its name, the alias by which
-it was asked for, and its blobs. Shard records are parts of the manifest. `install` writes them into a store as a run
-does: under an open run, blobs first, then shard records, then `publish` (manifest, signatures, name, `latest`), then
-labels and aliases. So the target never holds an incomplete version, whenever this process dies and whatever a
-collection does meanwhile. The same command resumes where it stopped, because it leaves alone what is already there.
+A version travels as its manifest, the objects beside the manifest (signatures, labels, ...), its name, the alias it was
+asked for by, and its blobs. Shard records are parts of the manifest. `install` writes them into a store as a run does:
+under an open run, blobs first, then shard records, then `publish` (manifest, signatures, name, `latest`), then labels
+and aliases. So the target never holds an incomplete version, whenever this process dies and whatever a collection does
+meanwhile. What is already there is left alone, so the same command resumes.
 
-The name stays what it was: `v3` is `v3` there, which is what signatures say. It is refused if the target's `v3` is
-another version. `latest` goes forward only, as it does for a publisher. Signatures of a version name the store that
-they were made for, so readers of the target say which one that is (`--signed-for`), or the version is signed there too;
-`Installed.signed_for` says so. Signatures of an alias do not travel: they are of its state in one store.
+The name stays the same, because signatures cover it: `v3` is `v3` there, or refused if the target's `v3` is another
+version. `latest` only moves forward, as for a publisher. A version's signatures name the store that they were made for:
+either readers of the target name that store (`--signed-for`), or the version is signed there too; see
+`Installed.signed_for`. Signatures of an alias do not travel, because they are about its state in one store.
 """
 
 import re
@@ -46,18 +46,18 @@ from birkhoff.pipeline.store.keys import ALIAS_LATEST
 from birkhoff.pipeline.text import short, size
 
 MAX_BESIDE = 128
-"""Objects beside a manifest: one for each key that signed it, its labels, and room for what comes."""
+"""Most objects beside a manifest: one for each key that signed it, its labels, and room for later kinds."""
 
 MAX_BESIDE_BYTES = 64 << 20
-"""Of all of them together."""
+"""Most bytes of all of them together."""
 
 BESIDE_PATH = re.compile(r"([a-z0-9][a-z0-9_-]{0,31}/)?[a-z0-9][a-z0-9_-]{0,71}\.json")
-"""Where an object can lie below the folder of its version."""
+"""Paths that an object can have below its version's folder."""
 
 MANIFEST_FILE = "manifest.json"
 _SIGNATURES = re.compile(r"signatures/([0-9a-f]{64})\.json")
 _THREADS = 4
-"""Blobs under way: each is whole in memory for a moment."""
+"""Blobs copied at a time. Each is whole in memory for a moment."""
 
 Report = Callable[[int], None]
 Bring = Callable[[Sequence[BlobRecord]], None]
@@ -69,22 +69,22 @@ class Parcel:
     """A version on its way, without its blobs."""
 
     origin: str
-    """For messages: the store or the file that it comes from."""
+    """The store or file that it comes from, for messages."""
     name: str
     alias: str | None
-    """The alias by which it was asked for, other than `latest`."""
+    """The alias it was asked for by, unless that is `latest`."""
     manifest: VersionManifest
     beside: dict[str, bytes]
-    """What lies beside the manifest, by path below the folder of the version, sorted."""
+    """Objects beside the manifest, by path below the version's folder, sorted."""
 
     @property
     def label(self) -> str:
-        """For messages: `demo-sam@v3`."""
+        """The version, for messages: `demo-sam@v3`."""
         return f"{self.manifest.model}@{self.name}"
 
     @property
     def blobs(self) -> list[BlobRecord]:
-        """The record of every blob, each blob once, in the manifest's order."""
+        """The records of its blobs, each blob once, in the manifest's order."""
         return list({(record.blob, record.bytes): record for record in self.manifest.stored}.values())
 
     @property
@@ -93,7 +93,7 @@ class Parcel:
         return sum(record.bytes for record in self.blobs)
 
     def signatures(self) -> list[VersionSignatures]:
-        """What keys have said of it. Raises IntegrityError."""
+        """Return its signatures, by key. Raises IntegrityError."""
         found = []
         for path, body in self.beside.items():
             if (key := _SIGNATURES.fullmatch(path)) is not None:
@@ -106,7 +106,7 @@ class Parcel:
         return found
 
     def labels(self) -> dict[str, str]:
-        """Its labels. Raises IntegrityError."""
+        """Return its labels. Raises IntegrityError."""
         body = self.beside.get(LABELS_FILE)
         return (
             {}
@@ -115,7 +115,7 @@ class Parcel:
         )
 
     def others(self) -> dict[str, bytes]:
-        """What is neither: copied byte for byte."""
+        """Return the other objects, which are copied byte for byte."""
         return {
             path: body
             for path, body in self.beside.items()
@@ -125,13 +125,13 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """What is to become of a version in its target.
+    """How a version is named, aliased and signed in its target.
 
-    rename: take the next free name instead of keeping its own.
-    aliases: point these at it, made where they are not there.
-    force: move them although they are protected.
-    signer: signs the version and the aliases there.
-    single_publisher: the target has no conditional writes.
+    rename: Take the next free name instead of its own.
+    aliases: Point these at it; missing ones are created.
+    force: Move protected aliases too.
+    signer: Signs the version and the aliases there.
+    single_publisher: The target has no conditional writes.
     """
 
     rename: bool = False
@@ -143,7 +143,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What was done. `copied` counts blobs that the target lacked."""
+    """The result of a copy. `copied` counts blobs that the target lacked."""
 
     parcel: Parcel
     version: Version
@@ -152,10 +152,10 @@ class Installed:
     aliases: tuple[str, ...]
     labels: dict[str, str]
     signed_for: tuple[str, ...]
-    """The other stores that its signatures name, by keys that have not signed it for the target too."""
+    """Other stores named by its signatures, from keys that have not signed it for the target too."""
 
     def facts(self) -> dict[str, object]:
-        """Under the keys of `--json`."""
+        """Return the result under the keys of `--json`."""
         return {
             "model": self.version.model,
             "version": self.version.name,
@@ -175,17 +175,17 @@ class Installed:
 
 
 def pack(store: Store, version: Version) -> Parcel:
-    """All of a stored version but its blobs.
+    """Return a stored version without its blobs.
 
     Raises:
-        ArtifactNotFoundError: it has no name.
-        IntegrityError: something lies beside its manifest that cannot.
-        StoreError: the store failed.
+        ArtifactNotFoundError: It has no name.
+        IntegrityError: An object beside its manifest cannot travel.
+        StoreError: The store failed.
     """
     if version.name is None:
         raise ArtifactNotFoundError(
-            f"{store.url}: version {version.digest[:12]} of {version.model} has no name (any more), by which it could "
-            f"be known elsewhere; name one that `{hint('list', version.model)}` shows"
+            f"{store.url}: version {version.digest[:12]} of {version.model} has no name (any more), and is copied by "
+            f"name; choose one that `{hint('list', version.model)}` shows"
         )
     folder = version_key(version.model, version.digest).removesuffix(MANIFEST_FILE)
     beside: dict[str, bytes] = {}
@@ -195,14 +195,14 @@ def pack(store: Store, version: Version) -> Parcel:
             continue
         if not BESIDE_PATH.fullmatch(path):
             raise IntegrityError(
-                f"{store.url}: {info.key[:300]!r} lies beside a manifest and cannot travel; expected a name such as "
+                f"{store.url}: {info.key[:300]!r} lies beside a manifest and cannot be copied; expected a name such as "
                 "labels.json or signatures/KEY.json: remove it"
             )
         beside[path] = _document(store, info.key)
         if len(beside) > MAX_BESIDE or sum(map(len, beside.values())) > MAX_BESIDE_BYTES:
             raise IntegrityError(
                 f"{store.url}: {folder} holds more than {MAX_BESIDE} objects or {MAX_BESIDE_BYTES} bytes beside its "
-                "manifest, which cannot travel; remove what is not of this program"
+                "manifest, too many to copy; remove those that birkhoff did not write"
             )
     return Parcel(
         origin=store.url,
@@ -216,20 +216,20 @@ def pack(store: Store, version: Version) -> Parcel:
 def copy(
     source: Store, parcel: Parcel, target: Store, delivery: Delivery, *, report: Report = lambda _: None
 ) -> Installed:
-    """Bring a version from one store into another, only what is missing there.
+    """Copy a version from one store to another, only what the target lacks.
 
     Args:
-        source: where its blobs are.
-        parcel: the version, by `pack`.
-        target: where it goes.
-        delivery: what is to become of it there.
-        report: told of bytes as they are there.
+        source: The store with its blobs.
+        parcel: The version, from `pack`.
+        target: The store to copy to.
+        delivery: How it is named, aliased and signed there.
+        report: Called with numbers of bytes as they arrive.
 
     Raises:
-        IntegrityError: a blob of the source is missing or damaged; nothing was named.
-        PreconditionError: its name is another version's in the target.
-        AliasError: an alias of the target is protected.
-        StoreError: a store failed.
+        IntegrityError: A blob of the source is missing or damaged; nothing was named.
+        PreconditionError: The target has another version under its name.
+        AliasError: An alias in the target is protected.
+        StoreError: A store failed.
     """
 
     def bring(records: Sequence[BlobRecord]) -> None:
@@ -248,12 +248,12 @@ def copy(
 def install(
     target: Store, parcel: Parcel, bring: Bring, delivery: Delivery, *, report: Report = lambda _: None
 ) -> Installed:
-    """Publish a version in a store, its missing blobs by `bring`. Raises as `copy`, and what `bring` raises."""
+    """Publish a version in a store; `bring` stores the missing blobs. Raises what `copy` and `bring` raise."""
     manifest, model = parcel.manifest, parcel.manifest.model
     aliases = tuple(dict.fromkeys([*([parcel.alias] if parcel.alias else []), *delivery.aliases]))
     signatures, labels, others = parcel.signatures(), parcel.labels(), parcel.others()
     with open_run(target) as run:
-        # What will be refused is refused before anything travels.
+        # Refuse before anything is copied.
         if not delivery.rename:
             check_name(target, model, parcel.name, manifest.digest)
         for alias in aliases:
@@ -263,7 +263,7 @@ def install(
         bring(missing)
         run.check()
         for shard in manifest.shards:
-            with suppress(PreconditionError):  # the target has led to another blob: it stays what it is there
+            with suppress(PreconditionError):  # the target has another blob for this key, and keeps it
                 target.create(shard_key(shard.key), shard.to_bytes())
         version = publish(
             target,
@@ -275,7 +275,7 @@ def install(
         )
         folder = version_key(model, version.digest).removesuffix(MANIFEST_FILE)
         for path, body in others.items():
-            with suppress(PreconditionError):  # its own stays
+            with suppress(PreconditionError):  # the target keeps its own
                 target.create(f"{folder}{path}", body)
         labels = change_labels(target, model, version.digest, labels)
         for alias in aliases:
@@ -292,7 +292,8 @@ def install(
 
 
 def _signed_for(target: Store, version: Version, signatures: Sequence[VersionSignatures]) -> tuple[str, ...]:
-    """What readers of the target name as the store that a version was signed for; nothing where it is the target."""
+    """Return the stores that a version was signed for, to be named by readers of the target; empty if it is the
+    target."""
     found: set[str] = set()
     for record in signatures:
         key = signatures_key(version.model, version.digest, record.key)
@@ -304,22 +305,22 @@ def _signed_for(target: Store, version: Version, signatures: Sequence[VersionSig
 
 
 def put_blob(target: Store, record: BlobRecord, body: bytes) -> None:
-    """Store a blob whose digest was checked. What stands there otherwise is damaged: replaced."""
+    """Store a blob whose digest was checked; a damaged object under its key is replaced."""
     keep_object(target, blob_key(record.blob), body)
 
 
 def _bring_one(source: Store, target: Store, parcel: Parcel, record: BlobRecord) -> int:
-    """Copy one blob; returns its size."""
+    """Copy one blob; return its size in bytes."""
     put_blob(target, record, read_blob(source, parcel, record))
     return record.bytes
 
 
 def read_blob(source: Store, parcel: Parcel, record: BlobRecord) -> bytes:
-    """A blob of the source, checked; a byte that changed on the way is fetched again, once.
+    """Return a blob of the source, checked. A damaged one is fetched once more, in case it changed on the way.
 
     Raises:
-        IntegrityError: it is missing or damaged.
-        StoreError: the source failed.
+        IntegrityError: It is missing or damaged.
+        StoreError: The source failed.
     """
     body = b""
     for _ in range(2):

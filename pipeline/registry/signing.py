@@ -1,11 +1,12 @@
-"""Ed25519 signatures of versions and aliases: key files, what is signed, and where it lies.
+"""Ed25519 signatures of versions and aliases: key files, signed statements, storage.
 
-    models/M/versions/<digest>/signatures/<key>.json    by one key: under which names this version was published
+    models/M/versions/<digest>/signatures/<key>.json    by one key: the names this version was published under
     models/M/aliases/<alias>.json                       an alias carries the signature of its present state
 
-A signature covers a line that says what it is for and a JSON object in canonical form (sorted keys, no blanks, ASCII):
-of a version its store, model, name, digest and time; of an alias also its own name and `gen`. So none holds in another
-store, or for another model, name, alias or generation. SIGNING.md has what this protects from and what it does not.
+A signature covers one line with its purpose, and a JSON object in canonical form (sorted keys, no blanks, ASCII). For a
+version the object has store, model, name, digest and time; for an alias also the alias and `gen`. So a signature is
+valid for one store, model, name, alias and generation only. SIGNING.md says what this protects from and what it does
+not.
 """
 
 import base64
@@ -33,25 +34,25 @@ from birkhoff.pipeline.registry.documents import (
 from birkhoff.pipeline.registry.swaps import change_document
 from birkhoff.pipeline.store.base import Store
 
-if TYPE_CHECKING:  # imported by the functions that need it: readers that ask for no signature do without
+if TYPE_CHECKING:  # the functions that need it import it, so readers that check no signature do without
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 PUBLIC_SUFFIX = ".pub"
 KEPT_NAMES = 64
-"""Names under which one version can be signed by one key; the oldest go."""
+"""Names that one key can sign one version under; the oldest are dropped."""
 
 _MAX_KEY_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicKey:
-    """A key that signatures are checked with. `id` is the sha256 of its 32 bytes in hex."""
+    """A key to check signatures with. `id` is the sha256 of its 32 bytes in hex."""
 
     id: str
     key: "Ed25519PublicKey" = field(repr=False)
 
     def holds(self, signature: str, statement: bytes) -> bool:
-        """Whether `signature` (base64) is of these bytes."""
+        """Return whether `signature` (base64) is valid for these bytes."""
         from cryptography.exceptions import InvalidSignature
 
         try:
@@ -63,21 +64,21 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
-    """A private key, for the process that publishes; never sent to workers or written anywhere."""
+    """A private key, for the publishing process. It is never sent to workers or written anywhere."""
 
     public: PublicKey
     key: "Ed25519PrivateKey" = field(repr=False)
 
     def sign(self, statement: bytes) -> str:
-        """The signature in base64."""
+        """Return the signature in base64."""
         return base64.b64encode(self.key.sign(statement)).decode()
 
 
 def new_key(path: Path) -> PublicKey:
-    """Write a new key pair: `path`, which its owner alone can read, and `path`.pub.
+    """Write a new key pair: `path`, readable only by its owner, and `path`.pub.
 
     Raises:
-        OutputError: one of the files exists, or cannot be written.
+        OutputError: One of the files exists, or cannot be written.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -96,7 +97,7 @@ def new_key(path: Path) -> PublicKey:
 
 
 def load_signer(path: Path) -> Signer:
-    """Read a private key file. Raises TrustError, also for a file that others can read."""
+    """Read a private key file. Raises TrustError, also if others can read the file."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -132,28 +133,29 @@ def load_public(path: Path) -> PublicKey:
 
 
 def audience_of(store: Store) -> str:
-    """What a signature names its store by: its URL, and its endpoint where that is not AWS's own.
+    """Return how signatures name a store: its URL, with its endpoint unless that is AWS's own.
 
-    Buckets of one name in two services are two stores. An embedded store is its folder, whatever port serves it.
+    Buckets of one name in two services are two stores. An embedded store is named by its folder, whatever port serves
+    it.
     """
     endpoint = store.address.settings.endpoint
     return store.url if endpoint is None or store.url.startswith("embedded:") else f"{store.url} at {endpoint}"
 
 
 def version_statement(audience: str, model: str, name: str, digest: str, signed: str) -> bytes:
-    """What the signature of a version covers."""
+    """Return the bytes that a version's signature covers."""
     named = {"audience": audience, "model": model, "version": name}
     return _statement("version", {**named, "digest": digest, "signed": signed})
 
 
 def alias_statement(audience: str, model: str, alias: str, record: AliasRecord) -> bytes:
-    """What the signature of an alias covers: everything that it means, not its history."""
+    """Return the bytes that an alias's signature covers: everything but its history."""
     facts = {"model": model, "alias": alias, "version": record.version, "digest": record.digest, "gen": record.gen}
     return _statement("alias", {"audience": audience, **facts, "moved": record.moved, "back": bool(record.back)})
 
 
 def sign_alias(signer: Signer, audience: str, model: str, alias: str, record: AliasRecord) -> AliasRecord:
-    """The record with a signature of this state, for the store `audience`."""
+    """Return the record with a signature of its state for the store `audience`."""
     signature = signer.sign(alias_statement(audience, model, alias, record))
     signed = AliasSignature(key=signer.public.id, audience=audience, signature=signature)
     return record.model_copy(update={"signature": signed})
@@ -162,7 +164,7 @@ def sign_alias(signer: Signer, audience: str, model: str, alias: str, record: Al
 def alias_signed_by(
     key: PublicKey, model: str, alias: str, record: AliasRecord, *, audience: str | None = None
 ) -> bool:
-    """Whether the alias carries a signature of its state by this key, for the store `audience`; None for any store."""
+    """Return whether an alias carries this key's signature of its state for the store `audience` (None: any store)."""
     found = record.signature
     if found is None or found.key != key.id or not _is_for(found.audience, audience):
         return False
@@ -172,9 +174,9 @@ def alias_signed_by(
 def sign_version(
     store: Store, signer: Signer, model: str, name: str, digest: str, *, withdraw: str | None = None
 ) -> None:
-    """Store the statement that `name` of `model` is this version; takes back the one about `withdraw`.
+    """Store the statement that `name` of `model` is this version, and withdraw the one about the name `withdraw`.
 
-    Written before the name exists, so that no reader meets an unsigned one. Raises StoreError, IntegrityError.
+    It is written before the name exists, so that no reader meets an unsigned name. Raises StoreError, IntegrityError.
     """
     audience = audience_of(store)
 
@@ -186,7 +188,7 @@ def sign_version(
         ):
             signed = utc_now()
             signature = signer.sign(version_statement(audience, model, name, digest, signed))
-            # One without an audience holds for no reader any more.
+            # one without an audience is not accepted by any reader
             names = tuple(e for e in names if e.version != name or e.audience not in (None, audience))
             added = NameSignature(version=name, audience=audience, signed=signed, signature=signature)
             names = (*names, added)[-KEPT_NAMES:]
@@ -196,12 +198,12 @@ def sign_version(
 
 
 def add_signatures(store: Store, model: str, digest: str, record: VersionSignatures) -> None:
-    """Store what a key said of a version elsewhere, beside what it said here. Raises StoreError, IntegrityError."""
+    """Store a key's statements from another store beside those made here. Raises StoreError, IntegrityError."""
 
     def change(found: VersionSignatures | None) -> VersionSignatures | None:
         held = () if found is None else found.names
         known = {(entry.version, entry.audience) for entry in held}
-        # What was said here comes last, and so is kept.
+        # Statements made here come last, so that they are kept.
         names = (*(e for e in record.names if (e.version, e.audience) not in known), *held)[-KEPT_NAMES:]
         return None if names == held else VersionSignatures(key=record.key, names=names)
 
@@ -209,7 +211,7 @@ def add_signatures(store: Store, model: str, digest: str, record: VersionSignatu
 
 
 def read_signatures(store: Store, model: str, digest: str, key: PublicKey) -> VersionSignatures | None:
-    """What a key has said of a version, its signatures unchecked. Raises StoreError, IntegrityError."""
+    """Return a key's statements about a version, not checked. Raises StoreError, IntegrityError."""
     try:
         return fetch_document(store, VersionSignatures, signatures_key(model, digest, key.id))
     except ObjectNotFoundError:
@@ -219,10 +221,7 @@ def read_signatures(store: Store, model: str, digest: str, key: PublicKey) -> Ve
 def signed_names(
     key: PublicKey, model: str, digest: str, record: VersionSignatures | None, *, audience: str | None = None
 ) -> list[str]:
-    """The names under which a key has signed this version of this model for the store `audience`; None for any store.
-
-    Signatures that do not hold are left out.
-    """
+    """Return the names under which a key has validly signed this version for the store `audience` (None: any store)."""
     if record is None or record.key != key.id:
         return []
     return [entry.version for entry in record.names if _entry_holds(key, model, digest, entry, audience)]
@@ -237,7 +236,7 @@ def _entry_holds(key: PublicKey, model: str, digest: str, entry: NameSignature, 
 
 
 def _is_for(named: str | None, wanted: str | None) -> bool:
-    """Whether a signature that names a store, which those of old do not, is for the one that is wanted."""
+    """Return whether a signature for the store `named` is for `wanted`. Old signatures name no store."""
     return named is not None and wanted in (None, named)
 
 
@@ -266,7 +265,7 @@ def _read(path: Path) -> bytes:
 
 
 def _create(path: Path, body: bytes, mode: int) -> None:
-    """Write a new file with this mode from its first moment on. Raises OutputError."""
+    """Create a file with this mode from the start. Raises OutputError."""
     made = False
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -1,4 +1,4 @@
-"""Documents that several may change at once: read, decide, compare-and-swap, and again where somebody was faster."""
+"""Documents with several writers: read, decide, compare-and-swap, and retry if another writer was faster."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ from birkhoff.pipeline.errors import ObjectNotFoundError, PreconditionError, Sto
 from birkhoff.pipeline.store.base import Store
 
 RACES = 100
-"""Lost races before giving up: with exactly one winner a race, more means the store does not do what it says."""
+"""Lost races before giving up. Every race has a winner, so more means that the store's swaps do not work."""
 
 
 def read_tagged(store: Store, kind: type[D], key: str) -> tuple[D, str]:
-    """A document and its tag. Raises ObjectNotFoundError, StoreError, IntegrityError."""
+    """Return a document and its tag. Raises ObjectNotFoundError, StoreError, IntegrityError."""
     body, tag = store.read(key, length=MAX_DOCUMENT_BYTES + 1)
     return parse_bounded(kind, key, body), tag
 
@@ -19,11 +19,11 @@ def read_tagged(store: Store, kind: type[D], key: str) -> tuple[D, str]:
 def change_document(
     store: Store, kind: type[D], key: str, change: Callable[[D | None], D | None], *, wish: str = "change it"
 ) -> None:
-    """Swap a document for what `change` makes of it, which gets None where there is none; None for no change.
+    """Replace a document by `change(document)`. `change` gets None if there is none, and returns None for no change.
 
     Raises:
-        StoreError: the store failed, or the document changed under `RACES` tries to do what `wish` says.
-        IntegrityError: what stands there is no such document.
+        StoreError: The store failed, or the document changed during `RACES` attempts to do what `wish` says.
+        IntegrityError: The stored object is not such a document.
     """
     for _ in range(RACES):
         try:

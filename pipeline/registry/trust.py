@@ -1,8 +1,8 @@
-"""What a reader demands of a version beyond its digests: signatures, and that an alias never goes back unnoticed.
+"""What a reader demands of a version besides matching digests: signatures, and that aliases never go back unnoticed.
 
-A reader remembers the highest `gen` of every alias it has followed, by store, model and alias, under the cache folder.
-An alias that comes with a smaller one, or with the same one and another version, was not moved but replaced: a backup
-was restored, a mirror is stale, or somebody replays an old state. Deleting the cache folder forgets it.
+A reader remembers the highest `gen` of every alias it followed, by store, model and alias, in the cache folder. An
+alias with a smaller `gen`, or with the same `gen` and another version, was not moved but replaced: a backup was
+restored, a mirror is stale, or somebody replays an old state. Deleting the cache folder deletes this memory.
 """
 
 import fcntl
@@ -36,9 +36,9 @@ log: logging.Logger = logging.getLogger("birkhoff.trust")
 class Trust:
     """A reader's demands.
 
-    keys: where there are any, version and alias must be signed, each by one of them.
-    audience: the store that they must be signed for, where it is not the one that is read: a mirror of it.
-    accept_older: take what an alias says now, and remember that from here on.
+    keys: If given, version and alias must each be signed by one of them.
+    audience: The store that they must be signed for, if the store that is read is its mirror.
+    accept_older: Accept an alias's present state, and remember it from now on.
     """
 
     keys: tuple[PublicKey, ...] = ()
@@ -53,21 +53,21 @@ class Trust:
         audience: str | None = None,
         accept_older: bool = False,
     ) -> "Trust":
-        """Demands with the public keys of these files. Raises TrustError."""
+        """Return demands with the public keys of these files. Raises TrustError."""
         keys = tuple(load_public(Path(file)) for file in key_files or ())
         return cls(keys=keys, audience=audience, accept_older=accept_older)
 
 
 ANY = Trust()
-"""No signatures asked for; aliases that go back are noticed."""
+"""Requires no signatures. Aliases that go back are still noticed."""
 
 
 def check_version(store: Store, version: Version, trust: Trust) -> tuple[VersionSignatures, ...]:
-    """Make sure that a version found in a store is what the reader demands; returns the signatures that say so.
+    """Check that a version found in a store meets a reader's demands; return the signatures that prove it.
 
     Raises:
-        TrustError: a signature is missing, or of another key, model, name or digest; or the alias went back.
-        StoreError, IntegrityError: a signature cannot be read.
+        TrustError: A signature is missing, or is of another key, model, name or digest; or the alias went back.
+        StoreError, IntegrityError: A signature cannot be read.
     """
     signatures = tuple(
         found for key in trust.keys if (found := read_signatures(store, version.model, version.digest, key)) is not None
@@ -84,12 +84,13 @@ def check_version(store: Store, version: Version, trust: Trust) -> tuple[Version
 def check_signatures(
     model: str, name: str | None, digest: str, signatures: Sequence[VersionSignatures], trust: Trust, where: str
 ) -> None:
-    """Make sure that one of the keys has signed this version under this name; under any where `name` is None.
+    """Check that one of the keys has signed this version under this name; under any name if `name` is None.
 
-    Where `trust` names no store, it may have been signed for any: of a folder and of the cache, `pull` has checked it.
+    If `trust` names no store, signatures for any store are accepted, because `pull` has checked the store of what is in
+    a folder or the cache.
 
     Raises:
-        TrustError: none has; what was signed instead stands in it.
+        TrustError: None of the keys has. The message says what was signed instead.
     """
     if not trust.keys:
         return
@@ -116,8 +117,8 @@ def check_signatures(
         )
     if entries and all(entry.audience is None for entry in entries):
         raise TrustError(
-            f"{label}: signed before signatures named their store, so it may come from any; its publisher signs it "
-            "again with `birkhoff sign`"
+            f"{label}: signed before signatures named their store, so it may come from any; ask its publisher to sign "
+            "it again with `birkhoff sign`"
         )
     if entries:
         raise TrustError(
@@ -125,8 +126,8 @@ def check_signatures(
             "do not use it, and ask its publisher"
         )
     raise TrustError(
-        f"{label}: not signed by {_ids(trust)}; its publisher signs it with `birkhoff sign`, or name the key it is "
-        "signed with"
+        f"{label}: not signed by {_ids(trust)}; ask its publisher to sign it with `birkhoff sign`, or name the key "
+        "that signed it"
     )
 
 
@@ -151,17 +152,17 @@ def _check_alias_signature(store: Store, model: str, alias: str, record: AliasRe
 
 
 def _check_generation(store: Store, model: str, alias: str, record: AliasRecord, trust: Trust) -> None:
-    """Compare an alias with what was seen of it, and remember it.
+    """Compare an alias with the state remembered of it, and remember the present one.
 
     Raises:
-        TrustError: it went back; or what was seen cannot be read, or, where signatures are demanded, not be kept.
+        TrustError: It went back; or the memory cannot be read, or, if signatures are required, not be written.
     """
     name = json.dumps([store.url, store.address.settings.endpoint, model, alias])
     note = cache_folder() / "seen" / f"{sha256(name.encode())}.json"
     label = f"alias {alias} of {model}"
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        # Not the note itself, in whose place a new one is put.
+        # The lock is another file, because the note is replaced.
         with note.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             gen, digest = _seen(note, label, trust)
@@ -170,7 +171,7 @@ def _check_generation(store: Store, model: str, alias: str, record: AliasRecord,
                 with atomic_file(note) as file:
                     file.write(json.dumps({"alias": name, "gen": record.gen, "digest": record.digest}).encode())
     except OSError as error:
-        gen, digest = _seen(note, label, trust)  # what a disk that is full or read-only still says
+        gen, digest = _seen(note, label, trust)  # a full or read-only disk can still be read
         _check_step(store, label, record, (gen, digest), note, trust)
         if trust.keys and not trust.accept_older and (gen, digest) != (record.gen, record.digest):
             raise TrustError(
@@ -181,7 +182,7 @@ def _check_generation(store: Store, model: str, alias: str, record: AliasRecord,
 
 
 def _check_step(store: Store, label: str, record: AliasRecord, seen: tuple[int, str], note: Path, trust: Trust) -> None:
-    """Raise TrustError if an alias has gone back behind what was seen of it, unless that is accepted."""
+    """Raise TrustError if an alias is behind the state remembered of it, unless that is accepted."""
     gen, digest = seen
     if trust.accept_older or record.gen > gen or (record.gen == gen and digest == record.digest):
         return
@@ -193,7 +194,7 @@ def _check_step(store: Store, label: str, record: AliasRecord, seen: tuple[int, 
 
 
 def _seen(note: Path, label: str, trust: Trust) -> tuple[int, str]:
-    """(gen, digest) of a note; nothing seen where there is none. Raises TrustError for one that says nothing."""
+    """Return (gen, digest) of a note; (0, "") if there is none. Raises TrustError if it cannot be read."""
     try:
         known = json.loads(note.read_bytes()[: 1 << 16])
         return int(known["gen"]), str(known["digest"])

@@ -1,9 +1,9 @@
-"""Publishing a version, and finding one: names are created, aliases are swapped, readers follow digests.
+"""Publish versions and find them: names are created, aliases are swapped, readers follow digests.
 
-Order of writes: blobs and shard records (by the workers), then the version's manifest, then its name, then the alias
-`latest`. A crash between two of them leaves objects that nothing refers to yet, and the next run goes on from there.
+Order of writes: blobs and shard records (by the workers), the version's manifest, its name, the alias `latest`. A crash
+in between leaves objects that nothing refers to yet, and the next run continues from there.
 
-The name is claimed before the version is looked at for the last time, and made live after: see PROTOCOL.md.
+The name is claimed before the version is checked for the last time, and made live after: see PROTOCOL.md.
 """
 
 import uuid
@@ -64,7 +64,7 @@ from birkhoff.pipeline.store.keys import ALIAS_LATEST, DIGEST, NAME_PATTERN
 from birkhoff.pipeline.text import fixed, printable, short, size, some, suggestion
 
 FRESH = timedelta(hours=1)
-"""What was written within this time needs no touch."""
+"""Objects written within this time need no touch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,24 +73,24 @@ class Version:
 
     model: str
     name: str | None
-    """Human name, such as `v3`; None when it was asked for by digest and no name was looked up."""
+    """Its name, such as `v3`; None if it was found by digest and has no name."""
     digest: str
     manifest: VersionManifest
     alias: str | None = None
-    """The alias by which it was asked for, if it was."""
+    """The alias it was asked for by, if any."""
     pointer: AliasRecord | None = None
     """The state of that alias."""
     same_as: str | None = None
-    """The newest of its older names, where it was just published under one more."""
+    """Its newest older name, if it was just published under one more."""
 
     @property
     def reference(self) -> str:
-        """What names this very version in its store: `demo-sam@v3`."""
+        """Its unique name in its store: `demo-sam@v3`."""
         return f"{self.model}@{self.name or self.digest}"
 
     @property
     def stored_bytes(self) -> int:
-        """As `VersionManifest.stored_bytes`: the same whenever and however it is asked for."""
+        """As `VersionManifest.stored_bytes`."""
         return self.manifest.stored_bytes
 
     def _repr_html_(self) -> str:
@@ -98,7 +98,7 @@ class Version:
 
 
 def said_figures(manifest: VersionManifest) -> dict[str, str]:
-    """Profile and figures of a version for people; empty for what was not measured."""
+    """Return profile and figures of a version for people; empty for figures that were not measured."""
     found = manifest.figures()
     forms: dict[str, tuple[str, Callable[[Any], str]]] = {
         "source": ("source_bytes", size),
@@ -122,22 +122,22 @@ def publish(
     single_publisher: bool = False,
     signer: Signer | None = None,
 ) -> Version:
-    """Make a version whose blobs are all stored visible: manifest, signatures, name, alias `latest`.
+    """Make a version visible whose blobs are all stored: write manifest, signatures, name, alias `latest`.
 
-    The newest version, published again, keeps its name. No pause of this process, no clock and no collection makes the
-    version visible without all of its blobs.
+    If the newest version is published again, it keeps its name. No pause of this process, clock or collection can make
+    the version visible without all of its blobs.
 
     Args:
-        store: where its blobs are.
-        manifest: the version.
-        name: the name it has elsewhere and is to have here too; None for the next free one.
-        signatures: what keys have said of it elsewhere, stored before the name is.
-        single_publisher: say in its name that the store has no conditional writes.
-        signer: signs it under its name.
+        store: The store with its blobs.
+        manifest: The version.
+        name: The name that it has in another store; None for the next free one.
+        signatures: Statements of keys from another store; stored before the name.
+        single_publisher: Record in its name that the store has no conditional writes.
+        signer: Signs it under its name.
 
     Raises:
-        PreconditionError: the name is another version's here, or was given up.
-        StoreError: a blob is missing, or the store failed.
+        PreconditionError: The name is another version's here, or was retired.
+        StoreError: A blob is missing, or the store failed.
     """
     model, digest, publisher = manifest.model, manifest.digest, uuid.uuid4().hex
 
@@ -150,8 +150,8 @@ def publish(
     with open_run(store) as run:
         known = _keep_young(store, manifest, run.renew())
         run.check()
-        # Names tell what was published when: content that was there before and comes back gets a new one.
-        # `latest` goes forward only, so it could not go back to an old name.
+        # Names tell what was published when, so content that comes back gets a new one: `latest` only goes forward, and
+        # could not return to the old name.
         given = all_names(store, model, newest_first=True)
         highest = next(given, None) if name is None else None
         live = (entry for entry in chain((highest,), given) if entry is not None and entry[1].live)
@@ -176,9 +176,9 @@ def publish(
 
 
 def _keep_young(store: Store, manifest: VersionManifest, now: datetime) -> bool:
-    """Store the manifest, and touch what is not of this hour: a grace period begins anew for all that is reused.
+    """Store the manifest, and touch objects older than `FRESH`, so that their grace period starts again.
 
-    Returns whether the manifest was there. Raises StoreError if a blob is not.
+    Returns whether the manifest was there. Raises StoreError if a blob is missing.
     """
     found = each(lambda record: _blob(store, record), manifest.stored)
     if None in found:
@@ -203,10 +203,10 @@ def _take_name(
     sign: Callable[[str, str | None], None],
     keys: AbstractSet[str],
 ) -> str:
-    """Claim a name unless one is `claimed`, see that no collection takes away what it stands for, and make it live.
+    """Claim a name unless one is `claimed`, make sure that no collection deletes what it needs, and make it live.
 
     Raises:
-        StoreError: a blob is missing; the claim is withdrawn.
+        StoreError: A blob is missing; the claim is withdrawn.
     """
     model, digest = manifest.model, manifest.digest
     needed = {version_key(model, digest), *(blob_key(record.blob) for record in manifest.stored)}
@@ -217,10 +217,10 @@ def _take_name(
         if _info(store, version_key(model, digest)) is None:
             store.create(version_key(model, digest), manifest.to_bytes())
         if not is_whole(store, manifest):
-            if not claimed.record.live:  # a wanted name may have become live by another publisher of this version
+            if not claimed.record.live:  # another publisher of this version may have made a wanted name live
                 bury(store, model, claimed.name, claimed.record, claimed.tag)
             raise _gone(store, manifest)
-        sign(claimed.name, None)  # once more: a collection may have taken the first away
+        sign(claimed.name, None)  # again, because a collection may have deleted the first signature
         if make_live(store, model, claimed):
             return claimed.name
         claimed = None
@@ -232,14 +232,14 @@ def _gone(store: Store, manifest: VersionManifest) -> StoreError:
 
 
 def sign_published(store: Store, reference: str, signer: Signer) -> Version:
-    """Sign a version that is there, under its name, or all its names where it was asked for by digest; and the alias.
+    """Sign a stored version under its name, or under all its names if `reference` is a digest; sign the alias too.
 
-    Nothing else changes: no name is given, no alias moved. May be called twice.
+    Nothing else changes: no name is given and no alias moved. It may be called twice.
 
     Raises:
-        ArtifactNotFoundError: no such version, or one without a name, which is what a signature is about.
-        PreconditionError: the alias moved meanwhile.
-        StoreError, IntegrityError: the store failed.
+        ArtifactNotFoundError: There is no such version, or it has no name to sign.
+        PreconditionError: The alias moved meanwhile.
+        StoreError, IntegrityError: The store failed.
     """
     with open_run(store):
         version = resolve(store, reference)
@@ -257,7 +257,7 @@ def sign_published(store: Store, reference: str, signer: Signer) -> Version:
 
 
 def is_signed(store: Store, version: Version, signer: Signer) -> bool:
-    """Whether a version that was found by an alias is signed under its name by this key, and the alias too."""
+    """Return whether a version found by an alias is signed under its name by this key, and the alias too."""
     if version.alias is None or version.pointer is None:
         return False
     record = read_signatures(store, version.model, version.digest, signer.public)
@@ -267,19 +267,20 @@ def is_signed(store: Store, version: Version, signer: Signer) -> bool:
 
 
 def is_whole(store: Store, manifest: VersionManifest) -> bool:
-    """Whether every blob of a version is stored in its right size."""
+    """Return whether every blob of a version is stored at its right size."""
     return not missing_blobs(store, manifest.stored)
 
 
 def missing_blobs(store: Store, records: Iterable[BlobRecord]) -> list[BlobRecord]:
-    """Records whose blob a store lacks, or has in another size; each blob once, none is read. Raises StoreError."""
+    """Return the records whose blob a store lacks or has at another size. Each blob once; none is read. Raises
+    StoreError."""
     wanted = list({(record.blob, record.bytes): record for record in records}.values())
     found = each(lambda record: _blob(store, record), wanted)
     return [record for record, info in zip(wanted, found, strict=True) if info is None]
 
 
 def _blob(store: Store, record: BlobRecord) -> ObjectInfo | None:
-    """What the store knows about a blob, None unless it is there in its right size."""
+    """Return the store's facts about a blob; None unless it is there at its right size."""
     info = _info(store, blob_key(record.blob))
     return info if info is not None and info.size == record.bytes else None
 
@@ -292,17 +293,17 @@ def _info(store: Store, key: str) -> ObjectInfo | None:
 
 
 def models(store: Store) -> list[str]:
-    """Names of the models that have a version."""
+    """Return the names of the models that have a version name."""
     parts = (info.key.split("/") for info in store.list("models/"))
     return sorted({part[1] for part in parts if len(part) > 3 and part[2] == "names"})
 
 
 def resolve(store: Store, reference: str) -> Version:
-    """The version of `MODEL`, `MODEL@ALIAS`, `MODEL@v3` or `MODEL@DIGEST`, its manifest checked against its digest.
+    """Return the version of `MODEL`, `MODEL@ALIAS`, `MODEL@v3` or `MODEL@DIGEST`, its manifest checked.
 
     Raises:
-        ArtifactNotFoundError: no such model, version or alias.
-        IntegrityError: the manifest does not match its digest.
+        ArtifactNotFoundError: There is no such model, version or alias.
+        IntegrityError: The manifest does not match its digest.
     """
     model, _, ref = reference.partition("@")
     if not NAME_PATTERN.fullmatch(model) or (ref and not NAME_PATTERN.fullmatch(ref)):
@@ -319,7 +320,7 @@ def is_fixed(reference: str) -> bool:
 
 
 def _find(store: Store, model: str, ref: str) -> tuple[str | None, str, AliasRecord | None]:
-    """Name, digest, and the alias that led to them."""
+    """Return name and digest, and the alias that led to them."""
     try:
         if DIGEST.fullmatch(ref):
             return next((name for name, record in names(store, model) if record.digest == ref), None), ref, None
@@ -341,7 +342,7 @@ def _named(store: Store, model: str, name: str) -> str:
 
 
 def latest_version(store: Store, model: str) -> Version | None:
-    """The version that `latest` points at, if there is one."""
+    """Return the version that `latest` points at; None if there is none."""
     try:
         return resolve(store, model)
     except ArtifactNotFoundError:
@@ -349,7 +350,7 @@ def latest_version(store: Store, model: str) -> Version | None:
 
 
 def load_version(store: Store, model: str, digest: str) -> VersionManifest:
-    """The manifest of a version, checked against its digest. Raises as `resolve`."""
+    """Return the manifest of a version, checked against its digest. Raises what `resolve` raises."""
     key = version_key(model, digest)
     try:
         body = store.get(key, length=MAX_DOCUMENT_BYTES + 1)
@@ -359,8 +360,8 @@ def load_version(store: Store, model: str, digest: str) -> VersionManifest:
     if sha256(body) != digest:
         raise IntegrityError(f"{key}: its bytes have digest {sha256(body)}: the stored manifest is damaged")
     manifest = read_document(VersionManifest, key, body)
-    if manifest.digest != digest:  # a pulled folder and the cache write it out again
-        raise IntegrityError(f"{key}: spelled otherwise than this package does; publish the version again")
+    if manifest.digest != digest:  # pulled folders and the cache write it again, in this package's spelling
+        raise IntegrityError(f"{key}: not in the spelling of this package; publish the version again")
     if manifest.model != model:
         raise IntegrityError(
             f"{key}: a version of model {printable(manifest.model[:80])!r}, not of {model!r}: misplaced"

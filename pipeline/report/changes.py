@@ -7,10 +7,10 @@ from birkhoff.pipeline.report.document import ChangeRecord, TensorChange
 from birkhoff.pipeline.store.base import Store
 
 LISTED = 40
-"""How many changed tensors a report names."""
+"""Maximum number of changed tensors that a report names."""
 
 _MOST_BYTES = 128 << 20
-"""Stored bytes up to which tensors are compared one by one; beyond, whole shards are counted."""
+"""Stored bytes up to which tensors are compared one by one. Beyond it, only whole shards are counted."""
 
 
 def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
@@ -36,7 +36,7 @@ def changes(store: Store, before: Version, after: Version) -> ChangeRecord:
 
 
 def _differing(old: VersionManifest, new: VersionManifest) -> int:
-    """Return the stored bytes of shards that only one version has."""
+    """Return the stored bytes of shards that only one of the versions has."""
     sizes_old, sizes_new = ({shard.blob: shard.bytes for shard in manifest.shards} for manifest in (old, new))
     return sum((sizes_old | sizes_new)[blob] for blob in sizes_old.keys() ^ sizes_new.keys())
 

@@ -1,7 +1,8 @@
-"""The charts of a report as SVG path data: numbers only, so no text of a checkpoint enters a path.
+"""The charts of a report as SVG path data. It contains numbers only, so no text of a checkpoint enters a path.
 
-A chart is `WIDTH` x `HEIGHT` units and is stretched to its place; strokes keep their width (`non-scaling-stroke`), so a
-point is a stroke of no length with round or square ends. Ten characters a tensor hold a fleet's page below its limit.
+A chart has `WIDTH` x `HEIGHT` units and is stretched to its place. Strokes keep their width (`non-scaling-stroke`), so
+a point is a stroke of length 0 with round or square ends. At ten characters per tensor, a fleet's page stays below its
+size limit.
 """
 
 import math
@@ -17,34 +18,34 @@ _MARGIN = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """One panel: path data, the span of its axis, and both in words."""
+    """One panel: path data, the range of its axis, and a description in words."""
 
     key: str
-    """Names its style: `bits`, `sqnr`, `error`, `probe`."""
+    """Selects its style: `bits`, `sqnr`, `error` or `probe`."""
     title: str
     legend: str
-    """The meaning of its marks."""
+    """What its marks mean."""
     marks: str
-    """Path of the data."""
+    """Path of the values."""
     target: str = ""
     """Path of the target line."""
     low: str
     high: str
-    """Labels of the axis's ends."""
+    """Labels of the ends of the axis."""
     words: str
-    """The chart in words and figures, for screen readers too."""
+    """The chart in words and figures, also for screen readers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """Maps values to units from the top; `log` axes take values above 0."""
+    """Maps values to units from the top. A `log` axis takes only values above 0."""
 
     low: float
     high: float
     log: bool = False
 
     def y(self, value: float) -> int:
-        """Units from the top."""
+        """Return the distance from the top, in units."""
         low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else self._plain(value)
         share = (value - low) / (high - low) if high > low else 0.5
         return round(HEIGHT - _MARGIN - share * (HEIGHT - 2 * _MARGIN))
@@ -54,7 +55,7 @@ class Axis:
 
 
 def charts(coded: Sequence[LayerRecord]) -> list[Chart]:
-    """Return panels over a model's lossy tensors, in the checkpoint's order; empty panels are left out."""
+    """Return panels over a model's lossy tensors, in the checkpoint's order. Panels without values are left out."""
     panels = (_bits(coded), _sqnr(coded), _error(coded), _probe(coded))
     return [panel for panel in panels if panel is not None]
 
@@ -64,7 +65,7 @@ def _bits(coded: Sequence[LayerRecord]) -> Chart | None:
     if not values:
         return None
     axis = Axis(low=0.0, high=max(values) or 1.0)
-    # A staircase from the bottom: bars that touch.
+    # Steps from the bottom look like bars that touch.
     steps = [f"M0 {axis.y(0.0)}"]
     for index, value in enumerate(values):
         steps.append(f"V{axis.y(value)}H{_edge(index + 1, len(values))}")
@@ -145,7 +146,7 @@ def _dots(values: Sequence[float | None], axis: Axis) -> str:
 
 
 def _line(values: Sequence[float | None], axis: Axis) -> str:
-    """Return a line over runs of equal values; gaps where there is none."""
+    """Return a line over runs of equal values, with gaps for None."""
     parts, before = [], None
     for index, value in enumerate(values):
         end = _edge(index + 1, len(values))
@@ -156,7 +157,7 @@ def _line(values: Sequence[float | None], axis: Axis) -> str:
             parts.append(f"M{_edge(index, len(values))} {axis.y(value)}")
         elif value != before:
             parts.append(f"V{axis.y(value)}")
-        # The end of a run that goes on is overwritten by the next.
+        # A run that continues overwrites its end.
         if value == before and parts[-1].startswith("H"):
             parts[-1] = f"H{end}"
         else:
@@ -188,7 +189,7 @@ def _words(values: Sequence[float], unit: str, digits: int | None) -> str:
 
 
 def _short(value: float) -> str:
-    """`1.2e-4`."""
+    """Format a value like `1.2e-4`."""
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 

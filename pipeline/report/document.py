@@ -1,11 +1,11 @@
 """The report of a run: the result of every model, tensor by tensor.
 
-`runs/<id>/report.json` is the document below, `report.html` the same for people. `report.schema.json` beside this file
-is its JSON schema, written by `birkhoff report --schema`. Sizes are bytes, times seconds, SQNR and targets dB, ratios
-source bytes over stored bytes; a field without a value is left out.
+`runs/<id>/report.json` holds a `RunReport`, `report.html` shows it to people. `report.schema.json` beside this file is
+its JSON schema, as printed by `birkhoff report --schema`. Sizes are in bytes, times in seconds, SQNR and targets in dB,
+ratios are source bytes divided by stored bytes. Fields without a value are left out.
 
 A run writes its report when all its models have ended, successfully or not. A run that found everything up to date
-writes none: a schedule would otherwise fill the store with copies of the last report.
+writes none, so that a schedule does not fill the store with copies.
 """
 
 import json
@@ -24,33 +24,33 @@ PAGE_FILE = "report.html"
 
 
 class LayerRecord(Document):
-    """A stored tensor: the entry in its shard's header, and the measurements of the shard's validation."""
+    """A stored tensor: the entry in its shard's header, and the measurements of its validation."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     codec: str
-    """`lattice` and `paper` are lossy; `raw` and `planes` give every bit back."""
+    """`lattice` and `paper` are lossy; `raw` and `planes` are lossless."""
     shard: int
     """Index of its shard in the model."""
     bits_per_weight: float
-    """Stored bits, without the header's entry."""
+    """Stored bits per weight, excluding the header's entry."""
     sqnr_db: float | None = None
-    """SQNR of the decoded tensor against its source; not set for a lossless one."""
+    """SQNR of the decoded tensor against its source; not set for a lossless tensor."""
     target_db: float | None = None
-    """The target of `sqnr_db`; not set if nothing was promised."""
+    """Promised minimum of `sqnr_db`; not set if nothing was promised."""
     nominal_db: float | None = None
-    """Under `allocation: output`, the nominal target that gives the step; `sqnr_db` need not reach it."""
+    """Under `allocation: output`, the nominal target that determines the step. `sqnr_db` may be lower."""
     max_abs_error: float = 0.0
-    """Greatest |w - w'|, in the weights' unit."""
+    """Greatest |w - w'|, in the unit of the weights."""
     probe_db: float | None = None
-    """SQNR of HyperLinear's output on random inputs against the source weight; of coded matrices."""
+    """SQNR of HyperLinear's output on random inputs against the source weight, for coded matrices."""
     reason: str | None = None
-    """Why it was kept lossless."""
+    """Why the tensor was kept lossless."""
 
     @property
     def weights(self) -> int:
-        """Number of its weights."""
+        """Number of weights."""
         count = 1
         for size in self.shape:
             count *= size
@@ -58,7 +58,7 @@ class LayerRecord(Document):
 
 
 class ShardTiming(Document):
-    """The time that one shard took."""
+    """Time taken by one shard."""
 
     model: str
     index: int
@@ -74,7 +74,7 @@ class ShardTiming(Document):
 
 
 class TensorChange(Document):
-    """A tensor that differs from the version before: values of A are the old ones, of B the new ones."""
+    """A tensor that differs from the version before. Fields ending in `_a` hold old values, in `_b` new ones."""
 
     name: str
     change: str
@@ -96,26 +96,26 @@ class ChangeRecord(Document):
     sqnr_db_min: float | None = None
     sqnr_db_median: float | None = None
     recipe: tuple[str, ...] = ()
-    """What differs in the recipe: `target_db 30.0 -> 36.0`."""
+    """Differences of the recipe, such as `target_db 30.0 -> 36.0`."""
     shards_same: int
     shards_new: int
     tensors: dict[str, int] | None = None
-    """Tensors by kind of change; not set if too much differs to compare them one by one."""
+    """Tensors by kind of change; not set if too much differs to compare tensors one by one."""
     listed: tuple[TensorChange, ...] = ()
-    """The first of those that differ."""
+    """The first changed tensors."""
 
 
 class ModelRecord(Document):
-    """One model of a run. `seconds` run from the run's start to the model's end."""
+    """One model of a run. `seconds` is the time from the run's start to the model's end."""
 
     name: str
     profile: str
     allocation: str | None = None
-    """How the target was shared among tensors."""
+    """How the target was divided among tensors."""
     base: str | None = None
-    """The version that its tensors could be differences to: `sam-b@v3`."""
+    """The base version, to which tensors may be coded as differences: `sam-b@v3`."""
     base_bytes: int | None = None
-    """What it needs of that version, besides its own."""
+    """Bytes of that version that readers need too."""
     status: Status
     seconds: float
     error: str | None = None
@@ -132,22 +132,22 @@ class ModelRecord(Document):
     agreement_mean: float | None = None
     """Mean IoU of the version's masks with the original's, as its proof measured it."""
     agreement_p5: float | None = None
-    """The same at the 5th percentile of the prompts."""
+    """The 5th percentile of that IoU over the prompts."""
     output_db: float | None = None
-    """SQNR of its mask logits, or its outputs, in the proof."""
+    """SQNR of its mask logits, or of its outputs, in the proof."""
     proof: ProofRecord | None = None
-    """The whole proof, also if it prevented publication."""
+    """The whole proof, even if it prevented publication."""
     unproven: str | None = None
-    """Why this run could make no proof, and how to get one."""
+    """Why this run could not make a proof, and how to get one."""
     masks: str | None = None
-    """A WebP picture of the proof, base64: both models' masks side by side, where they agree least."""
+    """The proof's picture, a WebP in base64: both models' masks side by side, where they agree least."""
     probe_error: float | None = None
     """Greatest relative error of HyperLinear against `F.linear` with the decoded weight."""
     shards: int | None = None
     shards_reused: int = 0
-    """Shards that the store already had: from an earlier run, or from another model of this run."""
+    """Shards that the store already had, from an earlier run or from another model of this run."""
     reused_bytes: int = 0
-    """Stored bytes of those."""
+    """Stored bytes of those shards."""
     stages: dict[str, float] = Field(default_factory=dict)
     """Worker seconds by stage."""
     layers: tuple[LayerRecord, ...] = ()
@@ -157,7 +157,7 @@ class ModelRecord(Document):
 
 
 class Totals(Document):
-    """The fleet as a whole, over the models that have a version."""
+    """Sums over the models that have a version."""
 
     models: int
     published: int = 0
@@ -165,9 +165,9 @@ class Totals(Document):
     failed: int = 0
     source_bytes: int = 0
     stored_bytes: int = 0
-    """Sum over the models, each taken by itself."""
+    """Sum over the models. A shard that models share counts for each."""
     unique_bytes: int = 0
-    """Bytes of distinct shards: what the models take together, because equal shards are stored once."""
+    """Bytes of distinct shards: what the models take together, as equal shards are stored once."""
     new_bytes: int = 0
     """Bytes of the shards that this run made."""
     shards: int = 0
@@ -177,28 +177,28 @@ class Totals(Document):
 
 
 class RunReport(Document):
-    """`runs/<id>/report.json`."""
+    """The document `runs/<id>/report.json`."""
 
     version: Literal[1] = 1
-    """Version of this document's form."""
+    """Version of this document's format."""
     run: Annotated[str, Field(pattern=f"^{RUN_ID}$")]
     started: str
-    """UTC, ISO 8601."""
+    """UTC, in ISO 8601."""
     seconds: float
     store: str
     """URL of the store, without credentials."""
     settings: dict[str, Any]
-    """The manifest and the command's options, without sources."""
+    """The manifest without its sources, and the command's options."""
     environment: Environment
     totals: Totals
     error: str | None = None
-    """The error that ended the run before its models ended."""
+    """The error that ended the run before all its models had ended."""
     models: tuple[ModelRecord, ...]
     slowest: tuple[ShardTiming, ...] = ()
     """The shards that took longest, longest first."""
 
 
 def schema() -> str:
-    """JSON schema of `RunReport`, as `report.schema.json` holds it."""
+    """Return the JSON schema of `RunReport`, the content of `report.schema.json`."""
     found = RunReport.model_json_schema()
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **found}, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The page of an evaluation, which `birkhoff evaluate -o FILE.html` writes: one file, no network, no script."""
+"""The page of an evaluation, written by `birkhoff evaluate -o FILE.html`: one file, without network and script."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from birkhoff.pipeline.segment.evaluate import worst_first
 from birkhoff.pipeline.text import fixed
 
 WORST = 20
-"""Pictures that the page shows, those with the worst agreement first."""
+"""Maximum number of pictures shown, worst agreement first."""
 
 
 def page(found: Mapping[str, Any]) -> str:

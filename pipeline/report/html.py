@@ -1,7 +1,7 @@
-"""The page of a report: one file, no network, light and dark, readable without scripts.
+"""The page of a report: one file, without network, light and dark, readable without scripts.
 
-Names of models and tensors are hostile text: the template escapes everything, and the page's policy lets only the
-script beside this file run, by its digest, and lets nothing be fetched.
+Names of models and tensors may be hostile. The template escapes everything. The page's content security policy allows
+only the script beside this file, by its digest, and forbids all requests.
 """
 
 import base64
@@ -22,12 +22,12 @@ from birkhoff.pipeline.text import fixed, shape, short, size
 
 _HERE = Path(__file__).parent
 _OPEN_MODELS = 3
-"""Up to this many models, their sections start open."""
+"""Maximum number of models whose sections start open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Tensors of one module block, folded into a line."""
+    """The tensors of one module block, summed up in one row."""
 
     name: str
     tensors: int
@@ -48,17 +48,17 @@ class Section:
     anchor: str
     charts: list[Chart]
     modules: list[tuple[str, int]]
-    """Top modules under the charts, and how many coded tensors each has."""
+    """Top-level modules shown under the charts, each with its number of coded tensors."""
     blocks: list[Block]
     coded: int
     lossless: int
     data: dict[str, Any]
-    """The tensors for the script, packed."""
+    """The tensors, packed for the script."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Skipped:
-    """Tensors of the run that were kept lossless for one reason."""
+    """Tensors of the run that were kept lossless for the same reason."""
 
     reason: str
     tensors: int = 0
@@ -96,7 +96,7 @@ def render(report: RunReport) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Return the environment of the templates beside this file: it escapes everything and refuses undefined names."""
+    """Return the environment of the templates beside this file. It escapes everything and refuses undefined names."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -111,12 +111,12 @@ def environment() -> jinja2.Environment:
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a style or a script, as the page's policy names it."""
+    """Return the SHA-256 of a style or script, as a content security policy writes it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def duration(seconds: float) -> str:
-    """`42.1 s`, `3 min 5 s` or `2 h 10 min`."""
+    """Format seconds as `42.1 s`, `3 min 5 s` or `2 h 10 min`."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -124,7 +124,7 @@ def duration(seconds: float) -> str:
 
 
 def _count(value: float) -> str:
-    """`640.0 M`."""
+    """Format a count as `640.0 M`."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.1f} {unit}"
@@ -167,7 +167,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 
 def skipped(models: Iterable[ModelRecord]) -> list[Skipped]:
-    """Return lossless tensors by reason, the most bytes first; equal tensors of two models count twice."""
+    """Return lossless tensors by reason, the most bytes first. Equal tensors of two models count twice."""
     found: dict[str, Skipped] = {}
     for model in models:
         for layer in model.layers:
@@ -181,7 +181,7 @@ def skipped(models: Iterable[ModelRecord]) -> list[Skipped]:
 
 
 def _stages(models: Iterable[ModelRecord]) -> list[tuple[str, float]]:
-    """Return worker seconds of the run by stage, the longest first."""
+    """Return the run's worker seconds by stage, longest first."""
     total: dict[str, float] = {}
     for model in models:
         for stage, seconds in model.stages.items():
@@ -190,9 +190,9 @@ def _stages(models: Iterable[ModelRecord]) -> list[tuple[str, float]]:
 
 
 def _packed(layers: Sequence[LayerRecord]) -> dict[str, Any]:
-    """Tensors column by column; names and texts folded, as the script unfolds them.
+    """Return tensors as columns for the script, which unpacks names and texts.
 
-    A name is [characters it shares with the one before, the rest]; texts are indices into `texts`.
+    A name is [number of characters shared with the name before, the rest]. A text is an index into `texts`.
     """
     texts: dict[str, int] = {}
 
@@ -203,7 +203,7 @@ def _packed(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     before = ""
     for layer in layers:
         same = _shared(before, layer.name)
-        # The script counts UTF-16 units.
+        # The script counts characters in UTF-16 units.
         names += [len(before[:same].encode("utf-16-le", "surrogatepass")) // 2, layer.name[same:]]
         before = layer.name
     columns = {
@@ -221,5 +221,5 @@ def _packed(layers: Sequence[LayerRecord]) -> dict[str, Any]:
 
 
 def _shared(a: str, b: str) -> int:
-    """Characters that two texts begin with in common."""
+    """Return how many leading characters two texts share."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

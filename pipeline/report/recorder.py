@@ -1,7 +1,6 @@
-"""Gather a run's report: from the outcomes of shards during the run, and from the stored versions at its end.
+"""Collect a run's report: from the outcomes of shards during the run, and from the stored versions at its end.
 
-Per-tensor figures are read back from the headers of stored shards, so a report describes the store and not the intent
-of the encoder.
+Figures of tensors are read back from the headers of stored shards, so the report describes what is in the store.
 """
 
 import base64
@@ -36,10 +35,10 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.report")
 
 SLOWEST = 20
-"""How many shards a report lists."""
+"""Number of slowest shards that a report lists."""
 
 _THREADS = 8
-"""How many headers are read at a time."""
+"""How many headers are read in parallel."""
 
 _FROM_ROW = (
     "profile",
@@ -57,15 +56,15 @@ _FROM_ROW = (
     "stages",
     "error",
 )
-"""The keys that a model's record takes from its row in the result table."""
+"""The fields of a model's record that come from its row in the result table."""
 
 
 class Recorder(AbstractContextManager["Recorder"]):
-    """Follows one run: its models (`follow`) and its executor (`watch`), and writes its report when the block ends.
+    """Follows one run: its models (`follow`) and its executor (`watch`). Writes the report when the block ends.
 
-    A run that an error ended writes what its models had come to by then. A run that had no worker yet writes none, and
-    neither does one that the store's own failure or the user ended, nor one with nothing to do. A report that cannot
-    be written is a warning: what was published stays published.
+    If an error ends the run, the report shows the models as far as they got. No report is written if the error came
+    before a worker was started or from the store, if the user ended the run, or if everything was up to date. Failing
+    to write the report is only a warning, as the versions are published.
     """
 
     def __init__(self, manifest: Manifest, store: Store, **options: object) -> None:
@@ -80,15 +79,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.written: bool = False
 
     def follow(self, runs: Sequence[ModelRun]) -> None:
-        """Follow these models."""
+        """Set the models to follow."""
         self._runs = runs
 
     def note_option(self, name: str, value: object) -> None:
-        """Note that an option differs from the requested one."""
+        """Record that an option differs from the requested one."""
         self._options[name] = value
 
     def watch(self, executor: Executor) -> Executor:
-        """Return the same executor, its outcomes noted as they pass."""
+        """Return a wrapper of the executor that records outcomes as they pass."""
         self._began = True
         return _Watched(executor, self._note)
 
@@ -105,10 +104,10 @@ class Recorder(AbstractContextManager["Recorder"]):
             log.warning("the report of run %s could not be written: %s", self.run, first_line(failure))
 
     def report(self, error: str | None = None) -> RunReport:
-        """Return the report of the models as they are now; `error` is what ended the run before they ended.
+        """Return the report of the models in their present state. `error` is what ended the run early.
 
         Raises:
-            StoreError, IntegrityError: the store cannot give back what was published.
+            StoreError, IntegrityError: A published version cannot be read back.
         """
         runs, layers = self._runs, _Layers(self._store)
         return RunReport(
@@ -176,7 +175,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         )
 
     def _last(self) -> dict[tuple[str, int], bool]:
-        """Return whether a shard came from the store; under a budget the last of several encodings counts."""
+        """Return by shard whether it came from the store. Under a budget, the last of several encodings counts."""
         return {(timing.model, timing.index): timing.reused for timing in self._timings}
 
     def _totals(self, runs: Sequence[ModelRun]) -> Totals:
@@ -218,7 +217,7 @@ class _Watched(AbstractContextManager["_Watched"]):
 
 
 class _Layers:
-    """Tensors of published versions, each stored shard read once, however many models have it."""
+    """Reads the tensors of published versions, each stored shard once even if several models share it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -226,7 +225,7 @@ class _Layers:
 
     def of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
         """Return every tensor of a run's version, in the checkpoint's order."""
-        assert run.version is not None  # asked for published models only
+        assert run.version is not None  # only called for published models
         artifact = StoredArtifact(self._store, run.version)
         missing = {shard.blob: shard for shard in artifact.manifest.shards if shard.blob not in self._rows}
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -243,16 +242,16 @@ class _Layers:
 
 
 def _proven(run: ModelRun) -> dict[str, Any]:
-    """Return the result of a model's proof: this run's, or that of the version it left alone."""
+    """Return the result of a model's proof by this run, or of the version that the run found up to date."""
     proof = run.passes.proof if run.passes else None
     if proof is None:
-        return {"proof": run.version.manifest.proof if run.version else None}
+        return {"proof": run.version.manifest.proof if run.version else None, "unproven": run.unproven}
     masks = base64.b64encode(proof.picture).decode() or None
     return {"proof": proof.record, "unproven": proof.missing or None, "masks": masks}
 
 
 def _probed(shard: ShardRecord, rows: list[TensorRow]) -> Iterator[tuple[TensorRow, float | None]]:
-    """Yield rows with their probes, which the record keeps for coded matrices only, in order."""
+    """Yield rows with their probes. The record lists probes in order, for coded matrices only."""
     matrices = [row.name for row in rows if row.action == "lattice" and len(row.shape) == 2 and row.shape[1] > 1]
     probes = dict(zip(matrices, shard.probe_db, strict=True)) if len(matrices) == len(shard.probe_db) else {}
     return ((row, probes.get(row.name)) for row in rows)

@@ -1,4 +1,4 @@
-"""The rows of `birkhoff report`."""
+"""The rows printed by `birkhoff report`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def run_rows(store: Store) -> list[Row]:
-    """Return a row for each run with a report, oldest first. Raises IntegrityError, StoreError."""
+    """Return one row per run with a report, oldest first. Raises IntegrityError, StoreError."""
     return [_run(read_report(store, run)) for run in runs(store)]
 
 
@@ -21,7 +21,7 @@ def _run(report: RunReport) -> Row:
 
 
 def model_rows(report: RunReport) -> list[Row]:
-    """Return a row for each model of a run."""
+    """Return one row per model of a run."""
     return [{**model.model_dump(exclude={"layers", "changes", "masks"}), **_more(model)} for model in report.models]
 
 
@@ -36,7 +36,7 @@ def _more(model: ModelRecord) -> Row:
 
 
 def title(report: RunReport) -> str:
-    """Return a line about the run."""
+    """Return one line about the run."""
     totals = report.totals
     ratio = f", ratio {totals.source_bytes / totals.stored_bytes:.2f}" if totals.stored_bytes else ""
     ended = report.error or f"{totals.published} published, {totals.up_to_date} up to date, {totals.failed} failed"

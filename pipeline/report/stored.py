@@ -1,6 +1,6 @@
-"""Reports in a store: ids, writing, finding, and retention.
+"""Reports in a store: ids, writing, finding, retention.
 
-The page is written before the document, so a run with a document is complete.
+The page is written before the document, so a run that has a document is complete.
 """
 
 import logging
@@ -22,7 +22,7 @@ LATEST = "latest"
 
 
 class RunClock:
-    """A run's id, and the seconds since it began."""
+    """A run's id, and the time since its start."""
 
     def __init__(self) -> None:
         now = datetime.now(UTC)
@@ -31,13 +31,13 @@ class RunClock:
         self._start = time.perf_counter()
 
     def seconds(self) -> float:
-        """Wall time of the run so far."""
+        """Seconds since the run began."""
         return round(time.perf_counter() - self._start, 2)
 
 
 def write_report(store: Store, report: RunReport) -> None:
     """Store the page, then the document. Raises StoreError."""
-    from birkhoff.pipeline.report.html import render  # it needs torch, which reading a report does not
+    from birkhoff.pipeline.report.html import render  # imports torch, which readers of reports do without
 
     store.create(report_key(report.run, PAGE_FILE), render(report).encode())
     store.create(report_key(report.run, REPORT_FILE), report.to_bytes())
@@ -50,11 +50,11 @@ def runs(store: Store) -> list[str]:
 
 
 def read_report(store: Store, reference: str = LATEST) -> RunReport:
-    """Return the report of a run: by its id, by the start of one that is the only one so, or `latest`.
+    """Return a run's report. `reference` is its id, a unique prefix of it, or `latest`.
 
     Raises:
-        ArtifactNotFoundError: no such run, or several.
-        IntegrityError: the stored document is damaged.
+        ArtifactNotFoundError: No run matches, or several do.
+        IntegrityError: The stored document is damaged.
     """
     run = _find(store, reference)
     key = report_key(run, REPORT_FILE)
@@ -71,7 +71,7 @@ def _find(store: Store, reference: str) -> str:
         return matching[0]
     if not known:
         raise ArtifactNotFoundError(
-            f"{store.url} has no reports yet: `compress` writes one for each run that does something"
+            f"{store.url} has no reports yet: `compress` writes one unless everything is up to date"
         )
     what = f"{len(matching)} runs start with" if matching else "no run starts with"
     raise ArtifactNotFoundError(f"{store.url}: {what} {reference!r}; the newest are {_newest(known)}")

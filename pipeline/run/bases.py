@@ -1,4 +1,4 @@
-"""Bases of the models of a run: which version each is coded as a difference to, and who waits for whom."""
+"""Bases within a run: which models are coded as differences to others, and wait for them."""
 
 from birkhoff.pipeline.artifact.bases import open_base
 from birkhoff.pipeline.errors import ManifestError
@@ -9,16 +9,16 @@ from birkhoff.pipeline.store.base import Store
 
 
 def waits_for(manifest: Manifest, planned: Planned) -> str | None:
-    """The model of the run that must be published before this one, as its base; None if there is none."""
+    """Return the model of this run that must be published first, as the base of this one; None if there is none."""
     base = manifest.base_of(planned.entry)
     return None if base is None else base.name
 
 
 def base_in_run(store: Store, planned: Planned, base: ModelRun) -> Planned:
-    """A planned model with the base that this run has published, or found published.
+    """Return a planned model with the base that this run has published or found up to date.
 
-    Raises ManifestError where there is none, and as `bases.find_base`.
+    Raises ManifestError if the base was not published, and the errors of `open_base`.
     """
     if base.version is None:
-        raise ManifestError(f"base: {base.name} was not published, so nothing can be a difference to it: see its error")
+        raise ManifestError(f"base: {base.name} was not published, so no difference to it can be coded: see its error")
     return open_base(store, base.version).on(planned)

@@ -1,13 +1,14 @@
-"""End what a driver leaves behind, however it ends: Ctrl-C, SIGTERM, SIGKILL or normally.
+"""End what a driver leaves behind, whether it ends by itself, by Ctrl-C, by SIGTERM or by SIGKILL.
 
-Ray's processes outlive their driver for different times, its agents by up to a minute. So everything that a `Reaper`
-covers starts with a mark in its environment, which children inherit, and a small process waits on a pipe that only the
-driver holds. Ray's agents wipe their environment when they set a title, and become orphans once their raylet is gone.
-Therefore that process polls while it waits, and remembers the children of marked processes. When the pipe closes, it
-kills them all and removes their folder. It is this file, run as a script, with the standard library only, so that it
-starts at once.
+Ray's processes outlive their driver, some agents by a minute. So every process that a `Reaper` covers starts with a
+mark in its environment, which its children inherit, and a small process waits on a pipe that only the driver holds.
+When the pipe closes, that process kills all marked processes and removes their folder.
 
-Linux only: /proc shows environments and parents. Elsewhere only the folder is removed.
+Ray's agents wipe their environment when they set a title, and become orphans when their raylet ends. Therefore the
+process also polls while it waits, and remembers the children of marked processes. It runs this file as a script with
+the standard library alone, so it starts at once.
+
+Processes are found on Linux only, where /proc shows environments and parents. Elsewhere only the folder is removed.
 """
 
 import contextlib
@@ -26,17 +27,18 @@ MARK = "BIRKHOFF_RUN"
 _PATIENCE_SECONDS = 30.0
 _SCAN_SECONDS = 0.05
 _WATCH_SECONDS = 0.25
-"""Between looks at what there is while the driver lives; one takes some milliseconds."""
+"""Time between two scans while the driver lives. One scan takes some milliseconds."""
 
 _SETTLED_SECONDS = 10.0
-"""How long nothing may be found after a driver was killed: a process that it was just starting has no mark yet, and on
-a machine under load 3 s were too few."""
+"""After a driver was killed, the time without any marked process after which cleanup ends. A process that was just
+starting has no mark yet; on a loaded machine 3 s were too few."""
 
 _ORDERLY = b"q"
 
 
 class Reaper:
-    """Looks after processes started inside `covering`, and after `folder` (None for none), which need not exist yet."""
+    """Looks after the processes started inside `covering`, and after `folder`, which need not exist yet (None: no
+    folder)."""
 
     def __init__(self, folder: Path | None) -> None:
         self._mark = uuid.uuid4().hex
@@ -44,14 +46,14 @@ class Reaper:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, self._mark, str(folder or "")],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # else whoever reads the driver's output would wait for this process too
+            stdout=subprocess.DEVNULL,  # else a reader of the driver's output waits for this process
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in the driver's terminal is not for it
+            start_new_session=True,  # keeps Ctrl-C in the driver's terminal away
         )
 
     @contextlib.contextmanager
     def covering(self) -> Iterator[None]:
-        """Mark every process that is started meanwhile, and what those start later."""
+        """Mark every process started inside the block, and thereby its children."""
         os.environ[MARK] = self._mark
         try:
             yield
@@ -59,13 +61,13 @@ class Reaper:
             del os.environ[MARK]
 
     def cpu_seconds(self) -> float:
-        """CPU time that everything it covers used so far; what has ended no longer counts."""
+        """CPU time of all covered processes that run now."""
         return self._family.cpu_seconds()
 
     def close(self) -> None:
-        """End everything now; returns when it is gone."""
-        assert self._process.stdin is not None  # a pipe, see above
-        with contextlib.suppress(OSError):  # ended already
+        """End all covered processes, and return when they are gone."""
+        assert self._process.stdin is not None  # opened as a pipe above
+        with contextlib.suppress(OSError):  # it has ended
             self._process.stdin.write(_ORDERLY)
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,16 +75,16 @@ class Reaper:
 
 
 class Family:
-    """The processes of this user that carry the mark in their environment, and their descendants seen so far."""
+    """This user's processes that carry the mark in their environment, and those of their descendants seen so far."""
 
     def __init__(self, mark: str) -> None:
         self._mark = f"{MARK}={mark}".encode()
         self._known: dict[int, str] = {}
 
     def alive(self) -> list[int]:
-        """Members that run now; zombies do not count."""
+        """Return the process ids of members that run now, zombies excluded."""
         running = _running()
-        # A number may be given anew: the same process has the same start.
+        # A process id may be reused, but then its start differs.
         self._known = {pid: begun for pid, begun in self._known.items() if running.get(pid, (0, ""))[1] == begun}
         grown = True
         while grown:
@@ -97,26 +99,26 @@ class Family:
         """CPU time of the members that run now."""
         ticks = 0
         for pid in self.alive():
-            with contextlib.suppress(OSError):  # ended meanwhile
+            with contextlib.suppress(OSError):  # it has ended
                 words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-                ticks += int(words[11]) + int(words[12])  # utime and stime of proc(5), counted after the name
+                ticks += int(words[11]) + int(words[12])  # utime and stime in proc(5)
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def _carries(self, pid: int) -> bool:
         try:
             return self._mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile, or somebody else's
+        except OSError:  # it has ended, or belongs to another user
             return False
 
 
 def _running() -> dict[int, tuple[int, str]]:
-    """Return (parent, start in ticks since boot) of every process but zombies and this one."""
+    """Return (parent, start in ticks since boot) of every process, except zombies and this one."""
     found: dict[int, tuple[int, str]] = {}
     with contextlib.suppress(FileNotFoundError):
         for entry in os.listdir("/proc"):  # noqa: PTH208 (several times a second)
             if not entry.isdigit() or int(entry) == os.getpid():
                 continue
-            with contextlib.suppress(OSError):  # ended meanwhile
+            with contextlib.suppress(OSError):  # it has ended
                 words = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
                 if words[0] not in "ZX":
                     found[int(entry)] = int(words[1]), words[19]
@@ -124,7 +126,7 @@ def _running() -> dict[int, tuple[int, str]]:
 
 
 def reap(family: Family, settled_seconds: float) -> None:
-    """Kill every member of the family, until there were none for `settled_seconds`."""
+    """Kill the family's members until none was found for `settled_seconds`."""
     start = last = time.monotonic()
     while time.monotonic() < min(last + settled_seconds, start + _PATIENCE_SECONDS):
         for pid in family.alive():
@@ -135,7 +137,7 @@ def reap(family: Family, settled_seconds: float) -> None:
 
 
 def main(mark: str, folder: str) -> None:
-    """Wait for the driver's end, then clean up."""
+    """Wait until the driver ends, then clean up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     family, said = Family(mark), b""
@@ -149,7 +151,7 @@ def main(mark: str, folder: str) -> None:
     reap(family, 2 * _SCAN_SECONDS if said == _ORDERLY else _SETTLED_SECONDS)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while folder and Path(folder).exists() and time.monotonic() < deadline:
-        shutil.rmtree(folder, ignore_errors=True)  # what was killed may have been writing a moment ago
+        shutil.rmtree(folder, ignore_errors=True)  # a killed process may still have written
 
 
 if __name__ == "__main__":

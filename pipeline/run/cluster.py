@@ -1,14 +1,14 @@
-"""The Ray cluster that shards run on: a private one for the duration of a run, or one that is joined.
+"""The Ray cluster that runs shards: a private one for the duration of a run, or an existing one that the run joins.
 
-The private cluster has no dashboard, is never an existing one by accident, and leaves no process and no file behind,
-however the driver ends (see `cleanup`); with --debug its logs stay. Nobody else can reach it: it asks for a token that
-is drawn for it and exists only in the environment of its processes (Ray's own lies in ~/.ray, readable by all), its
-ports are on the loopback interface, and its files lie below a folder that only its user can enter (Ray opens its own to
-everybody). `_check_private` verifies this once Ray runs; an open cluster is not used.
+A private cluster has no dashboard and leaves no process and no file behind, however the driver ends (see `cleanup`);
+with --debug its logs stay. Nobody else can reach it. It asks for a random token that exists only in the environment of
+its processes, because Ray's own token lies in ~/.ray, readable by all. Its ports are on the loopback interface, and its
+files in a folder that only its user can enter, because Ray opens its own folder to everybody. `_check_private` verifies
+this once Ray runs; an open cluster is not used.
 
-A joined one gets this package along with the job, so that all nodes run the driver's code. Its nodes need the
-dependencies, the store's credentials in their own environment, and the checkpoints under the driver's paths (a shared
-file system), since workers read their own ranges.
+A joined cluster gets this package with the job, so all nodes run the driver's code. Its nodes need the dependencies,
+the store's credentials in their own environment, and the checkpoints under the driver's paths (a shared file system),
+since workers read their own byte ranges.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.cluster")
 
 OBJECT_STORE_BYTES = 80 << 20
-"""Of a cluster started here: descriptors and records pass through it, never tensors."""
+"""For a private cluster: tasks and records pass through the object store, never tensors."""
 
 _LOOPBACK = "127.0.0.1"
 _INSIDE = "r"
-"""Name of Ray's own folder in ours: short, since the paths of sockets below it are bounded."""
+"""Name of Ray's folder inside ours. It is short, because the paths of sockets in it have a limit."""
 
 _KNOCK_SECONDS = 15.0
 _HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5})")
 
 
 class Cluster(AbstractContextManager["Cluster"]):
-    """A connection to a Ray cluster; `ray` is the module. Raises ClusterError if none can be had."""
+    """A connection to a Ray cluster; `ray` is the module. Raises ClusterError if Ray cannot start or be reached."""
 
     def __init__(self, address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -78,16 +78,16 @@ class Cluster(AbstractContextManager["Cluster"]):
                     _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
         except BaseException as error:
             self.close()
-            if isinstance(error, SystemExit):  # what Ray's handler makes of SIGTERM
+            if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
                 interrupt.stop(signal.SIGTERM)
             if not isinstance(error, Exception):
                 raise
-            interrupt.check()  # Ray's compiled parts turn an exception of the signal's handler into another one
+            interrupt.check()  # Ray's compiled parts replace an exception of the signal handler by another one
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(where, _reason(error)) from None
 
     def _start_twice(self) -> None:
-        """Start, and once more if the first try failed early: by a port that was taken meanwhile, say."""
+        """Start the cluster; if that fails early, for instance as a port was taken meanwhile, start once more."""
         began = time.monotonic()
         try:
             self._start()
@@ -100,17 +100,17 @@ class Cluster(AbstractContextManager["Cluster"]):
             self._start()
 
     def _start(self) -> None:
-        # Sockets lie deep below this folder and a socket's path has at most 107 bytes, so not below TMPDIR.
+        # Ray puts sockets deep into this folder, and a socket's path has at most 107 bytes: TMPDIR may be too long.
         folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), f"bf-ray-{uuid.uuid4().hex[:12]}")
         debug = log.isEnabledFor(logging.DEBUG)
         log.debug("Ray's logs are in %s", folder)
         self._reaper = Reaper(None if debug else folder)
-        folder.mkdir(mode=0o700)  # only now that it is looked after
-        # Our workers have environments of their own, so what Ray starts beforehand serves nobody; and if one of those
-        # dies while it starts, the raylet never answers the driver.
+        folder.mkdir(mode=0o700)  # the reaper runs, and will remove it
+        # Ray's prestarted workers lack our workers' environment, so none would be used. If one dies while it starts,
+        # the raylet never answers the driver.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve beside anybody else's work
+        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve on a busy machine
         self._settings.enter_context(_private(self.ray))
         with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
             _quiet_init(
@@ -118,22 +118,23 @@ class Cluster(AbstractContextManager["Cluster"]):
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                # Ray makes this one 0777; what is above it stays as it is.
+                # Ray makes this folder 0777; its parent stays 0700.
                 _temp_dir=str(folder / _INSIDE),
             )
         _check_private(folder, self.ray)
 
     def lost(self) -> bool:
-        """Return whether the node that was started here has died; a joined cluster looks after its own."""
+        """Return whether the private cluster's node has died. Always False for a joined cluster, which replaces its
+        own nodes."""
         return self._address is None and not any(node["Alive"] for node in self.ray.nodes())
 
     def restart(self) -> None:
-        """End what is left of the cluster that was started here, and start another one. Raises ClusterError."""
+        """End what is left of the private cluster, and start another. Raises ClusterError."""
         self._end()
         self._open()
 
     def close(self) -> None:
-        """Leave the cluster, or end it."""
+        """Leave a joined cluster, or end the private one."""
         with self._quiet:
             self._end()
 
@@ -151,7 +152,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
 
 def _reason(error: Exception) -> str:
-    """Return why Ray did not start, naming a home folder that it cannot write."""
+    """Return why Ray did not start. Names the home folder if it cannot be written."""
     home = Path.home()
     if isinstance(error, OSError) and error.filename and home in Path(os.fsdecode(error.filename)).parents:
         return f"the home folder {home} cannot be written ({error.strerror}); point HOME at one that can"
@@ -159,7 +160,7 @@ def _reason(error: Exception) -> str:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    """Raise OSError if nothing listens at HOST:PORT. Ray itself would try for ten minutes."""
     found = _HOST_PORT.fullmatch(address)
     if found is not None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_SECONDS).close()
@@ -167,12 +168,12 @@ def _knock(address: str) -> None:
 
 @contextlib.contextmanager
 def _private(ray: Any) -> Iterator[None]:
-    """Let a cluster that is started inside the block be this user's and this machine's alone: its own token, loopback.
+    """Restrict a cluster started inside the block to this user and this machine: its own token, loopback ports.
 
-    Its processes inherit the settings. After the block they are what they were, for a cluster that is joined later.
+    Its processes inherit the settings. They are reset after the block, for a cluster that is joined later.
     """
     constants = ray._private.ray_constants
-    # The variable's name is that of its first use; Ray takes it on every system to mean "on this machine alone".
+    # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER is named after its first use. On every system, 0 makes Ray stay on this machine.
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -196,19 +197,19 @@ def _private(ray: Any) -> Iterator[None]:
 
 
 def _read_settings(ray: Any) -> None:
-    """Have Ray look for its token, and whether one is asked for, in the environment as it is now.
+    """Make Ray read its token and its authentication mode from the environment again.
 
-    It keeps both from the first time on, and there may have been a cluster of our own in this process.
+    Ray caches both at their first use, perhaps for an earlier private cluster of this process.
     """
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
     ray._raylet.Config.initialize("")
 
 
 def _check_private(folder: Path, ray: Any) -> None:
-    """Make sure that others can neither enter a cluster's folder nor reach its node from another machine.
+    """Check that others can neither enter a cluster's folder nor reach its node from another machine.
 
     Raises:
-        WorkerError: this Ray does not keep to what it was told.
+        WorkerError: Ray did not follow its settings.
     """
     folder.chmod(0o700)
     facts = folder.stat()
@@ -223,7 +224,7 @@ def _check_private(folder: Path, ray: Any) -> None:
 
 
 class _ToLog(io.TextIOBase):
-    """Takes the place of standard output while Ray runs: it prints there what its nodes report, between our JSON."""
+    """Replaces standard output while Ray runs. Ray prints its nodes' reports there, amid our JSON."""
 
     def write(self, text: str) -> int:
         if text.strip():
@@ -237,10 +238,10 @@ def _quiet_init(ray: Any, **settings: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray puts handlers of its own for SIGTERM: one that exits, then a compiled one that aborts, until this ends."""
+    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # not in the main thread: Ray could not put one either
+        with contextlib.suppress(ValueError):  # not the main thread: Ray set no handler either
             signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,6 @@
-"""The main job: plan every model, run the shards that are missing, publish what is whole.
+"""The main job: plan every model, run the shards that are missing, publish each model once it is complete.
 
-Reads as the table of contents of the pipeline; each step has its module.
+The functions follow the pipeline in order; each step has its own module.
 """
 
 import os
@@ -17,11 +17,11 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.bases import find_base, newer_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
-from birkhoff.pipeline.errors import BuilderError, ProofError, SourceError, StoreError
+from birkhoff.pipeline.errors import ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_entry
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan
-from birkhoff.pipeline.proof.subject import NOT_RUN, run_as, subject_of
+from birkhoff.pipeline.proof.subject import subjects_of
 from birkhoff.pipeline.proof.task import ProofTask, Subject
 from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key
 from birkhoff.pipeline.registry.gc import retire
@@ -44,7 +44,7 @@ from birkhoff.pipeline.store.base import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What the models of a run share."""
+    """State shared by the models of a run."""
 
     manifest: Manifest
     store: Store
@@ -53,7 +53,7 @@ class _Job:
     single_publisher: bool
     signer: Signer | None
     began: float
-    """Seconds of `time.perf_counter`."""
+    """The start, in seconds of `time.perf_counter`."""
 
     def seconds(self) -> float:
         """Wall time of the run so far."""
@@ -72,14 +72,14 @@ def compress(
     signer: Signer | None = None,
     begun: Callable[[Sequence[ModelRun]], object] = lambda _: None,
 ) -> list[ModelRun]:
-    """Compress, validate and publish every model of a manifest; one run for each, in its order.
+    """Compress, validate and publish every model of a manifest. Returns one `ModelRun` per model, in its order.
 
-    An error that concerns one model ends that model alone. The executor is started only if a shard is to be made.
-    `begun` gets the runs before any work, so that observers see them even if an error ends them all.
+    An error of one model ends that model alone. The executor is started only if a shard must be encoded. `begun` gets
+    the model runs before any work, so observers see them even if an error ends all.
 
     Raises:
-        StoreError: the store failed in a way that concerns every model.
-        WorkerError: no worker could be had.
+        StoreError: The store failed for all models.
+        WorkerError: No worker could be started.
     """
     job = _Job(
         manifest=manifest,
@@ -142,8 +142,7 @@ def _plan(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> bool:
     """Plan one model; return whether it can be made and the store has no version of it."""
     try:
         run.planned = plan()
-        run.subject = subject_of(run.planned)
-        run.felt_as = _felt_as(run.planned)
+        run.subjects = subjects_of(run.planned)
         run.source_state = checkpoint_state(run.planned.checkpoint)
         return latest_version(job.store, run.name) is None
     except BirkhoffError as error:
@@ -187,13 +186,13 @@ def _compare(job: _Job, run: ModelRun) -> None:
 
 
 def _awaited(job: _Job, run: ModelRun, runs: Iterable[ModelRun]) -> ModelRun | None:
-    """The run of the model that another one is a difference to."""
+    """Return the run of the model's base; None if the base is not of this run."""
     name = None if run.planned is None else waits_for(job.manifest, run.planned)
     return next((other for other in runs if other.name == name), None)
 
 
 def _take_base(job: _Job, run: ModelRun, base: ModelRun) -> None:
-    """Go on with a model once its base's run has ended."""
+    """Continue a model after its base's run has ended."""
     assert run.planned is not None
     try:
         run.planned = base_in_run(job.store, run.planned, base)
@@ -207,29 +206,19 @@ def _take_base(job: _Job, run: ModelRun, base: ModelRun) -> None:
         job.progress.planned(run.name, run.source_bytes, run.status, shards=len(run.planned.plan.shards))
 
 
-def _felt_as(planned: Planned) -> Subject | None:
-    """How a model is run for its statistics; None where it needs none. Raises BuilderError if nothing tells."""
-    if not planned.takes_statistics:
-        return None
-    found = run_as(planned)
-    if found is None:
-        raise BuilderError(f"{planned.entry.name}: `allocation: output` needs a model that runs, and {NOT_RUN}")
-    return found
-
-
 def _same(manifest: VersionManifest, run: ModelRun, planned: Planned) -> bool:
-    """Whether a version was made from the same bytes by the same recipe, and with the base of `planned`."""
+    """Return whether a version was made from the same bytes by the same recipe, and with the base of `planned`."""
     same = (manifest.source.sha256, manifest.code) == (run.source_sha256, birkhoff.__version__)
-    if run.felt_as is not None:
-        same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.felt_as)
+    if run.subjects.statistics is not None:
+        same = same and manifest.recipe.get("statistics") in keys_of(run.source_sha256, run.subjects.statistics)
     return same and matches_plan(manifest, planned)
 
 
 def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None:
-    """Run the shards of the models that wait, and publish each model with its last one."""
-    # A signature vouches for every byte, also for those that others had stored before.
+    """Run the shards of the waiting models, and publish each model after its last shard."""
+    # A signature vouches for every byte, so shards that others stored are verified too.
     reuse: Reuse = "prove" if job.signer is not None and job.reuse == "trust" else job.reuse
-    # A model with a base among them starts when that is published.
+    # A model whose base is also waiting starts when the base is published.
     later = {name: base for name, run in waiting.items() if (base := _awaited(job, run, waiting.values())) is not None}
     starts = (task for name, run in waiting.items() if name not in later for task in _start(run, reuse))
     queue = TaskQueue(starts, budget=_in_flight(job.manifest))
@@ -251,7 +240,7 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
 
 
 def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
-    """Show how far the model is; of a budget's passes the first alone counts bytes."""
+    """Report progress. Under a budget only the first pass counts bytes."""
     task = outcome.task
     counts = isinstance(task, ShardTask) and run.passes is not None and run.passes.first and not task.estimate_only
     reused = isinstance(outcome.result, ShardResult) and outcome.result.reused
@@ -259,14 +248,14 @@ def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
 
 
 def _in_flight(manifest: Manifest) -> int:
-    """Source bytes that may be at work at any time."""
+    """Return the most source bytes that may be in flight."""
     if manifest.in_flight_mib is not None:
         return manifest.in_flight_mib * MIB
     return memory_bytes() // 8
 
 
 def _start(run: ModelRun, reuse: Reuse) -> list[Task]:
-    """The first tasks of a model."""
+    """Return the first tasks of a model."""
     planned, terms = run.planned, None
     assert planned is not None  # only planned models run
     if planned.budget is not None:
@@ -277,9 +266,10 @@ def _start(run: ModelRun, reuse: Reuse) -> list[Task]:
             hint_db=hint if isinstance(hint, float) else None,
         )
     describe = partial(_version_manifest, run, planned)
-    prove = None if run.subject is None else partial(_proof_task, planned, run.subject)
-    ask = None if run.felt_as is None else partial(_statistics_task, run, planned, run.felt_as, reuse)
-    int8 = run.subject is not None and run.subject.int8
+    proof, statistics = run.subjects.proof, run.subjects.statistics
+    prove = None if proof is None else partial(_proof_task, planned, proof)
+    ask = None if statistics is None else partial(_statistics_task, run, planned, statistics, reuse)
+    int8 = proof is not None and proof.int8
     run.passes = Passes(run.name, planned.plan, describe, terms=terms, reuse=reuse, prove=prove, ask=ask, int8=int8)
     return run.passes.start()
 
@@ -299,7 +289,7 @@ def _proof_task(planned: Planned, subject: Subject, manifest: VersionManifest) -
 
 
 def _take(job: _Job, run: ModelRun, outcome: Outcome) -> list[Task]:
-    """Account for one outcome; the last one of a model publishes it. Returns the tasks that follow."""
+    """Record one outcome, and publish the model after its last one. Returns the tasks that follow."""
     assert run.planned is not None
     assert run.passes is not None  # only started models have tasks
     if outcome.result is None:
@@ -320,7 +310,7 @@ def _take(job: _Job, run: ModelRun, outcome: Outcome) -> list[Task]:
 
 
 def _check_proof(run: ModelRun, planned: Planned) -> None:
-    """Hold a model's proof against its floors. Raises ProofError for one that falls below."""
+    """Check a proof against the manifest's floors. Raises ProofError if it falls below one."""
     proof = run.passes.proof if run.passes else None
     if proof is None or proof.record is None:
         return
@@ -333,7 +323,7 @@ def _check_proof(run: ModelRun, planned: Planned) -> None:
 
 
 def _publish(job: _Job, run: ModelRun, planned: Planned, plan: ModelPlan) -> None:
-    """Publish what a model's passes have come to."""
+    """Publish the version that a model's passes ended with."""
     if checkpoint_state(planned.checkpoint) != run.source_state:
         raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
     records = [run.records[index] for index in range(len(plan.shards))]
@@ -346,7 +336,7 @@ def _publish(job: _Job, run: ModelRun, planned: Planned, plan: ModelPlan) -> Non
 
 
 def _say_labels(store: Store, run: ModelRun) -> None:
-    """Give the version of a model the labels that its manifest says; those it has besides stay."""
+    """Set the labels that the manifest names on a model's version. Its other labels stay."""
     if run.version is not None and run.labels:
         change_labels(store, run.name, run.version.digest, run.labels)
 

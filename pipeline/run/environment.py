@@ -1,4 +1,4 @@
-"""What a process runs on and with: versions, processors, memory. For reports and diagnosis."""
+"""The hardware and software of a process: versions, processors, memory. For reports and diagnosis."""
 
 import os
 import platform
@@ -11,23 +11,23 @@ _PACKAGES = ("birkhoff-compression", "torch", "ray", "triton", "numpy", "boto3",
 
 
 class Environment(Document):
-    """One host, as the process that drove a run saw it."""
+    """One host, as seen by the process that drove a run."""
 
     host: str
     system: str
     python: str
     packages: dict[str, str]
-    """Versions of what is installed of the packages that decide results."""
+    """Versions of the installed packages that affect results."""
     processor: str
     cpus: int
-    """Logical processors this process may use."""
+    """Logical processors available to this process."""
     memory_bytes: int
     gpus: tuple[str, ...]
     """Name and memory of every visible GPU."""
 
 
 def environment() -> Environment:
-    """This host now. Starts CUDA's driver where there is one."""
+    """Return this host's environment. Initializes CUDA if there is a GPU."""
     return Environment(
         host=platform.node(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -41,17 +41,17 @@ def environment() -> Environment:
 
 
 def memory_bytes() -> int:
-    """Memory of this machine."""
+    """Total memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def processors() -> int:
-    """Logical processors that this process may use."""
+    """Logical processors available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """Return the processor's name as the kernel gives it, else its architecture."""
+    """Return the processor's name from /proc/cpuinfo, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

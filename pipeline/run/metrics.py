@@ -1,9 +1,8 @@
 """Metrics of the workers, on Ray's own Prometheus endpoint.
 
 Every node of a Ray cluster serves them beside Ray's own, with or without dashboard; `ray.nodes()` gives each node's
-`MetricsExportPort`. Ray puts `ray_` before the names and collects every 10 s, so a scrape is that much behind, and of a
-cluster that lives for one run the last seconds are never seen: scrape a cluster that is joined by `--address`, and read
-a run's end in its report.
+`MetricsExportPort`. Ray adds the prefix `ray_` and collects every 10 s, so a scrape is up to 10 s late, and the last
+seconds of a private cluster are lost. Scrape a cluster joined by `--address`, and read a run's end in its report.
 
 | name | kind | labels |
 |---|---|---|
@@ -13,13 +12,14 @@ a run's end in its report.
 | `ray_birkhoff_stage_seconds_total` | counter: worker seconds | `stage`: `read`, `key`, `find`, `encode`, ... |
 | `ray_birkhoff_shard_seconds` | histogram: all stages of a shard | `result` |
 | `ray_birkhoff_failures_total` | counter: shards that failed | `model`, `kind`: class of the error |
-| `ray_birkhoff_retries_total` | counter: shards given out again | `model`, `reason`: `worker died`, `out of memory` |
+| `ray_birkhoff_retries_total` | counter: shards tried again | `model`, `reason`: see below |
 | `ray_birkhoff_sqnr_db` | histogram: SQNR of every tensor coded by this run | `model` |
-| `ray_birkhoff_working_bytes` | gauge: source bytes of the shard at work, 0 between two | |
+| `ray_birkhoff_working_bytes` | gauge: source bytes of the running shard, 0 between shards | |
 
-A shard is `made`, `reused`, `estimated` or `failed`; a proof is `proven`, statistics are `taken`, found ones too.
+A shard's result is `made`, `reused`, `estimated` or `failed`, a proof's `proven`, that of statistics `taken`, whether
+they are measured or found in the store. A retry's reason is `worker died`, `out of memory` or `node lost`.
 
-The sum of a Ray histogram is made of the middles of its buckets; counts are exact.
+Ray computes the sum of a histogram from the middles of its buckets; counts are exact.
 """
 
 import sys
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from birkhoff.pipeline.run.outcome import Outcome
 
 _KINDS = {Proof: "proven", Statistics: "taken"}
-"""Results that are not of shards."""
+"""Results of tasks other than shards."""
 
 SQNR_BOUNDARIES = [18.0, 21.0, 24.0, 27.0, 29.0, 30.0, 31.0, 33.0, 36.0, 39.0, 42.0, 48.0]
 SECONDS_BOUNDARIES = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 60.0, 300.0, 900.0]
 
 
 class Metrics:
-    """What one process counts. Needs a process that Ray knows: a worker, or the driver after `ray.init`."""
+    """The metrics of one process. Needs a process that Ray knows: a worker, or the driver after `ray.init`."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
@@ -57,11 +57,11 @@ class Metrics:
         self._working: Any = Gauge("birkhoff_working_bytes", "Source bytes of the shard at work.")
 
     def began(self, nbytes: int) -> None:
-        """A shard is at work."""
+        """Record that a shard has started."""
         self._working.set(nbytes)
 
     def ended(self, outcome: "Outcome") -> None:
-        """A shard has ended, well or badly."""
+        """Record that a shard has ended, successfully or not."""
         self._working.set(0)
         task, result = outcome.task, outcome.result
         kind = "failed" if result is None else _KINDS.get(type(result), "estimated")
@@ -82,17 +82,17 @@ class Metrics:
             self._failures.inc(1, {"model": task.model, "kind": type(outcome.error).__name__})
 
     def retried(self, model: str, reason: str) -> None:
-        """A shard is given out again."""
+        """Record that a shard is tried again."""
         self._retries.inc(1, {"model": model, "reason": reason})
 
 
 def _add(counter: Any, value: float, tags: dict[str, str]) -> None:
-    """Ray refuses to add nothing."""
+    """Add `value` to a counter, unless it is 0, which Ray refuses."""
     if value > 0:
         counter.inc(value, tags)
 
 
 def metrics() -> Metrics | None:
-    """This process's metrics, None if it has nothing to do with Ray."""
+    """Return this process's metrics; None if Ray does not run in it."""
     ray = sys.modules.get("ray")
     return Metrics() if ray is not None and ray.is_initialized() else None

@@ -1,4 +1,4 @@
-"""One model on its way through a run, and its line of the result table."""
+"""The state of one model during a run, and its row of the result table."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import FALLBACKS
 from birkhoff.pipeline.errors import failure_of
 from birkhoff.pipeline.plan.models import Planned
-from birkhoff.pipeline.proof.task import Subject
+from birkhoff.pipeline.proof.subject import Subjects
 from birkhoff.pipeline.registry.documents import FIGURES, BaseRecord, ShardRecord
 from birkhoff.pipeline.registry.versions import Version
 from birkhoff.pipeline.run.passes import Passes
@@ -17,12 +17,12 @@ from birkhoff.pipeline.text import size
 
 @dataclass(slots=True, kw_only=True)
 class ModelRun:
-    """One model on its way through a run. `seconds` is wall time from the run's start to its end."""
+    """The state of one model during a run. `seconds` is the wall time from the start of the run to the model's end."""
 
     name: str
     profile: str
     labels: dict[str, str] = field(default_factory=dict)
-    """What the manifest says of its version."""
+    """Labels for its version, from the manifest."""
     planned: Planned | None = None
     source_sha256: str = ""
     source_state: dict[str, list[int]] = field(default_factory=dict)
@@ -30,13 +30,11 @@ class ModelRun:
     error: BirkhoffError | None = None
     version: Version | None = None
     before: Version | None = None
-    """What `latest` pointed at when the run began."""
+    """The version that `latest` pointed at when the run began."""
     newer_base: BaseRecord | None = None
-    """What its base means by now, if its version is a difference to an older one and stays so."""
-    subject: Subject | None = None
-    """How it is run for its proof; None for a model that has none."""
-    felt_as: Subject | None = None
-    """How it is run for its statistics; None for a model whose targets are shared without."""
+    """What its base means now, if its version is a difference to an older one and stays so."""
+    subjects: Subjects = field(default_factory=Subjects)
+    """How the model is run for its proof and its statistics."""
     passes: Passes | None = None
     records: dict[int, ShardRecord] = field(default_factory=dict)
     reused: int = 0
@@ -44,16 +42,16 @@ class ModelRun:
     seconds: float = 0.0
 
     def fail(self, error: BirkhoffError) -> None:
-        """Give this model up; the others go on."""
+        """Mark this model as failed. Other models continue."""
         self.status, self.error = "failed", error
 
     @property
     def source_bytes(self) -> int:
-        """Size of the source file; 0 where it could not be read."""
+        """Size of the source file, 0 if it could not be read."""
         return self.planned.checkpoint.nbytes if self.planned else 0
 
     def row(self) -> dict[str, object]:
-        """The model's line of the result table, under the keys of `--json`."""
+        """Return the model's row of the result table, under the keys of `--json`."""
         manifest = self.version.manifest if self.version else None
         unknown = dict.fromkeys(FIGURES)
         return {
@@ -74,42 +72,53 @@ class ModelRun:
             "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
             "target_db": manifest.recipe.get("target_db") if manifest else None,
             "passes": self.passes.count if self.passes else 0,
+            "unproven": self.unproven,
             "warnings": self.warnings(),
             "error": str(self.error) if self.error else None,
             "failure": failure_of(self.error) if self.error else None,
         }
 
+    @property
+    def unproven(self) -> str | None:
+        """Why this run could not prove the version, and how to get a proof. None if it did, or no proof was due."""
+        if self.status != "published":
+            return None
+        proof = self.passes.proof if self.passes else None
+        return self.subjects.unproven if proof is None else proof.missing or None
+
     def felt(self) -> str | None:
-        """By which statistics targets were shared, and where these come from; None where they were not needed."""
+        """Return the statistics that targets were allocated by, and their origin; None without statistics."""
         statistics = self.passes.statistics if self.passes else None
         if statistics is None or self.version is None:
             return None
         record, seconds = statistics.record, sum(statistics.stages.values())
         what = f"{record.pictures} synthetic pictures" if record.adapter else f"{record.pictures} of your batches"
         origin = "found in the store" if statistics.reused else f"taken in {seconds:.0f} s and kept in the store"
-        return f"targets follow from what its outputs feel on {what} with {record.probes} probes each, {origin}"
+        on = f"{what} with {record.probes} probes each"
+        return f"targets follow from the sensitivity of its outputs on {on}, {origin}"
 
     def found(self) -> str | None:
-        """What a search for a target of the outputs came to, and at what cost; None without one."""
+        """Return the result and the cost of a search for a target of the outputs; None without a search."""
         budget = self.planned.budget if self.planned else None
         if budget is None or not budget.by_output or self.version is None or self.passes is None:
             return None
         target = self.version.manifest.recipe["target_db"]
-        return f"{budget.label} is reached at {target:g} dB, the lowest that does of {self.passes.count} proven"
+        return f"{budget.label} is reached at {target:g} dB, the lowest such target; {self.passes.count} were proven"
 
     def differs(self) -> str | None:
-        """What the version is a difference to, and how much of it is; None for a model without a base."""
+        """Return the base of the version and the share of shards that use it; None for a model without a base."""
         if self.version is None or self.planned is None or self.planned.entry.base is None:
             return None
         manifest = self.version.manifest
         if manifest.base is None:
-            return "no version of the store is so near that differences to it would save anything; coded for itself"
+            return "differences to the versions in the store would save nothing; coded without a base"
         count = sum(shard.bases is not None for shard in manifest.shards)
         whole = f"{count} of {len(manifest.shards)} shards hold differences to {manifest.base.label}"
         return f"{whole}, of which it needs {size(manifest.base_bytes)} besides its own" if count else whole
 
     def warnings(self) -> list[str]:
-        """What may not be meant: a version larger than its source, tensors lossless though coding was asked for."""
+        """Return results that may be unintended: a version larger than its source, or tensors that fell back to
+        lossless."""
         shards = self.version.manifest.shards if self.version else ()
         fallen = {name: reason for shard in shards for name, reason in (shard.fallbacks or {}).items()}
         return [
@@ -129,6 +138,6 @@ class ModelRun:
         stored, source = size(manifest.stored_bytes), size(manifest.source.bytes)
         tensors = sum(shard.tensors for shard in manifest.shards)
         return [
-            f"the version takes {stored}, its source {source}: what describes {tensors} tensors takes more than coding "
-            "them saves; keep the source instead"
+            f"the version takes {stored}, its source {source}: the metadata of {tensors} tensors takes "
+            "more than coding saves; keep the source instead"
         ]

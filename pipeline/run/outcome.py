@@ -16,18 +16,18 @@ Result = ShardResult | ShardSizes | Proof | Statistics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a task ended: exactly one of `result` and `error` is set."""
+    """How a task ended: either `result` or `error` is set."""
 
     task: Task
     result: Result | None = None
     error: BirkhoffError | None = None
     out_of_memory: bool = False
-    """Whether the error is for want of memory, so that another try by itself may end better."""
+    """Whether memory ran out, so that running the task alone may succeed."""
 
 
 class Executor(AbstractContextManager["Executor"], Protocol):
-    """Runs shards."""
+    """Runs the tasks of a queue."""
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Yield the outcomes of all tasks as they end, except those dropped meanwhile."""
+        """Yield the outcome of every task as it ends, except of tasks dropped meanwhile."""
         ...

@@ -1,7 +1,7 @@
 """The passes of one model through the workers: its statistics, its shards, its proof.
 
-Shards are encoded once. For a budget in bytes they are estimated once and then encoded until they fit; for a target of
-outputs, until the lowest dB that reaches it is found.
+Shards are encoded once. For a budget in bytes they are estimated once, then encoded until they fit. For a target of the
+outputs they are encoded and proven until the lowest sufficient dB is found.
 """
 
 import json
@@ -32,13 +32,13 @@ from birkhoff.pipeline.statistics.task import Statistics, StatisticsTask
 from birkhoff.pipeline.text import size
 
 Describe = Callable[[ModelPlan, Sequence[ShardRecord]], VersionManifest]
-"""The manifest of the version that shards make, by the plan that they were coded by; without a proof."""
+"""Returns the manifest, without a proof, of the version that the shards make under a plan."""
 
 Prove = Callable[[VersionManifest], ProofTask]
-"""The task that proves the version of a manifest."""
+"""Returns the task that proves the version of a manifest."""
 
 Ask = Callable[[], StatisticsTask]
-"""The task that finds or takes the statistics of a model."""
+"""Returns the task that measures a model's statistics or finds them in the store."""
 
 
 _MOST = Agreement(
@@ -47,7 +47,7 @@ _MOST = Agreement(
 PROOF_BYTES = len(
     ProofRecord(adapter="efficient_tam", pictures_version=99, shapes_iou=0.999, measured=_MOST, own=_MOST).to_bytes()
 )
-"""What a proof's record takes in a manifest at most: a budget counts it before the proof is made."""
+"""The longest a proof's record can be in a manifest. A budget counts it before the proof is made."""
 
 INT8_BYTES = len(Int8Record(layers=99999, least_db=-99.9, measured=_MOST, own=_MOST).to_bytes())
 """What one on int8 takes besides, without the names of the layers left in float."""
@@ -55,7 +55,7 @@ INT8_BYTES = len(Int8Record(layers=99999, least_db=-99.9, measured=_MOST, own=_M
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """The terms of a budget: the most bytes, and a target to try first; a budget for outputs has neither."""
+    """The terms of a budget: the most bytes, and a target to try first. A budget of the outputs uses neither."""
 
     budget: BudgetRecord
     limit: int
@@ -63,7 +63,7 @@ class Terms:
 
 
 class Passes:
-    """Hands out the tasks of one model and takes their results, until `whole`.
+    """Hands out the tasks of one model and takes their results, until `whole` is set.
 
     Then `records` are the shards, by index, of the version to publish, `plan` is what they were coded by, and `proof`
     what came of the proof, if `prove` was given; with `int8` that measures int8 too. With `ask` the plan is by the
@@ -103,17 +103,17 @@ class Passes:
 
     @property
     def count(self) -> int:
-        """Times that all shards were encoded, or found encoded."""
+        """How often all shards were encoded or found encoded."""
         if self._outputs is not None:
             return self._outputs.probes
         return int(self.whole) if self._search is None else self._search.passes
 
     def start(self) -> list[Task]:
-        """Return the first tasks."""
+        """Return the first tasks: of statistics if they are needed, else of shards."""
         return self._encode() if self._ask is None else [self._ask()]
 
     def _encode(self) -> list[Task]:
-        """Return the first tasks of shards."""
+        """Return the first tasks of shards: encodings, or for a budget in bytes estimates."""
         if self._terms is None:
             return [*self.plan.tasks(self._model, reuse=self._reuse)]
         if self._terms.budget.by_output:
@@ -123,10 +123,10 @@ class Passes:
         return [*self.plan.estimates(self._model, Grid.of(self.plan.profile).knots, reuse=self._reuse)]
 
     def take(self, index: int, result: Result) -> list[Task]:
-        """Account for the result of a task; returns the tasks that follow from it.
+        """Record the result of a task. Returns the tasks that follow.
 
         Raises:
-            BudgetError: no target fits, or reaches what is wanted of the outputs.
+            BudgetError: No target fits the bytes, or none reaches the wanted agreement or dB of the outputs.
         """
         if isinstance(result, Statistics):
             self.statistics, self.plan = result, self.plan.with_statistics(result.record)
@@ -147,7 +147,7 @@ class Passes:
         return self._next()
 
     def _end(self) -> list[Task]:
-        """Hand out the proof, once all shards are there."""
+        """Return the task of the proof once all shards are encoded; none if no proof is due."""
         if self._prove is None:
             self.whole = True
             return []
@@ -155,7 +155,7 @@ class Passes:
         return [self._prove(self._describe(self.plan, records))]
 
     def _probe(self) -> list[Task]:
-        """Tasks of the next version to prove; none where the search has ended."""
+        """Return the tasks of the next version to prove; none if the search has ended."""
         assert self._outputs is not None
         grid, step = self._outputs.grid, self._outputs.next()
         if step is not None:
@@ -170,10 +170,10 @@ class Passes:
         return []
 
     def _probed_one(self, proof: Proof) -> list[Task]:
-        """Return the tasks that follow from a proven version."""
+        """Record a proof of the search, and return the tasks that follow."""
         assert self._outputs is not None
         assert self._terms is not None
-        assert proof.record is not None  # one that is required is there, or an error
+        assert proof.record is not None  # a search requires proofs, and a missing one is an error
         budget, found = self._terms.budget, proof.record.figures
         wanted = Wanted(agreement=budget.target_agreement, output_db=budget.target_output_db)
         self._probed[self._step] = self.records, self.reused, proof
@@ -188,12 +188,12 @@ class Passes:
         key = "agreement_mean" if budget.target_agreement is not None else "output_db"
         found = proof.figures[key] if proof else None
         return BudgetError(
-            f"{budget.label} is out of reach: at {grid.target(highest):g} dB it is {found}; ask for less, or let more "
-            "tensors be lossless by overrides"
+            f"{budget.label} is out of reach: at {grid.target(highest):g} dB it is {found}; ask for less, or make more "
+            "tensors lossless by overrides"
         )
 
     def _begin(self) -> list[Task]:
-        assert self._terms is not None  # nothing is estimated without a budget
+        assert self._terms is not None  # only budgets need estimates
         self.records = {index: _unknown(shard) for index, shard in enumerate(self.plan.shards)}
         beside, sizes = self._count(), [self._sizes[index] for index in range(len(self._sizes))]
         grid, terms = Grid.of(self.plan.profile), self._terms
@@ -203,7 +203,7 @@ class Passes:
         return self._next()
 
     def _next(self) -> list[Task]:
-        """Tasks of the next pass; none where the search has ended."""
+        """Return the tasks of the next pass; none if the search has ended."""
         assert self._search is not None
         step = self._search.next()
         if step is not None:
@@ -218,7 +218,7 @@ class Passes:
         return self._end()
 
     def _count(self) -> int:
-        """Return every byte of the version that the present records make."""
+        """Return the stored bytes of the version that the present records make, with its proof."""
         records = [self.records[index] for index in range(len(self.plan.shards))]
         beside = 0 if self._prove is None else PROOF_BYTES
         if self._prove is not None and self._int8:  # every layer may turn out to be left in float
@@ -231,14 +231,13 @@ class Passes:
         least, counted = search.least()
         return BudgetError(
             f"budget {self._terms.budget.label} leaves {size(search.limit)} ({search.limit} bytes); at the lowest "
-            f"quality there is the version takes {'' if counted else 'about '}{size(least)} ({least} bytes): allow at "
-            "least that much, let fewer tensors be lossless, or lower floor_db, which is "
-            f"{self._terms.budget.least_db:g}"
+            f"quality the version takes {'' if counted else 'about '}{size(least)} ({least} bytes): allow at least "
+            f"that much, make fewer tensors lossless, or lower floor_db, which is {self._terms.budget.least_db:g}"
         )
 
 
 def _unknown(shard: Sequence[TensorPlan]) -> ShardRecord:
-    """Return a record of the length that a shard's will have, with a container of no bytes."""
+    """Return a record as long as the shard's will be, for a container of no bytes."""
     coded = [plan.tensor.shape for plan in shard if plan.decision.action == "coded"]
     matrices = [shape for shape in coded if len(shape) == 2 and shape[1] > 1]
     return ShardRecord(

@@ -1,8 +1,8 @@
 """Start only the processes of Ray that a run needs, and wait for them for as long as they make progress.
 
 Ray gives its control store and its node 30 s each to start, however busy the machine is, and no setting changes the
-second limit. A start that is abandoned loses its work, so on a loaded machine the next try does no better. Inside
-`patient_start`, Ray's two waiting calls retry until the processes have started, have used no CPU time for
+second limit. An abandoned start loses its work, so on a loaded machine the next try does no better. Inside
+`patient_start`, Ray's two waiting calls are retried until the processes have started, have used no CPU time for
 `STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
 
 The node in turn gives its agents 15 s to write down their ports, and then aborts; no setting changes that either
@@ -26,16 +26,16 @@ from birkhoff.pipeline import interrupt
 log: logging.Logger = logging.getLogger("birkhoff.cluster")
 
 START_SECONDS = 300.0
-"""A start that takes longer has failed, whatever its processes do."""
+"""Longest total time of a start."""
 
 STALL_SECONDS = 30.0
-"""A start whose processes do nothing for so long has failed."""
+"""Longest time of a start without progress."""
 
 STALL_CPU_SECONDS = 0.15
-"""CPU time within `STALL_SECONDS` up to which processes do nothing: half a percent of a core, as when they idle."""
+"""CPU time within `STALL_SECONDS` that still counts as no progress: 0.5 % of a core, as idle processes use."""
 
 SLOW_SECONDS = 20.0
-"""A start that takes longer is remarked on."""
+"""A warning is logged once a start takes longer."""
 
 _POLL_SECONDS = 0.5
 _PORT_MILLISECONDS = 1000
@@ -60,7 +60,8 @@ class NodeDiedError(Exception):
 
 
 class Patience:
-    """Tells whether it is worth waiting on. `cpu_seconds` gives the CPU time of the awaited processes so far."""
+    """Decides whether to keep waiting. `cpu_seconds` returns the CPU time that the awaited processes have used so
+    far."""
 
     def __init__(self, cpu_seconds: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
         self._cpu_seconds, self._clock = cpu_seconds, clock
@@ -69,9 +70,9 @@ class Patience:
         self._remarked = False
 
     def over(self) -> bool:
-        """Return whether the processes have stalled, or had `START_SECONDS`."""
+        """Return whether the processes have stalled or have used up `START_SECONDS`."""
         now, cpu = self._clock(), self._cpu_seconds()
-        if abs(cpu - self._cpu) > STALL_CPU_SECONDS:  # less, too: what has ended no longer counts
+        if abs(cpu - self._cpu) > STALL_CPU_SECONDS:  # it also drops when a process ends
             self._moved, self._cpu = now, cpu
         if now - self._began > SLOW_SECONDS and not self._remarked:
             self._remarked = True
@@ -80,7 +81,8 @@ class Patience:
 
 
 def wait_for(ask: Callable[[], Any], patience: Patience) -> Any:
-    """Return what `ask` returns once it raises no RuntimeError any more; its last one once `patience` is over."""
+    """Call `ask` until it raises no RuntimeError, and return its result. Raises its last error once `patience` is
+    over."""
     while True:
         interrupt.check()
         try:
@@ -92,7 +94,7 @@ def wait_for(ask: Callable[[], Any], patience: Patience) -> Any:
 
 
 def configure_ray() -> None:
-    """Let Ray's processes wait for each other as long as this module does; before Ray is imported."""
+    """Make Ray's processes wait for each other as long as this module does. Call it before Ray is imported."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
 

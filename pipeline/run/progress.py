@@ -1,4 +1,4 @@
-"""Progress of a run: a live view in a terminal, plain lines elsewhere, on standard error; and its events to the log."""
+"""Show a run's progress on standard error, live in a terminal and as plain lines elsewhere, and log its events."""
 
 import logging
 import threading
@@ -16,11 +16,11 @@ from birkhoff.pipeline.text import printable
 log: logging.Logger = logging.getLogger("birkhoff.run")
 
 LINE_SECONDS = 30.0
-"""Seconds between two lines about the fleet, without a terminal."""
+"""Seconds between two lines about the fleet outside a terminal."""
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Follows a fleet, counted in source bytes and shards. `quiet` shows nothing; the log gets its events all the same.
+    """Follows a fleet, counted in source bytes and shards. With `quiet` nothing is shown, but events are still logged.
 
     `downloaded` may be called from any thread, the other methods from one.
     """
@@ -44,12 +44,12 @@ class Progress(AbstractContextManager["Progress"]):
             self._live.stop()
 
     def view(self) -> FleetView:
-        """Return what the terminal shows now."""
+        """Return the present view for the terminal."""
         with self._lock:
             return FleetView(self.state, dict(self._downloads))
 
     def downloaded(self, file: str, here: int, total: int | None) -> None:
-        """Note how many bytes of a source file have arrived."""
+        """Record how many bytes of a source file have arrived."""
         with self._lock:
             first = file not in self._downloads
             self._downloads[file] = (here, total)
@@ -58,14 +58,14 @@ class Progress(AbstractContextManager["Progress"]):
             self._line(f"downloading {file}" + (f", {total} bytes" if total else ""))
 
     def planned(self, model: str, nbytes: int, status: str | None, *, shards: int = 0) -> None:
-        """Note that a model's header was read; `status` is set if there is nothing to do for it."""
+        """Record that a model was planned. `status` is set if there is nothing to do for it."""
         self.state.plan(model, nbytes, shards, status)
         log.info("planned", extra={"model": model, "bytes": nbytes, "shards": shards})
         if status is not None:
             self._ended(model, status)
 
     def advanced(self, model: str, nbytes: int, status: str | None, *, reused: bool = False) -> None:
-        """Note that a shard of `nbytes` source bytes ended; `status` is set if its model ended with it."""
+        """Record that a shard of `nbytes` source bytes ended. `status` is set if that ended its model."""
         self.state.advance(model, nbytes, status, reused=reused)
         log.info("shard", extra={"model": model, "bytes": nbytes, "reused": reused})
         if status is not None:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from birkhoff.pipeline.text import size
 
 _WINDOW_SECONDS = 30.0
-"""Seconds over which speed is measured."""
+"""Length in seconds of the window in which speed is measured."""
 
 _TELLING_SHARE = 0.01
-"""Of the work: the first small shard, seconds after the start, says nothing of the speed to come."""
+"""Share of the work before which no speed is given: one small shard after a slow start would mislead."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelProgress:
-    """One model: source bytes and shards, how many of them have ended, and its status once it has."""
+    """One model: its source bytes and shards, how many have ended, and its status once the model has ended."""
 
     name: str
     nbytes: int
@@ -29,7 +29,7 @@ class ModelProgress:
 
 @dataclass(slots=True, kw_only=True)
 class FleetProgress:
-    """All models of a run; `models` is how many there are to be, `clock` gives seconds."""
+    """All models of a run. `models` is their expected number, `clock` returns seconds."""
 
     models: int
     clock: Callable[[], float] = time.monotonic
@@ -42,12 +42,12 @@ class FleetProgress:
 
     @property
     def nbytes(self) -> int:
-        """Source bytes of the models known so far."""
+        """Source bytes of the models planned so far."""
         return sum(model.nbytes for model in self.planned.values())
 
     @property
     def done_bytes(self) -> int:
-        """Source bytes that have ended; those of a failed model count, as nothing more will be done for it."""
+        """Source bytes that have ended. A failed model counts whole, since nothing remains to do for it."""
         return sum(m.nbytes if m.status else m.done_bytes for m in self.planned.values())
 
     @property
@@ -57,21 +57,22 @@ class FleetProgress:
 
     @property
     def shards(self) -> tuple[int, int]:
-        """(shards that have ended, all shards)."""
+        """Return (ended shards, all shards)."""
         states = self.planned.values()
         return sum(m.shards if m.status else m.done_shards for m in states), sum(m.shards for m in states)
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return self.clock() - self._since
 
     def plan(self, name: str, nbytes: int, shards: int, status: str | None) -> None:
-        """Add a model; `status` is set if there is nothing to do for it."""
+        """Add a model. `status` is set if there is nothing to do for it."""
         self.planned[name] = ModelProgress(name=name, nbytes=nbytes, shards=shards, status=status)
 
     def advance(self, name: str, nbytes: int, status: str | None, *, reused: bool) -> None:
-        """Note that a shard of `nbytes` source bytes ended (0: a step without bytes); `status` is set with the last."""
+        """Record that `nbytes` source bytes of a model ended (0: a step without bytes). `status` is set with the
+        last."""
         model = self.planned[name]
         model.done_bytes = min(model.nbytes, model.done_bytes + nbytes)
         model.done_shards = min(model.shards, model.done_shards + bool(nbytes))
@@ -80,7 +81,7 @@ class FleetProgress:
         self._recent.append((self.clock(), nbytes))
 
     def speed(self) -> float | None:
-        """Source bytes a second over the last while; None before `_TELLING_SHARE` of the work has ended."""
+        """Source bytes per second in the recent window; None before `_TELLING_SHARE` of the work has ended."""
         worked = sum(model.done_bytes for model in self.planned.values())
         if worked < _TELLING_SHARE * (worked + self.nbytes - self.done_bytes):
             return None
@@ -91,12 +92,12 @@ class FleetProgress:
         return sum(nbytes for _, nbytes in self._recent) / spent if self._recent and spent > 0 else None
 
     def left(self) -> float | None:
-        """Seconds left at this speed; None if there is none to go by."""
+        """Seconds left at this speed; None without a speed."""
         speed = self.speed()
         return (self.nbytes - self.done_bytes) / speed if speed else None
 
     def summary(self) -> str:
-        """`5/19 models, 312/607 shards, 4.1 GiB of 12.3 GiB, 41.2 MiB/s, 3:20 left`."""
+        """Return one line: `5/19 models, 312/607 shards, 4.1 GiB of 12.3 GiB, 41.2 MiB/s, 3:20 left`."""
         ended, shards = self.shards
         speed, left = self.speed(), self.left()
         parts = [f"{self.done}/{self.models} models", f"{ended}/{shards} shards"]
@@ -109,7 +110,7 @@ class FleetProgress:
 
 
 def clock_time(seconds: float) -> str:
-    """`3:20`, `1:02:03`."""
+    """Format a duration: `3:20`, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""The live view of a run in a terminal: the fleet on top, a line for each model, what is downloaded below."""
+"""The live view of a run in a terminal: the fleet on top, one line per model, downloads at the bottom."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,23 +19,23 @@ _MARKS = {
     "waiting": ("·", "dim"),
 }
 _ORDER = ("failed", "working", "waiting", "published", "up to date")
-"""Which models keep their line where there is no room for all."""
+"""Which models are shown first if the terminal has too few lines."""
 
 _FRAME_LINES = 6
-"""Lines of the view that are no models, and one that the terminal keeps."""
+"""Lines that are not models', including one that the terminal keeps free."""
 
 Downloads = Mapping[str, tuple[int, int | None]]
-"""By file: bytes that are here, and how many there are to be."""
+"""By file: bytes that have arrived, and the size if it is known."""
 
 
 class FleetView:
-    """Drawn anew each time from the state it was made with."""
+    """A view of the given state. Make a new one for every redraw."""
 
     def __init__(self, state: FleetProgress, downloads: Downloads) -> None:
         self._state, self._downloads = state, downloads
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Head, bar, models as far as they fit, downloads."""
+        """Draw the head, the bar, as many models as fit, and the downloads."""
         running = {file: counts for file, counts in self._downloads.items() if counts[0] != counts[1]}
         height = options.height or console.height
         room = max(3, height - _FRAME_LINES - len(running))
@@ -76,7 +76,7 @@ def state_of(model: ModelProgress) -> str:
 
 
 def _choose(models: list[ModelProgress], room: int) -> tuple[list[ModelProgress], list[ModelProgress]]:
-    """Return (models that have a line, in their own order; the others)."""
+    """Return (models that get a line, in their original order; the others)."""
     if len(models) <= room:
         return models, []
     ranked = sorted(models, key=lambda model: _ORDER.index(state_of(model)))

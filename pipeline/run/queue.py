@@ -1,9 +1,9 @@
-"""Choose the next shard: a pure decision over tasks, sizes and running shards, which Ray carries out.
+"""Choose the next task: pure decisions over tasks, sizes and what is running. The executors carry them out.
 
 Longest first, so that no long shard remains alone at the end. Within a byte budget, so that memory is bounded by the
 machine and not by the fleet. Never run two shards that may be duplicates at once: shards with equal names, shapes and
 recipe (a frozen encoder in two models) probably hold equal bytes, so the second waits, then finds the first in the
-store. Shards that are encoded again in any case do not look there, and do not wait.
+store. Shards that are encoded in any case do not wait.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ Task = ShardTask | ProofTask | StatisticsTask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """A task, and what is asked of it again and again: effort, bytes, and a number shared by duplicate candidates."""
+    """A task with its cached effort and bytes, and a number shared by duplicate candidates."""
 
     task: Task
     effort: int
@@ -28,10 +28,10 @@ class _Entry:
 
 
 class TaskQueue:
-    """Tasks that wait and tasks that run.
+    """The waiting and the running tasks.
 
-    `budget` bounds the source bytes in flight; a single task larger than it still runs, alone.
-    A task that was put back as `alone` runs when nothing else does.
+    `budget` bounds the source bytes in flight; a task larger than the budget runs alone. A task put back as `alone`
+    runs only when no other does.
     """
 
     def __init__(self, tasks: Iterable[Task], *, budget: int) -> None:
@@ -53,7 +53,7 @@ class TaskQueue:
         return self._in_flight
 
     def take(self) -> Task | None:
-        """Return the next task to start, or None if all that wait must wait on."""
+        """Return the next task to start; None if no waiting task may start now."""
         idle = not self._running.total()
         if self._exclusive and not idle:
             return None
@@ -67,15 +67,15 @@ class TaskQueue:
         return None
 
     def is_alone(self, task: Task) -> bool:
-        """Return whether a task runs only while no other does."""
+        """Return whether a task must run alone."""
         return (task.model, task.index) in self._alone
 
     def done(self, task: Task) -> None:
-        """Note that a task that was taken has ended, successfully or not."""
+        """Record that a task that was taken has ended, successfully or not."""
         self._count_running(self._entry(task), -1)
 
     def put_back(self, task: Task, *, alone: bool = False) -> None:
-        """Queue a task again; if `alone`, to run by itself, after all that can run beside others."""
+        """Queue a running task again. With `alone` it runs by itself, after all tasks that can run together."""
         self.done(task)
         if alone:
             self._alone.add((task.model, task.index))
@@ -84,12 +84,12 @@ class TaskQueue:
             self._waiting.insert(0, self._entry(task))
 
     def add(self, tasks: Iterable[Task]) -> None:
-        """Add tasks that became necessary while others ran."""
+        """Add tasks that follow from results."""
         if more := list(map(self._entry, tasks)):
             self._waiting = sorted([*self._waiting, *more], key=lambda entry: -entry.effort)
 
     def drop(self, model: str) -> None:
-        """Forget the waiting tasks of a model that failed."""
+        """Remove the waiting tasks of a model that failed."""
         self._waiting = [entry for entry in self._waiting if entry.task.model != model]
 
     def _entry(self, task: Task) -> _Entry:

@@ -1,9 +1,9 @@
-"""Executors: where shards run. `inline` in this process, `ray` on long-lived workers of a local or remote cluster.
+"""An executor that runs shards on long-lived workers of a local or remote Ray cluster.
 
-Both draw from a `TaskQueue` and yield outcomes in the order in which they end. An error of ours is an outcome of its
-shard, not the end of the run. A worker that dies, or is killed as its shard took too long, is replaced, and the shard
-it was at is tried again, `TRIES` times in all, the last time alone. A worker whose node has gone says nothing against
-its shard: that is how spot nodes end. A shard that ran out of memory is tried once more, alone; then it has failed.
+It draws from a `TaskQueue` and yields outcomes in the order in which tasks end. An error of this package is the outcome
+of its task, and the run continues. A worker that dies, or is killed because its task took too long, is replaced. Its
+task is tried `TRIES` times in all, the last time alone. The loss of a node, as of a spot instance, is counted
+separately, up to `NODE_LOSSES`. A task that ran out of memory is tried once more, alone.
 """
 
 import logging
@@ -30,37 +30,40 @@ from birkhoff.pipeline.text import first_line
 log: logging.Logger = logging.getLogger("birkhoff.execute")
 
 TRIES = 3
-"""Times a shard is tried when its worker dies."""
+"""How often a task is tried if its worker dies."""
 
 NODE_LOSSES = 10
-"""Nodes that may go while they are at one shard, before it counts as what ends them."""
+"""How many nodes may be lost while they run a task, before the task is taken for the cause."""
 
 WORKERS_PER_GPU = 12
-"""Reading, entropy coding and validation keep CPUs busy while the GPU waits; each worker costs it 0.5 GB."""
+"""Reading, entropy coding and validation keep CPUs busy while the GPU waits. Each worker takes 0.5 GB of the GPU's
+memory."""
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-"""glibc's settings for workers: buffers go back to the heap and serve the next tensor. By default the kernel gets them
-back, and maps and clears each page anew: a tenth of a worker's time, and the workers of a machine wait for each other.
-The first is the greatest that glibc takes."""
+"""glibc's settings for workers: freed buffers stay in the heap and serve the next tensor.
+
+By default they return to the kernel, which maps and clears every page again: a tenth of a worker's time, and the
+workers of a machine wait for each other. The first value is the largest that glibc accepts.
+"""
 
 RESTARTS = 2
-"""Times that Ray is started anew on this machine when its node dies in the middle of a run."""
+"""How often the private cluster is restarted if its node dies during a run."""
 
 POLL_SECONDS = 1.0
-"""How often time limits and Ctrl-C are looked at while nothing ends."""
+"""How often time limits and Ctrl-C are checked while no task ends."""
 
-# What Ray's memory monitor says of a worker it has killed. Of one that something else has killed it lists guesses, the
-# kernel's OOM killer among them, so that "OOM" alone tells nothing.
+# Messages of Ray's memory monitor about a worker that it killed. For other deaths Ray lists guesses, among them the
+# kernel's OOM killer, so "OOM" alone says nothing.
 _MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
 _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
-"""What Ray says of an actor whose node does not answer any more."""
+"""Ray's message about an actor whose node no longer answers."""
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
-    """Long-lived Ray actors: up to `WORKERS_PER_GPU` to a GPU where there are GPUs, else one per CPU.
+    """Runs tasks on Ray actors: up to `WORKERS_PER_GPU` per GPU if there are GPUs, else one per CPU.
 
-    Actors, not tasks: a GPU task gets a process of its own, and torch's import and CUDA's start each time. With an
-    `address` the cluster of that address is joined; otherwise one is started here and stopped at the end.
+    They are actors because a Ray task on a GPU gets its own process, which imports torch and starts CUDA each time.
+    With an `address` the executor joins that cluster, else it starts a private one and ends it afterwards.
     `shard_seconds` is how long a worker may take for a shard before it counts as hung.
     """
 
@@ -90,14 +93,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     @property
     def workers(self) -> list[Any]:
-        """Handles of the actors there are now."""
+        """Handles of the current actors."""
         return [slot.actor for slot in self._slots]
 
     def capacity(self, workers: int | None = None) -> tuple[float, int]:
-        """(each worker's share of a GPU, how many workers there are to be).
+        """Return (each worker's share of a GPU, number of workers).
 
         Raises:
-            WorkerError: the cluster cannot give so many; asked for all the same, they would be waited for for ever.
+            WorkerError: The cluster is too small. Ray would wait for ever for the missing resources.
         """
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -110,8 +113,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return (gpus / count if gpus else 0.0), count
 
     def _start(self) -> tuple[Any, Any]:
-        """An actor, and the reference that resolves when it runs."""
-        # An actor with num_gpus=0 would still see every GPU.
+        """Start an actor. Returns it with the reference that resolves once it runs."""
+        # Without this, an actor with num_gpus=0 sees every GPU.
         environment = logs.environment() | ({} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""})
         environment |= {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         kind = self._ray.remote(self.worker).options(
@@ -121,7 +124,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return actor, actor.identity.remote()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Keep every worker busy, one task ahead, as far as the queue's byte budget goes."""
+        """Keep every worker busy with up to two tasks, within the queue's byte budget."""
         while True:
             interrupt.check()
             self._assign(queue)
@@ -147,7 +150,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             slot.give(task)
 
     def _take(self, slot: WorkerSlot, reference: Any, queue: TaskQueue) -> Iterator[Outcome]:
-        """What a reference has brought: a worker that has started, a result, or the news that the worker is dead."""
+        """Handle a resolved reference: a worker has started, has a result, or has died."""
         try:
             found = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
@@ -168,19 +171,20 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         yield found
 
     def _lose(self, slot: WorkerSlot, reason: Exception | str, queue: TaskQueue) -> Iterator[Outcome]:
-        """A worker is dead or hangs: another one takes its place. What it had ended counts; the next was at work."""
+        """Replace a worker that died or hangs. Finished results are kept; the running task is retried."""
         self._slots.replace(slot)
         yield from self._ended_tasks(slot, queue)
-        self._ray.kill(slot.actor, no_restart=True)  # a hung one, or one that only its node's network has lost
+        self._ray.kill(slot.actor, no_restart=True)  # it may still run: hung, or cut off from the network
         yield from self._return_tasks(slot, reason, queue)
 
     def _restart(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Ray's node on this machine has died and all workers with it: start it anew and go on. Raises WorkerError."""
+        """Restart the private cluster after its node and all workers died, and continue. Raises WorkerError after
+        too many deaths."""
         self._restarts += 1
         if self._restarts > RESTARTS:
             raise WorkerError(
                 f"Ray's node on this machine died {self._restarts} times; see by `dmesg` whether memory ran out; "
-                "the same command goes on where this one ended, also with --executor inline"
+                "the same command continues where this one ended, also with --executor inline"
             )
         log.warning("Ray's node on this machine died; starting it again")
         slots = list(self._slots)
@@ -192,7 +196,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             yield from self._return_tasks(slot, WorkerError("Ray's node did"), queue)
 
     def _ended_tasks(self, slot: WorkerSlot, queue: TaskQueue) -> Iterator[Outcome]:
-        """What a worker that is lost had ended before."""
+        """Yield the results that a lost worker had finished."""
         for reference in list(slot.tasks):
             if not self._ray.wait([reference], timeout=0)[0]:
                 break
@@ -204,7 +208,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             yield outcome
 
     def _return_tasks(self, slot: WorkerSlot, reason: Exception | str, queue: TaskQueue) -> Iterator[Outcome]:
-        """What a worker that is lost was at, and what it was still to do, goes back or has failed."""
+        """Queue the tasks of a lost worker again, or yield the failure of the one that it was running."""
         for place, task in enumerate(slot.tasks.values()):
             if place:
                 queue.put_back(task)
@@ -212,19 +216,19 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 yield outcome
 
     def _judge(self, task: Task, reason: Exception | str, queue: TaskQueue) -> Outcome | None:
-        """Whether the task that a worker died at is tried again (None) or has failed."""
+        """Queue a task again after its worker died (returns None), or return its failure."""
         died, memory = _died(reason), isinstance(reason, Exception) and self._killed_for_memory(reason)
         if last := logs.last_step(task.model, task.index):
             died = f"{died} at {last}"
         if self._node_went(reason):
             self._lost_nodes[task.model, task.index] += 1
             if (lost := self._lost_nodes[task.model, task.index]) < NODE_LOSSES:
-                log.warning("%s: the node of its worker went; trying again", task.label)
+                log.warning("%s: its worker's node was lost; trying again", task.label)
                 self._count_retry(task, "node lost")
                 queue.put_back(task, alone=lost == NODE_LOSSES - 1)
                 return None
             queue.done(task)
-            return Outcome(task=task, error=WorkerError(f"{task.label}: {lost} nodes went while they were at it"))
+            return Outcome(task=task, error=WorkerError(f"{task.label}: {lost} nodes were lost while they ran it"))
         self._deaths[task.model, task.index] += 1
         deaths = self._deaths[task.model, task.index]
         if not (memory and queue.is_alone(task)) and deaths < TRIES:
@@ -245,7 +249,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             self._metrics.retried(task.model, reason)
 
     def _node_went(self, reason: Exception | str) -> bool:
-        """Whether a worker is dead because its node is: preempted, or broken."""
+        """Return whether a worker died because its node was preempted or lost."""
         died = self._ray.exceptions.RayActorError
         return isinstance(reason, died) and (reason.preempted or bool(_NODE_DEATH.search(str(reason))))
 

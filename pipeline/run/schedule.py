@@ -1,4 +1,5 @@
-"""The schedule lock: runs of the same models go one after the other. A scheduled run gives way, any other waits."""
+"""The schedule lock: runs of the same models take turns. A scheduled run gives up if another run is active; others
+wait."""
 
 import os
 import random
@@ -21,13 +22,13 @@ def in_turn(
 ) -> Iterator[None]:
     """Hold the schedule lock of these models in the store for the block.
 
-    With `wait`, wait for an earlier run, after `tell` was given who it is. A run of this machine that died is not
-    waited for: its lease still counts for a minute, but the same command should resume at once. If two machines share
-    a name, a live run may be taken for a dead one; then both work, and publish the same versions.
+    With `wait`, wait for an earlier run, after passing its holder to `tell`. The lease of a run that died on this
+    machine is not waited for, so the same command resumes at once. If two machines share a host name, a live run may be
+    taken for a dead one; then both work, and publish the same versions.
 
     Raises:
-        BusyError: an earlier run is at work, unless `wait`.
-        StoreError: the store failed.
+        BusyError: Another run is active, and `wait` is not set.
+        StoreError: The store failed.
     """
     names, told = list(models), False
     with ExitStack() as stack:
@@ -44,7 +45,7 @@ def in_turn(
                     tell(f"another run of these models is at work ({error.holder}); waiting for it to end")
                 told = True
             interrupt.check()
-            time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two that gave way to each other must not meet again
+            time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two waiting runs must not collide again
         yield
 
 

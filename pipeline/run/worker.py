@@ -1,4 +1,4 @@
-"""A process that encodes shards, one after another; `InlineExecutor` does so in this process."""
+"""A process that runs tasks one after another. `InlineExecutor` runs them in this process."""
 
 import importlib.util
 import logging
@@ -29,10 +29,10 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 
 
 class Worker:
-    """Holds what shards of one process share: the store's client and the device."""
+    """Holds what the tasks of a process share: the store's client and the device."""
 
     def __init__(self, store: StoreAddress) -> None:
-        # Shards are the unit of parallel work; threads inside one would wait for each other at every small operation.
+        # Shards are the unit of parallel work. Threads inside one would wait for each other at every small operation.
         torch.set_num_threads(1)
         logs.join_trace()
         self._address = store
@@ -41,7 +41,7 @@ class Worker:
         self._metrics = metrics()
 
     def run(self, task: Task) -> Outcome:
-        """Run one task; every error becomes its outcome."""
+        """Run one task. An error becomes its outcome."""
         if self._metrics:
             self._metrics.began(task.nbytes)
         outcome = self._run(task)
@@ -52,7 +52,7 @@ class Worker:
     def _run(self, task: Task) -> Outcome:
         log.info("start %s, %d bytes", task.label, task.nbytes)
         try:
-            # Opened here and not at the start: a store that refuses is the shard's error, not a worker's death.
+            # Opened here, so that a store that refuses access fails the task and does not end the worker.
             self._store = self._store or open_address(self._address)
             with logs.shard(task.model, task.index):
                 return Outcome(task=task, result=self._result(task, self._store))
@@ -67,7 +67,7 @@ class Worker:
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
 
     def _result(self, task: Task, store: Store) -> Result:
-        # Imported here: what runs models, which shards do without.
+        # Imported here, as only proofs and statistics need the code that runs models.
         if isinstance(task, ProofTask):
             from birkhoff.pipeline.proof.prove import prove
 
@@ -79,32 +79,33 @@ class Worker:
         return run_shard(task, store, self._device)
 
     def identity(self) -> dict[str, Any]:
-        """Return what this process is: id, whether it sees a GPU, where its code is, who owns a top-level `kernels`."""
+        """Return facts about this process: its id, whether it sees a GPU, where the package is, the origin of a
+        top-level `kernels` module."""
         spec = importlib.util.find_spec("kernels")
         facts = {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "package": birkhoff.__file__}
         return {**facts, "kernels": spec and spec.origin}
 
     def trim(self) -> None:
-        """Give memory that is kept for later back to the device."""
+        """Return cached GPU memory to the device."""
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Release the store's connections."""
+        """Close the store's connections."""
         if self._store is not None:
             self._store.close()
 
 
 class InlineExecutor(AbstractContextManager["InlineExecutor"]):
-    """One shard after another in this process: for tests, small jobs, and machines without Ray."""
+    """Runs one task after another in this process: for tests, small jobs, and machines without Ray."""
 
     def __init__(self, store: StoreAddress) -> None:
         self._threads = torch.get_num_threads()
-        """Of the process before, which a worker takes one of."""
+        """Number of threads before the worker set it to one; restored at the end."""
         self._worker = Worker(store)
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Run each task when its outcome is asked for."""
+        """Run each task when its outcome is requested."""
         while task := queue.take():
             interrupt.check()
             outcome = self._worker.run(task)
@@ -117,14 +118,14 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
 
 
 def _lacked_memory(error: Exception) -> bool:
-    """Return whether an error of Python, torch or CUDA means that there was no memory."""
+    """Return whether an error of Python, torch or CUDA means that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def out_of_memory_outcome(task: Task, reason: Exception | str) -> Outcome:
-    """Return the failure of a task that had no memory, with the remedy."""
+    """Return the failure of a task that ran out of memory, with the remedy."""
     why = reason if isinstance(reason, str) else first_line(reason)
     message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); {task.memory_remedy}"
     return Outcome(task=task, error=WorkerError(message), out_of_memory=True)

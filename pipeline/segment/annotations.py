@@ -1,8 +1,8 @@
-"""Annotations and detectors' results as their files have them, and what of them cannot be used, by reason.
+"""Annotations and detectors' results as in their files, and the reasons why parts of them cannot be used.
 
-Files of annotations that people made or converted hold wrong rows, and `pycocotools` trusts them: a polygon with NaN
-makes it ask for all memory, runs that end before the mask does leave the rest of it undefined. So each row is checked
-here, and a wrong one is skipped and counted.
+Annotation files contain invalid rows, and `pycocotools` trusts them: a polygon with NaN makes it allocate all memory,
+and runs that end too early leave the rest of a mask undefined. So each row is checked here, and an invalid one is
+skipped and counted.
 """
 
 import json
@@ -18,20 +18,20 @@ from torch import Tensor
 from birkhoff.pipeline.errors import PictureError
 
 Kind = Literal["picture", "annotation", "result"]
-"""What may be skipped: a picture, an object of the annotations, a row of a detector's results."""
+"""What may be skipped: a picture, an annotated object, a row of a detector's results."""
 
 Row = Mapping[str, Any]
-"""An annotation or a result as its file has it."""
+"""An annotation or a result as in its file."""
 
 LISTED = 10
-"""Skipped things that are named for each reason."""
+"""Number of skipped items listed per reason."""
 
 _POLYGON = 6
 """Numbers of the smallest polygon: three corners."""
 
 
 class UnusableError(Exception):
-    """A row that cannot be used. `reason` is what it is counted under, `detail` what its own case adds to that."""
+    """A row that cannot be used. It is counted under `reason`; `detail` describes the single case."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -39,13 +39,13 @@ class UnusableError(Exception):
 
 
 class Skipped:
-    """What an evaluation left out: each thing once, by what it is and why."""
+    """Collects the items that an evaluation skipped, by kind and reason. An item counts once."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Kind, str], dict[str, None]] = {}
 
     def add(self, what: Kind, reason: str, name: str) -> None:
-        """Count a thing; `name` is its place, by which it is told from others."""
+        """Count an item; `name` is its unique place."""
         self._found.setdefault((what, reason), {})[name] = None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Skipped:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file. Raises PictureError."""
+    """Return the content of a JSON file. Raises PictureError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,17 +70,17 @@ def read_json(path: Path) -> Any:
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Return whether a value is a number that one can calculate with."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_id(value: object) -> bool:
-    """Return whether a value can be what a picture, an object or a category is known by."""
+    """Return whether a value can be the id of a picture, an object or a category."""
     return isinstance(value, int | str)
 
 
 def numbers(value: object, count: int) -> list[float]:
-    """Return a list of so many finite numbers. Raises ValueError."""
+    """Return a list of `count` finite numbers. Raises ValueError."""
     if not (isinstance(value, list) and len(value) == count and all(map(finite, value))):
         raise ValueError
     return [float(number) for number in value]
@@ -90,7 +90,7 @@ def mask_of(entry: object, size: tuple[int, int]) -> Tensor:
     """Return the mask of a row on a picture of size (H, W): bool [H, W].
 
     Raises:
-        UnusableError: no polygon or run-length mask, one for another size, or an empty one.
+        UnusableError: It is not a polygon or run-length mask, is for another size, or is empty.
         PictureError: pycocotools is missing.
     """
     try:
@@ -111,10 +111,10 @@ def encoded(mask: Tensor) -> dict[str, Any]:
 
 
 def box_of(row: Row, size: tuple[int, int]) -> list[float]:
-    """Return the box x0, y0, x1, y1 of a detector's row, in pixels, as its x, y, width, height say; it may overhang.
+    """Return a detector's box as x0, y0, x1, y1 in pixels, from x, y, width, height. It may extend beyond the picture.
 
     Raises:
-        UnusableError: no box, one without area, or one outside the picture of size (H, W).
+        UnusableError: There is no box, it has no area, or it is outside the picture of size (H, W).
     """
     try:
         x, y, width, height = numbers(row.get("bbox"), 4)
@@ -128,21 +128,21 @@ def box_of(row: Row, size: tuple[int, int]) -> list[float]:
 
 
 def click_of(entry: Row, size: tuple[int, int]) -> list[float] | None:
-    """Return the click x, y that an annotation gives for its object; None if it gives none. Raises UnusableError."""
+    """Return an annotation's click x, y; None without one. Raises UnusableError."""
     given = entry.get("point_coords")
     if not given:
         return None
     try:
         x, y = numbers(given[0], 2)
     except (TypeError, KeyError, ValueError):
-        raise UnusableError("a click that is no pixel of the picture") from None
+        raise UnusableError("a click outside the picture") from None
     if not (0 <= x < size[1] and 0 <= y < size[0]):
-        raise UnusableError("a click that is no pixel of the picture", f"{x:g}, {y:g}")
+        raise UnusableError("a click outside the picture", f"{x:g}, {y:g}")
     return [x, y]
 
 
 def rasteriser() -> Any:
-    """`pycocotools.mask`, which rasterises and codes masks. Raises PictureError if it is missing."""
+    """Return `pycocotools.mask`, which rasterises and codes masks. Raises PictureError if it is missing."""
     try:
         from pycocotools import mask
     except ImportError:
@@ -151,7 +151,8 @@ def rasteriser() -> Any:
 
 
 def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Any:
-    """Return the union of polygons x, y, x, y, ...; what cannot be one would make the rasteriser run wild."""
+    """Return the union of polygons x, y, x, y, ...; invalid ones are refused, because they make the rasteriser run
+    wild."""
     if not polygons:
         raise ValueError("no polygon")
     reach = max(size)
@@ -181,10 +182,11 @@ def _of_runs(runs: Mapping[str, Any], size: tuple[int, int]) -> Any:
 
 
 def _lengths(text: str) -> Any:
-    """Run lengths of COCO's compressed form: int64, from the fourth on stored as differences to the last but one.
+    """Return the run lengths of COCO's compressed form, int64. From the fourth on they are stored as differences to the
+    last but one.
 
-    A length is written in groups of five bits, the lowest first, one printable character each: bit 5 says that more
-    follow, bit 4 of the last group is the sign.
+    A length is written in groups of five bits, lowest first, one printable character each. Bit 5 says that more follow;
+    bit 4 of the last group is the sign.
     """
     groups = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:

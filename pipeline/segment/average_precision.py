@@ -1,8 +1,8 @@
 """Average precision of masks, as COCO and LVIS define it.
 
-COCO's is computed by pycocotools, LVIS' (federated: a category counts on a picture only if it was looked for) by
-faster-coco-eval: the `lvis` package of its authors asks NumPy for a name that went with version 1.24, and brings
-OpenCV and Matplotlib. Both give the same numbers.
+pycocotools computes COCO's. faster-coco-eval computes LVIS' (federated: a category counts on a picture only if it was
+searched for), because the authors' `lvis` package needs a NumPy older than 1.24, OpenCV and Matplotlib. Both give the
+same numbers.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from birkhoff.pipeline.segment.annotations import Row, encoded
 from birkhoff.pipeline.segment.dataset import Dataset, Scored
 
 COCO_MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""What `COCOeval.summarize` gives, in its order: AP over IoU 0.50 to 0.95, by size of object, and recall by number."""
+"""The results of `COCOeval.summarize`, in order: AP over IoU 0.50 to 0.95, by size of object, and recall by number."""
 
 LVIS_MEASURES: Mapping[str, str] = {
     "AP": "AP_all",
@@ -36,15 +36,16 @@ LVIS_MEASURES: Mapping[str, str] = {
     "ARm": "AR_medium",
     "ARl": "AR_large",
 }
-"""What LVIS reports, by our name, and what faster-coco-eval calls it; r, c and f: of rare, common, frequent ones."""
+"""LVIS' measures by our name, and faster-coco-eval's names for them; r, c and f: rare, common and frequent
+categories."""
 
 LVIS_LIMIT = 300
-"""Masks of one picture that LVIS looks at, those of the highest scores."""
+"""Masks of one picture that LVIS considers, by highest score."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Detections:
-    """Annotated pictures, and the masks of each model on them under the detector's scores."""
+    """Annotated pictures, and each model's masks on them with the detector's scores."""
 
     categories: Sequence[Row]
     images: list[Row] = field(default_factory=list)
@@ -52,20 +53,20 @@ class Detections:
     found: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, scored: Scored, masks: Mapping[str, Tensor]) -> None:
-        """Take in a picture: by model, the masks bool [K, H, W] of the K rows."""
+        """Add a picture: by model, the masks bool [K, H, W] of the K rows."""
         self.images.append(scored.record)
         for annotation in scored.annotations:
-            self.annotations.append({**annotation, "id": len(self.annotations) + 1})  # 0 would count as no match
+            self.annotations.append({**annotation, "id": len(self.annotations) + 1})  # 0 counts as no match
         for model, own in masks.items():
             for row, mask in zip(scored.rows, own, strict=True):
                 kept = {key: row[key] for key in ("image_id", "category_id", "score")}
                 self.found[model].append({**kept, "segmentation": encoded(mask)})
 
     def scores(self, model: str) -> dict[str, float | None]:
-        """Average precision and recall by name, 0 to 1; None if there is no object to be found.
+        """Return average precision and recall by name, 0 to 1; None if there is no object to find.
 
         Raises:
-            PictureError: the annotations are LVIS' and faster-coco-eval is missing.
+            PictureError: The annotations are LVIS' and faster-coco-eval is missing.
         """
         annotations = [dict(row) for row in self.annotations]  # both packages write into their rows
         truth = {"images": self.images, "annotations": annotations, "categories": list(self.categories)}
@@ -75,12 +76,13 @@ class Detections:
 
 
 def federated(images: Iterable[Row], categories: Iterable[Row]) -> bool:
-    """Return whether annotations are LVIS', which say what was looked for on a picture, and how rare a category is."""
+    """Return whether annotations are LVIS', which list the categories searched for on a picture and how frequent
+    they are."""
     return any("neg_category_ids" in image for image in images) and all("frequency" in row for row in categories)
 
 
 def check_metric(data: Dataset) -> None:
-    """Find out before the work that average precision can be computed. Raises PictureError."""
+    """Check before the work that average precision can be computed. Raises PictureError."""
     if federated((picture.record for picture in data.pictures), data.categories.values()):
         _faster()
 
@@ -89,7 +91,7 @@ def _of_coco(truth: Mapping[str, Any], found: list[Any]) -> dict[str, float]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         annotated = COCO()
         annotated.dataset = truth
         annotated.createIndex()
@@ -110,7 +112,7 @@ def _of_lvis(truth: Mapping[str, Any], found: list[Any]) -> dict[str, float]:
 
 
 def _highest(found: Sequence[Any]) -> list[Any]:
-    """Of each picture's masks those of the highest scores, as many as LVIS looks at."""
+    """Return each picture's masks with the highest scores, as many as LVIS considers."""
     by_picture: defaultdict[Any, list[Any]] = defaultdict(list)
     for row in found:
         by_picture[row["image_id"]].append(row)

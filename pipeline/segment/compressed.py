@@ -21,15 +21,14 @@ def compressed_segmenter(
     device: str,
     compute: Compute = "float",
 ) -> Segmenter:
-    """The model of an artifact behind its adapter: the one named, else the artifact's own, else the usual one.
+    """Return an artifact's model behind an adapter: the named one, else the artifact's own, else the usual one.
 
-    `compute` is that of `load_into`.
-
-    A model that no adapter drives is refused after its headers were read and before its weights are fetched.
+    `compute` is as in `load_into`. A model that no adapter runs is refused after its headers were read and before its
+    weights are fetched.
 
     Raises:
-        BuilderError: nothing here builds it, or no adapter knows it.
-        ModelMismatchError, ArtifactNotFoundError, IntegrityError, StoreError: as in `compressed_model`.
+        BuilderError: Nothing can build it, or no adapter runs it.
+        ModelMismatchError, ArtifactNotFoundError, IntegrityError, StoreError: As in `compressed_model`.
     """
     found: list[Segmenter] = []
 

@@ -1,11 +1,11 @@
-"""What models are compared on: pictures, and prompts from annotations, from a detector's boxes or from a grid.
+"""The data that models are compared on: pictures, and prompts from annotations, from a detector's boxes or from a grid.
 
-Annotations are a COCO file (`images`, `annotations` with polygons or run-length coding), an LVIS file (the same, each
-picture named by its `coco_url`), or a folder of SA-1B's files, one `<picture>.json` beside or apart from each picture.
-A detector's results are COCO's: a list of rows with `image_id`, `category_id`, `bbox`, `score` and perhaps
-`segmentation`, as YOLOX or ViTDet write them. Without any, the prompts are the same grid for every picture.
+Annotations are a COCO file (`images`, `annotations` with polygons or run-length coding), an LVIS file (the same, with
+pictures named by `coco_url`), or a folder of SA-1B's files, one `<picture>.json` beside or apart from each picture. A
+detector's results are COCO's: a list of rows with `image_id`, `category_id`, `bbox`, `score` and optionally
+`segmentation`, as YOLOX or ViTDet write them. Without any of these, every picture gets the same grid of prompts.
 
-A row or a picture that cannot be used is skipped and counted in `Dataset.skipped`.
+An unusable row or picture is skipped and counted in `Dataset.skipped`.
 """
 
 import contextlib
@@ -47,21 +47,21 @@ GRID = 4
 """Points, and boxes, across and down a picture without annotations."""
 
 MATCH = 0.5
-"""Box IoU from which on an annotated object of the same category is what a detector's box means."""
+"""Least box IoU at which an annotated object of the same category matches a detector's box."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How masks are asked for, and what they are compared with.
+    """How masks are prompted for, and what they are compared with.
 
-    annotations: the file of annotations, or the folder of SA-1B's; None for prompts from a grid.
-    boxes: a detector's results, whose boxes are the prompts; None for prompts from the annotations.
-    truth: what a mask is compared with: the `annotations`, or the masks of the detector's `results`.
-    multimask: the model's `single` mask, or of its several the `best` by predicted IoU.
-    metric: `iou` with the truth, or `ap`: the average precision of the masks under the detector's scores.
-    random: so many annotated objects a picture, drawn by `seed`, each asked for by its box and by a pixel drawn from
-        its mask; None for all of them, each by its box and the click of its annotation or the pixel nearest to its
-        middle.
+    annotations: The file of annotations, or SA-1B's folder; None for prompts from a grid.
+    boxes: A detector's results, whose boxes are the prompts; None for prompts from the annotations.
+    truth: Compare masks with the `annotations`, or with the masks of the detector's `results`.
+    multimask: Take the model's `single` mask, or the `best` of several by predicted IoU.
+    metric: `iou` with the truth, or `ap`: the average precision of the masks with the detector's scores.
+    random: Number of annotated objects per picture, drawn by `seed`, each prompted by its box and by a random pixel of
+    its mask. None: all objects, each prompted by its box, and by its annotated click or the pixel nearest to its
+    middle.
     """
 
     annotations: Path | None = None
@@ -73,7 +73,7 @@ class Protocol:
     seed: int = 0
 
     def document(self) -> dict[str, Any]:
-        """Return the same for JSON."""
+        """Return the protocol for JSON."""
         return {
             "annotations": None if self.annotations is None else str(self.annotations),
             "boxes": None if self.boxes is None else str(self.boxes),
@@ -96,9 +96,9 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One picture: pixels uint8 [3, H, W], what is asked, and the true masks bool [K, H, W] where they are known.
+    """One picture: pixels uint8 [3, H, W], prompts, and the true masks bool [K, H, W] if known.
 
-    With truth, prompt k of every kind asks for object k.
+    With truth, prompt k of every kind is for object k.
     """
 
     name: str
@@ -114,7 +114,7 @@ Entries = tuple[tuple[str, Row], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A picture and what is said of it. `record` is its own row in the annotations; without annotations it is empty."""
+    """A picture with its annotations. `record` is its own row in the annotations; empty without annotations."""
 
     path: Path
     record: Row = field(default_factory=dict)
@@ -138,10 +138,10 @@ class Dataset:
     skipped: Skipped = field(default_factory=Skipped)
 
     def case(self, number: int) -> Case:
-        """Read one picture and make its prompts; what cannot be used of it is counted in `skipped`.
+        """Read one picture and make its prompts. Unusable parts are counted in `skipped`.
 
         Raises:
-            PictureError: nothing of the picture can be used, or pycocotools is missing.
+            PictureError: No part of the picture can be used, or pycocotools is missing.
         """
         picture = self.pictures[number]
         name = picture.path.name
@@ -163,7 +163,7 @@ class Dataset:
         return self._of_results(picture, pixels)
 
     def _of_objects(self, picture: Picture, pixels: Tensor) -> Case:
-        """Return a case whose prompts come from the annotations, and whose truth they are."""
+        """Return a case with prompts and truth from the annotations."""
         size, name = (int(pixels.shape[1]), int(pixels.shape[2])), picture.path.name
         generator = self._generator(name)
         order = [*range(len(picture.objects))]
@@ -196,7 +196,8 @@ class Dataset:
         return Case(name=name, pixels=pixels, asked=asked, truth=truth)
 
     def _of_results(self, picture: Picture, pixels: Tensor) -> Case:
-        """A case whose prompts are a detector's boxes. For average precision it may have none: objects were missed."""
+        """Return a case with a detector's boxes as prompts. For average precision it may have none, if objects were
+        missed."""
         size, name = (int(pixels.shape[1]), int(pixels.shape[2])), picture.path.name
         protocol = self.protocol
         own = protocol.truth == "results"
@@ -229,7 +230,7 @@ class Dataset:
         return Case(name=name, pixels=pixels, asked=asked, truth=torch.stack(truth) if truth else None, scored=scored)
 
     def _masks(self, picture: Picture, size: tuple[int, int]) -> Iterator[tuple[Row, Tensor]]:
-        """Yield the usable annotations of a picture with their masks; those of crowds only for average precision."""
+        """Yield the usable annotations of a picture with their masks; crowds only for average precision."""
         for place, entry in picture.objects:
             try:
                 self._check_category(entry)
@@ -238,7 +239,7 @@ class Dataset:
                 self.skipped.add("annotation", error.reason, f"{picture.path.name}: {place}")
 
     def _check(self, row: Row) -> None:
-        """What a detector's row must have beside its box. Raises UnusableError."""
+        """Check the parts of a detector's row besides its box. Raises UnusableError."""
         if not finite(row.get("score")) and (self.protocol.metric == "ap" or "score" in row):
             raise UnusableError("no finite score", repr(row.get("score")))
         self._check_category(row)
@@ -249,7 +250,7 @@ class Dataset:
             raise UnusableError("an unknown category", repr(found))
 
     def _generator(self, name: str) -> torch.Generator:
-        """Draws that depend on the seed and the picture's name alone, not on which pictures came before."""
+        """Return a generator that depends on the seed and the picture's name only, not on earlier pictures."""
         digest = hashlib.sha256(f"{self.protocol.seed} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -262,7 +263,7 @@ def middle_pixel(mask: Tensor) -> Tensor:
 
 
 def drawn_pixel(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a pixel (x, y) of a mask (bool [H, W]), each as likely as any other."""
+    """Return a random pixel (x, y) of a mask (bool [H, W]), uniformly."""
     pixels = mask.nonzero()
     return pixels[torch.randint(len(pixels), (), generator=generator)].flip(0)
 
@@ -280,7 +281,7 @@ def _meant(row: Row, box: Sequence[float], objects: Sequence[tuple[Row, Tensor]]
 
 
 def _cleaned(entry: Row, mask: Tensor) -> Row:
-    """Return an annotation as COCO's evaluation wants it, its mask checked and coded anew."""
+    """Return an annotation as COCO's evaluation expects it, with its mask checked and coded again."""
     area = entry.get("area")
     return {
         "image_id": entry["image_id"],
@@ -299,14 +300,14 @@ def open_dataset(
     grid: int = GRID,
     protocol: Protocol | None = None,
 ) -> Dataset:
-    """Return the pictures of a folder, the first `limit` by name; with annotations those that have any.
+    """Return the pictures of a folder, the first `limit` by name; with annotations only those that have any.
 
-    A picture of COCO's or LVIS' annotations lies in the folder under its file name, or under the path that the
-    annotations give (`train2017/000000000009.jpg`). For average precision every annotated picture counts, also one
-    without objects or results.
+    A picture of COCO's or LVIS' annotations is found by its file name, or by the path in the annotations
+    (`train2017/000000000009.jpg`). For average precision every annotated picture counts, even without objects or
+    results.
 
     Raises:
-        PictureError: no pictures, annotations or results that cannot be read, or none of these pictures'.
+        PictureError: There are no pictures, annotations or results cannot be read, or are for other pictures.
     """
     protocol = replace(protocol or Protocol(), annotations=annotations)
     if annotations is None:
@@ -378,7 +379,7 @@ def _coco(path: Path, folder: Path, protocol: Protocol, skipped: Skipped) -> tup
 
 
 def _records(images: Sequence[Any], skipped: Skipped) -> dict[Any, Row]:
-    """Return the pictures' rows by their id."""
+    """Return the pictures' rows by id."""
     records: dict[Any, Row] = {}
     for index, image in enumerate(images):
         place = f"images[{index}]"
@@ -394,7 +395,7 @@ def _records(images: Sequence[Any], skipped: Skipped) -> dict[Any, Row]:
 def _by_picture(
     rows: Sequence[Any], what: Literal["annotation", "result"], records: Mapping[Any, Row], skipped: Skipped
 ) -> dict[Any, Entries]:
-    """Return rows by their picture's id; those that name none are skipped."""
+    """Return rows by their picture's id; rows without one are skipped."""
     found: defaultdict[Any, list[tuple[str, Row]]] = defaultdict(list)
     places: set[str] = set()
     for index, row in enumerate(rows):
@@ -418,9 +419,9 @@ def _without_crowds(number: object, own: Entries, skipped: Skipped) -> Entries:
 
 
 def names_of(record: Row) -> list[str]:
-    """The paths under which a picture may lie in its folder, from the annotations' row: own name, then parts of URLs.
+    """Return the paths that a picture may have in its folder: its own name, then parts of URLs.
 
-    LVIS has no `file_name`; its `coco_url` ends in the folder of COCO and the name: `val2017/000000000139.jpg`.
+    LVIS has no `file_name`; its `coco_url` ends in COCO's folder and the name: `val2017/000000000139.jpg`.
     """
     given = [PurePosixPath(name) for key in ("file_name", "coco_url") if isinstance(name := record.get(key), str)]
     tails = [path.parts[-length:] for path in given for length in (1, 2) if path.name]
@@ -429,7 +430,7 @@ def names_of(record: Row) -> list[str]:
 
 def _located(record: Row, folder: Path) -> Path | None:
     for name in names_of(record):
-        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        with contextlib.suppress(OSError, ValueError):  # not a valid file name
             if (folder / name).is_file():
                 return folder / name
     return None

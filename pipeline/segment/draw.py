@@ -1,7 +1,7 @@
-"""Masks over pictures, drawn with Pillow: overlays, before and after side by side, and where the two differ.
+"""Draw masks on pictures with Pillow: overlays, comparisons side by side, and differences.
 
-Blue stands for the original and vermilion for the compressed model, which readers with any colour vision tell apart.
-Pictures are uint8 [3, H, W], masks bool [H, W]; a panel is a picture whose pixels are repeated until it can be seen.
+Blue is the original and vermilion the compressed model, which people with any colour vision can distinguish. Pictures
+are uint8 [3, H, W], masks bool [H, W]. A panel is a picture whose pixels are repeated until it is large enough to see.
 """
 
 import os
@@ -26,18 +26,18 @@ HEAD = 34
 FOOT = 24
 """Height of the line below a panel."""
 _EDGE = 2
-"""Pixels that a mask's drawn border is wide."""
+"""Width of a mask's drawn border in pixels."""
 _SMALLEST = 256
-"""Pixels that the longer side of a panel has at least."""
+"""Least length of the longer side of a panel in pixels."""
 
 WRITTEN = (".png", ".jpg", ".jpeg")
-"""Names that a drawn picture may have."""
+"""File names that a drawn picture may have."""
 
 Colour = tuple[int, int, int]
 BLUE: Colour = (0, 114, 178)
 VERMILION: Colour = (213, 94, 0)
 _OBJECTS: tuple[Colour, ...] = (VERMILION, (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), BLUE)
-"""The palette of M. Okabe and K. Ito, "Color universal design"; black and yellow left out."""
+"""The palette of M. Okabe and K. Ito, "Color universal design", without black and yellow."""
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (40, 40, 40)
 GREY: Colour = (170, 170, 170)
@@ -49,24 +49,24 @@ COMPARED: tuple[Title, ...] = (
     (("compressed", VERMILION),),
     (("only original", BLUE), (" / ", INK), ("only compressed", VERMILION)),
 )
-"""What stands above the columns of a comparison, in pieces of one colour."""
+"""Titles of a comparison's columns, in pieces of one colour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A picture on a sheet and the line below it."""
+    """A picture on a sheet, and the line below it."""
 
     image: Image.Image
     line: str = ""
 
 
 def zoom_of(size: tuple[int, int]) -> int:
-    """Return how often a pixel of a picture of size (H, W) is repeated."""
+    """Return how often to repeat a pixel of a picture of size (H, W)."""
     return max(1, -(-_SMALLEST // max(size)))
 
 
 def sheet(titles: Sequence[Title], rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Return rows of panels under column titles, all panels of the first one's width, each row of its own height."""
+    """Return rows of panels under column titles. All panels have the first one's width; rows may differ in height."""
     width = len(titles) * (rows[0][0].image.width + GAP) + GAP
     heights = [max(panel.image.height for panel in row) + FOOT + GAP for row in rows]
     paper = Image.new("RGB", (width, HEAD + sum(heights)), WHITE)
@@ -95,10 +95,10 @@ def with_prompts(pixels: Tensor, asked: Sequence[Prompts]) -> Image.Image:
 
 
 def overlay(pixels: Tensor, masks: Tensor, asked: Sequence[Prompts] = ()) -> Image.Image:
-    """Return the picture with every mask [K, H, W] tinted and edged in a colour of its own, and the prompts."""
+    """Return the picture with every mask [K, H, W] tinted and edged in its own colour, and the prompts."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     shown = _zoom(pixels, zoom)
-    for number in masks.sum(dim=(1, 2)).argsort(descending=True, stable=True).tolist():  # small ones on large ones
+    for number in masks.sum(dim=(1, 2)).argsort(descending=True, stable=True).tolist():  # small masks over large ones
         colour = _OBJECTS[number % len(_OBJECTS)]
         for part, inside in _framed(masks[number], shown, zoom):
             part[:] = _blend(_blend(part, colour, 0.45, where=inside), colour, 1.0, where=_edge(inside))
@@ -108,7 +108,7 @@ def overlay(pixels: Tensor, masks: Tensor, asked: Sequence[Prompts] = ()) -> Ima
 
 
 def masked(pixels: Tensor, masks: Tensor, colour: Colour) -> Image.Image:
-    """Return the picture, faded outside the masks [K, H, W], tinted within, and the edge of each drawn."""
+    """Return the picture faded outside the masks [K, H, W] and tinted within, with each mask's edge."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     inside = _zoom(masks.any(dim=0, keepdim=True), zoom)[0]
     shown = _blend(_zoom(pixels, zoom), WHITE, 0.55, where=~inside)
@@ -120,7 +120,8 @@ def masked(pixels: Tensor, masks: Tensor, colour: Colour) -> Image.Image:
 
 
 def difference(pixels: Tensor, original: Tensor, compressed: Tensor) -> Image.Image:
-    """Grey where both models [K, H, W] say object, blue or vermilion where one alone does, the faded picture beside."""
+    """Return a picture of two models' masks [K, H, W]: grey where both agree, blue or vermilion where only one has a
+    mask."""
     zoom = zoom_of((pixels.shape[1], pixels.shape[2]))
     first, second, only_first, only_second = (
         _zoom(m.any(dim=0, keepdim=True), zoom)[0]
@@ -134,7 +135,7 @@ def difference(pixels: Tensor, original: Tensor, compressed: Tensor) -> Image.Im
 
 
 def picture(pixels: Tensor, asked: Sequence[Prompts], found: Masks, original: Masks | None) -> Image.Image:
-    """Return what `segment` writes: the overlay, or beside an original the four panels of a comparison."""
+    """Return the picture that `segment` writes: the overlay, or with an original the four panels of a comparison."""
     if original is None:
         return overlay(pixels, found.masks, asked)
     return sheet(COMPARED, [comparison(pixels, asked, original.masks, found.masks)])
@@ -145,7 +146,7 @@ def comparison(
 ) -> list[Panel]:
     """Return the panels of one picture, masks bool [K, H, W]: prompts, original, compressed, difference.
 
-    `lines` stand below the first three; below the last stand the IoU of the two and the pixels that differ.
+    `lines` go below the first three panels. Below the last are the IoU of the two and the number of differing pixels.
     """
     same = ious(original, compressed)
     differ = int((original ^ compressed).sum())
@@ -159,7 +160,7 @@ def comparison(
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work that a picture can be written. Raises OutputError."""
+    """Check before the work that a picture can be written. Raises OutputError."""
     if path.suffix.lower() not in WRITTEN:
         raise OutputError(f"{path}: expected a name ending in {', '.join(WRITTEN)}")
     parent = next(place for place in path.absolute().parents if place.exists())
@@ -175,7 +176,7 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def _mark(image: Image.Image, asked: Sequence[Prompts], zoom: int) -> None:
-    """Draw prompts in black and white, seen on any colour."""
+    """Draw prompts in black and white, visible on any colour."""
     pen = ImageDraw.Draw(image)
     for prompts in asked:
         for row in prompts.values.tolist():
@@ -190,9 +191,10 @@ def _mark(image: Image.Image, asked: Sequence[Prompts], zoom: int) -> None:
 
 
 def _framed(mask: Tensor, shown: Tensor, zoom: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The part of a zoomed picture [3, H zoom, W zoom] that holds a mask [H, W], and the mask there; none if empty.
+    """Yield the part of a zoomed picture [3, H zoom, W zoom] around a mask [H, W], and the mask there; none if it is
+    empty.
 
-    The part is a view. It has a margin, so that the mask's edge is the same as on the whole picture.
+    The part is a view. Its margin makes the mask's edge the same as on the whole picture.
     """
     if not mask.any():
         return
@@ -208,7 +210,7 @@ def _zoom(image: Tensor, zoom: int) -> Tensor:
 
 
 def _blend(pixels: Tensor, colour: Colour, share: float, where: Tensor | None = None) -> Tensor:
-    """Mixes `share` of a colour into uint8 [3, H, W], everywhere or where bool [H, W] says."""
+    """Mix `share` of a colour into uint8 [3, H, W], everywhere or where `where` (bool [H, W]) is set."""
     mixed = pixels.float() * (1 - share) + torch.tensor(colour)[:, None, None] * share
     return mixed.to(torch.uint8) if where is None else torch.where(where, mixed.to(torch.uint8), pixels)
 
@@ -224,7 +226,7 @@ def _image(pixels: Tensor) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, text: str, *, left: int, top: int, ink: Colour, size: int) -> int:
-    """Writes a line and returns its width in pixels."""
+    """Write a line and return its width in pixels."""
     font = ImageFont.load_default(size=size)
     pen.text((left, top), text, fill=ink, font=font)
     return round(pen.textlength(text, font=font))

@@ -1,11 +1,11 @@
-"""Measure what compression did to a model's outputs: masks for the same prompts, and the encoder block by block.
+"""Measure the effect of compression on a model's outputs: masks for the same prompts, and the encoder block by block.
 
 Agreement is the IoU of the compressed model's mask with the original's, mean and worst over all prompts: a good mean
-can hide a picture that went wrong. With truth, both models' masks are compared with it too, by IoU or by average
-precision under a detector's scores (`dataset.Protocol`).
+can hide a single bad picture. With truth, both models' masks are compared with it too, by IoU or by average precision
+with a detector's scores (`dataset.Protocol`).
 
-A block's SQNR is `10*log10(sum x^2 / sum (x - x')^2)` over its outputs for all pictures, x the original's, in dB:
-errors of the blocks before it included.
+A block's SQNR is `10*log10(sum x^2 / sum (x - x')^2)` in dB over its outputs for all pictures, with x the original's.
+It includes the errors of earlier blocks.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from birkhoff.pipeline.segment.dataset import Case, Dataset
 from birkhoff.pipeline.segment.masks import in_parts
 
 EMBEDDING = "embedding"
-"""Name of the last row of the blocks: what the mask decoder gets."""
+"""Name of the last row of the blocks: the input of the mask decoder."""
 
 ORIGINAL, COMPRESSED = "original", "compressed"
 """The two models in a table of scores."""
@@ -42,20 +42,20 @@ Blocks = dict[str, tuple[float, float]]
 
 @dataclass(slots=True, kw_only=True)
 class Scores:
-    """IoUs of one kind of prompt, a number for each prompt."""
+    """IoUs of one kind of prompt, one number per prompt."""
 
     agreement: list[float] = field(default_factory=list)
     original: list[float] = field(default_factory=list)
     compressed: list[float] = field(default_factory=list)
 
     def add(self, other: "Scores") -> None:
-        """Take in another picture's."""
+        """Add another picture's scores."""
         self.agreement += other.agreement
         self.original += other.original
         self.compressed += other.compressed
 
     def record(self) -> dict[str, Any]:
-        """Mean and worst of each; None for the IoU with the truth where that is not known."""
+        """Return mean and worst of each; None for IoUs with an unknown truth."""
         record: dict[str, Any] = {"prompts": len(self.agreement)}
         for name, values in (
             ("agreement", self.agreement),
@@ -69,21 +69,21 @@ class Scores:
 
 @dataclass(slots=True, kw_only=True)
 class Evaluation:
-    """Everything measured. `detections` are set where average precision is asked for."""
+    """All measurements. `detections` are set for average precision."""
 
     about: dict[str, Any]
     total: dict[PromptKind, Scores] = field(default_factory=dict)
     images: list[dict[str, Any]] = field(default_factory=list)
     blocks: Blocks = field(default_factory=dict)
     adapter: str = ""
-    """The family that both were run as."""
+    """The family that both models were run as."""
     detections: Detections | None = None
     data: Dataset | None = None
 
     def take(
         self, case: Case, scores: dict[PromptKind, Scores], blocks: Blocks, masks: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Account for one picture; `masks` by model, bool [K, H, W], of its detector's boxes."""
+        """Add one picture; `masks` by model, bool [K, H, W], are those of its detector's boxes."""
         if self.detections is not None and case.scored is not None:
             self.detections.add(case.scored, masks or {})
         self.images.append({"image": case.name, **{kind: found.record() for kind, found in scores.items()}})
@@ -94,7 +94,7 @@ class Evaluation:
             self.blocks[name] = before[0] + sums[0], before[1] + sums[1]
 
     def document(self) -> dict[str, Any]:
-        """What `--json` prints; its keys are stable."""
+        """Return what `--json` prints; its keys are stable."""
         return {
             **self.about,
             "images": len(self.images),
@@ -108,7 +108,7 @@ class Evaluation:
         }
 
     def _scores(self) -> list[dict[str, Any]]:
-        """Measures against the truth, 0 to 1: the original's, the compressed model's, and what compression changed."""
+        """Return measures against the truth, 0 to 1: the original's, the compressed model's, and their difference."""
         pairs: dict[str, tuple[float | None, float | None]] = {
             f"mIoU, {kind}": (_mean(found.original), _mean(found.compressed))
             for kind, found in self.total.items()
@@ -133,7 +133,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _decibel(energy: float, error: float) -> float | None:
-    """SQNR in dB; None for no error, as JSON has no infinity."""
+    """Return the SQNR in dB; None without error, because JSON has no infinity."""
     return round(sqnr_db(energy, error), 2) if error else None
 
 
@@ -152,14 +152,12 @@ def evaluate(
 ) -> Evaluation:
     """Compare an artifact with its source on pictures, one at a time; `advanced` is called after each.
 
-    Both models are in memory, and the original's block outputs of one picture. `compute` is that of `load_into`, for
-    the artifact.
-
-    Pictures and rows that cannot be used are skipped, and counted in the result.
+    Memory holds both models, and the original's block outputs for one picture. `compute` is that of `load_into`, for
+    the artifact. Unusable pictures and rows are skipped, and counted in the result.
 
     Raises:
-        PictureError: nothing is left to evaluate, or a package is missing.
-        BuilderError, ModelMismatchError, SourceError, ArtifactNotFoundError, IntegrityError, StoreError: as in
+        PictureError: Nothing is left to evaluate, or a package is missing.
+        BuilderError, ModelMismatchError, SourceError, ArtifactNotFoundError, IntegrityError, StoreError: As in
             `builders`.
     """
     if data.protocol.metric == "ap":
@@ -196,7 +194,7 @@ def measure(
     if data.protocol.metric == "ap":
         found.detections = Detections(categories=[*data.categories.values()])
     for number in range(len(data.pictures)):
-        with contextlib.suppress(PictureError):  # it is counted in `data.skipped`
+        with contextlib.suppress(PictureError):  # counted in `data.skipped`
             case = data.case(number)
             found.take(case, *compare(original, compressed, case, best=data.protocol.multimask == "best"))
         advanced()
@@ -211,9 +209,10 @@ def measure(
 def compare(
     original: Segmenter, compressed: Segmenter, case: Case, *, best: bool = False
 ) -> tuple[dict[PromptKind, Scores], Blocks, dict[str, Tensor]]:
-    """One picture: the scores by kind of prompt, each block's sums, and the masks of its detector's boxes by model.
+    """Compare one picture: return scores by kind of prompt, each block's sums, and the masks of detector boxes by
+    model.
 
-    With `best` the mask is that of several which a model trusts most.
+    With `best` a mask is the one of several with the highest predicted IoU.
     """
     if not case.asked:
         return {}, {}, {}
@@ -253,7 +252,7 @@ def compare(
 
 @contextlib.contextmanager
 def hooked(blocks: dict[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Show the output of every block to `see` while inside."""
+    """Pass the output of every block to `see` while the context is active."""
 
     def hook(name: str, _module: nn.Module, _inputs: object, output: Any) -> None:
         see(name, (output[0] if isinstance(output, tuple) else output).detach())
@@ -267,7 +266,7 @@ def hooked(blocks: dict[str, nn.Module], see: Callable[[str, Tensor], object]) -
 
 
 def worst_first(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table of pictures, that with the worst agreement first."""
+    """Return the lines of the table of pictures, worst agreement first."""
     lines = [
         {"image": image["image"], "kind": kind, **image[kind]}
         for image in document["per_image"]
@@ -278,5 +277,5 @@ def worst_first(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def kind_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table of prompts."""
+    """Return the lines of the table of prompts."""
     return [{"kind": kind, **record} for kind, record in document["prompts"].items()]

@@ -1,15 +1,15 @@
-"""Every object of a picture: asked for by a grid of points, of whose masks the good and different ones stay.
+"""Segment every object of a picture: prompt with a grid of points, and keep good, distinct masks.
 
-This is the automatic mask generator that the family publishes (A. Kirillov et al., "Segment Anything", arXiv
-2304.02643, appendix B): the masks that the model itself trusts and that hardly change with the threshold, and of any
-two with nearly the same box the more trusted; perhaps again on overlapping crops, and without small holes and islands.
+This is the family's published automatic mask generator (A. Kirillov et al., "Segment Anything", arXiv 2304.02643,
+appendix B). It keeps masks with a high predicted IoU that hardly change with the threshold, and of masks with nearly
+the same box the best one. It can repeat this on overlapping crops, and remove small holes and islands.
 
-Two members publish another mode. TinySAM (arXiv 2312.13789) asks by a coarse grid first, and then only if no mask
-is sure; EfficientSAM takes the most trusted mask of each point. MobileSAMv2 (arXiv 2312.09579) asks by the boxes of a
-detector of its own, which is no part of the model here: its boxes can be given as prompts, and without them its
-decoder is asked by the grid.
+Two members publish another mode. TinySAM (arXiv 2312.13789) prompts with a coarse grid first, then only outside
+confident masks. EfficientSAM keeps each point's best mask. MobileSAMv2 (arXiv 2312.09579) uses the boxes of a separate
+detector, which is not part of the model: its boxes can be given as prompts; without them its decoder is prompted with
+the grid.
 
-Legend: P points, M masks a point, K masks that stay, H x W the picture, h x w a crop of it.
+Legend: P points, M masks per point, K masks that are kept, H x W the picture, h x w a crop of it.
 """
 
 import math
@@ -28,34 +28,34 @@ from birkhoff.pipeline.segment.prompts import Prompts, box_ious, boxes_of
 from birkhoff.pipeline.segment.regions import without_small_regions
 
 EDGE = 20
-"""Pixels from a crop's edge within which a mask's box counts as cut off there."""
+"""Pixels from a crop's edge within which a mask's box counts as cut off."""
 
 SURE = 8.5
-"""Logit from which on TinySAM takes a pixel for found."""
+"""Logit from which TinySAM considers a pixel found."""
 
 Box = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in pixels, the last ones outside."""
+"""x0, y0, x1, y1 in pixels, with the last ones outside."""
 
 Advanced = Callable[[int], object]
-"""Is told how many points were asked."""
+"""Receives the number of points prompted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Everything:
-    """How all objects are asked for, and which masks stay; the defaults are segment-anything's.
+    """How objects are prompted for, and which masks are kept; the defaults are segment-anything's.
 
-    across: points across and down the picture.
-    predicted_iou: the IoU that the model predicts for a mask, above which it stays.
-    stability: IoU of the masks at the logits `offset` and `-offset` from which on a mask stays.
-    same_box: box IoU above which two masks are the same object.
-    crop_layers: layers of crops, the n-th of 4**n, asked like the picture itself.
-    crop_overlap: of the shorter side, by which the crops of the first layer overlap.
-    crop_thinning: the grid of layer n has 1 / crop_thinning**n of the points across.
-    smallest: pixels from which on a hole or an island of a mask stays.
-    most_trusted: of each point's masks only the one of the highest predicted IoU, and boxes are compared only after
-        small regions are gone (EfficientSAM).
-    from_corner: points begin at the picture's corner instead of in the middle of cells (EfficientSAM).
-    coarse_first: by a grid of a quarter first, then only if no mask is sure (TinySAM); without crops.
+    across: Points across and down the picture.
+    predicted_iou: Masks need a higher predicted IoU.
+    stability: Least IoU of a mask at the logits `offset` and `-offset`.
+    same_box: Box IoU above which two masks are the same object.
+    crop_layers: Layers of crops, 4**n in the n-th, each treated like the picture.
+    crop_overlap: Overlap of the first layer's crops, as a fraction of the shorter side.
+    crop_thinning: Layer n's grid has 1 / crop_thinning**n of the points across.
+    smallest: Least pixels of a hole or island of a mask.
+    most_trusted: Keep only each point's mask with the highest predicted IoU, and compare boxes only after small regions
+    are removed (EfficientSAM).
+    from_corner: Place points from the picture's corner instead of in the middle of cells (EfficientSAM).
+    coarse_first: Use a grid of a quarter first, then points outside confident masks (TinySAM); without crops.
     """
 
     across: int = 32
@@ -81,7 +81,7 @@ _PUBLISHED: Mapping[str, Everything] = {
 
 
 def published(family: str, **changed: Any) -> Everything:
-    """Return the settings by which a family's publishers segment everything; set fields of `changed` override.
+    """Return the settings that a family's publishers use; fields in `changed` that are set override them.
 
     Sources: the mask generators of segment-anything and sam2, TinySAM's hierarchical one, EfficientSAM's notebook.
     """
@@ -90,14 +90,14 @@ def published(family: str, **changed: Any) -> Everything:
 
 
 def points_asked(how: Everything) -> int:
-    """Points that `everything` asks by, at most."""
+    """Return the most points that `everything` prompts with."""
     return sum(4**layer * _across(how, layer) ** 2 for layer in range(how.crop_layers + 1))
 
 
 def everything(
     segmenter: Segmenter, pixels: Tensor, how: Everything | None = None, advanced: Advanced = lambda _: None
 ) -> Masks:
-    """The objects of a picture (uint8 [3, H, W]), most trusted first; asked as published where `how` is left out."""
+    """Return the objects of a picture (uint8 [3, H, W]), highest predicted IoU first; `how` defaults to `published`."""
     how = how or published(segmenter.family)
     size = int(pixels.shape[1]), int(pixels.shape[2])
     found = _Found.none()
@@ -109,7 +109,7 @@ def everything(
         own = asked(segmenter, view, how, layer, advanced).outside(crop, size)
         found = found.joined(own if how.most_trusted else own.distinct(own.trust, how.same_box))
     if len(crops) > 1:
-        found = found.distinct(1 / found.crop_area, how.same_box)  # of two the one from the smaller crop
+        found = found.distinct(1 / found.crop_area, how.same_box)  # keep the duplicate from the smaller crop
     if how.smallest:
         found = found.without_small_regions(how.smallest, how.same_box, size)
     found = found.at(found.trust.argsort(descending=True, stable=True))
@@ -131,9 +131,9 @@ def crop_boxes(size: tuple[int, int], how: Everything) -> Iterator[tuple[int, Bo
 
 
 def distinct(boxes: Tensor, scores: Tensor, most: float) -> Tensor:
-    """Non-maximum suppression: indices of the boxes that stay, the highest score first; of equal ones the first.
+    """Non-maximum suppression: return the indices of the boxes to keep, highest score first; ties go to the first.
 
-    boxes: float32 [K, 4] as x0, y0, x1, y1; a box goes if its IoU with a better one that stays is above `most`.
+    boxes: float32 [K, 4] as x0, y0, x1, y1. A box is dropped if its IoU with a better kept one exceeds `most`.
     """
     left = scores.argsort(descending=True, stable=True)
     kept: list[int] = []
@@ -146,14 +146,14 @@ def distinct(boxes: Tensor, scores: Tensor, most: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Packed:
-    """A mask as the bits within its box: a picture of a thousand masks would not fit into memory otherwise."""
+    """A mask as the bits within its box; a thousand whole masks would not fit into memory."""
 
     box: Box
     bits: Any
 
     @classmethod
     def of(cls, mask: Tensor, box: Sequence[int]) -> "_Packed":
-        """`box` has the last pixels inside, and holds the whole mask."""
+        """Pack a mask. `box` has the last pixels inside, and contains the whole mask."""
         x0, y0, x1, y1 = box[0], box[1], box[2] + 1, box[3] + 1
         return cls(box=(x0, y0, x1, y1), bits=np.packbits(mask[y0:y1, x0:x1].numpy()))
 
@@ -166,14 +166,14 @@ class _Packed:
         return mask
 
     def moved(self, x: int, y: int) -> "_Packed":
-        """Return the same further right and down."""
+        """Return the mask moved right and down."""
         x0, y0, x1, y1 = self.box
         return _Packed(box=(x0 + x, y0 + y, x1 + x, y1 + y), bits=self.bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """K masks: their boxes float32 [K, 4] with the last pixels inside, predicted IoU [K], areas of their crops [K]."""
+    """K masks: boxes float32 [K, 4] with the last pixels inside, predicted IoU [K], areas of their crops [K]."""
 
     masks: list[_Packed]
     boxes: Tensor
@@ -186,13 +186,13 @@ class _Found:
 
     @classmethod
     def of(cls, masks: Tensor, trust: Tensor) -> "_Found":
-        """Of masks bool [K, h, w], none of them empty."""
+        """Pack masks bool [K, h, w], none of them empty."""
         boxes = boxes_of(masks)
         packed = [_Packed.of(mask, box) for mask, box in zip(masks, boxes.long().tolist(), strict=True)]
         return cls(masks=packed, boxes=boxes, trust=trust, crop_area=torch.zeros(len(packed)))
 
     def at(self, index: Tensor) -> "_Found":
-        """Return those of an index, in its order."""
+        """Return the masks at an index, in its order."""
         return _Found(
             masks=[self.masks[number] for number in index.tolist()],
             boxes=self.boxes[index],
@@ -201,7 +201,7 @@ class _Found:
         )
 
     def joined(self, other: "_Found") -> "_Found":
-        """These, and then the other ones."""
+        """Return these masks followed by others."""
         return _Found(
             masks=self.masks + other.masks,
             boxes=torch.cat((self.boxes, other.boxes)),
@@ -210,11 +210,11 @@ class _Found:
         )
 
     def distinct(self, scores: Tensor, most: float) -> "_Found":
-        """Of those with nearly the same box the one of the highest score."""
+        """Return the masks without near-duplicate boxes, keeping the highest score."""
         return self.at(distinct(self.boxes, scores, most))
 
     def outside(self, crop: Box, size: tuple[int, int]) -> "_Found":
-        """Those found in a crop on the picture of size (H, W), without those that the crop's edge has cut off."""
+        """Return masks of a crop on the picture of size (H, W), without those that the crop's edge cuts off."""
         ends, whole = torch.tensor(crop, dtype=torch.float32), torch.tensor((0, 0, size[1], size[0]))
         boxes = self.boxes + torch.tensor(crop[:2] * 2)
         cut = (((boxes - ends).abs() <= EDGE) & ((boxes - whole).abs() > EDGE)).any(dim=1)
@@ -228,12 +228,13 @@ class _Found:
         return moved.at((~cut).nonzero()[:, 0])
 
     def without_small_regions(self, smallest: int, most: float, size: tuple[int, int]) -> "_Found":
-        """Small holes filled, small islands removed; of two whose boxes are the same now the one not changed stays."""
+        """Fill small holes and remove small islands; of masks whose boxes are then the same, an unchanged one is
+        kept."""
         masks: list[_Packed] = []
         boxes: list[Tensor] = []
         same: list[float] = []
         for packed in self.masks:
-            # Within so wide a frame around the box, what lies outside of the mask is no small region either.
+            # In a frame this wide around the box, the region outside the mask is not small either.
             x0, y0 = (max(0, start - smallest) for start in packed.box[:2])
             x1, y1 = (min(end, stop + smallest) for end, stop in zip(size[::-1], packed.box[2:], strict=True))
             mask, changed = without_small_regions(packed.moved(-x0, -y0).whole((y1 - y0, x1 - x0)), smallest)
@@ -247,7 +248,7 @@ class _Found:
         return found.distinct(torch.tensor(same), most)
 
     def whole(self, size: tuple[int, int]) -> Tensor:
-        """bool [K, H, W]."""
+        """Return all masks: bool [K, H, W]."""
         if not self.masks:
             return torch.zeros(0, *size, dtype=torch.bool)
         return torch.stack([mask.whole(size) for mask in self.masks])
@@ -258,7 +259,7 @@ def _across(how: Everything, layer: int) -> int:
 
 
 def _grid(across: int, how: Everything) -> Tensor:
-    """Points x, y in 0 to 1, row by row: float64 [P, 2]."""
+    """Return points x, y in 0 to 1, row by row: float64 [P, 2]."""
     places = torch.arange(across, dtype=torch.float64) / across
     if not how.from_corner:
         places = places + 0.5 / across
@@ -267,21 +268,21 @@ def _grid(across: int, how: Everything) -> Tensor:
 
 
 def _scaled(grid: Tensor, view: View, how: Everything) -> Tensor:
-    """Points in pixels of the view: float64 [P, 2]."""
+    """Return points in pixels of the view: float64 [P, 2]."""
     points = grid * torch.tensor([view.size[1], view.size[0]], dtype=torch.float64)
     return points + 0.5 if how.from_corner else points
 
 
 def _by_grid(segmenter: Segmenter, view: View, how: Everything, layer: int, advanced: Advanced) -> _Found:
-    """Return the masks of one grid that are good enough, in pixels of the view."""
+    """Return the good masks of one grid, in pixels of the view."""
     grid = _grid(_across(how, layer), how)
-    if how.from_corner:  # column by column, which decides between masks of the same score
+    if how.from_corner:  # column by column, which decides between masks of equal score
         grid = grid.flip(-1)
     return _asked(segmenter, view, _scaled(grid, view, how), how, advanced)[0]
 
 
 def _coarse_first(segmenter: Segmenter, view: View, how: Everything, _layer: int, advanced: Advanced) -> _Found:
-    """Return the masks of a coarse grid, and of the fine grid's points that lie in none of them for sure."""
+    """Return the masks of a coarse grid, and of the fine grid's points outside its confident masks."""
     height, width = view.size
     points = _scaled(_grid(max(1, how.across // 4), how), view, how)
     coarse, sure = _asked(segmenter, view, points, how, advanced)
@@ -302,7 +303,7 @@ def _coarse_first(segmenter: Segmenter, view: View, how: Everything, _layer: int
 def _asked(
     segmenter: Segmenter, view: View, points: Tensor, how: Everything, advanced: Advanced
 ) -> tuple[_Found, Tensor]:
-    """The masks of points [P, 2] in pixels that are good enough, and the pixels that one is sure of: bool [h, w]."""
+    """Return the good masks of points [P, 2] in pixels, and the confident pixels: bool [h, w]."""
     found, sure = _Found.none(), torch.zeros(view.size, dtype=torch.bool)
     for part in in_parts(Prompts(kind="point", values=points.to(torch.float32)), view.size):
         logits, trust = (t[0] for t in segmenter.logits(view, "point", part.values[None], multimask=True))
@@ -310,7 +311,7 @@ def _asked(
             best = trust.argmax(dim=1, keepdim=True)
             logits, trust = logits.take_along_dim(best[..., None, None], dim=1), trust.gather(1, best)
         logits, trust = logits.flatten(0, 1), trust.flatten()
-        if how.predicted_iou > 0:  # at 0 nothing is asked of it
+        if how.predicted_iou > 0:  # at 0 there is no condition
             kept = trust > how.predicted_iou
             logits, trust = logits[kept], trust[kept]
         inner, outer = ((logits > cut).sum(dim=(1, 2)) for cut in (how.offset, -how.offset))

@@ -1,4 +1,4 @@
-"""Masks of one picture for prompts, and how much two models' masks agree."""
+"""Masks of one picture for prompts, and the agreement of two models' masks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from birkhoff.pipeline.segment.adapters.base import Segmenter, View, ious
 from birkhoff.pipeline.segment.prompts import Prompts
 
 _AT_ONCE = 32
-"""Prompts decoded together at most."""
+"""Most prompts decoded together."""
 _LOGITS = 1 << 26
-"""Logits at full resolution that prompts decoded together have at most, of three masks each: 256 MiB."""
+"""Most full-resolution logits of prompts decoded together, with three masks each: 256 MiB."""
 _PIXELS = 1 << 18
-"""Pixels of masks multiplied at once."""
+"""Pixels of masks multiplied at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masks:
-    """K masks of one picture, bool [K, H, W] on the CPU, and what each is called in a table."""
+    """K masks of one picture, bool [K, H, W] on the CPU, and their labels in a table."""
 
     masks: Tensor
     labels: tuple[str, ...]
@@ -46,7 +46,7 @@ def prompted(segmenter: Segmenter, view: View, asked: list[Prompts]) -> Masks:
 
 
 def pair_up(original: Masks, compressed: Masks) -> Masks:
-    """For each mask of the original model the compressed one's that is nearest: an empty one where it has none."""
+    """Return the nearest compressed mask for each of the original's; empty masks if there are none."""
     if not len(compressed.masks):
         return Masks(masks=torch.zeros_like(original.masks), labels=original.labels)
     nearest = overlaps(original.masks, compressed.masks).argmax(dim=1)
@@ -54,16 +54,17 @@ def pair_up(original: Masks, compressed: Masks) -> Masks:
 
 
 def overlaps(masks: Tensor, others: Tensor) -> Tensor:
-    """IoU of every mask with every other, bool [K, H, W] and [L, H, W] -> float64 [K, L]; 0 where both are empty."""
+    """Return the IoU of every mask with every other, bool [K, H, W] and [L, H, W] -> float64 [K, L]; 0 if both are
+    empty."""
     both = torch.zeros(len(masks), len(others), dtype=torch.float64)
     for first, second in zip(masks.flatten(1).split(_PIXELS, 1), others.flatten(1).split(_PIXELS, 1), strict=True):
-        both += first.float() @ second.float().T  # counts below 2^24: exact
+        both += first.float() @ second.float().T  # counts below 2^24 are exact
     areas = [m.sum(dim=(1, 2)).double() for m in (masks, others)]
     return both / (areas[0][:, None] + areas[1] - both).clamp(min=1)
 
 
 def rows(found: Masks, original: Masks | None) -> list[dict[str, Any]]:
-    """Return a line for each mask: its pixels, and beside the original model's mask their IoU."""
+    """Return a line per mask: its pixels and, with an original, its mask's pixels and the IoU."""
     lines: list[dict[str, Any]] = []
     for number, (label, mask) in enumerate(zip(found.labels, found.masks, strict=True)):
         line: dict[str, Any] = {"prompt": label, "pixels": int(mask.sum())}

@@ -1,4 +1,4 @@
-"""Pictures segmented one by one, by one model or by two: what `birkhoff segment` does with a picture or a folder."""
+"""Segment pictures one by one with one model or two: what `birkhoff segment` does with a picture or a folder."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from birkhoff.pipeline.segment.prompts import Prompts, parse_prompts, pictures_i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A picture, uint8 [3, H, W], and what is asked of it; nothing for everything."""
+    """A picture, uint8 [3, H, W], and its prompts; none to segment everything."""
 
     pixels: Tensor
     prompts: tuple[Prompts, ...]
@@ -24,7 +24,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segmented:
-    """The masks of a model on one picture, and beside them those of the original, mask by mask."""
+    """A model's masks on one picture and, mask by mask, the original's."""
 
     masks: Masks
     original: Masks | None
@@ -35,10 +35,10 @@ class Segmented:
 
 
 def outputs_of(image: Path, out: Path) -> Mapping[Path, Path]:
-    """Where each picture's masks are drawn: `out` for a file; in the folder `out`, as PNG, for those of a folder.
+    """Return the output path of each picture: `out` for a file; PNG files in the folder `out` for a folder's pictures.
 
     Raises:
-        PictureError: the folder holds no pictures.
+        PictureError: The folder has no pictures.
     """
     if not image.is_dir():
         return {image: out}
@@ -58,10 +58,10 @@ def read_asked(path: Path, points: Sequence[str] | None, boxes: Sequence[str] | 
 def segmented(
     models: Sequence[Segmenter], asked: Asked, how: Everything | None, advanced: Advanced = lambda _: None
 ) -> Segmented:
-    """Return what the first model finds on a picture, and beside it the second, which is the original.
+    """Segment a picture with the first model, and with the second, the original, if there is one.
 
-    `how` says how everything is asked for; with None the prompts are asked. Of everything each mask of the original is
-    paired with the nearest one. `advanced` is told how many points were asked.
+    `how` is for segmenting everything; if it is None, the prompts are used. Of everything, each of the original's masks
+    is paired with the nearest one. `advanced` receives the number of points prompted.
     """
 
     def found(model: Segmenter) -> Masks:

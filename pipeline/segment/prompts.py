@@ -1,4 +1,4 @@
-"""Pictures and prompts as users give them: files, `X,Y`, `X0,Y0,X1,Y1`, or a grid over the whole picture."""
+"""Pictures and prompts from users: files, `X,Y`, `X0,Y0,X1,Y1`, or a grid over the whole picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from birkhoff.pipeline.segment.adapters.base import PromptKind
 
 _NUMBERS: dict[PromptKind, tuple[str, int]] = {"point": ("X,Y", 2), "box": ("X0,Y0,X1,Y1", 4)}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Names of the files that a folder's pictures are."""
+"""File names of pictures in a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """What is asked of one picture: an object for each of K prompts of a kind, in its pixels.
+    """The prompts for one picture: one object for each of K prompts of a kind, in its pixels.
 
     values: float32 [K, 4] as x0, y0, x1, y1 (the last pixel inside), or [K, 2] as x, y.
     """
@@ -32,10 +32,10 @@ class Prompts:
 
 
 def read_picture(path: Path) -> Tensor:
-    """Return an RGB picture, turned as its file says: uint8 [3, H, W].
+    """Return an RGB picture, rotated as its file says: uint8 [3, H, W].
 
     Raises:
-        PictureError: no such file, or not a picture.
+        PictureError: There is no such file, or it is not a picture.
     """
     try:
         with Image.open(path) as image:
@@ -50,7 +50,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, by name. Raises PictureError if it holds none."""
+    """Return the pictures of a folder, by name. Raises PictureError if it has none."""
     if not folder.is_dir():
         raise PictureError(f"{folder}: no such folder of pictures")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -60,10 +60,10 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def parse_prompts(kind: PromptKind, texts: Sequence[str], size: tuple[int, int]) -> Prompts:
-    """Prompts from the command line for a picture of size (H, W).
+    """Return prompts from the command line for a picture of size (H, W).
 
     Raises:
-        PictureError: not the numbers expected, outside the picture, or a box without area.
+        PictureError: They are not the expected numbers, are outside the picture, or a box has no area.
     """
     return Prompts(kind=kind, values=torch.tensor([_parse(kind, text, size) for text in texts], dtype=torch.float32))
 
@@ -89,7 +89,7 @@ def _parse(kind: PromptKind, text: str, size: tuple[int, int]) -> list[float]:
 
 
 def point_grid(size: tuple[int, int], across: int) -> Prompts:
-    """`across` x `across` points, each in the middle of its cell of a picture of size (H, W), row by row."""
+    """Return `across` x `across` points, each in the middle of its cell of a picture of size (H, W), row by row."""
     height, width = size
     middles = (torch.arange(across, dtype=torch.float32) + 0.5) / across
     y, x = torch.meshgrid(middles * height - 0.5, middles * width - 0.5, indexing="ij")
@@ -97,7 +97,7 @@ def point_grid(size: tuple[int, int], across: int) -> Prompts:
 
 
 def box_grid(size: tuple[int, int], across: int) -> Prompts:
-    """`across` x `across` boxes of two cells' side, overlapping by half, that tile a picture of size (H, W)."""
+    """Return `across` x `across` boxes of two cells' side that tile a picture of size (H, W), overlapping by half."""
     height, width = size
     start = torch.arange(across, dtype=torch.float32) / (across + 1)
     y, x = torch.meshgrid(start * height, start * width, indexing="ij")
@@ -106,12 +106,12 @@ def box_grid(size: tuple[int, int], across: int) -> Prompts:
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """First and last pixel (x0, y0, x1, y1) of each mask: bool [..., H, W] -> float32 [..., 4].
+    """Return the first and last pixel (x0, y0, x1, y1) of each mask: bool [..., H, W] -> float32 [..., 4].
 
     An empty mask has the box of the whole picture.
     """
     ends = []
-    for over in (-2, -1):  # any over y leaves the columns, any over x the rows
+    for over in (-2, -1):  # any over y gives the columns, any over x the rows
         line = masks.any(dim=over).to(torch.int32)
         last = line.shape[-1] - 1 - line.flip(-1).argmax(dim=-1)
         ends.append((line.argmax(dim=-1), last))
@@ -120,7 +120,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 
 def box_ious(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of every box with every other: float32 [K, 4] and [L, 4] as x0, y0, x1, y1 -> [K, L]."""
+    """Return the IoU of every box with every other: float32 [K, 4] and [L, 4] as x0, y0, x1, y1 -> [K, L]."""
     first, second = boxes[:, None], others[None]
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     both = (high - low).clamp(min=0).prod(dim=-1)

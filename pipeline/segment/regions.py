@@ -1,6 +1,6 @@
-"""Connected regions of a mask, and the small ones among them filled or removed.
+"""Connected regions of a mask; small ones are filled or removed.
 
-Neighbours are the eight pixels around one, as in the mask generator of segment-anything, which asks OpenCV for them.
+Neighbours are the eight surrounding pixels, as in segment-anything's mask generator, which uses OpenCV.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def without_small_regions(mask: Tensor, smallest: int) -> tuple[Tensor, bool]:
-    """A mask (bool [H, W]) without holes and islands of fewer pixels than `smallest`, and whether that changed it.
+    """Return a mask (bool [H, W]) without holes and islands smaller than `smallest` pixels, and whether it changed.
 
-    Of islands that are all small the largest stays.
+    If all islands are small, the largest is kept.
     """
     pixels = mask.numpy()
     filled, had_holes = _without(~pixels, smallest)
@@ -24,7 +24,7 @@ def without_small_regions(mask: Tensor, smallest: int) -> tuple[Tensor, bool]:
 
 
 def _without(pixels: Any, smallest: int, *, one_stays: bool = False) -> tuple[Any, bool]:
-    """Pixels (bool [H, W]) without their small regions, and whether there were any."""
+    """Return pixels (bool [H, W]) without their small regions, and whether there were any."""
     starts, ends, region = _runs(pixels)
     sizes = np.bincount(region, weights=ends - starts, minlength=1)
     small = (sizes < smallest) & (sizes > 0)
@@ -33,7 +33,7 @@ def _without(pixels: Any, smallest: int, *, one_stays: bool = False) -> tuple[An
     if one_stays and (sizes[~small] == 0).all():
         small[sizes.argmax()] = False
     gone = small[region]
-    width = pixels.shape[1] + 1  # a column more, so that no run reaches into the next row
+    width = pixels.shape[1] + 1  # one column more, so that no run reaches into the next row
     steps = np.zeros(pixels.shape[0] * width + 1, dtype=np.int32)
     np.add.at(steps, starts[gone], 1)
     np.add.at(steps, ends[gone], -1)
@@ -49,7 +49,8 @@ def _runs(pixels: Any) -> tuple[Any, Any, Any]:
     padded = np.pad(pixels, ((0, 0), (0, 1))).ravel().astype(np.int8)
     edges = np.diff(padded, prepend=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    # A run touches those of the next row that begin at most one pixel behind its end and end at most one before it.
+    # A run touches runs of the next row that begin at most one pixel after its end and end at most one before its
+    # start.
     width = pixels.shape[1] + 1
     first = np.searchsorted(ends, starts + width, side="left")
     past = np.searchsorted(starts, ends + width, side="right")
@@ -60,7 +61,7 @@ def _runs(pixels: Any) -> tuple[Any, Any, Any]:
 
 
 def _joined(count: int, first: Any, second: Any) -> Any:
-    """Return the component that each of `count` nodes belongs to, by edges first - second: its least node."""
+    """Return the component of each of `count` nodes, given edges first - second: its least node."""
     least = np.arange(count)
     while True:
         low = np.minimum(least[first], least[second])

@@ -1,4 +1,4 @@
-"""What the outputs of a segmenter feel of its weights, on synthetic pictures: `codec.output` behind an adapter.
+"""The sensitivity of a segmenter's outputs to its weights, on synthetic pictures: `codec.output` behind an adapter.
 
 Outputs, for boxes anywhere in the picture: the masks of every token as probabilities, those of each box over their own
 norm, the image embedding, and the predicted IoUs. A mask is where its logits are positive. So what moves logits far
@@ -10,7 +10,7 @@ the IoUs a tenth: without them, what makes those outputs would count as felt by 
 Worked example: logits (-8, 0.5, 6) have the probabilities (0.0003, 0.6225, 0.9975), and move these by (0.0003, 0.2350,
 0.0025) of what they move by: the second pixel, on the edge, counts nearly a hundred times as much as the third.
 
-Legend as in `adapters.base`: B pictures, K prompts for each, M masks a prompt, S the side of the model's input.
+Legend as in `adapters.base`: B pictures, K prompts per picture, M masks per prompt, S the side of the model's input.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -30,7 +30,7 @@ BOXES = 4
 """K."""
 
 KEPT_SIDE = 512
-"""Up to so many pixels of a model's side its whole graph is kept. That of SAM-H at 1024 takes 20 GB, this way 1.5."""
+"""Largest side of a model whose whole graph is kept. SAM-H's at 1024 takes 20 GB; recomputing takes 1.5."""
 
 OTHER_MASKS = 0.5
 EMBEDDING = 0.3
@@ -50,9 +50,9 @@ def statistics(
     probes: int,
     wanted: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Mean sensitivity of each parameter of a segmenter's model, by name; Hessians go to `keep`.
+    """Return the mean sensitivity of each parameter of a segmenter's model, by name; Hessians are passed to `keep`.
 
-    The same for the same model, seed and device. Arguments, result and errors else as in `gather`.
+    Deterministic for a model, seed and device. Other arguments, results and errors as in `gather`.
     """
     with recomputed(segmenter.blocks.values() if segmenter.side > KEPT_SIDE else ()):
         return gather(
@@ -68,14 +68,14 @@ def statistics(
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Of what these modules compute, backward passes keep the inputs alone: each then runs once more.
+    """Keep only the inputs of these modules for the backward pass, which runs each again.
 
-    So the graph of a whole encoder takes little more than that of its largest block.
+    The graph of a whole encoder then takes little more than that of its largest block.
     """
     with ExitStack() as stack:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.callback(delattr, block, "forward")  # the class's own is there again
+            stack.callback(delattr, block, "forward")  # restores the class's own method
         yield
 
 

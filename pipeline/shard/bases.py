@@ -1,4 +1,4 @@
-"""The stored tensors that a shard's tensors may be differences to, from the store."""
+"""The stored tensors that a shard's tensors may be coded as differences to."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from birkhoff.pipeline.store.base import Store
 
 
 class Bases:
-    """The bases of one shard's tensors; each container is read once, when it is asked for."""
+    """The bases of one shard's tensors. Each container is read once, at its first use."""
 
     def __init__(self, store: Store, shards: Sequence[BaseShard]) -> None:
         self._store = store
@@ -21,15 +21,15 @@ class Bases:
         self._held: dict[str, dict[str, CodedTensor]] = {}
 
     def digest_of(self, name: str) -> str | None:
-        """sha256 of the container that holds the base of a tensor; None where it has none."""
+        """Return the SHA-256 of the container that holds a tensor's base, or None."""
         return self._of.get(name)
 
     def size_of(self, digest: str) -> int:
-        """Bytes of a container."""
+        """Return the size of a container in bytes."""
         return self._shards[digest].bytes
 
     def of(self, name: str) -> Base | None:
-        """The base of a tensor; None where it has none. Raises IntegrityError naming the container."""
+        """Return the base of a tensor, or None. Raises IntegrityError, naming the container."""
         digest = self._of.get(name)
         if digest is None:
             return None
@@ -37,7 +37,7 @@ class Bases:
         return None if held is None else Base(container=digest, tensor=held)
 
     def tensors_of(self, digest: str) -> Mapping[str, CodedTensor]:
-        """The tensors of a container by name. Raises IntegrityError naming it."""
+        """Return the tensors of a container by name. Raises IntegrityError, naming the container."""
         if digest not in self._held:
             self._held[digest] = self._read(digest)
         return self._held[digest]
@@ -45,7 +45,7 @@ class Bases:
     def _read(self, digest: str) -> dict[str, CodedTensor]:
         shard = self._shards.get(digest)
         if shard is None:
-            raise IntegrityError(f"{self._store.url}: blob {digest} is no base of this shard: report this as a bug")
+            raise IntegrityError(f"{self._store.url}: blob {digest} is not a base of this shard: report this as a bug")
         remedy = "verify the base, and compress it again if it is damaged"
         try:
             body = self._store.get(blob_key(digest), length=shard.bytes + 1)

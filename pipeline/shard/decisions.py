@@ -1,8 +1,8 @@
-"""The decision for every tensor of a model: the one place that makes it, for planned models and stored versions.
+"""The decision for every tensor of a model, made here alone, both for planned models and for stored versions.
 
-A version stores its decisions as what they were made from, recipe and overrides in its manifest, which its digest and
-its signatures cover. From these and the headers of its shards `decisions_of` makes them again, for a version of any
-age. A list of decisions beside the manifest would have to be held against them before anybody could believe it.
+A version stores what its decisions follow from: the recipe and the overrides in its manifest, which its digest and its
+signatures cover. `decisions_of` computes the decisions again from these and the headers of its shards, for versions of
+any age. A stored list of decisions would need the same check.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,12 +17,12 @@ from birkhoff.pipeline.registry.documents import VersionManifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """What statistics have allotted tensors under allocation by output, by name."""
+    """Results of statistics for allocation by output, by tensor name."""
 
     gains_db: Mapping[str, float]
-    """Over the profile's target, which is the mean of all."""
+    """Gain in dB over the profile's target. The profile's target is the mean."""
     hessians: Mapping[str, str] = field(default_factory=dict)
-    """Digests of packed Hessians; where a version is read there are none."""
+    """SHA-256 of packed Hessians. Empty for a stored version."""
 
 
 def decide(
@@ -30,8 +30,8 @@ def decide(
 ) -> dict[str, Decision]:
     """Return the decision for each tensor, by name, in their order.
 
-    Callers that allot targets tensor by tensor pass them as `overrides`, which must be reached, or as `shares`, which
-    give steps. Keys of shards, manifests and checks follow them.
+    Callers that set targets per tensor pass `overrides`, which must be reached, or `shares`, which determine steps.
+    Keys of shards, manifests and checks depend on the result.
     """
     decisions = {name: profile.decide(shape, dtype, overrides.get(name), name) for name, shape, dtype in headers}
     if shares is None or profile.target_db is None:
@@ -44,14 +44,15 @@ def decide(
 
 
 def _shared(decision: Decision, target_db: float | None, hessian: str | None) -> Decision:
-    """What becomes of a tensor with its own target; it is lossless if nothing tells what it may lose."""
+    """Apply an allotted target to a decision. Without one, nothing tells what the tensor may lose, and it is kept
+    lossless."""
     if target_db is None:
         return Decision(codec="planes", reason="no output feels it")
     return replace(decision, target_db=target_db, hessian=hessian)
 
 
 def decisions_of(manifest: VersionManifest, entries: Iterable[Entry]) -> dict[str, Decision]:
-    """What a version's manifest has decided of stored tensors, by name. Raises FormatError for an unknown dtype."""
+    """Return the decisions behind a version's stored tensors, by name. Raises FormatError for an unknown dtype."""
     profile = Profile.of_recipe(manifest.profile, manifest.recipe)
     headers = (Header(entry.name, entry.shape, name_of_code(entry.dtype)) for entry in entries)
     shares = None if manifest.gains_db is None else Shares(gains_db=manifest.gains_db)

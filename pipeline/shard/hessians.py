@@ -1,4 +1,4 @@
-"""The Hessians through which errors of a shard's tensors are fed back, from the store to the device."""
+"""The Hessians for error feedback in a shard's tensors, read from the store to the device."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,11 +13,12 @@ from birkhoff.pipeline.registry.documents import blob_key, sha256
 from birkhoff.pipeline.store.base import Store
 
 HessianOf = Callable[[str], Tensor | None]
-"""The Hessian, on the device at hand, through which errors of the tensor of a name are fed back; None for none."""
+"""Returns the Hessian for a tensor's error feedback, on the present device; None without feedback."""
 
 
 class Hessians:
-    """Those of a shard's tensors, read from the store when they are asked for; their packed bytes stay in memory."""
+    """The Hessians of a shard's tensors. Each is read from the store at its first use; its packed bytes stay in
+    memory."""
 
     def __init__(
         self, store: Store, sources: Mapping[str, Tensor], decisions: Mapping[str, Decision], device: torch.device
@@ -28,7 +29,7 @@ class Hessians:
         self._packed: dict[str, bytes] = {}
 
     def of(self, name: str) -> Tensor | None:
-        """The Hessian of a tensor, float32 [K, K] on the device; None if it has none. Raises IntegrityError."""
+        """Return the Hessian of a tensor, float32 [K, K] on the device, or None. Raises IntegrityError."""
         digest, columns = self._digests[name], self._columns[name]
         if digest is None:
             return None
@@ -37,12 +38,12 @@ class Hessians:
         return unpack(self._packed[digest], columns, self._device)
 
     def _read(self, name: str, digest: str, columns: int) -> bytes:
-        remedy = "run again: the model's statistics are then made anew"
+        remedy = "run again: the model's statistics are then measured again"
         try:
             body = self._store.get(blob_key(digest), length=packed_bytes(columns) + 1)
         except ObjectNotFoundError:
             raise IntegrityError(
-                f"{self._store.url}: blob {digest}, the Hessian of {name!r}, has gone since the run began; {remedy}"
+                f"{self._store.url}: blob {digest}, the Hessian of {name!r}, was deleted since the run began; {remedy}"
             ) from None
         if sha256(body) != digest:
             raise IntegrityError(f"{self._store.url}: blob {digest}, the Hessian of {name!r}, is damaged; {remedy}")

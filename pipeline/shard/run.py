@@ -1,6 +1,6 @@
-"""One shard, start to finish, in one process: read, key, encode, validate, upload, record.
+"""One shard from start to finish, in one process: read, key, encode, validate, upload, record.
 
-What a worker does for each task; nothing here knows about Ray.
+Workers run this for each task. It does not depend on Ray.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ log: logging.Logger = logging.getLogger("birkhoff.shard")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
-    """What comes back: the record, whether the store had it already, and the seconds of each stage."""
+    """The result: the record, whether the store already had the shard, and the seconds of each stage."""
 
     record: ShardRecord
     reused: bool
@@ -58,27 +58,27 @@ class ShardResult:
 
     @property
     def seconds(self) -> float:
-        """All stages together."""
+        """The sum over all stages."""
         return sum(self.stages.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSizes:
-    """What comes back of a shard whose sizes were to be estimated: bytes at each of the targets asked for, [T]."""
+    """Estimated sizes of a shard, in bytes, at each of the requested targets, [T]."""
 
     bytes: tuple[float, ...]
     stages: dict[str, float]
 
 
 class Stages:
-    """Seconds by stage, each from the end of the one before."""
+    """Measures seconds by stage. Each stage begins when the one before ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def end(self, stage: str) -> None:
-        """A stage has ended now."""
+        """End the current stage."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
@@ -107,10 +107,10 @@ def estimate_shard(task: ShardTask, store: Store) -> ShardSizes:
 
 
 def compress_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult:
-    """Bring one shard into the store, unless it is there.
+    """Encode, validate and upload one shard, unless the store has it.
 
     Raises:
-        SourceError, CodecError, ValidationError, StoreError: with the tensor's or object's name.
+        SourceError, CodecError, ValidationError, StoreError: The message names the tensor or object.
     """
     stages = Stages()
     sources, decisions = {plan.tensor.name: _read(plan.tensor) for plan in task.tensors}, task.decisions
@@ -119,7 +119,7 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
     key = input_key(sources, task.recipe, decisions)
     if task.bases:
         if key in {base.key for base in task.bases}:
-            bases = Bases(store, ())  # the very shard of the base: both share it
+            bases = Bases(store, ())  # the base has this very shard: share it
         else:
             key = input_key(sources, task.recipe, decisions, bases)
     stages.end("key")
@@ -154,9 +154,9 @@ def _proven(
     hessians: Hessians,
     bases: Bases,
 ) -> ShardRecord | None:
-    """The record that a stored shard deserves, made from its bytes and its source alone; None where it fails.
+    """Return a fresh record of a stored shard, computed from its bytes and its source; None if it fails validation.
 
-    Anyone who can write to the store can write records and blobs, but not sign: the record is not trusted.
+    Anyone who can write to the store can write records and blobs, but cannot sign. So the stored record is not trusted.
     """
     try:
         blob = store.get(blob_key(record.blob))
@@ -166,7 +166,7 @@ def _proven(
         proven = make_record(record.key, sources, blob, checks, bases)
     except (ObjectNotFoundError, IntegrityError, ValidationError, FormatError) as error:
         log.warning(
-            "%s: the stored shard %s is not what its source gives (%s); it is made anew", task.label, record.key, error
+            "%s: the stored shard %s does not match its source (%s); it is encoded again", task.label, record.key, error
         )
         return None
     if proven != record:
@@ -181,7 +181,7 @@ def encode_shard(
     hessian_of: HessianOf = lambda _: None,
     base_of: Callable[[str], Base | None] = lambda _: None,
 ) -> bytes:
-    """The container of a shard's tensors. Raises as `compress_shard`."""
+    """Return the container of a shard's tensors. Raises as `compress_shard`."""
     bases = {
         name: base for name in sources if decisions[name].action == "coded" and (base := base_of(name)) is not None
     }
@@ -195,7 +195,7 @@ def encode_shard(
             {name: tensor for name, tensor in sources.items() if decisions[name].nominal and name not in coded}
         )
     }
-    # A lossless one is only packed, by the CPU: on a GPU it would be fetched back.
+    # The CPU packs lossless tensors, so copying them to a GPU and back would be a waste.
     items = (
         (name, tensor if decisions[name].action == "lossless" else tensor.to(device), decisions[name])
         for name, tensor in _announced({name: tensor for name, tensor in sources.items() if name not in coded})
@@ -224,7 +224,7 @@ def _read(tensor: StoredTensor) -> Tensor:
 def make_record(
     key: str, sources: Mapping[str, Tensor], blob: bytes, checks: ShardChecks, bases: Bases | None = None
 ) -> ShardRecord:
-    """What is kept about a validated shard; `bases` are those that its tensors could be differences to."""
+    """Return the record of a validated shard. Its tensors may be coded as differences to `bases`."""
     needed = () if bases is None else tuple(BaseBlob(blob=d, bytes=bases.size_of(d)) for d in checks.bases)
     return ShardRecord(
         key=key,
@@ -247,7 +247,7 @@ def keep_shard(store: Store, blob: bytes, record: ShardRecord) -> None:
 
 
 def find_record(store: Store, key: str) -> ShardRecord | None:
-    """The record of a shard key whose blob is in the store, whole: its bytes are read and match their digest.
+    """Return the record of a shard key if its blob is in the store and matches its digest, else None.
 
     So are the containers of its bases. All are touched: a grace period begins anew for what is reused.
     """
@@ -264,7 +264,7 @@ def find_record(store: Store, key: str) -> ShardRecord | None:
     except ObjectNotFoundError:
         pass
     except IntegrityError as error:
-        log.warning("%s; it is made anew", error)
+        log.warning("%s; it is encoded again", error)
     return None
 
 
@@ -276,10 +276,10 @@ def _is_there(store: Store, record: ShardRecord | BaseBlob) -> bool:
 def input_key(
     sources: Mapping[str, Tensor], recipe: Recipe, decisions: Mapping[str, Decision], bases: Bases | None = None
 ) -> str:
-    """Key of a shard: everything that decides its bytes, and nothing else.
+    """Return the key of a shard: the SHA-256 of everything that determines its bytes, and of nothing else.
 
-    Of a decision that is what the recipe, with the tensor's header, does not tell: its `override`, or its nominal
-    target and Hessian; and the container that holds its base, if it has one.
+    Decisions enter only as far as the recipe and the tensors' headers leave them open: `override`, or the nominal
+    target and the Hessian, and the container that holds a base.
     """
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, recipe], sort_keys=True).encode())
     for name, tensor in sources.items():

@@ -1,4 +1,4 @@
-"""The unit of work as the driver hands it out: descriptors and decisions, never tensors."""
+"""A shard's task, as the driver sends it to a worker: descriptors and decisions, never tensors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,17 +7,17 @@ from birkhoff.codec.profiles import Decision, Recipe
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 
 TENSOR_BYTES = 1 << 19
-"""Source bytes that take as long as a tensor's own overhead does: a decoder's 120 small tensors take longer than a
-block of an encoder of five times their bytes. On a CPU it is some 0.3 MB, on a GPU that others use too it is more."""
+"""Source bytes that take as long as the fixed cost of one tensor. A decoder's 120 small tensors take longer than an
+encoder's block of five times their bytes. Measured: about 0.3 MB on a CPU, more on a shared GPU."""
 
 Reuse = Literal["trust", "revalidate", "prove", "never"]
-"""What to do with a shard that the store has: take it; prove it once more against its source first, and fail where that
-fails (`revalidate`) or make it anew (`prove`, what a signature asks for); or make it anew."""
+"""What to do with a shard that the store has: take it (`trust`); validate it against its source first, and fail
+(`revalidate`) or encode it again (`prove`, for signatures) if that fails; or always encode it again (`never`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """The place of a tensor, and the decision for it."""
+    """A tensor's location, and its decision."""
 
     tensor: StoredTensor
     decision: Decision
@@ -25,7 +25,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseShard:
-    """A shard of a base version: key, container and its size, and the tensors in it that can be a base."""
+    """A shard of a base version: key, container with its size, and the tensors in it that can be bases."""
 
     key: str
     blob: str
@@ -35,32 +35,33 @@ class BaseShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """A shard to be made, or only its sizes to be estimated."""
+    """A shard to encode, or to estimate the sizes of."""
 
     model: str
     index: int
     tensors: tuple[TensorPlan, ...]
     recipe: Recipe
-    """Of the profile that decided; part of the shard's key."""
+    """The recipe of the profile, part of the shard's key."""
     reuse: Reuse = "trust"
     bases: tuple[BaseShard, ...] = ()
-    """Shards of a base version that hold tensors of these names, which they may be coded as differences to."""
+    """Shards of a base version with tensors of the same names, which may serve as bases."""
     targets_db: tuple[tuple[float, ...], ...] = ()
-    """What a budget might make of the target of each tensor, dB, [T] each: sizes are estimated, and nothing is made."""
+    """Candidate targets of each tensor under a budget in dB, [T] each. If given, sizes are estimated and nothing is
+    encoded."""
 
     @property
     def estimate_only(self) -> bool:
-        """Whether only sizes are asked for."""
+        """Whether only sizes are estimated."""
         return bool(self.targets_db)
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """Return the decisions for its tensors, by name."""
+        """The decisions for its tensors, by name."""
         return {plan.tensor.name: plan.decision for plan in self.tensors}
 
     @property
     def signature(self) -> object:
-        """Equal for shards that may turn out to be the same: names, dtypes, shapes, recipe and decisions."""
+        """Equal for shards that may be duplicates: names, dtypes, shapes, recipe and decisions."""
         tensors = tuple(
             (plan.tensor.name, plan.tensor.dtype, plan.tensor.shape, plan.decision) for plan in self.tensors
         )
@@ -68,18 +69,18 @@ class ShardTask:
 
     @property
     def label(self) -> str:
-        """For messages: model, number and the first tensor."""
+        """The task's name in messages: model, number and first tensor."""
         more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
         return f"{self.model} shard {self.index} ({self.tensors[0].tensor.name}{more})"
 
     @property
     def patience(self) -> int:
-        """Times as long as a shard that it may take before its worker counts as hung."""
+        """The time limit, as a multiple of a shard's."""
         return 1
 
     @property
     def memory_remedy(self) -> str:
-        """What to do where it has no memory."""
+        """What to do if memory runs out."""
         return "lower shard_mib, or run fewer workers on a machine with more memory"
 
     @property
@@ -89,5 +90,5 @@ class ShardTask:
 
     @property
     def effort(self) -> int:
-        """How long it will take, in bytes: those it has, and what each tensor costs besides."""
+        """Expected duration in units of bytes: the source bytes, and a fixed cost per tensor."""
         return self.nbytes + len(self.tensors) * TENSOR_BYTES

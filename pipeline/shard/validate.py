@@ -1,8 +1,8 @@
-"""Proof of a shard from its final bytes: every tensor decoded and compared, every matrix run through HyperLinear.
+"""Validate a shard's final bytes: decode and compare every tensor, and run every matrix through HyperLinear.
 
-Nothing of the encoder is believed: the container is parsed again, and what it claims of itself must be what is
-measured. Every stream is read by the CPU's decoder, whatever coded it and on whatever device the weights are compared:
-the kernels that a GPU codes with have no part in their own proof.
+Validation does not trust the encoder. The container is parsed again, and its claims must match the measurements. The
+CPU's decoder reads every stream, whatever device encoded it and compares the weights, so GPU kernels do not check
+themselves.
 """
 
 import hashlib
@@ -31,31 +31,31 @@ PROBE_ROWS = 16
 """Random inputs of a HyperLinear probe."""
 
 PROBE_LIMIT = 1e-5
-"""Greatest ||y - y'|| / ||y'|| of HyperLinear's y in float32 against `F.linear` with the decoded weight's y'."""
+"""Greatest ||y - y'|| / ||y'||, with y from HyperLinear in float32 and y' from `F.linear` with the decoded weight."""
 
 _CLAIM_SLACK_DB = 0.01
 """The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""
 
 
 _TARGET_SLACK_DB = 0.0011
-"""A target is stored rounded down to 0.001 dB."""
+"""A stored target is rounded down to 0.001 dB."""
 
 
 _STEP_SLACK = 1e-6
-"""A sum of squares may be taken in another order, and the step is a float32."""
+"""Sums of squares may be taken in another order, and the step is a float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardChecks:
-    """What validation measured, in the order of the container."""
+    """The measurements of a validation, in the order of the container."""
 
     sqnr_db: tuple[float, ...]
     probe_db: tuple[float, ...]
     probe_error: float
     fallbacks: dict[str, str]
-    """Tensors that are lossless for what their weights are, and why: keys of `FALLBACKS`."""
+    """Tensors kept lossless because of their values, with the reason, a key of `FALLBACKS`."""
     bases: tuple[str, ...] = ()
-    """sha256 of the containers that tensors are differences to."""
+    """SHA-256 of the containers that tensors are differences to."""
 
 
 def validate_shard(
@@ -66,16 +66,16 @@ def validate_shard(
     hessian_of: HessianOf = lambda _: None,
     tensors_of: Callable[[str], Mapping[str, CodedTensor]] = lambda _: {},
 ) -> ShardChecks:
-    """Check a container against its source tensors (by name, in order), and against what was decided of each.
+    """Check a container against its source tensors (by name, in order) and their decisions.
 
-    `hessian_of` gives the Hessians on `device` through which errors of tensors of these names were fed back,
-    `tensors_of` the tensors of the containers that its tensors may be differences to.
+    `hessian_of` returns the Hessians on `device` that were used for error feedback. `tensors_of` returns the tensors of
+    the containers that serve as bases.
 
     Raises:
-        ValidationError: a tensor is missing, has another shape or dtype, misses its target, died (all zeros), is coded
-            although it should be lossless or the other way round, or HyperLinear does not compute its product; under a
-            nominal target it has another step, or its output error is above that of plain rounding.
-        FormatError: the container cannot be read back.
+        ValidationError: A tensor is missing, has another shape or dtype, misses its target, has become all zeros, or is
+            lossy instead of lossless or the other way round; HyperLinear does not compute its product; or, with a
+            nominal target, it has another step, or a greater output error than plain rounding.
+        FormatError: The container cannot be parsed.
     """
     coded_tensors = with_bases(parse(blob), tensors_of)
     if [coded.name for coded in coded_tensors] != list(sources):
@@ -97,7 +97,7 @@ def validate_shard(
         sqnrs.append(_check_coded(coded, source, decoded, target))
         if decisions[coded.name].nominal:
             check_step(coded, source, decisions[coded.name])
-            assert code is not None  # the check of its step is of codec lattice alone
+            assert code is not None  # `check_step` refuses other codecs
             _check_output(coded.name, code, source, decisions[coded.name], hessian_of(coded.name))
         if code is not None and is_matrix(coded):
             probes.append(probe(coded.name, code, source, decoded))
@@ -119,12 +119,13 @@ def _check_form(name: str, source: Tensor, decoded: Tensor) -> None:
 
 
 def promise(coded: CodedTensor, decision: Decision, *, reasons: bool = True) -> float | None:
-    """What a stored tensor must reach: the SQNR in dB that was decided on; None if lossless, `paper` or nominal.
+    """Return the SQNR in dB that a stored tensor must reach; None if it is lossless, coded by `paper`, or has a nominal
+    target.
 
-    `reasons` says that a tensor that is lossless against its decision must carry the reason.
+    `reasons` says whether a tensor that is lossless against its decision must carry the reason.
 
     Raises:
-        ValidationError: it is coded where it should be lossless or the other way round, or claims another target.
+        ValidationError: It is lossy instead of lossless or the other way round, or claims another target.
     """
     lossless, reason = coded.lossless, coded.claims.reason
     fell = decision.action == "coded" and lossless and (reason in FALLBACKS or not reasons)
@@ -132,12 +133,12 @@ def promise(coded: CodedTensor, decision: Decision, *, reasons: bool = True) -> 
         raise ValidationError(
             f"tensor {coded.name!r} should be {decision.action}, it is stored as {coded.codec}"
             + (f" for the reason {reason!r}" if reason else "")
-            + "; compress again, and report this as a bug if it is so again"
+            + "; compress again, and report this as a bug if it happens again"
         )
     if lossless or decision.codec == "paper" or decision.nominal:
         return None
     claim, target = claimed(coded, "target_db") if decision.states_target else None, decision.target_db
-    if target is None:  # its target is its own: the published codec's error
+    if target is None:  # the target is the published codec's error, which the tensor claims
         return claim
     if claim is not None and abs(claim - target) > _TARGET_SLACK_DB:
         raise ValidationError(f"tensor {coded.name!r} claims {claim} dB as its target, it has {target} dB")
@@ -145,7 +146,8 @@ def promise(coded: CodedTensor, decision: Decision, *, reasons: bool = True) -> 
 
 
 def claimed(coded: CodedTensor, key: Literal["sqnr_db", "target_db"]) -> float:
-    """A number that goes with a tensor; -inf is the SQNR of what came out of zeros. Raises ValidationError if none."""
+    """Return a claimed number in dB; the SQNR is -inf for a source of only zeros. Raises ValidationError if there is
+    none."""
     value = coded.claims.sqnr_db if key == "sqnr_db" else coded.claims.target_db
     if value is None or not (math.isfinite(value) or (key == "sqnr_db" and value == -math.inf)):
         raise ValidationError(f"tensor {coded.name!r} claims {value} as {key}, expected a number in dB")
@@ -153,21 +155,21 @@ def claimed(coded: CodedTensor, key: Literal["sqnr_db", "target_db"]) -> float:
 
 
 def _check_equal(name: str, source: Tensor, decoded: Tensor) -> None:
-    # Compared as bytes: -0.0 and NaN payloads count.
+    # Compared as bytes, because -0.0 and NaN payloads count.
     same = torch.equal(source.contiguous().view(torch.uint8), decoded.view(torch.uint8)) if source.dim() else True
     if not same or (not source.dim() and source.item() != decoded.item()):
         raise ValidationError(f"tensor {name!r} was stored lossless but came back different: report this as a bug")
 
 
 def _check_coded(coded: CodedTensor, source: Tensor, decoded: Tensor, target: float | None) -> float:
-    """SQNR in dB of a coded tensor that passes."""
+    """Check a lossy tensor, and return its SQNR in dB."""
     found = fidelity(source, decoded)
     if not math.isfinite(found.error) or not any(to_host(*torch.aminmax(decoded))):
         raise ValidationError(f"tensor {coded.name!r} came back with NaN, Inf or only zeros")
     if target is not None and found.sqnr_db < target:
         raise ValidationError(f"tensor {coded.name!r} came back at {found.sqnr_db:.2f} dB, its target is {target:g} dB")
     claim = claimed(coded, "sqnr_db")
-    if claim != found.sqnr_db and not abs(claim - found.sqnr_db) <= _CLAIM_SLACK_DB:  # -inf is equal to itself alone
+    if claim != found.sqnr_db and not abs(claim - found.sqnr_db) <= _CLAIM_SLACK_DB:  # -inf equals only itself
         raise ValidationError(f"tensor {coded.name!r} claims {claim} dB but came back at {found.sqnr_db:.3f} dB")
     return found.sqnr_db
 
@@ -192,7 +194,7 @@ def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
     if abs(coded.params.step - wanted) > _STEP_SLACK * wanted:
         raise ValidationError(
             f"tensor {coded.name!r} is stored with the step {coded.params.step:g}, {decision.target_db:g} dB mean "
-            f"{wanted:g}; compress again, and report this as a bug if it is so again"
+            f"{wanted:g}; compress again, and report this as a bug if it happens again"
         )
 
 
@@ -202,20 +204,20 @@ def _check_output(
     assert decision.target_db is not None  # a nominal target is one
     if not is_no_worse(source, code, decision.target_db, hessian_KK, path=decision.path):
         raise ValidationError(
-            f"tensor {name!r} came back with a greater error of its outputs than plain rounding has: report this as a "
+            f"tensor {name!r} came back with a greater output error than plain rounding gives: report this as a "
             "bug, or name another `allocation` in the manifest"
         )
 
 
 def probe(name: str, code: LatticeTensor, source: Tensor, decoded: Tensor) -> tuple[float, float]:
-    """Run HyperLinear on random float32 inputs, where the code, its source and its decoded weight [N, K] are.
+    """Run HyperLinear on random float32 inputs, on the device of the code, its source and its decoded weight [N, K].
 
     Returns:
-        Output SQNR in dB against the source weight, and the norm of the error against the weight decoded to float32
-        (the weight's own type may round it further), relative to the norm of the outputs.
+        SQNR in dB of the outputs against the source weight, and the norm of their error against the weight decoded to
+        float32 (the weight's own dtype may round further), relative to the norm of the outputs.
 
     Raises:
-        ValidationError: that error exceeds `PROBE_LIMIT`.
+        ValidationError: That error exceeds `PROBE_LIMIT`.
     """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
     inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(source.device)

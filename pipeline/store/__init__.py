@@ -1,1 +1,1 @@
-"""Objects under keys: the contract, a backend for each kind of store, wrappers, what opens and probes them."""
+"""Object stores: the contract, its backends, wrappers, and the functions that open and probe them."""

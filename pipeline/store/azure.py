@@ -1,14 +1,14 @@
 """Azure Blob Storage as a store, through azure-storage-blob.
 
-The tag of an object is its ETag, which no two writes share; conditions are If-None-Match and If-Match
-(https://learn.microsoft.com/rest/api/storageservices/specifying-conditional-headers-for-blob-service-operations). The
-account and its key come from the variables of Azure's own command line: AZURE_STORAGE_CONNECTION_STRING, or
-AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN; with an account alone, from azure-identity's
-default chain. A call makes each of its requests once, bounded by the time-outs and a least speed;
-`retry.RetryingStore` repeats what may pass. (The library itself asks up to three times for a body that breaks off.)
+An object's tag is its ETag, which is unique to each write. Conditions are If-None-Match and If-Match
+(https://learn.microsoft.com/rest/api/storageservices/specifying-conditional-headers-for-blob-service-operations).
+Account and key come from the variables of Azure's command line: AZURE_STORAGE_CONNECTION_STRING, or
+AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN; for an account alone, from azure-identity's
+default chain. A call sends each request once, bounded by time-outs and a minimum throughput; `retry.RetryingStore`
+repeats transient failures. (The library itself asks up to three times for a body that breaks off.)
 
 A permit is a shared access signature (https://learn.microsoft.com/rest/api/storageservices/create-service-sas), which
-the service refuses once it has expired. It takes an account's key; without one permits never end.
+the service refuses after it expires. It needs the account's key; without one, permits never end.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ CREDENTIALS_HINT = (
 ENDPOINT_HINT = "check the network and the account that the AZURE_STORAGE_* variables name"
 
 _ONE_REQUEST_BYTES = 64 << 20
-"""A body up to here goes in one request; a larger one in blocks, whose commit carries the condition."""
+"""Bodies up to this size go in one request; larger ones in blocks, whose commit carries the condition."""
 _FAILURES = (AzureError, requests.RequestException, HTTPError, ValueError)
 _KEPT = ("BlobImmutableDueToPolicy", "BlobImmutableDueToLegalHold", "LeaseIdMissing", "BlobArchived")
 
@@ -77,7 +77,7 @@ _Found = tuple[list[BlobProperties], str | None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AzureAccount:
-    """Where a storage account is, and what opens it; never printed, never part of an address."""
+    """Address and credentials of a storage account; never printed, never part of a store's address."""
 
     endpoint: str
     name: str | None = None
@@ -104,7 +104,7 @@ def open_azure(address: StoreAddress, container: str, prefix: str) -> "AzureStor
 
 
 def _transport(session: requests.Session, settings: StoreSettings) -> RequestsTransport:
-    """A way to the service over a session that somebody else closes."""
+    """Return a transport over a session that the caller closes."""
     return RequestsTransport(
         session=session,
         session_owner=False,
@@ -114,7 +114,7 @@ def _transport(session: requests.Session, settings: StoreSettings) -> RequestsTr
 
 
 def find_account(settings: StoreSettings) -> AzureAccount:
-    """The account that the settings and the environment of this process name. Raises StoreDeniedError, StoreError."""
+    """Return the account that settings and environment name. Raises StoreDeniedError, StoreError."""
     found = _parts(os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
     name = found.get("accountname") or os.environ.get("AZURE_STORAGE_ACCOUNT")
     endpoint = settings.endpoint or found.get("blobendpoint")
@@ -125,7 +125,7 @@ def find_account(settings: StoreSettings) -> AzureAccount:
         endpoint = f"{found.get('defaultendpointsprotocol', 'https')}://{name}.blob.{suffix}"
     check_endpoint(endpoint)
     parts = urlsplit(endpoint)
-    # Of an emulator or a proxy the account stands in the path, of Azure itself in the host's name.
+    # An emulator or a proxy has the account in the path, Azure in the host name.
     in_address = parts.path.strip("/").partition("/")[0] or (parts.hostname or "").partition(".")[0]
     return AzureAccount(
         endpoint=endpoint.rstrip("/"),
@@ -136,14 +136,15 @@ def find_account(settings: StoreSettings) -> AzureAccount:
 
 
 def who(settings: StoreSettings) -> str:
-    """Account and kind of credentials of a store with these settings, without any secret. Raises as `find_account`."""
+    """Return account and kind of credentials of a store with these settings, without secrets. Raises as
+    `find_account`."""
     account = find_account(settings)
     kind = "its key" if account.key else "a shared access signature" if account.sas else "azure-identity's chain"
     return f"account {account.name}, by {'none' if settings.anonymous else kind}"
 
 
 def _parts(connection: str) -> dict[str, str]:
-    """The fields of a connection string, by their names in lower case. Raises StoreError."""
+    """Return the fields of a connection string, by lower-case name. Raises StoreError."""
     found = {}
     for field in filter(None, connection.strip().split(";")):
         name, equals, value = field.partition("=")
@@ -161,7 +162,7 @@ def _credential(account: AzureAccount, settings: StoreSettings) -> Any:
     if account.sas:
         return account.sas.removeprefix("?")
     try:
-        from azure.identity import DefaultAzureCredential  # brings msal
+        from azure.identity import DefaultAzureCredential  # imports msal
     except ImportError as error:
         raise StoreDeniedError(
             f"az:// client: no key and no signature, and azure-identity is not installed; {CREDENTIALS_HINT}"
@@ -170,7 +171,7 @@ def _credential(account: AzureAccount, settings: StoreSettings) -> Any:
 
 
 class AzureStore(SigningStore):
-    """The objects of a container below `prefix`, through a client of Azure's that this store then owns."""
+    """The objects of a container below `prefix`, through an Azure client that this store owns."""
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class AzureStore(SigningStore):
         return self._info("head", self._call("head", key, self._blob(key).get_blob_properties))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store. Holds the whole listing, some 300 bytes an object."""
+        """See Store. Holds the whole listing, about 300 bytes per object."""
         check_prefix(prefix)
         found: list[ObjectInfo] = []
         token: str | None = None
@@ -230,7 +231,7 @@ class AzureStore(SigningStore):
         )
 
     def touch(self, key: str) -> None:
-        """See Store. Its metadata are written again, for which the service moves the time, and the tag."""
+        """See Store. Writes the metadata again, which moves the time and changes the tag."""
         self._call("touch", key, lambda: self._blob(key).set_blob_metadata({"touched": "1"}))
 
     def delete(self, key: str, *, permit: str | None = None) -> None:
@@ -250,9 +251,9 @@ class AzureStore(SigningStore):
         return self._account.key is not None and not self.address.settings.anonymous
 
     def _delete_signed(self, key: str, end: datetime) -> None:
-        """Send one DELETE that is signed until `end` by the service's clock.
+        """Send one DELETE that is signed until `end`, by the service's clock.
 
-        A refusal says no more than that the signature does not hold; by its own Date one knows whether it came late.
+        A refusal only says that the signature is not valid; the answer's Date tells whether it had expired.
         """
         name = self._prefix + check_key(key)
         signature = generate_blob_sas(
@@ -295,7 +296,7 @@ class AzureStore(SigningStore):
         return self._tag(operation, key, answer.get("etag"))
 
     def _fetch(self, operation: str, key: str, start: int, length: int | None) -> tuple[bytes, str]:
-        """Bytes of an object, and its tag. A whole one is held to the MD5 that the service keeps of it."""
+        """Return bytes of an object, and its tag. A whole body is checked against the MD5 that the service stores."""
         blob = self._blob(key)
         span: dict[str, Any] = {} if start == 0 and length is None else {"offset": start, "length": length}
 
@@ -312,13 +313,13 @@ class AzureStore(SigningStore):
         kept = properties.content_settings.content_md5
         if not span and kept and hashlib.md5(body, usedforsecurity=False).digest() != bytes(kept):
             raise IntegrityError(
-                f"{operation} {self.url}/{key}: the body does not have the MD5 that {self._account.endpoint} keeps of "
+                f"{operation} {self.url}/{key}: the body does not match the MD5 that {self._account.endpoint} has for "
                 "it; publish it again"
             )
         return body, self._tag(operation, key, properties.etag)
 
     def _page(self, prefix: str, token: str | None) -> _Page:
-        """A page of a listing, and where it goes on."""
+        """Return a page of a listing, and where it continues."""
 
         def ask() -> _Found:
             pages = self._client.list_blobs(
@@ -347,13 +348,13 @@ class AzureStore(SigningStore):
         tag = self._tag(operation, key, blob.etag)
         if blob.last_modified is None or blob.size is None:
             raise StoreError(
-                f"{operation} {self.url}/{key}: the answer from {self._account.endpoint} has no size or time, by which "
-                "unused objects are told from new ones; use a newer release of the store, or another store"
+                f"{operation} {self.url}/{key}: the answer from {self._account.endpoint} has no size or time, which "
+                "tell unused objects from new ones; use a newer release of the store, or another store"
             )
         return ObjectInfo(key=key, size=blob.size, tag=tag, modified=blob.last_modified.astimezone(UTC))
 
     def _tag(self, operation: str, key: str, etag: str | None) -> str:
-        """An ETag in the form that conditions take: listings leave out the quotes."""
+        """Return an ETag in the form that conditions take: listings omit the quotes."""
         if not isinstance(etag, str):
             raise StoreUnreachableError(
                 f"{operation} {self.url}/{key}: the answer from {self._account.endpoint} has no ETag, so it is not "
@@ -362,18 +363,18 @@ class AzureStore(SigningStore):
         return etag if etag.endswith('"') else f'"{etag}"'
 
     def _store_error(self, operation: str, key: str, error: Exception) -> StoreError:
-        """The error of ours for one of Azure's, naming operation, container, key, endpoint and remedy."""
+        """Convert an Azure error to a StoreError that names operation, container, key, endpoint and remedy."""
         where = f"{operation} {self.url}/{key} at {self._account.endpoint}"
         if slow := slowness(error):
             return StoreUnreachableError(f"{where}: {slow}; {ENDPOINT_HINT}, or try again later")
         if isinstance(error, HttpResponseError) and error.status_code is not None:
             return self._answered(where, error, int(error.status_code))
-        if isinstance(error, ClientAuthenticationError):  # of a chain that found nothing
+        if isinstance(error, ClientAuthenticationError):  # raised by a chain that found no credentials
             return StoreDeniedError(f"{where}: {_line(error)}; {CREDENTIALS_HINT}")
         return StoreUnreachableError(f"{where}: {_line(error)}; {ENDPOINT_HINT}")
 
     def _answered(self, where: str, error: HttpResponseError, status: int) -> StoreError:
-        """The error for an answer with this status: by its code first.
+        """Return the error for an answer, by its code and then its status.
 
         Codes: https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
         """
@@ -418,12 +419,12 @@ def _header(error: HttpResponseError, name: str) -> str | None:
 
 
 def _clock(error: HttpResponseError) -> datetime | None:
-    """The service's time, by the Date of its answer."""
+    """Return the service's time, from the Date of its answer."""
     with suppress(ValueError, TypeError):
         return parsedate_to_datetime(_header(error, "Date") or "")
     return None
 
 
 def _line(error: Exception | str) -> str:
-    """The text of an error in one line of bounded length."""
+    """Return the text of an error on one line of bounded length."""
     return " ".join(str(error).split())[:300]

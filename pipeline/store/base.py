@@ -1,26 +1,26 @@
-"""The object store: one small contract, addresses that travel to workers, and a probe of what a store can do.
+"""The contract of an object store, and the addresses by which workers open one.
 
-Six stores keep the contract: a directory (`directory`), any S3 service (`s3`), the S3 server that this package
-starts by itself (`seaweedfs`), Google Cloud Storage (`gcs`), Azure Blob Storage (`azure`), and one in memory
-(`memory`). `open.open_store` picks one by URL:
+Six stores implement it: a directory (`directory`), any S3 service (`s3`), an S3 server that this package starts
+(`seaweedfs`), Google Cloud Storage (`gcs`), Azure Blob Storage (`azure`), and memory (`memory`). `open.open_store`
+picks one by URL:
 
     s3://BUCKET[/PREFIX]     credentials and endpoint from the standard AWS chain, never from the URL
-    gs://BUCKET[/PREFIX]     credentials from Google's application default ones
+    gs://BUCKET[/PREFIX]     Google's application default credentials
     az://CONTAINER[/PREFIX]  account and credentials from the AZURE_STORAGE_* variables, or Azure's default chain
     file:///DIR, file://./D  plain files; `%20` and the like are decoded, as in every file URL
-    embedded[:///HOME]       SeaweedFS on loopback, started when needed; its data live under HOME/embedded
-    memory://NAME            one that this process has made, for tests; nobody else can open it
+    embedded[:///HOME]       SeaweedFS on loopback, started when needed; its data are in HOME/embedded
+    memory://NAME            one that this process created, for tests; no other process can open it
 
 The contract in short; `Store` has the details:
 
 * An object appears whole or not at all, and is durable when the call that wrote it returns.
-* Every method may be called twice. A conditional write that finds its own body there has succeeded: its first
-  answer may have been lost on the way.
-* `retry.TRANSIENT` are the errors that may pass: no answer, two writers that met, a body that fails the store's own
-  checksum. `open_store` wraps every store that has such errors, so callers need no loop of their own: they see one
-  after `StoreSettings.attempts` tries. `StoreUnreachableError` then leaves open whether a write took effect; call again
-  to find out. Every other `StoreError` is permanent: the same call will fail the same way.
-* A store may be shared by threads. It is neither picklable nor usable after `fork`: send `Store.address`.
+* Every method may be called twice. A conditional write that finds its own body has succeeded: the first answer may have
+  been lost.
+* `retry.TRANSIENT` lists the errors worth a retry: no answer, a conflict of two writers, a body that fails the store's
+  own checksum. `open_store` wraps every store that has such errors, so callers see one only after
+  `StoreSettings.attempts` tries and need no loop of their own. After a StoreUnreachableError it is unknown whether a
+  write took effect; repeat the call to find out. Every other StoreError is permanent.
+* Threads may share a store. It cannot be pickled or used after `fork`: send `Store.address` instead.
 """
 
 import re
@@ -55,17 +55,17 @@ BUCKETS = {
     "gs": "put them in a key file that GOOGLE_APPLICATION_CREDENTIALS names",
     "az": "put them in AZURE_STORAGE_CONNECTION_STRING, or in AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY",
 }
-"""Schemes of URLs that name a bucket of some service, and where its credentials belong instead."""
+"""URL schemes of buckets, and where their credentials belong."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """What a store knows about an object without reading it.
+    """Facts about an object that need no read of its body.
 
-    `size` is in bytes, `modified` an aware UTC time. `tag` is opaque and names this very state of the object:
-    hand it to `Store.replace` in the same store; it says nothing about the body elsewhere or later.
+    `size` is in bytes, `modified` an aware UTC time. `tag` is opaque and identifies this state of the object for
+    `Store.replace` in the same store. It says nothing about the body in other stores or at other times.
     """
 
     key: str
@@ -76,25 +76,25 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """How to talk to a service; a directory needs none of it. Holds no secrets. Raises StoreError.
+    """How to talk to a service. Holds no secrets; a directory ignores it. Raises StoreError.
 
-    `region`, `addressing` and `checksums` are of S3 alone.
+    `region`, `addressing` and `checksums` apply to S3 only.
 
-    endpoint: URL of the service. None: for S3 AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, AWS without those;
-        for gs:// STORAGE_EMULATOR_HOST or Google's own; for az:// the account of the AZURE_STORAGE_* variables.
-    region: signing region. None: AWS_REGION or the profile; `us-east-1` without those.
-    addressing: bucket in the path or in the host name. `auto`: `s3.addressing_style` of the profile; without it `path`
-        for every endpoint but AWS's own.
-    checksums: `when_required` neither sends the CRC32 that boto3 sends since 1.36 nor asks for any, for stores that
-        reject it. None: AWS_REQUEST_CHECKSUM_CALCULATION or the profile; `when_supported` without those.
-    conditional_create, conditional_replace: whether `create` and `replace` send their condition. Off where the store
-        has none (`probe`): then this client looks first, and only one publisher at a time is safe.
-    anonymous: send unsigned requests, for public buckets.
-    allow_http: talk to another machine without encryption too.
-    connect_timeout, read_timeout: seconds, each counted anew for every attempt.
-    attempts: tries per request in all, with exponential back-off between them.
-    max_connections: size of the connection pool of one client.
-    page_size: objects per listing request, at most 1000.
+    endpoint: URL of the service. None: for S3 AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, else AWS; for gs://
+    STORAGE_EMULATOR_HOST, else Google's; for az:// the account of the AZURE_STORAGE_* variables.
+    region: Signing region. None: AWS_REGION or the profile, else `us-east-1`.
+    addressing: Bucket in the path or in the host name. `auto`: `s3.addressing_style` of the profile, else `path` for
+    every endpoint except AWS's own.
+    checksums: `when_required` neither sends nor asks for the CRC32 that boto3 uses since 1.36, for stores that reject
+    it. None: AWS_REQUEST_CHECKSUM_CALCULATION or the profile, else `when_supported`.
+    conditional_create, conditional_replace: Whether `create` and `replace` send their condition. Turned off (by
+    `probe`) for stores without it: the client then reads before it writes, and only one publisher at a time is safe.
+    anonymous: Send unsigned requests, for public buckets.
+    allow_http: Permit plain http to other machines.
+    connect_timeout, read_timeout: Seconds, per attempt.
+    attempts: Tries per request in all, with exponential back-off.
+    max_connections: Size of one client's connection pool.
+    page_size: Objects per listing request, at most 1000.
     """
 
     endpoint: str | None = None
@@ -128,10 +128,10 @@ class StoreSettings:
 class Store(ABC):
     """Objects under keys. The module's docstring has the contract that all methods share.
 
-    Keys are relative POSIX paths; `store_keys.check_key` refuses the rest with StoreError. A key must not also be
-    the folder of another key (`a` and `a/b`): file systems cannot hold both. Beside the errors named below every
-    method raises StoreUnreachableError, StoreDeniedError and, for what is neither (no such bucket, disk full),
-    StoreError; one that reads a body raises IntegrityError where the service's own checksum contradicts it.
+    Keys are relative POSIX paths; `keys.check_key` refuses others with StoreError. A key must not be the folder of
+    another key (`a` and `a/b`): file systems cannot hold both. Besides the errors named below, every method raises
+    StoreUnreachableError, StoreDeniedError and, for other failures (no such bucket, disk full), StoreError. Methods
+    that read a body raise IntegrityError if it contradicts the service's own checksum.
     """
 
     def __init__(self, address: "StoreAddress") -> None:
@@ -144,14 +144,15 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes `start` to `start + length` of an object, fewer where it ends before. Raises ObjectNotFoundError."""
+        """Return bytes `start` to `start + length` of an object, fewer if it ends before. Raises
+        ObjectNotFoundError."""
 
     def copy_range(
         self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
     ) -> int:
-        """Hand `get`'s bytes to `sink` in order, in pieces no larger than `buffer`, through which they may go.
+        """Hand the bytes of `get` to `sink` in order, in pieces no larger than `buffer`, which may carry them.
 
-        Returns how many there were. A piece is valid during its call only. Raises ObjectNotFoundError.
+        Returns their number. A piece is valid during its call only. Raises ObjectNotFoundError.
         """
         body = memoryview(self.get(key, start=start, length=length))
         for place in range(0, len(body), len(buffer)):
@@ -160,73 +161,72 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, key: str, *, length: int | None = None) -> tuple[bytes, str]:
-        """Body, or its first `length` bytes, and tag of one and the same state. Raises ObjectNotFoundError."""
+        """Return the body, or its first `length` bytes, and the tag of the same state. Raises ObjectNotFoundError."""
 
     @abstractmethod
     def put(self, key: str, body: bytes) -> str:
-        """Write unconditionally; returns the new tag."""
+        """Write unconditionally; return the new tag."""
 
     @abstractmethod
     def create(self, key: str, body: bytes) -> str:
-        """Write unless another body is there; returns the tag.
+        """Write unless another body is there; return the tag.
 
-        Of several writers with different bodies exactly one succeeds, where `StoreCapabilities.conditional_writes`
-        holds. Writers with equal bodies all succeed: whoever uses this as a lock puts its own name in the body.
-        Raises PreconditionError.
+        Of several writers with different bodies exactly one succeeds, if the store has conditional writes
+        (`StoreCapabilities.conditional_writes`). Writers with equal bodies all succeed, so a lock must put its owner's
+        name in the body. Raises PreconditionError.
         """
 
     @abstractmethod
     def replace(self, key: str, body: bytes, *, tag: str) -> str:
-        """Write if the object still has this tag (compare-and-swap); returns the new tag.
+        """Write if the object still has this tag (compare-and-swap); return the new tag.
 
-        Succeeds also if the object holds `body` already. Raises PreconditionError if it holds another one or is
-        gone; where this write took effect, lost its answer and was overwritten since, that is the error too.
+        Also succeeds if the object has this body already. Raises PreconditionError if it has another one or is gone,
+        and also if this write took effect, its answer was lost, and the object was overwritten since.
         """
 
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:
-        """Size, tag and time of an object. Raises ObjectNotFoundError."""
+        """Return size, tag and time of an object. Raises ObjectNotFoundError."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key starts with the string `prefix`, sorted by key.
+        """Yield the objects whose key starts with the string `prefix`, sorted by key.
 
-        What others wrote under names that are no keys is left out. An object written or deleted meanwhile may or
-        may not be among them. Errors come at the call or while iterating.
+        Objects whose names are not valid keys are left out. An object that is written or deleted meanwhile may or may
+        not be listed. Errors are raised by the call or while iterating.
         """
 
     @abstractmethod
     def touch(self, key: str) -> None:
-        """Move the `modified` time of an object to now, its body unchanged. Raises ObjectNotFoundError."""
+        """Set the `modified` time of an object to now, its body unchanged. Raises ObjectNotFoundError."""
 
     @abstractmethod
     def delete(self, key: str, *, permit: str | None = None) -> None:
-        """Remove an object; a missing one is fine.
+        """Delete an object; a missing one is no error.
 
-        With a `permit` the store itself refuses once that has ended, however late the request reaches it, and the
-        request is sent once: where its answer is lost, StoreUnreachableError leaves the outcome open.
-        Raises PermitEndedError.
+        With a `permit` the store refuses the request once the permit has ended, however late it arrives. Such a request
+        is sent once: if its answer is lost, StoreUnreachableError leaves the outcome open. Raises PermitEndedError.
         """
 
     @abstractmethod
     def permit(self, now: datetime, *, witness: str) -> str:
-        """A permit to delete, as a short text that may be stored.
+        """Return a permit to delete, as a short text that may be stored.
 
-        `now` is the store's time. `witness` is an object of the caller's own, on which a store may try whether it
-        refuses late deletions. Where it does not, the permit never ends (see `revoke`).
+        `now` is the store's time. `witness` is an object of the caller, which a store may try to delete too late, to
+        find out whether it refuses that. If it does not, the permit never ends (see `revoke`).
         """
 
     @abstractmethod
     def revoke(self, permit: str) -> datetime | None:
-        """End a permit, anybody's: no deletion under it takes effect after this returned None.
+        """End a permit, anybody's. After None is returned no deletion under it takes effect.
 
-        A time says that it ends by itself when the store's clock has passed that. May be called twice. Raises
-        StoreError where the permit never ends.
+        A returned time means that the permit ends by itself when the store's clock has passed it. May be called twice.
+        Raises StoreError if the permit never ends.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release connections. May be called twice; nothing else may be called after it."""
+        """Release connections. May be called twice; no other call may follow."""
 
     def __enter__(self) -> Self:
         return self
@@ -238,19 +238,19 @@ class Store(ABC):
 
 
 PERMIT_SECONDS = 30
-"""How long a permit lasts on a store that ends it by its own clock."""
+"""Seconds that a permit lasts on a store that ends it by its own clock."""
 
 UNENDING = "unending"
-"""The permit of a store that refuses no late deletion."""
+"""The permit of a store that does not refuse late deletions."""
 
 
 def timed_permit(now: datetime) -> str:
-    """The permit of a store that ends it by its own clock, in whole seconds."""
+    """Return a permit for a store that ends it by its own clock, in whole seconds."""
     return (now + timedelta(seconds=PERMIT_SECONDS)).replace(microsecond=0).isoformat()
 
 
 def timed_end(permit: str) -> datetime | None:
-    """When a permit ends by the store's clock; None for one that somebody has to end, or that nobody can."""
+    """Return when a permit ends by the store's clock; None if it must be revoked, or never ends."""
     try:
         end = datetime.fromisoformat(permit)
     except ValueError:
@@ -259,7 +259,7 @@ def timed_end(permit: str) -> datetime | None:
 
 
 def permit_end(permit: str) -> datetime:
-    """When a timed permit ends. Raises StoreError for another text."""
+    """Return when a timed permit ends. Raises StoreError for another text."""
     end = timed_end(permit)
     if end is None:
         raise StoreError(f"permit {permit[:80]!r}: expected an aware time, as written by a store of this kind")
@@ -267,31 +267,32 @@ def permit_end(permit: str) -> datetime:
 
 
 def unrevocable(url: str) -> StoreError:
-    """The error for a permit that never ends."""
+    """Return the error for a permit that never ends."""
     return StoreError(
-        f"{url}: this store does not refuse late deletions, so only the process that was permitted to delete can say "
-        "that it has ended"
+        f"{url}: this store does not refuse late deletions, so only the process that holds the permit can say that it "
+        "has ended"
     )
 
 
 class SigningStore(Store):
-    """A store behind a network whose permits are signatures that end by its own clock, if it holds to that."""
+    """A networked store whose permits are signatures. They end by the service's clock, if the service checks their
+    age."""
 
     def __init__(self, address: "StoreAddress") -> None:
         super().__init__(address)
         self._refuses_late: bool | None = None
-        """Whether the service has refused a deletion that came too late; None where that was not tried."""
+        """Whether the service has refused a deletion that came too late; None if that was not tried."""
 
     @abstractmethod
     def _signs(self) -> bool:
-        """Whether there is a key to sign with."""
+        """Return whether there is a key to sign with."""
 
     @abstractmethod
     def _delete_signed(self, key: str, end: datetime) -> None:
-        """Send one DELETE that is signed until `end` by the service's clock. Raises PermitEndedError."""
+        """Send one DELETE that is signed until `end`, by the service's clock. Raises PermitEndedError."""
 
     def permit(self, now: datetime, *, witness: str) -> str:
-        """See Store. The store is asked once to delete `witness` too late."""
+        """See Store. The first call tries once to delete `witness` too late."""
         if self._refuses_late is None:
             self._refuses_late = self._tries_late(now, witness)
         return timed_permit(now) if self._refuses_late else UNENDING
@@ -303,7 +304,7 @@ class SigningStore(Store):
         return permit_end(permit)
 
     def _tries_late(self, now: datetime, witness: str) -> bool:
-        """Whether the service refuses to delete an object by a signature that has ended."""
+        """Return whether the service refuses a deletion whose signature has expired."""
         if not self._signs():
             return False
         try:
@@ -316,10 +317,10 @@ class SigningStore(Store):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAddress:
-    """All that a worker needs to open the same store: a canonical URL and settings, small and without secrets.
+    """What a worker needs to open the same store: a canonical URL and settings, without secrets.
 
-    Credentials do not travel: each process finds its own in the chain of its cloud, or, for the embedded server, in a
-    file only its user can read.
+    Credentials do not travel. Each process finds its own in the chain of its cloud or, for the embedded server, in a
+    file that only its user can read.
     """
 
     url: str
@@ -327,7 +328,7 @@ class StoreAddress:
 
     @classmethod
     def parse(cls, url: str, settings: StoreSettings | None = None) -> "StoreAddress":
-        """Check a URL and make it canonical: absolute paths, no trailing slash. Raises StoreError."""
+        """Check a URL and make it canonical: absolute path, no trailing slash. Raises StoreError."""
         scheme, _, rest = url.partition("://")
         if scheme in BUCKETS:
             url = _canonical_bucket(scheme, rest)
@@ -339,7 +340,7 @@ class StoreAddress:
             home = _file_path(rest) if rest else birkhoff_home()
             url = home.as_uri().replace("file://", "embedded://", 1)
         else:
-            # The text is not repeated when it may hold a password.
+            # It may hold a password, so it is not repeated.
             shown = "a URL with an @" if "@" in url else repr(url)
             raise StoreError(
                 "store URL: expected s3://BUCKET[/PREFIX], gs://BUCKET[/PREFIX], az://CONTAINER[/PREFIX], file:///DIR, "
@@ -349,9 +350,9 @@ class StoreAddress:
 
 
 def same_or_lost(store: Store, operation: str, key: str, body: bytes, refusal: StoreError) -> str:
-    """After a refused condition: the tag of the object if it holds `body`, as a lost answer leaves it.
+    """Return the tag of an object after a refused condition, if it holds `body`, as it does after a lost answer.
 
-    Raises PreconditionError for another one, or none.
+    Raises PreconditionError if it holds another one, or is gone.
     """
     try:
         found, tag = store.read(key, length=len(body) + 1)
@@ -365,7 +366,7 @@ def same_or_lost(store: Store, operation: str, key: str, body: bytes, refusal: S
 
 
 def store_folder(url: str) -> Path | None:
-    """The folder of a canonical file:// URL; None for other stores."""
+    """Return the folder of a canonical file:// URL; None for other stores."""
     scheme, _, rest = url.partition("://")
     return Path(unquote(rest)) if scheme == "file" else None
 

@@ -1,8 +1,8 @@
-"""Stores without conditional writes: a wrapper that looks first, which is as good for a single publisher.
+"""A wrapper for stores without conditional writes: it reads before it writes, which is enough for one publisher.
 
-Between the look and the write somebody else may write: such a store can promise nothing to two publishers at once. So
-this is never silent. `compress` probes first and says what it found; a command that does not probe meets the refusal
-(ConditionsError) at its first conditional write, has it confirmed by the probe, and says so then.
+Another publisher may write between the read and the write, so such a store is not safe for two at once, and this is
+always said. `compress` probes first and reports what it found. A command that does not probe meets the refusal
+(ConditionsError) at its first conditional write, has the probe confirm it, and reports it then.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ log: logging.Logger = logging.getLogger("birkhoff.store")
 
 
 class ConditionalStore(StoreWrapper):
-    """Sends conditions to `inner` as far as the settings of its address say that they are honoured.
+    """Sends conditions to `inner` if the settings of its address say that they are honoured.
 
-    What the probe writes goes as it is.
+    Writes of the probe are passed on unchanged.
     """
 
     address: StoreAddress
@@ -52,19 +52,20 @@ class ConditionalStore(StoreWrapper):
         return self._look_and_replace(key, body, tag)
 
     def adapt(self, found: StoreCapabilities) -> None:
-        """Send from now on, here and in every worker that opens this store's address, what the store honours."""
+        """Use the probe's findings from now on, here and in every worker that opens this store's address."""
         settings = dataclasses.replace(
             self.address.settings, conditional_create=found.create, conditional_replace=found.replace
         )
         self.address = dataclasses.replace(self.address, settings=settings)
 
     def _ask(self, refusal: ConditionsError, key: str, operation: Literal["create", "replace"]) -> None:
-        """Have the probe confirm a refusal: one gateway of many may be older. Raises StoreError where it does not."""
+        """Have the probe confirm a refusal, because one gateway of many may be older. Raises StoreError if it does
+        not."""
         if key.startswith(FOLDER):
             raise refusal
         try:
             found = check_store(self.inner)
-        except StoreDeniedError:  # a role that may not probe
+        except StoreDeniedError:  # a role without permission to probe
             raise refusal from None
         if found.create if operation == "create" else found.replace:
             raise StoreError(
@@ -95,7 +96,8 @@ class ConditionalStore(StoreWrapper):
 
 
 def probed(store: Store, tell: Callable[[str], object]) -> bool:
-    """Find out what a store honours before work begins, and go by it; whether one must publish alone, which is told.
+    """Probe a store before work begins and adapt to it. Return whether it is safe for one publisher only, which is
+    reported.
 
     Raises as `check_store`.
     """
@@ -109,5 +111,5 @@ def probed(store: Store, tell: Callable[[str], object]) -> bool:
 
 
 def _plain(tag: str) -> str:
-    """A tag without the mark of a weak one: a store may add it to the answers to some requests and not to others."""
+    """Return a tag without the mark of a weak one, which a store may add to some answers only."""
     return tag.removeprefix("W/").strip('"')

@@ -1,4 +1,4 @@
-"""Which store a command means: `--store`, else `BIRKHOFF_STORE`, else the embedded server."""
+"""The store of a command: `--store`, else `BIRKHOFF_STORE`, else the embedded server."""
 
 import contextlib
 import os
@@ -15,20 +15,20 @@ HTTP_VARIABLE = "BIRKHOFF_ALLOW_HTTP"
 
 
 def default_store_url(url: str | None = None) -> str:
-    """`url` where given, else the environment's, else the embedded server."""
+    """Return `url` if given, else the environment's, else the embedded server."""
     return url or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
 def http_allowed() -> bool:
-    """Whether BIRKHOFF_ALLOW_HTTP=1 lets other machines be reached without encryption."""
+    """Return whether BIRKHOFF_ALLOW_HTTP=1 permits plain http to other machines."""
     return os.environ.get(HTTP_VARIABLE) == "1"
 
 
 def open_default_store(url: str | None = None, *, allow_http: bool = False, create: bool = False) -> Store:
-    """Open the store that is meant; `allow_http` as in `StoreSettings`, or by the environment.
+    """Open the store of a command; `allow_http` as in `StoreSettings`, or by the environment.
 
     Raises:
-        StoreError: also for a folder that is not there, unless `create` says that the first write shall make it.
+        StoreError: It cannot be opened, or its folder does not exist and `create` is off.
     """
     store = open_store(default_store_url(url), StoreSettings(allow_http=allow_http or http_allowed()))
     folder = store_folder(store.url)
@@ -42,7 +42,7 @@ def open_default_store(url: str | None = None, *, allow_http: bool = False, crea
 
 @contextlib.contextmanager
 def borrowed_store(store: str | Store | None = None, *, create: bool = False) -> Iterator[Store]:
-    """The store that is given, which its owner closes; else that of `open_default_store`, closed after the block."""
+    """Yield the given store, which its owner closes, or open that of `open_default_store` and close it afterwards."""
     if isinstance(store, Store):
         yield store
         return
@@ -52,7 +52,8 @@ def borrowed_store(store: str | Store | None = None, *, create: bool = False) ->
 
 @contextlib.contextmanager
 def open_existing_store(url: str | None = None, *, allow_http: bool = False) -> Iterator[Store | None]:
-    """The store that is meant, for reading; None for one on this machine that was never used, so that none is made."""
+    """Open the store of a command for reading; None for one on this machine that was never used, so that none is
+    created."""
     meant = StoreAddress.parse(default_store_url(url)).url
     folder = birkhoff_home() / "embedded" if meant == StoreAddress.parse(DEFAULT_STORE).url else store_folder(meant)
     if folder is not None and not folder.exists():

@@ -1,22 +1,22 @@
-"""A store in plain files: the same contract as S3, without any server.
+"""A store in plain files, with the same contract as S3 and no server.
 
-An object is a file at `ROOT/KEY`. Beside them `ROOT/.store/` holds what is being written (`tmp/`), lock files
-(`locks/`) and a folder for each permit to delete (`permits/`). Writing goes: temporary file, fsync, then link (create)
-or rename (put, replace) into place, then fsync of the folder. So a reader sees an old body or a new one, never half of
-one, and what a dead writer leaves behind lies in `tmp/`, where no listing looks and the next writer cleans up.
+An object is a file at `ROOT/KEY`. `ROOT/.store/` has files being written (`tmp/`), lock files (`locks/`) and a folder
+for each permit to delete (`permits/`). A write makes a temporary file, fsyncs it, links (create) or renames (put,
+replace) it into place, and fsyncs the folder. So a reader sees the old body or the new one, never half of one. A dead
+writer leaves files only in `tmp/`, which listings skip and the next writer cleans up.
 
-The tag is inode, time of last change and size of the file. Every overwrite happens under a lock and moves the time
-forward by a nanosecond at least, so no tag comes twice while the object lives. Times are the file system's own (on NFS
-the server's): the clocks of the machines that write have no part in them.
+The tag is inode, modification time and size of the file. Every overwrite happens under a lock and moves the time
+forward by at least a nanosecond, so an object never has one tag twice. Times are the file system's (on NFS the
+server's); the clocks of writing machines are not used.
 
 A deletion under a permit moves the file into the permit's folder and removes it there. `revoke` removes the folder, so
-a process that was stopped for a year still finds no place to move the file to. No lock is held meanwhile: a stopped
-process that deletes stops nobody else.
+a process that was stopped for a year finds no folder to move the file to. No lock is held meanwhile, so a stopped
+process blocks nobody.
 
-A store holds no symbolic links below its root: a folder may be one that another store shares, or one that a listing
-does not enter. Listings, writes and deletions refuse them by name. A read of one object follows: its digest is checked.
+Symbolic links below the root are refused, with their path, by listings, writes and deletions: the target may be shared
+with another store, and listings do not enter it. Reading one object follows them, because its digest is checked.
 
-Needs a POSIX file system with hard links, flock and times in nanoseconds: the usual local ones, or NFS 4.
+It needs a POSIX file system with hard links, flock and times in nanoseconds: the usual local ones, or NFS 4.
 """
 
 import errno
@@ -44,7 +44,7 @@ from birkhoff.pipeline.store.base import ObjectInfo, Store, StoreAddress
 from birkhoff.pipeline.store.keys import RESERVED, check_key, check_prefix, check_range, is_key
 
 _TICK_NS = 20_000_000  # above the longest tick in use, 10 ms
-ABANDONED_SECONDS = 3600.0  # a temporary file older than this, and locked by nobody, has lost its writer
+ABANDONED_SECONDS = 3600.0  # an unlocked temporary file older than this has lost its writer
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or point the store at a larger disk",
@@ -60,7 +60,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class _LinkError(OSError):
-    """A symbolic link where a store has files and folders."""
+    """A symbolic link in place of a file or folder of a store."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(errno.ELOOP, "is a symbolic link")
@@ -68,7 +68,7 @@ class _LinkError(OSError):
 
 
 class DirectoryStore(Store):
-    """The store under `root`, which the first write creates. Raises StoreError if `root` is a file."""
+    """A store in the folder `root`, which the first write creates. Raises StoreError if `root` is a file."""
 
     def __init__(self, address: StoreAddress, root: Path) -> None:
         super().__init__(address)
@@ -159,7 +159,7 @@ class DirectoryStore(Store):
     def delete(self, key: str, *, permit: str | None = None) -> None:
         """See Store. Folders stay: removing them would race with writers."""
         with self._writing("delete", key) as path:
-            if _tag_at(path) is None:  # spares a missing store its lock files
+            if _tag_at(path) is None:  # a missing object needs no lock file
                 return
             if permit is not None:
                 self._delete_under(permit, key, path)
@@ -193,14 +193,14 @@ class DirectoryStore(Store):
         return None
 
     def _delete_under(self, permit: str, key: str, path: Path) -> None:
-        """Move an object to where its permit lets it be removed. The permit's end takes that place away."""
+        """Move an object to its permit's folder and remove it there; without that folder the permit has ended."""
         folder = self._permits / check_key(permit)
         moved = folder / uuid.uuid4().hex
         try:
             path.rename(moved)
         except FileNotFoundError:
             if folder.is_dir():
-                return  # it was the object that is gone
+                return  # the object is gone
             raise PermitEndedError(f"delete {self.url}/{key}: its permit has ended") from None
         sync_folder(path.parent)
         moved.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ class DirectoryStore(Store):
         return self._internal / "permits"
 
     def close(self) -> None:
-        """See Store. Holds nothing open between calls."""
+        """See Store. Nothing is open between calls."""
 
     def _entries(self, prefix: str) -> Iterator[ObjectInfo]:
         folder, slash, _ = prefix.rpartition("/")
@@ -221,16 +221,16 @@ class DirectoryStore(Store):
             raise self._store_error("list", prefix, error) from error
 
     def _same_or_lost(self, operation: str, path: Path, key: str, body: bytes) -> str:
-        """Tag of the object if it holds `body`; otherwise the condition has lost."""
+        """Return the tag of the object if it holds `body`; raise PreconditionError otherwise."""
         with suppress(FileNotFoundError), path.open("rb") as file:
             if file.read(len(body) + 1) == body:
-                sync_folder(path.parent)  # its writer may not have got that far
+                sync_folder(path.parent)  # its writer may have died before that
                 return _tag(os.fstat(file.fileno()))
         raise PreconditionError(f"{operation} {self.url}/{key}: another body is there; read it and decide again")
 
     @contextmanager
     def _reading(self, operation: str, key: str) -> Iterator[Path]:
-        """Path of an object to read, and OSError as a StoreError."""
+        """Yield the path of an object to read; convert OSError to StoreError."""
         try:
             yield self._root / check_key(key)
         except OSError as error:
@@ -240,7 +240,7 @@ class DirectoryStore(Store):
 
     @contextmanager
     def _writing(self, operation: str, key: str) -> Iterator[Path]:
-        """Path of an object to write, and OSError as a StoreError."""
+        """Yield the path of an object to write; convert OSError to StoreError."""
         try:
             self._refuse_links(check_key(key))
             yield self._root / key
@@ -248,7 +248,7 @@ class DirectoryStore(Store):
             raise self._store_error(operation, key, error) from error
 
     def _refuse_links(self, key: str) -> None:
-        """Raise _LinkError if the way to a key leads over a symbolic link."""
+        """Raise _LinkError if the path of a key contains a symbolic link."""
         path = self._root
         for component in key.split("/"):
             path = path / component
@@ -268,7 +268,7 @@ class DirectoryStore(Store):
 
     @contextmanager
     def _temporary(self, body: bytes) -> Iterator[Path]:
-        """A durable file with `body`; what is left of it at the end goes away. Locked while its writer lives."""
+        """Yield a durable file with `body`, locked while its writer lives, and remove what is left of it."""
         self._prepare()
         path = self._internal / "tmp" / uuid.uuid4().hex
         with path.open("xb") as file:
@@ -284,7 +284,7 @@ class DirectoryStore(Store):
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        """Holds off every other overwriter of the key, in any process. 256 lock files serve all keys."""
+        """Hold off other overwriters of the key, in any process. 256 lock files serve all keys."""
         self._prepare()
         name = hashlib.sha256(key.encode()).hexdigest()[:2]
         with (self._internal / "locks" / name).open("ab") as file:
@@ -292,7 +292,7 @@ class DirectoryStore(Store):
             yield
 
     def _prepare(self) -> None:
-        """Make the internal folders and clear out what dead writers left, once per store."""
+        """Create the internal folders and clear files of dead writers, once per store."""
         if self._prepared:
             return
         for name in ("tmp", "locks"):
@@ -307,11 +307,11 @@ class DirectoryStore(Store):
 
 
 def _move(temporary: Path, path: Path) -> str:
-    """Put `temporary` in place of whatever is there. The caller holds the key's lock."""
+    """Put `temporary` in place of the present file. The caller holds the key's lock."""
     _make_folder(path.parent)
     with suppress(FileNotFoundError):
         previous = path.stat().st_mtime_ns
-        if temporary.stat().st_mtime_ns <= previous:  # written while its predecessor was, or the clock went back
+        if temporary.stat().st_mtime_ns <= previous:  # written meanwhile, or the clock was set back
             _stamp(temporary, after=previous)
     tag = _tag(temporary.stat())
     temporary.replace(path)
@@ -322,8 +322,9 @@ def _move(temporary: Path, path: Path) -> str:
 def _stamp(path: Path, *, after: int) -> None:
     """Set the modification time to the file system's now, but later than `after` (ns).
 
-    The file system's own stamps come in ticks of some milliseconds. Where the machine's clock is within the same tick,
-    it tells files apart that were written in one; where it is not, it is wrong or another one, and chance does.
+    The file system's own stamps tick every few milliseconds. If the machine's clock is within the same tick, it
+    separates files that were written in one tick. If not, it is wrong or belongs to another machine, and a random
+    offset separates them.
     """
     os.utime(path)
     stamp, mine = path.stat().st_mtime_ns, time.time_ns()
@@ -337,7 +338,7 @@ def _tag(found: os.stat_result) -> str:
 
 
 def _tag_at(path: Path) -> str | None:
-    """Tag of the object at `path`, None where there is none."""
+    """Return the tag of the object at `path`; None if there is none."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -351,7 +352,7 @@ def _info(key: str, found: os.stat_result) -> ObjectInfo:
 
 
 def _walk(folder: Path, start: str, prefix: str) -> Iterator[ObjectInfo]:
-    """Objects below `folder`, whose keys begin with `start`, in the order of their keys."""
+    """Yield the objects below `folder`, whose keys begin with `start`, sorted by key."""
     try:
         with os.scandir(folder) as entries:
             # As part of a key a folder's name ends in a slash, and sorts so: a-b, a/b, a0.

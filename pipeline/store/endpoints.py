@@ -1,4 +1,4 @@
-"""Addresses of services: usable, without credentials, and encrypted unless they are this machine's own."""
+"""Checks of service URLs: usable, without credentials, and encrypted unless they are on this machine."""
 
 import ipaddress
 from urllib.parse import urlsplit
@@ -7,7 +7,7 @@ from birkhoff.pipeline.errors import StoreError
 
 
 def check_endpoint(endpoint: str) -> str:
-    """Return a usable endpoint URL. Raises StoreError, without repeating a password that was in it."""
+    """Return a usable endpoint URL. Raises StoreError, without repeating a password in it."""
     try:
         parts = urlsplit(endpoint)
         secret, usable = "@" in parts.netloc, parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -24,7 +24,7 @@ def check_endpoint(endpoint: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
+    """Return whether a host name or address is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -32,13 +32,13 @@ def is_loopback(host: str) -> bool:
 
 
 def is_exposed(url: str) -> bool:
-    """Whether a URL reaches another machine by plain http, which can be read and changed on its way."""
+    """Return whether a URL reaches another machine over plain http, which can be read and changed on its way."""
     parts = urlsplit(url)
     return parts.scheme.lower() == "http" and not is_loopback(parts.hostname or "")
 
 
 def check_encryption(endpoint: str, *, allowed: bool) -> None:
-    """Refuse an endpoint on another machine that is reached without TLS. Raises StoreError."""
+    """Refuse an endpoint on another machine without TLS. Raises StoreError."""
     if allowed or not is_exposed(endpoint):
         return
     raise StoreError(

@@ -1,12 +1,13 @@
 """Google Cloud Storage as a store, through google-cloud-storage and its JSON API.
 
-The tag of an object is its generation, which no two writes share, and conditions are on generations: 0 where no object
-may be (https://docs.cloud.google.com/storage/docs/request-preconditions). Credentials are Google's application default
-ones; STORAGE_EMULATOR_HOST leads to an emulator, without any. A call makes each of its requests once (`retry=None`;
-bodies above 8 MiB take two), bounded by the time-outs and a least speed; `retry.RetryingStore` repeats what may pass.
+An object's tag is its generation, which is unique to each write. Conditions are on generations; 0 means that no object
+may exist (https://docs.cloud.google.com/storage/docs/request-preconditions). Credentials are Google's application
+default ones; STORAGE_EMULATOR_HOST selects an emulator, without credentials. A call sends each request once
+(`retry=None`; bodies above 8 MiB take two), bounded by time-outs and a minimum throughput; `retry.RetryingStore`
+repeats transient failures.
 
 A permit is a V4 signed URL (https://docs.cloud.google.com/storage/docs/access-control/signed-urls), which the service
-refuses once it has expired. Where the credentials cannot sign, permits never end.
+refuses after it expires. If the credentials cannot sign, permits never end.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _UNREACHABLE = (requests.RequestException, TransportError, HTTPError, ValueError)
 _FAILURES = (GoogleAPICallError, GoogleAuthError, InvalidResponse, *_UNREACHABLE)
 _SLOW = ("rateLimitExceeded", "userRateLimitExceeded", "backendError")
-"""Reasons that pass, some of which come with 403."""
+"""Transient reasons, some of which come with status 403."""
 _KEPT = ("retentionPolicyNotMet", "objectUnderActiveHold", "objectRetentionNotMet")
 _UNPAID = ("userProjectMissing", "accountDisabled", "billingDisabled", "quotaExceeded", "dailyLimitExceeded")
 
@@ -91,7 +92,7 @@ def open_gcs(address: StoreAddress, bucket: str, prefix: str) -> "GcsStore":
 
 
 def _resolved(settings: StoreSettings) -> StoreSettings:
-    """The settings, with what the environment of this process says, which must hold for its workers too."""
+    """Return the settings, completed from the environment of this process, because workers must use the same."""
     emulator = os.environ.get(EMULATOR_VARIABLE)
     if settings.endpoint is not None or not emulator:
         return settings
@@ -100,7 +101,7 @@ def _resolved(settings: StoreSettings) -> StoreSettings:
 
 
 def who(settings: StoreSettings) -> str:
-    """Whose credentials a store with these settings is opened by, without any secret. Raises StoreDeniedError."""
+    """Return whose credentials open a store with these settings, without secrets. Raises StoreDeniedError."""
     if settings.anonymous:
         return f"none, for {settings.endpoint or PUBLIC}"
     found = _credentials(anonymous=False)
@@ -119,7 +120,7 @@ def _credentials(*, anonymous: bool) -> Any:
 
 
 class GcsStore(SigningStore):
-    """The objects of `bucket` below `prefix`, through a client of Google's that this store then owns."""
+    """The objects of `bucket` below `prefix`, through a Google client that this store owns."""
 
     def __init__(self, address: StoreAddress, client: storage.Client, bucket: str, prefix: str) -> None:
         super().__init__(address)
@@ -132,8 +133,8 @@ class GcsStore(SigningStore):
         }
         self._bucket_seen = False
         self._patches_move_time: bool | None = None
-        """Whether changed metadata make an object young, as Google's do; None where that was not tried."""
-        self._plain = requests.Session()  # for addresses that are signed, which take no other credentials
+        """Whether changing metadata moves an object's time, as on Google's service; None if that was not tried."""
+        self._plain = requests.Session()  # for signed URLs, which accept no other credentials
         pace_session(self._plain, address.settings.read_timeout, address.settings.max_connections)
 
     def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
@@ -156,7 +157,7 @@ class GcsStore(SigningStore):
         return self._info("head", blob)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store. Holds the whole listing, some 300 bytes an object."""
+        """See Store. Holds the whole listing, about 300 bytes per object."""
         check_prefix(prefix)
         found: list[ObjectInfo] = []
         token: str | None = None
@@ -179,13 +180,14 @@ class GcsStore(SigningStore):
         """See Store."""
         check_key(key)
         if not tag.isdecimal():
-            raise PreconditionError(f"replace {self.url}/{key}: {tag[:80]!r} is no generation; read it again")
+            raise PreconditionError(f"replace {self.url}/{key}: {tag[:80]!r} is not a generation; read it again")
         return self._write("replace", key, body, generation=int(tag))
 
     def touch(self, key: str) -> None:
-        """See Store. Metadata are changed, for which Google moves the time; elsewhere the object is copied onto itself.
+        """See Store. Changes the metadata, which moves the time on Google's service; elsewhere copies the object onto
+        itself.
 
-        A copy makes a new generation, but never over another one than was found.
+        A copy makes a new generation, but only of the generation that was found.
         """
         before = self.head(key) if self._patches_move_time is None else None
         if self._patches_move_time is not False:
@@ -202,7 +204,7 @@ class GcsStore(SigningStore):
                 self._call("touch", key, partial(self._copy, source, target, tag))
                 return
             except PreconditionError:
-                continue  # another writer came first: what stands there now is looked at anew
+                continue  # another writer came first: look again
 
     def delete(self, key: str, *, permit: str | None = None) -> None:
         """See Store."""
@@ -219,7 +221,7 @@ class GcsStore(SigningStore):
         self._client.close()
 
     def _copy(self, source: storage.Blob, target: storage.Blob, generation: int) -> None:
-        """Copy an object onto itself on the service's side, if it is of this generation still."""
+        """Copy an object onto itself in the service, if it still has this generation."""
         token = None
         while True:
             token, _, _ = target.rewrite(
@@ -236,7 +238,7 @@ class GcsStore(SigningStore):
         return isinstance(self._client._credentials, Signing)
 
     def _delete_signed(self, key: str, end: datetime) -> None:
-        """Send one DELETE that is signed until `end` by the service's clock; the machine's own has no part in that."""
+        """Send one DELETE that is signed until `end`, by the service's clock; this machine's is not used."""
         began = (end - timedelta(seconds=PERMIT_SECONDS)).astimezone(UTC)
         name = quote(self._prefix + check_key(key), safe="/~")
         try:
@@ -246,7 +248,7 @@ class GcsStore(SigningStore):
                 PERMIT_SECONDS,
                 api_access_endpoint=self._endpoint,
                 method="DELETE",
-                _request_timestamp=began.strftime("%Y%m%dT%H%M%SZ"),  # its only way to a time of ours
+                _request_timestamp=began.strftime("%Y%m%dT%H%M%SZ"),  # the only way to pass a time
             )
             answer = self._plain.delete(url, timeout=self._once["timeout"])
         except _FAILURES as error:
@@ -274,7 +276,8 @@ class GcsStore(SigningStore):
         except PreconditionError as error:
             return same_or_lost(self, operation, key, body, error)
         except StoreDeniedError as error:
-            # Who may not delete is refused where an object stands, whatever the condition: look whether one does.
+            # Without permission to delete, any existing object gives 403, whatever the condition: check whether one
+            # exists.
             if generation == 0:
                 with suppress(ObjectNotFoundError, StoreDeniedError):
                     self.head(key)
@@ -283,7 +286,7 @@ class GcsStore(SigningStore):
         return self._tag(operation, blob)
 
     def _fetch(self, operation: str, key: str, start: int, length: int | None) -> tuple[bytes, str]:
-        """Bytes of an object, and its tag. A whole one is held to its checksum by the library."""
+        """Return bytes of an object, and its tag. The library checks a whole body against its checksum."""
         blob = self._blob(key)
         span = {} if start == 0 and length is None else {"start": start}
         if length is not None:
@@ -299,7 +302,7 @@ class GcsStore(SigningStore):
         return body, self._tag(operation, blob)
 
     def _page(self, prefix: str, token: str | None) -> _Page:
-        """A page of a listing, and where it goes on."""
+        """Return a page of a listing, and where it continues."""
 
         def ask() -> _Found:
             found = self._client.list_blobs(
@@ -337,7 +340,8 @@ class GcsStore(SigningStore):
         return answer
 
     def _bucket_there(self) -> bool:
-        """Whether the bucket is, as far as these credentials may know: an answer about an object leaves that open."""
+        """Return whether the bucket exists, as far as these credentials may know; an answer about an object does not
+        tell."""
         if not self._bucket_seen:
             try:
                 next(self._client.list_blobs(self._bucket, page_size=1, fields="kind", **self._once).pages, None)
@@ -354,8 +358,8 @@ class GcsStore(SigningStore):
         key = str(blob.name).removeprefix(self._prefix)
         if blob.updated is None or blob.size is None:
             raise StoreError(
-                f"{operation} {self.url}/{key}: the answer from {self._endpoint} has no size or time, by which unused "
-                "objects are told from new ones; use a newer release of the store, or another store"
+                f"{operation} {self.url}/{key}: the answer from {self._endpoint} has no size or time, which tell "
+                "unused objects from new ones; use a newer release of the store, or another store"
             )
         return ObjectInfo(key=key, size=blob.size, tag=self._tag(operation, blob), modified=blob.updated)
 
@@ -379,7 +383,7 @@ class GcsStore(SigningStore):
         )
 
     def _store_error(self, operation: str, key: str, error: Exception) -> StoreError:
-        """The error of ours for one of Google's, naming operation, bucket, key, endpoint and remedy."""
+        """Convert a Google error to a StoreError that names operation, bucket, key, endpoint and remedy."""
         where = f"{operation} {self.url}/{key} at {self._endpoint}"
         if isinstance(error, GoogleAPICallError):
             return self._answered(operation, key, int(error.code or 0), error.response)
@@ -392,7 +396,8 @@ class GcsStore(SigningStore):
         return StoreUnreachableError(f"{where}: {_line(error)}; {ENDPOINT_HINT}")
 
     def _answered(self, operation: str, key: str, status: int, answer: requests.Response | None) -> StoreError:
-        """The error for an answer with this status: by its reason first, as 403 stands for a dozen unlike things.
+        """Return the error for an answer by its reason, then its status, because 403 stands for a dozen different
+        things.
 
         Reasons: https://docs.cloud.google.com/storage/docs/json_api/v1/status-codes
         """
@@ -401,7 +406,7 @@ class GcsStore(SigningStore):
         if reason in _KEPT:
             return StoreError(f"{text}; a retention policy or a hold of the bucket keeps this object as it is")
         if reason in _UNPAID:
-            return StoreError(f"{text}; see the bucket's project: its billing or a quota stands in the way")
+            return StoreError(f"{text}; check the billing and the quotas of the bucket's project")
         if status in (304, 412):
             return PreconditionError(text)
         if reason in _SLOW or status in (408, 429) or (status >= 500 and status != 501):
@@ -419,7 +424,7 @@ class _RangeError(StoreError):
 
 
 def _said(answer: requests.Response | None) -> tuple[str, str]:
-    """Reason and message of a refusal, each on one line and bounded; empty where it has none."""
+    """Return reason and message of a refusal, each on one line and bounded; empty if it has none."""
     if answer is None:
         return "", ""
     text = answer.text[: 1 << 16]
@@ -431,5 +436,5 @@ def _said(answer: requests.Response | None) -> tuple[str, str]:
 
 
 def _line(error: Exception | str) -> str:
-    """The text of an error in one line of bounded length."""
+    """Return the text of an error on one line of bounded length."""
     return " ".join(str(error).split())[:300]

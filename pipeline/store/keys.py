@@ -1,6 +1,6 @@
-"""What every store accepts as a key: a relative POSIX path that S3 and common file systems can both hold.
+"""Keys that every store accepts: relative POSIX paths that S3 and common file systems can both hold.
 
-And the names in keys that readers of all kinds must agree on.
+Also the names in keys that all readers must agree on.
 """
 
 import re
@@ -10,22 +10,22 @@ from birkhoff.pipeline.errors import StoreError
 
 MAX_KEY_BYTES = 1024  # of S3
 MAX_COMPONENT_BYTES = 255  # of the common file systems
-RESERVED = ".store"  # where a directory store keeps its locks and temporary files
+RESERVED = ".store"  # locks and temporary files of a directory store
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a model or an alias can be called."""
+"""Valid names of models and aliases."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
-"""A SHA-256 in hex, by which blobs and versions are named."""
+"""A SHA-256 in hex, which names blobs and versions."""
 ALIAS_LATEST = "latest"
 ALIAS_STABLE = "stable"
 
 
 _COMMON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}(/[A-Za-z0-9][A-Za-z0-9._-]{0,200}){0,4}")
-"""Keys of this package's own, which need no closer look."""
+"""Keys that this package makes, which need no closer check."""
 
 
 def check_key(key: str) -> str:
-    """Return a usable key. Raises StoreError for what some store could not hold, or would hold elsewhere."""
+    """Return a usable key. Raises StoreError if some store could not hold it, or would hold it under another key."""
     if _COMMON.fullmatch(key):
         return key
     problem = _problem(key.split("/"))
@@ -37,7 +37,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Whether `check_key` accepts `key`."""
+    """Return whether `check_key` accepts `key`."""
     try:
         check_key(key)
     except StoreError:
@@ -57,13 +57,13 @@ def check_prefix(prefix: str) -> str:
 
 
 def check_range(key: str, start: int, length: int | None) -> None:
-    """Raises StoreError for a negative start or length."""
+    """Raise StoreError for a negative start or length."""
     if start < 0 or (length is not None and length < 0):
         raise StoreError(f"get {key}: expected start and length of 0 or more bytes, got {start} and {length}")
 
 
 def _problem(components: list[str], *, partial: bool = False) -> str | None:
-    """Return what is wrong with the components of a key; if `partial`, more may be appended to the last one."""
+    """Return what is wrong with the components of a key; with `partial`, the last one may be incomplete."""
     if components and components[0] == RESERVED:
         return f"{RESERVED}/ is reserved"
     for component in components:

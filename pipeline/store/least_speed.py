@@ -1,15 +1,15 @@
-"""A least speed for what comes over the network: a byte now and then keeps time-outs quiet, and a caller for days.
+"""Minimum throughput of network reads: a peer that trickles bytes never trips a read timeout.
 
-A read time-out bounds the wait for the next byte. Here the bytes of a stretch are counted as well: one as long as the
-time-out that brings less than 1 KiB a second ends the answer with a SlowError, and is tried again as a broken
-connection is (the rule of curl's --speed-limit and --speed-time). It holds for heads, bodies and listings alike, where
-`http.client` reads them from the socket, below urllib3, requests and botocore. Only waiting counts, not what the reader
-does meanwhile; nor does the wait for the first byte, in which a server may work.
+A read time-out bounds the wait for the next byte. Here the bytes of a period are counted too: if a period as long as
+the time-out brings less than 1 KiB a second, the answer ends with a SlowError and is retried like a broken connection
+(the rule of curl's --speed-limit and --speed-time). It covers heads, bodies and listings, because it sits where
+`http.client` reads from the socket, below urllib3, requests and botocore. Only waiting counts, not the time that the
+reader takes; nor does the wait for the first byte, when the server may be working.
 
-It is no wrapper of a store, as retries are (`retry`). A call of a store is whole: `get`, `read` and `list` return when
-all is there, so a wrapper could bound their time alone, and a large body over a slow line takes long by right. Nor can
-it end them: a thread that waits in a socket's read comes back with that read alone. Only `copy_range` shows bytes as
-they come, and its first piece comes as late as the buffer is large.
+It cannot be a wrapper of a store, as retries are (`retry`): `get`, `read` and `list` return only when everything has
+arrived, so a wrapper could bound their total time alone, and a large body on a slow line takes long by right. It could
+not end them either, because a thread that waits in a socket's read returns with that read only. `copy_range` does show
+bytes as they arrive, but its first piece is as late as the buffer is large.
 """
 
 import http.client
@@ -29,30 +29,30 @@ LEAST_SPEED = 1024
 
 
 class SlowError(OSError):
-    """The other side sends, but next to nothing."""
+    """The peer sends, but less than the minimum."""
 
 
 class Pace:
-    """The speed of one answer, looked at whenever `seconds` were spent waiting for it."""
+    """The throughput of one answer, checked whenever `seconds` were spent waiting for it."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._waited, self._nbytes = 0.0, 0
 
     def took(self, nbytes: int, seconds: float) -> None:
-        """So many bytes came after a wait of so long. Raises SlowError."""
+        """Account for bytes that arrived after a wait. Raises SlowError."""
         self._waited += seconds
         self._nbytes += nbytes
         if self._waited < self._seconds:
             return
         if self._nbytes < LEAST_SPEED * self._waited:
             got, speed = f"only {self._nbytes} bytes came in {self._waited:.1f} s", self._nbytes / self._waited
-            raise SlowError(f"{got}, {speed:.0f} bytes a second where {LEAST_SPEED} are the least")
+            raise SlowError(f"{got}, {speed:.0f} bytes a second; the minimum is {LEAST_SPEED}")
         self._waited, self._nbytes = 0.0, 0
 
 
 class PacedResponse(http.client.HTTPResponse):
-    """An answer that is held to its pace; `pace` goes on for who reads from the socket itself."""
+    """An answer with a minimum throughput. Code that reads from the socket directly must use `pace` too."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, seconds: float, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
@@ -61,7 +61,7 @@ class PacedResponse(http.client.HTTPResponse):
 
 
 class _PacedReader(io.RawIOBase):
-    """A socket's reader that tells `pace` what came."""
+    """A socket's reader that reports to `pace`."""
 
     def __init__(self, inner: io.RawIOBase, pace: Pace) -> None:
         self._inner, self._pace = inner, pace
@@ -85,20 +85,20 @@ class _PacedReader(io.RawIOBase):
 
 
 def paced(pool: type[HTTPConnectionPool], seconds: float) -> type[HTTPConnectionPool]:
-    """The class of urllib3's connection pools whose answers are held to their pace."""
+    """Return a class of urllib3 connection pools whose answers have a minimum throughput."""
     answer = staticmethod(partial(PacedResponse, seconds=seconds))
     connection = type(f"Paced{pool.ConnectionCls.__name__}", (pool.ConnectionCls,), {"response_class": answer})
     return type(f"Paced{pool.__name__}", (pool,), {"ConnectionCls": connection})
 
 
 def pace_pools(classes: dict[str, Any], seconds: float) -> None:
-    """Put them in the place of a pool manager's classes by scheme."""
+    """Replace a pool manager's classes by `paced` ones."""
     classes.update({scheme: paced(pool, seconds) for scheme, pool in classes.items()})
 
 
 def pace_session(session: "requests.Session", seconds: float, connections: int = 10) -> None:
-    """Hold all answers to a session of requests to their pace, also those by way of proxies."""
-    from requests.adapters import HTTPAdapter  # takes 0.2 s, and S3 needs none of it
+    """Give all answers of a requests session a minimum throughput, proxied ones too."""
+    from requests.adapters import HTTPAdapter  # takes 0.2 s, and S3 does not need it
 
     class PacedAdapter(HTTPAdapter):
         def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
@@ -112,7 +112,7 @@ def pace_session(session: "requests.Session", seconds: float, connections: int =
 
         @staticmethod
         def _pace(manager: Any) -> Any:
-            manager.pool_classes_by_scheme = dict(manager.pool_classes_by_scheme)  # the library's own is everybody's
+            manager.pool_classes_by_scheme = dict(manager.pool_classes_by_scheme)  # all managers share one dict
             pace_pools(manager.pool_classes_by_scheme, seconds)
             return manager
 
@@ -121,7 +121,7 @@ def pace_session(session: "requests.Session", seconds: float, connections: int =
 
 
 def slowness(error: BaseException) -> SlowError | None:
-    """The SlowError that a library made another error of."""
+    """Return the SlowError behind a library's error; None if there is none."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, SlowError):
         seen = seen.__cause__ or seen.__context__

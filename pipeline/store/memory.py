@@ -1,12 +1,12 @@
-"""A store in this process's memory: the same contract without a disk or a server, for tests of what uses a store.
+"""A store in this process's memory, with the same contract, for tests of code that uses stores.
 
-`MemoryStore()` makes an empty one under a URL of its own, `memory://<name>`, which opens it again anywhere in this
-process for as long as one of them is there. `like` says after which kind of store it takes where kinds differ:
+`MemoryStore()` creates an empty one with a URL of its own, `memory://<name>`. The URL opens it again anywhere in this
+process, while any store under it exists. `like` chooses the kind of store to imitate where kinds differ:
 
 =============  ========================  =======================  ======================================
 `like`         tags                      times                    deletions under a permit are refused
 =============  ========================  =======================  ======================================
-``directory``  never twice               microseconds             from the moment that it is revoked
+``directory``  unique                    microseconds             from the moment it is revoked
 ``s3``         equal for equal bodies    whole seconds            once the store's clock has passed its end
 ``plain``      equal for equal bodies    whole seconds            never
 =============  ========================  =======================  ======================================
@@ -48,7 +48,7 @@ class _Object:
 
 @dataclass(eq=False)
 class _Shelf:
-    """What every store under one URL shares."""
+    """The state shared by all stores under one URL."""
 
     like: Kind
     clock: Callable[[], datetime]
@@ -87,7 +87,7 @@ class MemoryStore(Store):
         shelf = _Shelf(like, clock) if address is None else _shelves.get(address.url)
         if shelf is None:
             raise StoreError(
-                f"{address.url if address else ''}: no such store in this process; one in memory ends with the "
+                f"{address.url if address else ''}: no such store in this process; a memory store ends with the "
                 "process that made it: name a file:// or s3:// store"
             )
         super().__init__(address or StoreAddress(url=f"memory://{uuid.uuid4().hex}"))
@@ -176,7 +176,7 @@ class MemoryStore(Store):
         return None
 
     def close(self) -> None:
-        """See Store. The objects stay for as long as any store under this URL is there."""
+        """See Store. The objects stay while any store under this URL exists."""
 
     def _ended(self, permit: str) -> bool:
         if self._shelf.like == "s3":

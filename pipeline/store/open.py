@@ -1,4 +1,4 @@
-"""From an address to a store: the one place that knows every kind there is."""
+"""Open a store from its address: the one place that knows every kind."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from birkhoff.pipeline.store.base import Store, StoreAddress, StoreSettings
 
 
 def open_store(url: str, settings: StoreSettings | None = None) -> Store:
-    """Open the store at `url` (`store.base` lists the kinds), starting the embedded server if that is the one.
+    """Open the store at `url` (`store.base` lists the kinds), starting the embedded server if that is meant.
 
-    Opens no connection to a remote store: `probe.check_store` does. Raises StoreError, StoreDeniedError.
+    Opens no connection to a remote store; `probe.check_store` does. Raises StoreError, StoreDeniedError.
     """
     return open_address(StoreAddress.parse(url, settings), start=True)
 
@@ -49,7 +49,7 @@ def open_address(address: StoreAddress, *, start: bool = False) -> Store:
 
 @contextmanager
 def _needs(library: str, extra: str) -> Iterator[None]:
-    """Say what to install where a library that is an extra is missing. Raises StoreError."""
+    """Name the extra to install if a library is missing. Raises StoreError."""
     try:
         yield
     except ImportError as error:
@@ -59,9 +59,9 @@ def _needs(library: str, extra: str) -> Iterator[None]:
 
 
 def wrapped(store: Store) -> Store:
-    """A store behind a network as callers want it: what may pass is tried again, conditions go where they are honoured.
+    """Wrap a networked store: transient failures are retried, conditions are sent if the store honours them.
 
-    A least speed is no wrapper: a call of a store is whole, and only its socket sees bytes come (`least_speed`).
+    The minimum throughput is not a wrapper, because only the socket sees bytes arrive (`least_speed`).
     """
     from birkhoff.pipeline.store.conditions import ConditionalStore
     from birkhoff.pipeline.store.retry import RetryingStore

@@ -1,4 +1,4 @@
-"""What a store can do, found out on small objects before any real work starts."""
+"""The probe of a store: what it can do, tried on small objects before any real work starts."""
 
 import contextlib
 import uuid
@@ -10,7 +10,7 @@ from birkhoff.pipeline.errors import ConditionsError, PreconditionError, StoreEr
 from birkhoff.pipeline.store.base import UNENDING, Store
 
 FOLDER = "probe/"
-"""Where the probe writes."""
+"""The probe writes here."""
 
 _IGNORED = "ignores conditional writes"
 _GOOGLE = "storage.googleapis.com"
@@ -18,11 +18,11 @@ _GOOGLE = "storage.googleapis.com"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreCapabilities:
-    """What `check_store` found out.
+    """The result of `check_store`.
 
-    create, replace: whether `create` and `replace` let the right one through and refuse the others, as promised.
-        Without that two publishers can overwrite each other: keep to one publisher and to keys that are written once.
-    problem: what the store does instead, worded to follow its name in a sentence; None if both promises hold.
+    create, replace: Whether `create` and `replace` accept the right write and refuse the others. If not, two publishers
+    can overwrite each other: use one publisher at a time.
+    problem: What the store does instead, worded to follow its name in a sentence; None if both work.
     """
 
     create: bool = True
@@ -36,10 +36,12 @@ class StoreCapabilities:
 
 
 def check_store(store: Store) -> StoreCapabilities:
-    """Write, read back, overwrite and delete small objects in `FOLDER`, before any real work starts.
+    """Write, read back, overwrite and delete small objects in `FOLDER`.
 
-    Raises StoreDeniedError if one of these is not allowed, StoreUnreachableError if nothing answers, and StoreError
-    if the store hands out anything but what was written last (a cache in front of it, say), or does not say when.
+    Raises:
+        StoreDeniedError: One of these is not allowed.
+        StoreUnreachableError: The store does not answer.
+        StoreError: The store returns something else than was written last (a cache in front of it, say), or no time.
     """
     key, fresh = f"{FOLDER}{uuid.uuid4().hex}", f"{FOLDER}{uuid.uuid4().hex}"
     try:
@@ -60,7 +62,7 @@ def check_store(store: Store) -> StoreCapabilities:
 
 
 def ends_permits(store: Store) -> bool:
-    """Whether others can end what a process was permitted to delete, tried on an object in `FOLDER`.
+    """Return whether others can revoke a process's permit to delete, tried on an object in `FOLDER`.
 
     Raises StoreDeniedError, StoreUnreachableError, StoreError as `check_store`.
     """
@@ -91,21 +93,21 @@ def _expect(store: Store, key: str, body: bytes) -> None:
 
 
 def _creates(store: Store, key: str, fresh: str) -> str | None:
-    """What is wrong with `create`: one over an object must lose, one of a new object must win."""
+    """Return what is wrong with `create`: over an object it must fail, for a new object it must succeed."""
     return _lets(lambda: store.create(key, b"must lose"), wins=False) or _lets(
         lambda: store.create(fresh, b"must win"), wins=True, refused="refuses If-None-Match where no object is"
     )
 
 
 def _replaces(store: Store, key: str, stale: str) -> str | None:
-    """What is wrong with `replace`: one of a state long gone must lose, one of the state just read must win."""
+    """Return what is wrong with `replace`: of an old state it must fail, of the present state it must succeed."""
     return _lets(lambda: store.replace(key, b"must lose too", tag=stale), wins=False) or _lets(
         lambda: store.replace(key, b"must win", tag=store.read(key)[1]), wins=True, refused="refuses If-Match always"
     )
 
 
 def _lets(write: Callable[[], object], *, wins: bool, refused: str = "") -> str | None:
-    """What a conditional write does instead of what it must; None where it does that."""
+    """Return what a conditional write does wrong; None if it does what it must."""
     try:
         write()
     except ConditionsError as error:
@@ -116,7 +118,7 @@ def _lets(write: Callable[[], object], *, wins: bool, refused: str = "") -> str 
 
 
 def _named(store: Store, problem: str | None) -> str | None:
-    """What is known of a service by its address goes with what was found."""
+    """Add to a finding what is known about a service by its address."""
     host = urlsplit(store.address.settings.endpoint or "").hostname or ""
     if problem and (host == _GOOGLE or host.endswith(f".{_GOOGLE}")):
         return (

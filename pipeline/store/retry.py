@@ -1,12 +1,12 @@
-"""Trying again: a wrapper that repeats a call whose failure may pass, by the class of its error.
+"""A wrapper that repeats calls after transient errors, told by their class.
 
-Every call of a store may be made twice (`store.base`), so a whole call is what is repeated: a write whose answer was
-lost finds its own body and has succeeded. What may pass is a store that does not answer, two writers that met, and a
-body that fails the store's own checksum; every other error is for good. The client below makes each request once
-(`s3.connect`), so the attempts of the settings are all there are.
+Every call of a store may be made twice (`store.base`), so whole calls are repeated: a write whose answer was lost finds
+its own body and has succeeded. Transient are: no answer, a conflict of two writers, and a body that fails the store's
+own checksum. All other errors are permanent. The clients below send each request once (`s3.connect`), so `attempts` of
+the settings is the total number of tries.
 
-Listings are not repeated here: one is many requests, and only its store knows where it stopped. `S3Store` repeats each
-page by `persist`, under the same policy.
+Listings are not repeated here: a listing takes many requests, and only its store knows where it stopped. So stores
+call `persist` for each page, which applies the same policy.
 """
 
 import logging
@@ -22,13 +22,13 @@ from birkhoff.pipeline.store.wrapper import StoreWrapper
 log: logging.Logger = logging.getLogger("birkhoff.store")
 
 TRANSIENT = (StoreUnreachableError, StoreConflictError, IntegrityError)
-"""Errors that may pass."""
+"""Errors worth a retry."""
 
 T = TypeVar("T")
 
 
 def persist(call: Callable[[], T], attempts: int) -> T:
-    """What `call` returns, after at most so many attempts. Raises its last error, or at once one that will not pass."""
+    """Return what `call` returns, after at most `attempts` tries. Raises its last error, or a permanent one at once."""
     backoff = Backoff(attempts)
     while True:
         try:
@@ -38,7 +38,7 @@ def persist(call: Callable[[], T], attempts: int) -> T:
 
 
 def _give_up_or_wait(backoff: Backoff, error: Exception) -> None:
-    """Wait before the next try, or raise the error of the last one."""
+    """Wait before the next try, or raise the error if it was the last."""
     log.debug("%s", error)
     if backoff.again(getattr(error, "retry_after", None)):
         return
@@ -61,7 +61,7 @@ class RetryingStore(StoreWrapper):
     def copy_range(
         self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
     ) -> int:
-        """See Store. Goes on from where it broke off: no byte is handed on twice."""
+        """See Store. Continues where it broke off: no byte is handed on twice."""
         backoff, done, ours = Backoff(self._attempts), 0, False
 
         def count(piece: memoryview) -> None:
@@ -106,7 +106,7 @@ class RetryingStore(StoreWrapper):
         persist(lambda: self.inner.touch(key), self._attempts)
 
     def delete(self, key: str, *, permit: str | None = None) -> None:
-        """See Store. Under a permit it is sent once: who holds that knows what an answer that was lost may mean."""
+        """See Store. Under a permit it is sent once: the caller knows what a lost answer may mean."""
         if permit is not None:
             self.inner.delete(key, permit=permit)
             return

@@ -1,12 +1,13 @@
 """Any S3 service as a store, through boto3.
 
 Credentials, profile, region and endpoint come from the standard AWS chain (environment, shared files, instance role)
-unless `StoreSettings` names them. A call makes each of its requests once, bounded by the time-outs and a least speed
-(`least_speed`); `retry.RetryingStore` around this store repeats what may pass. Pages of listings are
-repeated here.
+unless `StoreSettings` sets them. A call sends each request once, bounded by time-outs and a minimum throughput
+(`least_speed`). `retry.RetryingStore` around this store repeats transient failures; only pages of listings are repeated
+here.
 
-A write repeated after its answer was lost meets its own object and gets 412. So a 412 is a loss only if another body
-is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html (IfMatch, IfNoneMatch).
+A write that is repeated because its answer was lost meets its own object and gets 412. So 412 means a lost race only if
+another body is there. The API: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html (IfMatch,
+IfNoneMatch).
 """
 
 import dataclasses
@@ -68,9 +69,9 @@ from birkhoff.pipeline.store.s3_errors import (
     status_of,
 )
 
-MAX_PUT_BYTES = 5 * 2**30  # of one PUT; larger objects would need multipart uploads, which are not conditional
+MAX_PUT_BYTES = 5 * 2**30  # in one PUT; larger objects would need multipart uploads, which are not conditional
 
-# HTTPError: botocore does not wrap what breaks the body of a refusal.
+# HTTPError: botocore does not wrap errors in the body of a refusal.
 _FAILURES = (aws.BotoCoreError, aws.ClientError, ResponseParserError, HTTPError)
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, ResponseParserError, HTTPError)
 _NO_CREDENTIALS = (
@@ -85,14 +86,14 @@ _NO_CREDENTIALS = (
 _PARTS = ("Code", "Message")
 _SPAN = re.compile(r"bytes (\d+)-(\d+)/")
 _NO_REDIRECT = "before-call.s3.HeadBucket"
-"""Before that call: botocore asks it where a bucket is, and would go round in circles if the answer is a redirect."""
+"""botocore asks for a bucket's location with this call, and would loop if the answer is itself a redirect."""
 _TRANSFERS = "creating-client-class.s3"
-"""The event on which boto3 adds `upload_file` and the like to a client."""
+"""The event on which boto3 adds `upload_file` and similar methods to a client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Credentials:
-    """A key pair that does not come from the AWS chain; never printed, never part of an address."""
+    """A key pair from outside the AWS chain; never printed, never part of an address."""
 
     access_key: str
     secret_key: str = field(repr=False)
@@ -101,7 +102,7 @@ class S3Credentials:
 def open_s3(address: StoreAddress, bucket: str, prefix: str) -> "S3Store":
     """Open `bucket`; connects at the first call. Raises StoreDeniedError, StoreError."""
     core = _Core()
-    # What the environment and the profile of this process say must hold for its workers too.
+    # Workers must use the settings that environment and profile give here.
     settings = _resolved(address.settings, core)
     client = _client(settings, core, None)
     if not is_aws(client.meta.endpoint_url):
@@ -110,11 +111,11 @@ def open_s3(address: StoreAddress, bucket: str, prefix: str) -> "S3Store":
 
 
 def connect(settings: StoreSettings, credentials: S3Credentials | None = None) -> Any:
-    """A boto3 client for `settings`, which makes each request once.
+    """Return a boto3 client for `settings` that sends each request once.
 
-    With `credentials` the AWS chain is not asked for any, nor is a proxy used.
+    With `credentials`, neither the AWS chain nor a proxy is used.
 
-    Raises StoreDeniedError for a profile that does not exist, StoreError for other broken AWS settings.
+    Raises StoreDeniedError for a profile that does not exist, StoreError for other invalid AWS settings.
     """
     core = _Core()
     return _client(_resolved(settings, core), core, credentials)
@@ -136,7 +137,7 @@ def _loader(data_path: str | None) -> _Loader:
 
 
 class _Core(botocore.session.Session):  # type: ignore[misc]
-    """What a boto3 session stands on, without boto3's transfer manager: bodies go in one request each here."""
+    """A botocore session for boto3, without boto3's transfer manager: each body here goes in one request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class _Core(botocore.session.Session):  # type: ignore[misc]
 
 
 def _resolved(settings: StoreSettings, core: _Core) -> StoreSettings:
-    """The settings; what they leave open is as the AWS environment and profile of this process have it."""
+    """Return the settings, completed from the AWS environment and profile of this process."""
     with _settings_errors():
         section = core.get_scoped_config().get("s3")
         region = settings.region or core.get_config_variable("region") or "us-east-1"
@@ -162,9 +163,9 @@ def _resolved(settings: StoreSettings, core: _Core) -> StoreSettings:
 
 
 def _client(settings: StoreSettings, core: _Core, credentials: S3Credentials | None) -> Any:
-    """A client for resolved settings."""
+    """Return a client for resolved settings."""
     config = Config(
-        # Named, as botocore would sign addresses (see s3_direct) in the form before this one.
+        # Named explicitly: by default botocore presigns URLs (see s3_direct) with the older signature version.
         signature_version=UNSIGNED if settings.anonymous else "s3v4",
         s3={"addressing_style": "path" if settings.addressing == "auto" else settings.addressing},
         connect_timeout=settings.connect_timeout,
@@ -179,13 +180,14 @@ def _client(settings: StoreSettings, core: _Core, credentials: S3Credentials | N
     if credentials:
         arguments |= {"aws_access_key_id": credentials.access_key, "aws_secret_access_key": credentials.secret_key}
     with _settings_errors():
-        session = Session(botocore_session=core)  # of its own: one is not safe to share between threads
+        session = Session(botocore_session=core)  # a session must not be shared between threads
         client = session.client("s3", config=config, **arguments)
         if settings.addressing == "auto" and is_aws(client.meta.endpoint_url):
             config = config.merge(Config(s3={"addressing_style": "auto"}))
             client = session.client("s3", config=config, **arguments)
     client.meta.events.register(_NO_REDIRECT, _once)
-    # botocore has no public hook for its connections; both managers, that of proxies too, look their pools up here.
+    # botocore has no public hook for its connections; both its managers, for direct and proxied ones, find their pools
+    # in this private dict.
     pace_pools(client._endpoint.http_session._pool_classes_by_scheme, settings.read_timeout)
     check_endpoint(client.meta.endpoint_url)
     check_encryption(client.meta.endpoint_url, allowed=settings.allow_http)
@@ -194,7 +196,7 @@ def _client(settings: StoreSettings, core: _Core, credentials: S3Credentials | N
 
 @contextmanager
 def _settings_errors() -> Iterator[None]:
-    """Errors of ours for what is wrong with the AWS settings."""
+    """Convert errors about AWS settings to StoreError."""
     try:
         yield
     except _NO_CREDENTIALS as error:
@@ -204,18 +206,18 @@ def _settings_errors() -> Iterator[None]:
 
 
 def _once(params: dict[str, Any], **_: object) -> None:
-    """Let botocore's redirection take a request for one that it has redirected."""
+    """Mark a request as redirected, so that botocore does not redirect it again."""
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def is_aws(endpoint: str) -> bool:
-    """Whether an endpoint is AWS's own, where buckets are host names."""
+    """Return whether an endpoint is AWS's own, which has buckets as host names."""
     host = urlsplit(endpoint).hostname or ""
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
 class S3Store(SigningStore):
-    """The objects of `bucket` below `prefix`, through a botocore client that this store then owns."""
+    """The objects of `bucket` below `prefix`, through a botocore client that this store owns."""
 
     def __init__(self, address: StoreAddress, client: Any, bucket: str, prefix: str) -> None:
         super().__init__(address)
@@ -232,24 +234,24 @@ class S3Store(SigningStore):
         if length == 0:
             self.head(key)
             return b""
-        if start == 0:  # asked for whole, as checksums are of whole objects; by range only where it is longer
+        if start == 0:  # Checksums cover whole objects, so ask for the whole, and for a range only if it is longer.
             body, response = self._fetch("get", key, at_most=length)
             if body is not None:
                 return body
         last = "" if length is None else start + length - 1
         try:
             body, response = self._fetch("get", key, Range=f"bytes={start}-{last}")
-        except RangeError:  # starts at or after the end
+        except RangeError:  # the range starts at or after the end
             return b""
         body = body or b""
         if "ContentRange" in response:
             return body
-        return body[start : None if length is None else start + length]  # a store that ignores ranges
+        return body[start : None if length is None else start + length]  # the store may ignore ranges
 
     def copy_range(
         self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
     ) -> int:
-        """See Store. What the direct way does not bring goes the usual one, with its retries and its errors."""
+        """See Store. Whatever the direct reader does not deliver is read through botocore."""
         check_range(key, start, length)
         request = {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
         done = self._direct.copy(request, buffer, sink, start=start, length=length)
@@ -260,7 +262,7 @@ class S3Store(SigningStore):
     def read(self, key: str, *, length: int | None = None) -> tuple[bytes, str]:
         """See Store."""
         body, response = self._fetch("read", key, at_most=length)
-        if body is None:  # it is longer
+        if body is None:  # it is longer than `length`
             body, response = self._fetch("read", key, Range=f"bytes=0-{(length or 1) - 1}")
         return (body or b"")[:length], self._tag("read", key, response)
 
@@ -269,12 +271,12 @@ class S3Store(SigningStore):
         try:
             found = self._call("head", "head_object", key)
         except ObjectNotFoundError:
-            self._require_bucket(key)  # the answer to HEAD has no body to say which of the two is missing
+            self._require_bucket(key)  # a HEAD answer has no body that tells a missing bucket from a missing key
             raise
         return self._info("head", key, {**found, "Key": self._prefix + key})
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store. Holds the whole listing, some 300 bytes an object: not every service sorts by key."""
+        """See Store. Holds the whole listing, about 300 bytes per object, because not every service sorts by key."""
         check_prefix(prefix)
         found: list[ObjectInfo] = []
         place: dict[str, str] = {}
@@ -299,7 +301,7 @@ class S3Store(SigningStore):
         return self._write("replace", key, body, IfMatch=tag)
 
     def touch(self, key: str) -> None:
-        """See Store. A copy onto itself, which the service makes; it needs the metadata to be replaced."""
+        """See Store. The service copies the object onto itself, for which its metadata must be replaced."""
         source = {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
         self._call("touch", "copy_object", key, CopySource=source, MetadataDirective="REPLACE")
 
@@ -317,7 +319,7 @@ class S3Store(SigningStore):
         self._client.close()
 
     def _delete_once(self, url: str, key: str) -> None:
-        """Send a DELETE that its address is signed for."""
+        """Send a DELETE to a presigned URL."""
         try:
             answer = self._client._endpoint.http_session.send(AWSRequest(method="DELETE", url=url).prepare())
         except _FAILURES as error:
@@ -333,13 +335,13 @@ class S3Store(SigningStore):
         return not self.address.settings.anonymous
 
     def _delete_signed(self, key: str, end: datetime | None) -> None:
-        """See SigningStore; without an end the signature holds for as long as one can."""
+        """See SigningStore; without an end the signature lasts as long as one can."""
         self._delete_once(self._signed(key, end), key)
 
     def _signed(self, key: str, end: datetime | None) -> str:
-        """The address of an object, signed for DELETE until `end` by the service's clock, if there is one.
+        """Return the URL of an object, presigned for DELETE until `end` by the service's clock, if given.
 
-        The machine's own clock has no part in that.
+        This machine's clock is not used.
         """
         where = {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
         try:
@@ -365,7 +367,7 @@ class S3Store(SigningStore):
         except PreconditionError as error:
             return self._same_or_lost(operation, key, body, error, condition)
         except ObjectNotFoundError as error:
-            if "IfMatch" in condition:  # AWS's answer where the object is gone
+            if "IfMatch" in condition:  # AWS answers so if the object is gone
                 return self._same_or_lost(operation, key, body, error, condition)
             raise StoreUnreachableError(
                 f"{operation} {self.url}/{key}: {self._endpoint} answered 404 to a write, so it is not an "
@@ -376,7 +378,7 @@ class S3Store(SigningStore):
     def _same_or_lost(
         self, operation: str, key: str, body: bytes, refusal: StoreError, condition: Mapping[str, str]
     ) -> str:
-        """Tag of the object if it holds `body`; otherwise the condition has lost."""
+        """Return the tag of the object if it holds `body`; raise PreconditionError otherwise."""
         with suppress(ObjectNotFoundError):
             found, tag = self.read(key, length=len(body) + 1)
             if found == body:
@@ -389,9 +391,9 @@ class S3Store(SigningStore):
         raise PreconditionError(f"{operation} {self.url}/{key}: the object is gone; read it again") from refusal
 
     def _never_matches(self, operation: str, key: str, body: bytes, tag: str) -> str:
-        """Replace an object that just refused the tag it has, or say that no tag ever matches.
+        """Replace an object that just refused its own tag, or report that no tag ever matches.
 
-        Tags that come from the body alone may have come back in between; twice in a row they have not.
+        Tags computed from the body may recur if the body was changed back in between; twice in a row that is ruled out.
         """
         try:
             return self._tag(operation, key, self._call(operation, "put_object", key, Body=body, IfMatch=tag))
@@ -403,14 +405,14 @@ class S3Store(SigningStore):
                 finding = f"gives weak ETags ({tag[:80]}), which If-Match never matches"
             raise ConditionsError(
                 f"{operation} {self.url}/{key} at {self._endpoint}: the store {finding}; point AWS_ENDPOINT_URL_S3 at "
-                "the store itself if something stands before it, else let one machine publish at a time",
+                "the store itself if a proxy is in front of it, else let one machine publish at a time",
                 finding,
             ) from error
 
     def _fetch(
         self, operation: str, key: str, *, at_most: int | None = None, **arguments: str
     ) -> tuple[bytes | None, dict[str, Any]]:
-        """GET an object; no body if the object has more than `at_most` bytes."""
+        """GET an object; the body is None if the object has more than `at_most` bytes."""
         response = self._call(operation, "get_object", key, **arguments)
         self._tag(operation, key, response)
         try:
@@ -439,7 +441,7 @@ class S3Store(SigningStore):
         return tag
 
     def _page(self, prefix: str, place: Mapping[str, str]) -> dict[str, Any]:
-        """A page of a listing. One of something else would pass for an empty one."""
+        """Return a page of a listing. An answer that is not a listing must not pass for an empty one."""
         size = min(self.address.settings.page_size, 1000)
         try:
             page: dict[str, Any] = self._client.list_objects_v2(
@@ -449,23 +451,24 @@ class S3Store(SigningStore):
             raise self._store_error("list", prefix, error) from error
         if "IsTruncated" not in page:
             raise StoreUnreachableError(
-                f"list {self.url}/{prefix}: the answer from {self._endpoint} is no listing, so it is not an object "
-                f"store's; {ENDPOINT_HINT}"
+                f"list {self.url}/{prefix}: the answer from {self._endpoint} is not a listing, so it is not an object "
+                f"store; {ENDPOINT_HINT}"
             )
         return page
 
     def _next_place(self, prefix: str, page: Mapping[str, Any], before: Mapping[str, str]) -> dict[str, str]:
-        """Where a listing goes on. A service that knows version 1 alone gives no token: its first page is not all."""
+        """Return where a listing continues. A service with only ListObjects version 1 gives no token, so its first
+        page may not be all."""
         token = page.get("NextContinuationToken")
         if not token or token == before.get("ContinuationToken"):
             raise StoreError(
-                f"list {self.url}/{prefix}: {self._endpoint} cut the listing short and does not say where it goes on, "
-                "as services do that lack ListObjectsV2; use a newer release of it, or another store"
+                f"list {self.url}/{prefix}: {self._endpoint} cut the listing short without a token for the rest, as "
+                "services without ListObjectsV2 do; use a newer release of it, or another store"
             )
         return {"ContinuationToken": token}
 
     def _info(self, operation: str, key: str, entry: Mapping[str, Any]) -> ObjectInfo:
-        """What an answer says of an object. `key` is for messages."""
+        """Return what an answer says of an object. `key` is for messages."""
         try:
             name, modified = entry["Key"].removeprefix(self._prefix), entry["LastModified"].astimezone(UTC)
             size = entry["ContentLength"] if operation == "head" else entry["Size"]
@@ -474,13 +477,13 @@ class S3Store(SigningStore):
             raise self._bare(operation, key, str(error.args[0])) from error
 
     def _bare(self, operation: str, key: str, part: str) -> StoreError:
-        """The error for an answer that lacks what every object has."""
+        """Return the error for an answer that lacks a required part."""
         text = f"{operation} {self.url}/{key}: the answer from {self._endpoint} has no {part}"
         if part == "ETag":
             return StoreUnreachableError(f"{text}, so it is not an object store's; {ENDPOINT_HINT}")
         return StoreError(
-            f"{text}, by which runs and collections go; point AWS_ENDPOINT_URL_S3 at the store itself if something "
-            "stands before it, or use another store"
+            f"{text}, which runs and collections need; point AWS_ENDPOINT_URL_S3 at the store itself if a proxy is in "
+            "front of it, or use another store"
         )
 
     def _require_bucket(self, key: str) -> None:
@@ -509,7 +512,7 @@ class S3Store(SigningStore):
     def _store_error(
         self, operation: str, key: str, error: Exception, sent: Mapping[str, object] = MappingProxyType({})
     ) -> StoreError:
-        """The error of ours for one of botocore's, naming operation, bucket, key, endpoint and remedy."""
+        """Convert a botocore error to a StoreError that names operation, bucket, key, endpoint and remedy."""
         where = f"{operation} {self.url}/{key} at {self._endpoint}"
         if isinstance(error, aws.ClientError):
             if code_of(error) == "NoSuchBucket":
@@ -525,7 +528,7 @@ class S3Store(SigningStore):
 
 
 class _TimedAuth(S3SigV4QueryAuth):  # type: ignore[misc]
-    """Signs an address from a time that is given, where botocore takes the machine's."""
+    """Presigns a URL from a given time; botocore takes the machine's."""
 
     began: datetime
 
@@ -537,7 +540,7 @@ class _TimedAuth(S3SigV4QueryAuth):  # type: ignore[misc]
 
 
 def _whole(body: bytes, response: Mapping[str, Any]) -> bytes:
-    """The body of an answer whose Content-Range, if it has one, agrees. Raises IncompleteReadError."""
+    """Return the body of an answer if its Content-Range, if any, agrees. Raises IncompleteReadError."""
     span = _SPAN.match(response.get("ContentRange") or "")
     if span and len(body) != (wanted := int(span[2]) - int(span[1]) + 1):
         raise aws.IncompleteReadError(actual_bytes=len(body), expected_bytes=wanted)
@@ -545,6 +548,6 @@ def _whole(body: bytes, response: Mapping[str, Any]) -> bytes:
 
 
 def _error_of(body: bytes) -> dict[str, str]:
-    """Code and message of a refusal, as far as it has them."""
+    """Return code and message of a refusal, as far as it has them."""
     found = {name: re.search(f"<{name}>([^<]*)</{name}>", body[:4096].decode(errors="replace")) for name in _PARTS}
     return {name: match[1] for name, match in found.items() if match}

@@ -1,30 +1,29 @@
-"""Bodies of S3 objects straight from the socket into a buffer of the caller, for downloads that keep a core busy.
+"""Read bodies of S3 objects from the socket straight into the caller's buffer, for downloads that keep a core busy.
 
-botocore signs the address; the standard library sends the request and reads the head of the answer; the body is then
-taken from the connection in pieces of the buffer's size, with one system call for each where the connection is plain.
-Through botocore's own stream the same bytes cost about twice the processor time (measured by the benchmark `pull`).
+botocore signs the URL, the standard library sends the request and reads the head of the answer. The body is then read
+from the connection in pieces of the buffer's size, with one system call each on a plain connection. The same bytes cost
+about twice the processor time through botocore's stream (benchmark `pull`).
 
-This way knows success only. Whatever else happens, a refusal, a redirection, a connection that breaks, ends the copy
-early, and the caller goes on from there the usual way, which names the errors that are tried again.
+This reader only handles success. On a refusal, a redirect or a broken connection the copy ends early, and the caller
+reads the rest through botocore, which raises the proper errors and retries.
 
-Why not obstore 0.12.1 (object_store, in Rust), which would replace this module. 160 MB of the embedded server in 40
-objects, 8 threads, each body hashed, medians of 9 rounds in turn on two cores that others used too (2026-11-28):
+obstore 0.12.1 (object_store, in Rust) could replace this module. 160 MB of the embedded server in 40 objects, 8
+threads, each body hashed, medians of 9 alternating rounds on two shared cores (2026-11-28):
 
 =========================  ======  =================
 way                        wall s  processor s
 =========================  ======  =================
-this one                   1.12    0.18
+this module                1.12    0.18
 obstore, `get_range`       0.75    0.18
 obstore, stream            0.72    0.18
 boto3's own stream         1.67    0.30
 =========================  ======  =================
 
-It takes the same processor time, and waits better. But of the fault suite it returned as success a body cut to half
-whose Content-Length agreed, and a changed byte under the checksum that was sent for the right one. Its time-out bounds
-an answer as a whole, so that a trickle and a large body over a slow line are the same to it. Its virtual hosts do not
-put the bucket before the endpoint's name, it reads no profile, and AWS_ENDPOINT_URL_S3 goes before the endpoint it is
-given. Its errors are dumps of many lines, one class for a sign-in page, a 500 and a time-out. Worth another look once
-gs:// and az:// are wanted.
+It takes the same processor time and less wall time, but failed cases of the fault suite: it returned as success a body
+cut to half with a matching Content-Length, and a body with a changed byte under the checksum of the right one. Its
+time-out bounds a whole answer, so it cannot tell a trickle from a large body on a slow line. Its virtual hosts do not
+put the bucket before the endpoint's name, it reads no profile, and AWS_ENDPOINT_URL_S3 overrides the endpoint it is
+given. Its errors have many lines, and one class for a sign-in page, a 500 and a time-out.
 """
 
 import http.client
@@ -48,13 +47,13 @@ from birkhoff.pipeline.store.base import StoreSettings
 from birkhoff.pipeline.store.least_speed import PacedResponse
 
 _HEAD_BYTES = 1 << 16
-"""More than what a connection reads ahead when it reads the head of an answer."""
+"""More than a connection reads ahead with the head of an answer."""
 
 _Sink = Callable[[memoryview], object]
 
 
 class DirectReader:
-    """Ranged reads with the address, credentials and time-outs of a botocore client. May be shared by threads."""
+    """Ranged reads with the signature, credentials and time-outs of a botocore client. Threads may share it."""
 
     def __init__(self, client: Any, settings: StoreSettings) -> None:
         self._client = client
@@ -65,12 +64,12 @@ class DirectReader:
     def copy(self, request: dict[str, str], buffer: memoryview, sink: _Sink, *, start: int, length: int) -> int:
         """Hand bytes `start` to `start + length` of an object ({"Bucket": ..., "Key": ...}) to `sink`, in pieces.
 
-        Returns how many there were: fewer where anything but success came back. What `sink` raises passes through.
+        Returns their number, which is smaller after anything but success. Errors of `sink` pass through.
         """
         if not length:
             return 0
         done = 0
-        for _ in range(2):  # a kept connection may have been closed by the other side meanwhile
+        for _ in range(2):  # the other side may have closed a kept connection
             reused = bool(self._idle)
             try:
                 connection, response = self._ask(request, start, length)
@@ -90,7 +89,7 @@ class DirectReader:
         return done
 
     def close(self) -> None:
-        """Close idle connections; those in use close when they are done."""
+        """Close idle connections; busy ones close when they are done."""
         self._closed.set()
         with suppress(IndexError):
             while True:
@@ -99,7 +98,7 @@ class DirectReader:
     def _ask(
         self, request: dict[str, str], start: int, length: int
     ) -> tuple[http.client.HTTPConnection, PacedResponse | None]:
-        """The connection, and the answer if it is just the bytes asked for."""
+        """Return the connection, and the answer if it has the requested bytes."""
         url = urlsplit(self._client.generate_presigned_url("get_object", Params=request))
         if _proxied(url.scheme, url.hostname or ""):
             raise http.client.NotConnected("through a proxy the usual way is taken")
@@ -121,7 +120,7 @@ class DirectReader:
         return connection, response if response.status == 206 and served and fits and not coded else None
 
     def _connect(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
-        """A new connection; each call on it is bounded by the read time-out, its answers are held to their pace."""
+        """Open a connection. The read time-out bounds each call on it, a minimum throughput its answers."""
         settings = self._settings
         connection: http.client.HTTPConnection
         if scheme == "https":
@@ -134,7 +133,7 @@ class DirectReader:
         if scheme == "https":
             connection.sock.settimeout(settings.read_timeout)
             return connection
-        # Python's own time-outs make a socket non-blocking, and each wait for it two calls. The kernel's do not.
+        # Python's time-outs make a socket non-blocking and each wait two system calls. The kernel's do not.
         connection.sock.settimeout(None)
         seconds, rest = divmod(settings.read_timeout, 1)
         limit = struct.pack("ll", int(seconds), int(rest * 1e6))
@@ -156,10 +155,10 @@ def _drain(
     sink: _Sink,
     length: int,
 ) -> int:
-    """Read a body to its end, or to where the connection breaks; returns the bytes handed on."""
+    """Read a body until it ends or the connection breaks; return the number of bytes handed on."""
     total = min(length, response.length or 0)
     try:
-        first = response.read1(_HEAD_BYTES)  # came with the head; the rest is still in the socket
+        first = response.read1(_HEAD_BYTES)  # these came with the head; the rest is still in the socket
     except OSError:
         return 0
     sink(memoryview(first))

@@ -1,8 +1,9 @@
-"""Answers of S3 services that are errors: what each means, by its code, and what to do next.
+"""Error answers of S3 services: the exception and the remedy for each code.
 
-A status alone says little: services use 400, 403 and 501 for a dozen unlike things. So the code of the answer's XML
-decides, then what it names (`Header`, `Region`, `Endpoint`), then what was sent, and only then the status.
-Codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; MinIO, Ceph and SeaweedFS add their own.
+A status says little: services use 400, 403 and 501 for a dozen different things. So the code in the answer's XML
+decides first, then the elements it names (`Header`, `Region`, `Endpoint`), then the request's parameters, and last the
+status. Codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; MinIO, Ceph and SeaweedFS add their
+own.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ _SLOW = (
     *("RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests", "TooManyRequestsException"),
 )
 _BROKEN = ("RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete")
-"""With status 400, though what they tell of passes."""
+"""Transient, although their status is 400."""
 _REMEDIES: Mapping[str, tuple[type[StoreError], str]] = {
     **dict.fromkeys(_EXPIRED, (StoreDeniedError, "get new credentials, and run the same command again")),
     **dict.fromkeys((*_CHANGED, *_BROKEN), (StoreUnreachableError, f"{ENDPOINT_HINT}, or try again later")),
@@ -69,7 +70,7 @@ class RangeError(StoreError):
 
 
 def answered(where: str, error: aws.ClientError, sent: Mapping[str, object]) -> StoreError:
-    """The error for an answer with status 300 or above to a request with the parameters `sent`.
+    """Return the error for an answer with status 300 or above to a request with the parameters `sent`.
 
     `where` names operation, address and endpoint.
     """
@@ -95,7 +96,7 @@ def answered(where: str, error: aws.ClientError, sent: Mapping[str, object]) -> 
 
 
 def _unsupported(text: str, error: aws.ClientError, condition: str | None) -> StoreError:
-    """What is left of 3xx, 4xx and 501: as a rule something that the service does not know."""
+    """Return the error for the remaining 3xx, 4xx and 501: usually a feature that the service lacks."""
     status, code = status_of(error), code_of(error)
     about = f"{named(error, 'Header')} {named(error, 'Message')}".lower()
     if any(word in about for word in ("checksum", "trailer", "aws-chunked")):
@@ -109,7 +110,7 @@ def _unsupported(text: str, error: aws.ClientError, condition: str | None) -> St
 
 
 def _elsewhere(error: aws.ClientError) -> str:
-    """The remedy for a bucket that lives in another region, or at another endpoint."""
+    """Return the remedy for a bucket in another region or at another endpoint."""
     region, endpoint = _region(error), named(error, "Endpoint")
     remedies = []
     if region:
@@ -122,7 +123,7 @@ def _elsewhere(error: aws.ClientError) -> str:
 
 
 def _region(error: aws.ClientError) -> str:
-    """The region that an answer names; answers to HEAD have it in a header alone."""
+    """Return the region that an answer names; answers to HEAD have it only in a header."""
     return named(error, "Region") or _header(error, "x-amz-bucket-region")
 
 
@@ -137,28 +138,28 @@ def _header(error: aws.ClientError, name: str) -> str:
 
 
 def status_of(error: aws.ClientError) -> int:
-    """The HTTP status of an answer."""
+    """Return the HTTP status of an answer."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def said(error: aws.ClientError) -> str:
-    """Status, code and message of an answer."""
+    """Return status, code and message of an answer."""
     status, code = str(status_of(error)), code_of(error)
     message = line(str(error.response.get("Error", {}).get("Message") or ""))
     return f"{status} {': '.join(part for part in (code, message) if part not in ('', status))}".rstrip()
 
 
 def code_of(error: aws.ClientError) -> str:
-    """The code of an answer, such as NoSuchBucket."""
+    """Return the code of an answer, such as NoSuchBucket."""
     return named(error, "Code")
 
 
 def named(error: aws.ClientError, element: str) -> str:
-    """The text of an element of the answer's XML, on one line and bounded; empty where it has none."""
+    """Return the text of an element in the answer's XML, on one line and bounded; empty if it is missing."""
     found: Any = error.response.get("Error", {}).get(element, "")
     return " ".join(str(found or "").split())[:100]
 
 
 def line(error: Exception | str) -> str:
-    """The text of an error in one line of bounded length."""
+    """Return the text of an error on one line of bounded length."""
     return " ".join(str(error).split())[:300]

@@ -1,21 +1,21 @@
-"""An S3 server of our own for demos, development and tests: SeaweedFS from a wheel, on loopback, started when needed.
+"""The embedded store: a SeaweedFS S3 server on loopback for demos, development and tests, started when needed.
 
     HOME/embedded/          HOME is $BIRKHOFF_HOME, or .birkhoff in the current directory; mode 0700
-        data/               what the server stores; survives restarts
-        s3.json             its one key pair, made once; mode 0600
+        data/               the server's data; survive restarts
+        s3.json             its one key pair, created once; mode 0600
         state.json          pid, start time of that pid, ports, whether it stays up; mode 0600
-        server.log          output of this server; server.log.1 is that of the one before
+        server.log          output of this server; server.log.1 is that of the previous one
         start.lock          held while a server is started or stopped
-        users.lock          shared by everyone who uses the server
+        users.lock          shared by all users of the server
 
-Who stops it: a server started on demand is stopped by the last of its users, unless `up` made it stay; then `down`
-stops it. It runs in a session of its own, so Ctrl-C reaches only the client, which then ends the server in order. A
-client that is killed outright leaves the server running, idle, on loopback; the next user of the same HOME finds it,
-goes on with it, and stops it at the end (or `down` does). Locks of dead processes are released by the kernel.
+A server that was started on demand is stopped by its last user. After `up` it stays until `down`. It runs in its own
+session, so Ctrl-C reaches only the client, which then stops the server in order. A client that is killed leaves the
+server running, idle, on loopback: the next user of the same HOME finds and uses it, and stops it at the end (or `down`
+does). The kernel releases the locks of dead processes.
 
-Only processes of this host can reach the server. S3 needs the key pair, and the HTTP ports that serve
-data a token derived from it; the master's HTTP port and the internal gRPC ports need neither, so it is not for hosts
-shared with people you do not trust.
+Only processes of this host can reach the server. S3 requires the key pair, and the HTTP ports that serve data a token
+derived from it. The master's HTTP port and the internal gRPC ports require neither, so do not use it on hosts shared
+with people you do not trust.
 """
 
 import fcntl
@@ -40,16 +40,17 @@ from birkhoff.pipeline.store.s3 import S3Credentials, S3Store, connect
 from birkhoff.pipeline.store.seaweedfs_process import BUCKET, HOST, find_ports, spawn, start_time, terminate
 from birkhoff.pipeline.text import size
 
-READY_SECONDS = 120.0  # a start takes 0.5 s; with ten processes waiting for each processor 30 s were too few
+READY_SECONDS = 120.0  # a start takes 0.5 s; with ten processes per processor 30 s were too short
 _LEAST_FREE_BYTES = 64 << 20
-"""Of a small disk: the server sets its volumes to read-only from 1 % of it on, and grows them by more than that."""
+"""Free space needed on a small disk. The server makes volumes read-only when 1 % is left, and grows them by more
+than that."""
 
 LOG_LINES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedServer:
-    """A running server: its S3 endpoint and bucket, and the key pair that opens it."""
+    """A running server: S3 endpoint, bucket and key pair."""
 
     home: Path
     pid: int
@@ -60,7 +61,7 @@ class EmbeddedServer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _State:
-    """What state.json says. `pid` and `started` name the process that runs, or ran last."""
+    """The content of state.json. `pid` and `started` name the process that runs, or ran last."""
 
     pid: int
     started: str
@@ -87,7 +88,7 @@ class _State:
 
 @contextmanager
 def use_embedded(home: Path | None = None) -> Iterator[EmbeddedServer]:
-    """The server, started if it does not run; the last user to leave stops it, unless `up` was called.
+    """Yield the server, started if it does not run. The last user to leave stops it, unless `up` was called.
 
     Raises StoreError if it cannot be started or does not answer within READY_SECONDS.
     """
@@ -99,7 +100,7 @@ def use_embedded(home: Path | None = None) -> Iterator[EmbeddedServer]:
 
 
 def up(home: Path | None = None) -> EmbeddedServer:
-    """Start the server if it does not run, and let it stay until `down`. May be called twice. Raises StoreError."""
+    """Start the server if it does not run, and keep it until `down`. May be called twice. Raises StoreError."""
     folder = _folder(home)
     with _starting(folder):
         server, state = _ensure_running(folder)
@@ -108,7 +109,7 @@ def up(home: Path | None = None) -> EmbeddedServer:
 
 
 def down(home: Path | None = None) -> Literal["stopped", "in use", "not running"]:
-    """Stop the server. Where others use it still, the last of them will, and the answer is `in use`."""
+    """Stop the server. If others use it, the last of them stops it, and the result is `in use`."""
     folder = _folder(home)
     if not folder.is_dir():
         return "not running"
@@ -124,7 +125,7 @@ def down(home: Path | None = None) -> Literal["stopped", "in use", "not running"
 
 
 def attach(home: Path | None = None) -> EmbeddedServer:
-    """The running server, without becoming one of the users it waits for. Raises StoreUnreachableError."""
+    """Return the running server without becoming a user that it waits for. Raises StoreUnreachableError."""
     folder = _folder(home)
     state = _State.load(folder)
     if state is None or not state.alive:
@@ -135,9 +136,9 @@ def attach(home: Path | None = None) -> EmbeddedServer:
 
 
 def environment(home: Path | None = None) -> dict[str, str]:
-    """Variables that lead this package, and every tool that reads AWS's, to the running server.
+    """Return variables that point this package, and tools that read AWS's, to the running server.
 
-    They hold the secret key: give them to processes, not to logs. Raises StoreUnreachableError.
+    They contain the secret key: pass them to processes, not to logs. Raises StoreUnreachableError.
     """
     server = attach(home)
     return {
@@ -151,7 +152,7 @@ def environment(home: Path | None = None) -> dict[str, str]:
 
 
 def tool_environment(home: Path | None = None) -> dict[str, str]:
-    """The variables of `environment`, and those of tools that have their own: s5cmd's, and rclone's remote `birkhoff:`.
+    """Return `environment`, with the variables of s5cmd and of rclone (a remote `birkhoff:`).
 
     Raises StoreUnreachableError.
     """
@@ -169,7 +170,7 @@ def tool_environment(home: Path | None = None) -> dict[str, str]:
 
 
 def open_embedded(address: StoreAddress, home: Path, *, start: bool) -> Store:
-    """Open the server of `home` as a store: as a user of it (`start`), or attached to the one that runs."""
+    """Open the server of `home` as a store: as one of its users (`start`), or attached to the running one."""
     if not start:
         return _EmbeddedStore(address, attach(home), leave=None)
     server, leave = _join(_folder(home))
@@ -202,14 +203,14 @@ class _EmbeddedStore(S3Store):
             return super().replace(key, body, tag=tag)
 
     def close(self) -> None:
-        super().close()  # first: the server waits for open connections
+        super().close()  # first, because the server waits for open connections
         if self._leave:
             self._leave()
 
 
 @contextmanager
 def _room(folder: Path) -> Iterator[None]:
-    """Say of a write that failed on a full disk that the disk is full: the server itself says that it has no volume."""
+    """Report a full disk if a write fails because of it: the server only says that it has no volume."""
     try:
         yield
     except (PreconditionError, StoreDeniedError):
@@ -219,19 +220,19 @@ def _room(folder: Path) -> Iterator[None]:
 
 
 def _full(folder: Path) -> StoreError | None:
-    """The error for a disk that has less left than the server wants to leave; None for one that has more."""
+    """Return the error for a disk with less space than the server keeps free; None if it has more."""
     place = next(place for place in (folder, *folder.parents) if place.exists())
     disk = shutil.disk_usage(place)
     if disk.free > max(_LEAST_FREE_BYTES, disk.total // 100):
         return None
     return StoreError(
         f"embedded store: the disk of {folder} is full, {size(disk.free)} of {size(disk.total)} are free; free some "
-        f"space (`{hint('gc')}` shows what a collection would), or point BIRKHOFF_HOME at a larger disk"
+        f"space (`{hint('gc')}` shows what it can delete), or point BIRKHOFF_HOME at a larger disk"
     )
 
 
 def _join(folder: Path) -> tuple[EmbeddedServer, Callable[[], None]]:
-    """Become a user of the server; returns it and what ends the use."""
+    """Become a user of the server; return it, and a function that ends the use."""
     with _starting(folder):
         users = _open_lock(folder / "users.lock")
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -267,7 +268,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def _ensure_running(folder: Path) -> tuple[EmbeddedServer, _State]:
-    """The server that runs, if it answers, or a new one. The caller holds start.lock."""
+    """Return the running server if it answers, or start one. The caller holds start.lock."""
     state = _State.load(folder)
     if state and state.alive:
         server = _server(folder, state)
@@ -299,7 +300,7 @@ def _wait_ready(folder: Path, server: EmbeddedServer, state: _State) -> None:
     with S3Store(address, connect(settings, server.credentials), server.bucket, "probe") as store:
         while True:
             try:
-                # Not empty: only a body with bytes needs the volumes, which may come seconds after the rest.
+                # Not empty: only a body with bytes needs the volumes, which may be ready seconds after the rest.
                 store.put("ready", b"ready")
                 store.get("ready")
                 store.delete("ready")
@@ -336,7 +337,7 @@ def _server(folder: Path, state: _State) -> EmbeddedServer:
 
 
 def _credentials(folder: Path) -> S3Credentials:
-    """The key pair of s3.json, which SeaweedFS reads too; made on first use."""
+    """Return the key pair of s3.json, which SeaweedFS reads too; created on first use."""
     path = folder / "s3.json"
     if not path.exists():
         pair = {"accessKey": f"birkhoff{secrets.token_hex(6)}", "secretKey": secrets.token_hex(20)}
@@ -355,7 +356,7 @@ def _folder(home: Path | None) -> Path:
 
 @contextmanager
 def _starting(folder: Path) -> Iterator[None]:
-    """Holds off every other process that would start or stop the server."""
+    """Keep other processes from starting or stopping the server."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

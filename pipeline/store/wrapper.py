@@ -1,4 +1,4 @@
-"""A store around another store: what changes one side of it, and leaves the rest as it is, subclasses this."""
+"""A store around another store. Subclasses change one aspect and pass on the rest."""
 
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -7,7 +7,7 @@ from birkhoff.pipeline.store.base import ObjectInfo, Store
 
 
 class StoreWrapper(Store):
-    """Hands every call on to `inner`, which it then owns."""
+    """Passes every call on to `inner`, which it owns."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner.address)

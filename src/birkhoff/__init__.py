@@ -9,7 +9,7 @@ birkhoff.push("demo-sam", "s3://BUCKET/PREFIX")           # into another store
 with birkhoff.open_store("s3://BUCKET/PREFIX") as store:  # for several of these calls, `store=store`
     birkhoff.list(store=store)
 
-Importing it adds a finder to `sys.meta_path`, which registers the quantization method `birkhoff` when transformers is
+The import adds a finder to `sys.meta_path`, which registers the quantization method `birkhoff` when transformers is
 imported, and then removes itself. With `BIRKHOFF_TRANSFORMERS=explicit`, `birkhoff.transformers.register()` does that.
 """
 

@@ -1,12 +1,12 @@
-"""`python -m birkhoff` and the console command; imports what it needs only once Ctrl-C is looked after."""
+"""`python -m birkhoff` and the console command. The handler of Ctrl-C is installed before slow imports."""
 
 import gc
 import sys
 
 
 def main() -> None:
-    """Run the command line; never shows a traceback for Ctrl-C, also while torch is still being imported."""
-    gc.disable()  # importing makes no garbage, yet the collector would look through all of it again and again
+    """Run the command line. Ctrl-C never shows a traceback, not even while torch is imported."""
+    gc.disable()  # imports create no garbage, but many collections
     try:
         from birkhoff.pipeline import streams
 
@@ -16,12 +16,12 @@ def main() -> None:
         sys.stderr.write("error: interrupted before anything was done\n")
         sys.exit(130)
     gc.freeze()
-    gc.set_threshold(10_000)  # objects; what commands import later is most of what they make
+    gc.set_threshold(10_000)  # later imports create most of a command's objects
     gc.enable()
     try:
         command()
     finally:
-        gc.freeze()  # the interpreter's end collects twice: 0.1 s for memory that goes with the process anyway
+        gc.freeze()  # saves the collections at exit, 0.1 s
 
 
 if __name__ == "__main__":

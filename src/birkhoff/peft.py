@@ -1,7 +1,7 @@
-"""peft's LoRA around compressed layers: `get_peft_model(model, birkhoff.peft.register(LoraConfig(...)))`.
+"""Train peft's LoRA adapters on compressed layers: `get_peft_model(model, birkhoff.peft.register(LoraConfig(...)))`.
 
-peft adapts the layer types it knows. `register` adds the compressed ones to a configuration. The adapters train; the
-compressed weights do not change.
+peft adapts the layer types that it knows. `register` adds the compressed ones to a configuration. The compressed
+weights do not change.
 """
 
 import warnings
@@ -16,20 +16,20 @@ __all__ = ["register"]
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Teach a configuration to adapt HyperLinear and PackedHyperLinear, and return it.
+    """Make a configuration adapt HyperLinear and PackedHyperLinear, and return it.
 
-    peft does not save this. Load a saved adapter with
-    `PeftModel.from_pretrained(model, FOLDER, config=register(LoraConfig.from_pretrained(FOLDER)))`.
+    peft does not save this. Load a saved adapter with `PeftModel.from_pretrained(model, FOLDER,
+    config=register(LoraConfig.from_pretrained(FOLDER)))`.
     """
     config._register_custom_module({CompressedLinear: _Adapted})
     return config
 
 
 class _Adapted(Linear):  # type: ignore[misc]
-    """An adapter beside a compressed layer, into whose weight nothing can be merged."""
+    """An adapter on a compressed layer. It cannot be merged into the weight."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():  # the sizes are right although it warns of the type
+        with warnings.catch_warnings():  # it warns about the type, but uses the right sizes
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(*args, **kwargs)
 

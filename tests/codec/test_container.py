@@ -51,11 +51,11 @@ def renamed(name: str) -> Header:
 
 
 HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "utf-16": (lambda: json.dumps(RAW).encode("utf-16-le"), "no JSON"),
-    "byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(RAW).encode(), "no JSON"),
-    "lone surrogate": (lambda: json.dumps(renamed("a\ud800")).encode(), "no JSON"),
+    "utf-16": (lambda: json.dumps(RAW).encode("utf-16-le"), "not JSON"),
+    "byte order mark": (lambda: b"\xef\xbb\xbf" + json.dumps(RAW).encode(), "not JSON"),
+    "lone surrogate": (lambda: json.dumps(renamed("a\ud800")).encode(), "not JSON"),
     "key twice": (lambda: json.dumps(RAW).replace('"w": "codec', '"w": "", "w": "codec').encode(), "appears twice"),
-    "nested": (lambda: b"[" * 100_000, "no JSON"),
+    "nested": (lambda: b"[" * 100_000, "not JSON"),
     "version 01": (lambda: json.dumps(RAW).replace('": "1"', '": "01"').encode(), "does not say its format version"),
 }
 
@@ -103,11 +103,11 @@ OFFSETS = {
     "overlap": (pair([0, 2], [1, 3]), "a hole or an overlap at byte 1"),
     "hole": (pair([0, 2], [3, 5], b"abcde"), "a hole or an overlap at byte 2"),
     "both in one place": (pair([0, 2], [0, 2], b"ab"), "a hole or an overlap at byte 0"),
-    "negative": (pair([-2, 0], [0, 2], b"ab"), r"'v': offsets \[-2, 0\] are no place"),
-    "backwards": (pair([2, 0], [2, 4]), r"'v': offsets \[2, 0\] are no place"),
+    "negative": (pair([-2, 0], [0, 2], b"ab"), r"'v': offsets \[-2, 0\] are not positions"),
+    "backwards": (pair([2, 0], [2, 4]), r"'v': offsets \[2, 0\] are not positions"),
     "past the end": (pair([0, 2], [2, 4], b"abc"), r"has \d+ bytes, its header declares \d+"),
-    "huge": (pair([0, 2], [2, 1 << 70]), r"'w': offsets \[2, 1180591620717411303424\] are no place"),
-    "no numbers": (pair([0, 2], [True, 4]), r"'w': offsets \[True, 4\] are no place"),
+    "huge": (pair([0, 2], [2, 1 << 70]), r"'w': offsets \[2, 1180591620717411303424\] are not positions"),
+    "no numbers": (pair([0, 2], [True, 4]), r"'w': offsets \[True, 4\] are not positions"),
     "longer than its parts": (pair([0, 2], [2, 5], b"abcde"), "'w': 3 bytes stored, its parts add up to 2"),
     "bytes of nobody": (pair([0, 2], [2, 4], b"abcde"), r"has \d+ bytes, its header declares \d+"),
 }
@@ -204,14 +204,14 @@ INDEXES = {
     "more behind": (two(AB + b"!", b"ab"), "index is corrupt"),
     "truncated": (two(AB[:-1], b"ab"), "index is corrupt"),
     "no frame": (two(b"not zstd", b"ab"), "index is corrupt"),
-    "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is no JSON"),
-    "a list": (two(packed([1]), b"ab"), "no object of strings"),
-    "numbers": (two(packed({"w": 2}), b"ab"), "no object of strings"),
-    "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "no JSON"),
+    "no JSON": (two(zstandard.ZstdCompressor().compress(b"{]"), b"ab"), "index is not JSON"),
+    "a list": (two(packed([1]), b"ab"), "not an object of strings"),
+    "numbers": (two(packed({"w": 2}), b"ab"), "not an object of strings"),
+    "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "not JSON"),
     "begins late": (two(AB, b"ab", begin=1), "lie at bytes 1 and"),
     "too few streams' bytes": (two(AB, b"abc"), "holds 3 bytes of data, its tensors take 2"),
     "a third stored tensor": (two(AB, b"ab", x={}), "version 2 has 'index' and 'data' alone"),
-    "data missing": (two(AB, b"ab", data=None), "offsets None are no place"),
+    "data missing": (two(AB, b"ab", data=None), "offsets None are not positions"),
     "other metadata": (two(AB, b"ab", __metadata__={"__birkhoff__": "2", "x": "y"}), "alone"),
     "of another type": (
         two(AB, b"ab", data={"dtype": "I8", "shape": [2], "data_offsets": [len(AB), len(AB) + 2]}),

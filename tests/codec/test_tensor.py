@@ -349,12 +349,12 @@ FORGERIES = {
     "other codec": (lambda b: with_index(b, b"codec=lattice", b"codec=lettuce"), "unknown codec 'lettuce'"),
     "huge shape": (lambda b: with_index(b, b"shape=40,50 parts", b"shape=99999999,99999999 parts"), "are allowed"),
     "name twice": (lambda b: with_index(b, b'"a.bias":', b'"a.weight":'), "appears twice"),
-    "no entry": (lambda b: with_index(b, b'"a.bias":"', b'"a.bios":3,"a.bias":"'), "no object of strings"),
-    "no JSON": (lambda b: with_index(b, b'"a.bias":', b'"a.bias"'), "index is no JSON"),
+    "no entry": (lambda b: with_index(b, b'"a.bias":"', b'"a.bios":3,"a.bias":"'), "not an object of strings"),
+    "no JSON": (lambda b: with_index(b, b'"a.bias":', b'"a.bias"'), "index is not JSON"),
     "another path": (lambda b: with_index(b, b"path=", b"path=3"), "parameter path is"),
     "too few bytes": (lambda b: with_index(b, b"parts=", b"parts=9,"), "bytes of data, its tensors take"),
     "hole": (lambda b: b + b"\0", "its header declares"),
-    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), "offsets None are no place"),
+    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), "offsets None are not positions"),
 }
 
 

@@ -81,7 +81,7 @@ def test_an_endless_trickle_is_one_line_with_address_and_speed(
             store.put("blob", bytes(1 << 20))
             for read in (lambda: store.get("blob"), lambda: list(store.list()), lambda: _copied(store, "blob")):
                 proxy.arm(Rule(fault=drip, methods=("GET", "LIST"), key="", times=1000))
-                with pytest.raises(StoreUnreachableError, match="bytes a second where 1024 are the least") as caught:
+                with pytest.raises(StoreUnreachableError, match="bytes a second; the minimum is 1024") as caught:
                     read()
                 assert proxy.endpoint in str(caught.value)
                 assert "\n" not in str(caught.value)
@@ -103,7 +103,7 @@ def test_a_page_is_no_empty_listing(embedded_server: EmbeddedServer, s3_environm
         with open_store(s3_environment, StoreSettings(endpoint=proxy.endpoint, attempts=1)) as store:
             store.put("a", b"1")
             proxy.arm(Rule(fault=page, methods=("LIST",), key=""))
-            with pytest.raises(StoreUnreachableError, match="is no listing"):
+            with pytest.raises(StoreUnreachableError, match="is not a listing"):
                 store.list()
             assert [info.key for info in store.list()] == ["a"]
     finally:

@@ -44,7 +44,7 @@ class TestManifests:
     def test_credentials_are_refused_with_a_hint(self, tmp_path: Path, line: str, inside: str) -> None:
         (tmp_path / "m.yaml").write_text(inside.format(line))
         with pytest.raises(
-            ManifestError, match=r"credentials never stand in a manifest; put them into the AWS env"
+            ManifestError, match=r"credentials never belong in a manifest; put them into the AWS env"
         ) as e:
             load_manifest(tmp_path / "m.yaml")
         assert "CANARY" not in str(e.value)

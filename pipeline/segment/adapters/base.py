@@ -1,11 +1,11 @@
-"""What every adapter shares: pictures in, masks out, whichever code a model of the family comes from.
+"""The interface of all adapters: pictures in, masks out, whatever code a model of the family comes from.
 
-A picture is fitted to the model's square and embedded once; each prompt is decoded into masks at a quarter of the
+A picture is fitted to the model's square and embedded once. Each prompt is decoded into masks at a quarter of the
 model's resolution. SAM (A. Kirillov et al., "Segment Anything", arXiv 2304.02643) resizes the longer side and pads the
-rest; SAM 2 (N. Ravi et al., arXiv 2408.00714) and EfficientSAM (arXiv 2312.00863) resize both sides.
+rest. SAM 2 (N. Ravi et al., arXiv 2408.00714) and EfficientSAM (arXiv 2312.00863) resize both sides.
 
-Legend: B pictures of one size, K prompts for each, M masks a prompt, H x W a picture, S the side of what the encoder
-takes.
+Legend: B pictures of one size, K prompts per picture, M masks per prompt, H x W a picture, S the side of the encoder's
+input.
 """
 
 import inspect
@@ -21,32 +21,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PromptKind = Literal["box", "point"]
-"""What a user gives for an object: its box, or one pixel of it."""
+"""A user's prompt for an object: its box, or one of its pixels."""
 
 Filter = Literal["pillow", "torch", "smooth"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of RGB in 0 to 1; most published models are trained on pictures normalised by these."""
+"""Of RGB in 0 to 1; most published models were trained on pictures normalised with these."""
 
 LEAST_PROBABILITY = 1e-7
-"""Probabilities stay so far from 0 and 1 that their logits are finite."""
+"""Least distance of probabilities from 0 and 1, so that their logits are finite."""
 
 LEAST_RANGE = 1e-8
-"""Divides a picture of one colour, whose values have no range."""
+"""Replaces the range of a picture of one colour, which is zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """How a model wants its pictures.
+    """How a model's pictures are prepared.
 
     fit: `pad` scales the longer side to S and pads right and below with zeros; `stretch` scales both sides to S.
     scale: `imagenet` subtracts `mean` and divides by `std`, both of RGB in 0 to 1; `range` maps each picture's least
-        and greatest value to 0 and 1.
-    filter: who resizes: Pillow's bilinear filter, which averages when it shrinks and rounds to whole levels; torch's,
-        `torch` without averaging, `smooth` with it; neither rounds.
-    enlarged: what is interpolated to the picture's pixels: logits, or the probabilities of them (MedSAM).
-    best: the model has no single mask of its own; of its three the one with the greatest predicted IoU is meant.
+    and greatest value to 0 and 1.
+    filter: How to resize: `pillow` is Pillow's bilinear filter, which averages when it shrinks and rounds to whole
+    levels; `torch` neither averages nor rounds; `smooth` averages without rounding.
+    enlarged: Interpolate logits to the picture's pixels, or their probabilities (MedSAM).
+    best: The model has no single mask; take the one of its three with the greatest predicted IoU.
     """
 
     fit: Literal["pad", "stretch"] = "pad"
@@ -59,11 +59,11 @@ class Preprocessing:
     std: Sequence[float] = IMAGENET_STD
 
     def fitted(self, size: tuple[int, int], side: int) -> tuple[int, int]:
-        """Size (h, w) of a picture of size (H, W) inside the square of `side`."""
+        """Return the size (h, w) of a picture of size (H, W) inside the square of `side`."""
         return (side, side) if self.fit == "stretch" else fitted_size(size, side)
 
     def values(self, pixels: Tensor, side: int, device: torch.device) -> Tensor:
-        """uint8 RGB [B, 3, H, W] to what the image encoder takes: float32 [B, 3, S, S]."""
+        """Convert uint8 RGB [B, 3, H, W] to the image encoder's input: float32 [B, 3, S, S]."""
         height, width = self.fitted((int(pixels.shape[-2]), int(pixels.shape[-1])), side)
         if self.filter == "pillow":
             values = resized(pixels, (height, width)).to(device, torch.float32)
@@ -86,9 +86,9 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """Pictures as a model has seen them: maps of features, their size (H, W), and that size inside the model.
+    """Embedded pictures: maps of features, the pictures' size (H, W), and their size inside the model.
 
-    features: what the mask decoder gets, each [B, C, h, w], finest first.
+    features: Inputs of the mask decoder, each [B, C, h, w], finest first.
     """
 
     features: tuple[Tensor, ...]
@@ -104,9 +104,9 @@ class View:
 class Segmenter(ABC):
     """A model that segments.
 
-    `side` is that of the square which prompts and masks lie in, in pixels; `blocks` are the layers of its image encoder
-    by their names in the model, in order.
-    `families` are the names (keys of `families.FAMILIES`) of the models that this code runs, the usual one first.
+    `side` is the side in pixels of the square that prompts and masks are in. `blocks` are the layers of its image
+    encoder, by name and in order. `families` are the names (keys of `families.FAMILIES`) of the models that this code
+    runs, the usual one first.
     """
 
     families: tuple[str, ...]
@@ -114,7 +114,7 @@ class Segmenter(ABC):
     blocks: dict[str, nn.Module]
     preprocessing: Preprocessing
     family: str = ""
-    """The one of `families` that this model is."""
+    """This model's member of `families`."""
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         self.model: Any = model.eval()
@@ -122,24 +122,25 @@ class Segmenter(ABC):
 
     @property
     def encoder_side(self) -> int:
-        """S: the side of the squares that the image encoder takes, in pixels; `side` where a model has one alone."""
+        """S: the side of the image encoder's input, in pixels; the same as `side` for most models."""
         return self.side
 
     @abstractmethod
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Preprocessed pictures [B, 3, S, S] to the features of a `View`; differentiable."""
+        """Convert preprocessed pictures [B, 3, S, S] to the features of a `View`; differentiable."""
 
     @abstractmethod
     def decode(
         self, features: tuple[Tensor, ...], kind: PromptKind, prompts: Tensor, multimask: bool
     ) -> tuple[Tensor, Tensor]:
-        """Prompts in model pixels ([B, K, 4] or [B, K, 2]) to logits [B, K, M, s, s] and predicted IoU [B, K, M].
+        """Convert prompts in model pixels ([B, K, 4] or [B, K, 2]) to logits [B, K, M, s, s] and predicted IoU [B, K,
+        M].
 
-        Differentiable. With `multimask` off M is 1, but for models that always give three.
+        Differentiable. Without `multimask` M is 1, except for models that always give three.
         """
 
     def _enlarge(self, low: Tensor, view: View) -> Tensor:
-        """Logits [N, M, s, s] of the whole square at full resolution, [N, M, H, W]: the padding goes."""
+        """Enlarge logits [N, M, s, s] of the whole square to the picture, [N, M, H, W], without the padding."""
         if self.preprocessing.enlarged == "probabilities":
             return self._interpolated(low.sigmoid(), view).logit(LEAST_PROBABILITY)
         return self._interpolated(low, view)
@@ -167,20 +168,20 @@ class Segmenter(ABC):
     def logits(
         self, view: View, kind: PromptKind, prompts: Tensor, *, multimask: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Mask logits at full resolution, float32 [B, K, M, H, W], and predicted IoU [B, K, M].
+        """Return mask logits at full resolution, float32 [B, K, M, H, W], and predicted IoU [B, K, M].
 
-        `prompts` are in pixels of the picture, counted from its first: boxes float32 [B, K, 4] as x0, y0, x1, y1 with
-        the last pixel inside, or points [B, K, 2] as x, y.
+        `prompts` are in pixels of the picture, from 0: boxes float32 [B, K, 4] as x0, y0, x1, y1 with the last pixel
+        inside, or points [B, K, 2] as x, y.
         """
         low, quality = self._low(view, kind, prompts, multimask)
         return self._enlarge(low.flatten(0, 1).float(), view).unflatten(0, low.shape[:2]), quality.float()
 
     @torch.no_grad()
     def chosen(self, view: View, kind: PromptKind, prompts: Tensor, *, best: bool = False) -> Tensor:
-        """Logits of the model's mask for every prompt as the decoder gives them, float32 [B, K, s, s].
+        """Return the decoder's logits of one mask per prompt, float32 [B, K, s, s].
 
-        `prompts` are those of `logits`. The mask is the model's single one, or with `best` the one of several that it
-        trusts most. `full` makes logits of the picture's pixels of them.
+        `prompts` as in `logits`. The mask is the model's single one, or with `best` the one of several with the highest
+        predicted IoU. `full` enlarges the logits to the picture.
         """
         best = best or self.preprocessing.best
         low, quality = self._low(view, kind, prompts, best)
@@ -190,7 +191,7 @@ class Segmenter(ABC):
         return found
 
     def full(self, low: Tensor, view: View) -> Tensor:
-        """Logits of `chosen`, [B, K, s, s], at the picture's resolution: float32 [B, K, H, W]."""
+        """Enlarge logits of `chosen`, [B, K, s, s], to the picture's resolution: float32 [B, K, H, W]."""
         found: Tensor = self._enlarge(low.flatten(0, 1)[:, None], view)[:, 0].unflatten(0, low.shape[:2])
         return found
 
@@ -199,7 +200,7 @@ class Segmenter(ABC):
         return self.full(self.chosen(view, kind, prompts, best=best), view) > 0
 
     def _low(self, view: View, kind: PromptKind, prompts: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
-        """`decode` for prompts in pixels of the picture."""
+        """Call `decode` for prompts in pixels of the picture."""
         (height, width), (h, w) = view.size, view.fitted
         scale = torch.tensor((w / width, h / height) * (2 if kind == "box" else 1), device=view.embedding.device)
         return self.decode(view.features, kind, prompts.to(scale.device, torch.float32) * scale, multimask)
@@ -213,7 +214,8 @@ def fitted_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [B, 3, H, W] at another size (h, w), by Pillow's bilinear filter; the very same where the size is that."""
+    """Resize uint8 [B, 3, H, W] to (h, w) with Pillow's bilinear filter; pictures of that size are returned
+    unchanged."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
     pictures = (Image.fromarray(p.permute(1, 2, 0).contiguous().cpu().numpy()) for p in pixels)
@@ -222,17 +224,17 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def ious(masks: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of two sets of masks: bool [..., H, W] twice -> float32 [...]; 1 where both are empty."""
+    """Return the IoU of two sets of masks: bool [..., H, W] twice -> float32 [...]; 1 if both are empty."""
     both = (masks & others).sum(dim=(-2, -1))
     either = (masks | others).sum(dim=(-2, -1))
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def decoder_asks(decoder: Any) -> set[str]:
-    """Return names of the arguments of a mask decoder."""
+    """Return the argument names of a mask decoder."""
     return set(inspect.signature(decoder.forward).parameters)
 
 
 def numbered(prefix: str, layers: nn.ModuleList) -> dict[str, nn.Module]:
-    """Layers by their names in the model."""
+    """Return layers by their names in the model."""
     return {f"{prefix}.{number}": layer for number, layer in enumerate(layers)}

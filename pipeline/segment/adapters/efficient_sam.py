@@ -1,4 +1,4 @@
-"""EfficientSAM of its publishers' repository (B. Xiong et al., arXiv 2312.00863), Ti and S. Legend as in `base`."""
+"""EfficientSAM in its publishers' code (B. Xiong et al., arXiv 2312.00863), Ti and S. Legend as in `base`."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,8 @@ from birkhoff.pipeline.segment.adapters.base import Preprocessing, PromptKind, S
 
 
 class EfficientSam(Segmenter):
-    """It always gives three masks, of which the most trusted is meant; a box is two points labelled 2 and 3."""
+    """Always gives three masks; the one with the highest predicted IoU is taken. A box is two points labelled 2 and
+    3."""
 
     families: tuple[str, ...] = ("efficient_sam",)
 
@@ -18,7 +19,7 @@ class EfficientSam(Segmenter):
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
         """As `Segmenter.embed`."""
-        return (self.model.image_encoder(values),)  # its `get_image_embeddings` would normalise once more
+        return (self.model.image_encoder(values),)  # its `get_image_embeddings` would normalise again
 
     def decode(
         self,
@@ -38,6 +39,6 @@ class EfficientSam(Segmenter):
 
 
 def efficient_sam(model: nn.Module) -> type[EfficientSam] | None:
-    """Return the adapter of a model of EfficientSAM; None for another."""
+    """Return the adapter of an EfficientSAM model; None for others."""
     whole = {"image_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}
     return EfficientSam if whole and hasattr(model, "get_rescaled_pts") else None

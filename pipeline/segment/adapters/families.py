@@ -1,8 +1,8 @@
-"""The members of the family by name, how each wants its pictures, and which of them some tensors can be.
+"""The members of the family by name, how each one's pictures are prepared, and how members are recognised.
 
-Weights alone do not tell SAM-B from MedSAM, nor MobileSAM from TinySAM: their tensors have the same names and shapes,
-yet they want other pictures, or give other masks. So the family is part of what is published (`adapter:` in the
-manifest), and where nobody has named it, the usual one is taken and said.
+Weights alone do not distinguish SAM-B from MedSAM, or MobileSAM from TinySAM: their tensors have equal names and
+shapes, but the models need other pictures or give other masks. So the family is part of a published version (`adapter:`
+in the manifest). If it was not named, the usual one is taken, with a remark.
 
 Sources: the publishers' predictors; facebookresearch/segment-anything and /sam2, bowang-lab/MedSAM (and its LiteMedSAM
 branch), SysCV/sam-hq, ChaoningZhang/MobileSAM, xinghaochen/TinySAM, chongzhou96/EdgeSAM, mit-han-lab/efficientvit,
@@ -44,17 +44,17 @@ FAMILIES: Mapping[str, Preprocessing] = {
     "edge_tam": _SAM2,
     "sam3": replace(_SAM2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 }
-"""How each wants its pictures, by the name that `adapter:` takes."""
+"""The preprocessing of each member, by the name that `adapter:` takes."""
 
 _KINDS = (efficient_sam, published, of_transformers, published_sam2)
 _BY_CLASS = {"EdgeTamModel": "edge_tam", "Sam3TrackerModel": "sam3"}
 
 
 def segmenter_of(model: nn.Module, adapter: str | None = None) -> Segmenter:
-    """Return the adapter of a model; `adapter` names its family where its code runs several.
+    """Return the adapter of a model; `adapter` names its family if its code runs several.
 
     Raises:
-        BuilderError: it is none of those that there are adapters for, or not of the family named.
+        BuilderError: No adapter runs it, or it is not of the named family.
     """
     kind = next(filter(None, (find(model) for find in _KINDS)), None)
     shown = f"{type(model).__module__}.{type(model).__name__}"
@@ -75,7 +75,7 @@ def segmenter_of(model: nn.Module, adapter: str | None = None) -> Segmenter:
 
 
 def _usual(model: Any, kind: type[Segmenter]) -> str:
-    """The family of a model that nobody has named: by its class, its encoder or its side, else the code's first."""
+    """Return the usual family of a model: by its class, its encoder or its side, else the code's first."""
     if type(model).__name__ in _BY_CLASS:
         return _BY_CLASS[type(model).__name__]
     if kind.families[0] != "sam" or not hasattr(model, "image_encoder"):
@@ -86,7 +86,7 @@ def _usual(model: Any, kind: type[Segmenter]) -> str:
 
 
 def _of_config(model: Any, preprocessing: Preprocessing) -> Preprocessing:
-    """Normalised as the model's own configuration says, where it says so."""
+    """Return preprocessing with the normalisation of the model's configuration, if it states one."""
     config = getattr(model, "config", None)
     mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
     return replace(preprocessing, mean=tuple(mean), std=tuple(std)) if mean and std else preprocessing

@@ -1,6 +1,6 @@
 """Models of transformers: SamModel, SamHQModel, Sam2Model, EdgeTamModel and Sam3TrackerModel.
 
-Each embeds by `get_image_embeddings` and decodes by `forward(image_embeddings=...)`. Legend as in `base`.
+All embed with `get_image_embeddings` and decode with `forward(image_embeddings=...)`. Legend as in `base`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from birkhoff.pipeline.segment.adapters.base import Preprocessing, PromptKind, S
 
 
 class _Transformers(Segmenter):
-    """What all of them share."""
+    """The part that all of them share."""
 
     def _given(self, kind: PromptKind, prompts: Tensor) -> dict[str, Tensor]:
         return {"input_boxes": prompts} if kind == "box" else {"input_points": prompts[:, :, None]}
@@ -30,7 +30,7 @@ class TransformersSam(_Transformers):
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
         """As `Segmenter.embed`."""
-        # `get_image_embeddings` is this without gradients.
+        # `get_image_embeddings` does this without gradients.
         return (self.model.vision_encoder(values)[0],)
 
     def decode(
@@ -43,12 +43,12 @@ class TransformersSam(_Transformers):
 
 
 class TransformersSamHq(TransformersSam):
-    """SamHQModel; `hq_token_only` stays off, as its publishers evaluate it."""
+    """SamHQModel, with `hq_token_only` off, as its publishers evaluate it."""
 
     families: tuple[str, ...] = ("sam_hq",)
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Maps of features: that of the first global block [B, h, w, C'] first, the embedding [B, C, h, w] last."""
+        """Return the first global block's map [B, h, w, C'], then the embedding [B, C, h, w]."""
         found = self.model.vision_encoder(values)
         return found[1][0], found[0]
 
@@ -67,7 +67,7 @@ class TransformersSamHq(TransformersSam):
 
 
 class TransformersSam2(_Transformers):
-    """Sam2Model and the models that keep its interface: three maps of features, finest first."""
+    """Sam2Model and models with its interface: three maps of features, finest first."""
 
     families: tuple[str, ...] = ("sam2", "med_sam2", "edge_tam", "sam3")
 
@@ -85,7 +85,7 @@ class TransformersSam2(_Transformers):
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
         """As `Segmenter.embed`."""
-        # The method turns gradients off by itself; its function underneath does not.
+        # The method turns gradients off; the function that it wraps does not.
         embed = getattr(type(self.model).get_image_embeddings, "__wrapped__", None)
         if torch.is_grad_enabled() and embed is not None:
             return tuple(embed(self.model, values))
@@ -110,7 +110,7 @@ _KINDS: dict[str, type[TransformersSam] | type[TransformersSam2]] = {
 
 
 def of_transformers(model: nn.Module) -> type[TransformersSam] | type[TransformersSam2] | None:
-    """Return the adapter of a model of transformers; None for another."""
+    """Return the adapter of a transformers model; None for others."""
     if not {"vision_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}:
         return None
     return _KINDS.get(type(model).__name__)

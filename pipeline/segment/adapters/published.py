@@ -1,8 +1,8 @@
 """Models in the layout of the segment-anything package: `image_encoder`, `prompt_encoder`, `mask_decoder`.
 
-SAM and MedSAM are its own `Sam`; MobileSAM (arXiv 2306.14289), TinySAM (arXiv 2312.13789), LiteMedSAM, EdgeSAM (arXiv
-2312.06660), SAM-HQ (arXiv 2306.01567) and EfficientViT-SAM (arXiv 2402.05008) keep the layout and change a part. What a
-mask decoder's `forward` asks for tells them apart, and is checked here rather than trusted to a class's name.
+SAM and MedSAM are its own `Sam`. MobileSAM (arXiv 2306.14289), TinySAM (arXiv 2312.13789), LiteMedSAM, EdgeSAM (arXiv
+2312.06660), SAM-HQ (arXiv 2306.01567) and EfficientViT-SAM (arXiv 2402.05008) keep the layout and change a part. The
+arguments of a mask decoder's `forward` distinguish them, which is safer than a class's name.
 
 Legend as in `base`.
 """
@@ -18,7 +18,7 @@ _COMMON = {"image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_pr
 
 
 class PublishedSam(Segmenter):
-    """`Sam` of segment-anything, and whatever keeps its decoder: SAM, MedSAM, MobileSAM, MobileSAMv2, LiteMedSAM."""
+    """`Sam` of segment-anything, and models with its decoder: SAM, MedSAM, MobileSAM, MobileSAMv2, LiteMedSAM."""
 
     families: tuple[str, ...] = ("sam", "med_sam", "mobile_sam", "mobile_sam_v2", "lite_med_sam")
 
@@ -29,7 +29,7 @@ class PublishedSam(Segmenter):
         self._asks = decoder_asks(model.mask_decoder)
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Preprocessed pictures [B, 3, S, S] to one map of features [B, C, h, w]."""
+        """Convert preprocessed pictures [B, 3, S, S] to one map of features [B, C, h, w]."""
         return (self.model.image_encoder(values),)
 
     def decode(
@@ -53,13 +53,13 @@ class PublishedSam(Segmenter):
         return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
 
     def _options(self, features: tuple[Tensor, ...], multimask: bool) -> dict[str, Any]:  # noqa: ARG002 for others
-        """Return what the decoder is told besides embeddings."""
-        # MobileSAMv2's decoder takes the plain way only if it is told not to simplify.
+        """Return the decoder's arguments besides embeddings."""
+        # MobileSAMv2's decoder takes the standard path only with this argument.
         return {"multimask_output": multimask} | ({"simple_type": False} if "simple_type" in self._asks else {})
 
 
 class TinySam(PublishedSam):
-    """TinySAM: its decoder always gives three masks, of which the most trusted is meant."""
+    """TinySAM. Its decoder always gives three masks; the one with the highest predicted IoU is taken."""
 
     families: tuple[str, ...] = ("tiny_sam",)
 
@@ -68,7 +68,7 @@ class TinySam(PublishedSam):
 
 
 class EdgeSam(PublishedSam):
-    """EdgeSAM: its decoder is told how many masks to give, one or three."""
+    """EdgeSAM. Its decoder has an argument for the number of masks, one or three."""
 
     families: tuple[str, ...] = ("edge_sam",)
 
@@ -77,7 +77,7 @@ class EdgeSam(PublishedSam):
 
 
 class EfficientVitSam(PublishedSam):
-    """EfficientViT-SAM: prompts and masks lie in a square of 1024, pictures come in one of 512 (L) or 1024 (XL)."""
+    """EfficientViT-SAM. Prompts and masks are in a square of 1024, pictures in one of 512 (L) or 1024 (XL)."""
 
     families: tuple[str, ...] = ("efficient_vit_sam",)
 
@@ -88,15 +88,15 @@ class EfficientVitSam(PublishedSam):
 
 
 class SamHq(PublishedSam):
-    """SAM-HQ: its decoder also takes the output of the encoder's first global block, and refines one mask.
+    """SAM-HQ. Its decoder also takes the output of the encoder's first global block, and refines one mask.
 
-    With `multimask` it still gives one, the most trusted of three corrected by the refined token.
+    With `multimask` it still gives one mask: the best of three, corrected by the refined token.
     """
 
     families: tuple[str, ...] = ("sam_hq",)
 
     def embed(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Maps of features: that of an early block [B, h, w, C'] first, the embedding [B, C, h, w] last."""
+        """Return an early block's map [B, h, w, C'], then the embedding [B, C, h, w]."""
         embedding, early = self.model.image_encoder(values)
         return early[0], embedding
 
@@ -105,7 +105,7 @@ class SamHq(PublishedSam):
 
 
 def published(model: Any) -> type[PublishedSam] | None:
-    """Return the adapter of a model of this layout, by what its decoder asks for; None for another."""
+    """Return the adapter of a model with this layout, by its decoder's arguments; None for others."""
     if not {"image_encoder", "prompt_encoder", "mask_decoder"} <= {name for name, _ in model.named_children()}:
         return None
     asks = decoder_asks(model.mask_decoder)
@@ -123,7 +123,8 @@ def published(model: Any) -> type[PublishedSam] | None:
 def encoder_blocks(encoder: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of an image encoder by name.
 
-    ViT's `blocks`, TinyViT's blocks of `layers`, RepViT's `features`, those of each stage of EfficientViT's `backbone`.
+    ViT's `blocks`, TinyViT's blocks of `layers`, RepViT's `features`, or those of each stage of EfficientViT's
+    `backbone`.
     """
     parts: dict[str, Any] = dict(encoder.named_children())
     if "blocks" in parts:

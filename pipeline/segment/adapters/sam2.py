@@ -1,8 +1,8 @@
-"""`SAM2Base` of the sam2 package and its predictors of videos, on single pictures: memory takes no part.
+"""`SAM2Base` of the sam2 package and its video predictors, on single pictures and without memory.
 
-SAM-HQ 2 (its publishers' `SAM2HQBase`) adds the refined mask of SAM-HQ (arXiv 2306.01567) to those of the decoder.
+SAM-HQ 2 (its publishers' `SAM2HQBase`) adds the refined mask of SAM-HQ (arXiv 2306.01567) to the decoder's.
 
-Legend as in `base`; maps of features come finest first.
+Legend as in `base`; maps of features are ordered finest first.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from birkhoff.pipeline.segment.adapters.base import Preprocessing, PromptKind, S
 
 
 class PublishedSam2(Segmenter):
-    """SAM 2 and 2.1, and what keeps their code: MedSAM2, EfficientTAM."""
+    """SAM 2 and 2.1, and models with their code: MedSAM2, EfficientTAM."""
 
     families: tuple[str, ...] = ("sam2", "med_sam2", "efficient_tam")
 
@@ -56,12 +56,12 @@ class PublishedSam2(Segmenter):
         return torch.stack([logits for logits, _ in found]), torch.stack([quality for _, quality in found])
 
     def _options(self) -> dict[str, Any]:
-        """Return what the decoder is told besides."""
+        """Return further arguments of the decoder."""
         return {}
 
 
 class SamHq2(PublishedSam2):
-    """SAM-HQ 2: the masks of SAM 2's decoder, each with the refined one added to it."""
+    """SAM-HQ 2: the masks of SAM 2's decoder, with the refined one added to each."""
 
     families: tuple[str, ...] = ("sam_hq2",)
 
@@ -70,7 +70,7 @@ class SamHq2(PublishedSam2):
 
 
 def published_sam2(model: Any) -> type[PublishedSam2] | None:
-    """Return the adapter of a model of sam2, by what its decoder asks for; None for another."""
+    """Return the adapter of a sam2 model, by its decoder's arguments; None for others."""
     parts = {name for name, _ in model.named_children()}
     if not {"image_encoder", "sam_prompt_encoder", "sam_mask_decoder"} <= parts or not hasattr(model, "forward_image"):
         return None

@@ -78,7 +78,7 @@ class TestLinks:
         target.unlink(missing_ok=True)
         target.symlink_to(elsewhere if name == "files" else elsewhere / "version.json")
         before = sorted(path.name for path in elsewhere.iterdir())
-        with pytest.raises(OutputError, match=f"{name} is a symbolic link, which `pull` follows nowhere; remove"):
+        with pytest.raises(OutputError, match=f"{name} is a symbolic link, which `pull` never follows; remove"):
             fetch(store, "net", folder, cache)
         assert sorted(path.name for path in elsewhere.iterdir()) == before
         assert (elsewhere / "version.json").read_text() == "{}"
@@ -263,5 +263,5 @@ class TestBounds:
         store.put(version_key("net", sha256(body)), body)
         name = NameRecord(digest=sha256(body), created=utc_now(), publisher="p")
         store.put(name_key("net", "v2"), name.to_bytes())
-        with pytest.raises(IntegrityError, match="spelled otherwise than this package does; publish the version again"):
+        with pytest.raises(IntegrityError, match="not in the spelling of this package; publish the version again"):
             resolve(store, "net@v2")

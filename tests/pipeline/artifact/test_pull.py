@@ -280,7 +280,7 @@ def test_offline_from_the_cache(directory_store: Store, cache: BlobCache, tmp_pa
         assert again == found
         assert pull(again, None, tmp_path / reference, cache) == 0
         assert contents(again, tmp_path / reference) == [body(50), body(60)]
-    with pytest.raises(ArtifactNotFoundError, match="knows no such version"):
+    with pytest.raises(ArtifactNotFoundError, match="has no such version"):
         recall(directory_store.url, "net@v7", cache, ANY)
 
 

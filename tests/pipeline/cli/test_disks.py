@@ -83,7 +83,7 @@ def test_a_trace_on_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.Lo
         for _ in range(3):
             logging.getLogger("birkhoff.run").info("shard")
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert said.startswith(f"no more trace of this run: {tmp_path}/driver-")
+    assert said.startswith(f"the trace of this run ends here: {tmp_path}/driver-")
     assert "No space left on device" in said
 
 

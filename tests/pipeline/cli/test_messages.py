@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def manifest(folder: Path, source: str = "net.safetensors") -> str:
             "inspect ./pulled/demo",
             "pulled/demo: no such folder; name one that `birkhoff pull` wrote, or a model: M",
         ),
-        ("inspect /etc/passwd", "/etc/passwd: is no folder; name one"),
+        ("inspect /etc/passwd", "/etc/passwd: not a folder; name one"),
         (
             "export . -o x.pth",
             "holds no manifest.json: not a folder of `birkhoff pull`; pull into it, or name",
@@ -141,6 +142,68 @@ def test_facts_are_said_with_units_and_json_has_them_raw(demo_store: str, capsys
     assert re.fullmatch(r"verified: artifact demo-sam@v1, digest \w{12}, blobs \d+, [0-9.]+ KiB, tensors 213\n", out)
     assert "compared" in json.loads(run(capsys, "verify", "demo-sam", "--json", *store)[1])
     assert re.match(r"cache: folder .*, blobs \d+, [0-9.]+ (K|M)iB", run(capsys, "cache")[1])
+
+
+def test_a_move_says_that_the_default_chose_its_alias(
+    demo_store: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.copytree(demo_store.removeprefix("file://"), tmp_path / "store")
+    store = ["--store", (tmp_path / "store").as_uri()]
+    assert "alias stable (the default), version v1" in run(capsys, "promote", "demo-sam", *store)[1]
+    assert "alias stable, version v1" in run(capsys, "promote", "demo-sam", "stable", *store)[1]
+    assert json.loads(run(capsys, "promote", "demo-sam", "--json", *store)[1])["alias"] == "stable"
+    assert "alias stable (the default)" in run(capsys, "rollback", "demo-sam", "--to", "v1", *store)[1]
+    for command in ("promote", "rollback"):
+        assert "The alias to move. Default: stable." in run(capsys, command, "--help")[1]
+
+
+def test_a_pull_has_a_folder_by_default_and_replaces_nothing_there(
+    demo_store: str, tmp_path: Path, capsys: Capture
+) -> None:
+    store = ["--store", demo_store]
+    assert ", output pulled/demo-sam\n" in run(capsys, "pull", "demo-sam@v1", *store)[1]
+    assert (tmp_path / "pulled" / "demo-sam" / "manifest.json").is_file()
+    (tmp_path / "pulled" / "demo-sam" / "mine.txt").write_text("kept")
+    (row,) = json.loads(run(capsys, "pull", "demo-*", "--json", *store)[1])
+    assert (row["status"], row["output"], row["fetched_bytes"]) == ("pulled", "pulled/demo-sam", 0)
+    assert (tmp_path / "pulled" / "demo-sam" / "mine.txt").read_text() == "kept"
+    shutil.rmtree(tmp_path / "pulled" / "demo-sam")
+    (tmp_path / "pulled" / "demo-sam").mkdir()
+    (tmp_path / "pulled" / "demo-sam" / "notes.txt").write_text("mine")
+    code, _, err = run(capsys, "pull", "demo-sam", *store)
+    assert (code, "holds notes.txt and was not made by `pull`" in err) == (16, True), err
+    assert [path.name for path in (tmp_path / "pulled" / "demo-sam").iterdir()] == ["notes.txt"]
+
+
+def test_a_model_whose_code_is_unknown_is_said_to_be_unproven(tmp_path: Path, capsys: Capture) -> None:
+    store = ["--store", (tmp_path / "store").as_uri()]
+    said = "no proof of masks for net: no adapter runs such a model; name its `adapter`, or the `builder` and `inputs`"
+    code, _, err = run(capsys, "plan", manifest(tmp_path), *store)
+    assert (code, err.count(said)) == (0, 1)
+    assert "no adapter runs" in json.loads(run(capsys, "plan", manifest(tmp_path), "--json", *store)[1])[0]["unproven"]
+    compress = ["compress", manifest(tmp_path), "--executor", "inline", *store]
+    code, _, err = run(capsys, *compress)
+    assert (code, err.count(said)) == (0, 1), err
+    assert "no adapter runs" in json.loads(run(capsys, "report", "--json", *store)[1])["models"][0]["unproven"]
+    assert "no proof" not in run(capsys, *compress)[2]  # up to date: said when it was published
+    path = Path(manifest(tmp_path))
+    path.write_text(path.read_text().replace("{name: net", "{name: net, proof: false"))
+    assert "no proof" not in run(capsys, "plan", str(path), *store)[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "code"), [("proof: true", 12), ("target_agreement: 0.9", 12), ("allocation: output", 18)]
+)
+def test_plan_refuses_a_proof_that_compress_refuses(key: str, code: int, tmp_path: Path, capsys: Capture) -> None:
+    path = Path(manifest(tmp_path))
+    path.write_text(path.read_text().replace("{name: net", f"{{name: net, {key}"))
+    store = ["--store", (tmp_path / "store").as_uri()]
+    planned, out, said = run(capsys, "plan", str(path), *store)
+    compressed, _, told = run(capsys, "compress", str(path), "--executor", "inline", *store)
+    assert (planned, compressed, out) == (code, code, "")
+    assert "no adapter runs such a model" in said
+    assert said.splitlines()[0] in told
 
 
 def test_nothing_is_drawn_where_there_is_nothing(tmp_path: Path, capsys: Capture) -> None:

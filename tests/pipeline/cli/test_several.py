@@ -158,6 +158,13 @@ class TestWhatAStoreLacks:
         assert place.run("remove", "sam-a@latest")[0] == 0
         assert [(row["model"], row["version"]) for row in place.json("list")][1] == ("sam-a", "v2")
 
+    def test_versions_that_other_aliases_point_at_are_listed(self, place: Place) -> None:
+        assert place.run("promote", "sam-a@v1", "stable")[0] == 0
+        rows = [(row["model"], row["version"], row["aliases"]) for row in place.json("list")]
+        assert rows[1:3] == [("sam-a", "v1", ["stable"]), ("sam-a", "v2", ["latest"])]
+        assert len(rows) == 4
+        assert "stable" in place.run("list")[1]
+
     def test_copy_mends_it(self, place: Place) -> None:
         url = self.copied_by_hand(place)
         rows = place.json("copy", "*", "--to", url)

@@ -326,7 +326,7 @@ class TestDownload:
             handler.close_connection = True
 
         origin = serve(faults=[trickle])
-        crawl = r"net.safetensors: broke off .*only \d+ bytes came in 0.\d s, \d+ bytes a second where 1024 are"
+        crawl = r"net.safetensors: broke off .*only \d+ bytes came in 0.\d s, \d+ bytes a second; the minimum is 1024"
         refused(part(origin.url), match=crawl, settings=FetchSettings(attempts=1, read_timeout=0.2))
 
     def test_a_crawl_then_a_good_link_is_resumed(self, serve: Callable[..., Origin]) -> None:

@@ -139,7 +139,7 @@ def test_a_budget_that_nothing_fits_says_what_the_lowest_quality_needs(place: Pl
     place.describe("max_bytes: 5KB\nallocation: uniform")
     code, row, err = place.compress()
     assert (code, row["status"]) == (21, "failed")
-    assert "budget 4.9KiB leaves 4.9 KiB (5000 bytes); at the lowest quality there is the version takes about" in err
+    assert "budget 4.9KiB leaves 4.9 KiB (5000 bytes); at the lowest quality the version takes about" in err
     least = int(row["error"].split("about ")[1].split("(")[1].split()[0])
     place.describe(f"max_bytes: {round(least * 1.1)}\nallocation: uniform")
     code, row, err = place.compress()
@@ -178,7 +178,7 @@ def test_a_version_larger_than_its_source_is_warned_of(place: Place) -> None:
     code, row, err = place.compress()
     assert (code, row["status"], row["ratio"] < 1) == (0, "published", True), err
     assert "warning: net: the version takes" in err
-    assert row["warnings"][0].endswith("takes more than coding them saves; keep the source instead")
+    assert row["warnings"][0].endswith("takes more than coding saves; keep the source instead")
 
 
 OVERRIDES = """

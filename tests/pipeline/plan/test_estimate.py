@@ -4,11 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
 
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.plan.estimate import plan_rows
-from birkhoff.pipeline.plan.manifest import load_manifest
+from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
 from birkhoff.pipeline.plan.models import select
+from birkhoff.pipeline.run.compress import compress
+from birkhoff.pipeline.run.progress import Progress
+from birkhoff.pipeline.run.worker import InlineExecutor
+from birkhoff.pipeline.store.base import Store
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo.yaml"
 BUDGET = DEMO.with_name("demo_budget.yaml")
@@ -55,3 +62,48 @@ def test_a_budget_bounds_the_range_and_gives_small_tensors_more() -> None:
         least, most = row["predicted_tensor_db"]  # type: ignore[misc]
         assert low < high <= row["budget_bytes"]
         assert 15 < least < 30 < most <= 48
+
+
+def fleet(folder: Path, *models: tuple[str, dict[str, torch.Tensor]], allocation: str = "header") -> Manifest:
+    """A manifest of models with these tensors."""
+    lines = [f"allocation: {allocation}", "models:"]
+    for name, tensors in models:
+        save_file(tensors, folder / f"{name}.safetensors")
+        lines.append(f"  - {{name: {name}, source: {name}.safetensors}}")
+    (folder / "fleet.yaml").write_text("\n".join(lines))
+    return load_manifest(folder / "fleet.yaml")
+
+
+def weight(seed: int, rows: int = 64) -> torch.Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_shards_that_the_store_has_of_the_same_source_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory_store: Store
+) -> None:
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(
+        "birkhoff.pipeline.files._SETTLED_SECONDS", -1.0
+    )  # digests of files this young are remembered too
+    tensors = {"a.weight": weight(0), "b.weight": weight(1)}
+    manifest = fleet(tmp_path, ("first", tensors))
+    with Progress(Console(quiet=True), models=1) as progress:
+        (run,) = compress(manifest, directory_store, lambda: InlineExecutor(directory_store.address), progress)
+    assert run.status == "published", run.error
+    other = tmp_path / "other.yaml"
+    other.write_text("models: [{name: second, source: first.safetensors}]\n")
+    (row,), _ = plan_rows(load_manifest(other), directory_store, None)
+    assert (row["status"], row["shards"], row["shared_shards"]) == ("new", 2, 2)
+    (row,), _ = plan_rows(select(load_manifest(other), [], "small"), directory_store, None)
+    assert row["shared_shards"] == 0  # by another recipe
+
+
+def test_equal_tensors_with_other_targets_are_no_riddle(tmp_path: Path) -> None:
+    whole = {"a.weight": weight(0), "b.weight": weight(1, rows=4096)}
+    models = ("small", {"a.weight": weight(0)}), ("whole", whole)
+    rows, _ = plan_rows(fleet(tmp_path, *models), None, None)
+    assert [row["shared_shards"] for row in rows] == [0, 0]
+    assert "note" not in rows[0]
+    assert str(rows[1]["note"]).startswith("1 of its shards have the tensors of another model but other targets")
+    rows, _ = plan_rows(fleet(tmp_path, *models, allocation="uniform"), None, None)
+    assert [(row["shared_shards"], "note" in row) for row in rows] == [(0, False), (1, False)]

@@ -109,7 +109,7 @@ BAD = {
     ),
     "a floor under what promises no tensor anything": (
         f"allocation: output\ntarget_ratio: 7\nfloor_db: 12\n{GOOD}".replace("profile: fine\n", ""),
-        r"line 3: floor_db: goes with an allocation that promises each tensor a target.*say `floor_agreement`",
+        r"line 3: floor_db: is for allocations with a target for each tensor.*set `floor_agreement`",
     ),
     "allocation": (
         f"allocation: sise\ntarget_ratio: 7\n{GOOD}",

@@ -133,7 +133,7 @@ class TestAudience:
         assert record.signature is not None
         unbound = record.signature.model_copy(update={"audience": None})
         staging.put(alias_key("net", "latest"), record.model_copy(update={"signature": unbound}).to_bytes())
-        with pytest.raises(TrustError, match=r"signed before signatures named their store.*signs it again"):
+        with pytest.raises(TrustError, match=r"signed before signatures named their store.*sign it again"):
             read(staging, "net", signer)
         assert not is_signed(staging, resolve(staging, "net"), signer)
         sign_published(staging, "net", signer)
@@ -260,7 +260,7 @@ class TestPlantedShards:
             ran = self.compress(tmp_path, store, "--sign", str(tmp_path / "key"))
             assert ran.returncode == 0, ran.stderr
             assert "the stored shard" in ran.stderr
-            assert "is made anew" in ran.stderr
+            assert "is encoded again" in ran.stderr
             (shard,) = resolve(store, "m").manifest.shards
             assert shard.blob != planted
             found = birkhoff.load_state_dict("m", store.url, require_signature=[tmp_path / "key.pub"])["w.weight"]

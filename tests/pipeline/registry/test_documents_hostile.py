@@ -99,7 +99,7 @@ class TestBombs:
     ) -> None:
         store.put(shard_key(sha256(b"key")), BOMBS[bomb])
         assert find_record(store, sha256(b"key")) is None
-        assert "it is made anew" in caplog.text
+        assert "it is encoded again" in caplog.text
 
     def test_as_a_lease(self, store: Store, bomb: str) -> None:
         store.put("runs/open/x.json", BOMBS[bomb])

@@ -86,7 +86,9 @@ def test_a_collection_stopped_in_its_sweep_deletes_nothing_of_a_version_publishe
     make(store, "net", "c")
     retire(store, "net", 1)
     stopped(gc, "_touched", lambda: make(store, "net", "a", "b"))
-    with pytest.raises(StoreError, match=r"gc: .*has ended this one, as it was stopped or slow; nothing is broken"):
+    with pytest.raises(
+        StoreError, match=r"gc: .*has ended this one because it was stopped or slow; nothing is damaged"
+    ):
         collect(store, grace=NOW, delete=True)
     assert resolve(store, "net").name == "v3"
     check_whole(store)

@@ -267,7 +267,7 @@ def test_statistics_that_cannot_be_read_stop_no_collection(store: Store, caplog:
     store.put(statistics_key(record.key), b"{")
     found = collect(store, grace=NOW, delete=True)
     assert objects(found, "blob") == {blob_key(record.hessians["w"].blob)}
-    assert "a run takes them anew" in caplog.text
+    assert "a run measures them again" in caplog.text
     assert statistics_key(record.key) in keys(store)
     check_whole(store)
 

@@ -179,7 +179,7 @@ class TestWhatTravels:
     def test_what_is_not_ours_beside_a_manifest_does_not(self, source: Store, store: Store) -> None:
         digest = resolve(source, "net").digest
         source.create(f"models/net/versions/{digest}/a/b/c.json", b"{}")
-        with pytest.raises(IntegrityError, match=r"a/b/c\.json' lies beside a manifest and cannot travel"):
+        with pytest.raises(IntegrityError, match=r"a/b/c\.json' lies beside a manifest and cannot be copied"):
             ship(source, "net", store)
 
     def test_more_beside_a_manifest_than_can_be_ours(self, source: Store, store: Store) -> None:

@@ -106,7 +106,7 @@ class TestSignedVersions:
         refused(
             store,
             "net@v1",
-            r"net@v1: not signed by key [0-9a-f]{16}; its publisher signs it with `birk",
+            r"net@v1: not signed by key [0-9a-f]{16}; ask its publisher to sign it with `birk",
             signer,
         )
 

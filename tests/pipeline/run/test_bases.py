@@ -452,7 +452,7 @@ def test_a_base_that_fails_is_the_error_of_what_waits_for_it(place: Place) -> No
     code, rows, err = place.compress()
     assert code != 0
     assert [row["status"] for row in rows] == ["failed", "failed", "published"]
-    assert "near: base: base was not published, so nothing can be a difference to it" in err
+    assert "near: base: base was not published, so no difference to it can be coded" in err
 
 
 def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
@@ -468,7 +468,7 @@ def test_an_unknown_base_is_the_models_error_alone(place: Place) -> None:
 
 
 @pytest.mark.parametrize(("models", "head", "what"), [
-    (("name: a, source: x, base: a",), "", "models[0].base: a model is no base of itself"),
+    (("name: a, source: x, base: a",), "", "models[0].base: a model cannot be its own base"),
     (("name: a, source: x, base: b", "name: b, source: y, base: c", "name: c, source: z"), "",
      "models[0].base: 'b' has a base itself, and differences have no chains"),
     (("name: a, source: x, base: b",), "profile: paper", "models[0].base: profile 'paper' codes no differences"),

@@ -186,5 +186,5 @@ def test_ray_that_dies_again_and_again_ends_the_run_with_what_to_do(
 ) -> None:
     monkeypatch.setattr(Cluster, "lost", lambda self: True)
     monkeypatch.setattr(Cluster, "restart", lambda self: None)
-    with pytest.raises(WorkerError, match=r"Ray's node on this machine died 3 times; .*the same command goes on"):
+    with pytest.raises(WorkerError, match=r"Ray's node on this machine died 3 times; .*the same command continues"):
         outcomes(executor, tmp_path, "hang-always-too", 8)  # of another name: its tries are counted anew

@@ -141,4 +141,4 @@ def test_a_preempted_node_costs_what_its_workers_were_at_and_no_shard_its_tries(
     tries = Counter(path.name.split("-")[1] for path in tmp_path.glob("try-*"))
     assert tries == {"0": PREEMPTIONS + 1} | {str(index): 1 for index in range(1, shards)}
     print("seconds from a node's death to the next try of its shard:", [round(seconds, 1) for seconds in took])
-    assert caplog.text.count("went; trying again") == PREEMPTIONS
+    assert caplog.text.count("was lost; trying again") == PREEMPTIONS

@@ -310,7 +310,7 @@ def test_wrong_annotations_are_skipped_and_counted(one, wrong, reason):
 def test_a_click_outside_the_picture_is_skipped(one, wrong):
     data = one([{**GOOD, "point_coords": wrong}, GOOD])
     assert len(data.case(0).asked[1]) == 1
-    assert reasons(data) == {("annotation", "a click that is no pixel of the picture"): 1}
+    assert reasons(data) == {("annotation", "a click outside the picture"): 1}
 
 
 @pytest.mark.parametrize(("wrong", "reason"), BOXES)

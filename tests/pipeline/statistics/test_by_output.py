@@ -38,7 +38,7 @@ def test_a_version_is_made_says_so_and_is_up_to_date(place: Place) -> None:
     for name, gain in manifest.gains_db.items():
         assert rows[name]["nominal"] is True
         assert rows[name]["target_db"] == pytest.approx(30.0 + gain, abs=0.011)
-        assert rows[name]["why"] == "as the outputs feel it"
+        assert rows[name]["why"] == "by output sensitivity"
     assert not any(tensor["nominal"] for name, tensor in rows.items() if name not in CODED)
     assert "(balanced, allocation output)" in place.run("inspect", "net")[1]
     assert json.loads(place.run("history", "net", "--json")[1])[0]["allocation"] == "output"
@@ -70,7 +70,7 @@ def test_what_was_done_is_said_in_a_line(place: Place) -> None:
     (place.folder / "m.yaml").write_text((place.folder / "m.yaml").read_text() + "    # another run\n")
     shutil.rmtree(place.folder / "store")
     err = place.run("compress", str(place.folder / "m.yaml"), "--executor", "inline")[2]
-    said = "net: targets follow from what its outputs feel on 3 of your batches with 4 probes each, "
+    said = "net: targets follow from the sensitivity of its outputs on 3 of your batches with 4 probes each, "
     assert f"{said}taken in " in err
     text = (place.folder / "m.yaml").read_text()
     (place.folder / "m.yaml").write_text(text.replace(OUTPUT, f"{OUTPUT}, profile: fine"))
@@ -186,7 +186,7 @@ def test_statistics_that_break_in_the_middle_fail_the_model_by_name(
         patched.setattr(passes.Passes, "take", breaks)
         code, (row,), err = place.compress(OUTPUT)
     assert (code, row["status"]) == (11, "failed")
-    assert "the Hessian of '2.weight', has gone since the run began; run again" in err
+    assert "the Hessian of '2.weight', was deleted since the run began; run again" in err
     assert not place.files("models/net/names/*")
     assert place.compress(OUTPUT)[0] == 0
 
@@ -236,7 +236,7 @@ def test_a_plan_says_that_a_run_takes_statistics_first(place: Place) -> None:
     (row,) = json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])
     assert row["status"] in ("up to date", "to be read")  # whether the digest of so young a file is remembered
     assert row["allocation"] == "output"
-    assert "follow from what its outputs feel" in row["note"]
+    assert "follow from the sensitivity of its outputs" in row["note"]
     assert row["predicted_tensor_db"] is None
     place.compress(f"{OUTPUT}, target_ratio: 5")
     (row,) = json.loads(place.run("plan", str(place.folder / "m.yaml"), "--json")[1])

@@ -23,7 +23,7 @@ class TestPace:
             held.took(1, 1.0)
         with pytest.raises(SlowError) as caught:
             held.took(1, 1.0)
-        line = f"only 60 bytes came in 60.0 s, 1 bytes a second where {LEAST_SPEED} are the least"
+        line = f"only 60 bytes came in 60.0 s, 1 bytes a second; the minimum is {LEAST_SPEED}"
         assert str(caught.value) == line
 
     def test_the_least_speed_is_enough(self) -> None:
