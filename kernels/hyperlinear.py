@@ -17,8 +17,9 @@ _ORIGIN = 0x80
 class HyperLinear(CompressedLinear):
     """y = x W^T + b, with the weight decoded on the fly.
 
-    Buffers (N = out features, K = in features, P = ceil(K/2) pairs per row), in addition to those of
-    `CompressedLinear`:
+    Shapes: N = out features, K = in features, P = ceil(K/2) pairs per row.
+
+    Buffers, in addition to those of `CompressedLinear`:
         theta_bytes: uint8 [N, 2P], the bytes of `theta`, uint16 [N, P], the step numbers of the trajectory.
 
     The escapes are the weights outside the trajectory's box. The weight is constant.

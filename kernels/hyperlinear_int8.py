@@ -21,8 +21,9 @@ class Int8HyperLinear(CompressedLinear):
     about 42 dB SQNR for normally distributed activations, less if a token has outliers. Gradients treat that rounding
     as the identity.
 
-    Buffers (N = out features, K = in features, W and X as in `int8.triton`), in addition to those of
-    `CompressedLinear`:
+    Shapes: N = out features, K = in features, W and X as in `int8.triton`.
+
+    Buffers, in addition to those of `CompressedLinear`:
         plane: int8 [N, W], the coordinates in the order of the columns (`codec.reference.plane_of`).
         extra: int32 [X], the columns that the last ones of the plane repeat, for coordinates beyond a byte.
 
