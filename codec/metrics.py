@@ -169,8 +169,8 @@ class Errors:
     """Errors of decoded weights, gathered part by part in their order; for what is `in_parts`."""
 
     def __init__(self) -> None:
-        self.sums = np.zeros(1, dtype=_ERRORS)
-        self.count = 0
+        self.sums: npt.NDArray[np.void] = np.zeros(1, dtype=_ERRORS)
+        self.count: int = 0
 
     def add(self, source: Tensor, decoded: Tensor) -> None:
         """Take the next weights, both of one shape."""

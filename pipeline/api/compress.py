@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from rich.console import Console
@@ -58,6 +58,7 @@ class ModelTerms(TypedDict, total=False):
     floor_agreement: float
     floor_output_db: float
     pictures: str
+    compute: Literal["int8"]
     adapter: str
     builder: str
     upstream: str

@@ -62,7 +62,7 @@ def test_the_outputs_error_is_at_most_that_of_the_direct_form_for_fewer_bytes(
     assert loss(weight, made, felt) < 1.1 * loss(weight, direct, felt)
     assert output.is_no_worse(weight, lattice_of(made), target_db, felt, path=path)
     assert isinstance(made.params, DifferenceParams)
-    longest = output.stored_step(weight, target_db, path=made.params.path)
+    longest = output.stored_step(weight, target_db, path=made.params.path, columns=made.params.columns)
     assert made.params.stride * made.params.step <= longest * (1 + 1e-6)
 
 

@@ -175,7 +175,7 @@ MUTANTS = {
         changes={"aliases__live_name": name_seen_before()}, focus=_ALL_MOVE, seed=17
     ),
     "no record of the numbers that were given": Mutant(
-        changes={"gc__remember_given": _nothing}, focus=_COPY_COMES, seed=15
+        changes={"gc__remember_given": _nothing}, focus=_COPY_COMES, seed=9
     ),
     "bases not reached": Mutant(changes={"gc___needed": own_blobs}, focus=_BASE_GOES, seed=49),
     "no look at what was touched": Mutant(changes={"gc___touched": _false}, focus=_LISTINGS_LAG, seed=137),

@@ -21,6 +21,7 @@ Capture = pytest.CaptureFixture[str]
 NAMED = {
     "birkhoff pull": "says what wrote a folder",
     "birkhoff save": "says what wrote a file",
+    "birkhoff push": "says what writes to a registry, which is no store",
     "birkhoff sign": "for the publisher, who has the key",
     "birkhoff key new": "in --help: says where a key comes from",
     "birkhoff key": "says which command takes no store",
@@ -35,6 +36,7 @@ SAMPLES = {
     "f'{model}@{held[0]}'": "demo-sam@stable",
     "record.run": "20260102T030405.678Z-9abc",
     "str(folder)": "pulled",
+    "str(manifest)": "manifests/demo.yaml",
 }
 """Values for what a hint's words say of the moment."""
 

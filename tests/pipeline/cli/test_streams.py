@@ -41,7 +41,11 @@ def published(environment: dict[str, str]) -> bool:
         ('"$@" >&-', 0, ""),
         ('"$@" <&- >&- 2>&-', 0, ""),
         ('"$@" | true; exit ${PIPESTATUS[0]}', 141, ""),
-        ('"$@" > /dev/full', 16, "standard output: No space left on device; the command did its work"),
+        (
+            '"$@" > /dev/full',
+            16,
+            "standard output: No space left on device; the command succeeded, but its output is lost",
+        ),
         ('"$@" 2> /dev/full', 0, ""),
         ('"$@" 2>&1 > /dev/null | true; exit ${PIPESTATUS[0]}', 0, ""),
     ],

@@ -153,7 +153,8 @@ def test_all_commands_agree_on_what_a_version_takes(
         listed = [each for each in place.json("list", "net") if each["version"] == version]
         history = [each for each in place.json("history", "net") if each["version"] == version and each["ratio"]]
         assert [(each["stored_bytes"], each["ratio"]) for each in (*listed, *history)] == [want] * 2
-    assert [row["stored_bytes"] for row in place.json("list")] == [second["stored_bytes"]]
+    listed = [(row["version"], row["stored_bytes"]) for row in place.json("list")]  # v1 by its alias `stable`
+    assert listed == [("v1", first["stored_bytes"]), ("v2", second["stored_bytes"])]
     (plan,) = place.json("plan", str(tmp_path / "m.yaml"))
     assert (plan["status"], plan["predicted_stored_bytes"]) == ("up to date", second["stored_bytes"])
     (report,) = place.json("report")

@@ -118,8 +118,8 @@ def test_a_plan_needs_no_statistics_and_says_what_follows_later(tuned: Place) ->
 
 def test_a_missing_base_is_named(tuned: Place, tmp_path: Path) -> None:
     compress(tuned, named("net", OUTPUT, "net.pth"))
-    base, _ = compress(tuned, named("net", OUTPUT, "net.pth"), named("fine", f"{OUTPUT}, base: net"))
-    blob = manifest_of(tuned, base).shards[0].blob
+    _, fine = compress(tuned, named("net", OUTPUT, "net.pth"), named("fine", f"{OUTPUT}, base: net"))
+    blob = manifest_of(tuned, fine).bases[0].blob
     for path in tuned.files(f"blobs/sha256/{blob[:2]}/{blob}"):
         path.unlink()
     code, _, err = tuned.run("verify", "fine")
