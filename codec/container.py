@@ -12,7 +12,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -447,20 +446,6 @@ def parse_head(head: bytes) -> Head:
         FormatError: Not a header of this format.
         VersionError: Written in a version that this code does not read.
     """
-    needed = head_size(head)  # readers ask for more than that at first
-    return (_recent_head if needed <= _RECENT_BYTES else _parse_head)(head[:needed])
-
-
-_RECENT_HEADS, _RECENT_BYTES = 128, 1 << 16
-"""Headers that are kept, and the bytes up to which they are: who looks for names at first parses the same again."""
-
-
-@lru_cache(_RECENT_HEADS)
-def _recent_head(head: bytes) -> Head:
-    return _parse_head(head)
-
-
-def _parse_head(head: bytes) -> Head:
     size = _json_end(head)
     if len(head) < size:
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {size}")
