@@ -79,8 +79,9 @@ verify: $(READY) ## Re-check the stored artifact MODEL=[@REF] down to every byte
 list: $(READY) ## Show models, versions, aliases, sizes and ratios.
 	$(BIN)/birkhoff list $(ARGS)
 
+# Bytecode is kept even where the environment forbids it: else each process that collects compiles every test again.
 test: $(READY) ## Run the tests, a file at a time in each of up to four processes (ARGS='-n 0': on one).
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## Report format, lint, type and layering errors; never edits.
 	$(BIN)/ruff format --check .

@@ -116,7 +116,7 @@ class Grid:
         return round((min(max(self.low, target_db), self.high) - self.low) / GRID_DB)
 
     def steps(self, db: float) -> int:
-        """Return the number of steps in so many dB."""
+        """Return the number of steps in a range of dB."""
         return round(db / GRID_DB)
 
     def fill(self, at_knots: Floats) -> Floats:
@@ -241,15 +241,19 @@ def _at_step(planes: _Planes, step: float) -> tuple[float, float, float, float]:
     outside = np.add.reduceat(planes.spread, starts)
     escapes = [float(outside[size > most].sum()) for most in (HIGH, HIGH // 2)]
     merged = merged[:, size <= HIGH]
-    grouped = sum(map(_stream_bytes, merged, planes.sizes)) + planes.levels_bytes
-    flat = _stream_bytes(merged.sum(axis=0), float(planes.sizes.sum()))
-    energy = planes.rms**2 * float(planes.sizes.sum())
+    weights = float(planes.sizes.sum())
+    *framing, framing_of_all = rans.encoded_bytes(np.array([*planes.sizes, weights], dtype=np.int64)).tolist()
+    grouped = sum(map(_stream_bytes, merged, planes.sizes, framing)) + planes.levels_bytes
+    flat = _stream_bytes(merged.sum(axis=0), weights, framing_of_all)
+    energy = planes.rms**2 * weights
     return sqnr_db(energy, error), min(flat, grouped), escapes[0], escapes[1]
 
 
-def _stream_bytes(counts: Floats, symbols: float) -> float:
-    """Return the bytes of a stream of so many symbols, from a sample's histogram `counts`: entropy and the code's
-    excess."""
+def _stream_bytes(counts: Floats, symbols: float, framing: int) -> float:
+    """Estimate the bytes of a stream of this many symbols, as entropy and the code's excess.
+
+    `counts` is the histogram of a sample. `framing` is the result of `rans.encoded_bytes` for the stream.
+    """
     used = counts[counts > 0]
     sampled = float(used.sum())
     if not sampled:
@@ -257,5 +261,5 @@ def _stream_bytes(counts: Floats, symbols: float) -> float:
     bits = math.log2(sampled) - float(used @ np.log2(used)) / sampled
     bits += (len(used) - 1) / (2 * sampled * math.log(2))  # Miller-Madow correction for few samples
     bits += float(np.interp(bits, _ENTROPY_BITS, _EXTRA_BITS))
-    table = _TABLE_BYTES[0] + _TABLE_BYTES[1] * len(used) + rans.encoded_bytes(round(symbols))
+    table = _TABLE_BYTES[0] + _TABLE_BYTES[1] * len(used) + framing
     return min(symbols * bits / 8 + table, symbols) + _STREAM_BYTES

@@ -1,9 +1,9 @@
 """The artifact container: a safetensors file whose index says how each tensor is coded (see FORMAT.md).
 
 Every tensor of the source has one entry in the index, in the source's order. Version 2 stores the index as one zstd
-frame, followed by all streams in the same order. Version 1, which will always be read but is no longer written, has the
+frame, followed by all streams in the same order. Version 1, which is no longer written but always readable, has the
 entries in the file's metadata and a stored tensor for each. Version 3 is version 2 plus differences to tensors of other
-containers, and is written only for those.
+containers; only containers with differences use it.
 """
 
 import json
@@ -22,11 +22,11 @@ from birkhoff.codec.dtype_names import width_of_code
 from birkhoff.codec.errors import BaseError, FormatError, VersionError
 
 FORMAT_VERSION = 2
-"""The version written for containers without differences, and the version of the streams in all containers."""
+"""Version of containers without differences, and of the streams in all containers."""
 
 DIFFERENCE_VERSION = 3
-"""The version of containers with differences, which readers of version 2 must refuse. Every version up to it is
-read."""
+"""Version of containers with differences, which readers of version 2 must refuse. We read every version up to this
+one."""
 
 VERSION_KEY = "__birkhoff__"
 
@@ -45,7 +45,7 @@ MAX_WEIGHTS = 1 << 36
 """Most weights that one tensor may declare, checked before any allocation."""
 
 MAX_EXPANSION = 1 << 16
-"""Most weights per stored byte, so that few bytes cannot require much memory. zstd makes at most 2^17 bytes from
+"""Most weights per stored byte, which keeps few bytes from requiring much memory. zstd makes at most 2^17 bytes from
 four."""
 
 LOSSLESS_CODECS = ("raw", "planes")
@@ -261,7 +261,7 @@ class Consecutive(tuple[memoryview, ...]):
         return found
 
     def inner(self) -> "Consecutive":
-        """All but the first and the last."""
+        """Return all streams but the first and the last."""
         sizes = list(map(len, self))
         return Consecutive.cut(self.whole[sizes[0] : len(self.whole) - sizes[-1]], sizes[1:-1])
 
@@ -361,8 +361,7 @@ def _with_base(tensor: CodedTensor, tensors_of: Callable[[str], Mapping[str, Cod
 
 
 def fits(base: Entry, shape: tuple[int, ...], columns: int) -> bool:
-    """Return whether a stored tensor can be the base of one with this shape and columns. It must not be a difference
-    itself."""
+    """Return whether a stored tensor can be the base of one with this shape and columns. A difference cannot."""
     params = base.params
     return type(params) is LatticeParams and (base.shape, params.columns) == (shape, columns)
 
@@ -481,7 +480,7 @@ def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) ->
         raise FormatError(f"container holds {sorted(header)[:3]!r}, version {version} has {INDEX!r} and {DATA!r} alone")
     (begin, end), (data, last) = _extent(header, INDEX), _extent(header, DATA)
     if begin != 0 or data != end:
-        raise FormatError(f"container's index and data lie at bytes {begin} and {data}, expected 0 and {end}")
+        raise FormatError(f"container's index and data begin at bytes {begin} and {data}, expected 0 and {end}")
     texts = _unpack_index(rest[:end])
     read = [parse_entry(name, text, version=version) for name, text in texts.items()]
     ends = list(accumulate((sum(parts) for _, parts in read), initial=start + data))
@@ -517,7 +516,7 @@ def _unpack_index(frame: bytes) -> dict[str, str]:
             raise FormatError(f"container's index declares {size} bytes in {len(frame)}; 2 to {most} are allowed")
         text: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         if len(text) != size:
-            raise FormatError(f"container's index has {len(text)} bytes where {size} were declared")
+            raise FormatError(f"container's index has {len(text)} bytes, but declares {size}")
         entries = strict_json.parse(text)
         "".join(entries if isinstance(entries, dict) else ()).encode()
     except zstandard.ZstdError as error:
@@ -558,7 +557,7 @@ def _span_1(entry: Entry, sizes: tuple[int, ...], stored: object) -> tuple[int, 
         "shape": list(entry.shape) if entry.codec == "raw" else [sum(sizes)],
     }
     if not isinstance(stored, dict) or {key: stored.get(key) for key in wanted} != wanted or len(stored) != 3:
-        raise FormatError(f"tensor {entry.name!r}: stored as {stored!r}, its metadata wants {wanted!r}")
+        raise FormatError(f"tensor {entry.name!r}: stored as {stored!r}, expected {wanted!r} by its metadata")
     begin, end = _offsets(entry.name, stored.get("data_offsets"), _MAX_FILE_BYTES)
     if end - begin != sum(sizes):
         raise FormatError(f"tensor {entry.name!r}: {end - begin} bytes stored, its parts add up to {sum(sizes)}")
@@ -566,7 +565,7 @@ def _span_1(entry: Entry, sizes: tuple[int, ...], stored: object) -> tuple[int, 
 
 
 def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    """Refuse more weights than so few bytes can hold, and shapes that no real tensor has. Raises FormatError."""
+    """Raise FormatError for more weights than the bytes can hold, and for shapes that no real tensor has."""
     weights, most = prod(shape), min(MAX_WEIGHTS, MAX_EXPANSION * sum(sizes))
     if weights > most:
         raise FormatError(f"tensor {name!r}: {sum(sizes)} bytes declare {weights} weights; at most {most} are allowed")

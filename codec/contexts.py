@@ -1,4 +1,4 @@
-"""Group symbols by their expected size, so that each group gets an entropy code of its own.
+"""Group symbols by their expected size, so that each group gets its own entropy code.
 
 Rows and columns of a weight matrix differ in scale. Every row r and every column p of a plane [R, P] has a level (a
 byte, `STEPS` per octave of root mean square). Symbols are grouped by the sum of the two levels, and neighbouring sums
@@ -19,7 +19,6 @@ Shapes: R = rows, P = columns of the plane, G = groups.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class Rule(NamedTuple):
-    """A group ends at `least` symbols, if at least as many remain and fewer than `most` groups have begun."""
+    """A group ends at `least` symbols if as many remain and fewer than `most` groups have begun."""
 
     least: int
     most: int
@@ -81,7 +80,7 @@ _CHUNK = 1 << 16
 
 
 def levels(mean_square: npt.NDArray[np.float64]) -> Bytes:
-    """Levels of rows or columns from the mean squares of their symbols; the smallest is 0."""
+    """Return the levels of rows or columns from the mean squares of their symbols. The smallest is 0."""
     level = _absolute_levels(mean_square)
     result: Bytes = np.minimum(level - level.min(), MAX_LEVEL).astype(np.uint8)
     return result
@@ -98,10 +97,10 @@ _GREATEST_SQUARE = 1 << 14
 
 @cache
 def level_bounds() -> npt.NDArray[np.float64]:
-    """The least mean squares of symbols at which each level but the lowest begins, increasing.
+    """Return the least mean square of symbols at which each level but the lowest begins, increasing.
 
-    For devices with another logarithm: the level of x, before the smallest is taken away, is the number of bounds that
-    are no greater than x.
+    Devices with another logarithm use it: the level of x, before the smallest is subtracted, is the number of bounds
+    that are no greater than x.
     """
     lowest, highest = _absolute_levels(np.array([0.0, _GREATEST_SQUARE])).tolist()
     bounds = []
@@ -151,30 +150,29 @@ def _tiles(rows: Bytes, columns: Bytes, rule: Rule) -> Iterator[tuple[int, slice
 
 
 def split(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> list[Bytes]:
-    """The groups of a plane [R, P], each a flat array."""
+    """Return the groups of a plane [R, P], each as a flat array."""
     return cut(*gather(plane, rows, columns, rule))
 
 
-def gather(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Bytes, list[int]]:
-    """The groups of a plane [R, P] one after the other, and the size of each."""
+def gather(plane: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Bytes, Integers]:
+    """Return the groups of a plane [R, P], one after the other, and the size of each."""
     if not rows.any() and not columns.any():
-        return plane.reshape(-1), [plane.size]
+        return plane.reshape(-1), np.array([plane.size])
     if native() is None:
         groups = reference_split(plane, rows, columns, rule)
-        return np.concatenate(groups), list(map(len, groups))
+        return np.concatenate(groups), np.array(list(map(len, groups)))
     flat, where = np.empty(plane.size, dtype=np.uint8), addresses(rows, columns, rule)
     _regroup(plane, flat, where, into=True)
-    return flat, where.sizes.tolist()
+    return flat, where.sizes
 
 
-def cut(flat: Bytes, sizes: Sequence[int]) -> list[Bytes]:
-    """Groups that follow each other, each by itself."""
-    ends = list(accumulate(sizes))
-    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+def cut(flat: Bytes, sizes: Integers) -> list[Bytes]:
+    """Cut `flat` into groups of these sizes."""
+    return np.split(flat, np.cumsum(sizes)[:-1])
 
 
 def join(flat: Bytes, rows: Bytes, columns: Bytes, rule: Rule = RULE_2, where: "Addresses | None" = None) -> Bytes:
-    """The plane [R, P] of the groups of `split`, which follow each other in `flat`; `where` are their addresses."""
+    """Return the plane [R, P] whose groups follow each other in `flat`, undoing `split`. `where` are its addresses."""
     shape = len(rows), len(columns)
     if not rows.any() and not columns.any():
         return flat.reshape(shape)
@@ -241,9 +239,8 @@ def places(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, 
 class Addresses(NamedTuple):
     """The position of each symbol (r, c) of a plane in its concatenated groups, as sums of table entries.
 
-    An entry of `row` [R] and `column` [P] is 64 * rank + level, with the rank among those of its level. Symbol (r, c)
-    has the number `base[a, b] + rank of r * width[b] + rank of c` at the levels a and b. `base` is [64, 64], `width`
-    [64].
+    An entry of `row` [R] or `column` [P] is 64 * rank + level, where the rank counts within its level. At levels a and
+    b, symbol (r, c) has the number `base[a, b] + rank of r * width[b] + rank of c`. `base` is [64, 64], `width` [64].
     """
 
     row: Integers
@@ -273,27 +270,39 @@ def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     return Addresses(row=row, column=column, base=base, width=width, sizes=sizes[:groups])
 
 
-def address_tables(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> tuple[Integers, Integers, Integers]:
-    """`base` [A, B], `width` [B] and `sizes` of the addresses of a plane with A levels of rows and B of columns.
+class AddressTables(NamedTuple):
+    """`base` [T, 64, 64], `width` [T, 64], `sizes` [T, 64] and the number of groups [T] of the `Addresses` of planes.
 
     The entries of rows and columns follow from the levels: see `Addresses`.
     """
+
+    base: Integers
+    width: Integers
+    sizes: Integers
+    groups: list[int]
+
+
+def address_tables(planes: Sequence[tuple[Bytes, Bytes, Rule]]) -> AddressTables:
+    """Return the address tables of planes, each given by the levels of its rows and columns, and its rule."""
+    count = len(planes)
+    base = np.zeros((count, LEVELS, LEVELS), np.int64)
+    width, sizes = np.zeros((count, LEVELS), np.int64), np.zeros((count, LEVELS), np.int64)
+    groups: list[int] = []
     library = native()
     if library is None:
-        found = reference_addresses(rows, columns, rule)
-        base, width, sizes = found.base, found.width, found.sizes
-    else:
+        for number, plane in enumerate(planes):
+            found = reference_addresses(*plane)
+            base[number], width[number] = found.base, found.width
+            sizes[number, : len(found.sizes)] = found.sizes
+            groups.append(len(found.sizes))
+        return AddressTables(base, width, sizes, groups)
+    starts, strides = list(map(pointer, (base, width, sizes))), (base.strides[0], width.strides[0], sizes.strides[0])
+    for number, (rows, columns, rule) in enumerate(planes):
         rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
-        base, width, sizes = (
-            np.empty((LEVELS, LEVELS), np.int64),
-            np.empty(LEVELS, np.int64),
-            np.empty(LEVELS, np.int64),
-        )
         lines = pointer(rows), len(rows), pointer(columns), len(columns)
-        groups = library.birkhoff_addresses(*lines, *rule, None, None, *map(pointer, (base, width, sizes)))
-        sizes = sizes[:groups]
-    high, wide = int(rows.max()) + 1, int(columns.max()) + 1
-    return base[:high, :wide], width[:wide], sizes
+        places = (start + number * stride for start, stride in zip(starts, strides, strict=True))
+        groups.append(library.birkhoff_addresses(*lines, *rule, None, None, *places))
+    return AddressTables(base, width, sizes, groups)
 
 
 def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
@@ -315,8 +324,9 @@ def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Add
 class Groupings(NamedTuple):
     """The `Addresses` of several planes, with their levels.
 
-    `levels` are those of the first plane's rows, then its columns, then the next plane's; `entries` are `row` and
-    `column` in the same order. Of each plane, [T]: `tables` [4160] is `base`, then `width`; `sizes` [64] and `groups`.
+    `levels` holds the levels of the first plane's rows, then of its columns, then the next plane's. `entries` holds
+    `row` and `column` in the same order. The others have one row per plane, [T]: `tables` [4160] is `base`, then
+    `width`; `sizes` [64]; `groups`, their number.
     """
 
     levels: Bytes
@@ -327,9 +337,9 @@ class Groupings(NamedTuple):
 
 
 def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = RULE_2) -> Groupings:
-    """The groupings of planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`.
+    """Group planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`.
 
-    Of each plane's rows, and of its columns, the smallest level is taken away first; see `levels`.
+    The smallest level of a plane's rows is subtracted from them first, and likewise for its columns, as in `levels`.
     """
     library = native()
     if library is None:

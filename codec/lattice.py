@@ -1,4 +1,4 @@
-"""A weight matrix on the trajectory: quantise for one step, decode, add a difference to a base.
+"""A weight matrix on the trajectory: quantise it at one step, decode it, add a difference to a base.
 
 Shapes: R = rows, K = columns, P = pairs per row (see `pairs`), E = escapes.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import FormatError, TargetError
-from birkhoff.codec.metrics import to_host
+from birkhoff.codec.metrics import greatest_of, to_host
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.pairs import HALF, columns_of_pairs, join, pairs_per_row, split
 from birkhoff.codec.trajectory import (
@@ -30,15 +30,15 @@ from birkhoff.codec.trajectory import (
 )
 
 _CHUNK = 1 << 16
-"""Weights coded together on a CPU. About ten such float32 buffers fit in a core's cache."""
+"""Weights coded together on a CPU. About ten float32 buffers of this size fit in a core's cache."""
 
 _CHUNK_GPU = 1 << 26
 
 _ROOM = 1 << 12
-"""Expected maximum of coordinates outside the box."""
+"""Expected maximum number of coordinates outside the box."""
 
 _PATH_SCRATCH = 160
-"""Bytes that `birkhoff_paths` needs for each step of its lanes, and one more."""
+"""Bytes that `birkhoff_paths` needs for each step of its lanes and for one more."""
 
 _EscapedPairs = tuple[Tensor, Tensor, Tensor]
 """(flat pair index, I, J) of the escapes of one tile."""
@@ -79,7 +79,7 @@ class LatticeTensor:
         return out
 
     def decode_into(self, out: Tensor) -> None:
-        """Write the weights [R, K] in the dtype of `out`, except those of escapes. The reference for faster
+        """Write the weights [R, K] in the dtype of `out`, without those of escapes. This is the reference for faster
         decoders."""
         for row, column, pair in tiles(self.i.shape[0], self.columns, self.i.device):
             x, y = position(self.i[row, pair], self.j[row, pair], self.step)
@@ -104,7 +104,7 @@ class LatticeTensor:
     def escaped_weights(self) -> tuple[Tensor, Tensor]:
         """Return flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes'
         weights."""
-        if not len(self.escapes):  # common, and on a GPU operations on empty tensors cost time too
+        if not len(self.escapes):  # common, and even operations on empty tensors cost time on a GPU
             return self.escapes.pair, self.escapes.i.to(torch.float32)
         if self.escapes.pair.device.type == "cpu":
             return self._escaped_on_cpu()
@@ -133,7 +133,7 @@ class LatticeTensor:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a new tensor without values.
 
-    On a CPU large ones lie in huge pages, as numpy asks for: taking 4 bytes a weight in small pages costs as much as
+    On a CPU numpy allocates large ones in huge pages. In small pages, touching 4 bytes per weight takes as long as
     decoding them.
     """
     if device.type != "cpu":
@@ -143,14 +143,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def escape_places(pair: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (row, column of x, column of y, mask of pairs that have a y), each [E], of flat pair indices."""
+    """Return (row, column of x, column of y, mask of pairs that have a y), each [E], for flat pair indices."""
     count = pairs_per_row(columns)
     first, second = columns_of_pairs(pair % count, columns)
     return pair // count, first, second, second < columns
 
 
 def tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield (rows, columns, pairs) of tiles of about `_CHUNK` weights. Columns are cut only between blocks."""
+    """Yield (rows, columns, pairs) of tiles of about `_CHUNK` weights. Tiles never divide a block of columns."""
     chunk = _CHUNK if device.type == "cpu" else _CHUNK_GPU
     width = min(columns, max(chunk // (2 * HALF), 1) * 2 * HALF)
     height = max(1, chunk // max(1, width))
@@ -165,22 +165,37 @@ def tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice
             )
 
 
-def quantise(weight_RK: Tensor, step: float) -> LatticeTensor:
-    """Return the nearest node of every pair of a real, finite matrix. `step` is in the unit of the weights."""
+def quantise(weight_RK: Tensor, step: float, *, less_RK: Tensor | None = None, dead: float = 0.0) -> LatticeTensor:
+    """Quantise a real, finite matrix to the nearest node of every pair.
+
+    Args:
+        weight_RK: Of any float dtype.
+        step: In the unit of the weights.
+        less_RK: Float32 weights to subtract first, contiguous.
+        dead: By how much values are moved towards 0 before that, in the unit of the weights.
+    """
+    library = native() if weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 else None
+    if library is not None and weight_RK.numel() and weight_RK.is_contiguous():
+        greatest = sum(greatest_of(matrix) for matrix in (weight_RK, less_RK) if matrix is not None)
+        if greatest * reciprocal(step) < FARTHEST / 2:
+            return _native_nodes(library, weight_RK, less_RK, dead, step)
 
     def coordinates(row: slice, column: slice, _pair: slice) -> tuple[Tensor, Tensor]:
-        x, y = split(weight_RK[row, column].to(torch.float32))
-        return nearest(x, y, step)
+        value = weight_RK[row, column].to(torch.float32)
+        if less_RK is not None:
+            value = value - less_RK[row, column]
+        if dead:
+            value = value - value.clamp(-dead, dead)
+        return nearest(*split(value), step)
 
     return _gather((weight_RK.shape[0], weight_RK.shape[1]), weight_RK.device, step, coordinates)
 
 
 def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float | None = None) -> LatticeTensor:
-    """Nodes on the best paths of the trellis, for one step: about 1 dB nearer than nodes of twice that step.
+    """Quantise to the nodes on the best trellis paths: about 1 dB nearer than nodes of twice this step.
 
-    The second weights are searched first; the first weights then move by the shear that those decide. `path` is 1 for
-    paths through the rows, 2 for paths down the columns (see `trellis`). `greatest` is the greatest |w|, where it
-    is known.
+    The search finds the second weights first; their coordinates then shear the first weights. `path` is 1 for paths
+    through the rows, 2 for paths down the columns (see `trellis`). `greatest` is the greatest |w|, if known.
 
     Raises:
         TargetError: Weights are so many steps long that float32 cannot tell even nodes from odd ones.
@@ -188,10 +203,10 @@ def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float
     if not weight_RK.numel():
         return quantise(weight_RK, step)
     if greatest is None:
-        greatest = max(map(abs, to_host(*torch.aminmax(weight_RK))))
+        greatest = greatest_of(weight_RK)
     farthest = float(np.float32(greatest) * np.float32(reciprocal(step)))
     if farthest > FARTHEST:
-        raise TargetError(f"a weight lies {farthest:.3g} steps out, a path is exact up to {FARTHEST}: use single nodes")
+        raise TargetError(f"a weight is {farthest:.3g} steps long, paths are exact up to {FARTHEST}: use single nodes")
     lanes = trellis.lanes_of(weight_RK.shape[0], pairs_per_row(weight_RK.shape[1]), path)
     library = native() if weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 else None
     if library is not None and weight_RK.is_contiguous():
@@ -204,26 +219,32 @@ def quantise_path(weight_RK: Tensor, step: float, path: int = 1, greatest: float
     return of_coordinates(i, j, step, weight_RK.shape[1])
 
 
+def _native_nodes(library: CDLL, weight_RK: Tensor, less_RK: Tensor | None, dead: float, step: float) -> LatticeTensor:
+    rows, columns = weight_RK.shape
+    less = None if less_RK is None else less_RK.data_ptr()
+    sizes = rows, columns, dead, reciprocal(step)
+    return _native(weight_RK, step, lambda *places: library.birkhoff_nodes(weight_RK.data_ptr(), less, *sizes, *places))
+
+
 def _native_path(library: CDLL, weight_RK: Tensor, step: float, lanes: int) -> LatticeTensor:
     rows, columns = weight_RK.shape
+    scratch = np.empty(_PATH_SCRATCH * (1 + -(-rows * pairs_per_row(columns) // lanes)), dtype=np.uint8)
+    sizes = rows, columns, reciprocal(step), lanes
+    return _native(
+        weight_RK,
+        step,
+        lambda *places: library.birkhoff_paths(weight_RK.data_ptr(), *sizes, pointer(scratch), *places),
+    )
+
+
+def _native(weight_RK: Tensor, step: float, quantiser: Callable[..., int]) -> LatticeTensor:
+    """Return what a native quantiser writes to planes, and lists as escapes in any order."""
+    rows, columns = weight_RK.shape
     i, j = empty((2, rows, pairs_per_row(columns)), torch.int8, weight_RK.device)
-    scratch = np.empty(_PATH_SCRATCH * (1 + -(-i.numel() // lanes)), dtype=np.uint8)
     room = _ROOM
     while True:
         index, wide = torch.empty(room, dtype=torch.int64), torch.empty(room, 2, dtype=torch.int32)
-        planes = i.data_ptr(), j.data_ptr()
-        found = library.birkhoff_paths(
-            weight_RK.data_ptr(),
-            rows,
-            columns,
-            reciprocal(step),
-            lanes,
-            pointer(scratch),
-            *planes,
-            index.data_ptr(),
-            wide.data_ptr(),
-            room,
-        )
+        found = quantiser(i.data_ptr(), j.data_ptr(), index.data_ptr(), wide.data_ptr(), room)
         if found <= room:
             break
         room = found
@@ -233,7 +254,7 @@ def _native_path(library: CDLL, weight_RK: Tensor, step: float, lanes: int) -> L
 
 
 def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTensor:
-    """Return a matrix of given coordinates, float32 whole numbers [R, P] each, which are changed."""
+    """Return a matrix of these coordinates, float32 whole numbers [R, P] each. Overwrites them."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
     if library is not None:
         planes = empty((2, *i.shape), torch.int8, i.device)
@@ -259,8 +280,8 @@ def _gather(
     step: float,
     coordinates: Callable[[slice, slice, slice], tuple[Tensor, Tensor]],
 ) -> LatticeTensor:
-    """Collect the coordinates of all tiles of [R, K], float32 whole numbers (changed in place), as int8 planes and
-    escapes."""
+    """Collect the coordinates of all tiles of [R, K] as int8 planes and escapes. They are float32 whole numbers, and
+    are overwritten."""
     rows, columns = shape
     count = pairs_per_row(columns)
     planes = torch.empty(2, rows, count, dtype=torch.int8, device=device)
@@ -295,8 +316,8 @@ def _gather_escapes(parts: list[_EscapedPairs], device: torch.device) -> Escapes
 
 
 def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int, step: float) -> LatticeTensor:
-    """Return the matrix of coordinates `times` * base + `stride` * code with step `step`. Both have one shape and
-    device.
+    """Return the matrix of coordinates `times` * base + `stride` * code with step `step`. Both matrices have one shape
+    and device.
 
     Raises:
         FormatError: A sum exceeds 32 bits.
@@ -309,7 +330,7 @@ def combine(base: LatticeTensor, code: LatticeTensor, *, times: int, stride: int
 
 
 def _added(base: LatticeTensor, code: LatticeTensor, times: int, stride: int) -> tuple[list[Tensor], Escapes]:
-    """Return int8 planes of the sums of two matrices' planes, and the pairs outside the box, which are 0 in the
+    """Return int8 planes with the sums of two matrices' planes, and the pairs outside the box, which are 0 in the
     planes."""
     sources = (base.i, base.j, code.i, code.j)
     library = native() if base.i.device.type == "cpu" and all(plane.is_contiguous() for plane in sources) else None
@@ -345,7 +366,7 @@ def _with_escapes(
     outside: Escapes,
     pair: Tensor,
 ) -> Escapes:
-    """Return all escapes of a sum. `outside` are those of the planes' sums, `pair` the escapes of either matrix."""
+    """Return all escapes of a sum. `outside` are the escapes of the planes' sums, `pair` those of either matrix."""
     i, j = (
         times * _coordinates(own, base.escapes.pair, wide, pair)
         + stride * _coordinates(other, code.escapes.pair, other_wide, pair)
@@ -356,7 +377,7 @@ def _with_escapes(
     )
     bounds = to_host(*(bound.double() for exact in (i, j) for bound in torch.aminmax(exact)))
     if max(map(abs, bounds)) >= 1 << 31:
-        raise FormatError("a coordinate of a difference and its base leaves 32 bits")
+        raise FormatError("a coordinate of a difference and its base exceeds 32 bits")
     inside = (i >= LOW) & (i <= HIGH) & (j >= LOW) & (j <= HIGH)
     for plane, exact in zip(planes, (i, j), strict=True):
         plane.view(-1)[pair] = torch.where(inside, exact, 0).to(torch.int8)
@@ -371,7 +392,7 @@ def _with_escapes(
 
 
 def _coordinates(plane: Tensor, escaped: Tensor, wide: Tensor, pair: Tensor) -> Tensor:
-    """Return int64 coordinates at flat pair indices. `wide` are those of the escapes, at `escaped`."""
+    """Return int64 coordinates at flat pair indices. `wide` are the coordinates of the escapes at `escaped`."""
     found = plane.view(-1)[pair].to(torch.int64)
     if len(escaped):
         place = torch.searchsorted(escaped, pair).clamp(max=len(escaped) - 1)

@@ -1,18 +1,18 @@
-"""Measure how far a decoded tensor is from its source: relative, with units, the same everywhere.
+"""Measure how far a decoded tensor is from its source, as a ratio or with units, the same on every machine.
 
-An error is judged against the energy of the *bulk* of the weights. Few outliers can carry most of the energy of a
-tensor, and an error that is small beside them can be all of what the others hold. The rule, for every tensor:
+The reference for an error is the energy of the *bulk* of the weights. A few outliers can carry most of a tensor's
+energy, and an error that is small next to them can exceed all other weights. One rule holds for every tensor:
 
-    While the weights above 16 times the root mean square (fewer than one in 256, whatever they are) carry more than
-    half of the energy, they are left out of it, and the root mean square is taken anew, over as many weights as before.
-    Zeros alone are not a bulk.
+    While the weights above 16 times the root mean square (always fewer than one in 256) carry more than half of the
+    energy, leave them out of it, and compute the root mean square again, over the same number of weights. Stop before
+    only zeros remain.
 
-The error of the outliers still counts. Where the rule leaves nothing out, all but the largest 256th part of the weights
-hold at least half of the energy, and so lie within 3 dB of the SQNR of the whole.
+The error of the outliers still counts. If the rule leaves nothing out, at least half of the energy belongs to all but
+the largest 256th of the weights, so their SQNR is within 3 dB of the whole tensor's.
 
-On a CPU, weights of float32 and shorter types are subtracted and squared in float32 and summed in float64: number k of
-a tensor into partial sum k mod 16, these as exactly as float64 holds their sum. So a step that is found by an error
-does not depend on the machine's vectors, on threads, or on how a tensor was cut.
+On a CPU, weights of float32 and shorter types are subtracted and squared in float32 and summed in float64. Weight k of
+a tensor goes into partial sum k mod 16, and the partial sums are added as exactly as float64 allows. So a step that
+depends on an error does not depend on the machine's vectors, on threads, or on how the tensor was divided.
 """
 
 import math
@@ -27,10 +27,10 @@ from torch import Tensor
 from birkhoff.codec.native.library import native, pointer
 
 _CHUNK = 1 << 20
-"""Elements looked at together: bounds the float32 copies of a large tensor."""
+"""Elements processed together, which bounds the float32 copies of a large tensor."""
 
 OUTLIER_RMS = 16.0
-"""Outliers are greater than so many times the root mean square."""
+"""Weights above this multiple of the root mean square are outliers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +48,12 @@ class Fidelity:
 
     @property
     def sqnr_db(self) -> float:
-        """10*log10(energy / error) in dB; infinite if nothing was lost."""
+        """Return 10*log10(energy / error) in dB; infinite for no error."""
         return sqnr_db(self.energy, self.error)
 
 
 def sqnr_db(energy: float, error: float) -> float:
-    """10*log10(energy / error), infinite for no error, -infinite for an error without end or against no energy."""
+    """Return 10*log10(energy / error): infinite for no error, -infinite for an infinite error or no energy."""
     if error == 0:
         return math.inf
     return 10 * math.log10(energy / error) if energy > 0 and error < math.inf else -math.inf
@@ -61,23 +61,23 @@ def sqnr_db(energy: float, error: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bulk:
-    """What is left of a tensor's weights without outliers: `energy` is their sum w^2, none is above `limit`."""
+    """A tensor's weights without outliers: `energy` is their sum w^2, and none exceeds `limit`."""
 
     energy: float
     limit: float
 
 
 def bulk(weight: Tensor, energy: float, greatest: float | None = None, *, exact: bool = False) -> Bulk:
-    """Return the bulk of real weights of any shape; `limit` is infinite if there are no outliers.
+    """Return the bulk of real weights of any shape. `limit` is infinite if there are no outliers.
 
-    `energy` is the sum w^2 of all of them, which every caller has taken already, and `greatest` the greatest |w|, if it
-    is known; `exact` as in `compare`.
+    `energy` is sum w^2 of all weights, which every caller has already computed. `greatest` is the greatest |w|, if
+    known. `exact` is as in `compare`.
     """
     found = Bulk(energy=energy, limit=math.inf)
     if not 0 < energy < math.inf:
         return found
     if greatest is None:
-        greatest = max(map(abs, to_host(*torch.aminmax(weight))))
+        greatest = greatest_of(weight)
     while True:
         limit = OUTLIER_RMS * math.sqrt(found.energy / weight.numel())
         inner = _energy(weight, limit, exact=exact) if greatest > limit else found.energy
@@ -87,17 +87,17 @@ def bulk(weight: Tensor, energy: float, greatest: float | None = None, *, exact:
 
 
 def _energy(weight: Tensor, limit: float, *, exact: bool) -> float:
-    """Sum of squares of the weights up to a limit."""
+    """Return the sum of squares of the weights up to a limit."""
     if in_parts(weight):
         return survey(weight, limit).energy
     sums = torch.float64 if exact else None
     flat, energies, energy = weight.reshape(-1), [], 0.0
     for start in range(0, flat.numel(), _CHUNK):
         w = flat[start : start + _CHUNK].to(_wide(weight))
-        if max(map(abs, to_host(*torch.aminmax(w)))) > limit:  # most chunks have no outlier
+        if max(map(abs, to_host(*torch.aminmax(w)))) > limit:  # most chunks have no outliers
             w = w.masked_fill(w.abs() > limit, 0)
         energies.append(w.square().sum(dtype=sums))
-    for part in to_host(*energies):  # not by `sum`: Python 3.12 rounds it otherwise than earlier ones
+    for part in to_host(*energies):  # not by `sum`, which rounds otherwise since Python 3.12
         energy += part
     return energy
 
@@ -107,23 +107,22 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 
 def fidelity(source: Tensor, decoded: Tensor, *, exact: bool = False) -> Fidelity:
-    """Compare two real tensors of one shape, in float32 (float64 for float64), sums gathered chunk by chunk.
+    """Compare two real tensors of one shape, in float32 (float64 for float64), chunk by chunk.
 
-    `exact` as in `compare`.
+    `exact` is as in `compare`.
     """
     if in_parts(source) and in_parts(decoded):
         seen = survey(source)
-        found, greatest = _compared(source, decoded, seen.energy), max(-seen.low, seen.high)
-        return replace(found, energy=bulk(source, found.energy, greatest).energy)
+        found = _compared(source, decoded, seen.energy)
+        return replace(found, energy=bulk(source, found.energy, seen.greatest).energy)
     found = compare(source, decoded, exact=exact)
     return replace(found, energy=bulk(source, found.energy, exact=exact).energy)
 
 
 def compare(source: Tensor, decoded: Tensor, *, exact: bool = False) -> Fidelity:
-    """`fidelity` with the energy of all weights, outliers too: what can be summed over the parts of a tensor.
+    """Compare like `fidelity`, but with the energy of all weights including outliers, which adds up over parts.
 
-    `exact` takes sums in float64, as they are on a CPU: then every device finds the same but for some 1e-15 of it,
-    whatever the order in which it adds.
+    `exact` computes sums in float64, as on a CPU. Then all devices agree to about 1e-15, in whatever order they add.
     """
     if in_parts(source) and in_parts(decoded):
         return _compared(source, decoded, survey(source).energy)
@@ -149,31 +148,31 @@ def _compared(source: Tensor, decoded: Tensor, energy: float) -> Fidelity:
 
 
 def in_parts(weight: Tensor) -> bool:
-    """Whether sums over these weights are taken in `PARTS`: on a CPU, of float32 and shorter types."""
+    """Return whether sums over these weights use `PARTS`: on a CPU, for float32 and shorter types."""
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 PARTS = 16
-"""Partial sums of a tensor on a CPU: number k belongs to k mod PARTS."""
+"""Number of partial sums of a tensor on a CPU. Weight k belongs to sum k mod PARTS."""
 
 _ERRORS = np.dtype([("error", "f8", PARTS), ("absolute", "f8", PARTS), ("most", "f4", PARTS)], align=True)
 _RANGE = np.dtype(
     [("energy", "f8", PARTS), ("least", "f4", PARTS), ("most", "f4", PARTS), ("broken", "i4")], align=True
 )
-"""As `native.c` has them."""
+"""The same layout as in `native.c`."""
 
 Array = npt.NDArray[np.float32]
 
 
 class Errors:
-    """Errors of decoded weights, gathered part by part in their order; for what is `in_parts`."""
+    """Errors of decoded weights, added part by part in order, for tensors that are `in_parts`."""
 
     def __init__(self) -> None:
         self.sums: npt.NDArray[np.void] = np.zeros(1, dtype=_ERRORS)
         self.count: int = 0
 
     def add(self, source: Tensor, decoded: Tensor) -> None:
-        """Take the next weights, both of one shape."""
+        """Add the next weights. Both tensors have one shape."""
         flat, other = source.reshape(-1), decoded.reshape(-1)
         library = native()
         for start in range(0, flat.numel(), _CHUNK):
@@ -193,7 +192,7 @@ class Errors:
         self.sums["most"][0, 0] = np.fmax(self.sums["most"][0, 0], np.fmax.reduce(size))
 
     def fidelity(self, energy: float) -> Fidelity:
-        """What was gathered, against an energy."""
+        """Return the errors added so far, relative to an energy."""
         (sums,) = self.sums
         return Fidelity(
             energy=energy,
@@ -204,9 +203,9 @@ class Errors:
 
 
 class Survey(NamedTuple):
-    """The least and the greatest of some weights, the sum of their squares, and whether all are whole numbers.
+    """The least and the greatest weight, the sum of squares, and whether all weights are whole numbers.
 
-    The energy tells whether one is NaN or infinite: then it is so too, and the others mean nothing.
+    If a weight is NaN or infinite, so is the energy, and the other fields mean nothing.
     """
 
     low: float
@@ -214,9 +213,14 @@ class Survey(NamedTuple):
     energy: float
     whole: bool
 
+    @property
+    def greatest(self) -> float:
+        """The greatest |w|."""
+        return max(-self.low, self.high)
+
 
 def survey(weight: Tensor, limit: float = math.inf) -> Survey:
-    """Look once through weights that are `in_parts`; the squares of those above `limit` are left out."""
+    """Survey weights that are `in_parts`, in one pass. The sum leaves out squares of those above `limit`."""
     found = np.zeros(1, dtype=_RANGE)
     found["least"], found["most"] = math.inf, -math.inf
     flat, library = weight.detach().reshape(-1), native()
@@ -230,6 +234,11 @@ def survey(weight: Tensor, limit: float = math.inf) -> Survey:
     return Survey(float(sums["least"].min()), float(sums["most"].max()), math.fsum(sums["energy"]), not sums["broken"])
 
 
+def greatest_of(weight: Tensor) -> float:
+    """Return the greatest |w| of finite weights."""
+    return survey(weight).greatest if in_parts(weight) else max(map(abs, to_host(*torch.aminmax(weight))))
+
+
 def _look(weight: Array, first: int, limit: np.float32, found: npt.NDArray[np.void]) -> None:
     with np.errstate(all="ignore"):
         squares = np.where(np.abs(weight) > limit, np.float32(0), weight * weight)
@@ -241,7 +250,7 @@ def _look(weight: Array, first: int, limit: np.float32, found: npt.NDArray[np.vo
 
 
 def _added(sums: npt.NDArray[np.float64], numbers: Array, first: int) -> npt.NDArray[np.float64]:
-    """Partial sums [16] with the numbers of a tensor from `first` on added to them, one after the other."""
+    """Return the partial sums [16] after adding a tensor's numbers from `first` on, one after the other."""
     ahead = first % PARTS
     rows = np.zeros((1 + -(-(ahead + len(numbers)) // PARTS), PARTS))
     rows[0] = sums
@@ -251,7 +260,7 @@ def _added(sums: npt.NDArray[np.float64], numbers: Array, first: int) -> npt.NDA
 
 
 def to_host(*scalars: Tensor) -> list[float]:
-    """Return the values of scalars of one device and dtype, in one copy: a GPU is waited for once, not for each."""
+    """Copy scalars of one device and dtype to the host. A single copy waits for a GPU only once."""
     if not scalars or scalars[0].device.type == "cpu":
         return list(map(float, scalars))
     values: list[float] = torch.stack(scalars).tolist()

@@ -1,15 +1,15 @@
 """The packed in-memory form: 10 or 12 bits per pair, and a scale for every 64 pairs of a row.
 
-Where memory matters more than fidelity, the uint16 step numbers (8 bits per weight) are coded again on a shorter
+If memory matters more than fidelity, the uint16 step numbers (8 bits per weight) are coded again on a shorter
 trajectory with n = 2^(bits/2) rows, so n = 32 or 64, and a scale byte c for each group of 64 pairs (128 weights):
 
     theta = n * (I + n/2) + (J + n/2),    s = step * (1 + (c mod 16)/16) * 2^(floor(c/16) - 15)
     x = s * (I + J/n),    y = s * J
 
 This is the formula of `trajectory` with n for 256 and the group's s for h: 5.06 or 6.06 bits per weight. c is an
-unsigned float of four exponent and four mantissa bits, so s takes one shift and one product. The loss adds to that of
-the stored code: normally distributed weights keep 25.7 dB with 10 bits, 31.7 dB with 12. Escapes far above the rest of
-their group stay escapes, exact as they are; the others are coded with the group's scale.
+unsigned float with four exponent and four mantissa bits, so computing s takes one shift and one product. The loss adds
+to that of the stored code: normally distributed weights keep 25.7 dB with 10 bits, 31.7 dB with 12. Escapes far above
+the rest of their group stay escapes and stay exact. The group's scale codes the others.
 
 Worked example, n = 32, step 1, c = 0xf8: s = 1 + 8/16 = 1.5. The pair (2.9, -4.6) has v = -3.07, so J = -3, and u -
 J/32 = 1.933 + 0.094, so I = 2: theta = 32 * 18 + 13 = 589, decoded to (1.5 * (2 - 3/32), -4.5) = (2.859375, -4.5).
@@ -106,14 +106,15 @@ def scales(code: Tensor, step: float | Tensor) -> Tensor:
 
 
 def pack(code: LatticeTensor, bits: Bits) -> PackedTensor:
-    """Return the packed form of a coded matrix, on its device; equal on all devices. It is lossy: compare `decode()` of
-    both.
+    """Return the packed form of a coded matrix, on its device. It is equal on all devices.
+
+    Packing is lossy: compare `decode()` of both.
 
     Raises:
         CodecError: `bits` is neither 10 nor 12.
     """
     if bits not in (10, 12):
-        raise CodecError(f"packed form of {bits} bits a pair: 10 or 12 were expected")
+        raise CodecError(f"packed form of {bits} bits a pair: expected 10 or 12")
     rows, count = code.i.shape
     kept, placed = _sort_escapes(code)
     limit, n = max(_greatest(code), placed.greatest()), rows_of(bits)
@@ -180,7 +181,7 @@ def _sort_escapes(code: LatticeTensor) -> tuple[Escapes, _Placed]:
 
 
 def high_bytes(pairs: int, bits: int) -> int:
-    """Return H, the bytes that hold the high bits of so many pairs."""
+    """Return H, the bytes that hold the high bits of a row of pairs."""
     return -(-pairs * (bits - 8) // 8)
 
 
@@ -213,7 +214,7 @@ def _best_scale(x: Tensor, y: Tensor, step: float, n: int) -> Tensor:
     """Return the scale byte [R, G] with the least squared error among the candidates, ignoring the trajectory's
     shear."""
     greatest = torch.maximum(x.abs().amax(-1), y.abs().amax(-1))
-    # Multiplied, because a GPU divides by a number through its reciprocal, which rounds differently.
+    # Multiply, because a GPU divides by a number through its reciprocal, which rounds differently.
     wanted = (greatest.to(torch.float64) * (1 / ((n / 2 - 0.5) * step))).to(torch.float32)
     least = (wanted.view(torch.int32) >> 19) - (_EXPONENT << 4) + 1  # the float's bits down to c's last, plus one
     best = torch.zeros_like(least)

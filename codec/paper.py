@@ -5,20 +5,20 @@ around a square box of side l = 0.1 about the mean pair c. With U = n * n steps,
 
     node(theta) = c - l/2 + (l * theta / U,  (l * theta / n) mod l),      theta = 0 .. U - 1,
 
-a sheared lattice: theta = i * n + j lies in row j at y = j * l/n, and in column i at x = (i + j/n) * l/n. A
+a sheared lattice: theta = i * n + j is in row j at y = j * l/n, and in column i at x = (i + j/n) * l/n. A
 pair outside the box belongs to a ring k = 1..K of outer radius r_k = l/2 + k * (|far - c| - l/2) / K, where
 far is the pair farthest from c; it is shrunk towards c by (l/2) / r_k. Stored is theta + U * k.
 
 Toy: n = 35, c = (0, 0), pair (0.012, -0.021). In steps of l/n from the corner u = 21.70, v = 10.15, so rows
-10 and 11 come into question. The nodes of row 10 sit at i + 10/35, of which i = 21 is nearest; row 11 is
-farther off: theta = 21 * 35 + 10 = 745, which decodes to (0.010816, -0.021429).
+10 and 11 are the candidates. The nodes of row 10 are at i + 10/35, of which i = 21 is nearest; row 11 is
+farther away: theta = 21 * 35 + 10 = 745, which decodes to (0.010816, -0.021429).
 
 U and K are the first of (1225, 1), (1225, 2), .. (1600, 3) with a mean absolute error of at most 0.001, else
-the best K at U = 1600; K = 0 where no pair lies outside. With an error above 0.006 the tensor stays raw.
+the best K at U = 1600; K = 0 if no pair is outside. With an error above 0.006 the tensor stays raw.
 
-The nearest node is found in closed form, yet with the rounding of the published code, which compares float32
-distances expanded about the origin: |p|^2 - 2 p.q + |q|^2. Around c = (1, 1) that decides some 3 % of the
-pairs otherwise than exact distances do. Farther from the origin than about 5 it drowns the step of the
+The nearest node is found in closed form, but with the rounding of the published code, which compares float32
+distances expanded about the origin: |p|^2 - 2 p.q + |q|^2. Around c = (1, 1) this changes about 3 % of the
+choices that exact distances would make. Farther than about 5 from the origin, rounding exceeds the step of the
 lattice, and the published code picks nodes beyond the four neighbours compared here.
 
 Shapes: P = pairs, U = nodes, C = U * (K + 1) codes, 2 = the coordinates of a pair.
@@ -46,8 +46,8 @@ STEP = {
     1225: (8.163265738403425e-05, 0.002857143059372902),
     1600: (6.250001024454832e-05, 0.002500000176951289),
 }
-"""One step of the trajectory as the published code reaches it in float32, through a unit vector. It is an ulp or two
-off l/U and l/n, which over U steps and a ring 20 times the box becomes 5e-6 of a weight."""
+"""One step of the trajectory as the published code computes it in float32, through a unit vector. It differs from l/U
+and l/n by an ulp or two. Over U steps and a ring 20 times the box that becomes 5e-6 of a weight."""
 
 _BLOCK = {"cpu": 1 << 13, "cuda": 1 << 21}
 """Pairs coded together. On a CPU the four candidates of a block fit in cache, and below this size torch uses one
@@ -182,7 +182,7 @@ def decode(code: PaperCode) -> Tensor:
 def published_error(weight: Tensor, *, per_row: bool) -> float | None:
     """Return the SQNR in dB, 10*log10(sum w^2 / sum (w - w')^2), of the published codec; None if the tensor stays raw.
 
-    It is -inf for a weight of zeros, since no node lies on the centre. Raises as `encode`.
+    It is -inf for a weight of zeros, since no node is at the centre. Raises as `encode`.
     """
     code = encode(weight, per_row=per_row)
     return None if code is None else fidelity(weight.detach(), decode(code)).sqnr_db
@@ -350,29 +350,30 @@ def _expanded_distance(point_P2: Tensor, node_U2: Tensor, theta_4P: Tensor) -> T
 
 
 def _norm(pair_P2: Tensor) -> Tensor:
-    """Length of every pair, float32 [P]; each operation rounds by itself, so alike on every device."""
+    """Return the length of every pair, float32 [P]. Each operation rounds separately, so all devices agree."""
     x, y = pair_P2.square().unbind(1)
     return (x + y).sqrt_()
 
 
 def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of up to a block of pairs each."""
+    """Return views of up to a block of pairs each."""
     parts: tuple[Tensor, ...] = tensor.split(_BLOCK["cpu" if tensor.device.type == "cpu" else "cuda"])
     return parts
 
 
 def _side(like: Tensor) -> Tensor:
-    """Return the side of the box, a float32 scalar on the device of `like`; a float64 half of it would differ."""
+    """Return the side of the box, a float32 scalar on the device of `like`. Halve it in float32: a float64 half
+    differs."""
     return like.new_tensor(BOX_SIDE, dtype=torch.float32)
 
 
 def _radii(centre: Tensor, far: Tensor, K: int) -> Tensor:
-    """Radius of the box's own circle and of the K rings, float32 [K + 1]."""
+    """Return the radius of the box's own circle and of the K rings, float32 [K + 1]."""
     half = _side(centre) / 2
     farthest = _norm((far - centre)[None])
     if K == 0:
         return half[None]
-    # By a tensor: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    # Divide by a tensor: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
     width = (farthest - half) / torch.full_like(farthest, K)
     inner = torch.arange(K, device=centre.device) * width + half
     return torch.cat([inner, farthest])
@@ -387,7 +388,11 @@ def _codebook(node_U2: Tensor, centre: Tensor, radii: Tensor) -> Tensor:
 
 
 def _pair_count(shape: tuple[int, ...], *, per_row: bool) -> tuple[int, bool]:
-    """Give the number of pairs of a shape, and whether they hold padding; FormatError if rows are none."""
+    """Return the number of pairs of a shape, and whether they hold padding.
+
+    Raises:
+        FormatError: Pairs are per row, but the shape is not a matrix.
+    """
     if per_row and len(shape) != 2:
         raise FormatError(f"paper code: expected a matrix for per_row, got shape {list(shape)}")
     rows = shape[0] if per_row else 1

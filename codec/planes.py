@@ -1,17 +1,16 @@
 """The two forms of a lattice tensor: int8 coordinates in memory, grouped and entropy-coded symbols at rest.
 
-At rest each coordinate n is a symbol: n itself, or k = n >> 1 for coordinates on trellis paths. Both coordinates'
-symbols make one plane [R, 2P], I before J, which is grouped by levels of its rows and columns (see `contexts`). A
-symbol is stored as the byte symbol + 128.
+At rest each coordinate n is a symbol: n itself, or k = n >> 1 for coordinates on trellis paths. The symbols of both
+coordinates form one plane [R, 2P], I before J, which is grouped by the levels of its rows and columns (see `contexts`).
+A symbol is stored as the byte symbol + 128.
 
-A symbol outside -128..127 is written as k & 1 (so that the path continues), or as 0 without a trellis, and the pair's
-coordinates are in the escape stream, which overrides symbols. In memory more pairs are escapes: those with coordinates
-outside -128..127 although their symbols on paths are inside.
+A symbol outside -128..127 is written as k & 1 (so that the path continues), or as 0 without a trellis. The escape
+stream holds the pair's coordinates and overrides such symbols. More pairs are escapes in memory than at rest: a path's
+coordinates may be outside -128..127 while its symbols are inside.
 
 Shapes: R = rows, P = pairs per row, G = groups (see `contexts`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from birkhoff.codec import contexts, rest, trellis
 from birkhoff.codec.container import Consecutive
 from birkhoff.codec.contexts import RULE_1, RULE_2, Bytes, Rule
 from birkhoff.codec.entropy import tables
-from birkhoff.codec.entropy.tables import Table
+from birkhoff.codec.entropy.tables import Tables
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import to_host
@@ -34,16 +33,16 @@ from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 Stream = bytes | memoryview
 
 SMALL = 1 << 16
-"""Number of symbols up to which more ways of grouping are tried."""
+"""Symbols up to which the encoder tries more ways of grouping."""
 
 _ONE_PAIR = 2
-"""Symbols of a row that is one pair."""
+"""Symbols in a row of one pair."""
 
 Item = tuple[LatticeTensor, int]
-"""A coded matrix, and its trellis path: 0 none, 1 through the rows, 2 down the columns."""
+"""A coded matrix and its trellis path: 0 for none, 1 through the rows, 2 down the columns."""
 
 Packed = tuple[tuple[Stream, ...], int]
-"""The streams of a matrix, and the number of escapes in them."""
+"""The streams of a matrix, and how many escapes they store."""
 
 _PACKERS: dict[str, Callable[[Sequence[Item]], list[Packed]]] = {}
 
@@ -56,14 +55,14 @@ def register_packer(device_type: str, packer: Callable[[Sequence[Item]], list[Pa
 def pack(code: LatticeTensor, *, path: int) -> Packed:
     """Return the streams (levels of the rows and columns, groups, escapes) and the number of stored escapes.
 
-    A levels stream of no bytes means that all levels are 0, so the plane is one group. `path` says that the coordinates
-    are on trellis paths, 1 for paths through the rows, 2 for paths down the columns.
+    An empty stream of levels means that all levels are 0 and the plane is one group. `path` is 0 for coordinates off
+    the trellis, 1 for paths through the rows, 2 for paths down the columns.
     """
     return pack_all([(code, path)])[0]
 
 
 def pack_all(items: Sequence[Item]) -> list[Packed]:
-    """Pack several matrices, all on one type of device."""
+    """Pack several matrices. All must be on one type of device."""
     packer = _PACKERS.get(items[0][0].i.device.type) if items else None
     return [reference_pack(code, path=path) for code, path in items] if packer is None else packer(items)
 
@@ -78,33 +77,38 @@ def reference_pack(code: LatticeTensor, *, path: int) -> Packed:
 
 
 class _Grouping(NamedTuple):
-    """The stream of the levels, the groups that it makes, one after the other, their sizes, the histogram of all, the
-    groups' tables, and about the bytes of all."""
+    """One way to group a plane's symbols."""
 
     levels: bytes
+    """The stream of the levels."""
     flat: Bytes
-    sizes: list[int]
+    """The groups, one after the other."""
+    sizes: contexts.Integers
     counts: tables.Counts
-    fits: list[Table | None]
+    """The histogram of each group, [G, 256]."""
+    fits: Tables
     bytes: float
+    """Estimated size of all streams."""
 
 
 def tries_more(columns: int, size: int) -> bool:
-    """Whether more ways of grouping are tried of a plane of so many columns and symbols.
+    """Return whether the encoder tries more ways of grouping a plane of this size.
 
-    Of small ones, and where a row is one pair: in fixed point its two symbols differ in scale while rows tell nothing.
+    It does for small planes, and if a row is one pair: in fixed point the pair's symbols differ in scale, rows do not.
     """
     return size <= SMALL or columns == _ONE_PAIR
 
 
 def _groupings(both: Bytes) -> Iterator[_Grouping]:
-    """Yield groupings of the plane of all symbols: one group, by levels of rows and columns, and for small planes by
-    columns."""
+    """Yield ways to group the plane of all symbols: as one group, by the levels of rows and columns, and for small
+    planes by columns alone."""
     rows, columns = map(contexts.levels, contexts.mean_squares(both))
     first = _grouping(both, rows, columns, contexts.USUAL_BITS)
-    fits = [tables.fit(first.counts)]
-    yield _Grouping(b"", both.reshape(-1), [both.size], first.counts, fits, rest.estimate(both.size, fits[0]))
-    if len(first.sizes) > 1:
+    flat, sizes = both.reshape(-1), np.array([both.size])
+    counts = tables.histograms(flat, sizes) if first is None else first.counts.sum(axis=0, keepdims=True)
+    fits = tables.fit(counts)
+    yield _Grouping(b"", flat, sizes, counts, fits, float(rest.estimates(sizes, fits)[0]))
+    if first is not None:
         yield first
     if tries_more(both.shape[1], both.size):
         for row, bits in (
@@ -113,18 +117,19 @@ def _groupings(both: Bytes) -> Iterator[_Grouping]:
             (0 * rows, contexts.USUAL_BITS),
         ):
             grouping = _grouping(both, row, columns, bits)
-            if len(grouping.sizes) > 1:
+            if grouping is not None:
                 yield grouping
 
 
-def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping:
+def _grouping(both: Bytes, rows: Bytes, columns: Bytes, bits: int) -> _Grouping | None:
+    """Group the plane by levels. Return None if all symbols fall into one group, which needs no levels."""
     flat, sizes = contexts.gather(both, rows, columns, contexts.rule_2(bits))
-    if len(sizes) == 1:  # which needs no levels
-        return _Grouping(b"", flat, sizes, tables.histogram(flat), [], math.inf)
-    counts, fits = tables.fit_groups(flat, sizes)
+    if len(sizes) == 1:
+        return None
+    counts = tables.histograms(flat, sizes)
+    fits = tables.fit(counts)
     levels = rest.pack(np.concatenate(([bits], rows, columns)).astype(np.uint8))
-    estimates = (rest.estimate(size, table) for size, table in zip(sizes, fits, strict=True))
-    return _Grouping(levels, flat, sizes, counts.sum(axis=0), fits, len(levels) + sum(estimates))
+    return _Grouping(levels, flat, sizes, counts, fits, len(levels) + sum(rest.estimates(sizes, fits).tolist()))
 
 
 def unpack(
@@ -157,25 +162,46 @@ def unpack_escapes(streams: Sequence[Stream], shape: tuple[int, int], escapes: i
 
 
 def check_count(streams: Sequence[Stream], groups: int) -> None:
-    """Refuse a number of streams that does not fit so many groups. Raises FormatError."""
+    """Raise FormatError if the number of streams does not fit the number of groups."""
     if len(streams) != 2 + groups:
-        raise FormatError(f"{len(streams)} streams stored where {2 + groups} were expected")
+        raise FormatError(f"{len(streams)} streams stored, expected {2 + groups}")
 
 
 def unpack_levels(streams: Sequence[Stream], shape: tuple[int, int]) -> tuple[Bytes, Bytes, Rule]:
-    """Return the levels of the rows, those of the columns of both planes, and the grouping rule. Raises FormatError."""
-    rows, pairs = shape
-    if len(streams) < 3:
-        raise FormatError(f"{len(streams)} streams stored, a lattice tensor has at least 3")
-    stream = streams[0]
-    if not len(stream):
-        return np.zeros(rows, dtype=np.uint8), np.zeros(2 * pairs, dtype=np.uint8), RULE_2
-    found = rest.unpack(stream, 1 + rows + 2 * pairs)
-    least, most = contexts.LEAST_BITS
-    if not least <= found[0] <= most:
-        raise FormatError(f"least group of 2^{found[0]} symbols; 2^{least} to 2^{most} are allowed")
-    levels = _check_levels(found[1:])
-    return levels[:rows], levels[rows:], contexts.rule_2(int(found[0]))
+    """Return the levels of the rows, the levels of both planes' columns, and the grouping rule. Raises FormatError."""
+    (found,) = unpack_levels_all([streams], [shape])
+    return found or (np.zeros(shape[0], dtype=np.uint8), np.zeros(2 * shape[1], dtype=np.uint8), RULE_2)
+
+
+def unpack_levels_all(
+    tensors: Sequence[Sequence[Stream]], shapes: Sequence[tuple[int, int]]
+) -> list[tuple[Bytes, Bytes, Rule] | None]:
+    """Unpack the levels of many tensors, as `unpack_levels`. A tensor whose symbols are one group gives None.
+
+    Raises FormatError.
+    """
+    few = next((len(streams) for streams in tensors if len(streams) < 3), None)
+    if few is not None:
+        raise FormatError(f"{few} streams stored, a lattice tensor has at least 3")
+    sizes = [
+        1 + rows + 2 * pairs if len(streams[0]) else 0 for streams, (rows, pairs) in zip(tensors, shapes, strict=True)
+    ]
+    whole = np.empty(sum(sizes), dtype=np.uint8)
+    stored = [(streams[0], size) for streams, size in zip(tensors, sizes, strict=True) if size]
+    rest.unpack_all([stream for stream, _ in stored], [size for _, size in stored], whole)
+    found: list[tuple[Bytes, Bytes, Rule] | None] = []
+    end = 0
+    for size, (rows, _) in zip(sizes, shapes, strict=True):
+        if not size:
+            found.append(None)
+            continue
+        own, end = whole[end : end + size], end + size
+        least, most = contexts.LEAST_BITS
+        if not least <= own[0] <= most:
+            raise FormatError(f"least group of 2^{own[0]} symbols; 2^{least} to 2^{most} are allowed")
+        levels = _check_levels(own[1:])
+        found.append((levels[:rows], levels[rows:], contexts.rule_2(int(own[0]))))
+    return found
 
 
 def unpack_1(
@@ -200,7 +226,7 @@ def _planes_1(streams: Sequence[Stream], shape: tuple[int, int], escapes: int) -
     levels = [_levels_1(stream, count) for stream, count in zip(streams, (rows, pairs, pairs), strict=False)]
     sizes = [contexts.group_sizes(levels[0], columns, RULE_1) for columns in levels[1:]]
     if len(streams) != 4 + len(sizes[0]) + len(sizes[1]):
-        raise FormatError(f"{len(streams)} streams stored where {4 + len(sizes[0]) + len(sizes[1])} were expected")
+        raise FormatError(f"{len(streams)} streams stored, expected {4 + len(sizes[0]) + len(sizes[1])}")
     groups = iter(streams[3:-1])
     planes = []
     for columns, wanted in zip(levels[1:], sizes, strict=True):
@@ -223,7 +249,7 @@ def _check_levels(levels: Bytes) -> Bytes:
 
 
 def symbols_of(code: LatticeTensor, *, path: int) -> Bytes:
-    """The symbols [R, 2P] of both planes of a matrix on the CPU, + 128."""
+    """Return the symbols + 128, [R, 2P], of both planes of a matrix on the CPU."""
     (rows, pairs), library = code.i.shape, native()
     if library is not None and code.i.is_contiguous() and code.j.is_contiguous():
         both = np.empty((rows, 2 * pairs), dtype=np.uint8)
@@ -239,14 +265,14 @@ def symbols_of(code: LatticeTensor, *, path: int) -> Bytes:
 
 
 def escaped_symbols(true: Tensor, *, path: int) -> Tensor:
-    """Return the symbols + 128, uint8 [E], stored at escapes with these coordinates (int32 [E])."""
+    """Return the symbols + 128, uint8 [E], that are stored for escapes with these coordinates (int32 [E])."""
     escaped = true >> 1 if path else true
     outside = (escaped < LOW) | (escaped > HIGH)
     return (torch.where(outside, escaped & 1 if path else 0, escaped) + 128).to(torch.uint8)
 
 
 def explicit(escapes: Escapes, *, path: int) -> Escapes:
-    """Return the escapes whose coordinates the symbols cannot hold."""
+    """Return the escapes whose coordinates do not fit the symbols."""
     if not path or not len(escapes):
         return escapes
     outside = torch.zeros(len(escapes), dtype=torch.bool, device=escapes.pair.device)
@@ -256,13 +282,13 @@ def explicit(escapes: Escapes, *, path: int) -> Escapes:
 
 
 def _coordinates(symbols: Tensor, path: int) -> Tensor:
-    """Return coordinates [R, P], int16 for paths and else int8, from symbols + 128, which may be a view."""
+    """Return coordinates [R, P] from symbols + 128, which may be a view: int16 for paths, else int8."""
     k = (symbols ^ 128).contiguous().view(torch.int8)
     return trellis.numbers(k.view(-1), trellis.lanes_of(k.shape[0], k.shape[1], path)).view(k.shape) if path else k
 
 
 def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
-    """Return what `_coordinates` of both planes of symbols + 128 and `_in_memory` give, computed natively."""
+    """Return the same as `_in_memory` of both planes' `_coordinates`, computed natively from symbols + 128."""
     library = native()
     assert library is not None
     rows, pairs = both.shape[0], both.shape[1] // 2
@@ -294,14 +320,14 @@ def _paths_of(both: Bytes, path: int, stored: Escapes) -> tuple[Tensor, Tensor, 
 
 
 def take_outside(planes: Sequence[Tensor], outside: Sequence[tuple[Tensor, Tensor]], stored: Escapes) -> Escapes:
-    """Return the escapes in memory, on the CPU, and set them to 0 in both `planes` (int8 [R, P], of any device).
+    """Return the escapes in memory, on the CPU, and set them to 0 in both `planes` (int8 [R, P], on any device).
 
-    `outside` has for each plane the coordinates outside -128..127: flat indices, increasing, and values, on the CPU.
-    `stored` overrides them.
+    `outside` lists for each plane the coordinates outside -128..127, on the CPU: increasing flat indices, and values.
+    `stored` escapes override them.
     """
     if not any(len(at) for at, _ in outside):
         return _emptied(planes, stored)
-    # In numpy, whose calls take a fraction of torch's: there are few escapes, and many tensors.
+    # numpy's calls take a fraction of torch's time. There are few escapes, but many tensors.
     found = np.unique(np.concatenate([index.numpy() for index, _ in outside]))
     if len(stored):
         found = found[np.isin(found, stored.pair.numpy(), invert=True)]
@@ -322,11 +348,11 @@ def _emptied(planes: Sequence[Tensor], escapes: Escapes) -> Escapes:
 
 
 _ROOM = 1 << 12
-"""Expected maximum of coordinates outside the box."""
+"""Expected maximum number of coordinates outside the box."""
 
 
 def merged(a: Escapes, b: Escapes) -> Escapes:
-    """Escapes of both, by rising index."""
+    """Return the escapes of both, by increasing index."""
     if not len(a) or not len(b):
         return a if len(a) else b
     pair = torch.cat((a.pair, b.pair))
@@ -335,7 +361,7 @@ def merged(a: Escapes, b: Escapes) -> Escapes:
 
 
 def _in_memory(coordinates: list[Tensor], stored: Escapes) -> tuple[Tensor, Tensor, Escapes]:
-    """Return int8 planes, 0 at every escape, and all escapes: the stored ones, and others outside the box."""
+    """Return int8 planes that are 0 at every escape, and all escapes: the stored ones and others outside the box."""
     for plane in coordinates:
         plane.view(-1)[stored.pair] = 0
     i, j = coordinates
@@ -348,7 +374,7 @@ def _in_memory(coordinates: list[Tensor], stored: Escapes) -> tuple[Tensor, Tens
 
 
 def _take_out(i: Tensor, j: Tensor, stored: Escapes) -> Escapes:
-    """Set the pairs outside the box to 0, and return them with the stored ones, by increasing index."""
+    """Set the pairs outside the box to 0. Return them and the stored ones, by increasing index."""
     pair = ((i < LOW) | (i > HIGH) | (j < LOW) | (j > HIGH)).nonzero().view(-1)
     taken = Escapes(pair=pair, i=i[pair].to(torch.int32), j=j[pair].to(torch.int32))
     i[pair] = 0

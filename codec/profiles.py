@@ -70,15 +70,16 @@ LEAST_VECTOR = 64
 """Size in weights from which small parameters are coded under allocation by output. On fewer weights a code table
 costs more than it saves."""
 
-ENCODER_VERSION = 6
-"""Raised when the encoder writes other bytes for the same tensor and profile: old shards are then not reused.
+ENCODER_VERSION = 7
+"""Raised when the encoder writes other bytes for the same tensor and profile, so that old shards are not reused.
 
-2: the reason goes with a tensor that falls back to lossless.
-3: targets hold for the bulk of the weights where few outliers carry most of the energy.
-4: a frame is coded without a search for repeats where that is smaller.
-5: format 2; paths up to a share of 1 / 40 of pairs that are escapes in memory.
-6: on a CPU, errors are summed in float64 in an order of their own: before, steps hung on torch's threads and vectors.
-   Under nominal targets of 44 dB and more, fixed point with feedback, matrices too.
+2: A tensor that falls back to lossless stores the reason.
+3: Targets hold for the bulk of the weights if few outliers carry most of the energy.
+4: A frame is coded without a search for repeats if that is smaller.
+5: Format 2; up to 1 / 40 of a path's pairs may be escapes in memory.
+6: On a CPU, errors are summed in float64 in an order of their own; before, steps depended on torch's threads and
+   vectors. Under nominal targets of 44 dB and more, fixed point has feedback, also for matrices.
+7: Under nominal targets, errors are fed back between the rows of a matrix too.
 """
 
 PUBLISHED_ERROR_LIMIT = 0.006
@@ -98,8 +99,7 @@ FALLBACKS = {
 class Decision:
     """The decision for one tensor. Together with its weights it determines the coded bytes.
 
-    It is made when a model is planned; encoding, validation, verification and inspection use it. A model's plan is the
-    list of its decisions.
+    A model's plan is the list of its decisions. Encoding, validation, verification and inspection use it.
     """
 
     codec: Literal["lattice", "paper", "planes", "raw"]
@@ -119,8 +119,8 @@ class Decision:
     nominal: bool = False
     """Whether the target only determines the step, and no SQNR is promised, see `output.allocation`."""
     hessian: str | None = None
-    """With a nominal target, the SHA-256 of the packed Hessian for error feedback; None if each weight is rounded by
-    itself. Only the encoder needs it, so versions do not store it."""
+    """With a nominal target, the SHA-256 of the packed Hessian for error feedback; None if each weight is rounded on
+    its own. Only the encoder needs it, so versions do not store it."""
 
     @property
     def action(self) -> Action:
@@ -144,14 +144,14 @@ class Profile:
     error, for several times the encoding time on a CPU. Tensors of fewer than `min_weights` weights stay lossless.
 
     With `allocation` `size`, `target_db` is for a tensor of `REFERENCE_WEIGHTS` weights, and smaller ones get more. The
-    relative errors of layers reach the output about equally, whatever their sizes, while a dB costs bits in proportion
-    to the size. The sum of relative errors sum 10^(-d_i/10) at a given number of bits sum n_i d_i is least at d_i = c -
+    relative errors of layers reach the output about equally at any size, while a dB costs bits in proportion to the
+    size. The sum of relative errors sum 10^(-d_i/10) at a given number of bits sum n_i d_i is least at d_i = c -
     10*log10(n_i). Three quarters of that slope are used, because a tensor's share of the output's error does depend on
     its size a little. Each tensor's target stays in `TARGET_DB_RANGE`.
 
     With `header`, `target_db` is the mean over the coded weights of a model. Each tensor gets its `gain_db` minus the
-    mean gain, which `of_model` computes, on top. So a profile takes about as many bytes as with `uniform`, whatever the
-    sizes of a model's layers. The gain is the full slope by size, minus 5 dB for ten times the fan-in, plus 14 dB for
+    mean gain, which `of_model` computes, on top. So a profile takes about as many bytes as with `uniform`, at any sizes
+    of a model's layers. The gain is the full slope by size, minus 5 dB for ten times the fan-in, plus 14 dB for
     depthwise and 8 dB for dense convolutions, whose few weights affect every position of a picture. Targets are at most
     48 dB, and at least 12 dB or the profile's own if that is lower. Fitted on LiteMedSAM, validated on the demo model
     and MiniLM-L6 (`python -m tests.harness.benchmarks budget`).
@@ -159,9 +159,10 @@ class Profile:
     With `output`, `target_db` is the mean of nominal targets, which determine a tensor's step and promise no SQNR. Each
     tensor's gain over the mean, and the Hessian for its error feedback, come from the model's `statistics`, not from
     the profile; here every tensor gets the mean. With `vectors`, biases, scales of norms and other small parameters are
-    coded too, as only their measured sensitivity tells how finely. A parameter that affects no output stays lossless.
+    coded too, because only their measured sensitivity can set their precision. A parameter that affects no output stays
+    lossless.
 
-    `raw_buffers`: the published codec leaves the buffers of BatchNorm alone, as its method does. A variance rounded to
+    `raw_buffers`: the published codec leaves the buffers of BatchNorm raw, as its method does. A variance rounded to
     0 or below would make every output NaN.
     """
 
@@ -179,13 +180,13 @@ class Profile:
     """Under allocation by output, the key of the statistics used; None until they are known."""
     raw_buffers: bool = False
     vectors: bool = True
-    """Under allocation by output, whether parameters of at least `LEAST_VECTOR` weights are coded whatever their
-    shape. Older versions do not code them."""
+    """Under allocation by output, whether parameters of any shape with at least `LEAST_VECTOR` weights are coded. Older
+    versions do not code them."""
 
     def of_model(self, headers: Iterable[Header]) -> "Profile":
         """Return the profile for a model of these tensors: under allocation by header, with their mean gain.
 
-        Models that share an encoder share its shards, whatever decoder follows, only if both have the same mean. So the
+        Models with the same encoder but other decoders share its shards only if both have the same mean. So the
         mean of the largest part (the tensors with the same name up to the first dot that have the most coded weights)
         is used if it is within 1 dB, a sixth of a bit, of the mean of all.
         """

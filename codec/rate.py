@@ -56,10 +56,10 @@ def encode(
     """Code a matrix at the least fidelity that meets `target_db` (SQNR in dB, in `TARGET_DB_RANGE`).
 
     Args:
-        weight_RK: real and finite, any float dtype and device.
-        target_db: least SQNR, judged against the bulk of the weights (see `metrics`).
-        path: search paths of the trellis instead of single nodes: 1 through the rows, 2 down the columns.
-        seen: what a look through the weights found, if there was one.
+        weight_RK: Real and finite, any float dtype and device.
+        target_db: Least SQNR, relative to the bulk of the weights (see `metrics`).
+        path: Search trellis paths instead of single nodes: 1 through the rows, 2 down the columns.
+        seen: The survey of the weights, if there was one.
 
     Returns:
         The coded matrix and its measured error. The SQNR is at most 0.3 dB above the target, unless the matrix has so
@@ -71,7 +71,7 @@ def encode(
     check_target(target_db)
     if seen is None and in_parts(weight_RK):
         seen = survey(weight_RK)
-    greatest = None if seen is None else max(-seen.low, seen.high)
+    greatest = None if seen is None else seen.greatest
     weights = bulk(weight_RK, _energy(weight_RK) if seen is None else seen.energy, greatest)
     goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
     if not 0 < goal.energy < math.inf:
@@ -88,13 +88,13 @@ class RangeError(TargetError):
 
 
 def check_error(error: float) -> None:
-    """Refuse an error that is not finite. Raises RangeError."""
+    """Raise RangeError if the error is not finite."""
     if not error < math.inf:
-        raise RangeError("decoded, weights would leave the range of their type: store the tensor lossless")
+        raise RangeError("decoded weights would exceed the range of their type: store the tensor lossless")
 
 
 def check_target(target_db: float) -> None:
-    """Refuse a target outside `TARGET_DB_RANGE`. Raises TargetError."""
+    """Raise TargetError if the target is outside `TARGET_DB_RANGE`."""
     low, high = TARGET_DB_RANGE
     if not low <= target_db <= high:
         raise TargetError(f"target {target_db:g} dB is outside {low:g}..{high:g} dB; store the tensor lossless instead")
@@ -119,7 +119,7 @@ class _Goal:
 
 
 def _search(weight_RK: Tensor, goal: _Goal, greatest: float | None) -> float:
-    """The step of single nodes that lies `_MARGIN_DB` above the goal on a sample, or what corrections made of it."""
+    """Return a step of single nodes that is `_MARGIN_DB` above the goal on a sample, or the last correction."""
     step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
     sample = _sample(weight_RK)
     # Quantisation errors spread evenly over a tensor even if its energy does not, so the error is scaled, not the
@@ -135,7 +135,7 @@ def _search(weight_RK: Tensor, goal: _Goal, greatest: float | None) -> float:
 
 
 def error_of_nodes(weight_RK: Tensor, step: float, greatest: float | None = None) -> float:
-    """Sum (w - w')^2 of a matrix and its nearest nodes, without ever holding these; `greatest` is at least any |w|."""
+    """Return sum (w - w')^2 of a matrix and its nearest nodes, without storing these. No |w| exceeds `greatest`."""
     library = native() if greatest is not None and abs(greatest * reciprocal(step)) <= FARTHEST else None
     if library is None or not _is_native(weight_RK):
         return compare(weight_RK, quantise(weight_RK, step).decode(weight_RK.dtype)).error
@@ -146,7 +146,7 @@ def error_of_nodes(weight_RK: Tensor, step: float, greatest: float | None = None
 
 
 def _is_native(weight_RK: Tensor) -> bool:
-    """Whether weights lie as the native library takes them."""
+    """Return whether the native library takes weights of this layout."""
     return weight_RK.device.type == "cpu" and weight_RK.dtype == torch.float32 and weight_RK.is_contiguous()
 
 
@@ -161,7 +161,7 @@ def step_of_run(steps: int) -> float:
 
 
 def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tuple[LatticeTensor, Fidelity]:
-    """Code the whole matrix, and again with a better step while that pays."""
+    """Code the whole matrix, and again with a better step as long as that pays."""
     best: tuple[LatticeTensor, Fidelity] | None = None
     below, above = 0.0, math.inf  # the largest step that met the target, the smallest that missed it
     for attempt in range(_TRIES):
@@ -188,7 +188,7 @@ def _settle(weight_RK: Tensor, goal: _Goal, code: Quantise, step: float) -> tupl
 def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
     """Return the error of a coded matrix, without ever holding all of it decoded."""
     if in_parts(weight_RK):
-        return _errors(weight_RK, coded).fidelity(goal.energy)
+        return errors(weight_RK, coded).fidelity(goal.energy)
     rows, columns = weight_RK.shape
     height = max(1, (_CHUNK if weight_RK.device.type == "cpu" else _CHUNK_GPU) // columns)
     parts = [
@@ -204,22 +204,23 @@ def _fidelity(weight_RK: Tensor, coded: LatticeTensor, goal: _Goal) -> Fidelity:
     )
 
 
-def _errors(weight_RK: Tensor, coded: LatticeTensor) -> Errors:
-    errors, library = Errors(), native()
+def errors(weight_RK: Tensor, coded: LatticeTensor) -> Errors:
+    """Return the errors of a coded matrix whose weights are `in_parts`, without ever holding all of it decoded."""
+    found, library = Errors(), native()
     rows, columns = weight_RK.shape
     if library is not None and _is_native(weight_RK):
         planes = coded.i.data_ptr(), coded.j.data_ptr()
         escapes = coded.escapes
         places = (t.data_ptr() for t in (escapes.pair, escapes.i, escapes.j))
         library.birkhoff_coded_errors(
-            weight_RK.data_ptr(), rows, columns, *planes, coded.step, len(escapes), *places, pointer(errors.sums)
+            weight_RK.data_ptr(), rows, columns, *planes, coded.step, len(escapes), *places, pointer(found.sums)
         )
-        errors.count = weight_RK.numel()
-        return errors
+        found.count = weight_RK.numel()
+        return found
     height = max(1, _CHUNK // columns)
     for top in range(0, rows, height):
-        errors.add(weight_RK[top : top + height], coded.rows(top, top + height).decode(weight_RK.dtype))
-    return errors
+        found.add(weight_RK[top : top + height], coded.rows(top, top + height).decode(weight_RK.dtype))
+    return found
 
 
 def _round(step: float) -> float:

@@ -15,7 +15,7 @@ from birkhoff.codec.trajectory import HIGH, LOW, Escapes, coordinates_from_theta
 
 
 def decode(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Weights [N, K] in `dtype` of uint16 step numbers, without escapes; `step` is a float32 scalar tensor."""
+    """Return weights [N, K] in `dtype` from uint16 step numbers, without escapes. `step` is a float32 scalar tensor."""
     library = native() if theta_NP.device.type == "cpu" and dtype == torch.float32 else None
     if library is not None and theta_NP.is_contiguous():
         out = empty((theta_NP.shape[0], columns), dtype, theta_NP.device)
@@ -32,8 +32,8 @@ def decode_planes(theta_NP: Tensor, step: Tensor, columns: int, dtype: torch.dty
 
 
 def put_escapes(weight_NK: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Write float32 escape values [E] to their flat indices [E] in contiguous weights, in place. They may be on any
-    device."""
+    """Write float32 escape values [E] to their flat indices [E] in contiguous weights, in place. Values and indices may
+    be on any device."""
     if index.numel():
         weight_NK.view(-1)[index.to(weight_NK.device)] = value.to(weight_NK.device, weight_NK.dtype)
     return weight_NK
@@ -44,16 +44,16 @@ PLANE_ALIGNMENT = 16
 
 
 def plane_columns(columns: int, extra: int = 0) -> int:
-    """Return W, the columns of the plane of a matrix of K = `columns`: whole pairs and `extra` ones, up to a
-    multiple of 16."""
+    """Return W, the columns of the plane of a matrix with K = `columns`: whole pairs and `extra` columns, rounded up to
+    a multiple of 16."""
     return -(-(2 * pairs_per_row(columns) + extra) // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
 
 
 def plane_of(code: LatticeTensor) -> tuple[Tensor, Tensor]:
     """Return the coordinates as one int8 plane [N, W] in the order of the columns, with I in place of x and J of y.
 
-    The excess of an escaped coordinate over a byte is in further columns after the pairs, as many as it takes. The
-    second result, int32 [X], has the column that each of them repeats. The rest of W is 0.
+    If an escaped coordinate exceeds a byte, further columns after the pairs hold the excess, as many as needed. The
+    second result, int32 [X], is the column that each of them repeats. The rest of W is 0.
     """
     pairs = code.i.shape[1]
     parts = [join(code.i, code.j, 2 * pairs)]
@@ -81,11 +81,12 @@ def extra_columns(code: LatticeTensor) -> int:
 
 
 def _escaped(code: LatticeTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (row, column among whole pairs, coordinate), int64, of both coordinates of every escaped pair."""
-    pairs = code.i.shape[1]
-    first, second = columns_of_pairs(code.escapes.pair % pairs, 2 * pairs)
-    row = code.escapes.pair // pairs
-    return torch.cat((row, row)), torch.cat((first, second)), torch.cat((code.escapes.i, code.escapes.j)).long()
+    """Return (row, column among whole pairs, coordinate), int64, of both coordinates of every escaped pair, on the
+    planes' device: a reader of containers leaves escapes on the CPU."""
+    pairs, escapes = code.i.shape[1], code.escapes.to(code.i.device)
+    first, second = columns_of_pairs(escapes.pair % pairs, 2 * pairs)
+    row = escapes.pair // pairs
+    return torch.cat((row, row)), torch.cat((first, second)), torch.cat((escapes.i, escapes.j)).long()
 
 
 def coordinates_of(plane_NW: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -95,10 +96,10 @@ def coordinates_of(plane_NW: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 def quantise_tokens(x_MK: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise activations to int8 [M, W] with one float32 scale per token [M], to multiply with a plane with these
-    `extra`.
+    `extra` columns.
 
-    The shear of the weights, x = (I + J/256) h, is moved to the activations: b = (a_x, a_y + a_x/256). Then scale = max
-    |b| / 127 and q = round(b / scale), halves to even. A token with NaN or infinity gets a scale that is not finite.
+    The weights' shear, x = (I + J/256) h, moves to the activations: b = (a_x, a_y + a_x/256). Then scale = max |b| /
+    127 and q = round(b / scale), halves to even. A token with NaN or infinity gets a scale that is not finite.
     """
     tokens, columns = x_MK.shape
     width = 2 * pairs_per_row(columns)
@@ -126,9 +127,9 @@ def int8_linear(
     bias: Tensor | None,
     multiply: Callable[[Tensor, Tensor], Tensor] = exact_product,
 ) -> Tensor:
-    """x W^T + b, [M, N] in the dtype of x, of quantised tokens and `plane_of` the weight.
+    """Return x W^T + b, [M, N] in the dtype of x, for quantised tokens and `plane_of` the weight.
 
-    `step` is float32 [], `multiply` takes int8 [M, W] and [N, W] to the exact product [M, N].
+    `step` is float32 []. `multiply` computes the exact product [M, N] of int8 [M, W] and [N, W].
     """
     q, scale = quantise_tokens(x_MK, extra)
     y = multiply(q, plane_NW).float() * (scale * step)[:, None]

@@ -1,14 +1,16 @@
-"""The form at rest: bytes as one stream, raw, by zstd or by a code table, whichever is smallest.
+"""The form at rest: one stream of bytes, stored raw, by zstd or by a code table, whichever is smallest.
 
 The symbols of a lattice tensor and the byte planes of a lossless one are nearly independent, so only entropy coding
-helps: rANS with a code table for each stream (see `entropy`). A search for repeats mostly finds chance ones, and codes
-them at a loss, but real repeats (equal rows, runs of zeros) pay. A stream's first byte says which:
+helps: rANS with a code table for each stream (see `entropy`). A search for repeats mostly finds chance matches and
+codes them at a loss, but real repeats (equal rows, runs of zeros) pay. The first byte of a stream gives its kind:
 
     0   the bytes as they are
     1   one zstd frame that declares its content size
     2   a byte log2 N, a code table (`entropy.tables`), blocks of N lanes (`entropy.rans`)
 
-No bytes make an empty stream. Version 1 has zstd frames only, without that first byte.
+An empty input gives an empty stream. Version 1 has only zstd frames, without the first byte.
+
+Shapes: S = streams, B = blocks.
 """
 
 import threading
@@ -24,7 +26,7 @@ import zstandard
 
 from birkhoff.codec.container import Consecutive
 from birkhoff.codec.entropy import rans, tables
-from birkhoff.codec.entropy.tables import DamagedError, Table, Tables
+from birkhoff.codec.entropy.tables import DamagedError, Tables
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.native.threads import in_threads
@@ -36,33 +38,38 @@ RAW, ZSTD, ANS = range(3)
 
 _LEVEL = 1
 PROBE = 1 << 13
-"""Bytes that are searched for repeats first. The rest is searched only if zstd beats a table on these."""
+"""Bytes that zstd tries first. It tries the rest only if it beats the table on these."""
 
 _LEAST_TABLE = 32
-"""Least size in bytes for which a table is tried."""
+"""Fewest bytes for which a table is tried."""
 
 
 def pack(data: Bytes) -> bytes:
-    """The smallest stream of bytes."""
+    """Return the smallest stream for these bytes."""
     if not data.size:
         return b""
-    _, (table,) = tables.fit_groups(data, [data.size])
-    return pack_all(data, [data.size], [table])[0]
+    sizes = np.array([data.size])
+    return pack_all(data, sizes, tables.fit(tables.histograms(data, sizes)))[0]
 
 
-def pack_all(flat: Bytes, sizes: Sequence[int], fits: Sequence[Table | None]) -> list[bytes]:
-    """The smallest streams of groups that follow each other in `flat`, none empty; `fits` are their tables."""
-    used = [table if table is not None and pays(size, table) else None for size, table in zip(sizes, fits, strict=True)]
-    coded = rans.encode_all(flat, sizes, [None if table is None else table.frequency for table in used])
+def pack_all(flat: Bytes, sizes: rans.Integers, fits: Tables) -> list[bytes]:
+    """Return the smallest stream for each group. Groups follow each other in `flat`, and none is empty.
+
+    `fits` holds their tables.
+    """
+    lanes = rans.lanes(sizes) * pays(sizes, fits)
+    lanes_of: list[int] = lanes.tolist()
+    coded = rans.encode(flat, sizes, fits.frequency, lanes) if any(lanes_of) else [b""] * len(lanes_of)
     streams, end = [], 0
-    for size, table, blocks in zip(sizes, used, coded, strict=True):
+    each = zip(sizes.tolist(), lanes_of, fits.data, fits.length.tolist(), coded, strict=True)
+    for size, n, table, table_bytes, blocks in each:
         data, end = flat[end : end + size], end + size
-        length = None if table is None else 2 + len(table.data) + len(blocks)
+        length = 2 + table_bytes + len(blocks) if n else None
         kind, frame = smallest(size, length, data[:PROBE], partial(_same, data))
         if kind == ZSTD:
             streams.append(bytes([ZSTD]) + frame)
-        elif kind == ANS and table is not None:
-            streams.append(b"".join((bytes([ANS, rans.lanes(size).bit_length() - 1]), table.data, blocks)))
+        elif kind == ANS:
+            streams.append(b"".join((bytes([ANS, n.bit_length() - 1]), table[:table_bytes].tobytes(), blocks)))
         else:
             streams.append(bytes([RAW]) + data.tobytes())
     return streams
@@ -72,15 +79,15 @@ def _same(data: Bytes) -> Bytes:
     return data
 
 
-def pays(size: int, table: Table) -> bool:
-    """Return whether so many bytes are coded by a table at all."""
-    return size >= _LEAST_TABLE and table.bits < 8 * size
+def pays(sizes: rans.Integers, fits: Tables) -> npt.NDArray[np.bool_]:
+    """Return whether to try the table of each stream, by its number of bytes [S]."""
+    return (fits.length > 0) & (sizes >= _LEAST_TABLE) & (fits.cost < 8 * 65536 * sizes)
 
 
 def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Bytes]) -> tuple[int, bytes]:
-    """Return (kind, zstd's frame if it is of that kind) of the smallest stream of `size` bytes.
+    """Choose the smallest stream for `size` bytes. Return its kind, and zstd's frame if that is the kind.
 
-    `coded` is the length of the stream by a table, or None; `head` is the first `PROBE` bytes; `whole` returns all
+    `coded` is the length of the stream by a table, or None. `head` is the first `PROBE` bytes. `whole` returns all
     bytes, and is called only if they are needed.
     """
     kind, found = (ANS, coded) if coded is not None and coded <= size else (RAW, 1 + size)
@@ -92,31 +99,19 @@ def smallest(size: int, coded: int | None, head: Bytes, whole: Callable[[], Byte
     return kind, b""
 
 
-def estimate(size: int, table: Table | None) -> float:
-    """Return the approximate size in bytes of `pack`'s stream for `size` bytes with this table."""
-    if table is None:
-        return min(size + 1, 32)
-    return min(size + 1, 2 + table.bits / 8 + rans.encoded_bytes(size))
-
-
 def estimates(sizes: rans.Integers, fits: Tables) -> npt.NDArray[np.float64]:
-    """`estimate` of many streams."""
-    around = 2 + fits.cost / 65536 / 8 + rans.lanes_of_all(sizes) * 4 * _blocks(sizes) + 4 * (_blocks(sizes) - 1)
+    """Estimate the size in bytes of each packed stream, from its number of bytes [S] and its table."""
+    around = fits.cost / (8 * 65536) + (2 + rans.encoded_bytes(sizes))
     found: npt.NDArray[np.float64] = np.minimum(sizes + 1, np.where(fits.length > 0, around, 32))
     return found
 
 
-def paying(sizes: rans.Integers, fits: Tables) -> npt.NDArray[np.bool_]:
-    """`pays` of many streams; False where there is no table."""
-    return (fits.length > 0) & (sizes >= _LEAST_TABLE) & (fits.cost < 8 * 65536 * sizes)
-
-
 def heads(sizes: rans.Integers, fits: Tables, words: rans.Integers) -> tuple[Bytes, rans.Integers]:
-    """What stands before the blocks of streams by tables, one after the other, and the bytes of each [S].
+    """Return the bytes that precede the blocks of streams by tables, one after the other, and their number [S].
 
-    `words` are those of all their blocks, in order.
+    `words` are the numbers of words of all blocks, in order.
     """
-    blocks, log2 = _blocks(sizes), np.log2(rans.lanes_of_all(sizes)).astype(np.int64)
+    blocks, log2 = _blocks(sizes), np.log2(rans.lanes(sizes)).astype(np.int64)
     length = 2 + fits.length + 4 * (blocks - 1)
     library = native()
     if library is not None:
@@ -148,7 +143,7 @@ def unpack(stream: bytes | memoryview, size: int, out: Bytes | None = None) -> B
     body = memoryview(stream)[1:]
     if kind == RAW:
         if len(body) != size:
-            raise FormatError(f"{len(body)} bytes stored raw where {size} were expected")
+            raise FormatError(f"{len(body)} bytes stored raw, expected {size}")
         out[:] = np.frombuffer(body, np.uint8)
     elif kind == ZSTD:
         out[:] = np.frombuffer(decompress(body, size), np.uint8)
@@ -173,7 +168,7 @@ def _from_table(body: memoryview, size: int, out: Bytes) -> None:
 
 
 def unpack_all(streams: Sequence[bytes | memoryview], sizes: Sequence[int], out: Bytes) -> None:
-    """The symbols of streams, each of a positive size, one after the other into `out`. Raises FormatError."""
+    """Unpack streams, each of a positive size, one after the other into `out`. Raises FormatError."""
     library = native()
     if library is None:
         end = 0
@@ -190,7 +185,7 @@ def unpack_all(streams: Sequence[bytes | memoryview], sizes: Sequence[int], out:
 
 
 def _places(streams: Sequence[bytes | memoryview]) -> tuple[rans.Integers, rans.Integers, object]:
-    """Addresses and lengths of streams, and what keeps these there."""
+    """Return the addresses and lengths of streams, and an object that keeps their memory alive."""
     length = np.array(list(map(len, streams)), dtype=np.int64)
     if isinstance(streams, Consecutive):
         whole = np.frombuffer(streams.whole, np.uint8)
@@ -200,10 +195,11 @@ def _places(streams: Sequence[bytes | memoryview]) -> tuple[rans.Integers, rans.
 
 
 class Plan(NamedTuple):
-    """Instructions for a decoder of many blocks at once.
+    """Instructions for decoding many blocks at once.
 
-    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: position of a block's states (of its
-    bytes, if raw), of its words (in bytes), of its symbols, number of symbols, number of the stream, lanes (0: raw), 0.
+    `frequency` is uint16 [S, 256], zeros for raw streams. `rows` is int64 [B, 7]: the positions of a block's states (of
+    its bytes, if raw), of its words (in bytes) and of its symbols, its number of symbols, the number of its stream, its
+    lanes (0: raw), and 0.
     """
 
     frequency: npt.NDArray[np.uint16]
@@ -213,14 +209,14 @@ class Plan(NamedTuple):
 def plan(
     streams: Sequence[bytes | memoryview], sizes: Sequence[int], sources: Sequence[int], targets: Sequence[int]
 ) -> Plan:
-    """Return the blocks of streams that are raw or coded by a table, in order.
+    """Plan the decoding of streams that are raw or coded by a table. Return their blocks, in order.
 
-    Everything that can be checked without decoding is: each block is inside its stream.
+    This checks everything that can be checked without decoding: each block lies inside its stream.
 
     Args:
-        streams: None of kind zstd (see `inflated`).
-        sizes: Number of symbols of each, positive.
-        sources, targets: Where each stream, and its symbols, will be for the decoder.
+        streams: Streams of any kind but zstd (see `inflated`).
+        sizes: The number of symbols of each, positive.
+        sources, targets: Positions at which the decoder will find each stream, and write its symbols.
 
     Raises:
         FormatError: As `unpack`.
@@ -275,25 +271,28 @@ def reference_plan(
 
 
 def _refuse(stream: bytes | memoryview, size: int) -> NoReturn:
-    """Raise what `unpack` raises."""
+    """Raise the error that `unpack` raises for a stream."""
     unpack(stream, size)
     raise FormatError("coded stream is corrupt")
 
 
 def inflated(stream: bytes | memoryview, size: int) -> bytes | memoryview:
-    """Return a zstd stream as a raw one, and others unchanged. Raises FormatError."""
+    """Return a zstd stream as a raw one, and any other unchanged. Raises FormatError."""
     if not len(stream) or stream[0] != ZSTD:
         return stream
     return bytes([RAW]) + decompress(memoryview(stream)[1:], size)
 
 
 def searched_bytes(heads: Sequence[Bytes]) -> list[int]:
-    """Bytes of zstd's frame of each, found by several threads: `smallest` needs more of few streams."""
+    """Return the size in bytes of each head's zstd frame, computed in threads.
+
+    The frames are dropped: `smallest` compresses again the few heads that it takes.
+    """
     return in_threads(lambda head: len(_searched(head)), heads)
 
 
 _OWN = threading.local()
-"""One compressor per thread: creating one takes as long as searching a probe."""
+"""One compressor per thread, because creating one takes as long as searching a probe."""
 
 
 def _searched(data: Bytes) -> bytes:
@@ -304,7 +303,7 @@ def _searched(data: Bytes) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, size: int) -> bytes:
-    """Return the content of a frame that must hold exactly `size` bytes.
+    """Return the content of a zstd frame that must hold exactly `size` bytes.
 
     Raises:
         FormatError: The frame declares another size, is truncated or corrupt, or is followed by other bytes.
@@ -314,29 +313,29 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
             return _nothing(frame)
         declared = zstandard.frame_content_size(frame)
         if declared != size:
-            raise FormatError(f"compressed stream declares {declared} bytes where {size} were expected")
+            raise FormatError(f"compressed stream declares {declared} bytes, expected {size}")
         content: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"compressed stream is corrupt: {error}") from None
     if len(content) != size:
-        raise FormatError(f"compressed stream gave {len(content)} bytes where {size} were expected")
+        raise FormatError(f"compressed stream gave {len(content)} bytes, expected {size}")
     return content
 
 
 def _nothing(frame: bytes | memoryview) -> bytes:
     if len(frame):
-        raise FormatError(f"{len(frame)} bytes where an empty stream was expected")
+        raise FormatError(f"{len(frame)} bytes stored, expected an empty stream")
     return b""
 
 
 def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
-    """Elements of `width` bytes as planes (all first bytes, ...): one stream of all, or one for each, the smaller."""
+    """Pack elements of `width` bytes as planes (all first bytes, ...), in one stream or one per plane if smaller."""
     planes = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(-1, width).T).reshape(-1)
     together = [pack(planes)]
     if width == 1 or not planes.size:
         return tuple(together)
-    sizes = [planes.size // width] * width
-    _, fits = tables.fit_groups(planes, sizes)
+    sizes = np.full(width, planes.size // width)
+    fits = tables.fit(tables.histograms(planes, sizes))
     return tuple(min(together, pack_all(planes, sizes, fits), key=lambda streams: sum(map(len, streams))))
 
 
@@ -345,12 +344,16 @@ def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: i
     if len(streams) not in (1, width) or size % width:
         raise FormatError(f"{len(streams)} streams of {size} bytes stored, expected 1 or {width} of whole elements")
     share = size // len(streams)
-    planes = np.concatenate([unpack(stream, share) for stream in streams])
+    planes = np.empty(size, dtype=np.uint8)
+    if share:
+        unpack_all(streams, [share] * len(streams), planes)
+    else:
+        list(map(_nothing, streams))
     return planes.reshape(width, -1).T.tobytes()
 
 
 def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes:
-    """Return the `size` bytes of planes in one frame, as in version 1. Raises FormatError."""
+    """Return the `size` bytes of planes that version 1 stored in one frame. Raises FormatError."""
     if not size:
         return _nothing(frame)
     if size % width:
@@ -360,7 +363,7 @@ def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes
 
 
 def pack_escapes(escapes: Escapes) -> bytes:
-    """Pack escapes as int32 [3, E]: gaps between pair indices (the first from 0), then I, then J; as 4 byte planes.
+    """Pack escapes as int32 [3, E] in 4 byte planes: gaps between pair indices (the first from 0), then I, then J.
 
     Raises:
         FormatError: A gap does not fit int32.
@@ -380,7 +383,7 @@ def unpack_escapes(stream: bytes | memoryview, count: int, pairs: int, *, reach:
     """Return the `count` escapes of a tensor of `pairs` pairs. Symbols range over `reach` times -128..127.
 
     Raises:
-        FormatError: Indices are not increasing or outside the tensor, or a coordinate needs no escape.
+        FormatError: An index does not increase or lies outside the tensor, or a coordinate needs no escape.
     """
     if not count:
         _nothing(stream)
@@ -397,3 +400,44 @@ def unpack_escapes(stream: bytes | memoryview, count: int, pairs: int, *, reach:
         i=torch.from_numpy(rows[1].astype(np.int32)),
         j=torch.from_numpy(rows[2].astype(np.int32)),
     )
+
+
+class EscapesOfAll(NamedTuple):
+    """The escapes of some tensors, one after the other: pair index in the tensor, I, J, and number of the tensor."""
+
+    pair: rans.Integers
+    i: npt.NDArray[np.int32]
+    j: npt.NDArray[np.int32]
+    tensor: rans.Integers
+
+
+def unpack_escapes_all(
+    streams: Sequence[bytes | memoryview], counts: Sequence[int], pairs: Sequence[int], reaches: Sequence[int]
+) -> EscapesOfAll:
+    """`unpack_escapes` of many tensors. Raises FormatError."""
+    for stream, count in zip(streams, counts, strict=True):
+        if not count:
+            _nothing(stream)
+    which = [number for number, count in enumerate(counts) if count]
+    held = np.array([counts[number] for number in which], dtype=np.int64)
+    planes = np.empty(12 * int(held.sum()), dtype=np.uint8)
+    unpack_all([streams[number] for number in which], (12 * held).tolist(), planes)
+    # Four planes of 3 E bytes each for each tensor: byte b of element e is at begin + b * 3 E + e.
+    of = np.repeat(np.arange(len(which)), 3 * held)
+    begin = 3 * (np.cumsum(held) - held)
+    place = 3 * begin[of] + np.arange(len(of))
+    bytes_of = [planes[place + 3 * b * held[of]] for b in range(4)]
+    values = np.stack(bytes_of, axis=1).view("<i4").reshape(-1)
+    own = np.repeat(np.arange(len(which)), held)
+    rank = np.arange(len(own)) - (begin // 3)[own]
+    at = begin[own] + rank
+    gap, i, j = (values[at + k * held[own]].astype(np.int64) for k in range(3))
+    pair = np.cumsum(gap)
+    pair -= (pair - gap)[(begin // 3)[own]]
+    reach = np.array([reaches[number] for number in which], dtype=np.int64)[own]
+    inside = (i >= reach * LOW) & (i < reach * (HIGH + 1)) & (j >= reach * LOW) & (j < reach * (HIGH + 1))
+    most = np.array([pairs[number] for number in which], dtype=np.int64)[own]
+    tensor = np.array(which, dtype=np.int64)[own]
+    for number in tensor[(gap < np.minimum(rank, 1)) | (pair >= most) | inside][:1]:
+        unpack_escapes(streams[number], counts[number], pairs[number], reach=reaches[number])  # raises, and says why
+    return EscapesOfAll(pair, i.astype(np.int32), j.astype(np.int32), tensor)

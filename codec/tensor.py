@@ -31,8 +31,8 @@ ESCAPE_BITS = 40
 """Approximate bits of an escape."""
 
 MOST_ESCAPED = 1 / 40
-"""Largest share of a path's pairs that may be escapes in memory, where its coordinates reach half as far as those of
-single nodes. At rest they cost no more. Above 39 dB there are more, and HyperLinear adds each one separately."""
+"""Largest share of a path's pairs that may be escapes in memory, because a path's coordinates reach only half as far as
+single nodes'. At rest they cost no more. Above 39 dB there are more, and HyperLinear adds each one separately."""
 
 
 _LARGEST_INTEGER = 1 << 24
@@ -43,7 +43,7 @@ _LOOK = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """A stored tensor, what was done to it and why, and its error as measured by the encoder (None if lossless)."""
+    """A stored tensor, the reason if it is lossless, and its error as measured by the encoder (None if lossless)."""
 
     tensor: CodedTensor
     reason: str
@@ -107,7 +107,7 @@ def _encode(name: str, tensor: Tensor, decision: Decision) -> "Encoded | _Unpack
 
 
 def check_storable(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that holds NaN or Inf, or has a dtype that cannot be stored. Raises TensorError."""
+    """Raise TensorError if a tensor holds NaN or Inf, or has a dtype that cannot be stored."""
     if tensor.dtype not in TORCH_TO_SAFETENSORS:
         raise TensorError(f"tensor {name!r}: dtype {tensor.dtype} cannot be stored")
     if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
@@ -119,7 +119,7 @@ def decode_tensor(coded: CodedTensor, device: torch.device | str = "cpu") -> Ten
 
     Raises:
         FormatError: The streams do not match the entry.
-        BaseError: It is a difference whose base is missing.
+        BaseError: The tensor is a difference whose base is missing.
     """
     return decode_with_code(coded, device)[0]
 
@@ -170,7 +170,7 @@ def stored(
     params: Params = None,
     error: Fidelity | None = None,
 ) -> CodedTensor:
-    """Return a coded tensor that carries the encoder's measurements, if `error` is given."""
+    """Return a coded tensor with the encoder's measurements, if `error` is given."""
     claims = Claims()
     if error is not None:
         claims = Claims(sqnr_db=error.sqnr_db, max_abs=error.max_abs, mean_abs=error.mean_abs).rounded()
@@ -190,10 +190,10 @@ def _encode_raw(name: str, tensor: Tensor) -> CodedTensor:
 
 
 def _encode_lossless(name: str, tensor: Tensor) -> CodedTensor:
-    """Store byte planes if they are smaller, else the elements as they are."""
+    """Store byte planes if they are smaller, else the elements unchanged."""
     data = _bytes_of(tensor)
     packed = rest.pack_elements(data, tensor.dtype.itemsize) if data else ()
-    # A reader refuses few bytes for so many weights, see `container.MAX_EXPANSION`.
+    # Readers refuse too many weights per byte, see `container.MAX_EXPANSION`.
     if packed and tensor.numel() <= MAX_EXPANSION * (size := sum(map(len, packed))) and size < len(data):
         return stored(name, tensor, "planes", *packed)
     return _encode_raw(name, tensor)
@@ -215,9 +215,9 @@ def _decode_planes(coded: CodedTensor) -> Tensor:
 
 
 def fallback(matrix: Tensor, seen: Survey | None = None) -> str | None:
-    """Why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`; None where they can.
+    """Return why the weights of a matrix that should be coded cannot be: a key of `FALLBACKS`. Return None if they can.
 
-    `seen` is what a look through finite weights found, if there was one.
+    `seen` is the survey of finite weights, if there was one.
     """
     low, high = to_host(*torch.aminmax(matrix)) if seen is None else (seen.low, seen.high)
     if low == high:
@@ -235,7 +235,7 @@ def _whole(matrix: Tensor) -> bool:
 
 
 def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> Encoded:
-    """Store a codable tensor lossless, with the reason, a key of `FALLBACKS`."""
+    """Store a codable tensor lossless, with the reason: a key of `FALLBACKS`."""
     coded = (_encode_raw if raw else _encode_lossless)(name, tensor)
     coded = replace(coded, claims=Claims(reason=reason))
     return Encoded(tensor=coded, reason=FALLBACKS[reason], fidelity=None)
@@ -310,13 +310,13 @@ def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _U
 def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
     """Return the coordinates of a tensor on the lattice, which HyperLinear is built from, without decoding weights.
 
-    Those of a difference are the sum of its base's and its own.
+    The coordinates of a difference are the sum of its base's and its own.
 
     Runs on the CPU, and is the reference for the faster GPU version, `birkhoff.kernels.entropy.op.lattices_of`.
 
     Raises:
         FormatError: The streams do not match the entry.
-        BaseError: It is a difference whose base is missing.
+        BaseError: The tensor is a difference whose base is missing.
     """
     own = own_lattice(coded)
     params = coded.params

@@ -1,6 +1,6 @@
 """The trajectory: two weights become one step number theta, and back.
 
-With n = 256 rows and step h, step theta = 256*i + j (0 <= i, j < 256) of the trajectory stands at
+With n = 256 rows and step h, step theta = 256*i + j (0 <= i, j < 256) of the trajectory is the point
 
     x = h * (I + J / 256),    y = h * J,    where I = i - 128 and J = j - 128
 
@@ -33,8 +33,8 @@ LOW, HIGH = -128, 127
 
 
 FARTHEST = 1 << 22
-"""Steps up to which float32 tells even nodes from odd ones: paths are searched so far, and whole numbers rounded by a
-sum."""
+"""Steps up to which float32 distinguishes even nodes from odd ones. Paths can be searched up to here, and a sum can
+round whole numbers."""
 
 
 def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,8 @@ def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
     Returns:
         (I, J), whole numbers as float32, in the shape of `x`, not limited to -128..127. Ties take the lower row.
     """
-    # One multiplication by a float32 reciprocal, and no multiply-add that a compiler might contract, so that CPU and
-    # GPU resolve every tie alike.
+    # Multiply once by a float32 reciprocal, and use no multiply-add that a compiler might contract. Then CPU and GPU
+    # resolve every tie alike.
     inverse = reciprocal(step)
     v = y * inverse
     row = torch.floor(v)
@@ -58,7 +58,7 @@ def nearest(x: Tensor, y: Tensor, step: float) -> tuple[Tensor, Tensor]:
     t1 = t0 - 1 / N
     i0, i1 = torch.round(t0), torch.round(t1)
     e0, e1 = t0.sub_(i0), t1.sub_(i1)
-    # e1^2 + (1 - below)^2 < e0^2 + below^2, each square rounded by itself
+    # e1^2 + (1 - below)^2 < e0^2 + below^2, each square rounded separately
     upper = e1.mul_(e1).add_(1).sub_(below.add_(below)) < e0.mul_(e0)
     # i0 and i1 differ by at most one, so this is exact. It is much faster than `torch.where`.
     return i0.add_(i1.sub_(i0).mul_(upper)), row.add_(upper)
@@ -80,7 +80,7 @@ def position(i: Tensor, j: Tensor, step: float | Tensor, n: int = N) -> tuple[Te
 
 
 def theta_from_coordinates(i: Tensor, j: Tensor) -> Tensor:
-    """Step numbers (uint16) of int8 coordinates of one shape."""
+    """Return the step numbers (uint16) of int8 coordinates of one shape."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None
     if library is not None:
         theta = torch.empty(i.shape, dtype=torch.uint16)

@@ -20,7 +20,7 @@ vector operation over the lanes, in encoding and decoding. With T(S) as the appr
     path 1, through the rows:     L = ceil(S / T)
     path 2, down the columns:     L = P * ceil(R / T), for a plane [R, P]
 
-Under path 2, lane l holds only rows l // P, l // P + L/P, ... of column l mod P, whatever R is. So a column can be
+Under path 2, lane l holds only rows l // P, l // P + L/P, ... of column l mod P, for any R. So a column can be
 searched when all columns before it are known, as error feedback between columns requires.
 
 Source: T. R. Fischer, M. Wang, "Entropy-constrained trellis-coded quantization", IEEE Trans. Inf. Theory 38 (1992).
@@ -54,7 +54,7 @@ _BLOCK = 8
 
 
 def steps(symbols: int) -> int:
-    """Return T, the steps of a run, for a plane of so many symbols.
+    """Return T, the steps of a run, by the number of symbols in its plane.
 
     The first symbols of a run are constrained, which loses about 3/T of the gain. Few lanes make short vectors.
     """
@@ -77,7 +77,7 @@ def search(u: Tensor, lanes: int | None = None) -> Tensor:
 
 
 def search_(u: Tensor, lanes: int | None = None) -> Tensor:
-    """`search` in place of contiguous values. Needs extra memory for some lanes only."""
+    """`search` in place of contiguous values. Needs extra memory only for some lanes."""
     if not u.numel():
         return u
     lanes = lanes or lanes_of(1, u.numel(), 1)
@@ -94,7 +94,7 @@ def reference_search_(u: Tensor, lanes: int) -> Tensor:
     run = -(-u.numel() // lanes)
     whole = u.numel() // lanes  # steps of every lane; the first lanes have one more, padded
     u_TL, rest = u[: whole * lanes].view(whole, lanes), u[whole * lanes :]
-    # The first call through an operator imports the whole compiler, so a CPU calls the function.
+    # The first call through an operator imports the whole compiler, so on a CPU we call the function.
     width, best = (_LANES, eager_viterbi) if u.device.type == "cpu" else (_LANES_GPU, viterbi)
     for first in range(0, lanes, width):
         part, more = u_TL[:, first : first + width], rest[first : first + width]
@@ -117,7 +117,7 @@ def eager_viterbi(u_TL: Tensor) -> Tensor:
     distances = u_TL.new_empty(_BLOCK, 8, lanes)
     taken = torch.empty(_BLOCK, 8, lanes, dtype=torch.bool, device=u_TL.device)
     decisions = torch.empty(run, lanes, dtype=torch.uint8, device=u_TL.device)
-    # The calls are many and short, so every view is made once.
+    # There are many short calls, so every view is made once.
     turns = cycle([(now.view(2, 1, 4, lanes), _by_bit(then)) for now, then in ((metric, other), (other, metric))])
     less, plain = _COMPARE if u_TL.device.type == "cpu" else (torch.lt, _same)
     views = [(_facing(d), plain(_by_bit(t))) for d, t in zip(distances.unbind(), taken.unbind(), strict=True)]

@@ -62,7 +62,8 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def _bare(cls, in_features: int, out_features: int) -> Self:
-        """A layer without buffers and parameters: to make those first on the meta device takes longer than a load."""
+        """Make a layer without buffers and parameters, because making those on the meta device takes longer than a
+        load."""
         layer = cls.__new__(cls)
         CompressedLinear.__init__(layer, in_features, out_features)
         return layer
@@ -76,7 +77,7 @@ class CompressedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Fill what `_register_rest` registers on the meta device: step, (index, value) of the escapes, a copy of the
-        bias. A bare layer, which has nothing registered, is told its dtype."""
+        bias. A bare layer has nothing registered, so it needs `dtype`."""
         dtype = self._like.dtype if dtype is None else dtype
         found = torch.full((), step, dtype=torch.float32, device=device)  # a copy from the host would wait
         index, value = (part.to(device) for part in escapes)
@@ -108,7 +109,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight in the layer's dtype, decoded again on every access; see `dense_weight`."""
+        """The weight in the layer's dtype. Every access decodes it again, see `dense_weight`."""
         return self.dense_weight()
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from birkhoff.kernels.runtime.errors import KernelError
 
 
 class Int8HyperLinear(CompressedLinear):
-    """y = x W^T + b, with x rounded to int8 by one scale per token, and the weight's integer coordinates multiplied
-    exactly.
+    """y = x W^T + b, with x rounded to int8 by one scale per token, and multiplied exactly by the weight's integer
+    coordinates.
 
     It takes as much memory as HyperLinear and has exactly the same weights. Only the rounding of x loses accuracy:
     about 42 dB SQNR for normally distributed activations, less if a token has outliers. Gradients treat that rounding

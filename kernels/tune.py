@@ -1,4 +1,4 @@
-"""Measure kernel plans on the GPU at hand and keep the fastest, for shapes that the shipped tables lack.
+"""Measure kernel plans on this machine's GPU and keep the fastest, for shapes that the shipped tables lack.
 
     from birkhoff.kernels.tune import tune_model
     tune_model(model, tokens=[1, 4096])
@@ -71,7 +71,7 @@ def _save(found: dict[str, Plan]) -> int:
 
 
 def problem_of(rows: int, columns: int, tokens: int, *, int8: bool) -> Problem:
-    """Return the problem that plans are measured for: bfloat16, aligned as rows of so many columns are."""
+    """Return the problem that plans are measured for: bfloat16, aligned like rows of this length."""
     aligned = int8 or columns % 8 == 0
     return Problem(tokens=tokens, rows=rows, columns=columns, dtype=torch.bfloat16, aligned=aligned, int8=int8)
 

@@ -8,6 +8,8 @@ import random
 import time
 from email.utils import parsedate_to_datetime
 
+from birkhoff.pipeline import interrupt
+
 FIRST_SECONDS = 0.5
 """The longest wait before the second try, in seconds. Four tries wait 1.7 to 3.5 s in total."""
 
@@ -29,12 +31,12 @@ class Backoff:
     def again(self, asked: float | None = None) -> bool:
         """Count a failure, then wait and return True; False at once if that was the last try.
 
-        `asked` is the wait that the server requests, in seconds.
+        `asked` is the wait that the server requests, in seconds. Raises Interrupted once the user asks to stop.
         """
         self.failures += 1
         if self.failures >= self._attempts:
             return False
-        time.sleep(self._pause() if asked is None else min(asked, LONGEST_SECONDS))
+        interrupt.pause(self._pause() if asked is None else min(asked, LONGEST_SECONDS))
         return True
 
     def reset(self) -> None:

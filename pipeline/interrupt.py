@@ -3,18 +3,31 @@
 Python raises KeyboardInterrupt at any point, even inside a finalizer, which swallows it, and the command line library
 turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise `Interrupted` and set
 a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such calls
-are made inside `deferred`, where only the flag is set.
+are made inside `deferred`, where only the flag is set. A handler of the logging module that an exception leaves early
+can keep its lock, and every thread that logs waits for it: a signal that arrives there is acted on once it is left.
+
+Other threads get no exception, as it could leave any lock held: they end where they `check` or `pause`.
 """
 
 import contextlib
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
+
+_AGAIN_SECONDS = 0.01
+"""How soon a signal that arrived inside the logging module arrives again."""
+
+_SLICE_SECONDS = 0.1
+"""How long a pause lasts that is not looked up from."""
 
 _asked = threading.Event()
 _number = signal.SIGINT
 _deferred = 0
+_own = threading.local()
 
 
 class Interrupted(BaseException):
@@ -29,12 +42,40 @@ def install() -> None:
     """Take over SIGINT and SIGTERM in the main thread."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    signal.signal(signal.SIGALRM, _stop_again)
+
+
+def uninstall() -> None:
+    """Let either signal end the process at once: nothing is left to do, and nobody would catch `Interrupted`."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def ends_with(event: threading.Event) -> Iterator[None]:
+    """Let `check` raise in this thread once `event` is set, too."""
+    _own.event = event
+    try:
+        yield
+    finally:
+        del _own.event
 
 
 def check() -> None:
     """Raise Interrupted if the user has asked to stop; for loops that wait or publish."""
-    if _asked.is_set():
-        raise Interrupted
+    own: threading.Event | None = getattr(_own, "event", None)
+    if _asked.is_set() or (own is not None and own.is_set()):
+        _raise()
+
+
+def pause(seconds: float) -> None:
+    """Do nothing for so long. Raises Interrupted as soon as the user asks to stop, in any thread."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, _SLICE_SECONDS))
+    check()
 
 
 @contextlib.contextmanager
@@ -54,14 +95,45 @@ def asked() -> bool:
     return _asked.is_set()
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    stop(number)
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _logs(frame):
+        _ask(number)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    else:
+        stop(number)
+
+
+def _stop_again(_: int, frame: FrameType | None) -> None:
+    _stop(_number, frame)
 
 
 def stop(number: int) -> None:
     """Act as on the signal: raise Interrupted, or set the flag while deferred."""
+    _ask(number)
+    if not _deferred:
+        _raise()
+
+
+def _raise() -> NoReturn:
+    if threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_REAL, 0)  # this signal need not arrive again
+    raise Interrupted
+
+
+def _ask(number: int) -> None:
     global _number  # signal handlers take no state
     _number = signal.Signals(number)
     _asked.set()
-    if not _deferred:
-        raise Interrupted
+
+
+def _logs(frame: FrameType | None) -> bool:
+    """Return whether a function of the logging module has called what runs in this frame."""
+    while frame is not None:
+        if frame.f_code.co_filename == _LOGGING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_LOGGING = logging.Logger.handle.__code__.co_filename
+"""The logging module's file as frames name it."""

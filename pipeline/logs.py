@@ -15,13 +15,16 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.text import printable
 
@@ -51,8 +54,8 @@ class _Lines(logging.Formatter):
 
 _package = logging.getLogger("birkhoff")
 _steps = logging.getLogger("birkhoff.step")
-_shard: dict[str, Any] = {}
-"""Model and index of the shard that this process works on, one at a time."""
+_shard: ContextVar[Mapping[str, Any]] = ContextVar("shard", default=MappingProxyType({}))
+"""Model and index of the shard that this thread works on."""
 
 
 def configure(form: LogFormat, *, debug: bool) -> None:
@@ -122,19 +125,20 @@ def join_trace() -> None:
 @contextlib.contextmanager
 def shard(model: str, index: int) -> Iterator[None]:
     """Attribute the steps inside the block to this shard."""
-    _shard.update(model=model, shard=index)
+    before = _shard.set({"model": model, "shard": index})
     try:
         yield
     finally:
-        _steps.info("end", extra=dict(_shard))
-        _shard.clear()
+        _steps.info("end", extra=dict(_shard.get()))
+        _shard.reset(before)
 
 
 def step(stage: str, nbytes: int, tensor: str | None = None) -> None:
-    """Log a step before it is taken, as it may kill the process."""
+    """Log a step before it is taken, as it may kill the process. Raises Interrupted if the user has asked to stop."""
+    interrupt.check()
     if _steps.isEnabledFor(logging.INFO):
         more = {} if tensor is None else {"tensor": tensor}
-        _steps.info("step", extra={**_shard, **more, "stage": stage, "bytes": nbytes})
+        _steps.info("step", extra={**_shard.get(), **more, "stage": stage, "bytes": nbytes})
 
 
 def last_step(model: str, index: int) -> str | None:

@@ -1,5 +1,6 @@
-"""One thread for torch in every test (threads that wait for each other cost more than they give on two cores), Triton's
-interpreter where there is no GPU, and a cache of pulled blobs that is the run's own."""
+"""One thread for torch in every test (threads that wait for each other cost more than they give on two cores), the same
+random numbers, Triton's interpreter where there is no GPU, no waiting for the disk, and a cache of pulled blobs that is
+the run's own."""
 
 import logging
 import os
@@ -17,6 +18,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Tests that draw without a generator of their own draw the same each time, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("XDG_CACHE_HOME")
@@ -26,6 +33,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def not_forced_to_disk() -> Iterator[None]:
+    """No test cuts the power, and some 50,000 files of a run would wait for the disk one after another.
+
+    Processes that tests start do wait. That a write fails where its file cannot be forced, `test_store` holds.
+    """
+
+    def fsync(file: int) -> None:
+        os.fstat(file)  # it must be open
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are processors: many tests wait, for servers, for Ray, for a signal to arrive."""
-    return (os.cpu_count() or 1) + 1
+    """Two processes more than there are processors: many tests wait, for servers, for Ray, for a signal to arrive."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

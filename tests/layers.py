@@ -30,6 +30,7 @@ ORDER = (
         "pipeline/segment",
         "pipeline/proof",
         "pipeline/statistics",
+        "pipeline/progress",
         "pipeline/run",
         "pipeline/report",
     ),

@@ -78,7 +78,6 @@ def test_the_examples_of_published_packages(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", STANDINS)
 def test_the_examples_with_the_packages_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Each block alone in a process of its own, word for word, on the model's own names and shapes."""

@@ -1,1 +1,1 @@
-"""Tensors coded as differences to those of another version, the base."""
+"""Tensors coded as differences to another version, the base."""

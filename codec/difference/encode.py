@@ -1,4 +1,4 @@
-"""One tensor to its stored form with a base: as a difference to it, or for itself, whichever is smaller."""
+"""Encode a tensor that has a base: as a difference to it, or on its own, whichever is smaller."""
 
 from dataclasses import dataclass, replace
 
@@ -9,6 +9,7 @@ from birkhoff.codec.container import MAX_EXPANSION, CodedTensor, DifferenceParam
 from birkhoff.codec.difference import by_output
 from birkhoff.codec.difference.find import Difference, find
 from birkhoff.codec.output import encode as output
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import Decision
 from birkhoff.codec.tensor import (
@@ -24,60 +25,58 @@ from birkhoff.codec.tensor import (
 )
 
 ENTRY_BYTES = 40
-"""About what an entry of a difference takes more in the packed index."""
+"""Approximate bytes by which a difference's entry in the packed index exceeds another entry."""
 
 _CLEARLY = 0.8
-"""Share of the direct form's estimated bytes below which that is not even made."""
+"""A difference below this share of the direct form's estimated bytes is taken without encoding the direct form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """What a tensor may be a difference to: a stored tensor, and the sha256 of the container that holds it."""
+    """A possible base: a stored tensor, and the SHA-256 of the container that holds it."""
 
     container: str
     tensor: CodedTensor
 
 
-def encode(
-    name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian_KK: Tensor | None = None
-) -> Encoded:
-    """Code one tensor as was decided of it, but as a difference where that takes fewer bytes.
+def encode(name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian: Hessian | None = None) -> Encoded:
+    """Code a tensor by its decision, but as a difference if that takes fewer bytes.
 
-    Without, it is what `encode_tensor` makes of it, or `output.encode` under a nominal target. A target that is none is
-    met by what is decoded with the base; under a nominal one the outputs' error is as there. A base of another name,
-    shape or codec is no help, nor is one that is a difference itself.
+    Otherwise the result is that of `encode_tensor`, or of `output.encode` under a nominal target. A difference meets
+    the target once it is decoded with its base; under a nominal target it has the same error of the outputs as the
+    direct form. A base is ignored if its name, shape or codec differs, or if it is a difference itself.
 
     Args:
-        name: of the tensor, and of its base.
-        tensor: of any shape and stored dtype, on the CPU or a GPU.
-        decision: of codec `lattice`, or any other.
-        base: the base; None for none.
-        hessian_KK: under a nominal target, what errors are fed back through; on the tensor's device.
+        name: The name of the tensor and of its base.
+        tensor: Of any shape and stored dtype, on the CPU or a GPU.
+        decision: For any codec. Only `lattice` uses the base.
+        base: The base, or None.
+        hessian: The Hessian for error feedback under a nominal target, on the tensor's device.
 
-    Raises: as `encode_tensor`.
+    Raises: As `encode_tensor`.
     """
     check_storable(name, tensor)
-    found = _found(name, tensor, decision, base, hessian_KK)
+    found = _found(name, tensor, decision, base, hessian)
     if found is None or base is None:
-        return _direct(name, tensor, decision, hessian_KK)
+        return _direct(name, tensor, decision, hessian)
     encoded = _encoded(name, tensor, found, base)
     if decision.states_target or decision.target_db is None:
         encoded = with_target(encoded, _target_of(tensor, decision))
     size = encoded.tensor.nbytes + ENTRY_BYTES
-    if tensor.numel() > MAX_EXPANSION * encoded.tensor.nbytes:  # few bytes may stand for so many weights
-        return _direct(name, tensor, decision, hessian_KK)
+    if tensor.numel() > MAX_EXPANSION * encoded.tensor.nbytes:  # readers refuse that
+        return _direct(name, tensor, decision, hessian)
     if 8 * size < _CLEARLY * found.direct_bits * tensor.numel():
         return encoded
-    direct = _direct(name, tensor, decision, hessian_KK)
+    direct = _direct(name, tensor, decision, hessian)
     return encoded if size < direct.tensor.nbytes else direct
 
 
-def _direct(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:
-    """The tensor for itself."""
+def _direct(name: str, tensor: Tensor, decision: Decision, hessian: Hessian | None) -> Encoded:
+    """Code the tensor without a base."""
     if not decision.nominal:
         return encode_tensor(name, tensor, decision)
-    assert decision.target_db is not None  # a nominal target is one
-    return output.encode(name, tensor, decision.target_db, hessian_KK, path=decision.path)
+    assert decision.target_db is not None  # a nominal target has a value
+    return output.encode(name, tensor, decision.target_db, hessian, path=decision.path)
 
 
 def _target_of(tensor: Tensor, decision: Decision) -> float:
@@ -85,15 +84,15 @@ def _target_of(tensor: Tensor, decision: Decision) -> float:
 
 
 def is_for(base: CodedTensor, name: str, tensor: Tensor, decision: Decision) -> bool:
-    """Whether a stored tensor can be the base of one, by name, shape and what was decided."""
+    """Return whether a stored tensor can be the base of another, by name, shape and decision."""
     shape = tuple(tensor.shape)
     return decision.codec == "lattice" and base.name == name and fits(base, shape, matrix_shape(shape)[1])
 
 
 def _found(
-    name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian_KK: Tensor | None
+    name: str, tensor: Tensor, decision: Decision, base: Base | None, hessian: Hessian | None
 ) -> Difference | None:
-    """The difference of a tensor; None where there is none, or nothing that it could save."""
+    """Find the difference of a tensor. Return None without a usable base, or if it cannot save anything."""
     if base is None or not is_for(base.tensor, name, tensor, decision):
         return None
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
@@ -109,15 +108,15 @@ def _found(
     if output.is_fixed(target_db):
         return None
     try:
-        found = by_output.find(matrix, held, target_db, hessian_KK, path=decision.path, base_path=path_of(base.tensor))
+        found = by_output.find(matrix, held, target_db, hessian, path=decision.path, base_path=path_of(base.tensor))
     except rate.RangeError:
         return None
-    worse = found is None or not output.is_no_worse(tensor, found.sum, target_db, hessian_KK, path=decision.path)
+    worse = found is None or not output.is_no_worse(tensor, found.sum, target_db, hessian, path=decision.path)
     return None if worse else found
 
 
 def path_of(coded: CodedTensor) -> int:
-    """The kind of the paths that a tensor's coordinates lie on; 0 for none."""
+    """Return the kind of the paths that a tensor's coordinates are on, 0 for none."""
     return coded.params.path if isinstance(coded.params, LatticeParams) else 0
 
 

@@ -1,7 +1,8 @@
-"""Estimated bytes of a tensor with a base at every target: what budgets are solved with, and `plan` tells.
+"""Estimate the bytes of a tensor with a base at every target, for budgets and for `plan`.
 
-Of a difference and the direct form the smaller is taken, as `encode` does. The direct form is estimated by
-`codec.budget`, the difference at some targets from a sample (see `find`), and as straight between them.
+Each size is the smaller of the difference's and the direct form's, because `encode` takes the smaller. `codec.budget`
+estimates the direct form. A sample gives the difference at some targets (see `find`), and sizes between these are
+interpolated linearly.
 
 Shapes: T = targets.
 """
@@ -21,22 +22,22 @@ from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision
 from birkhoff.codec.tensor import LEAST_PATH, fallback, lattice_of
 
 _EVERY_DB = 2.0
-"""Targets at which differences are estimated lie so far apart."""
+"""Distance in dB between the targets at which differences are estimated."""
 
 
 def sizes(
     name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[float], base: CodedTensor | None = None
 ) -> budget.Floats:
-    """Estimated bytes of a tensor at each of some targets of its own in dB, its entry in the header included: [T].
+    """Estimate the bytes of a tensor at each target in dB, including its entry in the header: [T].
 
     Args:
-        tensor: of any shape and stored dtype, on the CPU.
-        decision: for codec `lattice`, or lossless; its own target is ignored.
-        base: what it may be a difference to.
+        tensor: Of any shape and stored dtype, on the CPU.
+        decision: For codec `lattice`, or lossless. Its own target is ignored.
+        base: The possible base, or None.
 
     Raises:
-        TensorError: as `encode_tensor`.
-        FormatError: the base's streams are not what its entry declares.
+        TensorError: As `encode_tensor`.
+        FormatError: The base's streams do not match its entry.
     """
     direct = (tensor_sizes if decision.nominal else budget.sizes)(name, tensor, decision, targets_db)
     if base is None or not is_for(base, name, tensor, decision):
@@ -50,7 +51,7 @@ def sizes(
     path = decision.path and matrix.numel() >= LEAST_PATH
     found = estimates(matrix, lattice_of(base), tried.tolist(), path=path, base_path=path_of(base))
     bits = np.interp(wanted, tried, [min(pair) for pair in found])
-    # Above what other allocations end at a weight is a number of 16 bits, which has no difference.
+    # Allocations go to 16-bit weights above the highest target, and those have no difference.
     difference = np.where(np.asarray(targets_db) > high, np.inf, bits * matrix.numel() / 8 + ENTRY_BYTES)
     smaller: budget.Floats = np.minimum(direct, difference)
     return smaller

@@ -1,1 +1,1 @@
-"""Entropy coding of bytes: code tables and interleaved rANS. Knows nothing of weights."""
+"""Entropy coding of bytes: code tables and interleaved rANS. It knows nothing about weights."""

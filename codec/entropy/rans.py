@@ -1,28 +1,28 @@
-"""Interleaved rANS: bytes coded by a static table, in blocks that decode independently.
+"""Interleaved rANS: code bytes by a static table, in blocks that decode independently.
 
 Source: J. Duda, "Asymmetric numeral systems" (arXiv 1311.2540). The interleaving is that of F. Giesen, "Interleaved
-entropy coders" (arXiv 1402.3392), as used by GPU coders.
+entropy coders" (arXiv 1402.3392), which GPU coders use.
 
-A stream is cut into blocks of 131072 symbols, the last one shorter. Symbol i of a block belongs to lane i mod N, where
-N is a power of two up to 32. Each lane has a state x, 2^16 <= x < 2^32, and the block has one sequence of 16-bit words.
-Let F be a symbol's frequency and C the sum of the frequencies of all smaller symbols. Decoding goes through the symbols
-in order, and takes for each
+A stream consists of blocks of 131072 symbols; the last block may be shorter. Symbol i of a block belongs to lane
+i mod N, where N is a power of two up to 32. Each lane has a state x, 2^16 <= x < 2^32. All lanes of a block share one
+sequence of 16-bit words. Let F be a symbol's frequency and C the sum of the frequencies of all smaller symbols. The
+decoder visits the symbols in order and computes for each
 
     slot = x mod 4096, the symbol with C <= slot < C + F, x = F * floor(x / 4096) + slot - C,
     and if x < 2^16: x = 65536 x + the next word
 
 At a block's end every state must be 2^16 and every word read; otherwise the block is damaged. A GPU's warp, or four
-vectors of AVX2, decode N symbols at a time, and the lanes with a small x take the next words in the order of the lanes.
+vectors of AVX2, decode N symbols at a time. Lanes with a small x take the next words in the order of the lanes.
 
-A block has N states (uint32), then its words (uint16), little-endian. The number of words of each block but the last
-(uint32) precedes all blocks; the last block takes the rest.
+A block stores N states (uint32), then its words (uint16), little-endian. The number of words (uint32) of each block but
+the last precedes all blocks; the last block takes the remaining words.
 
-Worked example: the table of two equally frequent bytes a < b (F = 2048 each, C = 0 and 2048), one lane, the stream
-"ab". Encoding runs backwards from x = 65536: b first, x = 4096 * floor(65536 / 2048) + 65536 mod 2048 + 2048 = 133120;
-then a, x = 4096 * 65 = 266240. Decoding, 266240 mod 4096 = 0 is a, and x = 2048 * 65 = 133120; 133120 mod 4096 = 2048
-is b, and x = 2048 * 32 + 0 = 65536, as at every end.
+Worked example: the table has two equally frequent bytes a < b (F = 2048 each, C = 0 and 2048), the block has one lane,
+and the stream is "ab". The encoder runs backwards from x = 65536. It encodes b, x = 4096 * floor(65536 / 2048) + 65536
+mod 2048 + 2048 = 133120, then a, x = 4096 * 65 = 266240. The decoder finds 266240 mod 4096 = 0, which is a, and
+x = 2048 * 65 = 133120; then 133120 mod 4096 = 2048, which is b, and x = 2048 * 32 + 0 = 65536, the state at every end.
 
-Shapes: B = blocks, N = lanes.
+Shapes: S = streams, B = blocks, N = lanes.
 """
 
 from collections.abc import Sequence
@@ -38,73 +38,61 @@ Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 BLOCK = 1 << 17
-"""Symbols per block: so many that 32 states take 0.01 bits per symbol, so few that a GPU decodes one in 0.3 ms."""
+"""Symbols per block: enough that 32 states cost only 0.01 bits per symbol, few enough that a GPU decodes a block in
+0.3 ms."""
 
-MOST_LANES = 32
-_LEAST_LANES = 4
+_LEAST_LANES, _MOST_LANES = 4, 32
 _DEPTH = 8192
 """Approximate number of symbols per lane. A state costs 24 bits."""
+
+_DOUBLED_FROM = _DEPTH * np.array([4, 8, 16])
+"""Sizes from which a stream has 8, 16 and 32 lanes."""
 
 _LEAST_STATE = 1 << 16
 
 _TOGETHER = 64
-"""Blocks that the references code together."""
+"""Blocks that the references code at a time."""
 
 
-def lanes(size: int) -> int:
-    """Return N, as the encoder chooses it for a stream of so many symbols."""
-    found = _LEAST_LANES
-    while found < MOST_LANES and size >= found * _DEPTH:
-        found *= 2
+def lanes(sizes: Integers) -> Integers:
+    """Return the number of lanes N that the encoder chooses for each stream, by its number of symbols."""
+    found: Integers = _LEAST_LANES << _DOUBLED_FROM.searchsorted(sizes, side="right")
     return found
 
 
-def lanes_of_all(sizes: Integers) -> Integers:
-    """`lanes` of many streams."""
-    found = np.full(sizes.shape, _LEAST_LANES, dtype=np.int64)
-    while (more := (found < MOST_LANES) & (sizes >= found * _DEPTH)).any():
-        found = np.where(more, 2 * found, found)
+def encoded_bytes(sizes: Integers) -> Integers:
+    """Return the bytes that the states and the numbers of words take in each stream."""
+    blocks = -(-sizes // BLOCK)
+    found: Integers = 4 * (blocks * (lanes(sizes) + 1) - 1)
     return found
 
 
-def encoded_bytes(size: int) -> int:
-    """Return the bytes of a stream's states and of the sizes of its blocks."""
-    blocks = -(-size // BLOCK)
-    return 4 * (blocks - 1) + 4 * lanes(size) * blocks
+def encode(flat: Bytes, sizes: Integers, frequencies: Frequencies, lanes: Integers) -> list[bytes]:
+    """Encode streams that follow each other in `flat`.
 
+    A stream with 0 lanes is skipped and gives no bytes. The others have at least one symbol, and all their symbols have
+    a frequency above 0.
 
-def encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
-    """Encode a stream of at least one symbol, all with a frequency above 0, as blocks."""
+    Args:
+        flat: The symbols of all streams.
+        sizes: The number of symbols of each stream, [S].
+        frequencies: The tables, uint16 [S, 256].
+        lanes: N of each stream, int64 [S].
+    """
     library = native()
     if library is None:
-        return reference_encode(symbols, frequency, lanes)
-    out = np.empty((8 + 4 * lanes) * -(-symbols.size // BLOCK) + 2 * symbols.size, dtype=np.uint8)
-    scratch = np.empty(8 + BLOCK, dtype=np.uint16)
-    size = library.birkhoff_rans_encode(
-        pointer(symbols), symbols.size, lanes, pointer(frequency), pointer(scratch), pointer(out)
-    )
-    return out[:size].tobytes()
-
-
-def encode_all(flat: Bytes, sizes: Sequence[int], frequencies: Sequence[Frequencies | None]) -> list[bytes]:
-    """The blocks of groups that follow each other in `flat`, as `encode` makes them; none of those without a table."""
-    library = native()
-    lanes_of = [0 if frequency is None else lanes(size) for size, frequency in zip(sizes, frequencies, strict=True)]
-    if library is None:
-        groups = zip(np.split(flat, np.cumsum(sizes)[:-1]), frequencies, lanes_of, strict=True)
-        return [b"" if f is None else reference_encode(group, f, lanes) for group, f, lanes in groups]
-    most = sum(
-        (8 + 4 * lanes) * -(-size // BLOCK) + 2 * size for size, lanes in zip(sizes, lanes_of, strict=True) if lanes
-    )
-    used = np.array([np.zeros(256, np.uint16) if f is None else f for f in frequencies])
-    out, ends, scratch = np.empty(most, np.uint8), np.empty(len(sizes), np.int64), np.empty(8 + BLOCK, np.uint16)
-    arrays = np.array(sizes, np.int64), np.array(lanes_of, np.int32), used, scratch, out, ends
-    library.birkhoff_group_codes(pointer(flat), len(sizes), *map(pointer, arrays))
+        streams = zip(np.split(flat, np.cumsum(sizes)[:-1]), frequencies, lanes.tolist(), strict=True)
+        return [reference_encode(stream, frequency, n) if n else b"" for stream, frequency, n in streams]
+    most_blocks = len(sizes) + flat.size // BLOCK
+    out = np.empty((8 + 4 * _MOST_LANES) * most_blocks + 2 * flat.size, np.uint8)
+    ends, scratch = np.empty(len(sizes), np.int64), np.empty(8 + BLOCK, np.uint16)
+    arrays = sizes, lanes, np.ascontiguousarray(frequencies), scratch, out, ends
+    library.birkhoff_rans_encode(pointer(flat), len(sizes), *map(pointer, arrays))
     return [out[begin:end].tobytes() for begin, end in pairwise([0, *ends.tolist()])]
 
 
 def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int, out: Bytes | None = None) -> Bytes:
-    """Decode the `size` symbols (at least one) of blocks, into `out` if given. Raises DamagedError."""
+    """Decode `size` symbols (at least one) from the blocks of a stream, into `out` if given. Raises DamagedError."""
     out = np.empty(size, dtype=np.uint8) if out is None else out
     library = native()
     if library is None:
@@ -117,7 +105,7 @@ def decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: i
 
 
 def reference_encode(symbols: Bytes, frequency: Frequencies, lanes: int) -> bytes:
-    """`encode` in numpy, one step of all lanes of several blocks at a time."""
+    """`encode` of one stream in numpy: one step of all lanes, for several blocks at a time."""
     coded: list[tuple[bytes, bytes]] = []
     for first in range(0, symbols.size, _TOGETHER * BLOCK):
         coded += _encode_some(symbols[first : first + _TOGETHER * BLOCK], frequency.astype(np.int64), lanes)
@@ -148,7 +136,7 @@ def _encode_some(symbols: Bytes, frequency: npt.NDArray[np.int64], lanes: int) -
 
 
 def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies, lanes: int) -> Bytes:
-    """`decode` in numpy, one step of all lanes of several blocks at a time."""
+    """`decode` in numpy: one step of all lanes, for several blocks at a time."""
     starts, words = directory(data, size, lanes)
     blocks = len(words)
     places = [range(first, min(first + _TOGETHER, blocks)) for first in range(0, blocks, _TOGETHER)]
@@ -159,8 +147,11 @@ def reference_decode(data: bytes | memoryview, size: int, frequency: Frequencies
 
 
 def directory(data: bytes | memoryview, size: int, lanes: int) -> tuple[Integers, Integers]:
-    """Return the start of each block of a stream of `size` symbols, and its number of words, [B] each. Raises
-    DamagedError."""
+    """Return the start of each block in a stream of `size` symbols, and its number of words: [B] each.
+
+    Raises:
+        DamagedError: The stream is too short.
+    """
     blocks = -(-size // BLOCK)
     head = 4 * (blocks - 1)
     if len(data) < head:

@@ -1,27 +1,28 @@
-"""Code tables: how often each byte occurs in a stream, in as few bits as that is worth.
+"""Code tables: the frequency of each byte in a stream, stored in as few bits as pay off.
 
-A table gives each byte a frequency F, the sum of which is 4096. Stored is not F but a small logarithm: a *field* q,
-0 for a byte that does not occur, else the float of r mantissa bits
+A table gives each byte a frequency F; all F add up to 4096. It stores not F but a small logarithm, the *field* q: 0 for
+a byte that does not occur, else a float with r mantissa bits,
 
     v = (2^r + (q - 1) mod 2^r) * 2^floor((q - 1) / 2^r),    0 <= r <= 4
 
-from which F = max(1, floor(4096 v / sum v)), and what is missing from 4096, or too much, goes to the greatest F (the
-first of equals). Neighbouring bytes occur about equally often, so the fields' differences are small and Rice codes
-hold them. A short stream is not worth exact frequencies: the encoder takes the r and the Rice parameter k of the fewest
-bits, table and symbols together. Counts are whole numbers and logarithms fixed-point, so the choice is the same
-everywhere.
+Then F = max(1, floor(4096 v / sum v)), and the greatest F (the first of equals) absorbs the difference to 4096.
+Neighbouring bytes occur about equally often, so the differences of their fields are small and fit Rice codes. Exact
+frequencies do not pay in a short stream: the encoder chooses the r and the Rice parameter k that give the fewest bits
+for table and symbols together. Counts are whole numbers and logarithms are fixed-point, so every machine chooses alike.
 
-A table's bytes: first byte value L; number of values less one; r + 8 k; then, lowest bit of each byte first, for each
-value from L on the difference d of its field to the one before (the first: to 0), as z = 2d, or -2d - 1 if d < 0:
-floor(z / 2^k) ones, a zero, and the low k bits of z, lowest first; zeros up to a whole byte.
+A table's bytes: first byte value L; number of values less one; r + 8 k. Then follow, from the lowest bit of each byte,
+the differences d between the field of each value from L on and the field before it (0 before the first). With z = 2d,
+or -2d - 1 if d < 0, each is floor(z / 2^k) ones, a zero, and the low k bits of z, lowest first. Zeros fill the last
+byte.
 
-Worked example: the counts 3 of byte 5 and 1 of byte 6. With r = 0 a count is rounded to a power of two, half up: 3 to
-2^2, which is q = 3, and 1 to 2^0, q = 1. v = (4, 1), F = (3276, 819), and the one that is missing goes to the greatest:
-(3277, 819). The differences are 3 and -2, so z = 6 and 3; with k = 2 they are 10 01 and 0 11, seven bits that make the
-byte 01101001 from the highest: 05 01 10 69.
+Worked example: byte 5 occurs 3 times and byte 6 once. With r = 0 a count is rounded to a power of two, half up: 3 to
+2^2, so q = 3, and 1 to 2^0, so q = 1. Then v = (4, 1) and F = (3276, 819). Their sum lacks one, which the greatest
+takes: (3277, 819). The differences are 3 and -2, so z = 6 and 3. With k = 2 they are 10 01 and 0 11, seven bits that
+make the byte 01101001 from the highest: 05 01 10 69.
+
+Shapes: S = streams.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,51 +43,35 @@ MOST_RICE = 7
 OCTAVES = 16
 """Fields are at most OCTAVES * 2^r."""
 
-_FITTED_TOGETHER = 4
+_FITTED_TOGETHER = 16
+"""Streams whose tables one thread fits in turn. A matrix has at most 64 groups, too few to share between threads."""
 
 _MOST_COUNT = 32767
 _MOST_BYTES = 2048
-"""Bytes reserved for a table, with room: 256 fields of at most 41 bits each are never the best."""
+"""Bytes reserved for a table. The best table never needs more: 256 fields of at most 41 bits each never win."""
 
 
 class DamagedError(ValueError):
-    """The bytes are not a table, or not a code by that table."""
+    """The bytes are not a valid table, or not a valid code for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """`data` as stored, `frequency` uint16 [256], and `bits` of a stream of the fitted counts, including the table."""
-
-    data: bytes
-    frequency: Frequencies
-    bits: float
-
-
-def histogram(data: npt.NDArray[np.uint8]) -> Counts:
-    """Return how often each byte value occurs, [256]."""
+def histograms(flat: npt.NDArray[np.uint8], sizes: Counts) -> Counts:
+    """Return how often each byte value occurs in each stream, [S, 256]. The streams follow each other in `flat`."""
     library = native()
     if library is None:
-        return np.bincount(data, minlength=256)
-    counts = np.empty(256, dtype=np.int64)
-    library.birkhoff_histogram(pointer(data), data.size, pointer(counts))
+        return np.stack([np.bincount(part, minlength=256) for part in np.split(flat, np.cumsum(sizes)[:-1])])
+    counts = np.empty((len(sizes), 256), dtype=np.int64)
+    library.birkhoff_histograms(pointer(flat), len(sizes), pointer(sizes), pointer(counts))
     return counts
-
-
-def fit(counts: Counts) -> Table | None:
-    """Return the table with the fewest bits for a stream of these counts [256]; None if fewer than two values occur."""
-    library = native()
-    if library is None:
-        return reference_fit(counts)
-    data, frequency, cost = np.empty(_MOST_BYTES, np.uint8), np.empty(256, np.uint16), np.empty(1, np.int64)
-    counts = np.ascontiguousarray(counts)
-    size = library.birkhoff_table_fit(*map(pointer, (counts, data, frequency, cost)))
-    return Table(data[:size].tobytes(), frequency, int(cost[0]) / 65536) if size else None
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Tables of S streams: `data` uint8 [S, 2048], of which `length` bytes [S] are stored (0 where there is no table),
-    `frequency` uint16 [S, 256], and `cost` [S] in units of 2^-16 bits, table included."""
+    """The code tables of S streams.
+
+    `data` is uint8 [S, 2048]; each row stores `length` bytes [S], 0 for a stream without a table. `frequency` is uint16
+    [S, 256]. `cost` [S] is the size of the stream and its table in units of 2^-16 bits.
+    """
 
     data: npt.NDArray[np.uint8]
     length: Counts
@@ -94,12 +79,15 @@ class Tables:
     cost: Counts
 
     def __getitem__(self, which: npt.NDArray[np.int64]) -> "Tables":
-        """Those of some streams."""
+        """Return the tables of some streams."""
         return Tables(self.data[which], self.length[which], self.frequency[which], self.cost[which])
 
 
-def fit_all(counts: Counts) -> Tables:
-    """`fit` of the counts [S, 256] of some streams."""
+def fit(counts: Counts) -> Tables:
+    """Return the table with the fewest bits for each of S streams with the counts [S, 256].
+
+    A stream of fewer than two values gets no table.
+    """
     streams = len(counts)
     found = Tables(
         np.zeros((streams, _MOST_BYTES), np.uint8),
@@ -110,38 +98,27 @@ def fit_all(counts: Counts) -> Tables:
     library = native()
     if library is not None:
         arrays = np.ascontiguousarray(counts), found.data, found.length, found.frequency, found.cost
-        parts = [slice(first, first + _FITTED_TOGETHER) for first in range(0, streams, _FITTED_TOGETHER)]
+        if streams <= _FITTED_TOGETHER:
+            library.birkhoff_table_fits(streams, *map(pointer, arrays))
+            return found
+        rows = [(pointer(array), array.strides[0]) for array in arrays]
 
-        def fit_some(part: slice) -> None:
-            own = [array[part] for array in arrays]
-            library.birkhoff_table_fits(len(own[0]), *map(pointer, own))
+        def fit_some(first: int) -> None:
+            some = min(_FITTED_TOGETHER, streams - first)
+            library.birkhoff_table_fits(some, *(start + first * width for start, width in rows))
 
-        in_threads(fit_some, parts)
+        in_threads(fit_some, range(0, streams, _FITTED_TOGETHER))
         return found
     for number, table in enumerate(map(reference_fit, counts)):
         if table is not None:
             found.data[number, : len(table.data)] = np.frombuffer(table.data, np.uint8)
-            found.length[number], found.cost[number] = len(table.data), round(table.bits * 65536)
+            found.length[number], found.cost[number] = len(table.data), table.cost
             found.frequency[number] = table.frequency
     return found
 
 
-def fit_groups(flat: npt.NDArray[np.uint8], sizes: Sequence[int]) -> tuple[Counts, list[Table | None]]:
-    """The histograms [G, 256] of groups that follow each other in `flat`, and their tables as `fit` makes them."""
-    groups, library = len(sizes), native()
-    if library is None:
-        counts = np.stack([np.bincount(group, minlength=256) for group in np.split(flat, np.cumsum(sizes)[:-1])])
-        return counts, list(map(reference_fit, counts))
-    counts, frequency = np.empty((groups, 256), np.int64), np.empty((groups, 256), np.uint16)
-    data, used, cost = np.empty((groups, _MOST_BYTES), np.uint8), np.empty(groups, np.int32), np.empty(groups, np.int64)
-    arrays = np.array(sizes, dtype=np.int64), counts, data, used, frequency, cost
-    library.birkhoff_group_tables(pointer(flat), groups, *map(pointer, arrays))
-    each = zip(data, used.tolist(), frequency, cost.tolist(), strict=True)
-    return counts, [Table(row[:size].tobytes(), f, bits / 65536) if size else None for row, size, f, bits in each]
-
-
 def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:
-    """Return (frequencies [256], bytes of the table) from data that starts with a table. Raises DamagedError."""
+    """Read a table from the start of `data`. Return (frequencies [256], bytes of the table). Raises DamagedError."""
     library = native()
     if library is None:
         return reference_parse(data)
@@ -153,7 +130,7 @@ def parse(data: bytes | memoryview) -> tuple[Frequencies, int]:
 
 
 def log2_fixed(value: int) -> int:
-    """Return log2 of 1..2^31 in units of 2^-16, rounded down: the same integers on every machine."""
+    """Return log2 of 1..2^31 in units of 2^-16, rounded down. The integers are the same on every machine."""
     whole = value.bit_length() - 1
     y, fraction = value << (31 - whole), 0
     for bit in range(15, -1, -1):
@@ -165,11 +142,11 @@ def log2_fixed(value: int) -> int:
 
 
 _COST = np.array([0, *((BITS << 16) - log2_fixed(f) for f in range(1, SLOTS + 1))], dtype=np.int64)
-"""Bits of a symbol by its frequency, in units of 2^-16."""
+"""Bits of a symbol, by its frequency, in units of 2^-16."""
 
 
 def frequencies_of(fields: list[int], fine: int) -> list[int] | None:
-    """Return the frequencies of fields; None if they make no valid table."""
+    """Return the frequencies that fields stand for; None if the fields make no valid table."""
     values = [((1 << fine) + (q - 1) % (1 << fine)) << ((q - 1) >> fine) if q else 0 for q in fields]
     if sum(value > 0 for value in values) < 2:
         return None
@@ -181,7 +158,7 @@ def frequencies_of(fields: list[int], fine: int) -> list[int] | None:
 
 
 def fields_of(counts: list[int], fine: int) -> list[int]:
-    """Return the nearest fields of counts."""
+    """Return the fields nearest to counts."""
     found = []
     for count in counts:
         octave = count.bit_length() - 1
@@ -191,8 +168,17 @@ def fields_of(counts: list[int], fine: int) -> list[int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One row of `Tables`, with `data` cut to the stored bytes."""
+
+    data: bytes
+    frequency: Frequencies
+    cost: int
+
+
 def reference_fit(counts: Counts) -> Table | None:
-    """`fit` in Python."""
+    """`fit` of one stream with the counts [256], in Python; None for no table."""
     used = np.flatnonzero(counts)
     if len(used) < 2:
         return None
@@ -223,7 +209,7 @@ def reference_fit(counts: Counts) -> Table | None:
     bits = "".join("1" * (z >> rice) + "0" + format(z, f"0{rice + 20}b")[::-1][:rice] for z in _signed(fields))
     packed = np.packbits(np.frombuffer(bits.encode(), np.uint8) - ord("0"), bitorder="little")
     header = bytes([low, high - low, fine | rice << 3])
-    return Table(header + packed.tobytes(), frequency, (cost + (24 << 16)) / 65536)
+    return Table(header + packed.tobytes(), frequency, cost + (24 << 16))
 
 
 def _signed(fields: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The codec's inner loops in C, built if there is a compiler. References in Python run without it.
+"""The codec's inner loops in C, built if there is a C compiler. Without it, references in Python run.
 
-Imports nothing of the project.
+This package imports nothing else of the project.
 """

@@ -1,8 +1,8 @@
 """Find the native library beside this file, if it was built, load it once, and check its version.
 
-`make setup` (or any installation of the package) compiles it with the system's C compiler. Without one, or under
-`BIRKHOFF_NATIVE=0`, the references in Python run instead and make the same bytes, some ten times slower: that is logged
-once and shown by `birkhoff doctor`.
+`make setup` (or any installation of the package) compiles it with the system's C compiler. Without the library, or with
+`BIRKHOFF_NATIVE=0`, the references in Python run instead. They make the same bytes about ten times more slowly. This
+logs a warning once, and `birkhoff doctor` shows it.
 """
 
 import ctypes
@@ -16,19 +16,19 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 8
-"""Of the functions' meaning, as `native.c` says it."""
+VERSION = 11
+"""Version of the functions' meaning. `native.c` returns the same number."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
 
 
 class Missing(Exception):  # noqa: N818  never leaves this file
-    """Why there is no native library."""
+    """Says why there is no native library."""
 
 
 @cache
 def native() -> ctypes.CDLL | None:
-    """The library; None where there is none, which is logged the first time."""
+    """Return the library. Without one, log a warning the first time and return None."""
     try:
         return _load()
     except Missing as reason:
@@ -37,7 +37,7 @@ def native() -> ctypes.CDLL | None:
 
 
 def describe() -> tuple[bool, str]:
-    """Whether the library is in use, and one line about it."""
+    """Return whether the library is in use, and one line about it."""
     try:
         library = _load()
     except Missing as reason:
@@ -53,14 +53,14 @@ def _load() -> ctypes.CDLL:
         raise Missing("this machine is not little-endian")
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
-        raise Missing("it was not built: was there a C compiler?")
+        raise Missing("it was not built: check for a C compiler and run make setup again")
     try:
         library = ctypes.CDLL(str(built[0]))
         found = library.birkhoff_native_version()
     except (OSError, AttributeError) as error:
         raise Missing(f"{built[0].name} does not load: {error}") from None
     if found != VERSION:
-        raise Missing(f"{built[0].name} has version {found}, this code wants {VERSION}: run make setup again")
+        raise Missing(f"{built[0].name} has version {found}, expected {VERSION}: run make setup again")
     for name, result, arguments in _FUNCTIONS:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -68,11 +68,11 @@ def _load() -> ctypes.CDLL:
 
 
 def pointer(array: object) -> int:
-    """Address of an array's elements, which must be contiguous."""
+    """Return the address of a contiguous array's elements."""
     assert isinstance(array, np.ndarray)
     assert array.flags.c_contiguous
     if array.flags.writeable and array.size:
-        return ctypes.addressof(_BYTE.from_buffer(array.data))  # half the time of what follows
+        return ctypes.addressof(_BYTE.from_buffer(array.data))  # twice as fast as the next line
     return int(array.__array_interface__["data"][0])  # several times as fast as array.ctypes
 
 
@@ -82,17 +82,15 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
 
 _FUNCTIONS = (
     ("birkhoff_native_vectors", _INT, (_INT,)),
-    ("birkhoff_histogram", None, (_POINTER, _LONG, _POINTER)),
-    ("birkhoff_table_fit", _INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
-    ("birkhoff_group_tables", None, (_POINTER, _LONG, *[_POINTER] * 6)),
-    ("birkhoff_group_codes", None, (_POINTER, _LONG, *[_POINTER] * 6)),
+    ("birkhoff_histograms", None, (_POINTER, _LONG, _POINTER, _POINTER)),
     ("birkhoff_symbols", None, (_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER)),
     ("birkhoff_table_parse", _INT, (_POINTER, _LONG, _POINTER)),
-    ("birkhoff_rans_encode", _LONG, (_POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER)),
+    ("birkhoff_rans_encode", None, (_POINTER, _LONG, *[_POINTER] * 6)),
     ("birkhoff_rans_decode", _INT, (_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER)),
     ("birkhoff_group_symbols", _LONG, (_LONG, *[_POINTER] * 4)),
     ("birkhoff_rans_plan", _LONG, (_LONG, *[_POINTER] * 7)),
     ("birkhoff_viterbi", None, (_POINTER, _LONG, _LONG, _POINTER)),
+    ("birkhoff_round_rows", _INT, (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     (
         "birkhoff_path_numbers",
         _LONG,
@@ -111,6 +109,7 @@ _FUNCTIONS = (
         (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _LONG, _POINTER, _POINTER, _POINTER, _POINTER),
     ),
     ("birkhoff_node_errors", None, (_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER)),
+    ("birkhoff_nodes", _LONG, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _FLOAT, *[_POINTER] * 4, _LONG)),
     ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
     (
         "birkhoff_add",

@@ -1,11 +1,12 @@
 /* The codec's inner loops in C: histograms, code tables, rANS, grouping, paths of the trellis.
  *
- * Each function gives the very bytes of its reference in Python, which is named above it and says what is computed and
- * why; here is only how it is computed fast. Floating point is rounded operation by operation (-ffp-contract=off).
- * Nothing is allocated, no input is trusted: what a reader passes on is bounded by the sizes beside it.
+ * Each function makes the same bytes as its reference in Python. A comment above the function names the reference,
+ * which explains what it computes and why; this file only computes it fast. Each floating-point operation rounds
+ * separately (-ffp-contract=off). Functions allocate nothing and trust no input: they check every read and write
+ * against the sizes passed with it.
  *
- * Loops that vectors help are written once as inline functions and compiled twice, for the machine's base instructions
- * and for AVX2 where there is one; AVX2's gathers decode rANS in a function of their own.
+ * Loops that gain from vectors are written once as inline functions and compiled twice: for the machine's base
+ * instructions, and for AVX2 if the target has it. AVX2 has its own function for decoding rANS, with gathers.
  */
 
 #include <stddef.h>
@@ -26,25 +27,25 @@ static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_c
 static int has_avx2(void) { return 0; }
 #endif
 
-static int vectors = -1; /* -1: whatever the machine has; 0: base instructions only, for tests */
+static int vectors = -1; /* -1: all that the machine has; 0: only base instructions, for tests */
 
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
-/* Raised with every change of a function's meaning; library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 8; }
+/* Raise this whenever a function's meaning changes. library.py compares it. */
+EXPORT int32_t birkhoff_native_version(void) { return 11; }
 
-/* Use AVX2 or not from now on (1, 0); returns whether it is in use. */
+/* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
     vectors = wanted ? -1 : 0;
     return use_avx2();
 }
 
-/* --- histograms: numpy.bincount(data, minlength=256) ---------------------------------------------------------- */
+/* --- histograms: tables.histograms ----------------------------------------------------------------------------- */
 
-EXPORT void birkhoff_histogram(const uint8_t *data, int64_t size, int64_t *counts) {
+static void histogram(const uint8_t *data, int64_t size, int64_t *counts) {
     memset(counts, 0, 256 * sizeof *counts);
     while (size > 0) {
-        /* Four tables: neighbours that are equal would wait for each other's sum. */
+        /* With one table, equal neighbours would wait for each other's sum. */
         uint32_t part[4][256];
         int64_t count = size < (1 << 30) ? size : (1 << 30), at = 0;
         memset(part, 0, sizeof part);
@@ -59,6 +60,11 @@ EXPORT void birkhoff_histogram(const uint8_t *data, int64_t size, int64_t *count
             counts[symbol] += (int64_t)part[0][symbol] + part[1][symbol] + part[2][symbol] + part[3][symbol];
         data += count, size -= count;
     }
+}
+
+/* `flat` holds the streams, one after the other. `counts` is [streams][256]. */
+EXPORT void birkhoff_histograms(const uint8_t *flat, int64_t streams, const int64_t *size, int64_t *counts) {
+    for (int64_t s = 0; s < streams; flat += size[s++]) histogram(flat, size[s], counts + 256 * s);
 }
 
 /* --- code tables: entropy/tables.py ---------------------------------------------------------------------------- */
@@ -80,14 +86,14 @@ static uint32_t log2_fixed(uint32_t value) { /* tables.log2_fixed */
     return (uint32_t)whole << 16 | fraction;
 }
 
-static uint32_t cost_of[SLOTS + 1]; /* bits of a symbol of that frequency, 16 of them fractions */
+static uint32_t cost_of[SLOTS + 1]; /* bits of a symbol by frequency, in units of 2^-16 */
 
 __attribute__((constructor)) static void fill_costs(void) {
     for (uint32_t f = SLOTS; f; f--) cost_of[f] = ((uint32_t)BITS << 16) - log2_fixed(f);
 }
 
-/* tables.frequencies_of: 0, or -1 where the fields make no table. Values are below 2^20, so that quotients by their sum
- * differ from whole numbers by more than a double's rounding. */
+/* tables.frequencies_of: returns 0, or -1 if the fields make no table. Values are below 2^20, so quotients by their sum
+ * that are not whole numbers differ from those by more than a double's rounding. */
 INLINE int frequencies_of(const int32_t *field, int symbols, int fine, uint16_t *frequency) {
     int32_t value[256], found[256], used = 0, sum = 0, largest = 0;
     int64_t total = 0;
@@ -117,8 +123,8 @@ INLINE int32_t field_of(int64_t count, int fine) { /* tables.fields_of */
     return (int32_t)(((int64_t)(octave - 1) * (1 << fine)) + mantissa) + 1;
 }
 
-/* tables.fit: bytes of the table (written to `out`, 2048 bytes), frequencies [256], and the cost in 2^-16 bits, table
- * included; 0 where fewer than two symbols occur. */
+/* tables.reference_fit: writes a table to `out` (2048 bytes), its frequencies [256], and the cost of stream and table
+ * in 2^-16 bits. Returns the table's bytes, or 0 if fewer than two symbols occur. */
 INLINE int32_t table_of(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
     int low = 0, high = 255;
     int64_t total = 0, scaled[256];
@@ -185,21 +191,18 @@ static int32_t table_base(const int64_t *counts, uint8_t *out, uint16_t *frequen
     return table_of(counts, out, frequency, cost);
 }
 
-EXPORT int32_t birkhoff_table_fit(const int64_t *counts, uint8_t *out, uint16_t *frequency, int64_t *cost) {
-    return (use_avx2() ? table_avx2 : table_base)(counts, out, frequency, cost);
-}
-
-/* tables.fit_groups: of groups that follow each other, each its histogram [256] and what birkhoff_table_fit says of it. */
-EXPORT void birkhoff_group_tables(
-    const uint8_t *symbols, int64_t groups, const int64_t *size, int64_t *counts, uint8_t *table, int32_t *used,
-    uint16_t *frequency, int64_t *cost) {
-    for (int64_t g = 0; g < groups; symbols += size[g++]) {
-        birkhoff_histogram(symbols, size[g], counts + 256 * g);
-        used[g] = birkhoff_table_fit(counts + 256 * g, table + 2048 * g, frequency + 256 * g, cost + g);
+/* tables.fit: writes the tables for `counts` [streams][256] to `data` [streams][2048], `length` (0: no table),
+ * `frequency` [streams][256] and `cost`. */
+EXPORT void birkhoff_table_fits(
+    int64_t streams, const int64_t *counts, uint8_t *data, int64_t *length, uint16_t *frequency, int64_t *cost) {
+    int32_t (*const fit)(const int64_t *, uint8_t *, uint16_t *, int64_t *) = use_avx2() ? table_avx2 : table_base;
+    for (int64_t s = 0; s < streams; s++) {
+        cost[s] = 0;
+        length[s] = fit(counts + 256 * s, data + 2048 * s, frequency + 256 * s, cost + s);
     }
 }
 
-/* tables.parse: bytes of the table, or -1 where it is none; `frequency` is [256]. */
+/* tables.parse: returns the bytes of the table, or -1 if it is not valid. `frequency` is [256]. */
 EXPORT int32_t birkhoff_table_parse(const uint8_t *data, int64_t size, uint16_t *frequency) {
     memset(frequency, 0, 256 * sizeof *frequency);
     if (size < 3) return -1;
@@ -237,12 +240,13 @@ EXPORT int32_t birkhoff_table_parse(const uint8_t *data, int64_t size, uint16_t 
 
 /* How to divide by each frequency f, 1 to 4095: floor(x / f) = (x + more) * inverse >> 32 + shift for x < f * 2^20.
  *
- * With s = floor(log2 f), 2^(32 + s) / f lies between 2^31 and 2^32. Rounded up to m, its error e = m f - 2^(32 + s) puts
- * x m / 2^(32 + s) above x / f by x e / (f 2^(32 + s)), and the floor is right if that is less than 1 / f: if
- * e < 2^(12 + s) / f, x being below f 2^20. Rounded down, with x + 1 for x, it is right if f - e is at most as much; one
- * of the two is, because f / 2 < 2^s <= 2^(12 + s) / f. A power of two is rounded down to 2^32 - 1. */
+ * With s = floor(log2 f), 2^(32 + s) / f is between 2^31 and 2^32. Round it up to m, with the error e = m f - 2^(32
+ * + s). Then x m / 2^(32 + s) exceeds x / f by x e / (f 2^(32 + s)). The floor is right if this is less than 1 / f,
+ * and, as x < f 2^20, that holds if e < 2^(12 + s) / f. Rounding down, with x + 1 for x, is right if f - e is at most
+ * as much. One of the two always is, because f / 2 < 2^s <= 2^(12 + s) / f. A power of two is rounded down to 2^32 -
+ * 1. */
 typedef struct {
-    uint64_t whole; /* floor(x / f) = x * whole >> 44, too */
+    uint64_t whole; /* also, floor(x / f) = x * whole >> 44 */
     uint32_t inverse, shift, more;
 } Divisor;
 
@@ -257,14 +261,14 @@ __attribute__((constructor)) static void fill_divisors(void) {
     }
 }
 
-/* What encoding a symbol takes: its divisor's inverse, and from the lowest bit of `rest` its frequency (12 bits), the
- * sum of those before (12), its divisor's shift (4), three unused bits, and `more`. */
+/* What the encoder needs for a symbol: its divisor's inverse, and in `rest`, from the lowest bit, its frequency (12
+ * bits), the sum of the frequencies before it (12), its divisor's shift (4), three unused bits, and `more`. */
 typedef struct {
     uint32_t inverse, rest;
 } Coding;
 
-/* The same for one symbol at a time: with one more bit in a word of 64, floor(x / f) needs no cases, as
- * x * inverse >> 44, and the product stays below 2^64. */
+/* The same for one symbol at a time. In 64 bits, floor(x / f) = x * inverse >> 44 holds for every f, and the product
+ * stays below 2^64. */
 typedef struct {
     uint64_t inverse;
     uint32_t limit;
@@ -279,7 +283,7 @@ INLINE uint32_t encode_one(uint32_t x, const Scalar *of, uint16_t **word) {
     return x + (uint32_t)(x * of->inverse >> 44) * of->rest + of->start;
 }
 
-/* The first `count` symbols of a block, backwards; returns the first word. */
+/* Encodes the first `count` symbols of a block, backwards. Returns the first word. */
 INLINE uint16_t *encode_scalar(
     const uint8_t *from, int32_t count, int32_t lanes, const Scalar *of, uint32_t *state, uint16_t *word) {
     int32_t at = count;
@@ -300,7 +304,7 @@ INLINE uint16_t *encode_scalar(
 }
 
 #if AVX2
-/* For each mask of lanes that write a word: their words, by rising lane, at the end of 16 bytes. */
+/* For each mask of lanes that write a word: the shuffle that moves their words, by lane, to the end of 16 bytes. */
 static uint8_t words_to_end[256 * 16] __attribute__((aligned(16)));
 
 __attribute__((constructor)) static void fill_words_to_end(void) {
@@ -312,7 +316,7 @@ __attribute__((constructor)) static void fill_words_to_end(void) {
             }
 }
 
-/* Whole steps of `lanes` (8, 16 or 32) symbols, backwards. Writes up to 8 words before those that count. */
+/* Encodes whole steps of `lanes` (8, 16 or 32) symbols, backwards. Overwrites up to 8 words before the result. */
 TARGET_AVX2 static uint16_t *encode_avx2(
     const uint8_t *from, int32_t steps, int32_t lanes, const Coding *of, uint32_t *state, uint16_t *word) {
     const __m256i slots = _mm256_set1_epi32(SLOTS - 1), all = _mm256_set1_epi32(SLOTS), low = _mm256_set1_epi32(0xffff);
@@ -355,8 +359,9 @@ TARGET_AVX2 static uint16_t *encode_avx2(
 }
 #endif
 
-/* rans.encode: bytes written, at most (8 + 4 * lanes) * blocks + 2 * size; `scratch` holds 8 + BLOCK uint16. */
-EXPORT int64_t birkhoff_rans_encode(
+/* rans.reference_encode: writes at most (8 + 4 * lanes) * blocks + 2 * size bytes to `out` and returns how many.
+ * `scratch` holds 8 + BLOCK uint16. */
+static int64_t encode_stream(
     const uint8_t *symbols, int64_t size, int32_t lanes, const uint16_t *frequency, uint16_t *scratch, uint8_t *out) {
 #if AVX2
     Coding coding[256];
@@ -398,19 +403,21 @@ EXPORT int64_t birkhoff_rans_encode(
     return to - out;
 }
 
-/* rans.encode_all: of groups that follow each other, those that have lanes, one after the other; `ends` are theirs. */
-EXPORT void birkhoff_group_codes(
-    const uint8_t *symbols, int64_t groups, const int64_t *size, const int32_t *lanes, const uint16_t *frequency,
+/* rans.encode: encodes streams that follow each other in `flat`, skips those without lanes, and writes where each ends
+ * in `out` to `ends`. */
+EXPORT void birkhoff_rans_encode(
+    const uint8_t *flat, int64_t streams, const int64_t *size, const int64_t *lanes, const uint16_t *frequency,
     uint16_t *scratch, uint8_t *out, int64_t *ends) {
     int64_t end = 0;
-    for (int64_t g = 0; g < groups; symbols += size[g++]) {
-        if (lanes[g]) end += birkhoff_rans_encode(symbols, size[g], lanes[g], frequency + 256 * g, scratch, out + end);
-        ends[g] = end;
+    for (int64_t s = 0; s < streams; flat += size[s++]) {
+        if (lanes[s])
+            end += encode_stream(flat, size[s], (int32_t)lanes[s], frequency + 256 * s, scratch, out + end);
+        ends[s] = end;
     }
 }
 
 typedef struct {
-    const uint8_t *word, *end; /* pairs of bytes still to be read */
+    const uint8_t *word, *end; /* the words not yet read */
     int32_t at;                /* symbols decoded */
 } Cursor;
 
@@ -420,10 +427,10 @@ INLINE uint32_t decode_one(uint32_t x, const uint32_t *table, const uint8_t **wo
     uint16_t low;
     memcpy(&low, *word, 2);
     *out = (uint8_t)entry, *word += 2 * small;
-    return value << (small << 4) | (low & -small); /* no branch: none would be foreseen */
+    return value << (small << 4) | (low & -small); /* without a branch, which no predictor could guess */
 }
 
-/* Whole steps of four lanes, while there are words for them. */
+/* Decodes whole steps of four lanes while enough words are left. */
 static void decode_four(Cursor *cursor, uint32_t *state, const uint32_t *table, int32_t count, uint8_t *out) {
     const uint8_t *word = cursor->word, *end = cursor->end;
     uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
@@ -456,7 +463,7 @@ static int decode_scalar(
 }
 
 #if AVX2
-/* For each mask of lanes that read a word: which word each of the eight takes. */
+/* For each mask of lanes that read a word: the number of the word that each of the eight takes. */
 static uint8_t order_of_words[256 * 8];
 
 __attribute__((constructor)) static void fill_order(void) {
@@ -465,7 +472,7 @@ __attribute__((constructor)) static void fill_order(void) {
             order_of_words[8 * mask + lane] = (uint8_t)(mask >> lane & 1 ? next++ : 0);
 }
 
-/* Entries of a table at eight places below 4096: faster than AVX2's own gather, which is microcode. */
+/* Returns a table's entries at eight places below 4096. This is faster than AVX2's gather, which is microcode. */
 TARGET_AVX2 static inline __m256i entries_at(const uint32_t *table, __m256i places) {
     uint32_t at[8] __attribute__((aligned(32)));
     _mm256_store_si256((__m256i *)at, places);
@@ -526,7 +533,7 @@ TARGET_AVX2 static void decode_avx2(
 }
 #endif
 
-/* rans.decode_blocks: 0, or -1 where the bytes are no such code; `data` is all behind the table. */
+/* rans.decode: returns 0, or -1 if the bytes are not a valid code. `data` is everything after the table. */
 EXPORT int32_t birkhoff_rans_decode(
     const uint8_t *data, int64_t size, int64_t symbols, int32_t lanes, const uint16_t *frequency, uint8_t *out) {
     uint32_t table[SLOTS];
@@ -567,10 +574,11 @@ EXPORT int32_t birkhoff_rans_decode(
     return from == all ? 0 : -1;
 }
 
-/* rest.plan: what a decoder of many blocks at once is told of streams [count] of whole form (kind first), each of
- * `size` > 0 symbols: their frequencies [count][256], zeros for raw ones, and a row of seven for each block: place of
- * its states (of its bytes, if raw), words (bytes), place of its symbols, symbols, stream, lanes (0: raw), 0. Places
- * count from `source` and `target` of the stream. Returns the number of rows, or -1 - s of the first damaged stream. */
+/* rest.plan: writes instructions for decoding many blocks at once. The streams [count] include their first byte, the
+ * kind, and have `size` > 0 symbols each. The output is their frequencies [count][256], zeros for raw streams, and a
+ * row of seven for each block: place of its states (of its bytes, if raw), words (bytes), place of its symbols,
+ * symbols, stream, lanes (0: raw), 0. Places count from the stream's `source` and `target`. Returns the number of
+ * rows, or -1 - s for the first damaged stream s. */
 EXPORT int64_t birkhoff_rans_plan(
     int64_t count, const int64_t *address, const int64_t *length, const int64_t *size, const int64_t *source,
     const int64_t *target, uint16_t *frequency, int64_t *rows) {
@@ -617,8 +625,8 @@ EXPORT int64_t birkhoff_rans_plan(
     return found;
 }
 
-/* rest.unpack_all: the symbols of streams that are raw or coded by a table, each of `size` > 0, one after the other.
- * Returns how many were read before one that is damaged. */
+/* rest.unpack_all: writes the symbols of streams that are raw or coded by a table, each with `size` > 0, one after the
+ * other. Returns how many streams precede the first damaged one. */
 EXPORT int64_t birkhoff_group_symbols(
     int64_t count, const int64_t *address, const int64_t *length, const int64_t *size, uint8_t *out) {
     for (int64_t s = 0; s < count; out += size[s++]) {
@@ -638,11 +646,11 @@ EXPORT int64_t birkhoff_group_symbols(
     return count;
 }
 
-/* --- groups: entropy/groups.py ---------------------------------------------------------------------------------- */
+/* --- groups: contexts.py ----------------------------------------------------------------------------------------- */
 
-#define SORTED 4 /* rows whose columns are put into another order together */
+#define SORTED 4 /* rows whose columns are reordered together */
 
-/* to[k][c] = from[k][order[c]]; four bytes make a store, because stores are what there are fewest of. */
+/* to[k][c] = from[k][order[c]], in stores of four bytes, because a core can store less often than load. */
 INLINE void reordered(const uint8_t *const from[SORTED], const uint32_t *order, int64_t columns, uint8_t *const to[SORTED]) {
     int64_t column = 0;
     for (; column + 4 <= columns; column += 4) {
@@ -657,8 +665,8 @@ INLINE void reordered(const uint8_t *const from[SORTED], const uint32_t *order, 
         for (int k = 0; k < SORTED; k++) to[k][column] = from[k][order[column]];
 }
 
-/* contexts.gather (`into`) and contexts.join: a plane [R, C] and its groups, one after the other, by what
- * birkhoff_addresses says of them. `order` holds C uint32, `scratch` SORTED * C bytes. */
+/* contexts.gather (with `into`) and contexts.join: move the symbols between a plane [R, C] and its groups, which follow
+ * each other, by the tables of birkhoff_addresses. `order` holds C uint32, `scratch` SORTED * C bytes. */
 EXPORT void birkhoff_regroup(
     uint8_t *plane, int64_t rows, int64_t columns, uint8_t *groups, const int64_t *of_row, const int64_t *of_column,
     const int64_t *base, const int64_t *width, uint32_t *order, uint8_t *scratch, int32_t into) {
@@ -668,7 +676,7 @@ EXPORT void birkhoff_regroup(
         starts[level] = start;
         if (width[level]) used[levels++] = level;
     }
-    for (int64_t column = 0; column < columns; column++) { /* its place among the columns by level */
+    for (int64_t column = 0; column < columns; column++) { /* its place among the columns sorted by level */
         int64_t place = starts[of_column[column] & 63] + (of_column[column] >> 6);
         if (into)
             order[place] = (uint32_t)column;
@@ -679,7 +687,7 @@ EXPORT void birkhoff_regroup(
         int64_t height = rows - row < SORTED ? rows - row : SORTED;
         uint8_t *line[SORTED], *sorted[SORTED];
         for (int64_t k = 0; k < SORTED; k++) {
-            line[k] = plane + (row + (k < height ? k : 0)) * columns; /* the first one again where there is none */
+            line[k] = plane + (row + (k < height ? k : 0)) * columns; /* repeat the first row if there are fewer */
             sorted[k] = scratch + (k < height ? k : 0) * columns;
         }
         if (into) reordered((const uint8_t *const *)line, order, columns, sorted);
@@ -701,7 +709,7 @@ EXPORT void birkhoff_regroup(
     }
 }
 
-/* planes.symbols_of: coordinates [R, P] of both planes as symbols + 128, [R, 2P] */
+/* planes.symbols_of: writes the coordinates [R, P] of both planes as symbols + 128, [R, 2P]. */
 EXPORT void birkhoff_symbols(const int8_t *i, const int8_t *j, int64_t rows, int64_t pairs, int32_t shift, uint8_t *out) {
     for (int64_t row = 0; row < rows; row++)
         for (int plane = 0; plane < 2; plane++) {
@@ -714,9 +722,10 @@ EXPORT void birkhoff_symbols(const int8_t *i, const int8_t *j, int64_t rows, int
         }
 }
 
-/* contexts.addresses: numbers of the groups' symbols, as sums of what is looked up by row and by column. An entry of
- * `of_row` [rows] and `of_column` [columns] is 64 times a rank, and a level; `base` is [64][64], `width` [64], `sizes`
- * [64], of the groups. Returns their number. Without `of_row` and `of_column` the rest alone is made. */
+/* contexts.addresses: writes tables that give each symbol's number in the groups, as a sum of entries looked up by row
+ * and by column. An entry of `of_row` [rows] and `of_column` [columns] is 64 * rank + level. `base` is [64][64],
+ * `width` [64]; `sizes` [64] are those of the groups. Returns the number of groups. `of_row` and `of_column` may be
+ * null. */
 EXPORT int32_t birkhoff_addresses(
     const uint8_t *row_level, int64_t rows, const uint8_t *column_level, int64_t columns, int64_t least, int32_t most,
     int64_t *of_row, int64_t *of_column, int64_t *base, int64_t *width, int64_t *sizes) {
@@ -751,7 +760,7 @@ EXPORT int32_t birkhoff_addresses(
     return group + 1;
 }
 
-/* contexts.mean_squares: exact sums of (symbol - 128)^2 of a plane's rows and columns */
+/* contexts.mean_squares: writes exact sums of (symbol - 128)^2 for a plane's rows and columns. */
 INLINE void squares_of(const uint8_t *plane, int64_t rows, int64_t columns, int64_t *by_row, int64_t *by_column) {
     memset(by_column, 0, (size_t)columns * sizeof *by_column);
     for (int64_t left = 0; left < columns; left += 1024) {
@@ -791,7 +800,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDE)));
 #define SPLAT_F(x) ((Floats){x, x, x, x, x, x, x, x})
 #define SPLAT_I(x) ((Ints){x, x, x, x, x, x, x, x})
 
-INLINE Floats rounded(Floats x) { /* to nearest, ties to even; |x| < 2^22 */
+INLINE Floats rounded(Floats x) { /* to nearest, ties to even, for |x| < 2^22 */
     const Floats magic = SPLAT_F(12582912.0f);
     return (x + magic) - magic;
 }
@@ -807,13 +816,13 @@ INLINE Floats loaded(const float *from, int64_t width) {
     return x;
 }
 
-/* The best paths of up to WIDE lanes from `first`; `taken` holds WIDE int32 for each step. */
+/* Finds the best paths of up to WIDE lanes from `first`. `taken` holds WIDE int32 for each step. */
 INLINE void viterbi_of(float *u, int64_t size, int64_t lanes, int64_t first, int32_t *taken) {
     int64_t steps = (size + lanes - 1) / lanes, width = lanes - first < WIDE ? lanes - first : WIDE;
     const Floats far = SPLAT_F(1e9f), quarter = SPLAT_F(0.25f);
     Floats m[8] = {SPLAT_F(0.0f), far, far, far, far, far, far, far};
     for (int64_t t = 0; t < steps; t++) {
-        int64_t left = size - t * lanes - first; /* a lane that is over sees a zero */
+        int64_t left = size - t * lanes - first; /* a lane that has ended reads zeros */
         Floats x = loaded(u + t * lanes + first, left < width ? left : width), d[4], next[8];
         Ints bits = SPLAT_I(0);
         for (int c = 0; c < 4; c++) {
@@ -856,7 +865,7 @@ INLINE void viterbi_of(float *u, int64_t size, int64_t lanes, int64_t first, int
 }
 
 #if AVX2
-/* Both ways to a state 2q + o: the nearer one's metric, and whether it comes from q + 4. */
+/* Of the two ways to a state 2q + o, keeps the smaller metric, and notes whether it comes from q + 4. */
 #define NEARER(to, bit, low, high)                                                                                     \
     do {                                                                                                               \
         __m256 a = (low), b = (high);                                                                                  \
@@ -866,7 +875,7 @@ INLINE void viterbi_of(float *u, int64_t size, int64_t lanes, int64_t first, int
 
 #define NEAREST_EVEN (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
-TARGET_AVX2 static inline __m256 square_distance(__m256 x, float subset) { /* to numbers of a subset, in quarters */
+TARGET_AVX2 static inline __m256 square_distance(__m256 x, float subset) { /* to the numbers of a subset, in quarters */
     __m256 y = _mm256_mul_ps(_mm256_sub_ps(x, _mm256_set1_ps(subset)), _mm256_set1_ps(0.25f));
     y = _mm256_sub_ps(y, _mm256_round_ps(y, NEAREST_EVEN));
     return _mm256_mul_ps(y, y);
@@ -877,7 +886,7 @@ TARGET_AVX2 static void viterbi_avx2(float *u, int64_t size, int64_t lanes, int6
         viterbi_of(u, size, lanes, first, taken);
         return;
     }
-    int64_t steps = (size + lanes - 1) / lanes, last = size - (steps - 1) * lanes - first; /* of the last step */
+    int64_t steps = (size + lanes - 1) / lanes, last = size - (steps - 1) * lanes - first; /* lanes in the last step */
     const __m256 far = _mm256_set1_ps(1e9f), quarter = _mm256_set1_ps(0.25f);
     __m256 bit[8];
     for (int s = 0; s < 8; s++) bit[s] = _mm256_castsi256_ps(_mm256_set1_epi32(1 << s));
@@ -914,7 +923,7 @@ TARGET_AVX2 static void viterbi_avx2(float *u, int64_t size, int64_t lanes, int6
         place -= lanes;
         __m256i bits = _mm256_loadu_si256((const __m256i *)(taken + t * WIDE));
         __m256i high = _mm256_and_si256(_mm256_srlv_epi32(bits, state), one), half = _mm256_srli_epi32(state, 1);
-        /* the subset: half of the state, and 2 more or less where its lowest bit is not `high` */
+        /* the subset: half of the state, with 2 added or subtracted if its lowest bit is not `high` */
         __m256i odd = _mm256_and_si256(_mm256_xor_si256(state, high), one);
         __m256 c = _mm256_cvtepi32_ps(_mm256_xor_si256(half, _mm256_add_epi32(odd, odd)));
         int ends_here = t == steps - 1 && last < WIDE;
@@ -933,19 +942,128 @@ static void viterbi_base(float *u, int64_t size, int64_t lanes, int64_t first, i
     viterbi_of(u, size, lanes, first, taken);
 }
 
-/* trellis.search_: in place; `scratch` holds 8 int32 for each step. */
+/* trellis.search_: searches in place. `scratch` holds 8 int32 for each step. */
 EXPORT void birkhoff_viterbi(float *u, int64_t size, int64_t lanes, int32_t *scratch) {
     void (*search)(float *, int64_t, int64_t, int64_t, int32_t *) = use_avx2() ? viterbi_avx2 : viterbi_base;
     for (int64_t first = 0; first < lanes; first += WIDE) search(u, size, lanes, first, scratch);
 }
 
-#define SIDE 16 /* lanes that are searched while their weights are at hand: a cache line */
+/* --- feedback between rows: output.rows ------------------------------------------------------------------------ */
 
-/* Bytes that one group of lanes needs beside its own: its values and the decisions of WIDE of them. */
+/* u - e * factors, for places first..size-1. */
+INLINE void lose(float *restrict u, const float *restrict factors, float e, int64_t first, int64_t size) {
+    for (int64_t s = first; s < size; s++) u[s] -= factors[s] * e;
+}
+
+/* Take the errors of rows first..last-1 from all rows after them, four at a time so that u is read less often. */
+INLINE void lose_all(float *restrict u, const float *upper, const float *e, int64_t first, int64_t last, int64_t rows) {
+    int64_t r = first;
+    for (; r + 4 <= last; r += 4) {
+        const float *restrict a = upper + r * rows, *restrict b = a + rows, *restrict c = b + rows, *restrict d = c + rows;
+        const float p = e[r], q = e[r + 1], v = e[r + 2], w = e[r + 3];
+        for (int64_t s = last; s < rows; s++) u[s] = u[s] - a[s] * p - b[s] * q - c[s] * v - d[s] * w;
+    }
+    for (; r < last; r++) lose(u, upper + r * rows, e[r], last, rows);
+}
+
+#define ROWS_BLOCK 32
+
+INLINE void rounded_rows(float *u, float *n, const float *upper, int64_t rows, float *e) {
+    for (int64_t first = 0; first < rows; first += ROWS_BLOCK) {
+        int64_t last = first + ROWS_BLOCK < rows ? first + ROWS_BLOCK : rows;
+        for (int64_t r = first; r < last; r++) {
+            n[r] = __builtin_rintf(u[r]);
+            e[r] = (u[r] - n[r]) / upper[r * rows + r];
+            lose(u, upper + r * rows, e[r], r + 1, last);
+        }
+        lose_all(u, upper, e, first, last, rows);
+    }
+}
+
+/* The best path of one lane, rows first..first+steps-1: each of eight survivors has targets of its own. `scratch` holds
+ * 32 floats and 8 bytes for each step. */
+INLINE void path_in_rows(
+    const float *u, float *n, const float *upper, int64_t rows, int64_t first, int64_t steps, float *e, float *scratch) {
+    float *was = scratch, *now = was + 8 * steps, *numbers = now + 8 * steps, *errors = numbers + 8 * steps;
+    uint8_t *before = (uint8_t *)(errors + 8 * steps);
+    float metric[8] = {0, 1e30f, 1e30f, 1e30f, 1e30f, 1e30f, 1e30f, 1e30f};
+    for (int s = 0; s < 8; s++) memcpy(was + s * steps, u + first, sizeof(float) * (size_t)steps);
+    for (int64_t t = 0; t < steps; t++) {
+        const float *factors = upper + (first + t) * rows + first;
+        const float pivot = factors[t];
+        float next[8];
+        for (int to = 0; to < 8; to++) {
+            float least = 0, number = 0, error = 0;
+            int from = 0;
+            for (int high = 0; high < 2; high++) {
+                int q = to >> 1, s = q + 4 * high, c = (to & 1) == high ? q : q ^ 2;
+                float x = was[s * steps + t], near = __builtin_rintf((x - (float)c) * 0.25f) * 4.0f + (float)c;
+                float lost = (x - near) / pivot, sum = metric[s] + lost * lost;
+                if (!high || sum < least) least = sum, number = near, error = lost, from = s;
+            }
+            next[to] = least, numbers[8 * t + to] = number, errors[8 * t + to] = error;
+            before[8 * t + to] = (uint8_t)from;
+            float *restrict carried = now + to * steps;
+            const float *restrict held = was + from * steps;
+            for (int64_t s = t + 1; s < steps; s++) carried[s] = held[s] - factors[s] * error;
+        }
+        memcpy(metric, next, sizeof metric);
+        float *other = was;
+        was = now, now = other;
+    }
+    int state = 0;
+    for (int s = 1; s < 8; s++)
+        if (metric[s] < metric[state]) state = s;
+    for (int64_t t = steps - 1; t >= 0; t--) {
+        n[first + t] = numbers[8 * t + state], e[first + t] = errors[8 * t + state];
+        state = before[8 * t + state];
+    }
+}
+
+INLINE void rows_of(
+    float *u, float *n, const float *upper, int64_t rows, int64_t lanes, const int64_t *steps, float *scratch) {
+    if (!lanes) rounded_rows(u, n, upper, rows, scratch);
+    for (int64_t lane = 0, first = 0; lane < lanes; first += steps[lane++]) {
+        path_in_rows(u, n, upper, rows, first, steps[lane], scratch, scratch + rows);
+        lose_all(u, upper, scratch, first, first + steps[lane], rows);
+    }
+}
+
+#if AVX2
+TARGET_AVX2 static void rows_avx2(
+    float *u, float *n, const float *upper, int64_t rows, int64_t lanes, const int64_t *steps, float *scratch) {
+    rows_of(u, n, upper, rows, lanes, steps, scratch);
+}
+#else
+#define rows_avx2 rows_base
+#endif
+
+static void rows_base(
+    float *u, float *n, const float *upper, int64_t rows, int64_t lanes, const int64_t *steps, float *scratch) {
+    rows_of(u, n, upper, rows, lanes, steps, scratch);
+}
+
+/* output.rows.round_rows: overwrites u. `scratch` holds `rows` floats, and 34 more for each step of the longest lane.
+ * Returns 0 if the lanes' steps are not all rows. */
+EXPORT int32_t birkhoff_round_rows(
+    float *u, float *n, const float *upper, int64_t rows, int64_t lanes, const int64_t *steps, float *scratch) {
+    int64_t left = rows;
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        if (steps[lane] < 0 || steps[lane] > left) return 0;
+        left -= steps[lane];
+    }
+    if (lanes && left) return 0;
+    (use_avx2() ? rows_avx2 : rows_base)(u, n, upper, rows, lanes, steps, scratch);
+    return 1;
+}
+
+#define SIDE 16 /* lanes searched at a time: their weights share a cache line */
+
+/* Bytes of scratch per step for SIDE lanes: their values, and the decisions of WIDE of them. */
 #define PATH_SCRATCH (2 * SIDE * sizeof(float) + WIDE * sizeof(int32_t))
 
-/* Where pairs p, p + 1, ... of a row lie: its first and second weights, how many follow each other there, and how many of
- * these have a second weight. */
+/* Where pairs p, p + 1, ... of a row are: the places of pair p's first and second weight, the number of pairs that are
+ * consecutive from there, and how many of these have a second weight. */
 typedef struct {
     int64_t x, y, run, seconds;
 } Place;
@@ -957,7 +1075,7 @@ INLINE Place place_of(int64_t pair, int64_t columns) {
     return (Place){64 * full + k, 64 * full + half + k, half - k, width - half - k};
 }
 
-/* lattice.quantise_path: coordinates of up to SIDE lanes from `first`, whole numbers [steps, SIDE] each. */
+/* lattice.quantise_path: writes the coordinates of up to SIDE lanes from `first`, whole numbers [steps, SIDE] each. */
 INLINE void path_of(
     const float *weight, int64_t size, int64_t columns, float inverse, int64_t lanes, int64_t first, int64_t steps,
     float *x, float *y, int32_t *taken, void (*search)(float *, int64_t, int64_t, int64_t, int32_t *)) {
@@ -972,12 +1090,12 @@ INLINE void path_of(
             Place at = place_of(p, columns);
             const float *from = weight + r * columns + at.x, *other = weight + r * columns + at.y;
             int64_t run = at.run < count - done ? at.run : count - done;
-            if (at.seconds >= run && end - other >= SIDE) { /* what is copied behind the run is overwritten */
+            if (at.seconds >= run && end - other >= SIDE) { /* values copied beyond the run are overwritten later */
                 for (int k = 0; k < SIDE; k += WIDE) {
                     Floats a = loaded(from + k, WIDE) * by, b = loaded(other + k, WIDE) * by;
                     memcpy(to_x + done + k, &a, sizeof a), memcpy(to_y + done + k, &b, sizeof b);
                 }
-                const float *next = from + (at.run == SIDE ? 3 * SIDE : SIDE); /* of the lanes that come next */
+                const float *next = from + (at.run == SIDE ? 3 * SIDE : SIDE); /* for the next lanes */
                 __builtin_prefetch(next), __builtin_prefetch(next + 32);
             } else
                 for (int64_t k = 0; k < run; k++) {
@@ -998,20 +1116,20 @@ INLINE void path_of(
         Floats a = loaded(x + k, WIDE) - loaded(y + k, WIDE) * shear;
         memcpy(x + k, &a, sizeof a);
     }
-    for (int64_t k = size - (steps - 1) * lanes - first; k < SIDE; k++) /* a lane that is over sees a zero */
+    for (int64_t k = size - (steps - 1) * lanes - first; k < SIDE; k++) /* a lane that has ended reads zeros */
         if (k >= 0) x[(steps - 1) * SIDE + k] = 0.0f;
     search(x, steps * SIDE, SIDE, 0, taken);
     if (both) search(x, steps * SIDE, SIDE, WIDE, taken);
 }
 
-/* Where the pairs that have a coordinate outside -128..127 are noted. */
+/* A list of the pairs with a coordinate outside -128..127. */
 typedef struct {
     int64_t *index;
     int32_t *wide;
     int64_t room, found;
 } Outside;
 
-/* Store a step's coordinates, `count` up to SIDE of either plane. */
+/* Stores a step's coordinates: `count` of each plane, up to SIDE. */
 static void step_stored(const float *x, const float *y, int64_t flat, int64_t count, int8_t *i, int8_t *j, Outside *outside) {
     for (int64_t k = 0; k < count; k++) {
         int32_t a = (int32_t)x[k], b = (int32_t)y[k], far = ((a + 128) | (b + 128)) & ~255;
@@ -1026,12 +1144,12 @@ static void step_stored(const float *x, const float *y, int64_t flat, int64_t co
 }
 
 #if AVX2
-/* The same of SIDE; 0 if one lies outside, and then nothing is stored. */
+/* The same for exactly SIDE. Stores nothing and returns 0 if one is outside. */
 TARGET_AVX2 static int side_stored_avx2(const float *x, const float *y, int8_t *i, int8_t *j) {
     const __m256 half = _mm256_set1_ps(0.5f), most = _mm256_set1_ps(127.75f), size = _mm256_set1_ps(-0.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256 v[4] = {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _mm256_loadu_ps(y), _mm256_loadu_ps(y + 8)};
-    __m256 far = _mm256_andnot_ps(size, _mm256_add_ps(v[0], half)); /* |n + 1/2| is at most 127.5 inside */
+    __m256 far = _mm256_andnot_ps(size, _mm256_add_ps(v[0], half)); /* |n + 1/2| is at most 127.5 for a byte */
     for (int k = 1; k < 4; k++) far = _mm256_max_ps(far, _mm256_andnot_ps(size, _mm256_add_ps(v[k], half)));
     if (_mm256_movemask_ps(_mm256_cmp_ps(far, most, _CMP_GT_OQ))) return 0;
     __m256i a = _mm256_packs_epi32(_mm256_cvttps_epi32(v[0]), _mm256_cvttps_epi32(v[1]));
@@ -1075,8 +1193,9 @@ static void paths_base(
     paths_of(w, r, c, inverse, l, scratch, i, j, outside, viterbi_base, NULL);
 }
 
-/* lattice.quantise_path of float32 weights: planes of int8; how many pairs have a coordinate outside -128..127, which
- * become 0, the first `room` of them in no order with index and both coordinates. `scratch` holds 160 bytes for each step and one more. */
+/* lattice.quantise_path of float32 weights to int8 planes. Pairs with a coordinate outside -128..127 become 0. Returns
+ * their number, and lists the first `room` of them, in any order, with index and both coordinates. `scratch` holds 160
+ * bytes for each step and for one more. */
 EXPORT int64_t birkhoff_paths(
     const float *weight, int64_t rows, int64_t columns, float inverse, int64_t lanes, void *scratch, int8_t *i, int8_t *j,
     int64_t *index, int32_t *wide, int64_t room) {
@@ -1086,14 +1205,15 @@ EXPORT int64_t birkhoff_paths(
     return outside.found;
 }
 
-/* One step of the automaton for lanes side by side; whether a coordinate left -128..127. `delay` becomes the new o. */
+/* Runs one step of the decoder for adjacent lanes. `three` becomes the new o. Returns whether a coordinate is outside
+ * -128..127. */
 INLINE int path_step_of(const uint8_t *symbols, int8_t *out, const uint8_t *one, const uint8_t *two, uint8_t *three, int64_t count) {
     uint8_t wide = 0;
     for (int64_t l = 0; l < count; l++) {
         uint8_t k = symbols[l] ^ 128;
         three[l] = (uint8_t)((k & 1) ^ two[l] ^ three[l]);
         out[l] = (int8_t)(uint8_t)(2 * k + one[l]);
-        wide |= (uint8_t)(k ^ (uint8_t)(k << 1)); /* the top bit: whether 2 k has another sign than k */
+        wide |= (uint8_t)(k ^ (uint8_t)(k << 1)); /* the top bit is set if 2 k and k differ in sign */
     }
     return wide >> 7;
 }
@@ -1106,8 +1226,8 @@ static int path_step_base(const uint8_t *s, int8_t *out, const uint8_t *a, const
     return path_step_of(s, out, a, b, c, n);
 }
 
-/* trellis.numbers of a plane [rows, pairs] of symbols + 128, whose rows lie `stride` apart, as int8; those that are
- * none: their number, the first `room` of them with flat index and value. `delays` holds 3 * lanes zeros. */
+/* trellis.numbers of a plane [rows, pairs] of symbols + 128, whose rows are `stride` apart, as int8. Returns how many
+ * numbers do not fit, and lists the first `room` of them with flat index and value. `delays` holds 3 * lanes zeros. */
 EXPORT int64_t birkhoff_path_numbers(
     const uint8_t *symbols, int64_t rows, int64_t pairs, int64_t stride, int64_t lanes, uint8_t *delays, int8_t *out,
     int64_t *index, int32_t *value, int64_t room) {
@@ -1160,7 +1280,7 @@ static void positions_base(const int8_t *i, const int8_t *j, int64_t columns, fl
     positions_of(i, j, columns, step, out);
 }
 
-/* Escapes are told by flat pair index, rising, and both coordinates. */
+/* Escapes are given by increasing flat pair index and both coordinates. */
 EXPORT void birkhoff_positions(
     const int8_t *i, const int8_t *j, int64_t rows, int64_t columns, float step, int64_t escapes, const int64_t *index,
     const int32_t *escaped_i, const int32_t *escaped_j, float *out) {
@@ -1175,7 +1295,7 @@ EXPORT void birkhoff_positions(
     }
 }
 
-/* reference.decode: the same of step numbers, whose low byte is J + 128 and whose high byte I + 128. */
+/* reference.decode: the same for step numbers, whose low byte is J + 128 and whose high byte is I + 128. */
 INLINE void thetas_of(const uint16_t *theta, int64_t columns, float step, float *out) {
     for (int64_t left = 0; left < columns; left += 64) {
         int64_t width = columns - left < 64 ? columns - left : 64, half = (width + 1) / 2;
@@ -1210,8 +1330,8 @@ EXPORT void birkhoff_pack_thetas(const int8_t *restrict i, const int8_t *restric
 
 /* --- errors and ranges: metrics.py ------------------------------------------------------------------------------ */
 
-/* Sums are of float32 numbers in double precision, number k of a tensor to partial sum k mod PARTS: the same whatever
- * vectors a machine has, and however a tensor is cut. */
+/* Sums of float32 numbers are in double precision. Number k of a tensor goes into partial sum k mod PARTS, so the
+ * result depends neither on the machine's vectors nor on how a tensor is divided. */
 #define PARTS 16
 
 typedef float Four __attribute__((vector_size(16)));
@@ -1226,7 +1346,7 @@ INLINE Four four(const float *from) {
 
 INLINE Four magnitude(Four x) { return (Four)((FourInts)x & (FourInts){INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX}); }
 
-INLINE Four greater(Four a, Four b) { /* b where one is no number */
+INLINE Four greater(Four a, Four b) { /* b if one is NaN */
     FourInts mask = a > b;
     return (Four)(((FourInts)a & mask) | ((FourInts)b & ~mask));
 }
@@ -1247,7 +1367,7 @@ INLINE void error_of(const float *source, const float *other, int64_t k, int64_t
     sums->most[part] = size > sums->most[part] ? size : sums->most[part];
 }
 
-/* metrics.compare; `first` is the number of the first of them in the tensor. */
+/* metrics.compare. `first` is the position in the tensor of the first number. */
 INLINE void errors_of(const float *source, const float *other, int64_t size, int64_t first, Errors *sums) {
     int64_t at = 0;
     for (; at < size && (first + at) % PARTS; at++) error_of(source, other, at, (first + at) % PARTS, sums);
@@ -1285,7 +1405,7 @@ TARGET_AVX2 static void errors_avx2(const float *source, const float *other, int
         for (int v = 0; v < 2; v++) {
             __m256 d = _mm256_sub_ps(_mm256_loadu_ps(other + at + 8 * v), _mm256_loadu_ps(source + at + 8 * v));
             __m256 far = _mm256_andnot_ps(sign, d);
-            most[v] = _mm256_max_ps(far, most[v]); /* the second where one is no number */
+            most[v] = _mm256_max_ps(far, most[v]); /* the second operand if one is NaN */
             add_wide(&error[2 * v], &error[2 * v + 1], _mm256_mul_ps(d, d));
             add_wide(&absolute[2 * v], &absolute[2 * v + 1], far);
         }
@@ -1309,7 +1429,7 @@ EXPORT void birkhoff_compare(const float *source, const float *other, int64_t si
 typedef struct {
     double energy[PARTS];      /* sums of w^2 */
     float least[PARTS], most[PARTS];
-    int32_t broken;            /* whether one is not a whole number below 2^31 */
+    int32_t broken;            /* whether any is not a whole number below 2^31 */
 } Range;
 
 INLINE void range_of(float w, int64_t part, float limit, Range *range) {
@@ -1320,7 +1440,7 @@ INLINE void range_of(float w, int64_t part, float limit, Range *range) {
     if (!(size < 2147483648.0f) || (float)(int32_t)w != w) range->broken = 1;
 }
 
-/* metrics.survey; those of more than `limit` count nothing of their energy */
+/* metrics.survey. The energy leaves out weights above `limit`. */
 INLINE void ranges_of(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
     int64_t at = 0;
     for (; at < size && (first + at) % PARTS; at++) range_of(weight[at], (first + at) % PARTS, limit, range);
@@ -1351,7 +1471,7 @@ TARGET_AVX2 static void ranges_avx2(const float *weight, int64_t size, int64_t f
     const __m256 sign = _mm256_set1_ps(-0.0f), counted = _mm256_set1_ps(limit);
     int64_t head = (PARTS - first % PARTS) % PARTS < size ? (PARTS - first % PARTS) % PARTS : size, at = head;
     ranges_of(weight, head, first, limit, range);
-    while (!range->broken && at + PARTS <= size) { /* hardly ever more than once */
+    while (!range->broken && at + PARTS <= size) { /* rarely more than one iteration */
         ranges_of(weight + at, PARTS, first + at, limit, range);
         at += PARTS;
     }
@@ -1384,8 +1504,8 @@ EXPORT void birkhoff_survey(const float *weight, int64_t size, int64_t first, fl
     (use_avx2() ? ranges_avx2 : ranges_base)(weight, size, first, limit, range);
 }
 
-/* rate.error_of: birkhoff_compare of a matrix with its coordinates decoded. Escapes are told by flat pair index, rising,
- * and both coordinates. */
+/* rate._errors: birkhoff_compare of a matrix with its decoded coordinates. Escapes are given by increasing flat pair
+ * index and both coordinates. */
 #define TILE 1024 /* columns decoded at a time */
 
 INLINE void coded_errors_of(
@@ -1427,17 +1547,27 @@ EXPORT void birkhoff_coded_errors(
         weight, rows, columns, i, j, step, escapes, index, escaped_i, escaped_j, sums);
 }
 
-/* trajectory.nearest and trajectory.position of pairs side by side: what they are decoded to */
+typedef struct {
+    Floats i, j;
+} Nodes;
+
+/* trajectory.nearest of adjacent pairs, up to WIDE of them. */
+INLINE Nodes nearest(const float *x, const float *y, int64_t count, float inverse) {
+    const Floats by = SPLAT_F(inverse), nth = SPLAT_F(1.0f / 256), one = SPLAT_F(1.0f);
+    Floats v = loaded(y, count) * by, row = rounded(v);
+    row = row + (Floats)((Ints)SPLAT_F(-1.0f) & (row > v)); /* the lower row */
+    Floats below = v - row, t0 = loaded(x, count) * by - row * nth, t1 = t0 - nth;
+    Floats i0 = rounded(t0), i1 = rounded(t1), e0 = t0 - i0, e1 = t1 - i1;
+    Ints upper = (e1 * e1 + one) - (below + below) < e0 * e0;
+    return (Nodes){chosen(upper, i1, i0), row + (Floats)((Ints)one & upper)};
+}
+
+/* trajectory.nearest, then trajectory.position: the weights that adjacent pairs decode to. */
 INLINE void nearest_of(const float *x, const float *y, int64_t count, float inverse, float step, float *to_x, float *to_y) {
-    const Floats by = SPLAT_F(inverse), size = SPLAT_F(step), nth = SPLAT_F(1.0f / 256), one = SPLAT_F(1.0f);
+    const Floats size = SPLAT_F(step), nth = SPLAT_F(1.0f / 256);
     for (int64_t k = 0; k < count; k += WIDE) {
-        Floats v = loaded(y + k, count - k) * by, row = rounded(v);
-        row = row + (Floats)((Ints)SPLAT_F(-1.0f) & (row > v)); /* the lower row */
-        Floats below = v - row, t0 = loaded(x + k, count - k) * by - row * nth, t1 = t0 - nth;
-        Floats i0 = rounded(t0), i1 = rounded(t1), e0 = t0 - i0, e1 = t1 - i1;
-        Ints upper = (e1 * e1 + one) - (below + below) < e0 * e0;
-        Floats i = chosen(upper, i1, i0), j = row + (Floats)((Ints)one & upper);
-        Floats found_x = (i + j * nth) * size, found_y = j * size;
+        Nodes node = nearest(x + k, y + k, count - k, inverse);
+        Floats found_x = (node.i + node.j * nth) * size, found_y = node.j * size;
         size_t bytes = 4 * (size_t)(count - k < WIDE ? count - k : WIDE);
         memcpy(to_x + k, &found_x, bytes), memcpy(to_y + k, &found_y, bytes);
     }
@@ -1474,14 +1604,69 @@ static void node_errors_base(const float *w, int64_t r, int64_t c, float inverse
     node_errors_of(w, r, c, inverse, step, sums, errors_base);
 }
 
-/* rate.error_of_nodes: birkhoff_compare of a matrix with its nearest nodes. No weight is above 2^22 steps. */
+/* rate.error_of_nodes: birkhoff_compare of a matrix with its nearest nodes. No weight exceeds 2^22 steps. */
 EXPORT void birkhoff_node_errors(
     const float *weight, int64_t rows, int64_t columns, float inverse, float step, Errors *sums) {
     (use_avx2() ? node_errors_avx2 : node_errors_base)(weight, rows, columns, inverse, step, sums);
 }
 
-/* lattice.of_coordinates: whole numbers as int8; how many lie outside -128..127, which become 0, the first `room` of
- * them with their indices. */
+INLINE void nodes_of(
+    const float *weight, const float *less, int64_t rows, int64_t columns, float dead, float inverse, int8_t *i, int8_t *j,
+    Outside *outside, int (*side_stored)(const float *, const float *, int8_t *, int8_t *)) {
+    int64_t pairs = (columns + 1) / 2;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t left = 0; left < columns; left += 64) {
+            const float *from = weight + row * columns + left, *held = less ? less + row * columns + left : NULL;
+            int64_t width = columns - left < 64 ? columns - left : 64, half = (width + 1) / 2, flat = row * pairs + left / 2;
+            float value[65], second[32], to_i[32 + WIDE], to_j[32 + WIDE];
+            memcpy(value, from, 4 * (size_t)width);
+            if (held) for (int64_t k = 0; k < width; k++) value[k] = value[k] - held[k];
+            if (dead > 0)
+                for (int64_t k = 0; k < width; k++) {
+                    float near = value[k] > dead ? dead : value[k] < -dead ? -dead : value[k];
+                    value[k] = value[k] - near;
+                }
+            value[width] = 0.0f; /* the last pair of an odd block has no second weight */
+            memcpy(second, value + half, 4 * (size_t)half);
+            for (int64_t k = 0; k < half; k += WIDE) {
+                Nodes node = nearest(value + k, second + k, half - k, inverse);
+                memcpy(to_i + k, &node.i, sizeof node.i), memcpy(to_j + k, &node.j, sizeof node.j);
+            }
+            for (int64_t k = 0; k < half; k += SIDE) {
+                int64_t count = half - k < SIDE ? half - k : SIDE;
+                if (count == SIDE && side_stored && side_stored(to_i + k, to_j + k, i + flat + k, j + flat + k)) continue;
+                step_stored(to_i + k, to_j + k, flat + k, count, i, j, outside);
+            }
+        }
+}
+
+#if AVX2
+TARGET_AVX2 static void nodes_avx2(
+    const float *w, const float *less, int64_t r, int64_t c, float dead, float inverse, int8_t *i, int8_t *j, Outside *outside) {
+    nodes_of(w, less, r, c, dead, inverse, i, j, outside, side_stored_avx2);
+}
+#else
+#define nodes_avx2 nodes_base
+#endif
+
+static void nodes_base(
+    const float *w, const float *less, int64_t r, int64_t c, float dead, float inverse, int8_t *i, int8_t *j, Outside *outside) {
+    nodes_of(w, less, r, c, dead, inverse, i, j, outside, NULL);
+}
+
+/* lattice.quantise of float32 weights, less others where there are any, to int8 planes. No value exceeds 2^22 steps.
+ * Pairs with a coordinate outside -128..127 become 0. Returns their number, and lists the first `room` of them by
+ * increasing index, with both coordinates. */
+EXPORT int64_t birkhoff_nodes(
+    const float *weight, const float *less, int64_t rows, int64_t columns, float dead, float inverse, int8_t *i, int8_t *j,
+    int64_t *index, int32_t *wide, int64_t room) {
+    Outside outside = {index, wide, room, 0};
+    (use_avx2() ? nodes_avx2 : nodes_base)(weight, less, rows, columns, dead, inverse, i, j, &outside);
+    return outside.found;
+}
+
+/* lattice.of_coordinates: converts whole numbers to int8. Those outside -128..127 become 0. Returns how many there are,
+ * and lists the indices of the first `room` of them. */
 INLINE int64_t narrowed(const float *from, int64_t size, int8_t *out, int64_t *index, int64_t room) {
     int64_t outside = 0;
     for (int64_t start = 0; start < size; start += 4096) {
@@ -1514,9 +1699,9 @@ EXPORT int64_t birkhoff_narrow(const float *from, int64_t size, int8_t *out, int
     return (use_avx2() ? narrowed_avx2 : narrowed_base)(from, size, out, index, room);
 }
 
-/* lattice.combine of planes of pairs: each coordinate is times * base + stride * own. A pair with one outside -128..127
- * becomes 0, and its index and its two coordinates (one after the other) are noted. Returns how many there are; past
- * `room` none is noted. Factors are small enough for 16 bits. */
+/* lattice.combine of planes of pairs: each coordinate is times * base + stride * own. A pair with a coordinate outside
+ * -128..127 becomes 0. Returns how many such pairs there are, and lists the first `room` of them with index and both
+ * coordinates, one after the other. Factors are small enough for sums in 16 bits. */
 INLINE int64_t added(
     const int8_t *const base[2], const int8_t *const own[2], int64_t size, int32_t times, int32_t stride,
     int8_t *const out[2], int64_t *index, int32_t *wide, int64_t room) {
@@ -1530,7 +1715,7 @@ INLINE int64_t added(
         int16_t far = 0;
         for (int64_t at = 0; at < count; at++) {
             int16_t i = (int16_t)(m * bi[at] + n * oi[at]), j = (int16_t)(m * bj[at] + n * oj[at]);
-            /* 0 if both fit a byte: what is left of n when its byte, sign and all, is taken away */
+            /* 0 if both fit a byte: the difference between n and its low byte as a signed number */
             int16_t left = (int16_t)((i - (int8_t)i) | (j - (int8_t)j));
             int16_t keep = left ? 0 : -1;
             far |= left;
@@ -1567,10 +1752,10 @@ EXPORT int64_t birkhoff_add(
     return (use_avx2() ? added_avx2 : added_base)(base, own, size, times, stride, out, index, wide, room);
 }
 
-/* --- batches: what a GPU's packing asks of the host ---------------------------------------------------------- */
+/* --- batches: the host's part of packing on a GPU ------------------------------------------------------------ */
 
-/* contexts.groupings: `levels` in place, `entries` laid out as they are, `tables` [count][64 * 64 + 64], `sizes`
- * [count][64], `groups` [count]. */
+/* contexts.groupings: changes `levels` in place and writes `entries` in the same layout, `tables` [count][64 * 64 +
+ * 64], `sizes` [count][64] and `groups` [count]. */
 EXPORT void birkhoff_groupings(
     int64_t count, const int64_t *shapes, int64_t least, int32_t most, uint8_t *levels, int64_t *entries,
     int64_t *tables, int64_t *sizes, int64_t *groups) {
@@ -1595,18 +1780,8 @@ EXPORT void birkhoff_groupings(
     }
 }
 
-/* tables.fit_all: tables.fit of counts [streams][256] into `data` [streams][2048], `length` (0: no table), `frequency`
- * [streams][256] and `cost`. */
-EXPORT void birkhoff_table_fits(
-    int64_t streams, const int64_t *counts, uint8_t *data, int64_t *length, uint16_t *frequency, int64_t *cost) {
-    for (int64_t s = 0; s < streams; s++) {
-        cost[s] = 0;
-        length[s] = birkhoff_table_fit(counts + 256 * s, data + 2048 * s, frequency + 256 * s, cost + s);
-    }
-}
-
-/* rest.heads: what stands before the blocks of streams by a table, one after the other. `words` has the words of all
- * blocks. Returns the bytes. */
+/* rest.heads: writes the bytes that precede the blocks of streams by tables, one after the other. `words` has the
+ * numbers of words of all blocks. Returns the number of bytes. */
 EXPORT int64_t birkhoff_stream_heads(
     int64_t streams, const int64_t *lanes_log2, const uint8_t *data, const int64_t *length, const int64_t *blocks,
     const int64_t *words, uint8_t *out) {

@@ -1,4 +1,4 @@
-"""A few threads for work that leaves the interpreter's lock: native functions, zstd."""
+"""A few threads for work that releases the interpreter's lock: native functions, zstd."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,16 +7,18 @@ from functools import cache
 from itertools import chain
 from typing import TypeVar
 
+from birkhoff.codec.native.processors import processors
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_THREADS = 8
 _FEW = 8
-"""Items that are not worth it."""
+"""Number of items that are not worth sharing between threads."""
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of each item, in order; some threads share many of them."""
+    """Return `work` of each item, in order. Several threads share the items if there are many."""
     if len(items) <= _FEW:
         return list(map(work, items))
     share = -(-len(items) // (2 * _MOST_THREADS))
@@ -26,4 +28,4 @@ def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a process that was forked has no threads of its parent's
-    return ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "codec")
+    return ThreadPoolExecutor(min(_MOST_THREADS, processors()), "codec")

@@ -1,1 +1,1 @@
-"""What a model's output feels of its weights, and weights rounded by it: statistics, allocation, error feedback."""
+"""Round weights by their effect on a model's outputs: statistics, allocation, error feedback."""

@@ -1,20 +1,23 @@
-"""Bits where the output feels them: a target for each tensor, from what the model's outputs feel of its weights.
+"""Allocate bits where the outputs are sensitive: give each tensor a target of its own.
 
-Quantised with step h, a tensor moves the outputs by S h^2 / 12 a weight, S being its mean sensitivity (see
-`statistics`) times the share that feedback leaves of the error (see `feedback.left`). The least sum of these for so
-many bits has one S h^2 for all: 10 log10(S rms^2) dB more for a tensor than for one whose S rms^2 is 1. Four fifths of
-that are taken, step ~ rms^(1/5) S^(-2/5): the linear model breaks down where tensors that hardly move the outputs would
-lose all their weights. Of 0.65, 0.75, 0.85 and 1 the middle ones are the best on LiteMedSAM's masks, and alike.
+Quantised with step h, a tensor moves the outputs by S h^2 / 12 per weight. S is its mean sensitivity (see `statistics`)
+times the share of the error that feedback leaves (see `encode.left`). For a given number of bits, the sum over all
+tensors is least if S h^2 is the same for all: a tensor gets 10 log10(S rms^2) dB more than one whose S rms^2 is 1. We
+use four fifths of that, step ~ rms^(1/5) S^(-2/5), because the linear model breaks down once tensors that hardly move
+the outputs lose all their weights. Among 0.65, 0.75, 0.85 and 1 the middle two give the best masks of LiteMedSAM, about
+equally good.
 
-Tensors of few weights may want far more than the 48 dB at which other allocations end: depthwise convolutions of
-LiteMedSAM up to 63. Cut at 48, their errors would be more than all that feedback leaves of the others'.
+Small tensors may need far more than 48 dB, where other allocations end: depthwise convolutions of LiteMedSAM need up to
+63. If they stopped at 48, their errors would exceed everything that feedback leaves of the others' errors.
 
-A target is nominal: it says the step, h = sqrt(12) rms 10^(-target/20), which single nodes take where it is fine. What
-a tensor's weights then come to is not the aim (feedback trades their error for the output's).
+A target is nominal. It determines the step h = sqrt(12) rms 10^(-target/20) of single nodes in a fine lattice. The SQNR
+of a tensor's weights is not a goal, because feedback trades their error for that of the outputs.
 
 Worked example: a matrix of rms 0.1 with S = 100 has S rms^2 = 1 and gain 0, one of rms 0.1 with S = 10 has gain
 8 * log10(0.1) = -8 dB. With equally many weights their mean gain is -4, and for a target of 30 dB they get 34 and
-26 dB; the first has rms * sqrt(12) * 10^(-34/20) = 0.1 * 3.4641 * 0.019953 = 0.0069118 as its step.
+26 dB. The first has the step rms * sqrt(12) * 10^(-34/20) = 0.1 * 3.4641 * 0.019953 = 0.0069118.
+
+Shapes: T = targets.
 """
 
 import math
@@ -33,20 +36,20 @@ from birkhoff.codec.profiles import Decision
 from birkhoff.codec.tensor import fallback
 
 POWER = 0.8
-"""Share of the gain that is taken."""
+"""Share of the gain that is used."""
 
 _BIT_DB = 20 * math.log10(2)
-"""What a bit more brings."""
+"""Gain in dB per bit."""
 
 _LEAST = 1e-9
-"""Sensitivities below this share of the median count as none."""
+"""Sensitivities below this share of the median count as zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Felt:
-    """What decides a tensor's share: how many weights it has, the root mean square of their bulk, their mean
-    sensitivity (0 where no output feels them, or nobody asked), and the share of the outputs' error that feedback
-    leaves."""
+    """The statistics that determine a tensor's share: its number of weights, the root mean square of their bulk, their
+    mean sensitivity (0 if no output depends on them, or if none was measured), and the share of the outputs' error that
+    feedback leaves."""
 
     weights: int
     rms: float
@@ -55,15 +58,17 @@ class Felt:
 
 
 def root_mean_square(weight: Tensor) -> float:
-    """Of the bulk of real weights of any shape and dtype (see `metrics`), in their unit."""
+    """Return the root mean square of the bulk of real weights (see `metrics`), of any shape and dtype, in their
+    unit."""
     energy = sum(float(part.to(weight.dtype).double().square().sum()) for part in weight.reshape(-1).split(1 << 20))
     return math.sqrt(bulk(weight, energy).energy / max(1, weight.numel()))
 
 
 def gains_db(tensors: Mapping[str, Felt]) -> dict[str, float]:
-    """What each tensor gets above the mean of all weights, dB, by name, rounded to 0.01 dB.
+    """Return each tensor's gain over the mean of all weights, by name, in dB, rounded to 0.01 dB.
 
-    A tensor that no output feels gets what the median one would with its root mean square; weights of zeros get 0.
+    A tensor that no output depends on gets the gain that the median sensitivity gives its root mean square. Weights
+    that are all zero get 0.
     """
     felt = [item.sensitivity * item.left for item in tensors.values() if item.sensitivity > 0]
     usual = median(felt) if felt else 1.0
@@ -83,7 +88,7 @@ def _weights(tensors: Iterable[Felt]) -> int:
 
 
 def step(rms: float, target_db: float) -> float:
-    """The step of single nodes at a nominal target, in the weights' unit."""
+    """Return the step of single nodes at a nominal target, in the unit of the weights."""
     return math.sqrt(12) * rms * 10 ** (-target_db / 20)
 
 
@@ -93,14 +98,15 @@ def sizes(
     gains: Mapping[str, float],
     targets: Sequence[float],
 ) -> budget.Floats:
-    """Estimated bytes of a whole model at each of some mean targets in dB, the entries in the header included: [T].
+    """Estimate the bytes of a whole model at each mean target in dB, including the entries in the header: [T].
 
-    What a budget is solved with, by `budget.highest`: the estimate is `budget.sizes` of each tensor at its own target.
-    Feedback spreads weights a little, which the estimate does not know: what comes out is up to a few percent larger.
+    `budget.highest` solves budgets with the result. The estimate is `budget.sizes` of each tensor at its own target.
+    Feedback spreads the weights slightly, which the estimate ignores, so the real size is up to a few percent larger.
 
     Args:
-        tensors: on the CPU. decisions: of the same names; those that are lossless follow no target.
-        gains: of the coded ones.
+        tensors: On the CPU.
+        decisions: By the same names. Lossless ones follow no target.
+        gains: Of the coded tensors.
     """
     total: budget.Floats = np.zeros(len(targets))
     for name, tensor in tensors.items():
@@ -111,7 +117,7 @@ def sizes(
 
 
 def tensor_sizes(name: str, tensor: Tensor, decision: Decision, targets: Sequence[float]) -> budget.Floats:
-    """Estimated bytes of one tensor at each of some nominal targets of its own in dB: [T]; else as `sizes`."""
+    """Estimate the bytes of one tensor at each nominal target in dB, [T]. Otherwise as `sizes`."""
     coarse = np.minimum(targets, FIXED_POINT_DB)
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     follows = decision.action == "coded" and fallback(matrix) is None

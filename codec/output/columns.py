@@ -1,12 +1,12 @@
-"""Columns of a matrix rounded one after the other, each with what those before it in its block have lost.
+"""Round the columns of a matrix one after the other. Each takes over the errors of the earlier columns in its block.
 
-With w the columns as far as earlier blocks have moved them, U the factor of `output.feedback` and p the column whose
-coordinate shears column c, if there is one,
+Let w be the columns as earlier blocks have moved them, U the factor of `output.feedback`, and p the column whose
+coordinate shears column c, if any. Then
 
     u_c = w_c - sum_(d = start)^(c - 1) e_d U_dc - n_p / 256        n_c = round(u_c), or the path nearest to u_c
     e_c = (u_c - n_c) / U_cc
 
-Where columns are rounded again, what counts is by how much each has moved from where it was, b: there
+When columns are rounded again, the error is the distance of each column from its original place b: then
 e_c = (b_c - n_p / 256 - n_c) / U_cc.
 
 Worked example: w_0 = 0.4, w_1 = 0.4, U = [[2.294, -2.065], [0, 1]]: n_0 = 0, e_0 = 0.4 / 2.294 = 0.1744, and
@@ -15,6 +15,7 @@ u_1 = 0.4 + 0.1744 * 2.065 = 0.76, less n_0 / 256 = 0 if column 0 shears it; n_1
 Shapes: R = rows, K = columns.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,17 +39,39 @@ def eager_round_block(
     lanes: int,
     base_KR: Tensor | None,
 ) -> None:
-    """Round columns start..stop-1, in place: the reference.
+    """Round columns start..stop-1, in place. This is the reference.
 
     Args:
-        w_KR: float32 columns in units of the step, contiguous; becomes u.
-        n_KR: float32, gets whole numbers; holds those of all columns before `start`.
-        error_KR: float32, gets e.
-        upper_KK: float32 U, contiguous.
-        partner: int64 [K], p or -1.
-        lanes: of the trellis in each column; 0 rounds each weight for itself.
-        base_KR: float32 b, if there is one, contiguous; becomes b - n_p / 256.
+        w_KR: Float32 columns in units of the step, contiguous. Becomes u.
+        n_KR: Float32. Receives whole numbers, and holds those of all columns before `start`.
+        error_KR: Float32. Receives e.
+        upper_KK: Float32 U, contiguous.
+        partner: Int64 [K], p or -1.
+        lanes: Lanes of the trellis in each column; 0 rounds each weight on its own.
+        base_KR: Float32 b, contiguous, or None. Becomes b - n_p / 256.
     """
+
+    def nearest(w: Tensor, n: Tensor) -> None:
+        if lanes:
+            trellis.search_(n.copy_(w), lanes)
+        else:
+            torch.round(w, out=n)
+
+    round_columns(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, base_KR, nearest)
+
+
+def round_columns(
+    w_KR: Tensor,
+    n_KR: Tensor,
+    error_KR: Tensor,
+    upper_KK: Tensor,
+    partner: Tensor,
+    start: int,
+    stop: int,
+    base_KR: Tensor | None,
+    nearest: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Do the same with any rounding of a column: `nearest` receives u, which it keeps, and writes n."""
     inside, partners = upper_KK[start:stop, start:stop].T.contiguous(), partner[start:stop].tolist()
     pivots = inside.diagonal().tolist()
     for c in range(start, stop):
@@ -60,14 +83,11 @@ def eager_round_block(
             w.sub_(n_KR[p], alpha=1 / N)
             if base_KR is not None:
                 base.sub_(n_KR[p], alpha=1 / N)
-        if lanes:
-            trellis.search_(n.copy_(w), lanes)
-        else:
-            torch.round(w, out=n)
+        nearest(w, n)
         torch.sub(base, n, out=error_KR[c]).div_(pivots[c - start])
 
 
 round_block: "CustomOpDef" = torch.library.custom_op(
     "birkhoff::round_block", eager_round_block, mutates_args=("w_KR", "n_KR", "error_KR", "base_KR")
 )
-"""`eager_round_block` as an operator, so that `birkhoff.kernels.feedback.op` can register kernels for a device."""
+"""`eager_round_block` as an operator, so that `birkhoff.kernels.feedback.op` can register faster kernels."""

@@ -1,6 +1,6 @@
-"""One tensor to its stored form at a nominal target, with feedback where that lowers the output's error.
+"""Encode one tensor at a nominal target, with error feedback if that lowers the outputs' error.
 
-What comes out is what every reader knows: coordinates, a step, and on which paths they lie.
+Readers need nothing new: the result consists of coordinates, a step, and the kind of paths.
 """
 
 import math
@@ -12,46 +12,51 @@ from birkhoff.codec import lattice, planes, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity
-from birkhoff.codec.output import feedback
+from birkhoff.codec.output import feedback, rows
 from birkhoff.codec.output.allocation import root_mean_square, step
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.targets import FIXED_POINT_DB, RANGE_DB
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
 from birkhoff.codec.tensor import LEAST_PATH, MOST_ESCAPED, Encoded, encoded_code, fall_back, fallback
 from birkhoff.codec.trajectory import N
 
 _LEAST_ERROR = 1e-30
-"""Of an output, where none is left."""
+"""Stands for an output error of 0."""
 
 REFINEMENTS = 2
-"""Times that single nodes are all rounded once more."""
+"""Number of times that all single nodes are rounded again."""
 
 REFINED_BITS = 0.08
-"""More than that saves a weight, at equal error of the output: 0.06 bits, where paths save up to 0.17 above 2 bits and
-nothing at 1.5."""
+"""Bits per weight that refinement cannot save. It saves 0.06 at equal error of the outputs, while paths save up to 0.17
+above 2 bits and nothing at 1.5."""
+
+PATHS_FROM = 3.0
+"""Bits per weight from which paths with feedback between rows are taken without a look at single nodes, which take as
+long to find and win below 2 bits, or where the order of the rows matters most."""
 
 _LOSS_SLACK = 1e-4
-"""Sums may be taken in another order, and a Hessian on another device."""
+"""Relative tolerance, because another device may sum in another order or hold the Hessian."""
 
 
-def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | None, *, path: bool = True) -> Encoded:
-    """Code one tensor for a nominal target (see `allocation`), whatever SQNR its weights then have.
+def encode(name: str, tensor: Tensor, target_db: float, hessian: Hessian | None, *, path: bool = True) -> Encoded:
+    """Code one tensor at a nominal target (see `allocation`), whatever the SQNR of its weights.
 
-    With a Hessian (of the columns in which the codec holds the tensor, on its device) errors are fed back, in single
-    nodes or in paths of the trellis down the columns: whichever takes fewer bits for the same error of the output, a
-    bit being worth 6.02 dB. Where that does not lower the output's error below that of nodes rounded each for itself,
-    these are taken. Without a Hessian weights are rounded each for itself, in paths where those take fewer bits.
+    With a Hessian (of the matrix in which the codec holds the tensor, on its device) errors are fed back, in single
+    nodes or in trellis paths down the columns. The form with fewer bits at the same error of the outputs wins; one bit
+    counts as 6.02 dB. If neither lowers the outputs' error below that of rounding each node on its own, the result is
+    that rounding. Without a Hessian, each weight is rounded on its own, in paths if those take fewer bits.
 
-    From `FIXED_POINT_DB` on, where more and more nodes of pairs are escapes, a weight is a number of 16 bits, which the
-    format holds as a pair without a second weight, x = (I + J/256) h. HyperLinear is built from pairs: a linear layer
-    of such a matrix is loaded dense.
+    From `FIXED_POINT_DB` on, more and more nodes of pairs would be escapes. There a weight is a 16-bit number, which
+    the format holds as a pair without a second weight, x = (I + J/256) h. HyperLinear needs pairs, so a linear layer
+    with such a matrix is loaded dense.
 
     Args:
-        tensor: of any shape and dtype that is coded, finite.
-        path: search paths of the trellis.
+        tensor: Finite, of any shape and of a dtype that is coded.
+        path: Search trellis paths.
 
     Raises:
-        TargetError: the target is out of range.
-        TensorError: the Hessian is none.
+        TargetError: The target is out of range.
+        TensorError: The Hessian is not valid.
     """
     low, high = RANGE_DB
     if not low <= target_db <= high:
@@ -63,29 +68,35 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian_KK: Tensor | Non
     single = nominal_step(matrix, target_db)
     fixed = is_fixed(target_db)
     code, kind = (_fixed_point(matrix, single), 0) if fixed else _plain(matrix, single, path=path)
-    if hessian_KK is not None:
-        fed, fed_kind, error_fed = _fed_back(matrix, single, hessian_KK, path=path, fixed=fixed)
-        if error_fed < feedback.output_error(matrix, code, hessian_KK):
+    if hessian is not None:
+        fed, fed_kind, error_fed = _fed_back(matrix, single, hessian, path=path, fixed=fixed)
+        if error_fed < hessian.error(matrix, code):
             code, kind = fed, fed_kind
     decoded = code.decode(matrix.dtype).view(matrix.shape)
     error = fidelity(matrix, decoded)
     if not error.error < math.inf:
         return fall_back(name, tensor, "range")
-    if not bool(decoded.any()):  # weights that are all about as large, at 4 dB or less
+    if not bool(decoded.any()):  # weights of similar size, at 4 dB or less
         return fall_back(name, tensor, "target")
     return encoded_code(name, tensor, code, error, path=kind)
 
 
+def left(hessian: Hessian) -> float:
+    """Return the share of the outputs' error that feedback leaves, as bits are allotted by it. Raises TensorError."""
+    by_rows = 1.0 if hessian.rows is None else math.pow(rows.left(hessian.rows), rows.SHARE)
+    return feedback.left(hessian.columns) * by_rows
+
+
 def nominal_step(matrix: Tensor, target_db: float) -> float:
-    """The step of single nodes that a nominal target gives weights, as the float32 that is stored."""
+    """Return the step of single nodes at a nominal target, as the float32 that is stored."""
     return _round(step(root_mean_square(matrix), target_db))
 
 
 def stored_step(tensor: Tensor, target_db: float, *, path: int, columns: int) -> float:
-    """The step that `encode` stores for a tensor that it codes: what a check expects.
+    """Return the step that `encode` stores for a tensor it codes, so that a check can expect it.
 
-    `path` is the kind of its paths, `columns` those of its code: what tells fixed point, which older versions begin at
-    other targets.
+    `path` is the kind of its paths. `columns` are those of its code; they tell whether it is fixed point, which older
+    versions begin at other targets.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     single = nominal_step(matrix, target_db)
@@ -94,31 +105,29 @@ def stored_step(tensor: Tensor, target_db: float, *, path: int, columns: int) ->
     return _round(single * _path_step(matrix, path)) if path else single
 
 
-def is_no_worse(
-    tensor: Tensor, code: LatticeTensor, target_db: float, hessian_KK: Tensor | None, *, path: bool
-) -> bool:
-    """Whether a code's output error is at most that of nodes rounded each for itself, in paths where `path` allows it.
+def is_no_worse(tensor: Tensor, code: LatticeTensor, target_db: float, hessian: Hessian | None, *, path: bool) -> bool:
+    """Return whether a code's output error is at most that of rounding each node on its own, in paths if `path` is set.
 
-    Without a Hessian every output counts alike, so that the weights' own error does.
+    Without a Hessian all outputs count alike, so the weights' own error decides.
     """
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     single = nominal_step(matrix, target_db)
 
     def loss(of: LatticeTensor) -> float:
-        if hessian_KK is not None:
-            return feedback.output_error(matrix, of, hessian_KK)
+        if hessian is not None:
+            return hessian.error(matrix, of)
         error = matrix.to(torch.float32) - of.decode(torch.float32).view(matrix.shape)
         return float(error.square_().sum(dtype=torch.float64))
 
     most = loss(code) * (1 - _LOSS_SLACK)
     if code.columns != matrix.shape[1]:
         return most <= loss(_fixed_point(matrix, single))
-    # The search for a path takes longest: only where the nodes have not told.
+    # The search for a path takes longest, so it comes last.
     return most <= loss(lattice.quantise(matrix, single)) or most <= loss(_plain(matrix, single, path=path)[0])
 
 
 def is_fixed(target_db: float) -> bool:
-    """Whether weights are numbers of 16 bits at a nominal target."""
+    """Return whether weights are 16-bit numbers at a nominal target."""
     return target_db >= FIXED_POINT_DB
 
 
@@ -130,33 +139,50 @@ def _path_step(matrix: Tensor, kind: int) -> float:
 
 
 def _fed_back(
-    matrix: Tensor, single: float, hessian_KK: Tensor, *, path: bool, fixed: bool
+    matrix: Tensor, single: float, hessian: Hessian, *, path: bool, fixed: bool
 ) -> tuple[LatticeTensor, int, float]:
-    """Code, kind of its paths, and the error of the output."""
-    factor = feedback.factorise(hessian_KK)
+    """Return (code, kind of its paths, error of the outputs)."""
     if fixed:
+        factor = feedback.factorise(hessian.columns)
         code = _of_numbers(feedback.numbers(matrix, single, factor), single)
-        return code, 0, feedback.output_error(matrix, code, hessian_KK)
-    code = feedback.quantise(matrix, single, factor)
-    nodes = code, 0, feedback.output_error(matrix, code, hessian_KK)
-    if not path or matrix.numel() < LEAST_PATH:
-        return refined(matrix, nodes, hessian_KK, factor)
-    code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, path=True)
-    if not _is_short(code):
-        return refined(matrix, nodes, hessian_KK, factor)
-    paths = code, feedback.DOWN, feedback.output_error(matrix, code, hessian_KK)
-    if bits_at_equal_error(nodes) - REFINED_BITS * matrix.numel() < bits_at_equal_error(paths):
-        nodes = refined(matrix, nodes, hessian_KK, factor)
-    return min(nodes, paths, key=bits_at_equal_error)
+        return code, 0, hessian.error(matrix, code)
+    if hessian.rows is None:
+        return _by_columns(matrix, single, hessian, path=path)
+    # One weight follows the other, which a CPU does faster than a GPU. Factors and errors stay with the Hessian.
+    code, kind, error = _by_columns(matrix.cpu(), single, hessian, path=path)
+    return code.to(matrix.device), kind, error
+
+
+def _by_columns(matrix: Tensor, single: float, hessian: Hessian, *, path: bool) -> tuple[LatticeTensor, int, float]:
+    """Do the same in single nodes or paths, where the matrix is."""
+    factor = feedback.factorise(hessian.columns).to(matrix.device)
+    paths = None
+    if path and matrix.numel() >= LEAST_PATH:
+        by_lane = rows.factor_of(hessian, feedback.lanes_of(*matrix.shape))
+        code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, by_lane, path=True)
+        if _is_short(code):
+            paths = code, feedback.DOWN, hessian.error(matrix, code)
+            if hessian.rows is not None and _bits(code, feedback.DOWN) >= PATHS_FROM * matrix.numel():
+                return paths
+    by_row = rows.factor_of(hessian)
+    code = feedback.quantise(matrix, single, factor, by_row)
+    nodes = code, 0, hessian.error(matrix, code)
+    saved = REFINED_BITS * matrix.numel()
+    if paths is None or bits_at_equal_error(nodes) - saved < bits_at_equal_error(paths):
+        nodes = refined(matrix, nodes, hessian, factor)
+    return nodes if paths is None else min(nodes, paths, key=bits_at_equal_error)
 
 
 def refined(
-    matrix: Tensor, nodes: tuple[LatticeTensor, int, float], hessian_KK: Tensor, factor: feedback.Factor
+    matrix: Tensor, nodes: tuple[LatticeTensor, int, float], hessian: Hessian, factor: feedback.Factor
 ) -> tuple[LatticeTensor, int, float]:
-    """Single nodes (code, 0, error of the output) rounded again while that lowers the error."""
+    """Round single nodes (code, 0, error of the outputs) again as long as that lowers the error, if no feedback between
+    rows made them."""
+    if hessian.rows is not None:
+        return nodes
     for _ in range(REFINEMENTS):
-        code = feedback.refine(matrix, nodes[0], hessian_KK, factor)
-        error = feedback.output_error(matrix, code, hessian_KK)
+        code = feedback.refine(matrix, nodes[0], hessian.columns, factor)
+        error = hessian.error(matrix, code)
         if error >= nodes[2]:
             break
         nodes = code, 0, error
@@ -164,18 +190,22 @@ def refined(
 
 
 def bits_at_equal_error(choice: tuple[LatticeTensor, int, float]) -> float:
-    """The bits that (code, kind of its paths, error of the output) takes, and what an error of 1 would take more."""
+    """Return the bits of (code, kind of its paths, error of the outputs) when scaled to an error of 1."""
     code, kind, error = choice
-    streams, _ = planes.pack(code, path=kind)
     weights = code.i.shape[0] * code.columns
-    return 8 * sum(map(len, streams)) + weights * 0.5 * math.log2(max(error, _LEAST_ERROR))
+    return _bits(code, kind) + weights * 0.5 * math.log2(max(error, _LEAST_ERROR))
+
+
+def _bits(code: LatticeTensor, kind: int) -> int:
+    streams, _ = planes.pack(code, path=kind)
+    return 8 * sum(map(len, streams))
 
 
 def _plain(matrix: Tensor, single: float, *, path: bool) -> tuple[LatticeTensor, int]:
     if path and matrix.numel() >= LEAST_PATH:
         try:
             code = lattice.quantise_path(matrix, _round(single * _path_step(matrix, 1)))
-        except TargetError:  # weights too many steps long
+        except TargetError:  # weights that are too many steps long
             pass
         else:
             if _is_short(code):
@@ -184,7 +214,7 @@ def _plain(matrix: Tensor, single: float, *, path: bool) -> tuple[LatticeTensor,
 
 
 def _fixed_point(matrix: Tensor, single: float) -> LatticeTensor:
-    """Weights as whole multiples of `single`, each a row of one pair that has no second weight."""
+    """Return weights as whole multiples of `single`. Each is a row with one pair, without a second weight."""
     return _of_numbers(torch.round(matrix.double() / single), single)
 
 
@@ -195,10 +225,10 @@ def _of_numbers(n: Tensor, single: float) -> LatticeTensor:
 
 
 def _is_short(code: LatticeTensor) -> bool:
-    """Whether few enough of a path's coordinates are escapes in memory."""
+    """Return whether few enough coordinates of a path are escapes in memory."""
     return len(code.escapes) <= MOST_ESCAPED * code.i.numel()
 
 
 def _round(value: float) -> float:
-    """The step as the float32 that is stored."""
+    """Return the step as the float32 that is stored."""
     return float(torch.tensor(value, dtype=torch.float32))

@@ -1,62 +1,80 @@
-"""Hessians as bytes: what error feedback needs of them, in an eighth of their float64.
+"""Pack Hessians into an eighth of their float64 bytes, keeping all that error feedback needs.
 
-Kept is the lower triangle of L, L L^T = H / mean(diag H) + eps I, row by row as little-endian float16: K (K + 1) bytes
-of a matrix [K, K]. A rounded triangle of H itself need not be positive any more, where few columns carry nearly all of
-it; the product of a rounded L always is. eps is the least power of ten from 1e-6 on with which L can be found.
+The packed form is the lower triangle of L, where L L^T = H / mean(diag H) + eps I, row by row as little-endian float16:
+K (K + 1) bytes for a matrix [K, K]. A rounded triangle of H itself may no longer be positive if few columns carry
+nearly all of it. The product of a rounded L always is. eps is the least power of ten, from 1e-6 on, at which L exists.
+The factor of the columns comes first, then that of the rows if there is one.
 
 Worked example: H = [[4, 2], [2, 4]] has the mean 4, so H / 4 = [[1, 0.5], [0.5, 1]] and L = [[1, 0], [0.5, 0.8660]],
-which are stored as 1, 0.5, 0.8660: six bytes.
+stored as 1, 0.5, 0.8660: six bytes.
 
-Shapes: K = columns.
+Shapes: R = rows, K = columns.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from birkhoff.codec.errors import FormatError, TensorError
-from birkhoff.codec.output.feedback import normalised
+from birkhoff.codec.output.hessian import Hessian, cholesky, normalised
 
 _DAMPINGS = tuple(10.0**power for power in range(-6, 0))
-"""eps, in units of the diagonal's mean; feedback adds 0.05 in any case."""
+"""Values of eps in units of the diagonal's mean. Feedback adds 0.05 anyway."""
 
 
-def packed_bytes(columns: int) -> int:
-    """Bytes of a packed Hessian."""
-    return columns * (columns + 1)
+def packed_bytes(columns: int, rows: int) -> int:
+    """Return the bytes of the packed Hessian of a matrix; `rows` is 0 if those have none."""
+    return columns * (columns + 1) + rows * (rows + 1)
 
 
-def pack(hessian_KK: Tensor) -> bytes:
-    """A Hessian (any float dtype, any device) up to its scale.
+def pack(hessian: Hessian) -> bytes:
+    """Pack a Hessian (any float dtype, any device), each factor up to its scale.
 
     Raises:
-        TensorError: it is not square, not finite, its diagonal has no positive mean, or it is far from positive.
+        TensorError: A factor is not square or not finite, its diagonal has no positive mean, or it is far from
+            positive.
     """
+    return _packed(hessian.columns) + (b"" if hessian.rows is None else _packed(hessian.rows))
+
+
+def _packed(hessian_KK: Tensor) -> bytes:
     h = normalised(hessian_KK)
     columns, diagonal = len(h), h.diagonal().clone()
     for damping in _DAMPINGS:
         h.diagonal().copy_(diagonal + damping)
-        lower, wrong = torch.linalg.cholesky_ex(h)
-        if not int(wrong):
+        if (lower := cholesky(h)) is not None:
             kept = lower.half()[_triangle(columns, h.device)]
             packed: bytes = kept.cpu().numpy().astype("<f2").tobytes()
             return packed
     raise TensorError(f"Hessian: not positive with a damping of {_DAMPINGS[-1]:g}; take it again")
 
 
-def unpack(data: bytes, columns: int, device: torch.device | str = "cpu") -> Tensor:
-    """A Hessian float32 [K, K] on a device, its diagonal's mean about 1.
+def unpack(data: bytes, columns: int, rows: int, device: torch.device | str = "cpu") -> Hessian:
+    """Unpack a Hessian: factors on a device, each with a diagonal of mean about 1. `rows` is 0 if those have none.
 
     Raises:
-        FormatError: these are not the bytes of one with so many columns.
+        FormatError: The bytes are not a Hessian of this shape.
     """
-    if len(data) != packed_bytes(columns):
-        raise FormatError(f"Hessian: {len(data)} bytes stored, {packed_bytes(columns)} are one of {columns} columns")
-    kept = torch.from_numpy(np.frombuffer(data, dtype="<f2").astype(np.float16)).to(device)
-    if not bool(torch.isfinite(kept).all()):
+    if len(data) != packed_bytes(columns, rows):
+        raise FormatError(
+            f"Hessian: {len(data)} bytes stored, expected {packed_bytes(columns, rows)} for {columns} columns and "
+            f"{rows} rows"
+        )
+    numbers = np.frombuffer(data, dtype="<f2").astype(np.float16)
+    if not bool(np.isfinite(numbers).all()):
         raise FormatError("Hessian: the bytes stored hold NaN or Inf")
+    of_columns = columns * (columns + 1) // 2
+    return Hessian(
+        columns=_unpacked(numbers[:of_columns], columns, device),
+        rows=_unpacked(numbers[of_columns:], rows, device) if rows else None,
+    )
+
+
+def _unpacked(numbers: np.ndarray[Any, np.dtype[np.float16]], columns: int, device: torch.device | str) -> Tensor:
     lower = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-    lower[_triangle(columns, lower.device)] = kept.float()
+    lower[_triangle(columns, lower.device)] = torch.from_numpy(numbers).to(device).float()
     return lower @ lower.T
 
 

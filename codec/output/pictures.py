@@ -1,39 +1,40 @@
-"""Synthetic pictures on which a model's statistics are taken, so that no data is needed: seeded and versioned.
+"""Synthetic pictures for taking a model's statistics without data, seeded and versioned.
 
-Noise whose spectrum falls with 1/f, as that of photographs does; dead leaves, discs that hide each other (A. B. Lee,
-D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001); flat pictures with strokes, as of text and
-drawings. Drawn by the CPU's generator and rounded to bytes, so that they do not depend on the device of the model.
+There are three kinds: noise whose spectrum falls with 1/f, like that of photographs; dead leaves, discs that hide each
+other (A. B. Lee, D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001); and flat pictures with
+strokes, like text and drawings. The CPU's generator draws them and they are rounded to bytes, so they do not depend on
+the model's device.
 
-Shapes: N = pictures, Q = boxes a picture, S = side of a picture.
+Shapes: N = pictures, Q = boxes per picture, S = side of a picture.
 """
 
 import torch
 from torch import Tensor
 
 PICTURES_VERSION = 1
-"""Raised when the same seed gives other pictures or boxes: statistics taken on the former ones are then not reused."""
+"""Raised when the same seed gives other pictures or boxes, so that older statistics are not reused."""
 
 _REFERENCE = 256
-"""Side of a picture for which the sizes below are given, in pixels."""
+"""Side in pixels of a picture to which the sizes below refer."""
 
 _LEAVES = 40
 _STROKES = 30
 _LEAST_BOX = 20
 _SQUARE = 0.3
-"""Share of pictures that are as high as wide."""
+"""Share of square pictures."""
 
 _NARROWEST = 0.55
-"""Of the others the shorter side, as a share of the longer one, from here to 1."""
+"""Least ratio of the shorter to the longer side in the other pictures."""
 
 _KINDS = 8
-"""Pictures after which the kinds repeat; see `synthetic_pictures`."""
+"""Period of the kinds of pictures, see `synthetic_pictures`."""
 
 
 def synthetic_pictures(count: int, side: int, seed: int) -> Tensor:
-    """Pictures uint8 [N, 3, S, S], each stretched to 0..255.
+    """Return pictures uint8 [N, 3, S, S], each stretched to 0..255.
 
-    Every second one has dead leaves, one of four is nearly flat with strokes, the last four of eight are grey. Any
-    count gives the first pictures of a larger one.
+    Every second picture has dead leaves, one in four is nearly flat with strokes, and the last four of eight are grey.
+    A smaller count gives the first pictures of a larger one.
     """
     generator = torch.Generator().manual_seed(seed)
     axis = torch.arange(float(side))
@@ -44,9 +45,9 @@ def synthetic_pictures(count: int, side: int, seed: int) -> Tensor:
 
 
 def synthetic_sizes(count: int, side: int, seed: int) -> list[tuple[int, int]]:
-    """Sizes (H, W) of pictures whose longer side has so many pixels: upright, lying, some of them square.
+    """Return sizes (H, W) of pictures with this longer side in pixels: portrait, landscape, and some square.
 
-    Real pictures are seldom square, and models that pad them feel edges there that no square has.
+    Real pictures are seldom square, and a model that pads them has edges there that square pictures lack.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(count, 3, generator=generator).tolist()
@@ -61,7 +62,7 @@ def _size(side: int, square: float, lying: float, narrow: float) -> tuple[int, i
 
 
 def synthetic_boxes(count: int, boxes: int, side: int, seed: int) -> Tensor:
-    """Boxes float32 [N, Q, 4] as x0, y0, x1, y1 in pixels, uniform over the picture, few of them very narrow."""
+    """Return boxes float32 [N, Q, 4] as x0, y0, x1, y1 in pixels, uniform over the picture, few of them very narrow."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, boxes, 2, 2, generator=generator) * (side - 1)
     low, high = corners.amin(2), corners.amax(2)
@@ -89,7 +90,7 @@ def _picture(number: int, x: Tensor, y: Tensor, frequency: Tensor, generator: to
 
 
 def _add_leaves(picture: Tensor, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    """Ellipses of one colour with a little noise, most of them small, each over those before it."""
+    """Add ellipses of one colour with a little noise, most of them small, each on top of the earlier ones."""
     side = len(x)
     for _ in range(_LEAVES):
         centre_y, centre_x = (torch.rand(2, generator=generator) * side).tolist()
@@ -101,7 +102,7 @@ def _add_leaves(picture: Tensor, x: Tensor, y: Tensor, generator: torch.Generato
 
 
 def _add_strokes(picture: Tensor, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    """Straight strokes of one to four pixels' half width, each of one colour."""
+    """Add straight strokes with a half width of one to four pixels, each of one colour."""
     side = len(x)
     for _ in range(_STROKES):
         start, end = torch.rand(2, 2, generator=generator) * side

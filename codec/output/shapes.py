@@ -1,7 +1,7 @@
-"""Pictures whose objects are known: light ellipses on a dark ground, far apart, so that no segmenter should miss them.
+"""Pictures with known objects: light ellipses on a dark ground, far apart, so that every segmenter should find them.
 
-What a model makes of them tells whether it is run as it wants to be: its masks against the truth, which needs no
-second model. Seeded and the same on every machine, as those of `pictures` are.
+A model's masks on them show whether its preprocessing is right. They are compared with the true shapes, so no second
+model is needed. The pictures are seeded and the same on every machine, like those of `pictures`.
 """
 
 import math
@@ -13,11 +13,14 @@ SHAPES_VERSION = 1
 """Raised when the same seed gives other shapes."""
 
 _ACROSS = 2
-"""Shapes across and down a picture."""
+"""Number of shapes across and down a picture."""
 
 
 def drawn_shapes(count: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [N, 3, H, W] of a size (H, W), and the pixels of the four shapes of each: bool [N, 4, H, W]."""
+    """Return pictures uint8 [N, 3, H, W] of size (H, W), and the pixels of each picture's four shapes.
+
+    The pixels are bool [N, 4, H, W].
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = [_picture(size, generator) for _ in range(count)]
     return torch.stack([pixels for pixels, _ in drawn]), torch.stack([masks for _, masks in drawn])

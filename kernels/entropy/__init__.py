@@ -1,1 +1,1 @@
-"""Stored streams to coordinates on a GPU, and back."""
+"""Decode stored streams to coordinates on a GPU, and encode coordinates to streams."""

@@ -1,19 +1,20 @@
-"""Entropy coding on a GPU: planes of symbols to sums of squares, groups, histograms and blocks of rANS.
+"""Entropy coding on a GPU: sums of squares, groups, histograms and rANS blocks of planes of symbols.
 
-A block is coded by a warp, a lane of the warp a lane of the block, from its last step to its first. With F and C of a
-lane's symbol,
+One warp encodes a block, with a lane of the warp for each lane of the block, from the last step to the first. Let F and
+C belong to a lane's symbol and x be its state. In each step,
 
-    if x >= 2^20 F: the word x mod 2^16 goes out, x = floor(x / 2^16);    x = 4096 floor(x / F) + x mod F + C
+    if x >= 2^20 F: write the word x mod 2^16, x = floor(x / 2^16);    x = 4096 floor(x / F) + x mod F + C
 
-Words are written from the end of the block's room to the front, those of a step in the order of its lanes; the states
-then stand before the first word, as they are stored.
+The kernel writes words from the end of the block's room towards its start, those of a step in the order of their lanes.
+The states then go before the first word, as they are stored.
 
-Toy: room for six words, four lanes, lanes 1 and 3 write in the last step: lane 1's word goes to place 4 and lane 3's to
-place 5, the next step's to 3 and before.
+Toy: room for six words, four lanes, lanes 1 and 3 write in the last step. Lane 1's word goes to place 4 and lane 3's to
+place 5; the next step's go to place 3 and before.
 
-Source: `codec.entropy.rans`, `codec.contexts`; all numbers are whole, so the bytes are the same.
+Source: `codec.entropy.rans`, `codec.contexts`. All numbers are whole, so the bytes are the same.
 
-Shapes: R = rows, C = columns of a plane, both coordinates' side by side, B = blocks, S = streams.
+Shapes: R = rows, C = columns of a plane, both coordinates' side by side, B = blocks, S = streams, T = planes, N =
+programs.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -26,12 +27,12 @@ from birkhoff.codec.contexts import LEVELS
 from birkhoff.kernels.entropy.triton import LAUNCHING, ranks
 
 TILE = 32, 128
-"""Rows and columns of a plane that a program takes of those kernels that go through planes."""
+"""Rows and columns of a plane that one program of a plane's kernels processes."""
 
 PLANE = 12
-"""Numbers that those are told of a plane: rows, columns, place of its symbols, of its sums, of its rows' and columns'
-entries and of its tables among the numbers, of its groups (-1: there are none), addresses of both coordinate planes,
-whether these are paths, and its first program."""
+"""Numbers that describe a plane to these kernels: its rows and columns; the places of its symbols and of its sums; the
+places, among the numbers, of its rows' entries, its columns' entries and its tables; the place of its groups (-1 for
+none); the addresses of both coordinate planes; whether these are paths; its first program."""
 
 _COUNTED = 2048
 _COPIED = 1024
@@ -41,7 +42,7 @@ _PLANE, _LEVELS, _ROWS, _COLUMNS = map(tl.constexpr, (PLANE, LEVELS, *TILE))
 
 @triton.jit
 def _tile(plane_ptr, of_ptr):
-    """(row [R, 1], column [1, C], mask, columns of the plane, its description) of a program."""
+    """Return (row [R, 1], column [1, C], mask, columns of the plane, its description) for a program."""
     plane = plane_ptr + tl.load(of_ptr + tl.program_id(0)).to(tl.int64) * _PLANE
     columns = tl.load(plane + 1)
     tile = tl.program_id(0) - tl.load(plane + 11)
@@ -53,7 +54,7 @@ def _tile(plane_ptr, of_ptr):
 
 @triton.jit
 def _symbol_kernel(memory_ptr, plane_ptr, of_ptr):
-    """Both coordinate planes, side by side, to symbols + 128."""
+    """Write both coordinate planes, side by side, as symbols + 128."""
     row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
     pairs = columns // 2
     i_ptr = tl.load(plane + 8).to(tl.pointer_type(tl.int8))
@@ -68,7 +69,7 @@ def _symbol_kernel(memory_ptr, plane_ptr, of_ptr):
 
 @triton.jit
 def _squares_kernel(memory_ptr, plane_ptr, of_ptr, sum_ptr):
-    """Sums of (symbol - 128)^2 by row and by column."""
+    """Add up (symbol - 128)^2 by row and by column."""
     row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
     symbol = tl.load(memory_ptr + tl.load(plane + 2) + row * columns + column, mask=mask, other=128).to(tl.int32) - 128
     square = symbol * symbol
@@ -85,7 +86,7 @@ def _squares_kernel(memory_ptr, plane_ptr, of_ptr, sum_ptr):
 
 @triton.jit
 def _group_kernel(memory_ptr, number_ptr, plane_ptr, of_ptr):
-    """Symbols of planes to their groups, if they have any."""
+    """Write the symbols of planes that have groups into their groups."""
     row, column, mask, columns, plane = _tile(plane_ptr, of_ptr)
     behind = tl.load(plane + 7)
     if behind >= 0:
@@ -100,7 +101,7 @@ def _group_kernel(memory_ptr, number_ptr, plane_ptr, of_ptr):
 
 @triton.jit
 def _count_kernel(memory_ptr, row_ptr, count_ptr, BLOCK: tl.constexpr):
-    """count [S, 256] of blocks: (place, symbols, stream, ...) each."""
+    """Count the bytes of blocks (place, symbols, stream, ...) in count [S, 256]."""
     row = row_ptr + tl.program_id(0).to(tl.int64) * 5
     source, size = memory_ptr + tl.load(row), tl.load(row + 1)
     count = tl.zeros([256], tl.int32)
@@ -113,7 +114,7 @@ def _count_kernel(memory_ptr, row_ptr, count_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _encode_kernel(memory_ptr, row_ptr, code_ptr, room_ptr, words_ptr):
-    """A block (place, symbols, stream, lanes, room in words) to its states and words, which end where its room does."""
+    """Encode a block (place, symbols, stream, lanes, room in words) to states and words at the end of its room."""
     row = row_ptr + tl.program_id(0).to(tl.int64) * 5
     source, size = memory_ptr + tl.load(row), tl.load(row + 1).to(tl.int32)
     code = code_ptr + tl.load(row + 2) * 256
@@ -142,7 +143,7 @@ def _encode_kernel(memory_ptr, row_ptr, code_ptr, room_ptr, words_ptr):
 
 @triton.jit
 def _copy_kernel(source_ptr, out_ptr, row_ptr, BLOCK: tl.constexpr):
-    """Bytes (from, to, how many) of every row."""
+    """Copy the bytes of every row (from, to, how many)."""
     row = row_ptr + tl.program_id(0).to(tl.int64) * 3
     source, out, size = source_ptr + tl.load(row), out_ptr + tl.load(row + 1), tl.load(row + 2)
     for first in range(0, size, BLOCK):
@@ -151,31 +152,31 @@ def _copy_kernel(source_ptr, out_ptr, row_ptr, BLOCK: tl.constexpr):
 
 
 def symbols(memory: Tensor, plane_T12: Tensor, of_N: Tensor) -> None:
-    """Write the symbols of all planes; `of_N` (int32) has the plane of each program."""
+    """Write the symbols of all planes. `of_N` (int32) is the plane of each program."""
     with LAUNCHING:
         _symbol_kernel[(len(of_N),)](memory, plane_T12, of_N, num_warps=4)
 
 
 def squares(memory: Tensor, plane_T12: Tensor, of_N: Tensor, sums: Tensor) -> None:
-    """Add up, in `sums` (int64, zeros), the squares of all planes' rows and columns."""
+    """Add the squares of all planes' rows and columns to `sums` (int64, zeros)."""
     with LAUNCHING:
         _squares_kernel[(len(of_N),)](memory, plane_T12, of_N, sums, num_warps=4)
 
 
 def group(memory: Tensor, numbers: Tensor, plane_T12: Tensor, of_N: Tensor) -> None:
-    """Write the groups of all planes that have any behind the planes."""
+    """Write the groups of all planes that have any. They go behind the planes."""
     with LAUNCHING:
         _group_kernel[(len(of_N),)](memory, numbers, plane_T12, of_N, num_warps=4)
 
 
 def count(memory: Tensor, row_B5: Tensor, count_S256: Tensor) -> None:
-    """Add up, in `count_S256` (int64, zeros), how often each byte occurs in each stream."""
+    """Count how often each byte occurs in each stream, in `count_S256` (int64, zeros)."""
     with LAUNCHING:
         _count_kernel[(len(row_B5),)](memory, row_B5, count_S256, BLOCK=_COUNTED, num_warps=4)
 
 
 def encode_blocks(memory: Tensor, row_B5: Tensor, code_S256: Tensor, room: Tensor, words_B: Tensor) -> None:
-    """Code every block into its part of `room` (uint16); `words_B` (int32) becomes the number of its words.
+    """Encode every block into its part of `room` (uint16), and its number of words into `words_B` (int32).
 
     `code_S256` is uint32, F + 65536 C of each byte.
     """
@@ -184,7 +185,7 @@ def encode_blocks(memory: Tensor, row_B5: Tensor, code_S256: Tensor, room: Tenso
 
 
 def copy(source: Tensor, out: Tensor, row_N3: Tensor) -> None:
-    """Copy pieces of bytes: (from, to, how many) each."""
+    """Copy pieces of bytes, (from, to, how many) each."""
     if len(row_N3):
         with LAUNCHING:
             _copy_kernel[(len(row_N3),)](source, out, row_N3, BLOCK=_COPIED, num_warps=4)

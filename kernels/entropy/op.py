@@ -1,20 +1,21 @@
-"""Stored tensors on the lattice to coordinates on a device, to weights, and back: on a GPU many at once.
+"""Decode stored lattice tensors to coordinates or weights on a device, and encode them: many at once on a GPU.
 
-Importing this module gives the codec's packing its kernels for CUDA tensors: `codec.planes.pack_all` then runs `pack`.
+Importing this module registers the kernels for packing CUDA tensors: `codec.planes.pack_all` then runs `pack`.
 
 Reference: `birkhoff.codec.tensor.lattice_of`.
 
-Where Triton does not serve the device the reference decodes on the CPU. Tensors of version 1 of the format, which is
-written no more, and levels and escapes, which are few, are always read there. A GPU makes the same coordinates and
-refuses the same bytes: what can be told without decoding is checked before a byte is copied, a block that does not end
-as it should is found at its end.
+The reference decodes on the CPU if Triton does not support the device. The CPU also reads tensors of format version 1,
+which is no longer written, and levels and escapes, which are few. A GPU makes the same coordinates and refuses the same
+bytes. Checks that need no decoding run before any byte is copied. The kernel checks each block's end.
 
-Shapes: R = rows, P = pairs a row, T = tensors.
+Shapes: R = rows, P = pairs per row, T = tensors.
 """
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from birkhoff.codec import planes
+from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
 from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.errors import FormatError
@@ -33,7 +34,7 @@ from birkhoff.codec.trajectory import Escapes
 from birkhoff.kernels.decode.op import decode_lattice
 from birkhoff.kernels.decode.serving import triton_serves
 from birkhoff.kernels.entropy.plan import ALIGNED, Integers, Placed, Plan, bytes_of, plan
-from birkhoff.kernels.entropy.staging import send
+from birkhoff.kernels.entropy.staging import Upload, send, send_into
 from birkhoff.kernels.runtime.device import HAS_TRITON
 
 if HAS_TRITON:
@@ -41,42 +42,76 @@ if HAS_TRITON:
     from birkhoff.kernels.entropy import triton as entropy_triton
 
 _ROOM = 1 << 16
-"""Coordinates outside -128..127 that are listed at first; where there are more, they are listed again."""
+"""Coordinates outside -128..127 that the first listing has room for. If there are more, they are listed again."""
+
+_APART = 4
+"""Each part of a report begins at a multiple of this many numbers."""
 
 
 def warm_up(device: torch.device | str) -> None:
-    """Start what a process starts once for kernels on a device: Triton, and the trial of its code there.
+    """Start what each process starts once for kernels on a device: Triton, a trial of its code there, and each kernel.
 
-    Half a second, most of it without the interpreter's lock; whatever decodes there first would wait for it.
+    This takes half a second, most of it without the interpreter's lock. Otherwise the first decoding would wait for it.
     """
-    triton_serves(torch.device(device))
+    _warm_up(torch.device(device))
+
+
+@cache
+def _warm_up(device: torch.device) -> None:
+    if triton_serves(device):
+        upload = Upload(ALIGNED, device)
+        for as_lattices in ((), (_SMALLEST.name,)):
+            (found,) = begin([_SMALLEST], as_lattices, device, upload)()
+            if isinstance(found, LatticeTensor):
+                found.theta()
+
+
+_SMALLEST = CodedTensor(
+    name="smallest",
+    codec="lattice",
+    dtype="F32",
+    shape=(1, 2),
+    params=LatticeParams(path=0, columns=2, step=1.0, escapes=0),
+    parts=(bytes((rest.RAW, contexts.LEAST_BITS[0], 0, 1, 0)), bytes((rest.RAW, 128, 128)), b""),
+)
+"""Two weights of 0 in one group. Decoding them starts every kernel."""
 
 
 def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
-    """The coordinates of some tensors on the lattice on `device`, in their order; `tensor.lattice_of` of each.
+    """Return the coordinates of lattice tensors on `device`, in order: `tensor.lattice_of` of each.
 
-    On a GPU their planes are views of one piece of memory, but for those of differences, which are the sum of two.
-    Waits for the device.
+    On a GPU the planes are views of one piece of memory, except those of differences, which are sums. Waits for the
+    device.
 
     Raises:
-        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
-        BaseError: a tensor is a difference, and its base is not at hand.
+        FormatError: A tensor's streams do not match its entry. The error names the tensor.
+        BaseError: A tensor is a difference whose base is missing.
     """
-    return [code.to(device) for code in _lattices(coded, torch.device(device))]
+    return [code.to(device) for code in _begin_lattices(coded, torch.device(device), None)()]
 
 
-def _lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    """`lattices_of`, the few escapes of what is no difference still on the CPU: on a GPU all that is computed of them
-    is launches that wait."""
+def _begin_lattices(
+    coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None
+) -> Callable[[], list[LatticeTensor]]:
+    """Begin `lattices_of`; the result, when called, ends it. The few escapes stay on the CPU, except those of
+    differences: on a GPU each operation on them is a launch that waits."""
     bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
-    own = _own_lattices([*coded, *bases], device)
-    their = iter(own[len(coded) :])
-    return [
-        _sum(one.name, one.params, next(their).to(device), code.to(device))
-        if isinstance(one.params, DifferenceParams)
-        else code
-        for one, code in zip(coded, own, strict=False)
-    ]
+    every = [*coded, *bases]
+    fast = [one for one in every if one.version == FORMAT_VERSION] if triton_serves(device) else []
+    queued = start(fast, device, upload) if fast else None
+
+    def result() -> list[LatticeTensor]:
+        made = iter(finish(queued) if queued is not None else ())
+        own = [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one, device) for one in every]
+        their = iter(own[len(coded) :])
+        return [
+            _sum(one.name, one.params, next(their).to(device), code.to(device))
+            if isinstance(one.params, DifferenceParams)
+            else code
+            for one, code in zip(coded, own, strict=False)
+        ]
+
+    return result
 
 
 def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeTensor) -> LatticeTensor:
@@ -86,40 +121,45 @@ def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeT
         raise FormatError(f"tensor {name!r}: {error}") from None
 
 
-def _own_lattices(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    """`tensor.own_lattice` of each, the escapes on the CPU."""
-    fast = [one for one in coded if one.version == FORMAT_VERSION] if triton_serves(device) else []
-    made = iter(_on_gpu(fast, device) if fast else ())
-    return [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one, device) for one in coded]
-
-
 def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> list[Tensor]:
-    """Some stored tensors of any codec, dense on `device`, original dtypes and shapes; `tensor.decode_tensor` of each.
+    """Decode stored tensors of any codec on `device`, with original dtypes and shapes: `tensor.decode_tensor` of each.
 
     Raises:
-        FormatError: a tensor's streams are not what its entry declares; the tensor is named.
+        FormatError: A tensor's streams do not match its entry. The error names the tensor.
     """
-    return [found for found in decode(coded, frozenset(), device) if isinstance(found, Tensor)]
+    return [found for found in begin(coded, frozenset(), device)() if isinstance(found, Tensor)]
 
 
-def decode(
-    coded: Sequence[CodedTensor], as_lattices: Container[str], device: torch.device | str
-) -> list[LatticeTensor | Tensor]:
-    """The same, but the coordinates of those tensors on the lattice that are named, all in one batch.
+def begin(
+    coded: Sequence[CodedTensor],
+    as_lattices: Container[str],
+    device: torch.device | str,
+    upload: Upload | None = None,
+) -> Callable[[], list[LatticeTensor | Tensor]]:
+    """Begin `decode_tensors`, but for the coordinates of the lattice tensors that are named.
 
-    Their escapes may still be on the CPU.
+    All tensors are one batch. A GPU decodes it while the caller goes on. The result, when called, waits for it, and may
+    leave escapes on the CPU. Streams in the containers of `upload` are on the device already.
+
+    Raises:
+        FormatError: As `decode_tensors`, now or when the result is called.
     """
     device = torch.device(device)
-    codes = iter(_lattices([one for one in coded if _is_lattice(one)], device))
-    others = iter(_moved([decode_tensor(one) for one in coded if not _is_lattice(one)], device))
-    found: list[LatticeTensor | Tensor] = []
-    for one in coded:
-        if not _is_lattice(one):
-            found.append(next(others))
-        else:
-            code = next(codes)
-            found.append(code if one.name in as_lattices else _dense(one, code))
-    return found
+    lattices = _begin_lattices([one for one in coded if _is_lattice(one)], device, upload)
+    dense = [decode_tensor(one) for one in coded if not _is_lattice(one)]
+
+    def result() -> list[LatticeTensor | Tensor]:
+        codes, others = iter(lattices()), iter(_moved(dense, device))
+        found: list[LatticeTensor | Tensor] = []
+        for one in coded:
+            if not _is_lattice(one):
+                found.append(next(others))
+            else:
+                code = next(codes)
+                found.append(code if one.name in as_lattices else _dense(one, code))
+        return found
+
+    return result
 
 
 def _is_lattice(coded: CodedTensor) -> bool:
@@ -135,7 +175,7 @@ def _dense(coded: CodedTensor, code: LatticeTensor) -> Tensor:
 
 
 def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU on a device, each in memory of its own. To a GPU they go as one: each copy would wait."""
+    """Move tensors of the CPU to a device, each into its own memory. A GPU gets one copy, because each copy waits."""
     if device.type != "cuda" or not tensors:
         return [tensor.to(device) for tensor in tensors]
     places = list(accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors), initial=0))
@@ -148,7 +188,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def pack(items: Sequence[Item]) -> list[Packed]:
-    """`planes.pack_all` of coordinates on a GPU: there, but for matrices of which more groupings are tried."""
+    """Run `planes.pack_all` on a GPU, except for matrices for which more groupings are tried."""
     large = [
         item
         for item in items
@@ -172,60 +212,121 @@ def _on_cpu(coded: CodedTensor, device: torch.device) -> LatticeTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """What is being decoded: the planes, and what the kernels report once they are done."""
+    """Tensors being decoded: the planes, and what the kernels report at the end."""
 
     plan: Plan
     planes: Tensor
     symbols: Tensor
     numbers: Tensor
     entries: Tensor
-    report: Tensor
-    """int32 [1 + T]: coordinates outside -128..127, and whether each tensor is damaged."""
-    index: Tensor
-    value: Tensor
+    report: "_Report"
+    upload: Upload | None
+    done: torch.cuda.Event | None
+    """Occurs when all is decoded and `report` is in host memory."""
 
 
-def _on_gpu(coded: Sequence[CodedTensor], device: torch.device) -> list[LatticeTensor]:
-    return finish(start(coded, device))
+class _Report:
+    """What kernels report on T tensors: int32 numbers in one piece of memory, so that one copy brings them to the host.
+
+    Its parts are the number of coordinates outside -128..127, whether each tensor is damaged [T], and the places (int64
+    [`room`]) and values (int32 [`room`]) of the coordinates outside. Each part begins at a multiple of `_APART`
+    numbers, because Triton would compile the kernels once more for other alignments.
+    """
+
+    def __init__(self, tensors: int, room: int, device: torch.device) -> None:
+        self._tensors = tensors
+        self.room: int = -(-room // _APART) * _APART
+        self._index = _APART + -(-tensors // _APART) * _APART
+        self._value = self._index + 2 * self.room
+        self._here = torch.empty(self._value + self.room, dtype=torch.int32, device=device)
+        self._here[: self._index] = 0
+        self._host = self._here
+        if device.type == "cuda":
+            self._host = torch.empty_like(self._here, device="cpu", pin_memory=True)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (count, damaged [T], places outside, coordinates outside) on the device."""
+        return self._cut(self._here)
+
+    def bring(self) -> None:
+        """Queue the copy to host memory."""
+        if self._host is not self._here:
+            self._host.copy_(self._here, non_blocking=True)
+
+    def brought(self) -> tuple[int, list[int], Integers, npt.NDArray[np.int32]]:
+        """Return (count, damaged, places outside, coordinates outside) in host memory. The copy must have ended."""
+        count, damaged, index, value = self._cut(self._host)
+        outside = int(count)
+        return outside, damaged.tolist(), index[:outside].numpy(), value[:outside].numpy()
+
+    def _cut(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = whole[self._index : self._value].view(torch.int64)
+        return whole[:1], whole[_APART : _APART + self._tensors], index, whole[self._value :]
 
 
-def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
-    """Queue the decoding of tensors of the present version on a GPU; `finish` waits for it. Raises FormatError."""
-    made = plan(coded, entropy_triton.LANES_A_PROGRAM)
-    data, numbers, entries = _sent(made, device)
+def start(coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None = None) -> Queued:
+    """Queue the decoding of tensors of the present version on a GPU. `finish` waits for it. Raises FormatError."""
+    if upload is None:
+        made = plan(coded, entropy_triton.LANES_A_PROGRAM)
+        return _start(made, device, None)
+    made = plan(coded, entropy_triton.LANES_A_PROGRAM, upload.runs, upload.data.numel())
+    with upload.decoding():
+        return _start(made, device, upload)
+
+
+def _start(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
+    data = _streams_of(made, device, upload)
+    numbers, entries = _sent(made, device)
+    report = _Report(len(made.tensors), _ROOM, device)
     symbols = torch.empty(made.symbols, dtype=torch.uint8, device=device)
+    planes_of_all = torch.empty(made.coordinates, dtype=torch.int8, device=device)
+    frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
+    rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
+    entropy_triton.decode_blocks(data, frequency, rows, symbols, report.parts()[1])
+    done = torch.cuda.Event() if device.type == "cuda" else None
     queued = Queued(
         plan=made,
-        planes=torch.empty(made.coordinates, dtype=torch.int8, device=device),
+        planes=planes_of_all,
         symbols=symbols,
         numbers=numbers,
         entries=entries,
-        report=torch.zeros(1 + len(coded), dtype=torch.int32, device=device),
-        index=torch.empty(_ROOM, dtype=torch.int64, device=device),
-        value=torch.empty(_ROOM, dtype=torch.int32, device=device),
+        report=report,
+        upload=upload,
+        done=done,
     )
-    frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
-    rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
-    entropy_triton.decode_blocks(data, frequency, rows, symbols, queued.report[1:])
-    _place(queued, queued.index, queued.value)
+    _place(queued, report)
+    if done is not None:
+        done.record()
     return queued
 
 
-def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(streams, numbers of the plan, entries of rows and columns) on the device."""
-    begin = -(-made.bytes // ALIGNED) * ALIGNED
-    middle = begin + made.numbers.nbytes
-    parts = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
-    parts.append((begin, torch.from_numpy(made.numbers).view(torch.uint8)))
+def _streams_of(made: Plan, device: torch.device, upload: Upload | None) -> Tensor:
+    """Return the streams on the device: those of an upload, and all others."""
+    runs = [(run.to, torch.from_numpy(bytes_of(run))) for run in made.runs]
+    if upload is None:
+        return send(runs, made.bytes, device)
+    if not runs:
+        return upload.data
+    data = torch.empty(made.bytes, dtype=torch.uint8, device=device)
+    data[: upload.data.numel()] = upload.data
+    first = made.runs[0].to
+    send_into(data[first:], [(to - first, part) for to, part in runs])
+    return data
+
+
+def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (numbers of the plan, entries of rows and columns) on the device."""
+    end = made.numbers.nbytes
+    parts = [(0, torch.from_numpy(made.numbers).view(torch.uint8))]
     if len(made.levels):
-        parts.append((middle, torch.from_numpy(made.levels)))
-    sent = send(parts, middle + len(made.levels), device)
-    numbers = sent[begin:middle].view(torch.int64)
-    return sent, numbers, _entries(sent[middle:], numbers[made.ends])
+        parts.append((end, torch.from_numpy(made.levels)))
+    sent = send(parts, end + len(made.levels), device)
+    numbers = sent[:end].view(torch.int64)
+    return numbers, _entries(sent[end:], numbers[made.ends])
 
 
 def _entries(levels: Tensor, ends: Tensor) -> Tensor:
-    """64 * rank + level of rows and columns, each part's ranks for itself; `contexts.Addresses` of all tensors."""
+    """Return 64 * rank + level of rows and columns, as `contexts.Addresses` of all tensors. Ranks count per part."""
     if not len(levels):
         return ends
     lengths = ends.diff(prepend=ends.new_zeros(1))
@@ -236,9 +337,10 @@ def _entries(levels: Tensor, ends: Tensor) -> Tensor:
     return torch.empty_like(ordered).index_copy_(0, order, rank * LEVELS + ordered % LEVELS)
 
 
-def _place(queued: Queued, index: Tensor, value: Tensor) -> None:
+def _place(queued: Queued, report: _Report) -> None:
     described = queued.numbers[queued.plan.descriptions].view(-1, entropy_triton.PLACE)
     programs = queued.numbers[queued.plan.programs].view(-1, 3)
+    count, _, index, value = report.parts()
     entropy_triton.place_symbols(
         queued.symbols,
         queued.entries,
@@ -246,40 +348,52 @@ def _place(queued: Queued, index: Tensor, value: Tensor) -> None:
         described,
         programs,
         queued.planes,
-        queued.report[:1],
+        count,
         index,
         value,
     )
+    report.bring()
 
 
 def finish(queued: Queued) -> list[LatticeTensor]:
     """Wait, and take over what was decoded. Raises FormatError."""
-    outside, *damaged = queued.report.tolist()
-    for tensor, bad in zip(queued.plan.tensors, damaged, strict=True):
+    tensors = queued.plan.tensors
+    if queued.done is not None:
+        queued.done.synchronize()
+        queued.planes.record_stream(torch.cuda.current_stream(queued.planes.device))  # used there from now on
+    outside, damaged, index, value = queued.report.brought()
+    for tensor, bad in zip(tensors, damaged, strict=True):
         if bad:
             raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
-    index, value = queued.index, queued.value
-    if outside > len(index):
-        index, value = index.new_empty(outside), value.new_empty(outside)
-        queued.report[:1] = 0
-        _place(queued, index, value)
-    order = index[:outside].cpu().sort()
-    listed = order.values.numpy(), value[:outside].cpu()[order.indices].numpy()
-    escapes = _escapes(queued, *listed)
-    return [_lattice(queued.planes, *one) for one in zip(queued.plan.tensors, escapes, strict=True)]
+    if outside > queued.report.room:
+        index, value = _listed_again(queued, outside)
+    order = index.argsort()
+    escapes = _escapes(queued, index[order], value[order])
+    return [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
+
+
+def _listed_again(queued: Queued, outside: int) -> tuple[Integers, npt.NDArray[np.int32]]:
+    """(places, coordinates) outside -128..127, for which there was no room at first."""
+    device = queued.planes.device
+    with queued.upload.decoding() if queued.upload is not None else nullcontext():
+        report = _Report(len(queued.plan.tensors), outside, device)
+        _place(queued, report)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return report.brought()[2:]
 
 
 def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> list[Escapes]:
-    """The escapes of each tensor in memory, on the CPU; their places in the planes become 0.
+    """Return the escapes of each tensor in memory, on the CPU, and set their places in the planes to 0.
 
-    `index` are the places of coordinates outside int8, increasing, `value` they. Where one of a pair is, the other is
-    asked for: all of them at once, and all become 0 at once. Here a pair is named by the place of its I in the planes.
+    `index` are the places of coordinates outside int8, increasing, and `value` those coordinates. If one coordinate of
+    a pair is outside, the other is needed too. One query reads them all, and one write clears all. A pair's number here
+    is the place of its I in the planes.
     """
-    tensors = queued.plan.tensors
+    tensors, stored = queued.plan.tensors, queued.plan.stored
     begins = np.array([tensor.begin for tensor in tensors], dtype=np.int64)
     strides = np.array([tensor.stride for tensor in tensors], dtype=np.int64)
-    stored = [(number, tensor.stored) for number, tensor in enumerate(tensors) if len(tensor.stored)]
-    told = np.concatenate([held.pair.numpy() + begins[number] for number, held in stored] or [np.empty(0, np.int64)])
+    told = stored.pair + begins[stored.tensor]
     of = np.searchsorted(begins, index, side="right") - 1
     first = np.unique(np.where(index >= begins[of] + strides[of], index - strides[of], index))
     first = first[np.isin(first, told, assume_unique=True, invert=True)]
@@ -299,15 +413,15 @@ def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> l
     queued.planes[zeros.to(queued.planes.device)] = 0
     pair = torch.from_numpy(every - begins[of])
     i, j = (
-        torch.from_numpy(np.concatenate((*(getattr(held, name).numpy() for _, held in stored), own))[order])
-        for name, own in zip("ij", exact, strict=True)
+        torch.from_numpy(np.concatenate((held, own))[order])
+        for held, own in zip((stored.i, stored.j), exact, strict=True)
     )
     ends = np.searchsorted(every, [*begins, np.iinfo(np.int64).max]).tolist()
     return [Escapes(pair=pair[low:high], i=i[low:high], j=j[low:high]) for low, high in itertools.pairwise(ends)]
 
 
 def _bounds(tensor: Placed) -> tuple[int, int, int]:
-    """Where the planes of a tensor begin, and where the second ends."""
+    """Return where the planes of a tensor begin, and where the second one ends."""
     return tensor.begin, tensor.begin + tensor.stride, tensor.begin + 2 * tensor.stride
 
 

@@ -1,11 +1,11 @@
-"""Coordinates on a GPU to streams in host memory: `codec.planes.pack` of many matrices, byte for byte.
+"""Pack coordinates on a GPU to streams in host memory: `codec.planes.pack` of many matrices, byte for byte.
 
-The GPU finds symbols, levels, groups and histograms, and codes; the host decides, from whole numbers that are the same
-everywhere: groups, tables, which of two groupings, and which streams stay raw or go to zstd. All of it is done for many
-matrices at once: small arrays go between host and GPU a few times a batch. While one batch waits for the GPU, the host
-is at work on another.
+The GPU computes symbols, levels, groups and histograms, and encodes. The host decides on groups and tables, on one of
+two groupings, and on streams that stay raw or go to zstd. It decides from whole numbers, which are the same everywhere.
+A batch holds many matrices, so only small arrays go between host and GPU, a few times per batch. While one batch waits
+for the GPU, the host works on another.
 
-Shapes: T = matrices, S = streams, B = blocks, R = rows, P = pairs a row.
+Shapes: T = matrices, S = streams, B = blocks, R = rows, P = pairs per row.
 """
 
 from collections import deque
@@ -33,20 +33,20 @@ from birkhoff.kernels.entropy import encoding
 Integers = npt.NDArray[np.int64]
 
 TOGETHER = 1 << 27
-"""Symbols of a batch, about: enough for every multiprocessor to be busy, few enough that batches overlap."""
+"""Approximate symbols of a batch: enough to occupy every multiprocessor, few enough that batches overlap."""
 
 SIDE_BY_SIDE = 4
-"""Batches under way: each holds four bytes a symbol on the GPU."""
+"""Batches in progress. Each needs four bytes per symbol on the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """Matrices on their way. Their symbols [R, 2P] follow each other in the memory, behind all of them their groups."""
+    """Matrices being packed. Their symbols [R, 2P] follow each other in memory, and the groups follow all symbols."""
 
     codes: tuple[LatticeTensor, ...]
     paths: tuple[int, ...]
     begins: Integers
-    """Where the symbols of each matrix begin, and where all end, [T + 1]."""
+    """Start of the symbols of each matrix, then the end of all, [T + 1]."""
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> "_Batch":
@@ -56,32 +56,32 @@ class _Batch:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(R, 2P) of each matrix."""
+        """The shape (R, 2P) of each matrix."""
         return [(code.i.shape[0], 2 * code.i.shape[1]) for code in self.codes]
 
     @property
     def size(self) -> int:
-        """Symbols."""
+        """Number of symbols."""
         return int(self.begins[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Streams:
-    """S streams, matrix by matrix: their symbols lie at `begins` of the memory."""
+    """S streams, matrix by matrix. Their symbols start at `begins` of the memory."""
 
     begins: Integers
     sizes: Integers
     of: Integers
-    """Number of each one's matrix."""
+    """The matrix of each stream."""
     fits: Tables
 
     def __getitem__(self, which: Integers) -> "_Streams":
-        """Some of them."""
+        """Return some of the streams."""
         return _Streams(begins=self.begins[which], sizes=self.sizes[which], of=self.of[which], fits=self.fits[which])
 
     def rows(self) -> Integers:
-        """(place, symbols, stream, lanes, room in words before it) of every block, [B, 5]."""
-        lanes, blocks = rans.lanes_of_all(self.sizes), -(-self.sizes // rans.BLOCK)
+        """Return (place, symbols, stream, lanes, room in words before it) for every block, [B, 5]."""
+        lanes, blocks = rans.lanes(self.sizes), -(-self.sizes // rans.BLOCK)
         of = np.repeat(np.arange(len(blocks)), blocks)
         first = (np.arange(len(of)) - (np.cumsum(blocks) - blocks)[of]) * rans.BLOCK
         size = np.minimum(self.sizes[of] - first, rans.BLOCK)
@@ -90,11 +90,11 @@ class _Streams:
 
 
 Steps = Generator[None, None, list[Packed]]
-"""A batch on its way: it pauses where it would wait for the GPU."""
+"""A batch in progress. It yields instead of waiting for the GPU."""
 
 
 def pack(items: Sequence[Item]) -> list[Packed]:
-    """`planes.reference_pack` of coordinates on one GPU, at least one matrix; streams are views of pinned memory."""
+    """Run `planes.reference_pack` for at least one matrix on one GPU. Streams are views of pinned memory."""
     batches = [_Batch.of(batch) for batch in _batches(items)]
     found: list[list[Packed]] = [[] for _ in batches]
     left = iter(enumerate(batches))
@@ -133,7 +133,7 @@ def _pack(batch: _Batch) -> Steps:
 
 
 class _Described:
-    """What kernels are told of a batch's matrices and of its programs."""
+    """The numbers that describe a batch's matrices and programs to the kernels."""
 
     def __init__(self, batch: _Batch, device: torch.device) -> None:
         self._held = [(code.i.contiguous(), code.j.contiguous()) for code in batch.codes]
@@ -148,7 +148,7 @@ class _Described:
         self.table[:, 8:10] = [[i.data_ptr(), j.data_ptr()] for i, j in self._held]
         self.table[:, 10], self.table[:, 11] = batch.paths, np.cumsum(tiles) - tiles
         self.lines = int(ends[-1])
-        """Rows and columns of all matrices."""
+        """Number of rows and columns of all matrices."""
         self.of_program: Tensor = torch.repeat_interleave(
             torch.arange(len(tiles), dtype=torch.int32, device=device),
             _sent(tiles, device),
@@ -159,11 +159,11 @@ class _Described:
             _sent(shapes.reshape(-1), device),
             output_size=self.lines,
         )
-        """Symbols of each row and each column, laid out as `contexts.Groupings.levels` are."""
+        """Symbols of each row and each column, in the layout of `contexts.Groupings.levels`."""
 
 
 def _group(batch: _Batch, described: _Described, memory: Tensor) -> Generator[None, None, Groupings]:
-    """Write the symbols, find the levels of rows and columns, and write the groups that they make behind them."""
+    """Write the symbols, compute the levels of rows and columns, and write the groups behind the symbols."""
     device = memory.device
     table = _sent(described.table, device)
     encoding.symbols(memory, table, described.of_program)
@@ -187,7 +187,7 @@ def _group(batch: _Batch, described: _Described, memory: Tensor) -> Generator[No
 
 
 def _put_escapes(batch: _Batch, memory: Tensor) -> None:
-    """Put the symbols of escapes into their places, those of all matrices together."""
+    """Put the symbols of all matrices' escapes into their places, in one step."""
     for path in (0, 1):
         having = [
             number
@@ -209,14 +209,14 @@ def _put_escapes(batch: _Batch, memory: Tensor) -> None:
 
 
 def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> Generator[None, None, tuple[_Streams, _Streams]]:
-    """Each matrix as one stream, and its groups; where there is but one group, that is the same."""
+    """Return each matrix as one stream, and as its groups. Both are the same if there is only one group."""
     inside = np.arange(found.sizes.shape[1]) < found.groups[:, None]
     sizes, of = found.sizes[inside], np.repeat(np.arange(len(found.groups)), found.groups)
     behind = np.where(found.groups > 1, batch.size, 0) + batch.begins[:-1]
     before = np.cumsum(sizes) - sizes  # the groups of all matrices together are as long as their symbols
     begins = behind[of] + before - batch.begins[of]
     every = torch.zeros(len(sizes), 256, dtype=torch.int64, device=memory.device)
-    nothing = tables.fit_all(np.empty((0, 256), np.int64))
+    nothing = tables.fit(np.empty((0, 256), np.int64))
     grouped = _Streams(begins=begins, sizes=sizes, of=of, fits=nothing)
     encoding.count(memory, _sent(grouped.rows(), memory.device), every)
     arriving = _Arriving(every)
@@ -224,7 +224,7 @@ def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> Generator[No
     counts: Integers = arriving.wait()
     firsts = np.cumsum(found.groups) - found.groups
     whole = np.add.reduceat(counts, firsts, axis=0)
-    fits = tables.fit_all(np.concatenate((whole, counts)))
+    fits = tables.fit(np.concatenate((whole, counts)))
     matrices = np.arange(len(firsts))
     return (
         _Streams(begins=batch.begins[:-1], sizes=np.diff(batch.begins), of=matrices, fits=fits[matrices]),
@@ -233,7 +233,8 @@ def _candidates(batch: _Batch, found: Groupings, memory: Tensor) -> Generator[No
 
 
 def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Streams]) -> tuple[_Streams, list[bytes]]:
-    """The streams of every matrix, all of it as one or its groups, whichever takes less, and the streams of levels."""
+    """Choose for every matrix between one stream and its groups. Return the smaller streams, and the streams of
+    levels."""
     whole, grouped = candidates
     alone = rest.estimates(whole.sizes, whole.fits)
     firsts = np.cumsum(found.groups) - found.groups
@@ -241,7 +242,7 @@ def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Stream
     lines = np.cumsum([sum(shape) for shape in batch.shapes])
     levels = [b""] * len(alone)
     taken = np.zeros(len(alone), dtype=bool)
-    # A stream of levels takes more than a byte, so that some need not be made to be refused.
+    # A stream of levels takes more than a byte, so some are refused without being made.
     tried = np.flatnonzero((found.groups > 1) & (alone > together + 1)).tolist()
     usual = np.full(1, contexts.USUAL_BITS, np.uint8)
     whole_levels = [np.concatenate((usual, found.levels[lines[n - 1] if n else 0 : lines[n]])) for n in tried]
@@ -264,14 +265,14 @@ def _choose(batch: _Batch, found: Groupings, candidates: tuple[_Streams, _Stream
 
 
 def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor) -> Steps:
-    """Code the streams, and bring them to host memory."""
+    """Encode the streams and copy them to host memory."""
     device = memory.device
     sizes = np.minimum(streams.sizes, rest.PROBE)
     places = np.cumsum(sizes) - sizes
     probes = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device)
     encoding.copy(memory, probes, _sent(np.stack((streams.begins, places, sizes), axis=1), device))
     heads_arriving = _Arriving(probes)
-    paying = np.flatnonzero(rest.paying(streams.sizes, streams.fits))
+    paying = np.flatnonzero(rest.pays(streams.sizes, streams.fits))
     coded = streams[paying]
     rows = coded.rows()
     room = torch.empty(int((rows[:, 1] + 2 * rows[:, 3]).sum()), dtype=torch.uint16, device=device)
@@ -284,7 +285,7 @@ def _code(batch: _Batch, streams: _Streams, levels: list[bytes], memory: Tensor)
     yield
     heads = heads_arriving.wait()
     first = [heads[place : place + size] for place, size in zip(places.tolist(), sizes.tolist(), strict=True)]
-    frames = np.array(rest.searched_bytes(first))  # beside the GPU
+    frames = np.array(rest.searched_bytes(first))  # while the GPU works
     words = words_arriving.wait().astype(np.int64)
     head, head_bytes = rest.heads(coded.sizes, coded.fits, words)
     body = 4 * rows[:, 3] + 2 * words
@@ -355,18 +356,18 @@ def _fetched(part: Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array on a device."""
+    """Copy an array to a device."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
-    """The stream by which bytes come to host memory, beside the kernels that follow."""
+    """Return the CUDA stream that copies bytes to host memory while later kernels run."""
     return torch.cuda.Stream(device)
 
 
 class _Arriving:
-    """What is being copied to pinned host memory, beside the kernels that follow."""
+    """A copy in progress to pinned host memory, while later kernels run."""
 
     def __init__(self, source: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -382,7 +383,7 @@ class _Arriving:
             self._event = side.record_event()
 
     def wait(self) -> npt.NDArray[Any]:
-        """The array, once it is here."""
+        """Return the array once it has arrived."""
         if self._event is not None:
             self._event.synchronize()
         found: npt.NDArray[Any] = self._brought.numpy()

@@ -1,15 +1,18 @@
-"""What the kernels are told of stored tensors: where their bytes are, and where each block and symbol belongs.
+"""Plan the decoding of stored tensors: where their bytes are, and where each block and symbol belongs.
 
-All of it is numbers in one array, `Plan.numbers`, which goes to the GPU in one piece; offsets in it are counted in
-elements of its start. What is as long as rows and columns are, the places of their symbols, the GPU makes from their
-levels. Streams are copied in runs: those that follow each other in host memory, as the streams of a
-container do, are one copy.
+The plan consists of numbers in one array, `Plan.numbers`, which goes to the GPU in one piece. Offsets into it count
+elements from its start. The GPU computes the places of the symbols of rows and columns from their levels, because those
+arrays are long. Streams are on the GPU already, with the container that holds them (see `staging.Upload`), or they are
+copied in runs: those that are adjacent in host memory are one copy.
 
-Shapes: T = tensors, B = blocks, S = streams, R = rows, P = pairs a row, L = lanes of paths.
+A few calls read the streams of all tensors. A call for each tensor would take longer than the decoding.
+
+Shapes: T = tensors, B = blocks, S = streams, R = rows, P = pairs per row, L = lanes of paths.
 """
 
 import ctypes
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,36 +22,35 @@ import numpy.typing as npt
 
 from birkhoff.codec import contexts, planes, rest, trellis
 from birkhoff.codec.container import CodedTensor, Consecutive, LatticeParams
+from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import lattice_shape
-from birkhoff.codec.trajectory import Escapes
 
-_DIRECT = -1, 0, 0, 0, 0
-"""What the kernel is told of a tensor whose symbols are one group: their places need no tables."""
+_DIRECT = -1, 0, 0, 0
+"""Description for the kernel of a tensor whose symbols are one group, whose places need no tables."""
 
 Integers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 Stream = bytes | memoryview
 
 ALIGNED = 128
-"""Bytes that planes, and runs of streams, begin at a multiple of."""
+"""Alignment in bytes of planes and of runs of streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A tensor of a plan: plane I begins at `begin` of all planes, plane J at `begin + stride`."""
+    """A tensor of a plan. Plane I begins at `begin` in the array of all planes, plane J at `begin + stride`."""
 
     coded: CodedTensor
     params: LatticeParams
     shape: tuple[int, int]
-    stored: Escapes
     begin: int
     stride: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Bytes of streams in host memory, and where they go."""
+    """Bytes in host memory, and where they go or already are on the device."""
 
     address: int
     size: int
@@ -57,137 +59,174 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How some tensors are decoded; see the kernels' arguments for the shapes inside `numbers`."""
+    """The decoding of some tensors. The kernels' arguments document the shapes inside `numbers`."""
 
     tensors: tuple[Placed, ...]
+    stored: rest.EscapesOfAll
     runs: tuple[Run, ...]
+    """Bytes that are not on the device yet."""
     bytes: int
-    """Of all runs on the device."""
+    """Bytes of all streams on the device, including those that are there already."""
     symbols: int
     coordinates: int
-    """Of all planes, with what lies between."""
+    """Coordinates of all planes, including the padding between them."""
     numbers: Integers
     frequencies: slice
     blocks: slice
     descriptions: slice
     programs: slice
     ends: slice
-    """Of the parts of `levels`."""
+    """The ends of the parts of `levels`."""
     levels: Bytes
-    """Of the rows, then the columns of each tensor that has groups."""
+    """The levels of the rows, then of the columns, for each tensor with groups."""
     held: list[Stream]
-    """What the runs point into."""
+    """Keeps the memory of the runs alive."""
 
 
-def plan(coded: Sequence[CodedTensor], lanes_a_program: int) -> Plan:
-    """The plan of `lattice` tensors of version 2, at least one. Raises FormatError, naming the tensor."""
-    numbers, runs = Numbers(), _Runs()
-    levels: list[Bytes] = []
-    ends = [0]
+def plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run] = (), size: int = 0) -> Plan:
+    """Plan the decoding of at least one `lattice` tensor of version 2.
+
+    Args:
+        coded: The tensors.
+        lanes_a_program: Lanes of paths that a program of the kernel follows.
+        sent: Host memory whose bytes are on the device, in `size` bytes there.
+        size: Bytes there; runs come after them.
+
+    Raises:
+        FormatError: The streams of a tensor do not match its entry. The error names the tensor.
+    """
+    try:
+        return _plan(coded, lanes_a_program, sent, size)
+    except FormatError:
+        for one in coded:  # which of them is it?
+            try:
+                _plan([one], lanes_a_program, sent, size)
+            except FormatError as error:
+                raise FormatError(f"tensor {one.name!r}: {error}") from None
+        raise
+
+
+def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run], size: int) -> Plan:
+    shaped = [lattice_shape(one) for one in coded]
+    shapes = [shape for _, shape in shaped]
+    levels = planes.unpack_levels_all([one.parts for one in coded], shapes)
+    grouped = [found for found in levels if found is not None]
+    tables = contexts.address_tables(grouped)
+    numbers, runs = Numbers(), _Runs(sent, size)
+    bases, widths = numbers.add(tables.base), numbers.add(tables.width)
+    streams: list[Stream] = []
+    sources: list[int] = []
+    sizes: list[int] = []
+    counts: list[int] = []
     tensors: list[Placed] = []
-    descriptions: list[list[int]] = []
-    coded_by: list[rest.Plan] = []
-    streams = symbols = coordinates = 0
-    for number, one in enumerate(coded):
-        try:
-            params, shape = lattice_shape(one)
-            found = _levels(one, shape)
-            sizes, tables = [2 * math.prod(shape)], None
-            if found is not None:
-                *tables, of_groups = contexts.address_tables(*found)
-                sizes = of_groups.tolist()
-            planes.check_count(one.parts, len(sizes))
-            groups, sources = runs.add_groups(one.parts, sizes)
-            blocks = rest.plan(groups, sizes, sources, list(accumulate(sizes[:-1], initial=symbols)))
-            stored = planes.unpack_escapes(one.parts, shape, params.escapes, path=params.path)
-        except FormatError as error:
-            raise FormatError(f"tensor {one.name!r}: {error}") from None
-        blocks.rows[:, 4] += streams
-        blocks.rows[:, 6] = number
-        coded_by.append(blocks)
-        streams += len(groups)
-        stride = -(-math.prod(shape) // ALIGNED) * ALIGNED
-        tensors.append(Placed(coded=one, params=params, shape=shape, stored=stored, begin=coordinates, stride=stride))
-        lanes = trellis.lanes_of(*shape, params.path)
+    descriptions: list[tuple[int, ...]] = []
+    ends = [0]
+    symbols = coordinates = group = 0
+    for one, (params, shape), found in zip(coded, shaped, levels, strict=True):
+        pairs = math.prod(shape)
+        own = [2 * pairs]
         places: tuple[int, ...] = _DIRECT
-        if found is not None and tables is not None:
-            places = ends[-1], ends[-1] + shape[0], *map(numbers.add, tables), len(tables[1])
-            levels += found[:2]
-            ends += [ends[-1] + shape[0], ends[-1] + shape[0] + 2 * shape[1]]
-        descriptions.append([*shape, lanes, params.path, symbols, coordinates, stride, *places])
-        symbols += 2 * math.prod(shape)
+        if found is not None:
+            own = tables.sizes[group, : tables.groups[group]].tolist()
+            places = ends[-1], ends[-1] + shape[0], bases + group * LEVELS * LEVELS, widths + group * LEVELS
+            ends += [places[1], places[1] + 2 * shape[1]]
+            group += 1
+        planes.check_count(one.parts, len(own))
+        groups, at = runs.add_groups(one.parts, own)
+        streams += groups
+        sources += at
+        sizes += own
+        counts.append(len(own))
+        stride = -(-pairs // ALIGNED) * ALIGNED
+        tensors.append(Placed(coded=one, params=params, shape=shape, begin=coordinates, stride=stride))
+        lanes = trellis.lanes_of(*shape, params.path)
+        descriptions.append((*shape, lanes, params.path, symbols, coordinates, stride, *places))
+        symbols += 2 * pairs
         coordinates += 2 * stride
-    frequency = np.concatenate([blocks.frequency for blocks in coded_by])
+    blocks = rest.plan(streams, sizes, sources, list(accumulate(sizes[:-1], initial=0)))
+    blocks.rows[:, 6] = np.repeat(np.arange(len(coded)), counts)[blocks.rows[:, 4]]
+    stored = rest.unpack_escapes_all(
+        [one.parts[-1] for one in coded],
+        [params.escapes for params, _ in shaped],
+        [math.prod(shape) for shape in shapes],
+        [2 if params.path else 1 for params, _ in shaped],
+    )
     return Plan(
         tensors=tuple(tensors),
+        stored=stored,
         runs=runs.all(),
         bytes=runs.size,
         symbols=symbols,
         coordinates=coordinates,
-        frequencies=numbers.place(frequency.view(np.int64)),
-        blocks=numbers.place(np.concatenate([blocks.rows for blocks in coded_by])),
+        frequencies=numbers.place(blocks.frequency.view(np.int64)),
+        blocks=numbers.place(blocks.rows),
         descriptions=numbers.place(np.array(descriptions, dtype=np.int64)),
         programs=numbers.place(_programs(descriptions, lanes_a_program)),
         ends=numbers.place(np.array(ends[1:], dtype=np.int64)),
-        levels=np.concatenate(levels) if levels else np.empty(0, np.uint8),
+        levels=np.concatenate([part for found in grouped for part in found[:2]] or [np.empty(0, np.uint8)]),
         numbers=numbers.all(),
         held=runs.held,
     )
 
 
-def _levels(coded: CodedTensor, shape: tuple[int, int]) -> tuple[Bytes, Bytes, contexts.Rule] | None:
-    """Levels of rows and columns, and their rule; None where there are none, and symbols lie as in the planes.
-
-    Raises FormatError.
-    """
-    if len(coded.parts) > 2 and not len(coded.parts[0]):
-        return None
-    return planes.unpack_levels(coded.parts, shape)
-
-
 class Numbers:
-    """Arrays one after the other."""
+    """Arrays that are appended to one array, each at a multiple of 16 bytes. For other alignments
+    Triton would compile the kernels again."""
 
     def __init__(self) -> None:
         self._parts: list[Integers] = []
         self._size = 0
 
     def add(self, part: Integers) -> int:
-        """Append an array; returns where it begins."""
+        """Append an array and return its start."""
+        if self._size % 2:
+            self._parts.append(np.zeros(1, dtype=np.int64))
+            self._size += 1
         begin = self._size
         self._parts.append(part.reshape(-1))
         self._size += part.size
         return begin
 
     def place(self, part: Integers) -> slice:
-        """Append an array; returns where it lies."""
+        """Append an array and return its place."""
         begin = self.add(part)
         return slice(begin, begin + part.size)
 
     def all(self) -> Integers:
-        """All of them."""
+        """Return the whole array."""
         return np.concatenate(self._parts)
 
 
 class _Runs:
-    """Streams in host memory, those that follow each other there taken together."""
+    """Streams in host memory that go to a device. Adjacent ones are joined to runs.
 
-    def __init__(self) -> None:
+    Streams inside `sent` are there already; runs go after the first `size` bytes.
+    """
+
+    def __init__(self, sent: Sequence[Run], size: int) -> None:
         self._runs: list[Run] = []
-        self._begin = self._end = self._to = 0
+        self._sent = sorted(sent, key=lambda run: run.address)
+        self._addresses = [run.address for run in self._sent]
+        self._begin = self._end = 0
+        self._to = -(-size // ALIGNED) * ALIGNED
         self.held: list[Stream] = []
 
     @property
     def size(self) -> int:
-        """Bytes of all runs on the device."""
+        """Bytes of all runs on the device, with what was there before."""
         return self._to + self._end - self._begin
 
     def add(self, stream: Stream) -> int:
-        """Where the stream goes."""
+        """Add a stream and return where it goes or is."""
         if not len(stream):
             return self._to
-        self.held.append(stream)
         address = int(np.frombuffer(stream, np.uint8).__array_interface__["data"][0])
+        number = bisect_right(self._addresses, address) - 1
+        if number >= 0:
+            run = self._sent[number]
+            if address + len(stream) <= run.address + run.size:
+                return run.to + address - run.address
+        self.held.append(stream)
         if address != self._end:
             self._end_run()
             self._begin = self._end = address
@@ -196,13 +235,13 @@ class _Runs:
         return place
 
     def add_groups(self, parts: Sequence[Stream], sizes: Sequence[int]) -> tuple[Sequence[Stream], Sequence[int]]:
-        """The streams of a tensor's groups, none of them zstd's, and where they go."""
-        if isinstance(parts, Consecutive) and not any(len(part) and part[0] == rest.ZSTD for part in parts[1:-1]):
-            inner = list(map(len, parts[1:-1]))
+        """Add the streams of a tensor's groups, none of them zstd's. Return them and where they go or are."""
+        groups = parts[1:-1]
+        if isinstance(parts, Consecutive) and not any(len(part) and part[0] == rest.ZSTD for part in groups):
             begin = len(parts[0])
-            groups = Consecutive.cut(parts.whole[begin : begin + sum(inner)], inner)
+            inner = list(map(len, groups))
             return groups, list(accumulate(inner[:-1], initial=self.add(parts.whole) + begin))
-        inflated = list(map(rest.inflated, parts[1:-1], sizes))
+        inflated = list(map(rest.inflated, groups, sizes))
         _, *sources, _ = map(self.add, (parts[0], *inflated, parts[-1]))
         return inflated, sources
 
@@ -214,12 +253,13 @@ class _Runs:
         self._begin = self._end = 0
 
     def all(self) -> tuple[Run, ...]:
+        """The runs."""
         self._end_run()
         return tuple(self._runs)
 
 
 def _programs(descriptions: Sequence[Sequence[int]], lanes_a_program: int) -> Integers:
-    """(tensor, plane, first lane) of every program, [N, 3]."""
+    """Return (tensor, plane, first lane) for every program, [N, 3]."""
     lanes = np.array([described[2] for described in descriptions])
     count = (-(-lanes // lanes_a_program)).repeat(2)
     of = np.arange(len(count)).repeat(count)
@@ -228,5 +268,5 @@ def _programs(descriptions: Sequence[Sequence[int]], lanes_a_program: int) -> In
 
 
 def bytes_of(run: Run) -> npt.NDArray[np.uint8]:
-    """The bytes of a run, not copied."""
+    """Return the bytes of a run, without a copy."""
     return np.frombuffer(memoryview((ctypes.c_uint8 * run.size).from_address(run.address)), np.uint8)

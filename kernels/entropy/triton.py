@@ -1,27 +1,28 @@
 """Entropy decoding on a GPU: compressed bytes to int8 coordinate planes, all tensors of a shard at once.
 
-Three launches. The first turns a table's frequencies F into 4096 slots,
+There are three launches. The first expands a table's frequencies F to 4096 slots,
 
     slot s, where C <= s < C + F: symbol | F << 8 | (s - C) << 20
 
-The second decodes blocks, one warp each, a lane of the warp a lane of the block; with e the slot of x mod 4096,
+The second decodes each block with one warp, with a lane of the warp for each lane of the block. With e as the slot of
+x mod 4096,
 
     x = F(e) * floor(x / 4096) + (e >> 20), and if x < 2^16: x = 65536 x + word
 
-A step's words go to its lanes in their order: the k-th lane that reads takes the k-th word. That number is a count of
-the bits below a lane's own in the warp's vote. A raw block is copied.
+A step's words go to its lanes in order: the k-th lane that reads takes the k-th word. k is the number of bits below the
+lane's own bit in the warp's vote. A raw block is copied.
 
-Toy: four lanes after a step, x = (70000, 900, 80000, 17): lanes 1 and 3 read, the votes are 0b1010, below lane 1 there
-is no bit and below lane 3 one, so they take words 0 and 1, and the next step goes on from word 2.
+Toy: four lanes after a step, x = (70000, 900, 80000, 17). Lanes 1 and 3 read, so the votes are 0b1010. No bit is set
+below lane 1 and one is set below lane 3, so they take words 0 and 1, and the next step continues with word 2.
 
-The third takes each symbol from its group to its place and follows the path of its lane (`codec.trellis`):
+The third moves each symbol from its group to its place and follows the path of its lane (`codec.trellis`):
 
     o_t = (k_t mod 2) xor o_(t-2) xor o_(t-3),    n_t = 2 k_t + o_(t-1)
 
-Sources: `codec.entropy.rans`, `codec.contexts`, `codec.trellis`. Nothing outside the streams is read, whatever they
-hold: `codec.rest.plan` has bounded every block, and a word beyond a block's own is not fetched.
+Sources: `codec.entropy.rans`, `codec.contexts`, `codec.trellis`. The kernels never read outside the streams, whatever
+these hold: `codec.rest.plan` has bounded every block, and no block reads words beyond its own.
 
-Shapes: B = blocks, S = streams, R = rows, P = pairs a row.
+Shapes: B = blocks, S = streams, R = rows, P = pairs per row, T = tensors.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -38,29 +39,29 @@ from birkhoff.codec.entropy.tables import SLOTS
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED
 
 ROW = 7
-"""Numbers of a block's row: see `codec.rest.Plan`; the last is its tensor's."""
+"""Numbers in a block's row, see `codec.rest.Plan`. The last is the block's tensor."""
 
-PLACE = 12
-"""Numbers that `_place_kernel` is told of a tensor."""
+PLACE = 11
+"""Numbers that describe a tensor to `_place_kernel`."""
 
 LANES_A_PROGRAM = 128
-"""Lanes of paths that a program of `_place_kernel` follows."""
+"""Lanes of paths that one program of `_place_kernel` follows."""
 
 _SLOTS_A_PROGRAM = 512
 _SLOTS_AT_ONCE = _SLOTS_A_PROGRAM if triton.knobs.runtime.interpret else 32
-"""Slots that threads fill together; the interpreter counts calls."""
+"""Slots that threads fill together. The interpreter's time depends on the number of calls."""
 
 _RAW_AT_ONCE = 512
 
 LAUNCHING = threading.Lock()
-"""Held while kernels are launched: threads would compile them side by side."""
+"""Held while kernels are launched, because otherwise each thread would compile them."""
 
 _SLOTS, _ROW, _PLACE, _LEVELS = map(tl.constexpr, (SLOTS, ROW, PLACE, LEVELS))
 
 
 @triton.jit
 def _slot_kernel(frequency_ptr, slot_ptr, COUNT: tl.constexpr, CHUNK: tl.constexpr):
-    """slot [S, 4096] of frequency [S, 256]; a program fills COUNT slots of a table, CHUNK at a time."""
+    """Fill slot [S, 4096] from frequency [S, 256]. A program fills COUNT slots of a table, CHUNK at a time."""
     table = tl.program_id(0).to(tl.int64)
     frequency = tl.load(frequency_ptr + table * 256 + tl.arange(0, 256)).to(tl.int32)
     end = tl.cumsum(frequency, 0)
@@ -77,7 +78,7 @@ def _slot_kernel(frequency_ptr, slot_ptr, COUNT: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def ranks(chosen):
-    """(number of chosen lanes below each, number of all) for a warp of 32, one lane a thread."""
+    """Return (number of chosen lanes below each, number of all) for a warp of 32, one lane per thread."""
     if INTERPRETED:
         one = chosen.to(tl.int32)
         below, both = tl.cumsum(one, 0) - one, tl.sum(one, 0) + tl.zeros_like(one)
@@ -104,14 +105,14 @@ def ranks(chosen):
 
 @triton.jit
 def _word(ptr, mask):
-    """A little-endian number of two bytes at any address."""
+    """Read a little-endian 16-bit number at any address."""
     low = tl.load(ptr, mask=mask, other=0).to(tl.uint32)
     return low | tl.load(ptr + 1, mask=mask, other=0).to(tl.uint32) << 8
 
 
 @triton.jit
 def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.constexpr):
-    """A block to its symbols; bad [tensor] becomes 1 where it is damaged."""
+    """Decode a block to its symbols. Set bad [tensor] to 1 if it is damaged."""
     row = row_ptr + tl.program_id(0).to(tl.int64) * _ROW
     source = data_ptr + tl.load(row)
     words = tl.load(row + 1).to(tl.int32)
@@ -147,13 +148,14 @@ def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.conste
 
 
 @triton.jit
-def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, wide, row, column, mask, pairs, half, direct):
-    """The symbol at a row and column of a plane, from its group; the planes lie side by side where they are one."""
+def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask, pairs, half, direct):
+    """Return the symbol at a row and column of a plane, from its group. Planes are side by side if they are one
+    group."""
     grouped = mask & (direct == 0)
     r = tl.load(row_ptr + row, mask=grouped, other=0)
     c = tl.load(column_ptr + column, mask=grouped, other=0)
     level = c % _LEVELS
-    at = tl.load(base_ptr + r % _LEVELS * wide + level, mask=grouped, other=0) + c // _LEVELS
+    at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=grouped, other=0) + c // _LEVELS
     at += r // _LEVELS * tl.load(width_ptr + level, mask=grouped, other=0)
     at = tl.where(direct == 0, at, row * (2 * pairs) + half * pairs + column)
     return tl.load(symbol_ptr + at, mask=mask, other=128).to(tl.int32) - 128
@@ -161,13 +163,13 @@ def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, wide, row, col
 
 @triton.jit
 def _step(k, one, two, three, path):
-    """(n, o) of a step, from o of the three steps before."""
+    """Return (n, o) of a step, from o of the three steps before."""
     return tl.where(path > 0, 2 * k + one, k), (k & 1) ^ two ^ three
 
 
 @triton.jit
 def _keep(n, place, mask, plane_ptr, count_ptr, index_ptr, value_ptr, room):
-    """Put coordinates into their plane, and list those that int8 does not hold."""
+    """Store coordinates in their plane, and list those that do not fit int8."""
     tl.store(plane_ptr + place, n.to(tl.int8), mask=mask)
     outside = mask & ((n < -128) | (n > 127))
     slot = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=outside)
@@ -180,7 +182,7 @@ def _keep(n, place, mask, plane_ptr, count_ptr, index_ptr, value_ptr, room):
 def _place_kernel(
     symbol_ptr,  # uint8, groups of all tensors
     entry_ptr,  # int64: 64 * rank + level of rows and columns
-    plan_ptr,  # int64: what the other numbers of tensors refer to
+    plan_ptr,  # int64: numbers of the plan that the tensors' other numbers point to
     tensor_ptr,  # int64 [T, PLACE]
     program_ptr,  # int64 [programs, 3]: tensor, plane (0: I, 1: J), first lane
     plane_ptr,  # int8, both planes of all tensors
@@ -200,7 +202,6 @@ def _place_kernel(
     of_row = entry_ptr + tl.load(tensor + 7)
     of_column = entry_ptr + tl.load(tensor + 8) + half * pairs
     base, width = plan_ptr + tl.load(tensor + 9), plan_ptr + tl.load(tensor + 10)
-    wide = tl.load(tensor + 11)
     size = rows * pairs
     down, along = lanes // pairs, lanes % pairs
     at = tl.where(lane < lanes, lane, size)
@@ -208,21 +209,21 @@ def _place_kernel(
     one = tl.zeros([BLOCK], tl.int32)
     two, three = one, one
     for _ in range(0, size, 4 * lanes):
-        # Four loads before the first is used: a store between would keep the next from being asked for.
+        # Issue four loads before using the first. A store between them would delay the next load.
         m0 = at < size
-        k0 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m0, pairs, half, direct)
+        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0, pairs, half, direct)
         at1, row, column = at + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m1 = at1 < size
-        k1 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m1, pairs, half, direct)
+        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1, pairs, half, direct)
         at2, row, column = at1 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m2 = at2 < size
-        k2 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m2, pairs, half, direct)
+        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2, pairs, half, direct)
         at3, row, column = at2 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m3 = at3 < size
-        k3 = _symbol(symbols, of_row, of_column, base, width, wide, row, column, m3, pairs, half, direct)
+        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3, pairs, half, direct)
         n0, o0 = _step(k0, one, two, three, path)
         n1, o1 = _step(k1, o0, one, two, path)
         n2, o2 = _step(k2, o1, o0, one, path)
@@ -237,9 +238,9 @@ def _place_kernel(
 
 
 def decode_blocks(data: Tensor, frequency_S256: Tensor, row_B7: Tensor, out: Tensor, bad_T: Tensor) -> None:
-    """Decode every block of `codec.rest.plan` into `out` (uint8); `bad_T` (int32, zeros) becomes 1 where damaged.
+    """Decode every block of `codec.rest.plan` into `out` (uint8). Set `bad_T` (int32, zeros) to 1 for damaged tensors.
 
-    `frequency_S256` is int16 or uint16, the seventh number of a row is its tensor's.
+    `frequency_S256` is int16 or uint16. The seventh number of a row is its tensor's.
     """
     slots = torch.empty(len(frequency_S256), SLOTS, dtype=torch.uint32, device=data.device)
     parts = SLOTS // _SLOTS_A_PROGRAM
@@ -251,21 +252,21 @@ def place_symbols(
     symbols: Tensor,
     entries: Tensor,
     plan: Tensor,
-    tensor_T12: Tensor,
+    tensor_T11: Tensor,
     program_N3: Tensor,
     planes: Tensor,
     count: Tensor,
     index: Tensor,
     value: Tensor,
 ) -> None:
-    """Symbols of groups to coordinates in `planes` (int8); those outside int8 are counted, and listed while there is
-    room in `index` (int64) and `value` (int32)."""
+    """Move symbols from groups to coordinates in `planes` (int8). Count those outside int8, and list them in `index`
+    (int64) and `value` (int32) as far as there is room."""
     with LAUNCHING:
         _place_kernel[(len(program_N3),)](
             symbols,
             entries,
             plan,
-            tensor_T12,
+            tensor_T11,
             program_N3,
             planes,
             count,

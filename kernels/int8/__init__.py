@@ -1,1 +1,1 @@
-"""HyperLinear on int8 tensor cores: tokens quantised one by one, coordinates as they are."""
+"""HyperLinear on int8 tensor cores: each token is quantised with its own scale, coordinates stay as they are."""

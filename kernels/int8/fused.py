@@ -1,10 +1,10 @@
-"""HyperLinear on int8 tensor cores in one portable kernel, which quantises the tokens of its tile itself.
+"""HyperLinear on int8 tensor cores in one portable kernel that also quantises the tokens of its tile.
 
-The arithmetic is that of `int8.triton`; a program looks at its tokens twice, for their greatest activation and to
-multiply them. No quantised token touches memory, and there is one launch: what small layers are faster by. Programs
-that share tokens quantise them over again, so that layers of many rows are slower by it.
+The arithmetic is that of `int8.triton`. A program reads its tokens twice: for their greatest activation, and to
+multiply them. No quantised token goes to memory, and there is only one launch, which makes small layers faster.
+Programs that share tokens all quantise them, which makes layers with many rows slower.
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row, X = further columns, W = columns of the plane.
+Shapes: M = tokens, N = out features, K = in features, P = pairs per row, X = further columns, W = columns of the plane.
 """
 # The Triton language is not Python's type system:
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,7 +20,7 @@ from birkhoff.kernels.runtime.triton_ops import INTERPRETED, after_the_last, let
 
 @triton.jit
 def _settled(acc):
-    """As `triton_ops.settled`, of whole numbers."""
+    """Do the same as `triton_ops.settled`, for whole numbers."""
     if not INTERPRETED:
         acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.int32, is_pure=False, pack=1)
     return acc
@@ -56,7 +56,7 @@ def _fused_kernel(
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     pair = tl.arange(0, BLOCK_P)[None, :]
     P = K // 2 if TAIL % 2 == 0 else (K + 1) // 2
-    # Rows beyond the end repeat the last one, and are not stored.
+    # Rows beyond the end repeat the last one and are not stored.
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_m
     plane_row = plane_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * W
 
@@ -95,7 +95,7 @@ def _fused_kernel(
 def prepare(
     form: Form, width: int, extras: int, *, block_m: int, block_n: int, block_p: int, warps: int, stages: int
 ) -> Prepared:
-    """The launch for (x, plane [N, `width`], y, step, bias or whatever where there is none, extra)."""
+    """Return the launch for (x, plane [N, `width`], y, step, bias, extra). Any tensor may replace a missing bias."""
     overlap = pdl(form.device)
     return Prepared(
         _fused_kernel,

@@ -2,12 +2,13 @@
 
 y[m, n] = (sum over k of q[m, k] w[n, k]) * scale[m] * step + bias[n], the sum exact in int32
 
-One warp streams tiles of quantised tokens and of coordinates into a ring of shared memory with the copy engine; two
-warpgroups multiply them from there and write through shared memory. They share a tile, or take tiles in turn: then
-one scales and writes while the other multiplies. Nothing is decoded: the coordinates are the operand. Worked example,
-K = 2: q = (127, -3), w = (2, 5), scale 0.01, step 0.1 and bias 1 make 239 * 0.001 + 1 = 1.239.
+One warp streams tiles of quantised tokens and of coordinates into a ring of shared memory with the copy engine. Two
+warpgroups multiply them from there and write through shared memory. They either share a tile, or take tiles in turn, so
+that one scales and writes while the other multiplies. Nothing is decoded: the coordinates are the operand. Worked
+example, K = 2: q = (127, -3), w = (2, 5), scale 0.01, step 0.1 and bias 1 give 239 * 0.001 + 1 = 1.239.
 
-Tiles that do not fill a last wave of multiprocessors are cut along K, as in `linear.hopper`; a second kernel adds.
+Tiles that do not fill a last wave of multiprocessors are divided along K, as in `linear.hopper`. A second kernel adds
+their parts.
 
 Shapes: M = tokens, N = out features, K = columns of q and w (a multiple of 16); BM x BN = a tile of y.
 """
@@ -39,7 +40,7 @@ from birkhoff.kernels.runtime.prepared import Form, Prepared
 from birkhoff.kernels.runtime.triton_ops import after_the_last, let_next_come, rounded
 
 BK = gl.constexpr(128)
-"""Columns a block: the widest swizzled row of shared memory."""
+"""Columns per block: the widest swizzled row of shared memory."""
 
 
 @gluon.jit
@@ -51,7 +52,7 @@ def _load_partition(descriptors, rings, barriers, work, _pointers, _BIAS: gl.con
     items, full, splits, tiles_n, blocks, _rows, _tokens = work
     BM: gl.constexpr = q_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
-    # Coordinates first: the kernel before this one only quantises, and has let it come when all before that was done.
+    # Coordinates first. The previous kernel only quantises, and started this one once everything before it was done.
     tile, first, last, _part = _item(gl.program_id(0), full, splits, blocks)
     early = gl.minimum(last - first, DEPTH)
     for slot in range(early):
@@ -84,7 +85,7 @@ def _load_partition(descriptors, rings, barriers, work, _pointers, _BIAS: gl.con
 
 @gluon.jit
 def _length(item, full, splits, blocks):
-    """Blocks of an item."""
+    """Return the number of blocks of an item."""
     _tile, first, last, _part = _item(item, full, splits, blocks)
     return last - first
 
@@ -126,7 +127,7 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
         scale = gl.load(scale_ptr + m0 + row, mask=m0 + row < M, other=0.0) * step
         acc = gl.zeros((TM, TN), gl.int32, MMA)
         continues = gl.to_tensor(False)
-        if IN_TURN:  # until the other has taken all its blocks: barriers tell one round of the ring from the next only
+        if IN_TURN:  # wait for the other to take all its blocks: barriers tell only adjacent rounds of the ring apart
             mbarrier.wait(go.index(W), own & 1 ^ (W ^ 1))
             own += 1
         for block in range(first, last):
@@ -147,7 +148,7 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
         if part < 0:
             y = acc.to(gl.float32) * scale[:, None]
             if BIAS:
-                inside = n0 + column < N // 8 * 8  # N is a multiple of 8: said so, two values are one load
+                inside = n0 + column < N // 8 * 8  # N is a multiple of 8; written like this, two values are one load
                 bias = gl.load(bias_ptr + n0 + column, mask=inside, other=0.0)
                 y += bias.to(gl.float32)[None, :]
             out = y.to(DTYPE)
@@ -169,7 +170,7 @@ def _multiply_partition(descriptors, rings, barriers, work, pointers, W: gl.cons
         else:
             start = partial_ptr + part.to(gl.int64) * (BM * BN)
             gl.store(start + row[:, None] * BN + column[None, :], acc)
-        if IN_TURN:  # past the blocks of the other's next tile
+        if IN_TURN:  # skip the blocks of the other's next tile
             turn += _length(item + stride, full, splits, blocks)
     if W == 0:
         gdc_launch_dependents()
@@ -188,7 +189,7 @@ def _second(d, r, b, w, p, BIAS: gl.constexpr, DEPTH: gl.constexpr, WM: gl.const
     _multiply_partition(d, r, b, w, p, 1, BIAS, DEPTH, WM, WN, HALVES)
 
 
-# One binary for every shape: none of the numbers below is compiled in.
+# One binary for all shapes: none of these numbers is compiled in.
 @gluon.jit(do_not_specialize=["items", "full", "splits", "N", "M", "blocks"])
 def _linear_kernel(
     q_desc,  # int8 [M, K], tiles [BM, 128]
@@ -256,7 +257,7 @@ def _add_parts_kernel(
     BN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows of a cut tile: the sum of its parts, scaled and biased."""
+    """Add up the parts of a divided tile, scale and add the bias, for ROWS rows."""
     after_the_last(True)
     pieces: tl.constexpr = BM // ROWS
     cut, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
@@ -278,7 +279,7 @@ def _add_parts_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """Slots of the ring, warpgroups along tokens and along rows, steps of writing a tile, programs a multiprocessor."""
+    """Slots of the ring, warpgroups along tokens and along rows, steps to write a tile, programs per multiprocessor."""
 
     depth: int
     along_m: int
@@ -288,7 +289,7 @@ class Launch:
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        """Registers a thread: on average, of those that multiply, of those that load."""
+        """Registers per thread: on average, for multiplying threads, for loading threads."""
         return (168, 232, 40) if self.programs == 1 else (80, 104, 24)
 
 
@@ -313,7 +314,7 @@ LAUNCHES = {
     (64, 128, True): _in_turn(8),
     (64, 64, True): _in_turn(12),
 }
-"""By tokens and rows of W a tile, and whether the warpgroups take tiles in turn: what fits the 227 KB and 65536
+"""By tokens and rows of W per tile, and whether the warpgroups take tiles in turn. Each fits the 227 KB and 65536
 registers of a multiprocessor."""
 
 
@@ -326,7 +327,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
 def tiles_of(
     block_m: int, block_n: int, launch: Launch, dtype: torch.dtype
 ) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:
-    """(shape, layout in shared memory) of the tiles of q, of the plane and of y as they are copied."""
+    """Return (shape, layout in shared memory) for the tiles of q, of the plane, and of y as they are copied."""
     stage = block_m // launch.along_m, block_n // launch.along_n // launch.halves
     shapes = ((block_m, BK.value, torch.int8), (block_n, BK.value, torch.int8), (*stage, dtype))
     return tuple(([rows, columns], _layout(rows, columns, kind)) for rows, columns, kind in shapes)
@@ -335,9 +336,9 @@ def tiles_of(
 def prepare(
     form: Form, width: int, tile: tuple[int, int, bool], *, split: bool, launch: Launch | None = None
 ) -> Product:
-    """The launches for a form and planes of `width` columns; `tile` is a key of `LAUNCHES`.
+    """Return the launches for a form and planes of `width` columns. `tile` is a key of `LAUNCHES`.
 
-    For Hopper, bfloat16 or float16, and N a multiple of 8. `launch` is measured in the tile's stead.
+    For Hopper, bfloat16 or float16, and N a multiple of 8. Measurements may pass another `launch` than the tile's.
     """
     shape, (block_m, block_n, _) = launch or LAUNCHES[tile], tile
     places = shape.programs * processors(form.device)

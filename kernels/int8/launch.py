@@ -1,6 +1,6 @@
-"""From a plan to a launch of the int8 product; whether the Gluon kernel runs on a device is found by trial.
+"""Turn plans into launches of the int8 product. A trial run shows whether the Gluon kernel works on a device.
 
-Shapes: M = tokens, N = out features, K = in features, W = columns of the plane.
+Shapes: M = tokens, N = out features, K = in features, W = columns of the plane, X = those that repeat another.
 """
 
 import logging
@@ -23,15 +23,16 @@ from birkhoff.kernels.runtime.prepared import Form, Prepared
 _log = logging.getLogger("birkhoff.kernels")
 
 SHIPPED: dict[str, tuned.Table] = {"NVIDIA H200": H200}
-"""By the name of the GPU."""
+"""Measured plans by the name of the GPU."""
 
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""(x [M, K], plane [N, W], y [M, N], step [], bias [N] or anything where there is none, extra [X]), writing y."""
+"""Writes y from (x [M, K], plane [N, W], y [M, N], step [], bias [N], extra [X]). Without a bias, any tensor takes its
+place."""
 
 
 def run_for(form: Form, width: int, extras: int, *, aligned: bool) -> Run:
-    """A form and planes of `width` columns, ready to run; `aligned`: they begin at a multiple of 16 bytes."""
+    """Return the launch for a form and planes of `width` columns. `aligned` planes begin at multiples of 16 bytes."""
     problem = Problem(
         tokens=form.tokens, rows=form.rows, columns=form.columns, dtype=form.dtype, aligned=aligned, int8=True
     )
@@ -40,7 +41,7 @@ def run_for(form: Form, width: int, extras: int, *, aligned: bool) -> Run:
 
 @lru_cache(1 << 12)
 def prepare(chosen: Plan, form: Form, width: int, extras: int) -> Run:
-    """A plan on a form, ready to run on planes of `width` columns, `extras` of which repeat another."""
+    """Return the launch of a plan for a form and planes of `width` columns, `extras` of which repeat another."""
     if chosen.path == "int8_fused":
         return int8_fused.prepare(
             form,
@@ -75,14 +76,14 @@ def _quantise_and_multiply(
 
 @cache
 def plan_for(problem: Problem, device: torch.device) -> Plan:
-    """The plan for a problem on a device."""
+    """Return the plan for a problem on a device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernels = kernels_of(device)
     return tuned.measured(problem, name, kernels, SHIPPED.get(name, {})) or by_rule(problem, kernels)
 
 
 def product(chosen: Plan, form: Form, width: int) -> Product:
-    """The kernel of a plan, ready to run on quantised tokens and planes of `width` columns."""
+    """Return the kernel of a plan for quantised tokens and planes of `width` columns."""
     if chosen.path == "int8_hopper":
         from birkhoff.kernels.int8 import hopper
 
@@ -101,14 +102,14 @@ def product(chosen: Plan, form: Form, width: int) -> Product:
 
 @cache
 def kernels_of(device: torch.device) -> frozenset[str]:
-    """The Gluon kernels ("int8_hopper") that run on a device."""
+    """Return the Gluon kernels ("int8_hopper") that run on a device."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     trials = int8_hopper(128, 256, split=True), int8_hopper(128, 128, in_turn=True)
     return frozenset({"int8_hopper"} if hopper and all(_works(trial, device) for trial in trials) else ())
 
 
 def _works(chosen: Plan, device: torch.device) -> bool:
-    """Run a plan on a small problem and compare with the reference; a failure is logged and the plan not used."""
+    """Compare a plan with the reference on a small problem. If it fails, log that and return False."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     q, plane = (
         torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((300, 640), (264, 640))
@@ -121,9 +122,9 @@ def _works(chosen: Plan, device: torch.device) -> bool:
     try:
         run, (q, plane, step) = product(chosen, form, 640), (part.to(device) for part in (q, plane, step))
         scale = torch.full((300,), 0.01, device=device)
-        # Twice: the second launch takes the short way of `prepared`.
+        # Run twice, because the second launch takes the short way of `prepared`.
         errors = [_error(run, q, plane, scale, step, expected) for _ in range(2)]
-    except Exception as error:  # Gluon is young: whatever it is, the portable kernel does the same work
+    except Exception as error:  # Gluon is young, and for any failure the portable kernel does the same work
         problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     else:
         if all(error < 5e-3 for error in errors):

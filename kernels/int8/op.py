@@ -1,11 +1,11 @@
 """The registered ops `birkhoff::int8_linear` and `birkhoff::int8_weight`: HyperLinear on int8 tensor cores.
 
-y = x W^T + b, x rounded to int8 token by token and W on the trajectory as it is: see `int8.triton` for the arithmetic.
-The gradient for x and b is that of the decoded weight: rounding counts as the identity (straight through).
+y = x W^T + b, with x rounded to int8 token by token and W on the trajectory: see `int8.triton` for the arithmetic. The
+gradient for x and b is that of the decoded weight; rounding counts as the identity (straight through).
 
 Reference: `birkhoff.codec.reference.int8_linear`.
 
-Shapes: M = tokens, N = out features, K = in features, W = columns of the plane, X = those that repeat another, E =
+Shapes: M = tokens, N = out features, K = in features, W = columns of the plane, X = columns that repeat another, E =
 escaped weights.
 """
 
@@ -39,10 +39,10 @@ if HAS_TRITON:
     from birkhoff.kernels.linear.launch import form_of
 
 MOST_COLUMNS = 1 << 17
-"""Columns up to which a sum of products of bytes, at most 127 * 128 each, fits int32."""
+"""Columns up to which a sum of products of bytes, each at most 127 * 128, fits int32."""
 
 _EXACT = 1024
-"""Columns up to which such a sum is exact in float32."""
+"""Columns up to which that sum is exact in float32."""
 
 _CODE = "Tensor plane, Tensor extra, Tensor step, Tensor escape_index, Tensor escape_value"
 
@@ -54,22 +54,23 @@ torch.library.define("birkhoff::int8_linear", f"(Tensor x, {_CODE}, Tensor? bias
 
 
 def int8_weight(code: Code, columns: int, dtype: torch.dtype) -> Tensor:
-    """Decoded weights [N, K] in `dtype`, escapes included: the bits of `dense_weight` of the same coordinates."""
+    """Return weights [N, K] in `dtype`, escapes included, with the same bits as `dense_weight` of the coordinates."""
     weight: Tensor = torch.ops.birkhoff.int8_weight.default(*code, columns, dtype)
     return weight
 
 
 def int8_linear(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
-    """x W^T + b, [..., K] to [..., N] in the dtype of x; float64 is computed in float32.
+    """Return x W^T + b, [..., N] for x [..., K], in the dtype of x. Float64 is computed in float32.
 
     Args:
-        x: [..., K], any float dtype.
-        code: plane and extra, int8 [N, W] and int32 [X], `reference.plane_of` the weight; step, float32 [], in its
-            unit; escape_index and escape_value, int64 and float32 [E], what is decoded at row*K + column.
+        x: [..., K], of any float dtype.
+        code: plane and extra, int8 [N, W] and int32 [X], `reference.plane_of` the weight; step, float32 [], in the
+            unit of the weight; escape_index and escape_value, int64 and float32 [E], the decoded values at row*K +
+            column.
         bias: [N] or None.
 
     Raises:
-        KernelError: x has not the columns that the plane has, or more than `MOST_COLUMNS`.
+        KernelError: x does not have the plane's columns, or there are more than `MOST_COLUMNS`.
     """
     if torch.compiler.is_compiling() or is_watched(x, code[0], bias):
         return watched_int8_linear(x, code, bias)
@@ -78,7 +79,7 @@ def int8_linear(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
 
 
 def watched_int8_linear(x: Tensor, code: Code, bias: Tensor | None) -> Tensor:
-    """`int8_linear` by the registered op, or by its form for transforms while one is active."""
+    """Run `int8_linear` by the registered op, or by its form for transforms while one is active."""
     if not torch.compiler.is_compiling() and transforms.is_transformed():
         return transforms.linear(_LAYER, x, code, bias)
     y: Tensor = torch.ops.birkhoff.int8_linear.default(x, *code, bias)
@@ -95,9 +96,10 @@ def direct_int8_linear(
     bias: Tensor | None,
     form: tuple[object, ...] | None = None,
 ) -> Tensor:
-    """`int8_linear` past the dispatcher, its arguments in a row, for calls that nothing watches.
+    """Run `int8_linear` past the dispatcher, with its arguments in a row, for calls that nothing watches.
 
-    `form` is the `code_form` of plane, step and extra, from whoever has it already. The plane holds the escapes, too.
+    `form` is the `code_form` of plane, step and extra, from callers that already have it. The plane holds the escapes
+    too.
     """
     return direct_call(_settle, x, plane, step, extra, extra, bias, form)
 
@@ -106,7 +108,7 @@ def _check(x: Tensor, plane: Tensor, extra: Tensor) -> None:
     width, extras = plane.shape[1], extra.shape[0]
     if x.dim() == 0 or reference.plane_columns(x.shape[-1], extras) != width or not x.is_floating_point():
         raise KernelError(
-            f"int8_linear with a plane [N, {width}], {extras} of its columns further ones, takes floats [..., K] of "
+            f"int8_linear with a plane of {width} columns ({extras} of them repeated) expects floats [..., K] of "
             f"{width - extras - 15} to {width - extras} columns, got {x.dtype} {list(x.shape)}"
         )
     if width > MOST_COLUMNS:
@@ -114,7 +116,7 @@ def _check(x: Tensor, plane: Tensor, extra: Tensor) -> None:
 
 
 def _settle(x: Tensor, plane: Tensor, step: Tensor, extra: Tensor, bias: Tensor | None) -> Call:
-    """Check the arguments and choose how calls like this one are computed."""
+    """Check the arguments and choose how to compute all calls of this form."""
     _check(x, plane, extra)
     check_rest(x, {"plane": plane, "extra": extra, "step": step}, plane.shape[0], bias)
     if x.dtype not in TRITON_DTYPES or not x.numel() or not plane.numel() or not triton_serves(x.device):
@@ -148,7 +150,7 @@ def _eager(x: Tensor, plane: Tensor, step: Tensor, extra: Tensor, _extra: Tensor
 
 
 def _byte_product(q_MW: Tensor, plane_NW: Tensor) -> Tensor:
-    """`exact_product` on a CPU: by its instructions for bytes where torch has them right, else in float32."""
+    """Compute `exact_product` on a CPU: by its instructions for bytes if torch gets them right, else in float32."""
     if not q_MW.numel() or not plane_NW.numel():
         return q_MW.new_zeros((q_MW.shape[0], plane_NW.shape[0]), dtype=torch.int32)
     if _int_mm_is_exact():
@@ -162,7 +164,7 @@ def _byte_product(q_MW: Tensor, plane_NW: Tensor) -> Tensor:
 
 @cache
 def _int_mm_is_exact() -> bool:
-    """Whether torch multiplies bytes on this CPU, greatest ones included: older instructions for it saturate."""
+    """Return whether torch multiplies even the greatest bytes exactly on this CPU. Older instructions saturate."""
     q = torch.full((32, 256), 127, dtype=torch.int8)
     plane = torch.full((32, 256), -128, dtype=torch.int8)
     q[1::2], plane[1::2] = -127, 127

@@ -1,8 +1,8 @@
 """HyperLinear on int8 tensor cores in two portable kernels: tokens to int8, then the product with the coordinates.
 
 A pair of coordinates (I, J) holds the weights x = (I + J/256) h and y = J h. The shear moves to the activations, where
-it costs one addition a token and is exact: a_x x + a_y y = h (a_x I + (a_y + a_x/256) J). So the planes I and J, side
-by side in the order of the columns, multiply b = (a_x, a_y + a_x/256) as they are, and only b is rounded:
+it costs one addition per token and is exact: a_x x + a_y y = h (a_x I + (a_y + a_x/256) J). So the planes I and J, side
+by side in the order of the columns, multiply b = (a_x, a_y + a_x/256) unchanged, and only b is rounded:
 
     scale[m] = max_k |b[m, k]| / 127        q[m, k] = round(b[m, k] / scale[m])
     y[m, n] = (sum over k of q[m, k] w[n, k]) * scale[m] * h + bias[n], the sum exact in int32
@@ -11,10 +11,10 @@ Worked example: the pair (a_x, a_y) = (2.56, -1.28) is b = (2.56, -1.27), scale 
 (I, J) = (3, 1) and h = 0.1 the sum is 318 and y = 0.641; exact is 2.56 * 0.300390625 - 1.28 * 0.1 = 0.641.
 Quantisation: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2 (row-wise absmax).
 
-Coordinates beyond a byte (escapes) take further columns of the plane, which repeat a column of b: no other path, and
-no rounding of their own.
+Coordinates beyond a byte (escapes) take further columns of the plane, which repeat a column of b. So they need neither
+another path nor another rounding.
 
-Shapes: M = tokens, N = out features, K = in features, P = pairs a row, X = further columns, W = columns of the plane
+Shapes: M = tokens, N = out features, K = in features, P = pairs per row, X = further columns, W = columns of the plane
 (2P + X, padded to a multiple of 16).
 """
 # The Triton language is not Python's type system:
@@ -34,21 +34,22 @@ from birkhoff.kernels.runtime.prepared import Form, Prepared
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED, after_the_last, let_next_come, rounded
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""(q [M, W], plane [N, W], y [M, N], scale [M], step [], bias [N], or anything where there is none), writing y."""
+"""Writes y from (q [M, W], plane [N, W], y [M, N], scale [M], step [], bias [N]). Without a bias, any tensor takes its
+place."""
 
 FEW = 1024
-"""Tokens up to which a layer is little more than its two launches, so that kernels are to overlap (`carveout`)."""
+"""Tokens up to which a layer takes little longer than its two launches, so that kernels should overlap (`carveout`)."""
 
 _MOST_PAIRS = 8192
-"""Pairs of a row that a program holds in registers; longer rows are read twice."""
+"""Pairs of a row that a program holds in registers. Longer rows are read twice."""
 
 _LEAST_BITS = tl.constexpr(0x0D800000)
-"""2^-100 as float32: what a token's greatest activation is taken to be at least, so that its inverse is finite."""
+"""2^-100 as float32, the least value for a token's greatest activation, so that its inverse is finite."""
 
 
 @triton.jit
 def activations(x_row, pair, K, inside, TAIL: tl.constexpr):
-    """b of pairs as float32, first and second halves, and the columns that they stand at."""
+    """Return b of pairs as float32, first and second halves, and their columns."""
     first = pair // 32 * 64 + pair % 32
     second = first + 32
     if TAIL > 0:
@@ -63,13 +64,13 @@ def activations(x_row, pair, K, inside, TAIL: tl.constexpr):
 
 @triton.jit
 def greatest_of(x, y):
-    """The greatest |x| or |y| of each row, as the bits of its float32: these order NaN above all, so that it stays."""
+    """Return the greatest |x| or |y| of each row, as the bits of its float32. NaN is the greatest of these."""
     x, y = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(tl.maximum(x, y), axis=1)
 
 
-# Four products (each rounded) to bytes: added to 1.5 * 2^23 they are whole, halves to even, in the low bits.
-# Conversions (cvt) run at a fraction of the rate of additions, and the compiler would fuse what is written apart.
+# Round four products to float32, then to bytes: adding 1.5 * 2^23 puts whole numbers, halves to even, in the low bits.
+# Conversions (cvt) run at a fraction of the rate of additions, and the compiler would fuse separate operations.
 _FOUR_BYTES = tl.constexpr("""{
 .reg .f32 a, b, c, d;
 .reg .b32 i, j, k, l;
@@ -93,7 +94,7 @@ prmt.b32 $0, i, k, 0x5410;
 
 @triton.jit
 def to_int8(x, inverse):
-    """x times its row's inverse, rounded, and rounded to the nearest integer, halves to even."""
+    """Return x times its row's inverse, rounded, then rounded to the nearest integer, halves to even."""
     if INTERPRETED:
         return (((x * inverse[:, None]) + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
     return tl.inline_asm_elementwise(
@@ -103,7 +104,7 @@ def to_int8(x, inverse):
 
 @triton.jit
 def repeated(x_row, column, K, inside, TAIL: tl.constexpr):
-    """b at these columns, counted among whole pairs, as float32."""
+    """Return b at these columns, counted among whole pairs, as float32."""
     half = tl.full(column.shape, 32, tl.int32)
     if TAIL > 0:
         half = tl.where(column >= K // 64 * 64, (TAIL + 1) // 2, half)
@@ -114,7 +115,7 @@ def repeated(x_row, column, K, inside, TAIL: tl.constexpr):
 
 @triton.jit
 def scale_and_inverse(bits):
-    """A token's scale, and what its activations are multiplied with, of `greatest_of` it."""
+    """Return a token's scale and the factor for its activations, from the result of `greatest_of`."""
     greatest = tl.maximum(bits, _LEAST_BITS).to(tl.float32, bitcast=True)
     return tl.div_rn(greatest, tl.full(greatest.shape, 127.0, tl.float32)), tl.div_rn(
         tl.full(greatest.shape, 127.0, tl.float32), greatest
@@ -140,7 +141,7 @@ def _quantise_kernel(
     PDL: tl.constexpr,
 ):
     after_the_last(PDL)
-    let_next_come(PDL)  # the product takes a whole multiprocessor, so that it crowds nobody out
+    let_next_come(PDL)  # the product takes whole multiprocessors, so it displaces no program of this kernel
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = m.to(tl.int64)[:, None]
     pair = tl.arange(0, BLOCK_P)[None, :]
@@ -176,13 +177,13 @@ def _quantise_kernel(
 
 @lru_cache(1 << 12)
 def prepare_quantise(form: Form, extras: int) -> Prepared:
-    """The launch for (x [M, K], q int8 [M, W], scale float32 [M], extra int32 [X])."""
+    """Return the launch for (x [M, K], q int8 [M, W], scale float32 [M], extra int32 [X])."""
     pairs = pairs_per_row(form.columns)
     block_p = min(_MOST_PAIRS, max(32, power_of_two(pairs)))
-    if form.tokens >= FEW:  # many loads of a thread in flight
+    if form.tokens >= FEW:  # each thread has many loads in flight
         rows = max(1, 2048 // block_p)
         warps = max(2, rows * block_p // 2048)
-    else:  # few loads each, to be done sooner
+    else:  # each thread has few loads, to finish sooner
         rows = min(max(1, 1024 // block_p), power_of_two(form.tokens))
         warps = max(1, min(16, rows * block_p // 256))
     overlap = pdl(form.device)
@@ -200,7 +201,7 @@ def prepare_quantise(form: Form, extras: int) -> Prepared:
         },
         {"launch_pdl": overlap, "num_warps": warps},
         device=form.device,
-        shared=form.tokens < FEW,  # what more have under way is held in L1
+        shared=form.tokens < FEW,  # with more tokens, L1 holds the loads in flight
     )
 
 
@@ -229,7 +230,7 @@ def _linear_kernel(
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_K)[None, :]
-    # Rows beyond the end repeat the last one, and are not stored.
+    # Rows beyond the end repeat the last one and are not stored.
     q_row = q_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * W
     plane_row = plane_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * W
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -252,7 +253,7 @@ def _linear_kernel(
 
 
 def prepare(form: Form, width: int, *, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Prepared:
-    """The launch for (q, plane [N, `width`], y, scale, step, bias or whatever where there is none)."""
+    """Return the launch for (q, plane [N, `width`], y, scale, step, bias). Any tensor may replace a missing bias."""
     overlap = pdl(form.device)
     return Prepared(
         _linear_kernel,

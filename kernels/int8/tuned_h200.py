@@ -1,6 +1,7 @@
-"""Plans of int8 measured on one NVIDIA H200, quantisation included, in bfloat16 with cold weights.
+"""Plans for int8, measured on one NVIDIA H200 including quantisation, in bfloat16 with cold weights.
 
-Made by `python -m tests.harness.benchmarks kernels --parts int8_tune`: every linear shape of SAM-B, L, H and SAM2-L.
+`python -m tests.harness.benchmarks kernels --parts int8_tune` makes them for all linear shapes of SAM-B, L, H and
+SAM2-L.
 """
 
 from birkhoff.kernels.int8.plan import int8_fused, int8_hopper, int8_tiles

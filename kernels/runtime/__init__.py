@@ -1,1 +1,1 @@
-"""Shared by all families of kernels: devices, prepared launches, device functions, timing, the error."""
+"""Code that all families of kernels share: devices, prepared launches, device functions, timing, the error."""

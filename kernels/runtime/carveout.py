@@ -1,8 +1,9 @@
-"""How a multiprocessor's memory is divided between its L1 cache and shared memory, kernel by kernel.
+"""Set how each kernel divides a multiprocessor's memory between L1 cache and shared memory.
 
-The driver divides it by what a kernel asks for, and a kernel that wants another division waits until the last program
-of the one before has left. Matrix products want nearly all as shared memory; small kernels between them, left to
-themselves, little. Where all ask for the same, the next kernel's programs come up while the last ones of this finish.
+The driver divides it by what a kernel requests. A kernel that needs another division waits until the last program of
+the previous kernel has finished. Matrix products need nearly all of it as shared memory; by default the small kernels
+between them request little. If all request the same, programs of the next kernel start while the last ones of this
+kernel finish.
 """
 
 import ctypes
@@ -15,20 +16,20 @@ _PREFERRED_CARVEOUT = 9
 """CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver API (cuda.h)."""
 
 _ALL = 100
-"""Percent of what can be shared memory."""
+"""Percent of the memory that can be shared."""
 
 
 def prefer_shared(function: int) -> None:
-    """Ask for as much shared memory as there is while a kernel runs, by its CUfunction.
+    """Request the maximum of shared memory while a kernel runs. `function` is its CUfunction.
 
-    A hint: a driver that does not take it is named in the log, and divides as it always did.
+    This is a hint. If the driver does not accept it, we log that, and the driver's own division applies.
     """
     driver = _driver()
     if driver is None:
         return
     status = driver.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, _ALL)
     if status:
-        _log.warning("the driver takes no preference for shared memory (CUresult %d)", status)
+        _log.warning("the driver rejected the preference for shared memory (CUresult %d)", status)
 
 
 @cache
@@ -36,4 +37,4 @@ def _driver() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None  # ROCm, or a system that calls it otherwise
+        return None  # ROCm, or a system with another name for the driver

@@ -72,10 +72,10 @@ class Prepared:
             grid: Up to three positive sizes.
             numbers: Passed at launch.
             constants: `tl.constexpr` parameters by name.
-            options: launch options, `num_warps` and such.
-            device: of the tensors.
-            tiles: (block shape, shared-memory layout) of those first tensors that the kernel takes as descriptors.
-            shared: whether multiprocessors are to have as much shared memory as they can while it runs (`carveout`).
+            options: Launch options, such as `num_warps`.
+            device: The device of the tensors.
+            tiles: (block shape, shared-memory layout) of the leading tensors, which the kernel takes as descriptors.
+            shared: Whether multiprocessors give the kernel the maximum of shared memory (`carveout`).
         """
         self._kernel = kernel
         self._grid = grid
@@ -144,7 +144,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """What a launch takes besides pointers: the launcher, and the arguments before and after them."""
+    """The launcher, and the arguments of a launch before and after its pointers."""
 
     run: Callable[..., None]
     handles: tuple[Any, ...]
@@ -179,5 +179,5 @@ def _describe(tensor: Tensor, block: list[int], layout: Any) -> Any:
 
 
 def run_one(launch: Prepared, x: Tensor, theta: Tensor, step: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """The `Run` of kernels with these five tensors. Without a bias they get the step, and do not read it."""
+    """Run a kernel with these five tensors, as a `Run`. Without a bias it gets the step and does not read it."""
     launch(x, theta, step, step if bias is None else bias, y)

@@ -1,9 +1,9 @@
-"""Triton's digest of itself, kept between processes.
+"""Keep Triton's digest of itself between processes.
 
-Triton names what it has compiled by, among other things, a digest of its own files. At a process's first kernel it
-reads all of them for that, most of a gigabyte where its library is large: a third of a second before anything runs. The
-digest is the same as long as the files are, so it is kept in Triton's cache, under a name made of all their paths,
-sizes and times of change. Whatever is not as expected, Triton makes it anew.
+The names of compiled kernels depend, among other things, on a digest of Triton's own files. For a process's first
+kernel, Triton reads them all, which is most of a gigabyte if its library is large and takes a third of a second. The
+digest changes only if the files do. So we keep it in Triton's cache, under a name that depends on all their paths,
+sizes and modification times. If anything is unexpected, Triton computes the digest itself.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _KEY = re.compile(re.escape(triton.__version__) + r"[0-9a-f]{64}(-[0-9a-f]{64})*
 
 @cache
 def keep_triton_key() -> None:
-    """Let Triton take its digest of itself from its cache, in this process and for everybody's kernels."""
+    """Let Triton read its digest of itself from its cache, in this process and for all kernels."""
     holders = [
         module
         for name, module in list(sys.modules.items())
@@ -44,7 +44,7 @@ def keep_triton_key() -> None:
 
 
 def kept_key(original: Callable[[], str], folder: Path) -> str:
-    """What `original` returns: from a file in the folder, or made and kept there."""
+    """Return the result of `original`: read it from a file in the folder, or compute it and store it there."""
     try:
         path = folder / f"birkhoff-{_NAME}-{_state(Path(triton.__file__).parent)}"
         text = path.read_text()
@@ -54,7 +54,7 @@ def kept_key(original: Callable[[], str], folder: Path) -> str:
         return text
     text = original()
     if _KEY.fullmatch(text):
-        with contextlib.suppress(OSError):  # a cache that cannot be written serves nobody
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no error
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
                 file.write(text)
@@ -63,7 +63,7 @@ def kept_key(original: Callable[[], str], folder: Path) -> str:
 
 
 def _state(root: Path) -> str:
-    """A digest of the paths, sizes and times of all files that Triton's digest covers. Raises OSError."""
+    """Return a digest of the paths, sizes and times of all files that Triton's digest covers. Raises OSError."""
     lines = []
     for path in sorted(_files(root)):
         facts = path.stat()

@@ -22,13 +22,13 @@ from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.families import CONFIG_FILE
 from birkhoff.pipeline.notebook import in_notebook
 from birkhoff.pipeline.plan.manifest import manifest_of
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.registry.signing import load_signer
 from birkhoff.pipeline.registry.versions import Version
 from birkhoff.pipeline.report.recorder import Recorder
 from birkhoff.pipeline.run.compress import compress as run_all
-from birkhoff.pipeline.run.progress import Progress
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.schedule import in_turn
-from birkhoff.pipeline.run.worker import InlineExecutor
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.conditions import probed
 from birkhoff.pipeline.store.default import borrowed_store
@@ -79,7 +79,7 @@ def compress(
 ) -> Version:
     """Compress, validate and publish a model that is in memory, unless the latest version has the same content.
 
-    The tensors are written to a temporary file of their own size, and shards run one after another in this process; use
+    The tensors are written to a temporary file of their own size, and shards run in threads of this process; use
     `birkhoff compress` with a manifest for fleets. The configuration of a transformers model is published with it,
     unless `files` names other files.
 
@@ -127,7 +127,7 @@ def compress(
         (run,) = run_all(
             manifest,
             opened,
-            lambda: record.watch(InlineExecutor(opened.address)),
+            lambda _: record.watch(InlineExecutor(opened.address)),
             shown,
             single_publisher=single,
             signer=signer,

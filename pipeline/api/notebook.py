@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from birkhoff.pipeline.api.transfer import Display
-from birkhoff.pipeline.run.progress import Progress
+from birkhoff.pipeline.progress.progress import Progress
 
 _WIDTH = 110
 """Width of the view, in columns."""

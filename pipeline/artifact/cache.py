@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.errors import OutputError
 from birkhoff.pipeline.files import FULL, atomic_write, file_sha256, shortage
 from birkhoff.pipeline.hints import hint
@@ -98,7 +99,7 @@ class BlobCache:
     def whole(self, blobs: Iterable[tuple[str, int]]) -> set[str]:
         """Return the digests of those (digest, size) that are here. Reads and hashes each file, removes damaged
         ones."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=processors()) as pool:
             return {digest for digest in pool.map(self._checked, blobs) if digest}
 
     def _checked(self, blob: tuple[str, int]) -> str | None:

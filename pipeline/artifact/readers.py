@@ -98,8 +98,12 @@ class Artifact(ABC):
 
     def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
         """Return the stored tensors of a shard. Thread-safe. Raises IntegrityError with the blob's name."""
+        return self.coded_in(shard, self.blob(shard))
+
+    def coded_in(self, shard: ShardRecord, blob: bytes) -> list[CodedTensor]:
+        """Return the stored tensors in a shard's bytes, which `coded_of` reads first. Raises as that does."""
         try:
-            found = with_bases(parse(self.blob(shard)), partial(self._tensors_of, shard))
+            found = with_bases(parse(blob), partial(self._tensors_of, shard))
             dense = sum(coded.weights * width_of_code(coded.dtype) for coded in found)
         except FormatError as error:
             raise IntegrityError(f"{self.label}: blob {shard.blob}: {error}") from None

@@ -45,7 +45,7 @@ _PROFILE_HELP = "Profile for every model, instead of the manifest's: " + "; ".jo
 
 
 class ExecutorName(StrEnum):
-    """Runs shards in Ray workers, or in this process."""
+    """Runs shards in Ray workers, or in threads of this process."""
 
     RAY = "ray"
     INLINE = "inline"
@@ -81,13 +81,19 @@ def compress(
     executor: Annotated[
         ExecutorName | None,
         typer.Option(
-            help="Run shards in Ray workers, or one after another in this process. Default: ray, or inline if Ray does "
-            "not start on this machine.",
+            help="Run shards in Ray workers, or in threads of this process. Default: ray; inline for up to 4 GiB of "
+            "weights without a GPU, or if Ray does not start on this machine.",
             show_default=False,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of Ray workers. Default: one per CPU, or 12 per GPU.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of Ray workers (default: one per CPU, or 12 per GPU), or of threads with --executor inline "
+            "(default: one per CPU, or 1 on a GPU).",
+        ),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     mirror: MirrorOption = None,
@@ -113,32 +119,33 @@ def compress(
     from birkhoff.pipeline.errors import ClusterError
     from birkhoff.pipeline.plan.manifest import load_manifest
     from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.report.recorder import Recorder
     from birkhoff.pipeline.run.compress import compress as run_all
+    from birkhoff.pipeline.run.inline import InlineExecutor, threads_suffice
     from birkhoff.pipeline.run.outcome import Executor
-    from birkhoff.pipeline.run.progress import Progress
     from birkhoff.pipeline.run.ray import RayExecutor
     from birkhoff.pipeline.run.schedule import in_turn
-    from birkhoff.pipeline.run.worker import InlineExecutor
     from birkhoff.pipeline.shard.task import Reuse
     from birkhoff.pipeline.store.conditions import probed
     from birkhoff.pipeline.store.default import open_default_store
 
     if log_format is not LogFormat.TEXT:
         logs.configure(log_format, debug="--debug" in sys.argv)
-    if executor is ExecutorName.INLINE and (workers or address):
-        raise typer.BadParameter(
-            "applies to Ray workers; leave out --executor inline", param_hint="--workers, --address"
-        )
+    if executor is ExecutorName.INLINE and address:
+        raise typer.BadParameter("names a Ray cluster; leave out --executor inline", param_hint="--address")
     chosen = select(load_manifest(manifest), only or [], profile)
     remember(store=store or chosen.store)
     signer = load_signer(sign) if sign else None
     with open_default_store(store or chosen.store, allow_http=chosen.allow_http, create=True) as opened:
         single = probed(opened, warn)
 
-        def start() -> Executor:
-            if executor is not ExecutorName.INLINE:
+        def start(nbytes: int) -> Executor:
+            # Only Ray's workers can be held to a limit of time.
+            limited = "shard_seconds" in chosen.model_fields_set
+            left_to_us = executor is None and address is None and workers is None and not limited
+            if executor is not ExecutorName.INLINE and not (left_to_us and threads_suffice(nbytes)):
                 try:
                     return RayExecutor(
                         opened.address, address=address, workers=workers, shard_seconds=chosen.shard_seconds
@@ -146,9 +153,9 @@ def compress(
                 except ClusterError as error:
                     if executor is ExecutorName.RAY or address is not None:
                         raise
-                    warn(f"Ray did not start ({error.reason}); shards run one after another in this process")
-                    record.note_option("executor", ExecutorName.INLINE.value)
-            return InlineExecutor(opened.address)
+                    warn(f"Ray did not start ({error.reason}); shards run in threads of this process")
+            record.note_option("executor", ExecutorName.INLINE.value)
+            return InlineExecutor(opened.address, workers=workers)
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         asked = executor or ExecutorName.RAY
@@ -166,7 +173,7 @@ def compress(
             runs = run_all(
                 chosen,
                 opened,
-                lambda: record.watch(start()),
+                lambda nbytes: record.watch(start(nbytes)),
                 progress,
                 reuse=reuse,
                 mirror=mirror,

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.errors import StoreDeniedError, StoreError, StoreUnreachableError, exit_code
 from birkhoff.pipeline.files import SPARE_BYTES
 from birkhoff.pipeline.hints import hint
 from birkhoff.pipeline.paths import birkhoff_home, cache_folder
-from birkhoff.pipeline.run.environment import processors
 from birkhoff.pipeline.store.base import Store, store_folder
 from birkhoff.pipeline.store.default import DEFAULT_STORE, default_store_url, open_default_store
 from birkhoff.pipeline.store.probe import check_store, ends_permits

@@ -127,7 +127,9 @@ def main() -> None:
         code: str | int | None = execute(sys.argv[1:])
     except SystemExit as end:
         code = end.code
-    sys.exit(_with_output(code))
+    code = _with_output(code)
+    interrupt.uninstall()
+    sys.exit(code)
 
 
 def _with_output(code: str | int | None) -> str | int | None:

@@ -1,7 +1,7 @@
-"""Models recognised by their tensors: the published SAM and SAM 2 in every size. `published` has their relatives.
+"""Recognise models by their tensors: the published SAM and SAM 2 in every size. `published` knows their relatives.
 
-In the names of a published package that package builds them, or transformers where it is not installed; in those of
-transformers, transformers does.
+If the names are those of a published package, that package builds the model, or transformers if it is not installed. If
+the names are those of transformers, transformers does.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from birkhoff.pipeline.families import CONFIG_FILE
 from birkhoff.pipeline.load.published import Shapes, is_member, member
 
 _SIZES = {768: "b", 1024: "l", 1280: "h"}
-"""Width of the image encoder to the published size."""
+"""The published size by the width of the image encoder."""
 _VISION: dict[str, dict[str, Any]] = {
     "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
     "l": {
@@ -36,13 +36,13 @@ _VISION: dict[str, dict[str, Any]] = {
 """Vision configurations of the published SAM: facebookresearch/segment-anything, build_sam.py."""
 
 _RELATIVE = {"image_encoder.blocks.0.attn.rel_pos_h", "vision_encoder.layers.0.attn.rel_pos_h"}
-"""Relative positions, which the published encoders of SAM have, in the names of both packages."""
+"""Relative positions, which SAM's published encoders have, by the names of both packages."""
 
 _PATCH_BIASES = ("image_encoder.patch_embed.proj.bias", "vision_encoder.patch_embed.projection.bias")
-"""What tells the width of SAM's encoder, in the names of both packages."""
+"""Tensors that show the width of SAM's encoder, by the names of both packages."""
 
 _SIZES_2 = {(96, 12): "t", (96, 16): "s", (112, 24): "b+", (144, 48): "l"}
-"""Width and number of blocks of SAM 2's encoder to the published size."""
+"""The published size by the width and the number of blocks of SAM 2's encoder."""
 _HIERA: dict[str, dict[str, Any]] = {
     "t": {"num_attention_heads": 1, "blocks_per_stage": [1, 2, 7, 2], "global_attention_blocks": [5, 7, 9]},
     "s": {"num_attention_heads": 1, "blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
@@ -59,22 +59,22 @@ _HIERA: dict[str, dict[str, Any]] = {
         "window_size_per_stage": [8, 4, 16, 8],
     },
 }
-"""What the published encoders of SAM 2 differ in beside their width: facebookresearch/sam2, configs/sam2.1."""
+"""Differences between the published encoders of SAM 2 besides their width: facebookresearch/sam2, configs/sam2.1."""
 
 _MEMORY_2_1 = "no_obj_embed_spatial"
-"""Of SAM 2.1's memory of videos; SAM 2 has none. Their image models are alike."""
+"""A tensor of SAM 2.1's memory for videos, which SAM 2 lacks. Their image models are alike."""
 
 
 def known(label: str, shapes: Shapes, upstream: Path | None = None) -> nn.Module:
     """Return an untrained model of the architecture that has these tensors.
 
     Args:
-        label: what the tensors are of, for messages.
-        shapes: the tensors.
-        upstream: a clone of the repository whose code builds it, for members without a package.
+        label: The tensors' origin, for messages.
+        shapes: The tensors.
+        upstream: A clone of the repository whose code builds the model, for members without a package.
 
     Raises:
-        BuilderError: nothing here knows them, or their code is not here.
+        BuilderError: No known architecture has them, or its code is not installed.
     """
     model = member(label, shapes, upstream) or _sam(label, shapes) or _sam2(label, shapes)
     if model is None:
@@ -86,7 +86,7 @@ def known(label: str, shapes: Shapes, upstream: Path | None = None) -> nn.Module
 
 
 def is_known(shapes: Shapes) -> bool:
-    """Return whether `known` has an architecture for these tensors; its code need not be here."""
+    """Return whether `known` has an architecture for these tensors, even if its code is not installed."""
     sam = bool(_RELATIVE & shapes.keys()) and any(_width(shapes, bias) in _SIZES for bias in _PATCH_BIASES)
     encoders = (
         ("image_encoder.trunk", "patch_embed.proj.bias"),
@@ -96,7 +96,7 @@ def is_known(shapes: Shapes) -> bool:
 
 
 def package(name: str, why: str) -> ModuleType:
-    """Import what builds a model; `why` it is needed, for the message. Raises BuilderError."""
+    """Import the package that builds a model. `why` says in the message what needs it. Raises BuilderError."""
     wheel = name.partition(".")[0].replace("_", "-")
     try:
         return importlib.import_module(name)
@@ -136,7 +136,7 @@ def _sam2(label: str, shapes: Shapes) -> nn.Module | None:
 
 
 def hiera_settings(size: str) -> dict[str, Any]:
-    """Return the vision configuration of transformers for a published SAM 2: size `t`, `s`, `b+` or `l`."""
+    """Return transformers' vision configuration for a published SAM 2 of size `t`, `s`, `b+` or `l`."""
     width = next(width for (width, _), name in _SIZES_2.items() if name == size)
     widths = [width << stage for stage in range(4)]
     backbone = {
@@ -156,5 +156,5 @@ def _size_2(shapes: Shapes, encoder: str, bias: str) -> str | None:
 
 
 def _width(shapes: Shapes, bias: str) -> int:
-    """Channels of a layer by its bias; 0 where there is none."""
+    """Return the channels of a layer, by its bias; 0 without one."""
     return next(iter(shapes.get(bias, ())), 0)

@@ -1,15 +1,15 @@
-"""Build a model for an artifact or a checkpoint: with which code, and which settings.
+"""Build a model for an artifact or a checkpoint: choose its code and its settings.
 
-Weights alone do not say what computes on them. In this order:
+Weights alone do not say what computes on them. Builders are tried in this order:
 
 1. `--builder`: `module:function`, `FILE.py:function`, or a transformers configuration (a .json file, or its folder);
 2. the transformers configuration that the artifact carries, or one beside the weights: `config.json`, or the weights'
-   own name with `.json`; of a checkpoint, the one beside it comes first;
-3. architectures known by their tensors (`architectures`, `published`): the members of the Segment Anything family, in
+   own name with `.json`; for a checkpoint, the one beside it comes first;
+3. architectures known by their tensors (`architectures`, `published`): the members of the Segment Anything family, with
    the names of their packages or of transformers.
 
-Nothing that a store holds names code to run: a builder is code on this machine that the user named, and of a
-configuration that came with weights no more counts than `stored_config` allows.
+Nothing in a store can name code to run. A builder is code on this machine that the user named. Of a configuration that
+came with weights, only the part that `stored_config` allows is used.
 """
 
 import importlib
@@ -51,22 +51,23 @@ def compressed_model(
     compute: Compute = "float",
     accept: Callable[[nn.Module, str | None], object] | None = None,
 ) -> nn.Module:
-    """A model that computes on an artifact's compressed weights, in evaluation mode.
+    """Return a model in evaluation mode that computes on an artifact's compressed weights.
 
     Args:
-        reference, store: as in `load_into`.
-        builder: as the head of this file says.
-        upstream: as in `published.member`.
-        near: a checkpoint of the same model, whose configuration is looked for too.
-        device: where the weights go.
-        compute: as in `load_into`.
-        accept: is shown the model, and the adapter that the artifact names, while only headers were read; raises to
-            refuse it before its weights are fetched.
+        reference, store: As in `load_into`.
+        builder: As described at the head of this file.
+        upstream: As in `published.member`.
+        near: A checkpoint of the same model. A configuration beside it is considered too.
+        device: Where the weights go.
+        compute: As in `load_into`.
+        accept: Gets the model, and the adapter that the artifact names, once only headers were read. It may raise to
+            refuse the model before its weights are fetched.
 
     Raises:
-        BuilderError: nothing here builds it, or `accept` refused it; says how many bytes of its weights were fetched.
-        ModelMismatchError: what was built does not have the artifact's tensors.
-        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
+        BuilderError: Nothing here builds it, or `accept` refused it. The message gives the fetched bytes of its
+            weights.
+        ModelMismatchError: The model that was built does not have the artifact's tensors.
+        ArtifactNotFoundError, IntegrityError, StoreError: As in `load_into`.
     """
     with open_artifact(reference, store) as artifact:
         shapes = {row.name: row.shape for row in inspect(artifact)}
@@ -92,20 +93,20 @@ def original_model(
     store: str | None = None,
     device: str,
 ) -> nn.Module:
-    """A model with the weights of a checkpoint file or a transformers folder, in evaluation mode.
+    """Return a model in evaluation mode with the weights of a checkpoint file or a transformers folder.
 
     Args:
-        source: the file or folder.
-        builder: as the head of this file says.
-        upstream: as in `published.member`.
-        reference, store: an artifact of the same model, whose configuration is taken where none is beside the weights.
-        device: where the weights go.
+        source: The file or folder.
+        builder: As described at the head of this file.
+        upstream: As in `published.member`.
+        reference, store: An artifact of the same model, whose configuration is used if none is beside the weights.
+        device: Where the weights go.
 
     Raises:
-        BuilderError: nothing here builds it.
-        ModelMismatchError: what was built does not have the checkpoint's tensors.
-        SourceError: the checkpoint cannot be read.
-        ArtifactNotFoundError, IntegrityError, StoreError: as in `load_into`.
+        BuilderError: Nothing here builds it.
+        ModelMismatchError: The model that was built does not have the checkpoint's tensors.
+        SourceError: The checkpoint cannot be read.
+        ArtifactNotFoundError, IntegrityError, StoreError: As in `load_into`.
     """
     checkpoint = open_checkpoint(weights_file(source), cache=source_cache())
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
@@ -119,7 +120,7 @@ def original_model(
 
 
 def weights_file(source: Path) -> Path:
-    """The checkpoint that is meant: the file itself, or the weights in a transformers folder. Raises SourceError."""
+    """Return the checkpoint file: `source` itself, or the weights in a transformers folder. Raises SourceError."""
     if not source.is_dir():
         return source
     for name in _WEIGHT_FILES:
@@ -129,11 +130,11 @@ def weights_file(source: Path) -> Path:
 
 
 Config = tuple[str, Settings]
-"""Where a configuration was found, for messages, and what it says."""
+"""Where a configuration was found, for messages, and its settings."""
 
 
 def carried_settings(artifact: Artifact) -> Settings | None:
-    """The transformers configuration that an artifact carries; None where it has none. Raises IntegrityError."""
+    """Return the transformers configuration that an artifact carries; None without one. Raises IntegrityError."""
     body = artifact.file(CONFIG_FILE)
     return None if body is None else settings_in(body)
 
@@ -144,7 +145,7 @@ def _carried(artifact: Artifact) -> Config | None:
 
 
 def config_of(place: Path) -> Config | None:
-    """The transformers configuration beside a checkpoint, or in a folder; None where there is none."""
+    """Return the transformers configuration beside a checkpoint or in a folder; None without one."""
     path = config_beside(place)
     settings = None if path is None else settings_of(path)
     return None if settings is None else (str(path), settings)
@@ -153,10 +154,10 @@ def config_of(place: Path) -> Config | None:
 def built(
     label: str, shapes: Shapes, builder: str | None, configs: Sequence[Config | None], upstream: Path | None
 ) -> nn.Module:
-    """An untrained model for some tensors; `label` for messages, the first of the configurations counts.
+    """Return an untrained model for some tensors. `label` is for messages. The first configuration is used.
 
     Raises:
-        BuilderError: nothing here builds it.
+        BuilderError: Nothing here builds it.
     """
     if builder is not None:
         return _named(builder)
@@ -165,14 +166,14 @@ def built(
 
 
 def _named(builder: str) -> nn.Module:
-    """What `--builder` says. Raises BuilderError."""
+    """Return the model that `--builder` names. Raises BuilderError."""
     path = Path(builder)
     if path.is_dir() or path.suffix == ".json":
         return from_config(path / CONFIG_FILE if path.is_dir() else path)
     build = user_function("--builder", builder, ", or a transformers configuration (.json)")
     try:
         model = build()
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         raise BuilderError(f"--builder {builder}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise BuilderError(f"--builder {builder}: expected a torch.nn.Module, got {type(model).__name__}")
@@ -180,10 +181,12 @@ def _named(builder: str) -> nn.Module:
 
 
 def user_function(option: str, text: str, other: str = "") -> Callable[..., Any]:
-    """A function of the user's own code, as an option or a key names it; `other` is what it may be besides.
+    """Return a function of the user's own code, as an option or a key names it.
+
+    `other` ends the message with what else the option accepts.
 
     Raises:
-        BuilderError: no such function, or its module cannot be imported.
+        BuilderError: There is no such function, or its module cannot be imported.
     """
     place, _, function = text.rpartition(":")
     if not place:
@@ -215,7 +218,7 @@ def _module(option: str, place: str) -> ModuleType:
 
 
 def from_config(path: Path) -> nn.Module:
-    """An untrained model from a transformers configuration file that the user named. Raises BuilderError."""
+    """Return an untrained model from a transformers configuration file that the user named. Raises BuilderError."""
     settings = settings_of(path)
     if settings is None:
         raise BuilderError(f"{path}: expected a transformers configuration with a model_type")
@@ -223,12 +226,20 @@ def from_config(path: Path) -> nn.Module:
 
 
 def stored_settings(label: str, settings: Settings) -> Settings:
-    """What counts of a configuration that came with weights; `label` for messages. Raises BuilderError."""
+    """Return the allowed part of a configuration that came with weights. `label` is for messages.
+
+    Raises:
+        BuilderError: As `stored_config.allowed`.
+    """
     return allowed(label, settings, package("transformers", f"{label} describes a model of transformers"))
 
 
 def from_settings(label: str, settings: Settings) -> nn.Module:
-    """An untrained model from a configuration that came with weights; `label` for messages. Raises BuilderError."""
+    """Return an untrained model from a configuration that came with weights. `label` is for messages.
+
+    Raises:
+        BuilderError: transformers cannot build it.
+    """
     own = stored_settings(label, settings)
     with hub_shut():
         return _of_transformers(label, own)
@@ -239,23 +250,23 @@ def _of_transformers(label: str, settings: Settings) -> nn.Module:
     try:
         own = {key: value for key, value in settings.items() if key != "quantization_config"}  # the artifact has that
         model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
-    except Exception as error:  # its classes check their settings each in its own way
+    except Exception as error:  # each of its classes checks its settings in its own way
         raise BuilderError(f"{label}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
     return model
 
 
 def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint by name, one in memory at a time. Raises SourceError."""
+    """Yield the tensors of a checkpoint by name, with one in memory at a time. Raises SourceError."""
     return ((tensor.name, read_tensor(tensor)) for tensor in checkpoint.tensors)
 
 
 def fill(model: nn.Module, label: str, found: Iterable[tuple[str, Tensor]]) -> None:
-    """Load dense tensors into a model, in place; names that the model ties need be there once only.
+    """Load dense tensors into a model, in place. Of names that the model ties, one is enough.
 
-    Modules see that their parameters are others now; each keeps its mode.
+    Modules are told that their parameters changed. Each keeps its mode.
 
     Raises:
-        ModelMismatchError: they are not the model's; `label` for the message.
+        ModelMismatchError: The tensors are not the model's. `label` is for the message.
     """
     stored = dict(found)
     rename = renaming(model.state_dict().keys(), stored)

@@ -1,4 +1,4 @@
-"""The changes that a load makes to a model: prepared first, then made at once."""
+"""Changes that a load makes to a model: prepared first, then made all at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +16,11 @@ _HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
-"""What goes over from a module to the one in its place."""
+"""Attributes that a new module takes over from the one that it replaces."""
 
 
 class Changes:
-    """Collects changes of a model; preparing one takes all the memory it needs, `make` takes none."""
+    """Collects changes of a model. Preparing a change takes all the memory it needs; `make` takes none."""
 
     def __init__(self, edges: Edges) -> None:
         self._edges = edges
@@ -31,10 +31,10 @@ class Changes:
         self._filled: set[int] = set()
 
     def put_layer(self, target: Target, layer: CompressedLinear) -> None:
-        """A compressed layer with another code: into the layer itself if that has the same form, else in its place.
+        """Put a compressed layer with another code into the present layer if that has the same form, else in its place.
 
         Raises:
-            ModelMismatchError: the model is nothing but a compressed layer of another form.
+            ModelMismatchError: The model is a single compressed layer of another form.
         """
         old = target.layer
         assert old is not None
@@ -48,9 +48,9 @@ class Changes:
             self._replace(old, layer)
 
     def put_dense(self, target: Target, tensor: Tensor) -> None:
-        """A dense tensor, in place where the present one has its type and device; a compressed layer becomes linear.
+        """Put in a dense tensor, in place if the present one has its type and device. Compressed layers become linear.
 
-        Raises: as `put_layer`.
+        Raises: As `put_layer`.
         """
         present = target.present
         if present is None:
@@ -66,7 +66,7 @@ class Changes:
             self._set(self._instead.get(module, module), leaf, made)
 
     def move_rest(self, model: nn.Module, device: torch.device) -> None:
-        """To a device, what no artifact holds, such as buffers that are not saved; tied parameters stay tied."""
+        """Move to a device what no artifact holds, such as buffers that are not saved. Tied parameters stay tied."""
         moved: dict[int, Tensor] = {}
         for module in model.modules():
             if module in self._instead or module in self._settled:
@@ -100,15 +100,15 @@ class Changes:
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         if old not in self._edges:
             raise ModelMismatchError(
-                f"the model is a {type(old).__name__} alone, which cannot become a {type(new).__name__} in its own "
-                "place: put it into a module"
+                f"the model itself is a {type(old).__name__}, which cannot become a {type(new).__name__} in place: "
+                "put it into a module"
             )
         new.training = old.training
         new.__dict__.update({name: old.__dict__[name] for name in _HOOKS})
         self._instead[old] = new
         for parent, name in self._edges[old]:
             self._steps.append(partial(setattr, parent, name, new))
-            if is_compiled(parent):  # torch.compile bound the module that was there
+            if is_compiled(parent):  # torch.compile holds the old module
                 self._steps.append(cast(Callable[[], object], parent._initialize))
 
     def _set(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -119,11 +119,11 @@ class Changes:
 
 
 def _bias_for(old: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Parameter | None:
-    """Return the bias of a linear layer on a device, in a dtype: the very same if it is so already."""
+    """Return the bias of a linear layer on a device, in a dtype: the same object if it already fits."""
     bias = old.bias
     if not isinstance(bias, nn.Parameter) or (bias.device, bias.dtype) == (device, dtype):
         return bias if isinstance(bias, nn.Parameter) else None
-    # Not zeros_like: of a tensor on the meta device it imports a computer algebra system.
+    # Not zeros_like, which imports a computer algebra system for tensors on the meta device.
     there = torch.zeros(bias.shape, dtype=dtype, device=device) if bias.is_meta else bias.detach().to(device, dtype)
     return nn.Parameter(there, requires_grad=bias.requires_grad)
 

@@ -1,21 +1,22 @@
 """Decode the shards of an artifact as they arrive, with bounded memory.
 
-On a CPU in threads: the entropy decoder, the digests and the operations of torch release the interpreter's lock; each
-thread keeps torch to itself (one thread inside), as they would only wait for each other. What is at work at any time is
-bounded by the size of the compressed model, or one shard where that is larger.
+On a CPU, threads decode: the entropy decoder, the digests and torch's operations release the interpreter's lock. Torch
+uses one thread inside each, because more would only wait for each other. The work in progress is bounded by the size of
+the compressed model, or by one shard if that is larger.
 
-For a GPU threads read and check, and the caller's thread decodes much at once, as the GPU wants it. It does so when the
-threads have nothing left to read, or while they wait for downloads: beside each other, all would wait for the
-interpreter's lock at each small operation, five milliseconds a time. Host memory holds no more than the compressed
-model.
+For a GPU, threads read, check and send the bytes: copies through pinned memory run beside the kernels. The caller's
+thread lets the GPU decode as many shards at once as suit it, and meanwhile uses the result of the batch before. A
+thread that holds the interpreter's lock keeps all others waiting, five milliseconds at a time, so each takes few steps:
+a file, its digest, its copy. Host memory holds no more than the compressed model.
 """
 
 import ctypes
-import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,37 +24,45 @@ import torch
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
+from birkhoff.codec.native.processors import processors
 from birkhoff.kernels.entropy.op import warm_up
+from birkhoff.kernels.entropy.plan import ALIGNED
+from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.artifact.readers import Artifact
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.registry.documents import ShardRecord
 
 MAX_THREADS = 16
 
-TOGETHER_BYTES = 1 << 30
-"""Source bytes of shards that a GPU decodes together: planes and symbols take half of that there, for that time."""
+TOGETHER_BYTES = 1 << 29
+"""Source bytes of shards that a GPU decodes together. Two batches are in progress, and planes and symbols of each take
+half of that on the GPU."""
 
 T = TypeVar("T")
 
 
-Take = Callable[[Sequence[list[CodedTensor]]], Sequence[T]]
-"""Makes something of the tensors of each of some shards."""
+Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Callable[[], Sequence[T]]]
+"""Begins to make a result of the tensors of each shard, whose bytes may be on the GPU already. The function that it
+returns ends that."""
 
 
 def decode_shards(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
-    """What `take` makes of the tensors of every shard, in the order in which they are done.
+    """Yield the result of `take` for the tensors of every shard, in the order of completion.
 
-    `device` is where most of them go. For a CPU `take` runs in threads, on one shard at a time.
+    `device` is where most of the tensors go. For a CPU, `take` runs in threads, on one shard at a time.
 
     Raises:
-        IntegrityError: a shard is damaged; and whatever `take` raises.
+        IntegrityError: A shard is damaged.
+        Exception: `take` raised it.
     """
     return (_decode_together if device.type == "cuda" else _decode_in_threads)(artifact, take, device)
 
 
 def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> Iterator[tuple[ShardRecord, T]]:
     def work(shard: ShardRecord) -> T:
-        (made,) = _take(artifact, take, [shard], [artifact.coded_of(shard)])
+        coded = artifact.coded_of(shard)
+        with _told(artifact, [shard]):
+            (made,) = take([coded], None)()
         return made
 
     shards = artifact.manifest.shards
@@ -73,48 +82,93 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
 
 
 def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
-    with ThreadPoolExecutor(_threads(), "read") as pool:
-        running: dict[Future[list[CodedTensor]], ShardRecord] = {}
-        read: list[tuple[ShardRecord, list[CodedTensor]]] = []
+    batches = deque(_batches(artifact.manifest.shards))
+    places: dict[str, deque[tuple[_Batch, int]]] = defaultdict(deque)
+    for batch in batches:
+        for shard, to in zip(batch.shards, batch.places, strict=True):
+            places[shard.blob].append((batch, to))
+    begun: deque[tuple[list[ShardRecord], Callable[[], Sequence[T]]]] = deque()
 
-        def taken() -> Iterator[tuple[ShardRecord, T]]:
-            while read:
-                shards, coded = zip(*read[: _most_together(read)], strict=True)
-                del read[: len(shards)]
-                yield from zip(shards, _take(artifact, take, shards, coded), strict=True)
+    def read(shard: ShardRecord, upload: Upload, to: int) -> list[CodedTensor]:
+        blob = artifact.blob(shard)
+        upload.send(blob, to)
+        return artifact.coded_in(shard, blob)
 
+    def begin() -> None:
+        batch = batches.popleft()
+        coded = [batch.read[to].result() for to in batch.places]
+        starting.result()  # else this thread would start the same
+        with _told(artifact, batch.shards):
+            begun.append((batch.shards, take(coded, batch.upload)))
+
+    def end(most: int = 0) -> Iterator[tuple[ShardRecord, T]]:
+        """End all but so many batches."""
+        while len(begun) > most:
+            shards, result = begun.popleft()
+            with _told(artifact, shards):
+                made = result()
+            yield from zip(shards, made, strict=True)
+
+    with ThreadPoolExecutor(_threads(), "read", initializer=_one_thread_inside) as pool:
         try:
             starting = pool.submit(warm_up, device)
             for shard in artifact.arriving():
-                running[pool.submit(artifact.coded_of, shard)] = shard
-                read += _ended(running, wait_for_one=False)
-                if starting.done() and sum(shard.source_bytes for shard, _ in read) >= TOGETHER_BYTES:
-                    yield from taken()
-            while running:
-                read += _ended(running)
-            yield from taken()
+                batch, to = places[shard.blob].popleft()
+                batch.upload = batch.upload or Upload(batch.size, device)
+                batch.read[to] = pool.submit(read, shard, batch.upload, to)
+                while batches and batches[0].is_read() and starting.done():
+                    begin()
+                    yield from end(1)
+            while batches:
+                begin()
+                yield from end(1)
+            yield from end()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _most_together(read: Sequence[tuple[ShardRecord, object]]) -> int:
-    """How many of the first shards are decoded together: at least one."""
-    sizes = accumulate(shard.source_bytes for shard, _ in read)
-    return max(1, sum(size <= TOGETHER_BYTES for size in sizes))
+@dataclass(slots=True, kw_only=True)
+class _Batch:
+    """Shards that are decoded together, and the places of their containers in one piece of the device's memory."""
+
+    shards: list[ShardRecord]
+    places: list[int]
+    size: int
+    upload: Upload | None = None
+    read: dict[int, Future[list[CodedTensor]]] = field(default_factory=dict)
+    """By place."""
+
+    def is_read(self) -> bool:
+        return len(self.read) == len(self.shards) and all(future.done() for future in self.read.values())
 
 
-def _take(
-    artifact: Artifact, take: Take[T], shards: Sequence[ShardRecord], coded: Sequence[list[CodedTensor]]
-) -> Sequence[T]:
+def _batches(shards: Sequence[ShardRecord]) -> Iterator[_Batch]:
+    """Yield all shards in order, at least one in each batch."""
+    left = deque(shards)
+    while left:
+        batch = _Batch(shards=[], places=[], size=0)
+        together = 0
+        while left and (not together or together + left[0].source_bytes <= TOGETHER_BYTES):
+            shard = left.popleft()
+            together += shard.source_bytes
+            batch.shards.append(shard)
+            batch.places.append(batch.size)
+            batch.size += -(-shard.bytes // ALIGNED) * ALIGNED
+        yield batch
+
+
+@contextmanager
+def _told(artifact: Artifact, shards: Sequence[ShardRecord]) -> Iterator[None]:
+    """Name the shards in a FormatError, which becomes an IntegrityError."""
     try:
-        return take(coded)
+        yield
     except FormatError as error:
         blobs = ", ".join(shard.blob for shard in shards)
         raise IntegrityError(f"{artifact.label}: blob {blobs}: {error}") from None
 
 
 def _threads() -> int:
-    return min(os.cpu_count() or 1, MAX_THREADS)
+    return min(processors(), MAX_THREADS)
 
 
 def _ended(running: dict[Future[T], ShardRecord], *, wait_for_one: bool = True) -> Iterator[tuple[ShardRecord, T]]:
@@ -124,10 +178,10 @@ def _ended(running: dict[Future[T], ShardRecord], *, wait_for_one: bool = True) 
 
 
 def _one_thread_inside() -> None:
-    """Keep torch's own loops in the calling thread, and in no other: `torch.set_num_threads` is for the whole process.
+    """Keep torch's own loops in the calling thread, and only there: `torch.set_num_threads` is for the whole process.
 
-    OpenMP, which runs those loops on CPUs, has a number for each thread. Where torch is built without it, its loops
-    share one pool, and threads do not multiply.
+    OpenMP, which runs those loops on CPUs, has a number for each thread. If torch is built without it, its loops share
+    one pool, and threads do not multiply.
     """
     torch.get_num_threads()  # a thread takes over the process's number when it first asks
     if (set_threads := _openmp_threads()) is not None:
@@ -136,11 +190,11 @@ def _one_thread_inside() -> None:
 
 @cache
 def _openmp_threads() -> Callable[[int], object] | None:
-    """`omp_set_num_threads` of the very library that torch is linked with."""
+    """Return `omp_set_num_threads` of the library that torch is linked with."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).is_file():
-            # A library's handle leads to the symbols of those that it is linked with.
+            # A library's handle also finds the symbols of the libraries that it is linked with.
             found: Callable[[int], object] | None = getattr(
                 ctypes.CDLL(str(folder / name)), "omp_set_num_threads", None
             )

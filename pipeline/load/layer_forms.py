@@ -1,4 +1,4 @@
-"""In which form the linear layers of a loaded model hold their weights, and on what they compute."""
+"""The form in which linear layers of a loaded model hold their weights, and the arithmetic they use."""
 
 import warnings
 from collections.abc import Callable, Collection
@@ -20,35 +20,35 @@ from birkhoff.kernels.int8.op import MOST_COLUMNS
 from birkhoff.kernels.int8.plan import LEAST_ROWS
 
 Memory = Literal["uint16", "packed12", "packed10"]
-"""8 bits a weight, exactly what is stored; or about 6.06 or 5.06, coded once more with loss."""
+"""8 bits per weight, exactly as stored; or about 6.06 or 5.06, coded once more with loss."""
 
 _PACKED: dict[str, tuple[Bits, float]] = {"packed12": (12, 24.0), "packed10": (10, 18.0)}
-"""Bits a pair, and the SQNR in dB against the stored weights below which a layer is not packed.
+"""Bits per pair, and the SQNR in dB relative to the stored weights below which a layer is not packed.
 
-Normally distributed weights keep 31.7 and 25.7 dB; what lies 7 dB below has a tail that the form does not suit.
+Normally distributed weights keep 31.7 and 25.7 dB. Weights that keep 7 dB less have a tail that does not suit the form.
 """
 
 Compute = Literal["float", "int8", "proven"]
-"""In the dtype of the input; on int8 tensor cores, the input rounded to int8 token by token; or so in the layers for
-which the version's proof found that this keeps their outputs."""
+"""In the dtype of the input; on int8 tensor cores, with the input rounded to int8 token by token; or on int8 only in
+the layers whose outputs keep their accuracy by the version's proof."""
 
 _MOST_EXTRA = 0.25
-"""Further columns for outliers, of a layer's own, above which int8 saves little;"""
+"""Further columns for outliers, as a share of a layer's own, above which int8 saves little."""
 
 _FREE_EXTRA = 256
-"""but so few are no matter: what small layers take is launches."""
+"""Further columns that do not matter, because launches dominate the time of small layers."""
 
 _SHOWN = 5
 
 
 class LayerMaker:
-    """Makes the layers of one load; `report` then warns of those that keep the first form.
+    """Makes the layers of one load. `report` then warns of those that keep the first form.
 
-    `made` holds them by the name of their weight. Of int8, those of the weights `in_float` compute in float, and with
-    `everywhere` all others on int8 even if that is slower.
+    `made` holds them by the name of their weight. Under int8, layers whose weights are in `in_float` compute in float.
+    With `everywhere`, all others compute on int8, even those that it makes slower.
 
     Raises:
-        CodecError: `memory` or `compute` is no form, or int8 is asked for with a packed form.
+        CodecError: `memory` or `compute` is no valid form, or int8 is requested with a packed form.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LayerMaker:
     def __call__(
         self, name: str, code: LatticeTensor, *, bias: torch.Tensor | None = None, dtype: torch.dtype
     ) -> CompressedLinear:
-        """The layer of a coded matrix, on its device; `dtype` and `bias` are those of the linear layer."""
+        """Return the layer for a coded matrix, on its device. `dtype` and `bias` are those of the linear layer."""
         make: Callable[..., CompressedLinear] = HyperLinear.from_lattice
         held: object = code
         if self._memory != "uint16":
@@ -90,7 +90,7 @@ class LayerMaker:
         return layer
 
     def report(self) -> None:
-        """One BirkhoffWarning that names the layers that another form does not suit, if there are any."""
+        """Issue one BirkhoffWarning that names the layers that do not suit the requested form, if any."""
         if not self._refused:
             return
         count, more = len(self._refused), ", ..." if len(self._refused) > _SHOWN else ""
@@ -104,12 +104,12 @@ class LayerMaker:
 
 
 def check_forms(memory: str, compute: str) -> None:
-    """Raise CodecError if there is no such form, or the two do not go together."""
+    """Raise CodecError if a form is not valid, or if the two exclude each other."""
     for name, value, known in (("memory", memory, get_args(Memory)), ("compute", compute, get_args(Compute))):
         if value not in known:
-            raise CodecError(f"{name} {value!r}: one of {', '.join(known)} was expected")
+            raise CodecError(f"{name} {value!r}: expected one of {', '.join(known)}")
     if compute != "float" and memory != "uint16":
-        raise CodecError(f"compute {compute!r} multiplies the coordinates as stored, {memory} has others: use uint16")
+        raise CodecError(f"compute {compute!r} multiplies coordinates as stored, and {memory} has others: use uint16")
 
 
 def _pays(code: LatticeTensor) -> bool:
@@ -117,7 +117,7 @@ def _pays(code: LatticeTensor) -> bool:
 
 
 def _obstacle(code: LatticeTensor) -> str | None:
-    """Why a matrix is not multiplied on int8 tensor cores, or None."""
+    """Return why a matrix is not multiplied on int8 tensor cores, or None."""
     extra = extra_columns(code)
     if plane_columns(code.columns, extra) > MOST_COLUMNS:
         return f"{code.columns} columns"

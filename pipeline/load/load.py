@@ -2,16 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import CodecError
+from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
-from birkhoff.kernels.entropy.op import decode, decode_tensors
+from birkhoff.kernels.entropy.op import begin
+from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.artifact.readers import Artifact, heads, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
@@ -57,11 +60,18 @@ def load_state_dict(
     trust = Trust.of(require_signature, audience=signed_for)
     with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
 
-        def decoded(shards: Sequence[list[CodedTensor]]) -> list[list[tuple[str, Tensor]]]:
-            tensors = iter(decode_tensors([coded for shard in shards for coded in shard], device))
-            return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
+        def take(
+            shards: Sequence[list[CodedTensor]], upload: Upload | None
+        ) -> Callable[[], list[list[tuple[str, Tensor]]]]:
+            result = begin([coded for shard in shards for coded in shard], frozenset(), device, upload)
 
-        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, decoded, torch.device(device))}
+            def ended() -> list[list[tuple[str, Tensor]]]:
+                tensors = iter(cast(list[Tensor], result()))
+                return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
+
+            return ended
+
+        found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, take, torch.device(device))}
         return dict(item for shard in artifact.manifest.shards for item in found[shard.blob])
 
 
@@ -81,19 +91,20 @@ def load_into(
 ) -> list[str]:
     """Load an artifact into a model in place: coded `nn.Linear` become HyperLinear, everything else is loaded dense.
 
-    A matrix that `allocation: output` gave 44 dB or more is fixed point, which HyperLinear does not hold: loaded dense.
+    A matrix that `allocation: output` gave 44 dB or more is in fixed point, which HyperLinear cannot hold, so it is
+    loaded dense.
 
-    Tensors are decoded beside the model, on its device, while shards arrive. The model changes at the end, as a whole
-    or not at all. Modules on the meta device are filled in. Beside the model, host memory holds the compressed model
-    only.
+    Tensors are decoded next to the model, on its device, as shards arrive. At the end the model changes as a whole or
+    not at all. Modules on the meta device are filled in. Besides the model, host memory holds only the compressed
+    model.
 
-    A model can be loaded again while it serves: each layer that is compressed already gets its new code in place. A
+    A model can be loaded again while it serves: each layer that is already compressed gets its new code in place. A
     call that runs meanwhile may see layers of both versions; block calls if it must not. Models wrapped by
     torch.compile, DataParallel or DistributedDataParallel are accepted, the last one only after its layers are
     compressed. Models sharded by FSDP are refused.
 
-    Every module keeps its mode. Modules with a `train` or `eval` of their own, such as TinyViT's attention, which
-    caches biases there, are put into their mode again, and the hooks that end `load_state_dict` are called.
+    Every module keeps its mode. Modules with their own `train` or `eval`, such as TinyViT's attention, which caches
+    biases there, are put into their mode again. The hooks that end `load_state_dict` are called.
 
     Args:
         model: A module whose state-dict names are those of the artifact, or transformers' `SamModel` or `Sam2Model` for
@@ -102,26 +113,27 @@ def load_into(
         ref_or_dir, store, offline, require_signature, signed_for: As in `load_state_dict`.
         device: The device to move the model to. Default: each parameter's own, the CPU for meta.
         dtype: Float dtype of the loaded weights and of HyperLinear's computation. Default: the model's.
-        strict: Refuse missing and unexpected tensors. A wrong shape, and an artifact of which nothing fits, are always
-            refused.
+        strict: Refuse missing and unexpected tensors. Wrong shapes, and an artifact without any fitting tensor, are
+            always refused.
         memory: Form of the linear layers' weights. `uint16` takes 8 bits per weight and is exactly what is stored.
             `packed12` and `packed10` take about 6.06 and 5.06 bits and are coded once more: relative to what is stored,
             MiniLM keeps 31.4 and 25.3 dB (30 dB become 27.6 and 24.1, 36 dB 30.1 and 25.0), the heavy-tailed demo model
-            28.5 and 22.6. A layer that would keep less than 24 or 18 dB, or save nothing, stays `uint16`; a
+            28.5 and 22.6. A layer that would keep less than 24 or 18 dB, or save nothing, stays `uint16`, and a
             BirkhoffWarning names it.
-        compute: `int8` multiplies on int8 tensor cores, on CPUs by their instructions for bytes: the same weights in as
-            much memory, the inputs of linear layers rounded to int8 by one scale a token. Outliers beyond a byte take
-            further columns. A layer that they would make wider by 256 columns and by a quarter computes in float,
-            and a BirkhoffWarning names it; on a GPU layers of fewer than 768 rows do, which int8 would not make faster.
-            `proven` does so in the layers for which the version's proof measured that the rounding keeps their outputs;
-            the manifest says which, if the version was made with `compute: int8`.
+        compute: `int8` multiplies on int8 tensor cores, or on CPUs by their instructions for bytes. Weights are the
+            same and take as much memory. The inputs of linear layers are rounded to int8 by one scale per token.
+            Outliers beyond a byte take further columns. A layer that they would make wider by 256 columns and by a
+            quarter computes in float, and a BirkhoffWarning names it. On a GPU, layers of fewer than 768 rows also
+            compute in float, because int8 would not make them faster. `proven` uses int8 only in the layers whose
+            outputs keep their accuracy, as measured by the version's proof. The manifest lists them if the version was
+            made with `compute: int8`.
 
     Returns:
-        The names of the modules that are now HyperLinear, or its packed form, with the artifact's weights.
+        The names of the modules that are now HyperLinear, or a packed or int8 form of it, with the artifact's weights.
 
     Raises:
         ModelMismatchError: Tensors are missing, unexpected or of another shape; each is named.
-        CodecError: There is no such form, or the version was not proven on int8.
+        CodecError: A form is not valid, or the version was not proven on int8.
         ArtifactNotFoundError, IntegrityError, TrustError, StoreError: As in `load_state_dict`.
     """
     check_forms(memory, compute)
@@ -142,7 +154,7 @@ def load_artifact(
     dtype: torch.dtype | None = None,
     strict: bool = True,
 ) -> list[str]:
-    """`load_into` of an artifact that is open, its layers made by `maker`. Raises as that does."""
+    """Run `load_into` for an artifact that is open, with layers made by `maker`. Raises as `load_into`."""
     names = (entry.name for head in heads(artifact) for entry in head.entries)
     loading = _Loading(model, names, device, dtype, maker)
     for _ in decode_shards(artifact, loading.stage, loading.device):
@@ -152,7 +164,7 @@ def load_artifact(
 
 
 def _maker(artifact: Artifact, memory: Memory, compute: Compute) -> LayerMaker:
-    """What makes an artifact's layers. Raises CodecError if it was not proven for what is asked."""
+    """Return the maker of an artifact's layers. Raises CodecError if it was not proven for the requested form."""
     if compute != "proven":
         return LayerMaker(memory, compute)
     proof = artifact.manifest.proof
@@ -188,31 +200,42 @@ class _Loading:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors are decoded, or most of them."""
+        """Where most tensors are decoded."""
         places = Counter(map(self._place, self._wanted.values()))
         return self._device or max(places, key=places.__getitem__, default=torch.device("cpu"))
 
-    def stage(self, shards: Sequence[Sequence[CodedTensor]]) -> list[None]:
-        """Decode the tensors of shards for their places, those that the model has one of their shape for.
+    def stage(self, shards: Sequence[Sequence[CodedTensor]], upload: Upload | None) -> Callable[[], Sequence[None]]:
+        """Begin to decode those tensors of shards that fit a place in the model, for that place. The result ends it.
 
         Raises:
-            ModelMismatchError: another stored tensor has the same place.
+            ModelMismatchError: Another stored tensor has the same place.
         """
         every = [coded for shard in shards for coded in shard]
         wanted = [(coded, target) for coded in every if (target := self._target(coded)) is not None]
         layers = {coded.name for coded, target in wanted if self._is_layer(coded, target)}
+        begun = []
         for device in {self._place(target) for _, target in wanted}:
             here = [(coded, target) for coded, target in wanted if self._place(target) == device]
-            for (coded, target), found in zip(here, decode([one for one, _ in here], layers, device), strict=True):
-                names = self._rename(coded.name)
-                if isinstance(found, Tensor):
-                    self._keep(names, target, found)
-                else:
-                    self._layers[names[0]] = self._make(coded.name, found, dtype=self._dtype or target.dtype)
-        return [None for _ in shards]
+            there = upload if upload is not None and upload.data.device == device else None
+            begun.append((here, begin([one for one, _ in here], layers, device, there)))
+
+        def ended() -> Sequence[None]:
+            for here, result in begun:
+                for (coded, target), found in zip(here, result(), strict=True):
+                    self._take(coded, target, found)
+            return [None for _ in shards]
+
+        return ended
+
+    def _take(self, coded: CodedTensor, target: Target, found: LatticeTensor | Tensor) -> None:
+        names = self._rename(coded.name)
+        if isinstance(found, Tensor):
+            self._keep(names, target, found)
+        else:
+            self._layers[names[0]] = self._make(coded.name, found, dtype=self._dtype or target.dtype)
 
     def _target(self, coded: CodedTensor) -> Target | None:
-        """What a stored tensor is decoded for: its place, or that of the tensor that it is a part of."""
+        """Return the place for a stored tensor, or the place of the tensor that it is a part of."""
         names = self._rename(coded.name)
         for name in names:
             if (other := self._stored.setdefault(name, coded.name)) != coded.name:
@@ -227,7 +250,7 @@ class _Loading:
         return target if target is not None and target.shape == coded.shape else None
 
     def _is_layer(self, coded: CodedTensor, target: Target) -> bool:
-        """Whether a tensor becomes the weight of a compressed layer."""
+        """Return whether a tensor becomes the weight of a compressed layer."""
         layer = target.layer
         own = self._rename(coded.name)[0] in self._wanted
         return (
@@ -235,7 +258,7 @@ class _Loading:
         )
 
     def _keep(self, names: Sequence[str], target: Target, tensor: Tensor) -> None:
-        """Keep a decoded tensor for its places, in their type."""
+        """Keep a decoded tensor for its places, with their type."""
         kind = tensor.dtype if target.device.type == "meta" else target.dtype
         tensor = tensor.to(self._dtype if self._dtype is not None and tensor.is_floating_point() else kind)
         if names[0] in self._wanted:
@@ -247,12 +270,12 @@ class _Loading:
         return self._device or (torch.device("cpu") if target.device.type == "meta" else target.device)
 
     def check(self, label: str, *, strict: bool) -> None:
-        """Check that everything staged fits the model. Raises ModelMismatchError, which names what does not."""
+        """Check that everything staged fits the model. Raises ModelMismatchError, which names what does not fit."""
         rows = joined(self._rows)
         self._shapes |= {name: tuple(tensor.shape) for name, tensor in rows.items()}
         self._dense |= rows
         wrong = sorted(
-            f"{name} is {list(shape)}, the model wants {list(self._wanted[name].shape)}"
+            f"{name} is {list(shape)}, the model has {list(self._wanted[name].shape)}"
             for name, shape in self._shapes.items()
             if name in self._wanted and shape != self._wanted[name].shape
         )
@@ -271,7 +294,7 @@ class _Loading:
             )
         if self._targets.distributed and self._replaces():
             raise ModelMismatchError(
-                "the model is in DistributedDataParallel, which holds on to the weights that would go: load into the "
+                "the model is in DistributedDataParallel, which keeps the weights that a load replaces: load into the "
                 "plain model, then wrap it"
             )
 
@@ -283,12 +306,12 @@ class _Loading:
         )
 
     def commit(self) -> list[str]:
-        """Put everything into its place; return the names of the layers that are compressed now.
+        """Put everything into its place. Return the names of the layers that are compressed now.
 
         Every step that can fail, such as an allocation, comes before the first change.
 
         Raises:
-            ModelMismatchError: the model is a single compressed layer, and the artifact's has another form.
+            ModelMismatchError: The model is a single compressed layer, and the artifact's layer has another form.
         """
         layers = {id(target := self._wanted[name]): (target, layer) for name, layer in self._layers.items()}
         dense = {
@@ -314,7 +337,7 @@ class _Loading:
 
 
 def _remedy(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Return the remedy if names differ by a prefix only; else an empty string."""
+    """Return the remedy if names differ only by a prefix, else an empty string."""
     for beyond, inner, advice in (
         (missing, unexpected, "its names are those of {0}: load into model.{0}"),
         (unexpected, missing, 'the model is what it calls {0}: load into torch.nn.ModuleDict({{"{0}": model}})'),

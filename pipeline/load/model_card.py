@@ -1,7 +1,7 @@
-"""The model card of a folder for transformers: README.md, with the metadata that the Hugging Face Hub reads.
+"""The model card of a folder for transformers: README.md with the metadata that the Hugging Face Hub reads.
 
-A template is Jinja's; `facts` has what it may use. Licence, tags and task are those of the source's own card, where the
-version carries one; a label `licence` stands over that.
+Templates are Jinja's; `facts` has what they may use. Licence, tags and task come from the source's own card if the
+version carries one. A label `licence` overrides that.
 """
 
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ from birkhoff.pipeline.text import printable, size
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _LICENCE = ("license", "license_name", "license_link")
-"""Keys of a card's metadata that say its licence."""
+"""Keys of a card's metadata that state its licence."""
 
 _MASKS = "mask-generation"
 """The hub's task for the Segment Anything family."""
 
 
 def model_card(facts: Mapping[str, object], template: Path | None = None) -> str:
-    """Return the text of a card; `facts` by `card_facts`.
+    """Return the text of a card. `card_facts` makes `facts`.
 
     Raises:
-        OutputError: the template cannot be read, or uses what there is not.
+        OutputError: The template cannot be read, or uses a name that does not exist.
     """
     path = template or _TEMPLATE
     environment = SandboxedEnvironment(
@@ -55,15 +55,15 @@ def card_facts(
     source_card: bytes | None,
     labels: Mapping[str, str],
 ) -> dict[str, object]:
-    """Return what a template may use, each a text or a number; `metadata` is what the hub reads.
+    """Return what a template may use, each a text or a number. `metadata` is what the hub reads.
 
     Args:
-        manifest: the version's.
-        version: its name; None if it has none.
+        manifest: The version's manifest.
+        version: Its name; None if it has none.
         architecture: transformers' class of the model.
-        settings: its configuration.
+        settings: Its configuration.
         source_card: README.md of the source's repository, if the version carries it.
-        labels: what is said of the version.
+        labels: The version's labels.
     """
     source, figures = manifest.source, manifest.figures()
     theirs = card_metadata(source_card)
@@ -99,7 +99,7 @@ def card_facts(
 
 
 def card_metadata(card: bytes | None) -> dict[str, Any]:
-    """Return the metadata at the head of a card: YAML between lines of three dashes; empty if there is none."""
+    """Return the metadata at the head of a card, which is YAML between lines of three dashes; empty without any."""
     text = (card or b"").decode(errors="replace").replace("\r\n", "\n")
     if not text.startswith("---\n") or "\n---" not in text[3:]:
         return {}
@@ -144,5 +144,5 @@ def _row(name: str, found: Agreement) -> dict[str, object]:
 
 
 def _code(text: str) -> str:
-    """Return a stranger's text for a code span or a cell of a table."""
+    """Return untrusted text for a code span or a cell of a table."""
     return printable(text).replace("`", "'").replace("|", "/")

@@ -1,16 +1,16 @@
 """Translate the names of published checkpoints to those of transformers' models.
 
 The published SAM (github.com/facebookresearch/segment-anything) and `SamModel` hold the same tensors under different
-names, one to one but for the positional matrix, which `SamModel` has twice. The facts are those of transformers'
+names, one to one except for the positional matrix, which `SamModel` has twice. The rules follow transformers'
 conversion script (models/sam/convert_sam_to_hf.py).
 
 The published SAM 2 (github.com/facebookresearch/sam2) also has a memory for videos, which `Sam2Model` leaves out, and
-four point embeddings where `Sam2Model` has one matrix of four rows (models/sam2/convert_sam2_to_hf.py). A row is named
-`NAME[2]`.
+four point embeddings, for which `Sam2Model` has one matrix of four rows (models/sam2/convert_sam2_to_hf.py). A row is
+named `NAME[2]`.
 
-Files of SAM 3 hold a detector and a tracker around one encoder; `Sam3TrackerModel` takes the encoder and the tracker's
-parts, without its memory for videos (transformers' `conversion_mapping`, "sam3_tracker"). What that class itself saves
-has both prefixes before the encoder's names.
+Files of SAM 3 hold a detector and a tracker around one encoder. `Sam3TrackerModel` uses the encoder and the tracker
+without its memory for videos (transformers' `conversion_mapping`, "sam3_tracker"). Files that this class saves have
+both prefixes before the encoder's names.
 """
 
 import contextlib
@@ -21,18 +21,17 @@ import torch
 from torch import Tensor
 
 Rename = Callable[[str], tuple[str, ...]]
-"""From a stored name to the model's names for the same tensor, or a row of it; none where the model has no part for it.
-"""
+"""Maps a stored name to the model's names for the same tensor, or for a row of it; to none if the model lacks it."""
 
 _SAM_MARK = "vision_encoder.patch_embed.projection.weight"
-"""In every `SamModel`, in no published checkpoint."""
+"""A tensor of every `SamModel` and of no published checkpoint."""
 _SAM2_MARK = "vision_encoder.backbone.patch_embed.projection.weight"
-"""In every `Sam2Model`, in no published checkpoint."""
+"""A tensor of every `Sam2Model` and of no published checkpoint."""
 
 _PUBLISHED_MARKS, _TRANSFORMERS_MARK = ("image_encoder.", "prompt_encoder.pe_layer."), "vision_encoder."
-"""Beginnings of names by which the two are told apart: single names can mean different tensors in each."""
+"""Beginnings of names that distinguish the two. Single names can mean different tensors in each."""
 _SAM3_MARK = "vision_encoder.backbone.embeddings.patch_embeddings.projection.weight"
-"""In every `Sam3TrackerModel`."""
+"""A tensor of every `Sam3TrackerModel`."""
 _PUBLISHED_SAM3_MARKS = ("tracker_model.", "tracker_neck.", "detector_model.")
 _PUBLISHED_SAM2_MARKS = ("image_encoder.trunk.", "sam_prompt_encoder.", "sam_mask_decoder.")
 
@@ -40,23 +39,23 @@ VIDEO_MEMORY = (
     *("memory_attention.", "memory_encoder.", "maskmem_tpos_enc", "mask_downsample."),
     *("no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj.", "obj_ptr_tpos_proj."),
 )
-"""Beginnings of the names in a published SAM 2 that only videos need: `Sam2Model` has none of these tensors."""
+"""Beginnings of the names in a published SAM 2 that only videos need. `Sam2Model` has none of these tensors."""
 
 _NOT_IN_SAM3_TRACKER = (
     *("detector_model.", "memory_", "mask_downsample", "object_pointer_proj", "no_object_pointer"),
     *("temporal_positional_encoding_projection_layer", "no_memory_positional_encoding"),
     "occlusion_spatial_embedding_parameter",
 )
-"""Beginnings of the names that are left, once the tracker's and the encoder's are translated."""
+"""Beginnings of the names that remain once the tracker's and the encoder's are translated."""
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel and DistributedDataParallel, torch.compile, and training loops put before a model's names."""
+"""Prefixes that DataParallel and DistributedDataParallel, torch.compile, and training loops put before names."""
 
 _ROW = re.compile(r"(.+)\[(\d+)\]")
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _POSITIONS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
-# Layers that have a number where they were made in a Sequential, and a name in transformers.
+# Layers that a Sequential numbers and transformers names.
 _NECK = {"0": "conv1", "1": "layer_norm1", "2": "conv2", "3": "layer_norm2"}
 _MASK_EMBED = {"0": "conv1", "1": "layer_norm1", "3": "conv2", "4": "layer_norm2", "6": "conv3"}
 _UPSCALING = {"0": "upscale_conv1", "1": "upscale_layer_norm", "3": "upscale_conv2"}
@@ -90,7 +89,7 @@ _SAM2_RULES: _Rules = (
     (r"^(mask_decoder\.pred_obj_score_head)\.layers\.(\d)\.", lambda found: f"{found[1]}.{_HEAD[found[2]]}."),
     (r"\.out_proj\.", ".o_proj."),
 )
-"""Before those of SAM, which then fit the prompt encoder, the mask decoder and every norm."""
+"""Applied before the rules of SAM, which then fit the prompt encoder, the mask decoder and every norm."""
 
 
 _SAM3_RULES: _Rules = (
@@ -101,9 +100,9 @@ _SAM3_RULES: _Rules = (
 
 
 def renaming(model_names: Collection[str], stored_names: Iterable[str]) -> Rename:
-    """Return how the names of an artifact become those of a model; `stored_names` are looked at until they tell.
+    """Return the map from an artifact's names to a model's. It reads `stored_names` only until they decide.
 
-    A prefix that a wrapper put before the stored names is left out where no name of the model begins with it.
+    A wrapper's prefix of the stored names is dropped if no name of the model begins with it.
     """
     foreign = tuple(prefix for prefix in WRAPPER_PREFIXES if not any(name.startswith(prefix) for name in model_names))
 
@@ -132,31 +131,31 @@ def _translation(model_names: Collection[str], stored_names: Iterable[str]) -> R
 
 
 def sam_names(name: str) -> tuple[str, ...]:
-    """Names in `SamModel` of a tensor of a published SAM checkpoint; other names stay as they are."""
+    """Return the names in `SamModel` of a tensor of a published SAM checkpoint. Other names stay unchanged."""
     return _POSITIONS if name == _GAUSSIAN else (_renamed(name, _SAM_RULES),)
 
 
 def sam2_names(name: str) -> tuple[str, ...]:
-    """Names in `Sam2Model` of a tensor of a published SAM 2 checkpoint; none for the memory of videos."""
+    """Return the names in `Sam2Model` of a tensor of a published SAM 2 checkpoint; none for the memory for videos."""
     if name.startswith(VIDEO_MEMORY):
         return ()
     return sam_names(_renamed(name, _SAM2_RULES))
 
 
 def sam3_tracker_names(name: str) -> tuple[str, ...]:
-    """Names in `Sam3TrackerModel` of a tensor of a SAM 3 file; none for the detector and the memory of videos."""
+    """Return the names in `Sam3TrackerModel` of a tensor of a SAM 3 file; none for the detector and the memory."""
     own = _renamed(name, _SAM3_RULES)
     return () if own.startswith(_NOT_IN_SAM3_TRACKER) else (own,)
 
 
 def owner(name: str) -> str:
-    """Return the parameter that a name is of: itself, but for `NAME[2]`, a row of `NAME`."""
+    """Return the parameter that a name belongs to: the name itself, or `NAME` for its row `NAME[2]`."""
     found = _ROW.fullmatch(name)
     return found[1] if found else name
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by parameter: the rows `NAME[0]`, `NAME[1]`, ..., each [1, ...], become `NAME`, in their order."""
+    """Return the tensors by parameter: rows `NAME[0]`, `NAME[1]`, ..., each [1, ...], become `NAME`, in order."""
     rows = {name: (found[1], int(found[2])) for name in tensors if (found := _ROW.fullmatch(name))}
     whole = {name: tensor for name, tensor in tensors.items() if name not in rows}
     for parameter in dict.fromkeys(parameter for parameter, _ in rows.values()):

@@ -1,7 +1,7 @@
-"""Builders of the published members of the Segment Anything family, recognised by their tensors.
+"""Builders of the published members of the Segment Anything family, which are recognised by their tensors.
 
-A member whose code is a package is built by that package. One whose code is a repository only is built from the user's
-clone of it, named by `--upstream DIR`: nothing of theirs is copied here.
+If a member's code is a package, that package builds it. If its code is only a repository, the user's clone of it builds
+it, named by `--upstream DIR`; this project contains no copy.
 
 | member | code |
 |---|---|
@@ -29,7 +29,7 @@ from torch import nn
 from birkhoff.pipeline.errors import BuilderError
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The tensors of a checkpoint or an artifact: shapes by name."""
+"""Shapes of a checkpoint's or an artifact's tensors, by name."""
 
 _VIT = "image_encoder.patch_embed.proj.bias"
 _HQ = "mask_decoder.hf_token.weight"
@@ -44,21 +44,21 @@ _NECK_LAYER = "image_encoder.neck.middle.op_list."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """A function that builds a member: where it is, what to install or clone for it, what it is called with."""
+    """A function that builds a member: where it is, what to install or clone for it, and its arguments."""
 
     module: str
     function: str
     wheel: str | None = None
-    """The package on the index; None if there is none."""
+    """The package on the index, or None."""
     repository: str | None = None
-    """The repository that `--upstream` is a clone of."""
+    """The repository of which `--upstream` is a clone, or None."""
     arguments: tuple[Any, ...] = ()
     options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A published model: its name for messages, whether tensors are its own, and what builds it, best first."""
+    """A published model: its name for messages, a test for its tensors, and the code that builds it, best first."""
 
     title: str
     fits: Callable[[Shapes], bool]
@@ -162,7 +162,7 @@ MEMBERS: tuple[Member, ...] = (
 
 
 def is_member(shapes: Shapes) -> bool:
-    """Return whether these tensors are those of a published member."""
+    """Return whether these tensors belong to a published member."""
     return any(one.fits(shapes) for one in MEMBERS)
 
 
@@ -170,12 +170,12 @@ def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | Non
     """Return an untrained model of the published member with these tensors; None if there is none.
 
     Args:
-        label: what the tensors are of, for messages.
-        shapes: the tensors.
-        upstream: a clone of the publishers' repository.
+        label: The tensors' origin, for messages.
+        shapes: The tensors.
+        upstream: A clone of the publishers' repository.
 
     Raises:
-        BuilderError: it is one whose code is not here.
+        BuilderError: The member's code is not installed.
     """
     found = next((one for one in MEMBERS if one.fits(shapes)), None)
     return None if found is None else _build(label, found, upstream)
@@ -184,20 +184,20 @@ def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | Non
 def _build(label: str, found: Member, upstream: Path | None) -> nn.Module:
     with _on_path(upstream):
         for code in found.codes:
-            # A package is found, a repository only if it was named: its modules have common names.
+            # We look for packages, but for a repository only if it was named, because its modules have common names.
             if (code.wheel is None and upstream is None) or not _is_there(code.module):
                 continue
             try:
                 build = getattr(importlib.import_module(code.module), code.function)
                 model: nn.Module = build(*code.arguments, **(code.options or {}))
-            except Exception as error:  # whatever their code raises, a missing import among it
+            except Exception as error:  # their code may raise anything, including for a missing import
                 reason = " ".join(str(error).split())[:200]
                 raise BuilderError(
                     f"{label} is {found.title}, and {code.module}.{code.function} fails: "
                     f"{type(error).__name__}: {reason}; {_remedy(found.codes)}"
                 ) from error
             return model.eval()
-    raise BuilderError(f"{label} is {found.title}, whose code is not here; {_remedy(found.codes)}")
+    raise BuilderError(f"{label} is {found.title}, whose code is not installed; {_remedy(found.codes)}")
 
 
 def _remedy(codes: Sequence[Code]) -> str:
@@ -208,7 +208,7 @@ def _remedy(codes: Sequence[Code]) -> str:
 
 @contextlib.contextmanager
 def _on_path(folder: Path | None) -> Iterator[None]:
-    """Let a repository's own modules be imported inside. Raises BuilderError for no folder."""
+    """Let a repository's own modules be imported inside the block. Raises BuilderError if there is no such folder."""
     if folder is None:
         yield
         return
@@ -229,11 +229,11 @@ def _is_there(module: str) -> bool:
 
 
 def _neck(shapes: Shapes) -> tuple[int, int]:
-    """Of EfficientViT-SAM's neck the channels of its first input and the number of its layers; (0, 0) without one."""
+    """Return the channels of the first input of EfficientViT-SAM's neck, and its number of layers; (0, 0) if none."""
     layers = {name[len(_NECK_LAYER) :].partition(".")[0] for name in shapes if name.startswith(_NECK_LAYER)}
     return next(iter(shapes.get(_NECK, ())[1:]), 0), len(layers)
 
 
 def _first(shapes: Shapes, name: str) -> int:
-    """Length of a tensor's first dimension; 0 where it is not there."""
+    """Return the length of a tensor's first dimension; 0 if there is no such tensor."""
     return next(iter(shapes.get(name, ())), 0)

@@ -1,7 +1,7 @@
-"""Derive again what modules derive from their parameters, after a load.
+"""After a load, compute again what modules derive from their parameters.
 
-torch has two occasions for it: a module's `train(mode)`, where TinyViT's attention caches its biases for evaluation,
-and the hooks that `load_state_dict` calls at its end.
+torch gives two occasions: a module's `train(mode)`, in which TinyViT's attention caches its biases for evaluation, and
+the hooks that `load_state_dict` calls at its end.
 """
 
 from graphlib import TopologicalSorter
@@ -11,7 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 
 def refresh(model: nn.Module) -> None:
-    """Let every module of a model see that its parameters are others now; each keeps its own mode."""
+    """Tell every module of a model that its parameters changed. Each keeps its own mode."""
     modules = _parents_first(model)
     for module in reversed(modules):
         for hook in module._load_state_dict_post_hooks.values():
@@ -20,9 +20,9 @@ def refresh(model: nn.Module) -> None:
 
 
 def _reapply_modes(modules: list[nn.Module]) -> None:
-    """Put every module that does something at `train` or `eval` into its own mode again.
+    """Put every module that does something in `train` or `eval` into its own mode again.
 
-    A module's `train` puts its children into its mode too, so that they come after it.
+    A module's `train` also sets the mode of its children, so these come after it.
     """
     modes = {module: module.training for module in modules}
     for module in modules:
@@ -37,7 +37,7 @@ def _reapply_modes(modules: list[nn.Module]) -> None:
 
 
 def _listens(module: nn.Module) -> bool:
-    """Return whether the module has a `train` or `eval` of its own."""
+    """Return whether the module has its own `train` or `eval`."""
     kind = type(module)
     return (
         kind.train is not nn.Module.train
@@ -47,7 +47,7 @@ def _listens(module: nn.Module) -> bool:
 
 
 def _parents_first(model: nn.Module) -> list[nn.Module]:
-    """Return every module once, after all that hold it."""
+    """Return every module once, after all modules that hold it."""
     order = TopologicalSorter[nn.Module]({model: ()})
     for module in model.modules():
         for child in module.children():

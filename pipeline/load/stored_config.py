@@ -1,8 +1,8 @@
-"""Check transformers configurations from a store: hyperparameters of known architectures, and nothing else.
+"""Check transformers configurations from a store: allow hyperparameters of known architectures, and nothing else.
 
-transformers finds classes, backbones, kernels and weights by what a configuration says, some of it on the Hugging Face
-Hub. So a configuration that came with weights is cut down, before transformers sees it, to settings that its own class
-declares, for architectures whose settings are numbers; and the Hub stays shut while it is used.
+By a configuration, transformers chooses classes, backbones, kernels and weights, some of them on the Hugging Face Hub.
+So before transformers sees a configuration that came with weights, we reduce it to settings that its own class
+declares, for architectures whose settings are numbers. The Hub stays unreachable while it is used.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from typing import Any
 from birkhoff.pipeline.errors import BuilderError
 
 Settings = dict[str, Any]
-"""What a transformers configuration says."""
+"""The content of a transformers configuration."""
 
 MINIMUM = (5, 3)
-"""transformers that is needed. Those before take the name of a kernel to download from more places than these rules
-name (`_attn_implementation_internal`)."""
+"""The oldest transformers that is allowed. Older ones take the name of a kernel to download from more keys than these
+rules know (`_attn_implementation_internal`)."""
 
 ARCHITECTURES = frozenset(
     {
@@ -31,8 +31,8 @@ ARCHITECTURES = frozenset(
         *("mobilevit", "mobilenet_v2", "clip", "siglip", "bert", "roberta", "distilbert", "mpnet"),
     }
 )
-"""`model_type` of those that are built. None of their classes takes the name of a backbone, a kernel, a file or a
-repository; `tests/pipeline/load/test_stored_config.py` checks this for the installed transformers."""
+"""`model_type` of the architectures that are built. None of their classes takes the name of a backbone, a kernel, a
+file or a repository; `tests/pipeline/load/test_stored_config.py` checks this for the installed transformers."""
 
 _COMMON = frozenset(
     {"architectures", "dtype", "id2label", "image_mean", "image_std", "is_encoder_decoder", "label2id", "torch_dtype"}
@@ -50,11 +50,11 @@ _lock = threading.Lock()
 
 
 def allowed(label: str, settings: Settings, transformers: ModuleType) -> Settings:
-    """Return the part of a configuration that transformers may see; `label` for messages.
+    """Return the part of a configuration that transformers may see. `label` is for messages.
 
     Raises:
-        BuilderError: an architecture that is not among `ARCHITECTURES`, a value that is not a setting, or an older
-            transformers than `MINIMUM`.
+        BuilderError: The architecture is not among `ARCHITECTURES`, a value is not a setting, or transformers is older
+            than `MINIMUM`.
     """
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM:
@@ -67,7 +67,7 @@ def allowed(label: str, settings: Settings, transformers: ModuleType) -> Setting
 
 @contextlib.contextmanager
 def hub_shut() -> Iterator[None]:
-    """Let nothing inside the block reach the Hugging Face Hub, as HF_HUB_OFFLINE=1 does."""
+    """Keep everything inside the block from reaching the Hugging Face Hub, as HF_HUB_OFFLINE=1 does."""
     from huggingface_hub import constants
 
     with _lock:
@@ -85,7 +85,7 @@ def hub_shut() -> Iterator[None]:
 
 
 def _of_model(label: str, settings: Settings, transformers: ModuleType, depth: int = 0) -> Settings:
-    """Settings that name their architecture."""
+    """Return the allowed settings of a configuration that names its architecture."""
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise BuilderError(
@@ -97,7 +97,7 @@ def _of_model(label: str, settings: Settings, transformers: ModuleType, depth: i
 
 
 def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleType, depth: int) -> Settings:
-    """Settings that a configuration class declares; the others are left out."""
+    """Return the settings that a configuration class declares, without the others."""
     if depth > _MAX_DEPTH:
         raise BuilderError(f"{label}: nested more than {_MAX_DEPTH} deep: no configuration of a known architecture")
     declared = _COMMON | (inspect.signature(kind.__init__).parameters.keys() - _BASE)  # type: ignore[misc]
@@ -109,7 +109,7 @@ def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleTy
             part = f"{label}: {key}"
             if issubclass(inner[key], transformers.PreTrainedConfig):
                 found[key] = _of_class(part, value, inner[key], transformers, depth + 1)
-            else:  # AutoConfig: whatever architecture it names
+            else:  # AutoConfig: any allowed architecture
                 found[key] = _of_model(part, value, transformers, depth + 1)
         elif key not in inner and _plain(value, _MAX_DEPTH):
             found[key] = value
@@ -119,7 +119,7 @@ def _of_class(label: str, settings: Settings, kind: type, transformers: ModuleTy
 
 
 def _plain(value: object, depth: int) -> bool:
-    """Return whether a value is made of numbers, texts and lists and tables of them."""
+    """Return whether a value consists of numbers, texts, and lists and tables of them."""
     if isinstance(value, list):
         return depth > 0 and all(_plain(item, depth - 1) for item in value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """The targets of a load by name: parameters, buffers, and the weights of compressed layers.
 
-Names are those of the plain model: what torch.compile, DataParallel, DistributedDataParallel and activation
-checkpointing put between is left out.
+Names are those of the plain model, without the parts that torch.compile, DataParallel, DistributedDataParallel and
+activation checkpointing insert.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,7 +14,7 @@ from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.pipeline.errors import ModelMismatchError
 
 _CHECKPOINTED = "_checkpoint_wrapped_module"
-"""The one name of a wrapped module that its wrapper leaves out of state dicts itself."""
+"""The only wrapper's name that state dicts already leave out."""
 
 _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 _WRAPPERS = {
@@ -23,11 +23,11 @@ _WRAPPERS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"): _CHECKPOINTED,
 }
-"""Where the wrapped module lies in wrappers, by module and name of their class, as few of them are imported."""
+"""The attribute of the wrapped module, by module and name of the wrapper's class. Few of these are imported."""
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module is what `torch.compile` makes of one."""
+    """Return whether `torch.compile` made a module."""
     return _kind(module) == _COMPILED
 
 
@@ -37,7 +37,7 @@ def _kind(module: nn.Module) -> tuple[str, str]:
 
 @dataclass(slots=True, kw_only=True)
 class Target:
-    """A tensor of a model, and every place that it has there: several where it is tied.
+    """A tensor of a model, and all its places there. Tied tensors have several.
 
     `present` is None for the weight of a compressed layer.
     """
@@ -50,7 +50,7 @@ class Target:
 
     @property
     def layer(self) -> nn.Module | None:
-        """The linear layer, compressed or not, whose weight this is and nothing else's."""
+        """The linear layer, compressed or not, if this is its weight and nothing else."""
         modules = {module for module, _ in self.places}
         if len(modules) > 1 or {leaf for _, leaf in self.places} != {"weight"}:
             return None
@@ -59,12 +59,12 @@ class Target:
 
 
 Edges = dict[nn.Module, list[tuple[nn.Module, str]]]
-"""Of every module, the modules that hold it, each with its name there."""
+"""For every module, the modules that hold it, each with its name there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """A model as loading sees it: targets by name, the same one under each of its names, and who holds whom."""
+    """A model as a load sees it: targets by name, one target under all its names, and which module holds which."""
 
     by_name: dict[str, Target]
     edges: Edges
@@ -72,10 +72,10 @@ class Targets:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Targets":
-        """Look through a model.
+        """Find the targets of a model.
 
         Raises:
-            ModelMismatchError: its parameters are sharded.
+            ModelMismatchError: Its parameters are sharded.
         """
         saved, edges = model.state_dict(keep_vars=True).keys(), Edges({})
         by_name: dict[str, Target] = {}
@@ -97,7 +97,7 @@ class Targets:
 
 
 def _walk(module: nn.Module, raw: str, bare: str, edges: Edges) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield (prefix in the state dict, prefix in the plain model, module) of a module and all below it."""
+    """Yield (prefix in the state dict, prefix in the plain model, module) for a module and all below it."""
     yield raw, bare, module
     wrapped = _WRAPPERS.get(_kind(module))
     for name, child in module._modules.items():
@@ -110,7 +110,7 @@ def _walk(module: nn.Module, raw: str, bare: str, edges: Edges) -> Iterator[tupl
 
 
 def _own(module: nn.Module, raw: str, saved: Collection[str]) -> Iterator[tuple[str, Target]]:
-    """Yield the targets of a module itself that its state dict has, by name."""
+    """Yield by name the targets of a module itself that are in its state dict."""
     held: list[tuple[str, Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
     if isinstance(module, CompressedLinear):
         matrix, dtype = (module.out_features, module.in_features), module._like.dtype

@@ -2,12 +2,12 @@
 
     FOLDER/config.json                          the model's, with `quantization_config` of method `birkhoff`
     FOLDER/model-00001-of-00003.safetensors     a file for each shard, under the model's names
-    FOLDER/model.safetensors.index.json         which tensor lies in which file
-    FOLDER/preprocessor_config.json, ...        what else goes with the weights
+    FOLDER/model.safetensors.index.json         which file holds which tensor
+    FOLDER/preprocessor_config.json, ...        other files that belong to the weights
     FOLDER/README.md                            the model card, with the hub's metadata: `hf upload` takes the folder
 
 A linear layer `X` is stored as the buffers of its HyperLinear (`X.theta_bytes`, `X.step_bits`, `X.escape_index`,
-`X.escape_bits`), 8 bits a weight; all else is dense.
+`X.escape_bits`), 8 bits per weight. All other tensors are dense.
 """
 
 import json
@@ -47,20 +47,20 @@ def pull_folder(
     report: Callable[[int], None] = lambda _: None,
     card: Path | None = None,
 ) -> int:
-    """Bring a version that carries its configuration into a folder for `from_pretrained`; returns the bytes fetched.
+    """Write a version that carries its configuration into a folder for `from_pretrained`. Return the bytes fetched.
 
-    One shard in memory at a time; the model is built on the meta device, to tell its linear layers.
+    Memory holds one shard at a time. The model is built on the meta device, only to find its linear layers.
 
     Args:
-        found, store, cache, report: as in `pull`.
-        folder: new or empty.
+        found, store, cache, report: As in `pull`.
+        folder: New or empty.
         card: Jinja template of the model card. Default: the built-in one.
 
     Raises:
-        BuilderError: the version carries no configuration of transformers, or one that it cannot build.
-        OutputError: the folder holds something, or cannot be written, or the template cannot be used.
-        ModelMismatchError: the artifact's tensors are not those of the model.
-        ArtifactNotFoundError, IntegrityError, StoreError: as in `pull`.
+        BuilderError: The version carries no configuration of transformers, or one that it cannot build.
+        OutputError: The folder is not empty or cannot be written, or the template cannot be used.
+        ModelMismatchError: The artifact's tensors are not those of the model.
+        ArtifactNotFoundError, IntegrityError, StoreError: As in `pull`.
     """
     check_new_folder(folder)
     artifact, blobs = CachedArtifact(found, store, cache), blobs_of(found.manifest)
@@ -91,18 +91,18 @@ def pull_folder(
 def write_folder(
     artifact: Artifact, model: nn.Module, config: dict[str, Any], folder: Path, card: str | None = None
 ) -> None:
-    """Write an artifact as a folder for `type(model).from_pretrained`; one shard in memory at a time.
+    """Write an artifact as a folder for `type(model).from_pretrained`, with one shard in memory at a time.
 
     Args:
-        artifact: of a checkpoint in the names of `model`.
-        model: the transformers model, on the meta device will do; it says which tensors are linear layers.
-        config: what its `config.json` holds.
-        folder: new or empty.
-        card: its README.md. Default: the one in the artifact.
+        artifact: Of a checkpoint with the names of `model`.
+        model: The transformers model, which may be on the meta device. It shows which tensors are linear layers.
+        config: The content of the folder's `config.json`.
+        folder: New or empty.
+        card: Its README.md. Default: the one in the artifact.
 
     Raises:
-        OutputError: the folder holds something, or cannot be written.
-        IntegrityError, ModelMismatchError: as in `load_into`.
+        OutputError: The folder is not empty or cannot be written.
+        IntegrityError, ModelMismatchError: As in `load_into`.
     """
     with atomic_folder(folder) as part:
         shards, places, layers = artifact.manifest.shards, dict[str, str](), dict[str, int]()
@@ -112,7 +112,7 @@ def write_folder(
             for coded in artifact.coded_of(shard):
                 tensors |= _stored(coded, model, layers)
             save_file(tensors, part / name, metadata={"format": "pt"})
-            (part / name).chmod(0o644)  # safetensors makes files for their owner alone
+            (part / name).chmod(0o644)  # safetensors creates files that only their owner can read
             places |= dict.fromkeys(tensors, name)
         for record in artifact.manifest.files or ():
             (part / record.name).write_bytes(artifact.blob(record))
@@ -124,7 +124,7 @@ def write_folder(
 
 
 def _stored(coded: CodedTensor, model: nn.Module, layers: dict[str, int]) -> dict[str, Tensor]:
-    """Return the tensors that a coded one becomes; its layer is noted in `layers`."""
+    """Return the tensors that a coded one becomes. Record its layer in `layers`."""
     owner, _, leaf = coded.name.rpartition(".")
     try:
         module = model.get_submodule(owner)

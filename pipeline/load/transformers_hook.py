@@ -1,8 +1,8 @@
 """Register the quantization method `birkhoff` with transformers, whichever package is imported first.
 
-transformers has no entry point for quantizers: they register in a module that it imports with its models. Where that is
-imported already, ours registers at once, else right after it; nothing is imported that the user does not import. For
-that, a finder stands in `sys.meta_path` until transformers is imported; `register` does without.
+transformers has no entry point for quantizers: they register in a module that it imports together with its models. If
+that module is already imported, ours registers at once, else right after it. We import nothing that the user does not
+import. For that, a finder waits in `sys.meta_path` until transformers is imported; `register` works without it.
 """
 
 import importlib
@@ -16,11 +16,11 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 EXPLICIT = "BIRKHOFF_TRANSFORMERS"
-"""With `explicit` in this variable of the environment, `install` does nothing: `register` is called instead."""
+"""If this environment variable is `explicit`, `install` does nothing; call `register` instead."""
 
 
 def install() -> None:
-    """Register now or when the time has come; once, however often it is called."""
+    """Register now, or once transformers is imported. Repeated calls have no effect."""
     if os.environ.get(EXPLICIT) == "explicit":
         return
     if (registry := sys.modules.get(_REGISTRY)) is not None:
@@ -30,22 +30,22 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register now, importing what that takes, and leave no finder behind.
+    """Register now, with all imports that this needs, and leave no finder behind.
 
     Raises:
-        ImportError: transformers is not installed, or takes no quantization methods from others.
+        ImportError: transformers is not installed, or does not accept quantization methods of other packages.
     """
     registry = importlib.import_module(_REGISTRY)
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     if not hasattr(registry, "register_quantizer"):
         raise ImportError(
-            "this transformers takes no quantization methods from others: pip install 'transformers>=5,<6'"
+            "this transformers accepts no quantization methods of other packages: pip install 'transformers>=5,<6'"
         )
     _register(registry)
 
 
 class _Finder:
-    """Finds the registry as the finders after it do, and has its loader register ours at the end; then it goes."""
+    """Finds the registry as the finders after it do, and makes its loader register ours at the end. Then it leaves."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -68,5 +68,5 @@ class _Finder:
 
 
 def _register(registry: ModuleType) -> None:
-    if hasattr(registry, "register_quantizer"):  # a transformers from before says that it does not know the method
+    if hasattr(registry, "register_quantizer"):  # older ones report that they do not know the method
         import birkhoff.pipeline.load.transformers_quantizer  # noqa: F401

@@ -1,7 +1,7 @@
-"""The quantization method `birkhoff` of transformers: folders of `transformers_folder` load by `from_pretrained`.
+"""The quantization method `birkhoff` of transformers, by which `from_pretrained` loads `transformers_folder`'s folders.
 
-Importing this module makes the method known; `import birkhoff` sees to that (`transformers_hook`). As it may be
-imported while transformers is, it imports neither torch nor the kernels before a model is loaded.
+Importing this module registers the method, and `import birkhoff` arranges that (`transformers_hook`). It may be
+imported in the middle of transformers, so it imports torch and the kernels only when a model is loaded.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,12 @@ class BirkhoffConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a folder: for each linear layer on the trajectory, the number of its escaped weights.
 
     Raises:
-        ModelMismatchError: the folder's form is not known.
+        ModelMismatchError: The folder's form is unknown.
     """
 
     def __init__(self, layers: dict[str, int] | None = None, form: int = 1, **_: Any) -> None:
         if form not in (1, FORM):
-            raise ModelMismatchError(f"the folder's layers have form {form}, this version reads up to {FORM}: upgrade")
+            raise ModelMismatchError(f"the folder's layers have form {form}; this version reads up to {FORM}: upgrade")
         self.quant_method = METHOD
         self.form = form
         self.layers = dict(layers or {})
@@ -51,7 +51,7 @@ class BirkhoffQuantizer(HfQuantizer):  # type: ignore[misc]
             linear = model.get_submodule(name)
             if type(linear) is not nn.Linear:
                 raise ModelMismatchError(
-                    f"{name} of {type(model).__name__} is {type(linear).__name__}, the folder's configuration says "
+                    f"{name} of {type(model).__name__} is {type(linear).__name__}, but the folder's configuration says "
                     "that it is a linear layer; load it into the class that config.json names"
                 )
             bias, kind = linear.bias is not None, linear.weight.dtype
@@ -71,10 +71,10 @@ class BirkhoffQuantizer(HfQuantizer):  # type: ignore[misc]
             layer.load_state_dict(held.state_dict(), assign=True)
             layer._like = held.get_buffer("step").new_empty(0, dtype=layer._like.dtype)
             _put(model, name, layer.train(held.training))
-        self.quantization_config.form = FORM  # in which `save_pretrained` will write
+        self.quantization_config.form = FORM  # the form that `save_pretrained` will write
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """`save_pretrained` writes such a folder again."""
+        """`save_pretrained` can write such a folder again."""
         return True
 
     @property
@@ -89,7 +89,7 @@ def _put(model: "nn.Module", name: str, module: "nn.Module") -> None:
 
 
 def _first_form(layer: "HyperLinear") -> "nn.Module":
-    """Return what stands in a layer's place while its buffers are loaded in the form that they had first."""
+    """Return a stand-in for a layer while its buffers are loaded from their first form."""
     from torch import nn
 
     held = nn.Module()

@@ -6,7 +6,6 @@ and L1 term made its weights sparse, and MiniLM-L6, whose nearly Gaussian weight
 is the one whose sizes fit. Times and memory are those of CPU workers on the planning machine; a GPU is faster.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError, FormatError
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.download.resolve import NotDownloaded, peek
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError, SourceError, failure_of
@@ -178,7 +178,7 @@ def forecast(based: Based, seen: Shared, sha256: str | None, found_db: float | N
         plan = plan.at(_fitting(based) if found_db is None else found_db)
     alike, shared = seen.alike(plan), seen.of(planned, plan, sha256)
     weights = sum(_weights(shard) for shard, duplicate in zip(plan.shards, shared, strict=True) if not duplicate)
-    workers = os.cpu_count() or 1
+    workers = processors()
     largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
     return Forecast(
         stored_bytes=_stored(planned, plan, based.share_at(plan.profile.target_db)),

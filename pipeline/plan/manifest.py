@@ -145,7 +145,7 @@ class Manifest(Quality, Proving):
     in_flight_mib: Annotated[int, Field(ge=1)] | None = None
     """Source MiB at work at any time. Default: an eighth of the machine's memory."""
     shard_seconds: Annotated[float, Field(gt=0, strict=False)] = SHARD_SECONDS
-    """Seconds that a worker may take for a shard; then it is killed and the shard retried. Statistics may take 16
+    """Seconds that a worker may take for a shard; then it is killed and the shard retried. Statistics may take 64
     times as long."""
     keep: Annotated[int, Field(ge=1)] | None = None
     """Versions to keep per model; publishing a new one retires older ones that no alias points at."""

@@ -19,11 +19,11 @@ from birkhoff.pipeline.plan.quality import Strict, wrong
 from birkhoff.pipeline.registry.documents import BudgetRecord, ProofRecord
 
 FLOOR_AGREEMENT = 0.75
-"""Agreement of LiteMedSAM on the proof's pictures, with weights rounded to the steps of these targets: bfloat16
+"""LiteMedSAM's agreement on the proof's pictures, with weights rounded to the steps of these targets: bfloat16
 0.984, `balanced` 0.917, 24 dB 0.813, 30 dB in every tensor 0.713 (0.67 to 0.73 on real pictures), 20 dB 0.686.
 The demo: `balanced` 0.955, the published codec 0.863."""
 FLOOR_OUTPUT_DB = 10.0
-"""An error of a tenth of the outputs' energy."""
+"""Allows an error of a tenth of the outputs' energy."""
 
 
 class Proving(Strict):
@@ -38,7 +38,7 @@ class Proving(Strict):
     pictures: str | None = None
     """Folder of your own pictures, relative to the manifest."""
     compute: Literal["int8"] | None = None
-    """`int8`: measure the masks on int8 tensor cores too, layer by layer; `load_into(compute="proven")` goes by it."""
+    """`int8`: measure the masks on int8 tensor cores too, layer by layer, for `load_into(compute="proven")`."""
 
     @model_validator(mode="after")
     def _proof_is_made(self) -> "Proving":

@@ -1,7 +1,8 @@
-"""Measure a version on int8 tensor cores, and leave in float the layers whose inputs do not suit that.
+"""Measure a version on int8 tensor cores, and keep layers in float if int8 does not suit their inputs.
 
-A layer rounds its inputs to int8 by one scale a token, which a token with outliers makes coarse. What is left of its
-outputs is measured on the inputs that the proof's pictures lead to, against the same weights on inputs as they are.
+A layer rounds its inputs to int8 with one scale per token, which is coarse if a token has outliers. We measure what
+this leaves of the layer's outputs on the inputs that the proof's pictures produce, relative to unrounded inputs with
+the same weights.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,20 @@ from birkhoff.pipeline.load.load import load_artifact
 from birkhoff.pipeline.proof.decibel import decibel
 
 LEAST_DB = 36.0
-"""SQNR that rounding its inputs must leave of a layer's outputs. It takes 1 dB from weights at 30 dB:
+"""Least SQNR of a layer's outputs after rounding its inputs. It takes 1 dB from weights at 30 dB:
 10 * log10(1 + 10^(-36/10) / 10^(-30/10))."""
 
 T = TypeVar("T")
 
 
 def on_int8(model: nn.Module, artifact: Artifact, run: Callable[[], T]) -> tuple[dict[str, float | None], set[str], T]:
-    """Load an artifact into a model on int8, and run it: once, and again if some layers are better left in float.
+    """Load an artifact into a model on int8, and run it. Run it again if some layers are better in float.
 
     Returns:
-        The SQNR in dB that rounding leaves of every layer's outputs, by the name of its weight, None for no error; the
-        names of those that now compute in float; what the last `run` gave.
+        The SQNR in dB of every layer's outputs after rounding, by the name of its weight, None for no error; the names
+        of the layers that now compute in float; the result of the last `run`.
 
-    Raises: as `load_into`.
+    Raises: As `load_into`.
     """
     maker = LayerMaker("uint16", "int8", everywhere=True)
     load_artifact(model, artifact, maker)
@@ -51,7 +52,7 @@ def on_int8(model: nn.Module, artifact: Artifact, run: Callable[[], T]) -> tuple
 
 
 class _Meter:
-    """Sums, over the calls of a layer, of its outputs' squares without the bias, and of what rounding changes."""
+    """Accumulate, over a layer's calls, the squares of its outputs without the bias and of its rounding errors."""
 
     def __init__(self, layer: Int8HyperLinear) -> None:
         self.energy = self.error = 0.0

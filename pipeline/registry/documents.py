@@ -102,6 +102,8 @@ class HessianRecord(Document):
     bytes: Annotated[int, Field(ge=2)]
     columns: Annotated[int, Field(ge=1)]
     """Columns of the matrix as the codec holds it."""
+    rows: Annotated[int, Field(ge=0)] = 0
+    """Its rows; 0 if they have no Hessian of their own."""
 
 
 class StatisticsRecord(Document):

@@ -21,7 +21,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +48,13 @@ _HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5
 
 
 class Cluster(AbstractContextManager["Cluster"]):
-    """A connection to a Ray cluster; `ray` is the module. Raises ClusterError if Ray cannot start or be reached."""
+    """A connection to a Ray cluster; `ray` is the module. Raises ClusterError if Ray cannot start or be reached.
 
-    def __init__(self, address: str | None) -> None:
+    `environment` are variables for workers. Those of a private cluster inherit them from its node: Ray's own way, a
+    runtime environment, lets every worker wait until an agent has started, which takes longer than all else.
+    """
+
+    def __init__(self, address: str | None, environment: Mapping[str, str] | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         configure_ray()
@@ -60,11 +64,17 @@ class Cluster(AbstractContextManager["Cluster"]):
             raise ClusterError("Ray", first_line(error)) from None
         self.ray: Any = ray
         self._address = address
+        self._environment = dict(environment or {})
         self._reaper: Reaper | None = None
         self._settings = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(contextlib.redirect_stdout(_ToLog()))
         self._open()
+
+    @property
+    def runtime_env(self) -> dict[str, Any] | None:
+        """What workers need to be given of the environment."""
+        return None if self._address is None else {"env_vars": self._environment}
 
     def _open(self) -> None:
         ray, address = self.ray, self._address
@@ -111,7 +121,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve on a busy machine
-        self._settings.enter_context(_private(self.ray))
+        self._settings.enter_context(_private(self.ray, self._environment))
         with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
             _quiet_init(
                 self.ray,
@@ -167,10 +177,11 @@ def _knock(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _private(ray: Any) -> Iterator[None]:
+def _private(ray: Any, environment: Mapping[str, str]) -> Iterator[None]:
     """Restrict a cluster started inside the block to this user and this machine: its own token, loopback ports.
 
-    Its processes inherit the settings. They are reset after the block, for a cluster that is joined later.
+    Its processes inherit the settings and the environment. They are reset after the block, for a cluster that is joined
+    later.
     """
     constants = ray._private.ray_constants
     # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER is named after its first use. On every system, 0 makes Ray stay on this machine.
@@ -179,6 +190,7 @@ def _private(ray: Any) -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         **START_SETTINGS,
+        **environment,
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = constants.ENABLE_RAY_CLUSTER

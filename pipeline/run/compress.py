@@ -3,7 +3,6 @@
 The functions follow the pipeline in order; each step has its own module.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.bases import find_base, newer_base
 from birkhoff.pipeline.checkpoint.digests import checkpoint_digest, checkpoint_state
@@ -21,6 +21,7 @@ from birkhoff.pipeline.errors import ProofError, SourceError, StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.plan.models import Planned, check_rules, matches_plan, plan_entry
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.proof.subject import subjects_of
 from birkhoff.pipeline.proof.task import ProofTask, Subject
 from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key
@@ -34,7 +35,6 @@ from birkhoff.pipeline.run.environment import memory_bytes
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Executor, Outcome
 from birkhoff.pipeline.run.passes import Passes, Terms
-from birkhoff.pipeline.run.progress import Progress
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.shard.run import ShardResult
 from birkhoff.pipeline.shard.task import Reuse, ShardTask
@@ -63,7 +63,7 @@ class _Job:
 def compress(
     manifest: Manifest,
     store: Store,
-    start_executor: Callable[[], Executor],
+    start_executor: Callable[[int], Executor],
     progress: Progress,
     *,
     reuse: Reuse = "trust",
@@ -74,8 +74,9 @@ def compress(
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest. Returns one `ModelRun` per model, in its order.
 
-    An error of one model ends that model alone. The executor is started only if a shard must be encoded. `begun` gets
-    the model runs before any work, so observers see them even if an error ends all.
+    An error of one model ends that model alone. The executor is started only if a shard must be encoded, with the bytes
+    of the weights that may have to be. `begun` gets the model runs before any work, so observers see them even if an
+    error ends all.
 
     Raises:
         StoreError: The store failed for all models.
@@ -96,7 +97,11 @@ def compress(
     ]
     begun(runs)
     with ExitStack() as lease, ExitStack() as stack:
-        early = _prepare_all(job, runs, mirror, lambda: stack.enter_context(start_executor()))
+
+        def start() -> Executor:
+            return stack.enter_context(start_executor(sum(run.source_bytes for run in runs if run.status is None)))
+
+        early = _prepare_all(job, runs, mirror, start)
         check_rules(manifest, [run.planned for run in runs])
         for run in runs:
             if run.status is None and (base := _awaited(job, run, runs)) is not None and base.status is not None:
@@ -105,7 +110,7 @@ def compress(
         if waiting:
             # Open from before the first look for a shard until its version is published: nothing is collected then.
             lease.enter_context(open_run(store))
-            _run(job, waiting, early or stack.enter_context(start_executor()))
+            _run(job, waiting, early or start())
     return runs
 
 
@@ -117,7 +122,7 @@ def _prepare_all(
     A model of which the store has no version needs the executor in any case, which is then started beside the digests
     and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
     """
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=processors()) as pool:
         planning = {
             pool.submit(
                 _plan, job, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)

@@ -5,6 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.documents import Document
 
 _PACKAGES = ("birkhoff-compression", "torch", "ray", "triton", "numpy", "boto3", "safetensors")
@@ -43,11 +44,6 @@ def environment() -> Environment:
 def memory_bytes() -> int:
     """Total memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def processors() -> int:
-    """Logical processors available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -1,5 +1,6 @@
 """The results of executors: one outcome for every task that was not dropped."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from birkhoff.pipeline.proof.task import Proof
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.shard.run import ShardResult, ShardSizes
 from birkhoff.pipeline.statistics.task import Statistics
+
+log: logging.Logger = logging.getLogger("birkhoff.execute")
 
 Result = ShardResult | ShardSizes | Proof | Statistics
 
@@ -31,3 +34,12 @@ class Executor(AbstractContextManager["Executor"], Protocol):
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Yield the outcome of every task as it ends, except of tasks dropped meanwhile."""
         ...
+
+
+def again_alone(outcome: Outcome, queue: TaskQueue) -> bool:
+    """Queue a task again that ran out of memory beside others, and log that. Returns whether it was."""
+    if not outcome.out_of_memory or queue.is_alone(outcome.task):
+        return False
+    log.warning("%s; trying again, alone", outcome.error)
+    queue.put_back(outcome.task, alone=True)
+    return True

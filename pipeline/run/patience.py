@@ -6,9 +6,10 @@ second limit. An abandoned start loses its work, so on a loaded machine the next
 `STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
 
 The node in turn gives its agents 15 s to write down their ports, and then aborts; no setting changes that either
-(ray-project/ray#65983). It does not wait for ports that it was told, so it is told free ones. Three programs that
-compete with the agents for the processor are not started: the autoscaler's monitor, the log monitor, whose lines a
-driver does not ask for, and the server of the dashboard, which is off.
+(ray-project/ray#65983). It does not wait for ports that it was told, so it is told free ones. Four programs that
+compete with the workers for the processor are not started: the autoscaler's monitor, the log monitor, whose lines a
+driver does not ask for, the server of the dashboard, which is off, and the agent for runtime environments, which no
+worker has here. The node insists on that agent, so it gets a process that sleeps.
 """
 
 import contextlib
@@ -16,9 +17,10 @@ import inspect
 import logging
 import os
 import random
+import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from birkhoff.pipeline import interrupt
@@ -45,14 +47,24 @@ _PORTS = range(20_000, 32_768)
 
 _AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 
+REASON_SECONDS = 120.0
+"""Longest time until a driver is told why a worker's connection closed. Ray's own limit is one second, after which a
+worker whose node was preempted, or which was killed for memory, only counts as unavailable. A cluster notices the loss
+of a node after some seconds."""
+
 _RAY_SETTINGS = {
     "RAY_agent_register_timeout_ms": f"{START_SECONDS * 1000:.0f}",
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
+    "RAY_timeout_ms_task_wait_for_death_info": f"{REASON_SECONDS * 1000:.0f}",
 }
-"""How long Ray's node waits for its agents, and a driver for its node."""
+"""How long Ray's node waits for its agents, a driver for its node, and a driver for the reason of a death."""
 
 START_SETTINGS = {"RAY_raylet_start_wait_time_s": "1"}
 """While a node is started here: how long one look for it takes, so that its death is seen before the next."""
+
+
+_RUNTIME_ENV_AGENT = "--runtime_env_agent_command="
+"""The node's argument that names the agent."""
 
 
 class NodeDiedError(Exception):
@@ -113,6 +125,14 @@ def free_ports(count: int) -> list[int]:
         return found
 
 
+def _lean(word: str) -> str:
+    """An argument of the node with what it starts instead of an agent, if it names one."""
+    sleep = shutil.which("sleep")
+    if sleep is not None and word.startswith(_RUNTIME_ENV_AGENT):
+        return f"{_RUNTIME_ENV_AGENT}{sleep} {2**31 - 1}"
+    return word
+
+
 @contextlib.contextmanager
 def patient_start(ray: Any, cpu_seconds: Callable[[], float]) -> Iterator[None]:
     """Make `ray.init` inside the block start and wait as this module says.
@@ -123,6 +143,7 @@ def patient_start(ray: Any, cpu_seconds: Callable[[], float]) -> Iterator[None]:
     services, node, parameter = ray._private.services, ray._private.node, ray._private.parameter
     patience, raylets = Patience(cpu_seconds), list[Any]()
     get_node, wait_for_port, start_raylet = services.get_node, node.wait_for_persisted_port, services.start_raylet
+    start_process = services.start_ray_process
 
     def told_raylet(*arguments: Any, **named: Any) -> Any:
         given = inspect.signature(start_raylet).bind(*arguments, **named).arguments
@@ -135,6 +156,9 @@ def patient_start(ray: Any, cpu_seconds: Callable[[], float]) -> Iterator[None]:
         )
         raylets.append(start_raylet(*arguments, **named))
         return raylets[-1]
+
+    def lean_process(command: Sequence[str], *arguments: Any, **named: Any) -> Any:
+        return start_process([_lean(word) for word in command], *arguments, **named)
 
     def patient_node(*arguments: Any, **named: Any) -> Any:
         def ask() -> Any:
@@ -156,6 +180,7 @@ def patient_start(ray: Any, cpu_seconds: Callable[[], float]) -> Iterator[None]:
     replaced: dict[tuple[Any, str], Any] = {
         (services, "get_node"): patient_node,
         (services, "start_raylet"): told_raylet,
+        (services, "start_ray_process"): lean_process,
         (services, "start_api_server"): lambda *_, **__: ("", None),
         (node, "wait_for_persisted_port"): patient_port,
         (parameter, "RayParams"): parameters,

@@ -20,7 +20,7 @@ from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
 from birkhoff.pipeline.run.cluster import Cluster
 from birkhoff.pipeline.run.metrics import metrics
-from birkhoff.pipeline.run.outcome import Outcome
+from birkhoff.pipeline.run.outcome import Outcome, again_alone
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
 from birkhoff.pipeline.run.workers import WorkerSlot, WorkerSlots
@@ -81,7 +81,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._deaths: Counter[tuple[str, int]] = Counter()
         self._lost_nodes: Counter[tuple[str, int]] = Counter()
         self._restarts = 0
-        self._cluster = Cluster(address)
+        environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
+        self._cluster = Cluster(address, logs.environment() | environment)
         self._ray = self._cluster.ray
         try:
             self._gpu, count = self.capacity(workers)
@@ -114,13 +115,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     def _start(self) -> tuple[Any, Any]:
         """Start an actor. Returns it with the reference that resolves once it runs."""
-        # Without this, an actor with num_gpus=0 sees every GPU.
-        environment = logs.environment() | ({} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""})
-        environment |= {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
         kind = self._ray.remote(self.worker).options(
-            num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env={"env_vars": environment}
+            num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env=self._cluster.runtime_env
         )
-        actor = kind.remote(self._store)
+        actor = kind.remote(self._store, gpu=self._gpu > 0)
         return actor, actor.identity.remote()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
@@ -162,10 +160,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             self._slots.count_start(slot)
             return
         task = slot.ended(reference)
-        if found.out_of_memory and not queue.is_alone(task):
-            log.warning("%s; trying again, alone", found.error)
+        if again_alone(found, queue):
             self._count_retry(task, "out of memory")
-            queue.put_back(task, alone=True)
             return
         queue.done(task)
         yield found

@@ -1,24 +1,23 @@
-"""A process that runs tasks one after another. `InlineExecutor` runs them in this process."""
+"""What runs tasks one after another: a process of Ray, or a thread of this process."""
 
 import importlib.util
 import logging
 import os
+import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import torch
 
 import birkhoff
 from birkhoff.codec.errors import BirkhoffError
-from birkhoff.pipeline import interrupt, logs
+from birkhoff.kernels.decode.serving import triton_serves
+from birkhoff.pipeline import logs
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.proof.task import ProofTask
 from birkhoff.pipeline.run.metrics import metrics
 from birkhoff.pipeline.run.outcome import Outcome, Result
-from birkhoff.pipeline.run.queue import Task, TaskQueue
+from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import run_shard
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
@@ -29,16 +28,29 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 
 
 class Worker:
-    """Holds what the tasks of a process share: the store's client and the device."""
+    """Holds what its tasks share: the store's client and the device.
 
-    def __init__(self, store: StoreAddress) -> None:
+    Without `gpu` the process uses none; a worker of Ray that was given none would see every GPU.
+    """
+
+    def __init__(self, store: StoreAddress, *, gpu: bool = True) -> None:
+        if not gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Shards are the unit of parallel work. Threads inside one would wait for each other at every small operation.
         torch.set_num_threads(1)
         logs.join_trace()
         self._address = store
         self._store: Store | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.on_gpu:
+            # Beside planning, and the first shard's reading and hashing: CUDA and Triton take seconds to start.
+            threading.Thread(target=triton_serves, args=(self._device,), name="warm-up", daemon=True).start()
         self._metrics = metrics()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether tasks run on a GPU."""
+        return self._device.type == "cuda"
 
     def run(self, task: Task) -> Outcome:
         """Run one task. An error becomes its outcome."""
@@ -94,27 +106,6 @@ class Worker:
         """Close the store's connections."""
         if self._store is not None:
             self._store.close()
-
-
-class InlineExecutor(AbstractContextManager["InlineExecutor"]):
-    """Runs one task after another in this process: for tests, small jobs, and machines without Ray."""
-
-    def __init__(self, store: StoreAddress) -> None:
-        self._threads = torch.get_num_threads()
-        """Number of threads before the worker set it to one; restored at the end."""
-        self._worker = Worker(store)
-
-    def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        """Run each task when its outcome is requested."""
-        while task := queue.take():
-            interrupt.check()
-            outcome = self._worker.run(task)
-            queue.done(task)
-            yield outcome
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._worker.close()
-        torch.set_num_threads(self._threads)
 
 
 def _lacked_memory(error: Exception) -> bool:

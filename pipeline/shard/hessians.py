@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from birkhoff.codec.output.hessian import Hessian, rows_of
 from birkhoff.codec.output.packing import packed_bytes, unpack
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import Decision
@@ -12,7 +13,7 @@ from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.registry.documents import blob_key, sha256
 from birkhoff.pipeline.store.base import Store
 
-HessianOf = Callable[[str], Tensor | None]
+HessianOf = Callable[[str], Hessian | None]
 """Returns the Hessian for a tensor's error feedback, on the present device; None without feedback."""
 
 
@@ -24,23 +25,25 @@ class Hessians:
         self, store: Store, sources: Mapping[str, Tensor], decisions: Mapping[str, Decision], device: torch.device
     ) -> None:
         self._store, self._device = store, device
-        self._columns = {name: matrix_shape(tuple(tensor.shape))[1] for name, tensor in sources.items()}
+        self._shapes = {name: matrix_shape(tuple(tensor.shape)) for name, tensor in sources.items()}
         self._digests = {name: decision.hessian for name, decision in decisions.items()}
         self._packed: dict[str, bytes] = {}
 
-    def of(self, name: str) -> Tensor | None:
-        """Return the Hessian of a tensor, float32 [K, K] on the device, or None. Raises IntegrityError."""
-        digest, columns = self._digests[name], self._columns[name]
+    def of(self, name: str) -> Hessian | None:
+        """Return the Hessian of a tensor, on the device, or None. Raises IntegrityError."""
+        digest, (rows, columns) = self._digests[name], self._shapes[name]
         if digest is None:
             return None
         if digest not in self._packed:
-            self._packed[digest] = self._read(name, digest, columns)
-        return unpack(self._packed[digest], columns, self._device)
+            self._packed[digest] = self._read(name, digest, packed_bytes(columns, rows_of(rows)))
+        packed = self._packed[digest]
+        alone = len(packed) == packed_bytes(columns, 0)  # no gradient reached the layer's own output
+        return unpack(packed, columns, 0 if alone else rows_of(rows), self._device)
 
-    def _read(self, name: str, digest: str, columns: int) -> bytes:
+    def _read(self, name: str, digest: str, size: int) -> bytes:
         remedy = "run again: the model's statistics are then measured again"
         try:
-            body = self._store.get(blob_key(digest), length=packed_bytes(columns) + 1)
+            body = self._store.get(blob_key(digest), length=size + 1)
         except ObjectNotFoundError:
             raise IntegrityError(
                 f"{self._store.url}: blob {digest}, the Hessian of {name!r}, was deleted since the run began; {remedy}"

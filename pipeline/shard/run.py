@@ -24,6 +24,7 @@ from birkhoff.codec.difference.encode import encode as by_difference
 from birkhoff.codec.difference.sizes import sizes
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.output import encode as by_output
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.profiles import Decision, Recipe
 from birkhoff.codec.tensor import Encoded, check_storable, encode_tensors
 from birkhoff.pipeline import logs
@@ -210,10 +211,10 @@ def _announced(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian_KK: Tensor | None) -> Encoded:
+def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian: Hessian | None) -> Encoded:
     assert decision.target_db is not None  # a nominal target is one
     check_storable(name, tensor)
-    return by_output.encode(name, tensor, decision.target_db, hessian_KK, path=decision.path)
+    return by_output.encode(name, tensor, decision.target_db, hessian, path=decision.path)
 
 
 def _read(tensor: StoredTensor) -> Tensor:

@@ -19,6 +19,7 @@ from birkhoff.codec.container import CodedTensor, DifferenceParams, LatticeParam
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import fidelity, sqnr_db, to_host
 from birkhoff.codec.output.encode import is_no_worse, stored_step
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.profiles import FALLBACKS, Decision
 from birkhoff.codec.tensor import decode_with_code, is_matrix
 from birkhoff.kernels.hyperlinear import HyperLinear
@@ -198,11 +199,9 @@ def check_step(coded: CodedTensor, source: Tensor, decision: Decision) -> None:
         )
 
 
-def _check_output(
-    name: str, code: LatticeTensor, source: Tensor, decision: Decision, hessian_KK: Tensor | None
-) -> None:
+def _check_output(name: str, code: LatticeTensor, source: Tensor, decision: Decision, hessian: Hessian | None) -> None:
     assert decision.target_db is not None  # a nominal target is one
-    if not is_no_worse(source, code, decision.target_db, hessian_KK, path=decision.path):
+    if not is_no_worse(source, code, decision.target_db, hessian, path=decision.path):
         raise ValidationError(
             f"tensor {name!r} came back with a greater output error than plain rounding gives: report this as a "
             "bug, or name another `allocation` in the manifest"

@@ -1,1 +1,1 @@
-"""What a model's outputs feel of its weights: taken once, kept in the store, and what allocation by output goes by."""
+"""How a model's outputs depend on its weights: taken once, kept in the store, and used by allocation by output."""

@@ -1,11 +1,12 @@
 """Statistics in a store: Hessians as blobs, then the record that names them.
 
-Nothing that readers need hangs on them. Whatever is missing or damaged is said and made anew.
+Readers never need them. If something is missing or damaged, a warning says so and the statistics are taken again.
 """
 
 import logging
 
-from birkhoff.codec.output.packing import packed_bytes
+from birkhoff.codec.output.hessian import Hessian
+from birkhoff.codec.output.packing import pack, packed_bytes
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.registry.documents import (
     HessianRecord,
@@ -23,9 +24,9 @@ log: logging.Logger = logging.getLogger("birkhoff.statistics")
 
 
 def find_statistics(store: Store, key: str) -> StatisticsRecord | None:
-    """The statistics of a key, all of whose Hessians are in the store, whole: their bytes are read.
+    """Return the statistics of a key, after reading all Hessians and finding them whole in the store.
 
-    All are touched: a grace period begins anew for what is reused.
+    This touches all of them, so a new grace period begins for what is reused.
     """
     try:
         record = fetch_document(store, StatisticsRecord, statistics_key(key))
@@ -43,22 +44,24 @@ def find_statistics(store: Store, key: str) -> StatisticsRecord | None:
 
 
 def _check(store: Store, hessian: HessianRecord) -> None:
-    """Read a Hessian, and no more of it than it has. Raises IntegrityError."""
+    """Read a Hessian, but never more than its recorded size. Raises IntegrityError."""
     try:
         body = store.get(blob_key(hessian.blob), length=hessian.bytes + 1)
     except ObjectNotFoundError:
         raise IntegrityError(f"blob {hessian.blob}, a Hessian, is missing in {store.url}") from None
-    if sha256(body) != hessian.blob or len(body) != packed_bytes(hessian.columns):
+    if sha256(body) != hessian.blob or len(body) != packed_bytes(hessian.columns, hessian.rows):
         raise IntegrityError(f"blob {hessian.blob}, a Hessian, is damaged in {store.url}")
 
 
-def keep_hessian(store: Store, packed: bytes, columns: int) -> HessianRecord:
-    """Store a packed Hessian."""
+def keep_hessian(store: Store, hessian: Hessian) -> HessianRecord:
+    """Store a Hessian. Raises as `pack`."""
+    packed = pack(hessian)
     digest = sha256(packed)
     keep_object(store, blob_key(digest), packed)
-    return HessianRecord(blob=digest, bytes=len(packed), columns=columns)
+    rows = 0 if hessian.rows is None else len(hessian.rows)
+    return HessianRecord(blob=digest, bytes=len(packed), columns=len(hessian.columns), rows=rows)
 
 
 def keep_statistics(store: Store, record: StatisticsRecord) -> None:
-    """Store the record of statistics whose Hessians are all there."""
+    """Store the record of statistics. All their Hessians must be stored already."""
     keep_object(store, statistics_key(record.key), record.to_bytes())

@@ -1,20 +1,21 @@
-"""Statistics of one model: found in the store, or taken by running the model and kept there.
+"""Statistics of one model: find them in the store, or take them by running the model and store them.
 
-One Hessian is in memory besides those of the pass at hand, whatever the model's size: each is packed where it was
-gathered, stored, and given up.
+Whatever the model's size, memory holds only one Hessian besides those of the present pass: each is packed on the
+device where it was gathered, stored, and dropped.
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.output.allocation import root_mean_square
-from birkhoff.codec.output.feedback import left
-from birkhoff.codec.output.packing import pack
+from birkhoff.codec.output.encode import left
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.statistics import gather
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.tensor import check_storable
@@ -25,7 +26,7 @@ from birkhoff.pipeline.errors import BuilderError, ModelMismatchError
 from birkhoff.pipeline.load.builders import fill, tensors_of
 from birkhoff.pipeline.load.name_maps import owner, renaming
 from birkhoff.pipeline.proof import outputs
-from birkhoff.pipeline.proof.running import built_model, threads
+from birkhoff.pipeline.proof.running import built_model, heap_kept, threads
 from birkhoff.pipeline.registry.documents import HessianRecord, StatisticsRecord
 from birkhoff.pipeline.segment.adapters.families import segmenter_of
 from birkhoff.pipeline.segment.statistics import statistics as of_segmenter
@@ -37,19 +38,19 @@ from birkhoff.pipeline.store.base import Store
 log: logging.Logger = logging.getLogger("birkhoff.statistics")
 
 MOST_PROBES = 8
-"""Of each of the user's batches."""
+"""Most probes of each of the user's batches."""
 
 LEAST_WEIGHTS = 1024
-"""Matrices with fewer have no Hessian: they are lossless under every profile."""
+"""Smaller matrices have no Hessian, because they are lossless under every profile."""
 
 
 def take_statistics(task: StatisticsTask, store: Store, device: torch.device) -> Statistics:
     """Find a model's statistics in a store, or take them on a device and store them.
 
     Raises:
-        BuilderError, ModelMismatchError: nothing here runs the model.
-        CodecError, TensorError: its weights or outputs are not finite.
-        SourceError, StoreError: as reading and storing raise.
+        BuilderError, ModelMismatchError: No code here can run the model.
+        CodecError, TensorError: Its weights or outputs are not finite.
+        SourceError, StoreError: As reading and storing raise.
     """
     stages = Stages()
     if task.reuse != "never":
@@ -69,7 +70,7 @@ def take_statistics(task: StatisticsTask, store: Store, device: torch.device) ->
 
 
 def _are_of(record: StatisticsRecord, checkpoint: Checkpoint) -> bool:
-    """Whether statistics have a checkpoint's tensors, and Hessians of their shapes; says so of those that do not."""
+    """Return whether statistics fit a checkpoint: the same tensors, and Hessians of their shapes. If not, log that."""
     columns = {tensor.name: matrix_shape(tensor.shape)[1] for tensor in checkpoint.tensors}
     found = {name: hessian.columns for name, hessian in record.hessians.items()}
     if _floats(checkpoint) <= record.rms.keys() and found.items() <= columns.items():
@@ -79,13 +80,13 @@ def _are_of(record: StatisticsRecord, checkpoint: Checkpoint) -> bool:
 
 
 def _floats(checkpoint: Checkpoint) -> set[str]:
-    """Names of the float tensors that have weights."""
+    """Return the names of the float tensors that have weights."""
     return {tensor.name for tensor in checkpoint.tensors if is_float(tensor.dtype) and tensor.dense_bytes}
 
 
 def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Stages) -> StatisticsRecord:
-    checkpoint, counts = task.checkpoint, counts_on(device.type)
-    with threads(checkpoint.nbytes):
+    checkpoint = task.checkpoint
+    with threads(checkpoint.nbytes), heap_kept():
         model = built_model(task.subject, checkpoint)
         stages.end("build")
         rms = _root_mean_squares(checkpoint)
@@ -96,21 +97,21 @@ def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Sta
         hessians: dict[str, HessianRecord] = {}
         shares: dict[str, float] = {}
 
-        def keep(parameter: str, hessian_KK: Tensor) -> None:
+        def keep(parameter: str, hessian: Hessian) -> None:
             interrupt.check()
-            logs.step("statistics", hessian_KK.nbytes, parameter)
-            shares.update(dict.fromkeys(names[parameter], left(hessian_KK)))
-            record = keep_hessian(store, pack(hessian_KK), len(hessian_KK))
+            logs.step("statistics", hessian.columns.nbytes, parameter)
+            shares.update(dict.fromkeys(names[parameter], left(hessian)))
+            record = keep_hessian(store, hessian)
             hessians.update(dict.fromkeys(names[parameter], record))
 
         run = _of_inputs if task.subject.inputs is not None else _of_masks
-        adapter, pictures, probes, found = run(task, model, counts, keep, _matrices(model, checkpoint, names))
+        adapter, counts, taken, found = run(task, model, device, keep, _matrices(model, checkpoint, names))
         stages.end("statistics")
     record = StatisticsRecord(
         key=key_of(task.source_sha256, task.subject, counts),
         adapter=adapter,
-        pictures=pictures,
-        probes=probes,
+        pictures=taken.pictures,
+        probes=taken.probes,
         device=device.type,
         sensitivities={name: found[parameter] for parameter, stored in names.items() for name in stored},
         left=shares,
@@ -122,27 +123,33 @@ def _taken(task: StatisticsTask, store: Store, device: torch.device, stages: Sta
     return record
 
 
-Keep = Callable[[str, Tensor], object]
+Keep = Callable[[str, Hessian], object]
 
 
 def _of_masks(
-    task: StatisticsTask, model: nn.Module, counts: Counts, keep: Keep, wanted: set[str]
-) -> tuple[str | None, int, int, dict[str, float]]:
-    """(the family's member, pictures, probes of each, sensitivity by parameter) of a model that an adapter runs.
+    task: StatisticsTask, model: nn.Module, device: torch.device, keep: Keep, wanted: set[str]
+) -> tuple[str | None, Counts, Counts, dict[str, float]]:
+    """Take the statistics of a model that an adapter runs.
 
-    Raises BuilderError.
+    Returns:
+        The family's member, what the device can afford, the pictures and probes that were taken, and the sensitivity by
+        parameter.
+
+    Raises:
+        BuilderError: No adapter runs it.
     """
     segmenter = segmenter_of(model, task.subject.adapter)
+    counts = counts_on(device.type, segmenter.side)
     found = of_segmenter(segmenter, seed=SEED, keep=keep, wanted=wanted, pictures=counts.pictures, probes=counts.probes)
-    return segmenter.family, counts.pictures, counts.probes, found
+    return segmenter.family, counts, counts, found
 
 
 def _of_inputs(
-    task: StatisticsTask, model: nn.Module, counts: Counts, keep: Keep, wanted: set[str]
-) -> tuple[str | None, int, int, dict[str, float]]:
-    """The same of any module on the user's inputs; few batches get more probes each. Raises BuilderError."""
+    task: StatisticsTask, model: nn.Module, device: torch.device, keep: Keep, wanted: set[str]
+) -> tuple[str | None, Counts, Counts, dict[str, float]]:
+    """Do the same for any module on the user's inputs. With few batches, each gets more probes. Raises BuilderError."""
     assert task.subject.inputs is not None
-    batches = outputs.batches_of(task.subject.inputs)
+    batches, counts = outputs.batches_of(task.subject.inputs), counts_on(device.type)
     probes = max(counts.probes, min(MOST_PROBES, counts.pictures // len(batches)))
     found = gather(
         model,
@@ -153,11 +160,15 @@ def _of_inputs(
         keep=keep,
         wanted=wanted,
     )
-    return None, len(batches), probes, found
+    return None, counts, replace(counts, pictures=len(batches), probes=probes), found
 
 
 def _root_mean_squares(checkpoint: Checkpoint) -> dict[str, float]:
-    """Of the bulk of every float tensor that has weights, by name. Raises TensorError for one that is not finite."""
+    """Return the root mean square of the bulk of every float tensor with weights, by name.
+
+    Raises:
+        TensorError: A tensor is not finite.
+    """
     found, wanted = {}, _floats(checkpoint)
     for stored in checkpoint.tensors:
         if stored.name in wanted:
@@ -169,9 +180,9 @@ def _root_mean_squares(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Names in the checkpoint of each of the model's parameters that it holds, or of rows of it.
+    """Return, for each of the model's parameters in the checkpoint, the names there of it or of its rows.
 
-    A tensor that is none (a buffer) is felt as the usual one is.
+    A tensor that is no parameter (a buffer) gets the usual sensitivity.
     """
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     everywhere = dict(model.named_parameters(remove_duplicate=False))
@@ -185,7 +196,7 @@ def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _matrices(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, list[str]]) -> set[str]:
-    """Parameters whose Hessians are of use: the checkpoint has them in the same shape, and large enough to be coded."""
+    """Return the parameters with useful Hessians: of the same shape in the checkpoint, and large enough to code."""
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     parameters = dict(model.named_parameters())
     return {

@@ -1,4 +1,4 @@
-"""Statistics of a model as the driver asks for them, and what comes back. Imports no model code."""
+"""The task of taking a model's statistics, as the driver requests it, and its result. Imports no model code."""
 
 import hashlib
 import json
@@ -13,29 +13,37 @@ from birkhoff.pipeline.registry.documents import StatisticsRecord, sha256
 from birkhoff.pipeline.shard.task import Reuse
 
 SEED = 0
-"""Of pictures, boxes and probes; those of proofs are others."""
+"""Seed of pictures, boxes and probes. Proofs use another."""
 
 COPIES = 4
-"""Memory of the pass over the bytes of its model: weights, gradients, a copy on its way, what it computes."""
+"""Memory of the pass as a multiple of its model's bytes: weights, gradients, a copy in progress, intermediate results.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a kind of device can pay for: pictures, and probes of each."""
+    """What a kind of device can afford: pictures, and probes for each, of a model that takes pictures up to a side."""
 
     device: str
     pictures: int
     probes: int
+    largest_side: int | None = None
+    """Pixels; None for any model."""
 
 
-COUNTS = (Counts(device="cuda", pictures=64, probes=1), Counts(device="cpu", pictures=12, probes=1))
-"""Best first; of those that a store has the first is taken. A further picture tells more than a further probe of the
-same: at a tenth of LiteMedSAM's bytes 64 pictures of one probe keep what 64 of four keep, 16 of four a little less."""
+COUNTS = (
+    Counts(device="cuda", pictures=64, probes=1),
+    Counts(device="cpu", pictures=24, probes=1, largest_side=512),
+    Counts(device="cpu", pictures=12, probes=1),
+)
+"""Best first. If a store has several, the first is used. Another picture tells more than another probe of the same
+one: at a tenth of LiteMedSAM's bytes, 64 pictures with one probe are as good as with four, 16 with four are slightly
+worse. A picture of a model at 1024 pixels takes a CPU minutes, and has as many positions as sixteen at 256."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatisticsTask:
-    """Statistics to be found, or taken."""
+    """A request for statistics, to be found or taken."""
 
     model: str
     source_sha256: str
@@ -43,60 +51,67 @@ class StatisticsTask:
     subject: Subject
     reuse: Reuse = "trust"
     index: int = -2
-    """No shard's, and no proof's."""
+    """The index of no shard and no proof."""
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """The name in messages."""
         return f"the statistics of {self.model}"
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes, about."""
+        """Approximate memory that the task needs."""
         return COPIES * self.checkpoint.nbytes
 
     @property
     def effort(self) -> int:
-        """It comes before every shard: its model can do nothing without."""
+        """Places the task before every shard, because its model can do nothing without it."""
         return self.nbytes << 10
 
     @property
     def signature(self) -> object:
-        """Equal for models that have the same: the second finds what the first has kept."""
+        """Equal for models with the same statistics, so that the second finds what the first stored."""
         return keys_of(self.source_sha256, self.subject)
 
     @property
     def patience(self) -> int:
-        """Times as long as a shard that it may take: on a CPU each picture of a large member takes minutes."""
+        """How many times longer than a shard it may take. On a CPU, each picture of a large member takes minutes."""
         return max(counts.pictures for counts in COUNTS)
 
     @property
     def memory_remedy(self) -> str:
-        """What to do where it has no memory."""
+        """What to do if memory is too small."""
         return "use a GPU, or a machine with more memory, or name another `allocation` in the manifest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What comes back: the record, all of whose Hessians are in the store, and the seconds of each stage."""
+    """The result: the record, whose Hessians are all in the store, and the seconds of each stage."""
 
     record: StatisticsRecord
     reused: bool
     stages: dict[str, float]
 
 
-def counts_on(device: str) -> Counts:
-    """What a kind of device takes; one that is not known, as much as a CPU."""
-    return next((counts for counts in COUNTS if counts.device == device), COUNTS[-1])
+def counts_on(device: str, side: int | None = None) -> Counts:
+    """Return what a kind of device can afford for a model whose input has this side, pixels; None if it is unknown. An
+    unknown kind counts as a CPU."""
+    kind = device if any(counts.device == device for counts in COUNTS) else "cpu"
+    return next(
+        counts
+        for counts in COUNTS
+        if counts.device == kind and (counts.largest_side is None or (side is not None and side <= counts.largest_side))
+    )
 
 
 def keys_of(source_sha256: str, subject: Subject) -> tuple[str, ...]:
-    """Keys under which the statistics of a model may be stored, in the order of `COUNTS`."""
+    """Return the keys under which a model's statistics may be stored, in the order of `COUNTS`."""
     return tuple(key_of(source_sha256, subject, counts) for counts in COUNTS)
 
 
 def key_of(source_sha256: str, subject: Subject, counts: Counts) -> str:
-    """Key of statistics: everything that decides them but for the device's rounding, by content and not by path."""
+    """Return the key of statistics: everything that determines them except the device's rounding, by content, not by
+    path."""
     code = [_content(subject.builder), _content(subject.inputs)]
     run_as = [subject.adapter, subject.config[1] if subject.config else None, code]
     taken = [PICTURES_VERSION, STATISTICS_VERSION, SEED, counts.pictures, counts.probes]
@@ -104,7 +119,7 @@ def key_of(source_sha256: str, subject: Subject, counts: Counts) -> str:
 
 
 def _content(code: str | None) -> str | None:
-    """What tells a function of the user's code: the digest of its file, and its name."""
+    """Return what identifies a function of the user's code: the digest of its file, and its name."""
     if code is None:
         return None
     path, colon, function = code.partition(".py:")

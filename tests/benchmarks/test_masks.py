@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 
+from birkhoff.codec.output.hessian import Hessian
 from tests.harness.benchmarks import bench_masks
 
 
@@ -18,7 +19,7 @@ def test_gptq_lowers_the_output_error_at_the_same_bytes() -> None:
         return float(((error @ hessian) * error).sum())
 
     plain, plain_bytes = bench_masks.gptq({}, 4)("w", weight)
-    fed, fed_bytes = bench_masks.gptq({"w": hessian}, 4)("w", weight)
+    fed, fed_bytes = bench_masks.gptq({"w": Hessian(columns=hessian)}, 4)("w", weight)
     assert output_error(fed) < 0.5 * output_error(plain)
     assert fed_bytes == plain_bytes == 64 * 256 // 2 + 64 * 2 * 3
 

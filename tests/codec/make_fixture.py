@@ -72,14 +72,15 @@ def vectors() -> dict[str, Any]:
     normal = (np.clip(np.rint(random.standard_normal(3000) * 5), -128, 127).astype(np.int8).view(np.uint8)) ^ 128
     made: dict[str, Any] = {"tables": [], "streams": [], "groups": [], "paths": []}
     for counts in ({5: 3, 6: 1}, {0: 1, 255: 1}, {7: 40000, 9: 1}, dict(enumerate([1, 9, 80, 300, 90, 8, 0, 1], 120))):
-        table = tables.fit(np.array([counts.get(value, 0) for value in range(256)]))
+        table = tables.reference_fit(np.array([counts.get(value, 0) for value in range(256)]))
         assert table is not None
         frequency = {str(value): int(f) for value, f in enumerate(table.frequency) if f}
         made["tables"].append({"counts": counts, "table": table.data.hex(), "frequency": frequency})
     for data, lanes in ((normal[:50], 1), (normal[:500], 4), (normal, 32)):
-        table = tables.fit(tables.histogram(data))
+        table = tables.reference_fit(np.bincount(data, minlength=256))
         assert table is not None
-        coded = bytes([rest.ANS, lanes.bit_length() - 1]) + table.data + rans.encode(data, table.frequency, lanes)
+        (blocks,) = rans.encode(data, np.array([data.size]), table.frequency[None], np.array([lanes]))
+        coded = bytes([rest.ANS, lanes.bit_length() - 1]) + table.data + blocks
         made["streams"].append({"stream": coded.hex(), "holds": data.tobytes().hex()})
     for data in (np.arange(4, dtype=np.uint8), np.zeros(300, np.uint8)):
         made["streams"].append({"stream": rest.pack(data).hex(), "holds": data.tobytes().hex()})

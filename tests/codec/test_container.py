@@ -133,8 +133,8 @@ def test_what_a_forger_wrote_is_quoted_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("size", "frame", "message"),
     [
-        (40, compress(bytes(1 << 20)), "stream declares 1048576 bytes where 40 were expected"),
-        (1 << 20, compress(bytes(40)), "stream declares 40 bytes where 1048576 were expected"),
+        (40, compress(bytes(1 << 20)), "stream declares 1048576 bytes, expected 40"),
+        (1 << 20, compress(bytes(40)), "stream declares 40 bytes, expected 1048576"),
         # A frame that does not say what it holds: a megabyte of zeros in some fifty bytes.
         (40, zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20)), "declares -1 bytes"),
         (40, compress(bytes(40)) + b"more", "corrupt"),
@@ -208,7 +208,7 @@ INDEXES = {
     "a list": (two(packed([1]), b"ab"), "not an object of strings"),
     "numbers": (two(packed({"w": 2}), b"ab"), "not an object of strings"),
     "lone surrogate": (two(packed({"\ud800": ENTRY["w"]}), b"ab"), "not JSON"),
-    "begins late": (two(AB, b"ab", begin=1), "lie at bytes 1 and"),
+    "begins late": (two(AB, b"ab", begin=1), "begin at bytes 1 and"),
     "too few streams' bytes": (two(AB, b"abc"), "holds 3 bytes of data, its tensors take 2"),
     "a third stored tensor": (two(AB, b"ab", x={}), "version 2 has 'index' and 'data' alone"),
     "data missing": (two(AB, b"ab", data=None), "offsets None are not positions"),
@@ -252,7 +252,7 @@ EVEN = "00 00 01 08 01"
 CODED = {
     "unknown kind": (b"\x03ab", "stream of kind 3"),
     "nothing": (b"", "stream is missing"),
-    "raw, too long": (b"\x00" + bytes(9), "9 bytes stored raw where 8"),
+    "raw, too long": (b"\x00" + bytes(9), "9 bytes stored raw, expected 8"),
     "no lanes": (b"\x02", "has no as log2"),
     "64 lanes": (b"\x02\x06" + bytes(300), "has 6 as log2"),
     "no table": (ans("00"), "truncated|damaged"),
@@ -285,9 +285,9 @@ def test_streams_that_lie(kind: str, native: bool, monkeypatch: pytest.MonkeyPat
 
 def test_a_directory_of_blocks_that_lies_is_refused() -> None:
     data = np.tile(np.arange(2, dtype=np.uint8), 100_000)
-    table = tables.fit(tables.histogram(data))
+    table = tables.reference_fit(np.bincount(data, minlength=256))
     assert table is not None
-    good = rans.encode(data, table.frequency, 4)
+    (good,) = rans.encode(data, np.array([data.size]), table.frequency[None], np.array([4]))
     for words in (0, 1, (1 << 32) - 1, int.from_bytes(good[:4], "little") + 1):
         bad = words.to_bytes(4, "little") + good[4:]
         for decode in (rans.decode, rans.reference_decode):

@@ -12,7 +12,7 @@ from birkhoff.codec.errors import TargetError
 from birkhoff.codec.metrics import compare, fidelity
 from birkhoff.codec.native.library import native
 from birkhoff.codec.pairs import columns_of_pairs, join, matrix_shape, pairs_per_row, split
-from birkhoff.codec.trajectory import reciprocal
+from birkhoff.codec.trajectory import nearest, reciprocal
 
 SHAPES = [(1, 2), (3, 1), (5, 3), (7, 64), (4, 65), (33, 127), (2, 128), (1, 70001), (300, 77)]
 
@@ -174,6 +174,42 @@ def test_native_paths_are_those_of_the_reference(coder: None, shape: tuple[int, 
     assert step == 1.0 or len(found.escapes) > 0 or weight.numel() < 4
 
 
+def reference_nodes(value: torch.Tensor, step: float) -> lattice.LatticeTensor:
+    """`quantise` in torch."""
+    x, y = (plane.contiguous() for plane in split(value))
+    i, j = nearest(x, y, step)
+    return lattice._gather(tuple(value.shape), value.device, step, lambda r, _c, p: (i[r, p], j[r, p]))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 64), (200, 320), (1, 1), (131, 1000), (40, 4096), (700, 33)])
+@pytest.mark.parametrize("step", [1.0, 0.011])
+def test_native_nodes_are_those_of_the_reference(coder: None, shape: tuple[int, int], step: float) -> None:
+    weight, less = normal(shape, 1) * 3, normal(shape, 2)
+    weight.view(-1)[::97] *= 40
+    weight.view(-1)[::5] = torch.round(weight.view(-1)[::5]) + 0.5  # halves, which round to even
+    assert lattice.quantise(weight, step).equals(reference_nodes(weight, step))
+    rest = weight - less
+    assert lattice.quantise(weight, step, less_RK=less).equals(reference_nodes(rest, step))
+    dead = 0.3 * step
+    rest.sub_(rest.clamp(-dead, dead))
+    assert lattice.quantise(weight, step, less_RK=less, dead=dead).equals(reference_nodes(rest, step))
+
+
+@pytest.mark.parametrize("farthest", [1e6, 3e6, 1e9])
+def test_nodes_are_those_of_the_reference_however_far_weights_lie(coder: None, farthest: float) -> None:
+    weight = normal((33, 130))
+    weight[3, 5], weight[4, 127] = farthest, -farthest
+    assert lattice.quantise(weight, 1.0).equals(reference_nodes(weight, 1.0))
+
+
+def test_other_types_and_views_are_quantised_as_what_they_hold(coder: None) -> None:
+    weight, less = normal((40, 140)), normal((40, 140), 1)
+    for other in (weight.T.contiguous().T, weight.double()):
+        assert lattice.quantise(other, 0.1, less_RK=less, dead=0.02).equals(
+            lattice.quantise(weight, 0.1, less_RK=less, dead=0.02)
+        )
+
+
 def test_more_escapes_than_expected_are_all_found(coder: None) -> None:
     weight = normal((300, 400)) * 1000
     assert len(lattice.quantise_path(weight, 1.0).escapes) > lattice._ROOM
@@ -183,7 +219,7 @@ def test_more_escapes_than_expected_are_all_found(coder: None) -> None:
 def test_weights_too_many_steps_long_have_no_path() -> None:
     weight = normal((8, 64))
     weight[3, 3] = -5e6
-    with pytest.raises(TargetError, match=r"5e\+06 steps out"):
+    with pytest.raises(TargetError, match=r"5e\+06 steps long"):
         lattice.quantise_path(weight, 1.0)
     assert rate.error_of_nodes(weight, 1.0, 5e6) == compare(weight, lattice.quantise(weight, 1.0).decode()).error
 
@@ -197,7 +233,7 @@ def test_native_errors_are_those_of_what_is_decoded(coder: None, shape: tuple[in
         nodes = lattice.quantise(weight, step)
         assert rate.error_of_nodes(weight, step, greatest) == compare(weight, nodes.decode()).error
         for code in (nodes, lattice.quantise_path(weight, step)):
-            assert rate._errors(weight, code).fidelity(0.0) == replace(compare(weight, code.decode()), energy=0.0)
+            assert rate.errors(weight, code).fidelity(0.0) == replace(compare(weight, code.decode()), energy=0.0)
             assert step > 0.5 or len(code.escapes) > 0
 
 

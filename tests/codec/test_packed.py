@@ -149,7 +149,7 @@ def test_worked_example_of_the_module() -> None:
 
 
 def test_other_widths_are_refused() -> None:
-    with pytest.raises(CodecError, match="11 bits a pair: 10 or 12"):
+    with pytest.raises(CodecError, match="11 bits a pair: expected 10 or 12"):
         packed.pack(lattice.quantise(normal((2, 2)), 0.1), 11)  # type: ignore[arg-type]
 
 

@@ -123,8 +123,9 @@ def test_an_estimate_is_near_the_stream() -> None:
     random = np.random.default_rng(0)
     for size in (1000, 5000, 300_000):
         data = np.rint(random.standard_normal(size) * 9).astype(np.int8).view(np.uint8) ^ 128
-        table = tables.fit(tables.histogram(data))
-        assert rest.estimate(size, table) == pytest.approx(len(rest.pack(data)), rel=0.01)
+        sizes = np.array([size])
+        (found,) = rest.estimates(sizes, tables.fit(tables.histograms(data, sizes)))
+        assert found == pytest.approx(len(rest.pack(data)), rel=0.01)
 
 
 def test_damaged_streams_are_refused() -> None:

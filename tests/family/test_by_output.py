@@ -65,7 +65,6 @@ def test_a_sixth_of_the_bytes_keeps_the_masks(weights: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_wrong_adapter_is_caught_before_anything_is_published(
     weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from tests.harness.faults.catalogue import FAULTS
 from tests.harness.faults.history import Log, Op, alias, linearizable, names, register
 from tests.harness.faults.proxy import Proxy, Rule
 from tests.harness.faults.stages import MODEL, shard, version
+from tests.patience import PATIENT_SECONDS
 
 pytestmark = pytest.mark.faults
 
@@ -82,7 +83,7 @@ def together(*workers: Callable[[], None]) -> None:
     start = threading.Barrier(len(workers))
 
     def run(work: Callable[[], None]) -> None:
-        start.wait(60)
+        start.wait(PATIENT_SECONDS)
         work()
 
     with ThreadPoolExecutor(len(workers)) as pool:

@@ -43,9 +43,15 @@ def grouped(name: str, code: LatticeTensor, path: int) -> CodedTensor:
 
 def in_many_lanes(symbols: np.ndarray) -> bytes:
     """A stream by a table in 32 lanes, however short: few steps for the interpreter."""
-    table = tables.fit(tables.histogram(symbols))
+    table = tables.reference_fit(np.bincount(symbols, minlength=256))
     assert table is not None
-    return bytes([rest.ANS, 5]) + table.data + rans.encode(symbols, table.frequency, 32)
+    return bytes([rest.ANS, 5]) + table.data + encode(symbols, table.frequency, 32)
+
+
+def encode(symbols: np.ndarray, frequency: np.ndarray, lanes: int) -> bytes:
+    """The blocks of one stream."""
+    (coded,) = rans.encode(symbols, np.array([symbols.size]), frequency[None], np.array([lanes]))
+    return coded
 
 
 def scaled(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -115,7 +121,7 @@ def blocks(
     """Symbols as the kernel reads them in one block, between bytes that are not its own; and whether it is damaged."""
     from birkhoff.kernels.entropy import triton as entropy_triton
 
-    data = rans.encode(symbols, frequency, lanes) if data is None else data
+    data = encode(symbols, frequency, lanes) if data is None else data
     words = (len(data) - 4 * lanes) // 2
     rows = torch.tensor([[3, words, 5, len(symbols), 1, lanes, 0]], dtype=torch.int64, device=device)
     held = torch.frombuffer(bytearray(b"\xff\xff\xff" + data + b"\xff" * 64), dtype=torch.uint8).to(device)
@@ -133,7 +139,7 @@ def stream(size: int, sigma: float = 3.0, seed: int = 0) -> tuple[np.ndarray, np
     data = np.random.default_rng(seed).standard_normal(size) * sigma
     symbols = np.clip(np.rint(data), -128, 127).astype(np.int8).view(np.uint8) ^ np.uint8(128)
     symbols[:2] = 1, 2
-    table = tables.fit(tables.histogram(symbols))
+    table = tables.reference_fit(np.bincount(symbols, minlength=256))
     assert table is not None
     return symbols, table.frequency
 
@@ -151,7 +157,7 @@ def test_blocks_of_every_number_of_lanes(device: str, lanes: int, sigma: float) 
 @pytest.mark.parametrize("wrong", ["state", "last state", "few words", "many words"])
 def test_a_block_that_does_not_end_as_it_should_is_damaged(device: str, wrong: str) -> None:
     symbols, frequency = stream(60)
-    data = bytearray(rans.encode(symbols, frequency, 4))
+    data = bytearray(encode(symbols, frequency, 4))
     if wrong == "state":
         data[2:4] = b"\0\0"
     elif wrong == "last state":
@@ -190,13 +196,13 @@ def test_what_is_refused_is_named(device: str) -> None:
     good = stored("good", quantise(scaled(2, 40), 0.5))
     for parts, message in (
         (good.parts[:2], "tensor 'bad': 2 streams stored"),
-        ((*good.parts, b""), "tensor 'bad': 4 streams stored where 3 were expected"),
+        ((*good.parts, b""), "tensor 'bad': 4 streams stored, expected 3"),
         ((good.parts[0], b"", good.parts[2]), "tensor 'bad': stream is missing"),
-        ((good.parts[0], b"\x00abc", good.parts[2]), "tensor 'bad': 3 bytes stored raw where 80 were expected"),
+        ((good.parts[0], b"\x00abc", good.parts[2]), "tensor 'bad': 3 bytes stored raw, expected 80"),
         ((good.parts[0], b"\x01abc", good.parts[2]), "tensor 'bad': compressed stream is corrupt"),
         ((good.parts[0], b"\x02\x06", good.parts[2]), "tensor 'bad': coded stream has 6 as log2 of its lanes"),
         ((good.parts[0], good.parts[1][:-2], good.parts[2]), "tensor 'bad': coded stream is corrupt"),
-        ((*good.parts[:2], b"x"), "tensor 'bad': 1 bytes where an empty stream was expected"),
+        ((*good.parts[:2], b"x"), "tensor 'bad': 1 bytes stored, expected an empty stream"),
     ):
         bad = replace(good, name="bad", parts=parts)
         with pytest.raises(FormatError, match=message):
@@ -250,7 +256,7 @@ def test_batches_side_by_side_make_the_same_bytes(device: str, monkeypatch: pyte
 
     monkeypatch.setattr(pack, "TOGETHER", 1)
     monkeypatch.setattr(pack, "SIDE_BY_SIDE", 2)
-    weight = two_scales(20, 62)
+    weight = two_scales(6, 62)
     check_packed([(quantise(weight * scale, 1.0), 0) for scale in (1.0, 0.01, 0.3)], device)
 
 
@@ -296,7 +302,60 @@ def test_blocks_are_encoded_with_every_number_of_lanes(device: str, lanes: int) 
     encoding.encode_blocks(held, row, coded, room, words)
     bytes_of = room.cpu().view(torch.uint8).numpy().tobytes()
     for (begin, size, _, _, before), written in zip(rows, words.tolist(), strict=True):
-        expected = rans.encode(symbols[begin : begin + size], frequency, lanes)
+        expected = encode(symbols[begin : begin + size], frequency, lanes)
         first = 2 * (before + size - written)
         assert bytes_of[first : first + len(expected)] == expected
         assert len(expected) == 4 * lanes + 2 * written
+
+
+def test_what_warms_kernels_up_is_a_tensor_in_a_group(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.equal(decode_tensor(op._SMALLEST), torch.zeros(1, 2))
+    check([op._SMALLEST], device)
+    made = op.plan([op._SMALLEST], 128)
+    assert len(made.levels) == 3  # its places come from tables
+    op.warm_up(device)
+    monkeypatch.setattr(op, "begin", None)
+    op.warm_up(device)  # started once in a process
+
+
+def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
+    weights = [scaled(13, 61, seed) for seed in range(4)]
+    coded = [stored(str(k), quantise(weight, 0.3)) for k, weight in enumerate(weights)]
+    blobs = [serialise(coded[:2]), serialise(coded[2:3])]
+    upload = op.Upload(4096 + 128, torch.device(device))
+    for blob, to in zip(blobs, (1024, 0), strict=True):
+        upload.send(blob, to)
+    there = [one for blob in blobs for one in parse(blob)]
+    assert not op.plan(there, 128, upload.runs, upload.data.numel()).runs
+    # The last is elsewhere, and so is what zstd packed.
+    same = LatticeTensor(
+        i=torch.zeros(9, 24, dtype=torch.int8),
+        j=torch.ones(9, 24, dtype=torch.int8),
+        escapes=Escapes.none(),
+        step=1.0,
+        columns=48,
+    )
+    every = [*there, coded[3], stored("zstd", same)]
+    made = op.plan(every, 128, upload.runs, upload.data.numel())
+    assert made.runs
+    assert min(run.to for run in made.runs) >= upload.data.numel()
+    result = op.begin(every, {one.name for one in every}, device, upload)
+    for one, found in zip(every, result(), strict=True):
+        assert isinstance(found, LatticeTensor)
+        assert found.to("cpu").equals(lattice_of(one))
+
+
+def test_escapes_of_many_tensors_are_read_as_those_of_each(device: str) -> None:
+    coded = [stored(str(k), quantise(scaled(9, 40, k), step)) for k, step in enumerate((0.02, 2.0, 0.01))]
+    counts = [one.params.escapes for one in coded]  # type: ignore[union-attr]
+    assert counts[0] > 0 == counts[1] < counts[2]
+    pairs = [9 * 20] * 3
+    found = rest.unpack_escapes_all([one.parts[-1] for one in coded], counts, pairs, [1, 1, 1])
+    for number, one in enumerate(coded):
+        own = rest.unpack_escapes(one.parts[-1], counts[number], pairs[number])
+        for all_of, each in ((found.pair, own.pair), (found.i, own.i), (found.j, own.j)):
+            assert np.array_equal(all_of[found.tensor == number], each.numpy())
+    with pytest.raises(FormatError, match=f"escapes are not {counts[2]} increasing indices below 5"):
+        rest.unpack_escapes_all([one.parts[-1] for one in coded], counts, [180, 180, 5], [1, 1, 1])
+    with pytest.raises(FormatError, match=f"escapes are not {counts[0]} increasing"):
+        rest.unpack_escapes_all([one.parts[-1] for one in coded], counts, pairs, [9, 1, 1])

@@ -82,6 +82,21 @@ def need_memory(gigabytes: float) -> None:
         pytest.skip(f"needs {gigabytes:g} GB of GPU memory, {free:.0f} GB are free")
 
 
+@pytest.mark.parametrize("layer", [HyperLinear, Int8HyperLinear])
+def test_escapes_that_a_reader_left_on_the_cpu_reach_every_layer(
+    layer: type[HyperLinear] | type[Int8HyperLinear],
+) -> None:
+    weight = torch.randn(136, 199, generator=torch.Generator().manual_seed(3))
+    weight.view(-1)[::501] *= 40
+    code = lattice.quantise(weight, 0.02)
+    assert len(code.escapes)
+    split = replace(code.to("cuda"), escapes=code.escapes)
+    assert torch.equal(
+        layer.from_lattice(split).dense_weight(torch.float32).cpu(),
+        layer.from_lattice(code).dense_weight(torch.float32),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 13, 64, 257, 4900])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)

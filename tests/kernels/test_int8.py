@@ -299,9 +299,18 @@ def test_wrong_shapes_are_named() -> None:
     with pytest.raises(KernelError, match=r"70 features got an input of shape \[2, 71\]"):
         layer(torch.randn(2, 71))
     with pytest.raises(
-        KernelError, match=r"takes floats \[..., K\] of \d+ to \d+ columns, got torch.float32 \[2, 171\]"
+        KernelError, match=r"expects floats \[..., K\] of \d+ to \d+ columns, got torch.float32 \[2, 171\]"
     ):
         int8.int8_linear(torch.randn(2, 171), layer.code(), None)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 256, 4096, 1 << 17])
+@pytest.mark.parametrize("kernels", [frozenset[str](), frozenset({"int8_hopper"})])
+def test_no_rule_quantises_tokens_again_for_each_of_many_tiles(tokens: int, kernels: frozenset[str]) -> None:
+    for rows in (33, 256, 768, 1024, 2048):
+        for columns in (64, 144, 256, 288, 2048):
+            problem = Problem(tokens=tokens, rows=rows, columns=columns, dtype=torch.bfloat16, aligned=True, int8=True)
+            assert by_rule(problem, kernels).path != "int8_fused"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

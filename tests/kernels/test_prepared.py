@@ -142,6 +142,6 @@ def test_a_kernel_that_wants_shared_memory_asks_for_it_once_it_is_compiled(
     for _ in range(3):
         launch(x, x)
     assert asked == ([(12345, 9, 100)] if shared else [])
-    assert ("takes no preference for shared memory (CUresult 801)" in caplog.text) == shared
+    assert ("rejected the preference for shared memory (CUresult 801)" in caplog.text) == shared
     monkeypatch.setattr(carveout, "_driver", lambda: None)
     Prepared(kernel, (3,), (70,), constants, {}, device=torch.device("cpu"), shared=shared)(x, x)

@@ -17,6 +17,7 @@ from torch import nn
 from birkhoff.codec import lattice, packed
 from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.kernels.hyperlinear_packed import PackedHyperLinear
+from tests.patience import PATIENT_SECONDS
 
 CPU = torch.device("cpu")
 
@@ -131,7 +132,7 @@ def test_every_rank_gets_the_code_of_the_first(tmp_path: Path) -> None:
     where = (tmp_path / "rendezvous").as_uri()
     program = [sys.executable, "-c", textwrap.dedent(RANKS)]
     ranks = [subprocess.Popen([*program, str(rank), where], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
+    said = [process.communicate(timeout=PATIENT_SECONDS)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said
 
 

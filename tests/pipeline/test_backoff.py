@@ -8,14 +8,6 @@ from birkhoff.pipeline import backoff
 from birkhoff.pipeline.backoff import LONGEST_SECONDS, Backoff, retry_after
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been waited."""
-    found: list[float] = []
-    monkeypatch.setattr(backoff.time, "sleep", found.append)
-    return found
-
-
 def test_waits_double_up_to_a_bound_and_vary(waits: list[float]) -> None:
     counted = Backoff(12, first=0.5)
     while counted.again():

@@ -1,14 +1,17 @@
 """Ctrl-C at any moment: one line, exit code 130, nothing half-published, and the next run goes on."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +19,106 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.interrupt import Interrupted
+from tests.patience import PATIENT_SECONDS
+
 SHARDS = 30
 RUN_MARK = b"BIRKHOFF_RUN="
 BIRKHOFF = str(Path(sys.executable).with_name("birkhoff"))
+
+
+@pytest.fixture
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process takes signals as a command does."""
+    monkeypatch.setattr(interrupt, "_asked", threading.Event())
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    interrupt.install()
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Interrupting(logging.Handler):
+    """Is interrupted in the middle of a line, with its lock held."""
+
+    written = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.asked()
+        self.written += 1
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("then", [lambda: time.sleep(PATIENT_SECONDS), interrupt.check])
+def test_a_signal_inside_logging_is_acted_on_once_and_with_its_lock_free(then: Callable[[], None]) -> None:
+    handler = Interrupting()
+    log = logging.Logger("of this test")
+    log.addHandler(handler)
+
+    def work() -> None:
+        log.warning("interrupt me")
+        then()
+
+    with pytest.raises(Interrupted):
+        work()
+    time.sleep(0.1)  # and not interrupted again
+    assert handler.written == 1
+    assert in_a_thread(lambda: handler.lock is not None and handler.lock.acquire(blocking=False)) == [True]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_pause_ends_with_the_signal_in_every_thread() -> None:
+    paused = threading.Event()
+
+    def pause() -> None:
+        paused.set()
+        interrupt.pause(PATIENT_SECONDS)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):  # where this thread waits
+        in_a_thread(pause, beside=lambda: paused.wait() and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        interrupt.pause(PATIENT_SECONDS)
+    assert not [thread for thread in threading.enumerate() if thread.name == "of this test"]
+    assert time.monotonic() - began < PATIENT_SECONDS
+
+
+def test_a_thread_ends_with_its_own_event_alone() -> None:
+    mine, others = threading.Event(), threading.Event()
+
+    def work(event: threading.Event) -> bool:
+        with interrupt.ends_with(event):
+            try:
+                interrupt.check()
+            except Interrupted:
+                return True
+        interrupt.check()
+        return False
+
+    mine.set()
+    assert in_a_thread(lambda: work(mine)) == [True]
+    assert in_a_thread(lambda: work(others)) == [False]
+    interrupt.check()
+
+
+def in_a_thread(work: Callable[[], object], beside: Callable[[], object] = lambda: None) -> list[object]:
+    """What `work` returned in another thread, nothing if it was interrupted. It has ended even if `beside` raises."""
+    found: list[object] = []
+
+    def run() -> None:
+        with contextlib.suppress(Interrupted):
+            found.append(work())
+
+    thread = threading.Thread(target=run, name="of this test")
+    thread.start()
+    try:
+        beside()
+    finally:
+        thread.join()
+    return found
 
 
 @pytest.fixture
@@ -54,7 +154,7 @@ def test_sigint_ends_with_one_line_and_the_next_run_goes_on(command: list[str], 
         time.sleep(0.6)
         wait_for(partial(is_at, before + more, process, tmp_path))
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=PATIENT_SECONDS)
         before = stored(tmp_path)
         assert process.returncode == 130, err
         assert [line for line in err.splitlines() if line.startswith("error: interrupted")], err
@@ -88,7 +188,7 @@ def marked_processes(home: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 600.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -98,7 +198,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 600.0) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # how long a start takes on a busy machine is no part of it
 def test_sigterm_leaves_no_process_and_no_file_of_ray(command: list[str], tmp_path: Path) -> None:
-    command = [word for word in command if word not in ("--executor", "inline")]
+    command[command.index("inline")] = "ray"
     ray, home = Path(tempfile.mkdtemp(prefix="bf-", dir="/tmp")), tmp_path / "home"  # a socket's path must be short
     environment = {**os.environ, "BIRKHOFF_HOME": str(home), "RAY_TMPDIR": str(ray)}
     try:
@@ -108,7 +208,7 @@ def test_sigterm_leaves_no_process_and_no_file_of_ray(command: list[str], tmp_pa
         wait_for(lambda: stored(tmp_path) > 0)  # it is at work
         assert marked_processes(home)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=PATIENT_SECONDS)
         assert process.returncode == 128 + signal.SIGTERM, err
         assert [line for line in err.splitlines() if line.startswith("error: interrupted")], err
         wait_for(lambda: not marked_processes(home))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.pipeline import logs
+from tests.patience import PATIENT_SECONDS
 
 KILLED = """
 import os, signal
@@ -42,7 +43,7 @@ def test_every_line_of_a_run_is_a_json_object_and_its_trace_has_each_step(home: 
         capture_output=True,
         text=True,
         env={**os.environ, "BIRKHOFF_HOME": str(home)},
-        timeout=200,
+        timeout=PATIENT_SECONDS,
     )
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert done.returncode == 14
@@ -75,7 +76,7 @@ def test_the_last_step_of_a_killed_worker_is_known(home: Path) -> None:
         with logs.shard("net", 3):
             logs.step("read", 7)
         assert logs.last_step("net", 3) is None  # it came back
-        done = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ}, timeout=100)
+        done = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ}, timeout=PATIENT_SECONDS)
         assert done.returncode == -signal.SIGKILL
         assert logs.last_step("net", 3) == "encode of b\u2028.weight, 4096 bytes"
         assert logs.last_step("net", 4) is None

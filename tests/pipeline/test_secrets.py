@@ -22,6 +22,7 @@ from birkhoff.pipeline.store.base import StoreSettings
 from birkhoff.pipeline.store.default import open_default_store
 from birkhoff.pipeline.store.open import open_store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer, environment
+from tests.patience import PATIENT_SECONDS
 
 REMOTE = "http://store.example.org:9000"
 
@@ -173,7 +174,7 @@ class TestCanary:
         code = (
             "import sys\n"
             "from birkhoff.pipeline.cli import main\n"
-            "sys.argv = ['birkhoff', '--debug', 'compress', 'm.yaml', '--sign', 'key']\n"
+            "sys.argv = ['birkhoff', '--debug', 'compress', 'm.yaml', '--sign', 'key', '--executor', 'ray']\n"
             "try: main.main()\n"
             "finally:\n"
             "    from ray._raylet import AuthenticationMode, get_authentication_mode\n"
@@ -186,7 +187,7 @@ class TestCanary:
                 env={**kept, "RAY_TMPDIR": logs},
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=PATIENT_SECONDS,
             )
             world.text = done.stdout + done.stderr
             assert done.returncode == 0, world.text
@@ -236,5 +237,5 @@ def test_debug_logging_keeps_botocore_quiet() -> None:
         "except SystemExit: pass\n"
         "print(*(logging.getLogger(n).getEffectiveLevel() for n in ('botocore', 'boto3', 'urllib3')))"
     )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=PATIENT_SECONDS)
     assert done.stdout.split() == [str(logging.WARNING)] * 3

@@ -8,6 +8,7 @@ from birkhoff.codec.container import CodedTensor, DifferenceParams, parse, seria
 from birkhoff.codec.difference.encode import Base, encode
 from birkhoff.codec.difference.sizes import sizes
 from birkhoff.codec.output import encode as output
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.profiles import Decision
 from birkhoff.codec.tensor import decode_tensor, lattice_of
 
@@ -22,21 +23,23 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def hessian(seed: int = 0) -> Tensor:
-    """Of inputs that lie near a plane of a third as many dimensions, and a little elsewhere."""
+def hessian(seed: int = 0) -> Hessian:
+    """Of inputs and gradients that lie near planes of a third as many dimensions, and a little elsewhere."""
     few = noise(4 * COLUMNS, COLUMNS // 3) @ noise(COLUMNS // 3, COLUMNS, seed=2)
     inputs = few * torch.logspace(0, -1, COLUMNS) + 0.3 * noise(4 * COLUMNS, COLUMNS, seed=3)
     inputs += 0.01 * noise(4 * COLUMNS, COLUMNS, seed=seed)
-    return inputs.T @ inputs / len(inputs)
+    gradients = noise(4 * ROWS, ROWS // 3, seed=4) @ noise(ROWS // 3, ROWS, seed=5) + noise(4 * ROWS, ROWS, seed=6)
+    return Hessian(columns=inputs.T @ inputs / len(inputs), rows=gradients.T @ gradients / len(gradients))
 
 
-def loss(weight: Tensor, coded: CodedTensor, hessian_KK: Tensor) -> float:
+def loss(weight: Tensor, coded: CodedTensor, felt: Hessian) -> float:
     error = decode_tensor(coded) - weight
-    return float(((error @ hessian_KK) * error).sum())
+    assert felt.rows is not None
+    return float(((felt.rows @ error @ felt.columns) * error).sum())
 
 
 def derived(
-    apart_db: float, target_db: float, *, path: bool, felt: Tensor | None, base_db: float = 30.0
+    apart_db: float, target_db: float, *, path: bool, felt: Hessian | None, base_db: float = 30.0
 ) -> tuple[Tensor, CodedTensor, CodedTensor]:
     """Weights, their direct form, and what was made with a base that its own Hessian coded."""
     source = noise(ROWS, COLUMNS) * torch.logspace(-0.5, 0, COLUMNS)
@@ -77,7 +80,7 @@ def test_without_a_hessian_every_output_counts_alike(path: bool) -> None:
 @pytest.mark.parametrize("felt", [None, hessian()])
 @pytest.mark.parametrize(("apart_db", "target_db"), [(-6, 30.0), (3, 30.0), (30, 14.0)])
 def test_what_is_no_nearer_takes_no_more_than_its_direct_form(
-    apart_db: float, target_db: float, felt: Tensor | None
+    apart_db: float, target_db: float, felt: Hessian | None
 ) -> None:
     _, direct, made = derived(apart_db, target_db, path=True, felt=felt)
     assert made.nbytes <= direct.nbytes

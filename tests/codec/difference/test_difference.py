@@ -222,7 +222,7 @@ def test_a_sum_that_leaves_32_bits_is_refused() -> None:
     most = torch.tensor([2**31 - 1], dtype=torch.int32)
     far = Escapes(pair=torch.tensor([2]), i=most, j=0 * most)
     matrix = LatticeTensor(i=zeros, j=zeros, escapes=far, step=1.0, columns=8)
-    with pytest.raises(FormatError, match="leaves 32 bits"):
+    with pytest.raises(FormatError, match="exceeds 32 bits"):
         combine(matrix, matrix, times=1, stride=1, step=1.0)
 
 

@@ -7,6 +7,7 @@ import torch
 from birkhoff.codec import budget, container
 from birkhoff.codec.output.allocation import Felt, gains_db, root_mean_square, sizes, step, tensor_sizes
 from birkhoff.codec.output.encode import encode
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.targets import targets_db
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.codec.tensor import encode_tensor
@@ -83,7 +84,7 @@ def test_a_budget_is_solved_to_a_few_percent_and_falls_with_the_target() -> None
     for name in ("a", "b"):
         columns = tensors[name].shape[1]
         x = torch.randn(500, 24, generator=g) @ torch.randn(24, columns, generator=g)
-        hessian[name] = x.T @ x / 500 + torch.eye(columns)
+        hessian[name] = Hessian(columns=x.T @ x / 500 + torch.eye(columns))
     profile = PROFILES["fast"]
     decisions = {name: profile.decide(tuple(tensor.shape), "float32") for name, tensor in tensors.items()}
     felt = {

@@ -10,6 +10,7 @@ from birkhoff.codec.errors import TargetError, TensorError
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import allocation, feedback
 from birkhoff.codec.output.encode import REFINEMENTS, encode, is_no_worse, stored_step
+from birkhoff.codec.output.hessian import Hessian, normalised
 from birkhoff.codec.tensor import decode_tensor, encoded_code, lattice_of
 from tests.codec import page_reader
 
@@ -38,17 +39,17 @@ def test_worked_example_of_the_module() -> None:
     weight = torch.tensor([[0.4, 0.4]])
     code = feedback.quantise(weight, 1.0, factor)
     assert code.decode().tolist() == [[1.0, 0.0]]
-    assert feedback.output_error(weight, code, hessian) == pytest.approx(0.088, abs=1e-4)
-    assert feedback.output_error(weight, lattice.quantise(weight, 1.0), hessian) == pytest.approx(0.608, abs=1e-4)
+    assert Hessian(columns=hessian).error(weight, code) == pytest.approx(0.088, abs=1e-4)
+    assert Hessian(columns=hessian).error(weight, lattice.quantise(weight, 1.0)) == pytest.approx(0.608, abs=1e-4)
 
 
 def test_what_feedback_leaves_is_known_before_anything_is_rounded() -> None:
     assert feedback.left(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=0.0) == pytest.approx(1.19 / 2, abs=1e-3)
     assert feedback.left(torch.eye(7)) == pytest.approx(1.0)
     weight, hessian = layer(256)
-    hessian = feedback.normalised(hessian).float()
-    rounded = feedback.output_error(weight, lattice.quantise(weight, 0.02), hessian)
-    fed = feedback.output_error(weight, feedback.quantise(weight, 0.02, feedback.factorise(hessian)), hessian)
+    hessian = normalised(hessian).float()
+    rounded = Hessian(columns=hessian).error(weight, lattice.quantise(weight, 0.02))
+    fed = Hessian(columns=hessian).error(weight, feedback.quantise(weight, 0.02, feedback.factorise(hessian)))
     assert fed / rounded == pytest.approx(feedback.left(hessian), rel=0.25)
 
 
@@ -58,13 +59,13 @@ def test_rounding_again_lowers_the_outputs_error_at_the_same_step() -> None:
     codes = [feedback.quantise(weight, 0.04, factor)]
     for _ in range(2):
         codes.append(feedback.refine(weight, codes[-1], hessian, factor))
-    losses = [feedback.output_error(weight, code, hessian) for code in codes]
+    losses = [Hessian(columns=hessian).error(weight, code) for code in codes]
     assert losses[1] < 0.96 * losses[0]
     assert losses[2] < losses[1]
     assert {code.step for code in codes} == {0.04}
-    taken = lattice_of(encode("w", weight, 1.0, hessian).tensor)
+    taken = lattice_of(encode("w", weight, 1.0, Hessian(columns=hessian)).tensor)
     plain = feedback.quantise(weight, taken.step, factor)
-    assert feedback.output_error(weight, taken, hessian) < 0.96 * feedback.output_error(weight, plain, hessian)
+    assert Hessian(columns=hessian).error(weight, taken) < 0.96 * Hessian(columns=hessian).error(weight, plain)
 
 
 @pytest.mark.parametrize("columns", [150, 64, 33, 2])
@@ -120,7 +121,9 @@ def test_paths_are_taken_where_they_take_fewer_bits_for_the_same_error() -> None
     kinds = {}
     for target_db in (1.0, 30.0):
         weight, hessian = layer(256, 128, seed=6)
-        encoded = {path: encode("w", weight, target_db, hessian, path=path).tensor for path in (False, True)}
+        encoded = {
+            path: encode("w", weight, target_db, Hessian(columns=hessian), path=path).tensor for path in (False, True)
+        }
         params = encoded[True].params
         assert isinstance(params, container.LatticeParams)
         kinds[target_db] = params.path
@@ -138,7 +141,7 @@ def test_the_unchanged_reader_decodes_the_quantisers_own_values(path: bool, dtyp
     weight, hessian = layer(128, 150, seed=5)
     weight = weight.to(dtype)
     weight[3, 7] = 2.0  # an escape
-    encoded = encode("w", weight, 36.0, hessian, path=path)
+    encoded = encode("w", weight, 36.0, Hessian(columns=hessian), path=path)
     (coded,) = container.parse(container.serialise([encoded.tensor]))
     assert coded.codec == "lattice"
     code = lattice_of(coded)
@@ -154,13 +157,13 @@ def test_the_unchanged_reader_decodes_the_quantisers_own_values(path: bool, dtyp
     assert torch.equal(own.j, code.j)
     assert torch.equal(own.escapes.i, code.escapes.i)
     assert torch.equal(decode_tensor(coded), own.decode(dtype))
-    again = encode("w", weight, 36.0, hessian, path=path)
+    again = encode("w", weight, 36.0, Hessian(columns=hessian), path=path)
     assert container.serialise([again.tensor]) == container.serialise([encoded.tensor])
 
 
 def test_a_convolution_is_fed_back_along_the_columns_of_its_matrix() -> None:
     weight, hessian = layer(64, 72)
-    encoded = encode("w", weight.reshape(64, 8, 3, 3), 20.0, hessian)
+    encoded = encode("w", weight.reshape(64, 8, 3, 3), 20.0, Hessian(columns=hessian))
     decoded = decode_tensor(encoded.tensor)
     assert decoded.shape == (64, 8, 3, 3)
     plain = decode_tensor(encode("w", weight.reshape(64, 8, 3, 3), 20.0, None).tensor).reshape(64, 72)
@@ -171,7 +174,7 @@ def test_where_feedback_does_not_lower_the_output_error_plain_nodes_are_kept() -
     """With nothing to feed back, nearest nodes of pairs are better than those of single weights."""
     weight, _ = layer(63, 70)
     plain = encode("w", weight, 30.0, None, path=False)
-    assert encode("w", weight, 30.0, torch.eye(70), path=False).tensor == plain.tensor
+    assert encode("w", weight, 30.0, Hessian(columns=torch.eye(70)), path=False).tensor == plain.tensor
 
 
 def test_plain_tensors_come_near_their_nominal_target() -> None:
@@ -184,15 +187,15 @@ def test_plain_tensors_come_near_their_nominal_target() -> None:
 
 def test_at_the_lowest_target_something_is_left() -> None:
     weight, hessian = layer(64, 128)
-    for given in (hessian, None):
+    for given in (Hessian(columns=hessian), None):
         assert bool(decode_tensor(encode("w", weight, 0.0, given, path=False).tensor).any())
 
 
 def test_a_reader_written_from_the_page_alone_decodes_every_form() -> None:
     weight, hessian = layer(128, 70)
     forms = [
-        encode("path", weight, 20.0, hessian),
-        encode("single", weight, 20.0, hessian, path=False),
+        encode("path", weight, 20.0, Hessian(columns=hessian)),
+        encode("single", weight, 20.0, Hessian(columns=hessian), path=False),
         encode("fixed", weight[:, :9].reshape(128, 1, 3, 3), 60.0, None),
     ]
     tensors = [form.tensor for form in forms]
@@ -218,7 +221,7 @@ def test_fixed_point_takes_the_bits_of_its_step_and_feeds_errors_back(rows: int,
     """Small planes and large ones; as pairs they take 7.9 and more than 12 bits. Its two symbols are coded apart, which
     costs a quarter of a bit where weights are about as large as the lower one reaches."""
     weight, hessian = layer(rows, 150)
-    fed, plain = (encode("w", weight, target_db, given).tensor for given in (hessian, None))
+    fed, plain = (encode("w", weight, target_db, given).tensor for given in (Hessian(columns=hessian), None))
     assert (lattice_of(fed).columns, lattice_of(plain).columns) == (1, 1)
     spread = float(weight.square().mean().sqrt()) / (lattice_of(fed).step / 256)
     entropy = math.log2(spread * math.sqrt(2 * math.pi * math.e))  # of normal weights
@@ -230,7 +233,7 @@ def test_fixed_point_takes_the_bits_of_its_step_and_feeds_errors_back(rows: int,
 
 def test_below_fixed_point_a_matrix_stays_pairs() -> None:
     weight, hessian = layer()
-    assert lattice_of(encode("w", weight, 43.9, hessian).tensor).columns == 150
+    assert lattice_of(encode("w", weight, 43.9, Hessian(columns=hessian)).tensor).columns == 150
 
 
 def test_a_version_that_holds_finer_matrices_as_pairs_is_still_right() -> None:
@@ -242,7 +245,11 @@ def test_a_version_that_holds_finer_matrices_as_pairs_is_still_right() -> None:
     assert stored_step(weight, 50.0, path=0, columns=1) == pytest.approx(256 * single)
     assert is_no_worse(weight, code, 50.0, None, path=False)
     assert is_no_worse(
-        weight, feedback.quantise(weight, single, feedback.factorise(hessian)), 50.0, hessian, path=False
+        weight,
+        feedback.quantise(weight, single, feedback.factorise(hessian)),
+        50.0,
+        Hessian(columns=hessian),
+        path=False,
     )
 
 
@@ -272,7 +279,7 @@ def test_hessians_that_are_none_are_refused() -> None:
 def test_what_is_stored_has_the_expected_step_and_is_no_worse_than_plain_nodes(path: bool, target_db: float) -> None:
     weight, hessian = layer(128, 72)
     tensor = weight.reshape(128, 8, 3, 3)
-    for given in (hessian, None):
+    for given in (Hessian(columns=hessian), None):
         (coded,) = container.parse(container.serialise([encode("w", tensor, target_db, given, path=path).tensor]))
         assert isinstance(coded.params, container.LatticeParams)
         assert coded.params.step == stored_step(tensor, target_db, path=coded.params.path, columns=coded.params.columns)
@@ -281,12 +288,12 @@ def test_what_is_stored_has_the_expected_step_and_is_no_worse_than_plain_nodes(p
 
 def test_a_code_that_the_output_feels_more_is_told() -> None:
     weight, hessian = layer(128, 150)
-    coarse = encode("w", weight, 14.0, hessian, path=False).tensor
-    assert not is_no_worse(weight, lattice_of(coarse), 26.0, hessian, path=False)
+    coarse = encode("w", weight, 14.0, Hessian(columns=hessian), path=False).tensor
+    assert not is_no_worse(weight, lattice_of(coarse), 26.0, Hessian(columns=hessian), path=False)
     assert not is_no_worse(weight, lattice_of(coarse), 26.0, None, path=False)
     # What pays for the output costs the weights: held against weights alone, feedback looks worse.
-    fed = lattice_of(encode("w", weight, 26.0, hessian, path=False).tensor)
-    assert is_no_worse(weight, fed, 26.0, hessian, path=False)
+    fed = lattice_of(encode("w", weight, 26.0, Hessian(columns=hessian), path=False).tensor)
+    assert is_no_worse(weight, fed, 26.0, Hessian(columns=hessian), path=False)
     assert not is_no_worse(weight, fed, 26.0, None, path=False)
 
 

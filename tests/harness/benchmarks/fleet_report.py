@@ -20,9 +20,8 @@ FLEET_WALL_S = 90.0
 FLEET_STORED_SHARE = 0.52
 SECOND_RUN_S = 15.0
 ONE_WALL_S = 60.0
-ONE_WALL_VIT_H_S = 120.0
+ONE_WALLS_S = {"SAM-H": 20.0, "SAM-B": 8.0}
 ONE_PEAK_BYTES = 3e9
-VIT_H = ("SAM-H",)
 
 
 def record(*, form: str, store: str, scale: float, runs: Sequence[Record]) -> Record:
@@ -95,7 +94,7 @@ def _one_criteria(found: Record, run: Record) -> list[tuple[str, str, str]]:
     name, figures = run["models"][0]["model"], run["figures"]
     if found["machine"]["gpus"] or found["machine"]["cores"] > 2:
         return []
-    limit = ONE_WALL_VIT_H_S if name in VIT_H else ONE_WALL_S
+    limit = ONE_WALLS_S.get(name, ONE_WALL_S)
     wall, peak = figures["wall_s"], figures["driver_and_workers_peak_bytes"]
     return [
         (f"{name} on 2 cores, <= {limit:.0f} s", f"{wall:.1f} s", _verdict(wall, limit)),

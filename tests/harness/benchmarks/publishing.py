@@ -3,15 +3,15 @@
 from rich.console import Console
 
 from birkhoff.pipeline.plan.manifest import Manifest
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run.compress import compress
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.progress import Progress
-from birkhoff.pipeline.run.worker import InlineExecutor
 from birkhoff.pipeline.store.open import open_store
 
 
 def compress_here(manifest: Manifest, store: str) -> ModelRun:
     """What became of the one model of a manifest; the store by its URL."""
     with open_store(store) as opened, Progress(Console(quiet=True), models=1, quiet=True) as progress:
-        (run,) = compress(manifest, opened, lambda: InlineExecutor(opened.address), progress)
+        (run,) = compress(manifest, opened, lambda _: InlineExecutor(opened.address), progress)
     return run

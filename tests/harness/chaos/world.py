@@ -100,8 +100,9 @@ class World:
 
     def start_run(self) -> subprocess.Popen[str]:
         """Start the command that is to be killed."""
+        words = ("compress", str(self.folder / "fleet.yaml"), "--store", "s3://birkhoff/fleet", "--executor", "ray")
         return subprocess.Popen(
-            self.command("compress", str(self.folder / "fleet.yaml"), "--store", "s3://birkhoff/fleet", "--json"),
+            self.command(*words, "--json"),
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

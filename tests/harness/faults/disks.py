@@ -22,6 +22,7 @@ from typing import Any
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.store.open import open_store
 from tests.harness.faults.stages import STAGES, Cell, Stage
+from tests.patience import PATIENT_SECONDS
 
 NAMESPACE = ("unshare", "-rm")
 DISK = "300m"
@@ -96,7 +97,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=250,
+        timeout=PATIENT_SECONDS,
     )
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

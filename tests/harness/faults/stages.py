@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from birkhoff.codec.container import is_difference, parse, serialise
 from birkhoff.codec.metrics import fidelity
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.packing import pack
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.artifact.cache import BlobCache
@@ -139,15 +140,15 @@ def derived(seed: int) -> VersionManifest:
 
 
 @cache
-def hessian(number: int) -> bytes:
-    """One of the Hessians of the tests: 65 KiB, packed."""
+def hessian(number: int) -> Hessian:
+    """One of the Hessians of the tests: 65 KiB when packed."""
     inputs = torch.randn(300, 256, generator=torch.Generator().manual_seed(number))
-    return pack(inputs.T @ inputs)
+    return Hessian(columns=inputs.T @ inputs)
 
 
 def statistics(number: int) -> StatisticsRecord:
     """Statistics of one Hessian."""
-    packed = hessian(number)
+    packed = pack(hessian(number))
     return StatisticsRecord(
         key=sha256(b"statistics of " + packed),
         pictures=1,
@@ -191,7 +192,7 @@ def prepare_with_base(store: Store) -> None:
 
 def _keep(store: Store, number: int) -> None:
     """Store statistics as a worker does."""
-    keep_hessian(store, hessian(number), 256)
+    keep_hessian(store, hessian(number))
     keep_statistics(store, statistics(number))
 
 
@@ -325,7 +326,7 @@ _GARBAGE = (
         for key in (blob_key(shard(number).record.blob), shard_key(shard(number).record.key))
     ),
     statistics_key(statistics(LONE).key),
-    blob_key(sha256(hessian(LONE))),
+    blob_key(sha256(pack(hessian(LONE)))),
 )
 
 
@@ -333,7 +334,7 @@ def _keys(record: ShardRecord) -> tuple[str, str]:
     return blob_key(record.blob), shard_key(record.key)
 
 
-_FELT = (statistics_key(statistics(4).key), blob_key(sha256(hessian(4))))
+_FELT = (statistics_key(statistics(4).key), blob_key(sha256(pack(hessian(4)))))
 
 STAGES: tuple[Stage, ...] = (
     Stage(name="probe", act=_probe, methods=("PUT", "GET", "DELETE"), key="probe/"),

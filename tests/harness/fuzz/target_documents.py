@@ -63,7 +63,7 @@ _STATISTICS = StatisticsRecord(
     device="cpu",
     sensitivities={"w": 1.0},
     rms={"w": 0.1},
-    hessians={"w": HessianRecord(blob=_HEX, bytes=2, columns=1)},
+    hessians={"w": HessianRecord(blob=_HEX, bytes=4, columns=1, rows=1)},
 )
 _SOURCE = SourceRecord(file="a.pth", sha256=_HEX, bytes=9, format="torch-zip", nesting=("model",))
 _VERSION = VersionManifest(

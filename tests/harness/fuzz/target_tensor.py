@@ -81,11 +81,13 @@ class Choices:
             return bytes([rest.ZSTD]) + rest.zstandard.ZstdCompressor().compress(content.tobytes())
         if kind == 5:
             return bytes([rest.ANS]) + self.bytes(self.number(2) % 600)
-        table = tables.fit(tables.histogram(content))
-        if kind >= 32 or table is None:
+        sizes = np.array([content.size])
+        fits = tables.fit(tables.histograms(content, sizes))
+        if kind >= 32 or not fits.length[0]:
             return rest.pack(content)
-        lanes = 1 << kind % 6
-        coded = bytearray(bytes([rest.ANS, kind % 8]) + table.data + rans.encode(content, table.frequency, lanes))
+        table = fits.data[0, : fits.length[0]].tobytes()
+        (blocks,) = rans.encode(content, sizes, fits.frequency, np.array([1 << kind % 6]))
+        coded = bytearray(bytes([rest.ANS, kind % 8]) + table + blocks)
         if kind >= 16:
             coded[self.number(2) % len(coded)] ^= self.number()
         return bytes(coded)

@@ -73,7 +73,8 @@ class Reader:
                 raise Violation(f"{key} was deleted, at which {', '.join(sorted(aliases))} points")
             self._release(key)
             self._names.pop(key, None)
-            self._gone.add(key)
+            if key in self._was_live:  # the name of a claim that came to nothing may be claimed again, and resolve then
+                self._gone.add(key)
             return
         record = json.loads(self._objects[key].body)
         if key in self._was_live and key in self._gone:

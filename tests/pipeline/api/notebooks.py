@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENT_SECONDS
+
 
 def execute(notebook: Any, folder: Path) -> Any:
     """The notebook with the outputs of its cells. Skips the test where nothing here executes notebooks."""
@@ -14,7 +16,7 @@ def execute(notebook: Any, folder: Path) -> Any:
             pytest.skip(f"{package} is not installed")
     from nbclient import NotebookClient
 
-    return NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(folder)}}).execute()
+    return NotebookClient(notebook, timeout=PATIENT_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def shown(cell: Any, kind: str) -> list[str]:

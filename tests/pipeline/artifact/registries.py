@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.patience import PATIENT_SECONDS
+
 USER, PASSWORD = "user", "right"
 HTPASSWD = "user:$2y$05$wEFmkapluo9HwkWHc0ocOe2iuGivceAOxqqyXnudd/O.LKqoisyZC"
 """Of that user and password, by bcrypt."""
@@ -69,11 +71,11 @@ def running(
         yield RunningRegistry(host=host, folder=folder / "data")
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENT_SECONDS)
 
 
 def _wait(host: str, process: subprocess.Popen[bytes], log: Path, *, tls: bool) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENT_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()
         try:

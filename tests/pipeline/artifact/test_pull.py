@@ -28,6 +28,7 @@ from birkhoff.pipeline.registry.versions import publish
 from birkhoff.pipeline.store import s3_direct
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.open import open_store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.publishing import unmeasured
 
 RANGE = 64 << 10
@@ -182,7 +183,7 @@ def test_a_killed_pull_leaves_no_whole_file_and_the_next_one_goes_on(
     code = PULLER.format(range=RANGE, cache=str(cache.folder), url=directory_store.url, out=str(tmp_path / "out"))
     puller = subprocess.Popen([sys.executable, "-c", code])
     notes = cache.partial_path(found.manifest.shards[0].blob).with_suffix(".done")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENT_SECONDS
     while not (notes.exists() and sum(notes.read_bytes()) >= 3) and time.monotonic() < deadline:
         assert puller.poll() is None
         time.sleep(0.01)
@@ -217,7 +218,7 @@ def test_many_pullers_at_once_share_one_download(directory_store: Store, cache: 
         process.start()
     start.set()
     for process in pullers:
-        process.join(120)
+        process.join(PATIENT_SECONDS)
         assert process.exitcode == 0
     assert all(contents(found, folder) == bodies for folder in folders)
     assert list((cache.folder / "partial").iterdir()) == []

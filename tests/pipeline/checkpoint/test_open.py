@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, contiguous_stride
 from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.errors import SourceError
+from tests.patience import PATIENT_SECONDS
 
 BASE = torch.arange(24, dtype=torch.float32).reshape(4, 6)
 SHAPES = {
@@ -412,7 +413,7 @@ checkpoint = open_checkpoint(sys.argv[1])
 print(sum(tensor.nbytes for tensor in checkpoint.tensors), (peak() - before) << 10)
 """
     run = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=PATIENT_SECONDS
     )
     described, growth = map(int, run.stdout.split())
     assert described == 15 * (20 << 20)

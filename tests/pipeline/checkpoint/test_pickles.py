@@ -27,6 +27,8 @@ import torch
 from birkhoff.pipeline.checkpoint import pickle_reader, pickle_vetting
 from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor
 from birkhoff.pipeline.errors import SourceError, UnsafeSourceError
+from tests.patience import PATIENT_SECONDS
+from tests.pipeline.command import captured
 
 WEIGHTS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(3)}
 
@@ -318,7 +320,7 @@ class TestBounds:
             [sys.executable, "-c", code.replace("birkhoff_reader", "birkhoff.pipeline.checkpoint.pickle_reader"), "1"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
-            assert process.wait(60) in (-signal.SIGXCPU, -signal.SIGKILL)
+            assert process.wait(PATIENT_SECONDS) in (-signal.SIGXCPU, -signal.SIGKILL)
 
     def test_the_environment_stays_here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
@@ -333,19 +335,35 @@ class TestBounds:
 class TestOneBadFile:
     """In a manifest beside a good model, and under Ctrl-C."""
 
-    def test_it_costs_one_model(self, tmp_path: Path) -> None:
+    @pytest.fixture
+    def command(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> Callable[..., tuple[int, str]]:
+        """Runs a command; gives its exit code and what it wrote."""
+        for name, value in environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+
+        def run(*words: str) -> tuple[int, str]:
+            code, out, err = captured(capsys, *words)
+            return code, out + err
+
+        return run
+
+    def test_it_costs_one_model(self, tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
         torch.save(WEIGHTS, tmp_path / "good.pth")
         zipped(tmp_path / "bad.pth", b"\x80\x02(" + b"}" * (15 << 20) + b"l.")
         manifest = tmp_path / "m.yaml"
         manifest.write_text("models:\n- {name: good, source: good.pth}\n- {name: bad, source: bad.pth}\n")
-        ran = command(tmp_path, "compress", str(manifest), "--executor", "inline")
-        assert ran.returncode == 14, ran.stderr
-        assert "takes more than" in ran.stdout + ran.stderr
-        assert command(tmp_path, "inspect", "good").returncode == 0
+        code, said = command("compress", str(manifest), "--executor", "inline")
+        assert code == 14, said
+        assert "takes more than" in said
+        assert command("inspect", "good")[0] == 0
 
     def test_ctrl_c_ends_it(self, tmp_path: Path) -> None:
         zipped(tmp_path / "bad.pth", table(text("w"), tensor()))
-        (tmp_path / "slow.py").write_text("import time; time.sleep(100)\n")
+        began_reading = tmp_path / "began"
+        (tmp_path / "slow.py").write_text(f"import time; open({str(began_reading)!r}, 'x'); time.sleep(100)\n")
         (tmp_path / "m.yaml").write_text("models:\n- {name: bad, source: bad.pth}\n")
         code = (
             "import sys\n"
@@ -361,31 +379,28 @@ class TestOneBadFile:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(8)  # into the reading
+            while not began_reading.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
             began = time.monotonic()
             process.send_signal(signal.SIGINT)
-            process.wait(30)
+            process.wait(PATIENT_SECONDS)
             assert process.returncode == 130
             assert time.monotonic() - began < 15
 
-    def test_the_plan_says_what_was_skipped(self, tmp_path: Path) -> None:
+    def test_the_plan_says_what_was_skipped(self, tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
         torch.save(
             {"model": WEIGHTS, "args": argparse.Namespace(a=1), "rng": np.random.get_state()}, tmp_path / "m.pth"
         )
         (tmp_path / "m.yaml").write_text("models:\n- {name: m, source: m.pth}\n")
-        ran = command(tmp_path, "plan", str(tmp_path / "m.yaml"))
-        assert ran.returncode == 0
-        assert "args (argparse.Namespace)" in ran.stdout + ran.stderr
+        code, said = command("plan", str(tmp_path / "m.yaml"))
+        assert code == 0
+        assert "args (argparse.Namespace)" in said
 
 
 def environment(folder: Path) -> dict[str, str]:
     home = {"BIRKHOFF_HOME": str(folder / "home"), "BIRKHOFF_STORE": (folder / "store").as_uri(), "NO_COLOR": "1"}
     return {**os.environ, **home, "COLUMNS": "200"}
-
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "birkhoff", *words]
-    return subprocess.run(program, env=environment(folder), cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def test_reading_takes_no_longer_than_a_checkpoint_of_many_tensors_may() -> None:

@@ -1,5 +1,6 @@
 """What `--json` writes: one document a command, as the published schema says, also of what fails."""
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -87,12 +88,21 @@ def test_the_schema_is_current_and_has_every_command() -> None:
     assert set(LINES) == set(schema.outputs())
 
 
-def check(name: str, found: Any) -> None:
-    """Hold a document against its definition, and to have no key that the definition does not name."""
-    import jsonschema
+@functools.cache
+def published() -> tuple[dict[str, Any], Any]:
+    """The schema as it is, and what holds a document against a schema by its dialect; checked once."""
+    import jsonschema  # what it imports takes two seconds of each process that collects this file
 
     whole = schema.document()
-    jsonschema.validate(found, {**whole, "anyOf": [{"$ref": f"#/$defs/{name.replace(' ', '%20')}"}]})
+    validator = jsonschema.validators.validator_for(whole)
+    validator.check_schema(whole)
+    return whole, validator
+
+
+def check(name: str, found: Any) -> None:
+    """Hold a document against its definition, and to have no key that the definition does not name."""
+    whole, validator = published()
+    validator({**whole, "anyOf": [{"$ref": f"#/$defs/{name.replace(' ', '%20')}"}]}).validate(found)
     form = whole["$defs"][name]
     if "properties" in form.get("items", form) and name != "report":  # the report's own schema refuses other keys
         known = set((form["items"] if form["type"] == "array" else form)["properties"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from birkhoff.pipeline.store.open import open_store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.publishing import publish_tensors
 
 PROGRAM = (
@@ -86,7 +87,7 @@ def test_a_pull_draws_its_bar_on_a_terminal_only(environment: dict[str, str], tm
         pass
     finally:
         os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENT_SECONDS) == 0
     assert b"net@v1" in shown
     assert b"KiB" in shown
     plain = subprocess.run(command, env=environment, capture_output=True, check=True)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.command import captured
 
 
@@ -109,7 +110,9 @@ def test_env_leads_other_tools_there(
 
     def shell(script: str) -> str:
         script = f'set -e; eval "$({birkhoff} store env)"; {script}'
-        done = subprocess.run(["bash", "-c", script], env=bare, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            ["bash", "-c", script], env=bare, capture_output=True, text=True, check=True, timeout=PATIENT_SECONDS
+        )
         return done.stdout
 
     found = json.loads(

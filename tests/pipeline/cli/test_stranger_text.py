@@ -16,12 +16,12 @@ import pytest
 import torch
 from urllib3.exceptions import DecodeError
 
-from birkhoff.pipeline import logs
 from birkhoff.pipeline.download import http as downloads
 from birkhoff.pipeline.registry.versions import publish
 from birkhoff.pipeline.store.base import store_folder
 from birkhoff.pipeline.store.open import open_store
 from birkhoff.pipeline.text import all_printable, printable
+from tests.pipeline.command import captured
 from tests.pipeline.publishing import publish_tensors
 
 ESCAPE = "\x1b]0;PWNED\x07\x1b[2J"
@@ -79,11 +79,19 @@ COMMANDS = (
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("columns", ["200", "60"])
 def test_no_command_prints_what_a_terminal_obeys(
-    environment: dict[str, str], words: list[str], columns: str, tmp_path: Path
+    environment: dict[str, str],
+    words: list[str],
+    columns: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    logged: None,
 ) -> None:
-    program = [sys.executable, "-m", "birkhoff", *words]
-    ran = subprocess.run(program, env={**environment, "COLUMNS": columns}, cwd=tmp_path, capture_output=True, text=True)
-    said = ran.stdout + ran.stderr
+    for name, value in {**environment, "COLUMNS": columns}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    _, out, err = captured(capsys, *words)
+    said = out + err
     assert said
     assert not OBEYED.search(said), said
     assert "Traceback" not in said
@@ -105,14 +113,8 @@ def test_printable_is_one_line_that_shows_what_it_hides(name: str) -> None:
     }
 
 
-def test_a_log_line(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        logs.configure(logs.LogFormat.TEXT, debug=False)
-        logging.getLogger("birkhoff.test").warning("a blob of %s", ESCAPE)
-    finally:
-        root.handlers[:], root.level = before
+def test_a_log_line(capsys: pytest.CaptureFixture[str], logged: None) -> None:
+    logging.getLogger("birkhoff.test").warning("a blob of %s", ESCAPE)
     said = capsys.readouterr().err
     assert "PWNED" in said
     assert not OBEYED.search(said)
@@ -154,14 +156,17 @@ def echo(request: pytest.FixtureRequest) -> Iterator[Echo]:
     server.close()
 
 
-def test_an_answer_that_repeats_a_signed_address(echo: Echo, environment: dict[str, str], tmp_path: Path) -> None:
+def test_an_answer_that_repeats_a_signed_address(
+    echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], logged: None
+) -> None:
     manifest = tmp_path / "m.yaml"
     manifest.write_text(f"models:\n- {{name: m, source: 'http://127.0.0.1:{echo.port}/m.pth'}}\n")
-    settings = {"BIRKHOFF_HOME": str(tmp_path / "home"), "BIRKHOFF_STORE": (tmp_path / "store").as_uri()}
-    program = [sys.executable, "-m", "birkhoff", "compress", str(manifest), "--executor", "inline"]
-    ran = subprocess.run(program, env={**environment, **settings}, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 4, ran.stderr
-    assert "c0ffee5ecret" not in ran.stdout + ran.stderr
+    monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BIRKHOFF_STORE", (tmp_path / "store").as_uri())
+    monkeypatch.chdir(tmp_path)
+    code, out, err = captured(capfd, "compress", str(manifest), "--executor", "inline")
+    assert code == 4, err
+    assert "c0ffee5ecret" not in out + err
     written = [path for path in tmp_path.rglob("*") if path.is_file() and b"c0ffee5ecret" in path.read_bytes()]
     assert written == []
 

@@ -11,23 +11,39 @@ from safetensors.torch import save_file
 
 from birkhoff.pipeline.registry.versions import resolve
 from birkhoff.pipeline.store.open import open_store
+from tests.patience import PATIENT_SECONDS
+from tests.pipeline.publishing import publish_tensors
 
 COMPRESS = ("compress", "m.yaml", "--executor", "inline")
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "net.safetensors")
-    (tmp_path / "m.yaml").write_text("models: [{name: net, source: net.safetensors}]\n")
-    store = (tmp_path / "store").as_uri()
-    return {**os.environ, "BIRKHOFF_HOME": str(tmp_path / "home"), "BIRKHOFF_STORE": store}
+    return place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same where the model is published."""
+    folder = tmp_path_factory.mktemp("filled")
+    with open_store((folder / "store").as_uri()) as store:
+        publish_tensors(store, "net", {"a.weight": torch.randn(64, 64)})
+    return place(folder)
+
+
+def place(folder: Path) -> dict[str, str]:
+    """A folder with a manifest of one model, and the environment of commands in it."""
+    save_file({"a.weight": torch.randn(64, 64)}, folder / "net.safetensors")
+    (folder / "m.yaml").write_text("models: [{name: net, source: net.safetensors}]\n")
+    store = (folder / "store").as_uri()
+    return {**os.environ, "BIRKHOFF_HOME": str(folder / "home"), "BIRKHOFF_STORE": store}
 
 
 def shell(environment: dict[str, str], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command with its streams as the script, which ends in `"$@"` and redirections, has them."""
     command = ["bash", "-c", script, "bash", sys.executable, "-m", "birkhoff", *arguments]
     folder = Path(environment["BIRKHOFF_HOME"]).parent
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENT_SECONDS)
 
 
 def published(environment: dict[str, str]) -> bool:
@@ -62,7 +78,7 @@ def test_a_run_is_published_whatever_reads_it(environment: dict[str, str], scrip
 
 def test_a_failed_command_keeps_its_own_code(environment: dict[str, str]) -> None:
     for script in ('"$@" >&-', '"$@" > /dev/full', '"$@" | true; exit ${PIPESTATUS[0]}'):
-        assert shell(environment, script, "compress", "absent.yaml").returncode == 3
+        assert shell(environment, script, "pull", "absent").returncode == 7  # imports little, unlike `compress`
         assert shell(environment, script, "nonsense").returncode == 2
 
 
@@ -74,13 +90,14 @@ def test_files_do_not_take_the_place_of_closed_streams(environment: dict[str, st
     )
     folder = Path(environment["BIRKHOFF_HOME"]).parent
     script = 'exec "$0" -c "$1" <&- >&- 2>&-'
-    subprocess.run(["bash", "-c", script, sys.executable, code], env=environment, cwd=folder, check=True, timeout=60)
+    subprocess.run(
+        ["bash", "-c", script, sys.executable, code], env=environment, cwd=folder, check=True, timeout=PATIENT_SECONDS
+    )
     assert (folder / "opened").read_bytes() == b""
 
 
 @pytest.mark.parametrize("command", [("list",), ("list", "--json"), ("--help",), ("history", "net")])
-def test_every_kind_of_output(environment: dict[str, str], command: tuple[str, ...]) -> None:
-    assert shell(environment, '"$@"', *COMPRESS).returncode == 0
-    assert shell(environment, '"$@" >&-', *command).returncode == 0
-    assert shell(environment, '"$@" | true; exit ${PIPESTATUS[0]}', *command).returncode == 141
-    assert shell(environment, '"$@" > /dev/full', *command).returncode == 16
+def test_every_kind_of_output(filled: dict[str, str], command: tuple[str, ...]) -> None:
+    assert shell(filled, '"$@" >&-', *command).returncode == 0
+    assert shell(filled, '"$@" | true; exit ${PIPESTATUS[0]}', *command).returncode == 141
+    assert shell(filled, '"$@" > /dev/full', *command).returncode == 16

@@ -31,6 +31,7 @@ from birkhoff.pipeline.plan.estimate import plan_rows
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.plan.models import plan_entry
 from birkhoff.pipeline.store.base import Store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.command import execute
 
 QUICK = FetchSettings(connect_timeout=2, read_timeout=0.5, attempts=3, backoff=0.01)
@@ -566,7 +567,7 @@ def test_two_processes_download_once(serve: Callable[..., Origin]) -> None:
     processes = [fork.Process(target=_resolve_into, args=(origin.url, answers)) for _ in range(2)]
     for process in processes:
         process.start()
-    assert len({answers.get(timeout=60) for _ in processes}) == 1
+    assert len({answers.get(timeout=PATIENT_SECONDS) for _ in processes}) == 1
     for process in processes:
         process.join()
     assert origin.log == ["GET"]

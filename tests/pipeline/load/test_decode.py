@@ -10,6 +10,7 @@ import torch
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
+from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.load import decode
 
@@ -38,10 +39,17 @@ class Artifact:
     def arriving(self) -> Iterator[Shard]:
         yield from self.shards
 
-    def coded_of(self, shard: Shard) -> list[CodedTensor]:
+    def blob(self, shard: Shard) -> bytes:
         self.readers.add(threading.current_thread().name)
         if int(shard.blob) == self._damaged:
             raise IntegrityError("blob is damaged")
+        return shard.blob.rjust(shard.bytes).encode()
+
+    def coded_of(self, shard: Shard) -> list[CodedTensor]:
+        return self.coded_in(shard, self.blob(shard))
+
+    def coded_in(self, shard: Shard, blob: bytes) -> list[CodedTensor]:
+        assert int(blob) == int(shard.blob)
         return [CodedTensor(name=shard.blob, codec="raw", dtype="U8", shape=(1,), parts=(b"x",))]
 
 
@@ -49,25 +57,46 @@ class Artifact:
 def test_every_shard_comes_back_once(way: Callable[..., Iterator[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "TOGETHER_BYTES", 35)
     sizes: list[int] = []
+    order: list[str] = []
 
-    def take(shards: Sequence[list[CodedTensor]]) -> list[str]:
+    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Callable[[], list[str]]:
         sizes.append(len(shards))
-        return [coded.name for (coded,) in shards]
+        order.append("begin")
+        if upload is not None:
+            sent = [bytes(upload.data[run.to : run.to + run.size].numpy()) for run in upload.runs]
+            assert sorted(map(int, sent)) == [int(coded.name) for (coded,) in shards]
+
+        def result() -> list[str]:
+            order.append("end")
+            return [coded.name for (coded,) in shards]
+
+        return result
 
     artifact = Artifact(40)
     assert {shard.blob: name for shard, name in way(artifact, take, CPU)} == {str(k): str(k) for k in range(40)}
     assert sum(sizes) == 40
+    if way is decode._decode_together:
+        assert order == ["begin", *["begin", "end"] * (len(sizes) - 1), "end"]  # one is decoded beside the next
     assert max(sizes) <= (1 if way is decode._decode_in_threads else 3)
     assert threading.current_thread().name not in artifact.readers
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]]) -> None:
-    def take(shards: Sequence[list[CodedTensor]]) -> list[None]:
-        for shard in shards:
-            if shard[0].name == "3":
+def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]], late: bool) -> None:
+    def take(shards: Sequence[list[CodedTensor]], _: object) -> Callable[[], list[None]]:
+        def result() -> list[None]:
+            if late:
+                check()
+            return [None for _ in shards]
+
+        def check() -> None:
+            if any(shard[0].name == "3" for shard in shards):
                 raise FormatError("tensor '3': code does not end")
-        return [None for _ in shards]
+
+        if not late:
+            check()
+        return result
 
     with pytest.raises(IntegrityError, match="blob is damaged"):
         list(way(Artifact(3, damaged=2), take, CPU))
@@ -78,6 +107,6 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
 def test_the_device_decides() -> None:
     artifact: Any = Artifact(1)
     for device, way in zip((CPU, torch.device("cuda")), WAYS, strict=True):
-        found: Any = decode.decode_shards(artifact, lambda shards: [None for _ in shards], device)
+        found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: [None for _ in shards], device)
         assert found.gi_code is way.__code__
         found.close()

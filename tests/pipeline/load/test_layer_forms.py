@@ -84,7 +84,7 @@ def test_a_layer_that_the_packed_form_does_not_suit_stays_as_it_is_and_is_named(
 
 
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(CodecError, match="'packed11': one of uint16, packed12, packed10 was expected"):
+    with pytest.raises(CodecError, match="'packed11': expected one of uint16, packed12, packed10"):
         LayerMaker("packed11")  # type: ignore[arg-type]
 
 
@@ -108,7 +108,7 @@ def test_what_a_byte_does_not_hold_widens_a_layer(spikes: int, target_db: float,
     assert isinstance(layer, Int8HyperLinear)
     assert bool(len(layer.extra)) == wider
     assert torch.equal(layer.dense_weight(torch.float32), decode_tensor(tensor))
-    x = torch.randn(9, 256)
+    x = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))  # few tokens scatter by 10 dB
     assert fidelity(nn.functional.linear(x, decode_tensor(tensor)), layer(x)).sqnr_db > 38
 
 
@@ -124,7 +124,7 @@ def test_a_layer_full_of_outliers_computes_in_float_and_is_named() -> None:
 
 
 def test_int8_of_a_packed_form_is_refused() -> None:
-    with pytest.raises(CodecError, match="as stored, packed12 has others: use uint16"):
+    with pytest.raises(CodecError, match="as stored, and packed12 has others: use uint16"):
         LayerMaker("packed12", "int8")
-    with pytest.raises(CodecError, match="compute 'int4': one of float, int8, proven was expected"):
+    with pytest.raises(CodecError, match="compute 'int4': expected one of float, int8, proven"):
         LayerMaker("uint16", "int4")  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named(tied: Tied) -> None:
     with pytest.raises(ModelMismatchError) as caught:
         birkhoff.load_into(model, "tied")
     text = str(caught.value)
-    assert "first.weight is [96, 128], the model wants [96, 64]" in text
+    assert "first.weight is [96, 128], the model has [96, 64]" in text
     assert "2 missing: extra.weight, extra.bias" in text
     assert "1 unexpected: second.weight" in text
     assert "\n" not in text

@@ -1,6 +1,7 @@
 """Models that live: loaded again, wrapped, compiled, under other names, and refreshed where they cache something."""
 
 import copy
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -403,6 +404,24 @@ def test_concurrent_loads_leave_torchs_threads_alone(home: Store) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_child_loads_after_a_fork(home: Store) -> None:
+    """Compared without torch, whose threads do not survive the fork."""
+    publish_tensors(home, "net", {f"{i}.weight": torch.randn(96, 96) for i in range(8)}, shard_weights=1)
+
+    def load() -> dict[str, bytes]:
+        return {name: tensor.numpy().tobytes() for name, tensor in birkhoff.load_state_dict("net").items()}
+
+    expected = load()
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            code = int(load() != expected)
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_no_warning_of_a_plain_load(home: Store) -> None:

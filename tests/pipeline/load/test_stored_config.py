@@ -23,6 +23,7 @@ from birkhoff.pipeline.plan.sidecars import settings_in
 from birkhoff.pipeline.registry.documents import FileRecord, blob_key, sha256
 from birkhoff.pipeline.registry.versions import publish
 from birkhoff.pipeline.store.open import open_store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.command import execute
 from tests.pipeline.publishing import publish_tensors
 
@@ -228,7 +229,9 @@ class TestCommands:
 
         def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             program = [sys.executable, "-m", "birkhoff", *arguments]
-            return subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+            return subprocess.run(
+                program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENT_SECONDS
+            )
 
         with monkeypatch.context() as patch:
             patch.setenv("BIRKHOFF_HOME", environment["BIRKHOFF_HOME"])

@@ -13,6 +13,7 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.artifact.readers import open_artifact
 from birkhoff.pipeline.errors import BuilderError, ModelMismatchError, OutputError, exit_code
 from birkhoff.pipeline.store.base import Store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.command import execute
 from tests.pipeline.load.test_upstream import drawn, small_config, transformers_masks
 from tests.pipeline.publishing import publish_tensors
@@ -188,7 +189,9 @@ model = SamModel.from_pretrained({str(pulled)!r})
 assert type(model.vision_encoder.layers[0].attn.qkv).__name__ == "HyperLinear"
 assert not [finder for finder in sys.meta_path if "birkhoff.pipeline" in type(finder).__module__], sys.meta_path
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENT_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -219,7 +222,9 @@ assert type(model.vision_encoder.layers[0].attn.qkv).__name__ == "HyperLinear"
 
 def test_registering_by_name_leaves_the_import_system_alone(pulled: Path) -> None:
     program = EXPLICIT.replace("FOLDER", repr(str(pulled)))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENT_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -234,5 +239,7 @@ assert not [finder for finder in sys.meta_path if "birkhoff" in type(finder).__m
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZER_MAPPING["birkhoff"].__module__ == "birkhoff.pipeline.load.transformers_quantizer"
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENT_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr

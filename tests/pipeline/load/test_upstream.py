@@ -140,10 +140,13 @@ def test_sam_b_at_full_size_exports_for_its_builder_and_runs(sam_b: nn.Module, s
     assert len(birkhoff.load_into(model, "sam-b")) == len(linear)
     stored, source = dense.state_dict(), sam_b.state_dict()
     assert list(stored) == list(source)
-    assert torch.equal(
-        model.image_encoder.blocks[3].attn.qkv.dense_weight(), stored["image_encoder.blocks.3.attn.qkv.weight"]
-    )
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, HyperLinear)}
+    assert len(layers) == len(linear)
+    assert all(torch.equal(layer.dense_weight(), stored[f"{name}.weight"]) for name, layer in layers.items())
     torch.manual_seed(1)
+    # A block with windows and one without, each of all shapes: all twelve take 20 s.
+    model.image_encoder.blocks = model.image_encoder.blocks[1:3]
+    assert [block.window_size for block in model.image_encoder.blocks] == [14, 0]
     masks, scores = published_masks(model.eval(), torch.randn(1, 3, 1024, 1024), torch.tensor([500.0, 300.0]))
     assert (masks.shape, scores.shape) == ((1, 3, 256, 256), (1, 3))
     assert bool(masks.isfinite().all())

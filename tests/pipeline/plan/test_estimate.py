@@ -12,9 +12,9 @@ from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.plan.estimate import plan_rows
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
 from birkhoff.pipeline.plan.models import select
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run.compress import compress
-from birkhoff.pipeline.run.progress import Progress
-from birkhoff.pipeline.run.worker import InlineExecutor
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.store.base import Store
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo.yaml"
@@ -88,7 +88,7 @@ def test_shards_that_the_store_has_of_the_same_source_are_shared(
     tensors = {"a.weight": weight(0), "b.weight": weight(1)}
     manifest = fleet(tmp_path, ("first", tensors))
     with Progress(Console(quiet=True), models=1) as progress:
-        (run,) = compress(manifest, directory_store, lambda: InlineExecutor(directory_store.address), progress)
+        (run,) = compress(manifest, directory_store, lambda _: InlineExecutor(directory_store.address), progress)
     assert run.status == "published", run.error
     other = tmp_path / "other.yaml"
     other.write_text("models: [{name: second, source: first.safetensors}]\n")

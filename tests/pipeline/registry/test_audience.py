@@ -1,12 +1,10 @@
 """Signatures name the store they were made for, vouch for every byte, and what was seen of an alias is not lost."""
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +40,7 @@ from birkhoff.pipeline.registry.versions import is_signed, resolve, sign_publish
 from birkhoff.pipeline.shard.run import input_key
 from birkhoff.pipeline.store.base import Store, store_folder
 from birkhoff.pipeline.store.open import open_store
+from tests.pipeline.command import captured
 from tests.pipeline.publishing import publish_contents
 
 
@@ -247,38 +246,50 @@ class TestPlantedShards:
         store.put(shard_key(key), record.to_bytes())
         return record.blob
 
-    def compress(self, folder: Path, store: Store, *more: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "birkhoff", "compress", "m.yaml", "--executor", "inline", "--store", store.url]
-        environment = {**os.environ, "BIRKHOFF_HOME": str(folder / "home")}
-        return subprocess.run([*words, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    @pytest.fixture
+    def compress(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logged: None
+    ) -> Callable[..., str]:
+        """Runs `compress --sign`, which must succeed; gives what it wrote on standard error."""
+        monkeypatch.setenv("BIRKHOFF_HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path)
+
+        def run(store: Store) -> str:
+            words = ("compress", "m.yaml", "--executor", "inline", "--store", store.url)
+            code, _, err = captured(capsys, *words, "--sign", str(tmp_path / "key"))
+            assert code == 0, err
+            return err
+
+        return run
 
     def test_a_signed_version_holds_the_publishers_weights(
-        self, honest: torch.Tensor, signer: Signer, tmp_path: Path
+        self, honest: torch.Tensor, signer: Signer, tmp_path: Path, compress: Callable[..., str]
     ) -> None:
         with open_store((tmp_path / "store").as_uri()) as store:
             planted = self.plant(store, honest, torch.linspace(-1, 1, 4096).reshape(64, 64))
-            ran = self.compress(tmp_path, store, "--sign", str(tmp_path / "key"))
-            assert ran.returncode == 0, ran.stderr
-            assert "the stored shard" in ran.stderr
-            assert "is encoded again" in ran.stderr
+            said = compress(store)
+            assert "the stored shard" in said
+            assert "is encoded again" in said
             (shard,) = resolve(store, "m").manifest.shards
             assert shard.blob != planted
             found = birkhoff.load_state_dict("m", store.url, require_signature=[tmp_path / "key.pub"])["w.weight"]
         assert (found - honest).norm() / honest.norm() < 0.05
 
-    def test_nor_does_it_hold_what_a_record_claims(self, honest: torch.Tensor, signer: Signer, tmp_path: Path) -> None:
+    def test_nor_does_it_hold_what_a_record_claims(
+        self, honest: torch.Tensor, signer: Signer, tmp_path: Path, compress: Callable[..., str]
+    ) -> None:
         """The honest bytes beside forged figures: those of the version are measured again."""
         with open_store((tmp_path / "store").as_uri()) as store:
             planted = self.plant(store, honest, honest, sqnr_db=(99.0,), source_bytes=7)
-            assert self.compress(tmp_path, store, "--sign", str(tmp_path / "key")).returncode == 0
+            compress(store)
             (shard,) = resolve(store, "m").manifest.shards
             assert (shard.blob, shard.source_bytes) == (planted, honest.nbytes)
             assert 29 < shard.sqnr_db[0] < 40
 
-    def test_what_is_signed_already_is_left_alone(self, honest: torch.Tensor, signer: Signer, tmp_path: Path) -> None:
+    def test_what_is_signed_already_is_left_alone(
+        self, honest: torch.Tensor, signer: Signer, tmp_path: Path, compress: Callable[..., str]
+    ) -> None:
         with open_store((tmp_path / "store").as_uri()) as store:
-            sign = "--sign", str(tmp_path / "key")
-            assert self.compress(tmp_path, store, *sign).returncode == 0
-            again = self.compress(tmp_path, store, *sign)
-            assert "nothing to do" in again.stderr
+            compress(store)
+            assert "nothing to do" in compress(store)
             assert resolve(store, "m").name == "v1"

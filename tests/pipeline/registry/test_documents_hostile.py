@@ -31,6 +31,7 @@ from birkhoff.pipeline.registry.trust import Trust
 from birkhoff.pipeline.registry.versions import Version, publish, resolve
 from birkhoff.pipeline.shard.run import find_record
 from birkhoff.pipeline.store.base import Store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.publishing import unmeasured
 
 BOMBS = {
@@ -196,7 +197,10 @@ class TestSizesThatLie:
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, (tmp_path / "store").as_uri()], capture_output=True, text=True, timeout=240
+            [sys.executable, "-c", code, (tmp_path / "store").as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=PATIENT_SECONDS,
         )
         message, grown = done.stdout.splitlines()
         assert "larger than 16777216 bytes: not a document of this program" in message

@@ -47,6 +47,8 @@ from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.open import open_store
 from tests.pipeline.publishing import publish_contents
 
+pytestmark = pytest.mark.usefixtures("brief_permits")
+
 NOW = timedelta(0)
 
 

@@ -15,9 +15,9 @@ from birkhoff.pipeline.report import html, recorder
 from birkhoff.pipeline.report.document import RunReport, schema
 from birkhoff.pipeline.report.html import render
 from birkhoff.pipeline.report.stored import RunClock, read_report
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.run.worker import InlineExecutor
 from birkhoff.pipeline.run_ids import run_of
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.text import sparkline
@@ -124,10 +124,10 @@ def test_a_run_whose_models_all_fail_is_reported(fleet: Fleet) -> None:
 
 
 def test_a_run_that_failed_before_it_began_leaves_no_report(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise WorkerError("no workers today")
 
-    monkeypatch.setattr("birkhoff.pipeline.run.worker.InlineExecutor.__init__", refuse)
+    monkeypatch.setattr("birkhoff.pipeline.run.inline.InlineExecutor.__init__", refuse)
     code, _, err = fleet.compress()
     assert (code, "no workers today" in err, fleet.runs()) == (13, True, [])
 

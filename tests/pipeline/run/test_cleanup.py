@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from birkhoff.pipeline.run.cleanup import Family, Reaper
+from tests.patience import PATIENT_SECONDS
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 # Like Ray's raylet: starts something that shows no mark, tells its number, and sleeps.
@@ -42,7 +43,7 @@ def runs(pid: int) -> bool:
 
 
 def gone(*pids: int) -> bool:
-    late = time.monotonic() + 60
+    late = time.monotonic() + PATIENT_SECONDS
     while any(map(runs, pids)) and time.monotonic() < late:
         time.sleep(0.02)
     return not any(map(runs, pids))
@@ -63,7 +64,7 @@ def test_an_orphan_without_the_mark_is_ended_after_a_killed_driver(tmp_path: Pat
         driver.kill()
         driver.wait()
         assert gone(parent, child)
-        late = time.monotonic() + 60
+        late = time.monotonic() + PATIENT_SECONDS
         while folder.exists() and time.monotonic() < late:
             time.sleep(0.05)
         assert not folder.exists()
@@ -80,7 +81,7 @@ def test_strangers_are_left_alone() -> None:
             with reaper.covering():
                 covered = subprocess.Popen(SLEEPER)
             reaper.close()
-            assert covered.wait(60) == -signal.SIGKILL
+            assert covered.wait(PATIENT_SECONDS) == -signal.SIGKILL
             assert runs(stranger.pid)
             assert stranger.pid not in Family("another mark").alive()
         finally:

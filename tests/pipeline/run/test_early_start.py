@@ -1,5 +1,6 @@
 """The executor starts beside the digests if a model is new, and not at all if nothing is to be made."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from safetensors.torch import save_file
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
+from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run import compress as module
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Outcome
-from birkhoff.pipeline.run.progress import Progress
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.run.worker import InlineExecutor
-from birkhoff.pipeline.store.base import Store
+from birkhoff.pipeline.store.base import Store, StoreAddress
+from tests.patience import PATIENT_SECONDS
 
 
 class Noting(InlineExecutor):
@@ -55,7 +57,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def run(manifest: Manifest, store: Store, events: list[str], started: threading.Event) -> list[ModelRun]:
     with Progress(Console(quiet=True), models=2) as progress:
-        return module.compress(manifest, store, lambda: Noting(store, events, started), progress)
+        return module.compress(manifest, store, lambda _: Noting(store, events, started), progress)
 
 
 def test_the_executor_starts_while_digests_are_taken(
@@ -64,7 +66,7 @@ def test_the_executor_starts_while_digests_are_taken(
     digest, events, started = module.checkpoint_digest, list[str](), threading.Event()
 
     def waiting(checkpoint: Checkpoint) -> str:
-        assert started.wait(60)
+        assert started.wait(PATIENT_SECONDS)
         return digest(checkpoint)
 
     monkeypatch.setattr(module, "checkpoint_digest", waiting)
@@ -105,3 +107,35 @@ def test_an_executor_that_was_started_for_nothing_ends(
     events: list[str] = []
     assert {one.status for one in run(manifest, directory_store, events, threading.Event())} == {"failed"}
     assert events == ["start", "end"]
+
+
+def test_a_worker_starts_its_gpu_before_its_first_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from birkhoff.pipeline.run import worker
+
+    started: list[tuple[str, torch.device]] = []
+    told = threading.Event()
+
+    def serves(device: torch.device) -> bool:
+        started.append((threading.current_thread().name, device))
+        told.set()
+        return True
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(worker, "triton_serves", serves)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    address = StoreAddress.parse((tmp_path / "store").as_uri())
+    worker.Worker(address)
+    assert told.wait(PATIENT_SECONDS)
+    assert started == [("warm-up", torch.device("cuda"))]
+
+
+def test_a_worker_without_a_share_of_a_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from birkhoff.pipeline.run.worker import Worker
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    address = StoreAddress.parse((tmp_path / "store").as_uri())
+    Worker(address)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    Worker(address, gpu=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

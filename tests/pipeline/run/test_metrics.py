@@ -22,6 +22,7 @@ from birkhoff.pipeline.run.ray import RayExecutor
 from birkhoff.pipeline.shard.run import ShardResult
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
+from tests.patience import PATIENT_SECONDS
 
 _SAMPLE = re.compile(r"(ray_birkhoff_\w+)\{(.*)\} (\S+)")
 
@@ -92,7 +93,7 @@ def test_the_endpoint_tells_what_the_workers_did(tmp_path: Path, monkeypatch: py
 
 def _until(url: str, key: tuple[str, ...], value: float) -> Counter[tuple[str, ...]]:
     """Ray collects every 10 s: look until what was counted has arrived."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENT_SECONDS
     found: Counter[tuple[str, ...]] = Counter()
     while time.monotonic() < deadline:
         found = scrape(url)

@@ -1,5 +1,6 @@
 """A start of Ray on a busy machine: waited for while it makes progress, given up if it stalls, done without."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline.run import patience
+from birkhoff.pipeline.run import inline, patience
 from birkhoff.pipeline.run.cleanup import Family, Reaper
 from birkhoff.pipeline.run.cluster import Cluster
 from birkhoff.pipeline.run.patience import STALL_CPU_SECONDS, STALL_SECONDS, START_SECONDS, Patience, wait_for
 from birkhoff.pipeline.store.open import open_store
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.command import captured
 
 Capture = pytest.CaptureFixture[str]
@@ -76,7 +80,7 @@ def test_the_pinned_ray_has_what_is_replaced_and_gets_it_back() -> None:
     import ray
 
     services, node, parameter = ray._private.services, ray._private.node, ray._private.parameter
-    places = [(services, name) for name in ("get_node", "start_raylet", "start_api_server")]
+    places = [(services, name) for name in ("get_node", "start_raylet", "start_ray_process", "start_api_server")]
     places += [(node, "wait_for_persisted_port"), (parameter, "RayParams")]
     before = [getattr(module, name) for module, name in places]
     with patience.patient_start(ray, lambda: 0.0):
@@ -88,10 +92,25 @@ def test_the_pinned_ray_has_what_is_replaced_and_gets_it_back() -> None:
     for called in ("get_node", "start_raylet", "start_api_server"):
         assert f"ray._private.services.{called}(" in source
     assert "= wait_for_persisted_port(" in source
+    commands = Path(services.__file__).read_text().partition("def start_raylet(")[2]
+    assert "= start_ray_process(" in commands
+    assert f'"{patience._RUNTIME_ENV_AGENT}{{}}".format(' in commands
     assert "ray._private.parameter.RayParams(" in Path(ray._private.worker.__file__).read_text()
     ports = {made.metrics_agent_port, made.metrics_export_port, made.dashboard_agent_listen_port}
     assert len(ports | {made.runtime_env_agent_port}) == 4
     assert (made.no_monitor, made.include_log_monitor) == (True, False)
+
+
+def test_the_node_is_given_a_sleeper_for_one_agent() -> None:
+    words = ["raylet", "--node_id=1", "--dashboard_agent_command=python b.py"]
+    assert list(map(patience._lean, words)) == words
+    program, seconds = patience._lean("--runtime_env_agent_command=python a.py").partition("=")[2].split()
+    assert (Path(program).name, int(seconds) > 10**9) == ("sleep", True)
+
+
+def test_where_nothing_sleeps_the_agent_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert patience._lean("--runtime_env_agent_command=python a.py") == "--runtime_env_agent_command=python a.py"
 
 
 def test_ports_that_others_hold_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,18 +126,31 @@ def test_cpu_time_of_what_a_reaper_covers() -> None:
     try:
         with reaper.covering():
             busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENT_SECONDS
         while reaper.cpu_seconds() < 0.2 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert reaper.cpu_seconds() >= 0.2
     finally:
         reaper.close()
-    assert busy.wait(60) == -signal.SIGKILL
+    assert busy.wait(PATIENT_SECONDS) == -signal.SIGKILL
     assert reaper.cpu_seconds() == 0.0
 
 
+def comes_to_report(url: str, name: bytes) -> bool:
+    """Whether a server that may still be starting comes to report a metric of this name: it serves its own first."""
+    deadline = time.monotonic() + PATIENT_SECONDS
+    while time.monotonic() < deadline:
+        with (
+            contextlib.suppress(urllib.error.URLError),
+            urllib.request.urlopen(url, timeout=PATIENT_SECONDS) as response,
+        ):
+            if name in response.read():
+                return True
+        time.sleep(0.2)
+    return False
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_node_that_needs_longer_than_ray_allows_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's node stands still for 35 s, and then its agents for 20 s: Ray itself gives up after 30 s and after 15 s."""
     reapers: list[Reaper] = []
@@ -162,12 +194,15 @@ def test_a_node_that_needs_longer_than_ray_allows_starts(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Cluster, "_start", held)
     began = time.monotonic()
-    with Cluster(None) as cluster:
+    with Cluster(None, {"SHOWN": "yes"}) as cluster:
         assert time.monotonic() - began > 30
         for helper in helpers:
-            assert helper.wait(300) == 0
-        shown = cluster.ray.remote(os.getenv).options(runtime_env={"env_vars": {"SHOWN": "yes"}})
-        assert cluster.ray.get(shown.remote("SHOWN"), timeout=300) == "yes"  # the agents serve
+            assert helper.wait(PATIENT_SECONDS) == 0
+        shown = cluster.ray.remote(os.getenv)
+        assert cluster.ray.get(shown.remote("SHOWN"), timeout=PATIENT_SECONDS) == "yes"  # the node serves
+        port = cluster.ray.nodes()[0]["MetricsExportPort"]
+        # So does the agent, which nothing waited for.
+        assert comes_to_report(f"http://127.0.0.1:{port}/metrics", b"ray_")
         assert not cluster.lost()
     assert len(reapers) == 1  # the first try held
     assert not Family(reapers[0]._mark).alive()
@@ -185,6 +220,9 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Ray fails to start, in a run that is long enough for it."""
+    monkeypatch.setattr(inline, "START_BYTES", 0)
+
     def fail_with(error: Exception) -> None:
         def fail(self: Cluster) -> None:
             raise error
@@ -208,8 +246,8 @@ def test_without_ray_shards_run_in_this_process_and_one_line_says_so(
     assert (code, "published" in out) == (0, True), err
     said = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert said == [
-        "warning: Ray did not start (RuntimeError: The current node timed out during startup.); shards run one after "
-        "another in this process"
+        "warning: Ray did not start (RuntimeError: The current node timed out during startup.); shards run in "
+        "threads of this process"
     ]
     (report,) = reports(manifest)
     assert report["settings"]["executor"] == "inline"  # type: ignore[index]
@@ -235,9 +273,39 @@ def test_a_home_folder_that_cannot_be_written_is_named(
     assert "warning: Ray did not start (the home folder /sys cannot be written (Operation not permitted); point" in err
 
 
-def test_workers_go_with_ray(manifest: list[str]) -> None:
+def test_a_short_run_starts_no_ray(
+    manifest: list[str], no_ray: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    no_ray(RuntimeError("not asked for"))
+    monkeypatch.setattr(inline, "START_BYTES", 1 << 20)
+    code, _, err = captured(capsys, "compress", *manifest)
+    assert code == 0
+    assert "warning" not in err
+    (report,) = reports(manifest)
+    assert report["settings"]["executor"] == "inline"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("key", "words"), [("", ["--workers", "1"]), ("shard_seconds: 60\n", [])])
+def test_a_number_of_workers_or_a_limit_of_time_asks_for_ray(
+    manifest: list[str],
+    no_ray: Callable[[Exception], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    key: str,
+    words: list[str],
+) -> None:
+    no_ray(RuntimeError("asked for"))
+    monkeypatch.setattr(inline, "START_BYTES", 1 << 20)
+    path = Path(manifest[0])
+    path.write_text(key + path.read_text())
+    code, _, err = captured(capsys, "compress", *manifest, *words)
+    assert code == 0
+    assert "Ray did not start (RuntimeError: asked for)" in err
+
+
+def test_a_cluster_goes_with_ray(manifest: list[str]) -> None:
     from birkhoff.pipeline.cli import main
 
-    with pytest.raises(Exception, match="applies to Ray workers") as caught:
-        main.app(["compress", *manifest, "--executor", "inline", "--workers", "2"], standalone_mode=False)
+    with pytest.raises(Exception, match="names a Ray cluster") as caught:
+        main.app(["compress", *manifest, "--executor", "inline", "--address", "h:1"], standalone_mode=False)
     assert getattr(caught.value, "exit_code", None) == 2

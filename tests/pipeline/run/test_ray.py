@@ -15,10 +15,10 @@ from birkhoff.pipeline.checkpoint.open import open_checkpoint
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.plan.shards import ModelPlan, plan_model
 from birkhoff.pipeline.registry.documents import BudgetRecord, ShardRecord, SourceRecord, VersionManifest
+from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.run.ray import TRIES, RayExecutor
-from birkhoff.pipeline.run.worker import InlineExecutor
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 

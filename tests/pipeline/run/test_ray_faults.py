@@ -24,6 +24,7 @@ from birkhoff.pipeline.run.ray import TRIES, RayExecutor
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
+from tests.patience import PATIENT_SECONDS
 
 pytestmark = pytest.mark.slow
 LIMIT = 4.0
@@ -137,17 +138,17 @@ logging.getLogger("birkhoff.cluster").setLevel(logging.INFO)
 logging.getLogger("birkhoff.cluster").addHandler(Listener())
 with Executor(StoreAddress.parse(pathlib.Path(sys.argv[1]).as_uri()), workers=1) as executor:
     executor.workers[0].run.remote(None)
-    assert told.wait(60), "Ray said nothing of the death"
+    assert told.wait(float(sys.argv[2])), "Ray said nothing of the death"
 print("[]")
 """
 
 
 def test_what_ray_says_of_a_dead_worker_leaves_standard_output_to_us(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", RAY_IN_ITS_OWN_PROCESS, str(tmp_path)],
+        [sys.executable, "-c", RAY_IN_ITS_OWN_PROCESS, str(tmp_path), f"{PATIENT_SECONDS}"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=2 * PATIENT_SECONDS,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

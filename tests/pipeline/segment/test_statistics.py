@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from birkhoff.codec.metrics import sqnr_db
 from birkhoff.codec.output.allocation import Felt, gains_db, root_mean_square
 from birkhoff.codec.output.encode import encode
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.pictures import synthetic_sizes
 from birkhoff.codec.output.statistics import HESSIAN_BYTES
 from birkhoff.codec.output.targets import targets_db
@@ -20,7 +21,7 @@ from birkhoff.pipeline.load.builders import original_model
 from birkhoff.pipeline.segment import statistics as module
 from birkhoff.pipeline.segment.adapters.base import Segmenter
 from birkhoff.pipeline.segment.adapters.families import segmenter_of
-from birkhoff.pipeline.segment.statistics import outputs_of, recomputed, statistics
+from birkhoff.pipeline.segment.statistics import BOXES, outputs_of, recomputed, statistics
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo" / "demo_sam.safetensors"
 
@@ -31,8 +32,8 @@ def demo() -> Segmenter:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Segmenter) -> tuple[dict[str, float], dict[str, Tensor]]:
-    hessians: dict[str, Tensor] = {}
+def found(demo: Segmenter) -> tuple[dict[str, float], dict[str, Hessian]]:
+    hessians: dict[str, Hessian] = {}
     return statistics(demo, seed=0, keep=hessians.__setitem__, pictures=2, probes=2), hessians
 
 
@@ -41,8 +42,9 @@ def test_embedding_every_mask_token_and_ious_are_tapped(demo: Segmenter) -> None
     weights = {name: weight for name, (weight, _) in outputs.items()}
     others = {f"other mask {number}": 0.5 for number in range(3)}
     assert weights == {"embedding": 0.3, "mask 0": 1.0, **others, "iou": 0.1}
-    assert outputs["mask 0"][1].shape[:2] == (1, 4)
-    assert outputs["iou"][1].shape == (1, 4, 4)
+    assert outputs["mask 0"][1].shape[:2] == (1, BOXES)
+    assert outputs["other mask 0"][1].shape[:2] == (1, 1)
+    assert outputs["iou"][1].shape == (BOXES + 3,)
     assert all(value.requires_grad for _, value in outputs.values())
 
 
@@ -85,24 +87,28 @@ def test_every_box_counts_alike_and_the_edge_of_its_mask_most(demo: Segmenter, m
 
 
 def test_everything_that_makes_masks_is_felt(
-    demo: Segmenter, found: tuple[dict[str, float], dict[str, Tensor]]
+    demo: Segmenter, found: tuple[dict[str, float], dict[str, Hessian]]
 ) -> None:
     sensitivity, hessians = found
     named = dict(demo.model.named_parameters())
     assert sensitivity.keys() == named.keys()
     unfelt = [name for name, value in sensitivity.items() if value == 0]
     assert all("prompt_encoder" in name for name in unfelt), unfelt
-    assert all(len(hessian) * len(named[name]) == named[name].numel() for name, hessian in hessians.items())
+    for name, hessian in hessians.items():
+        assert hessian.rows is not None
+        assert len(hessian.columns) * len(hessian.rows) == named[name].numel()
 
 
-def test_twice_the_same(demo: Segmenter, found: tuple[dict[str, float], dict[str, Tensor]]) -> None:
-    again: dict[str, Tensor] = {}
+def test_twice_the_same(demo: Segmenter, found: tuple[dict[str, float], dict[str, Hessian]]) -> None:
+    again: dict[str, Hessian] = {}
     assert statistics(demo, seed=0, keep=again.__setitem__, pictures=2, probes=2) == found[0]
-    assert all(torch.equal(hessian, found[1][name]) for name, hessian in again.items())
+    for name, hessian in again.items():
+        assert torch.equal(hessian.columns, found[1][name].columns)
+        assert torch.equal(hessian.rows, found[1][name].rows)
 
 
 def test_feedback_brings_the_outputs_nearer_at_equal_steps(
-    demo: Segmenter, found: tuple[dict[str, float], dict[str, Tensor]]
+    demo: Segmenter, found: tuple[dict[str, float], dict[str, Hessian]]
 ) -> None:
     """On pictures that set no step, at 3 bits a weight."""
     sensitivity, hessians = found
@@ -148,7 +154,7 @@ def graph_bytes(segmenter: Segmenter, blocks: Iterable[nn.Module] = ()) -> int:
 
 
 def test_a_large_members_blocks_keep_their_inputs_alone_and_the_statistics_are_the_same(
-    demo: Segmenter, found: tuple[dict[str, float], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+    demo: Segmenter, found: tuple[dict[str, float], dict[str, Hessian]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = list(demo.blocks.values())
     assert len(blocks) > 2
@@ -157,14 +163,15 @@ def test_a_large_members_blocks_keep_their_inputs_alone_and_the_statistics_are_t
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, number=number: called.append(number))
     monkeypatch.setattr(module, "KEPT_SIDE", demo.side - 1)
-    again: dict[str, Tensor] = {}
+    again: dict[str, Hessian] = {}
     sensitivity = statistics(demo, seed=0, keep=again.__setitem__, pictures=2, probes=2)
     assert not any("forward" in vars(block) for block in blocks)
     assert len(called) == 2 * len(blocks)
     assert sensitivity == pytest.approx(found[0], rel=1e-4)
     assert again.keys() == found[1].keys()
     for name, hessian in found[1].items():
-        torch.testing.assert_close(again[name], hessian, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(again[name].columns, hessian.columns, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(again[name].rows, hessian.rows, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

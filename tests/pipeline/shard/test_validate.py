@@ -7,6 +7,7 @@ import torch
 from birkhoff.codec.container import serialise
 from birkhoff.codec.errors import TensorError
 from birkhoff.codec.metrics import compare
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.packing import pack
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.codec.tensor import decode_tensor
@@ -63,11 +64,12 @@ def test_only_tensors_that_are_coded_go_to_the_device() -> None:
     assert encode_shard(tensors, decided, torch.device("meta")) == encode_shard(tensors, decided, CPU)
 
 
-def layer() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A matrix, and the Hessian of inputs of few directions."""
+def layer() -> tuple[dict[str, torch.Tensor], Hessian]:
+    """A matrix, and the Hessian of inputs and gradients of few directions."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 8, generator=g) @ torch.randn(8, 96, generator=g) + 0.1 * torch.randn(400, 96, generator=g)
-    return {"w": torch.randn(64, 96, generator=g)}, x.T @ x
+    y = torch.randn(400, 6, generator=g) @ torch.randn(6, 64, generator=g) + 0.1 * torch.randn(400, 64, generator=g)
+    return {"w": torch.randn(64, 96, generator=g)}, Hessian(columns=x.T @ x, rows=y.T @ y)
 
 
 NOMINAL = {"w": Decision(codec="lattice", target_db=14.0, nominal=True, hessian="a" * 64)}
@@ -83,7 +85,7 @@ def test_a_nominal_target_holds_the_step_and_the_outputs_error_not_the_weights()
         validate_shard(blob, sources, other, CPU, lambda _: hessian)
     # Held against another model's Hessian the same bytes are worse than rounding.
     with pytest.raises(ValidationError, match="'w' came back with a greater output error than plain rounding"):
-        validate_shard(blob, sources, NOMINAL, CPU, lambda _: torch.eye(96))
+        validate_shard(blob, sources, NOMINAL, CPU, lambda _: Hessian(columns=torch.eye(96)))
 
 
 def test_what_promises_nothing_still_holds_no_nan_and_is_no_other_codec() -> None:
@@ -109,8 +111,16 @@ def test_hessians_come_from_the_store_whole_or_are_named() -> None:
     hessians = Hessians(store, sources, decided, CPU)
     found = hessians.of("w")
     assert found is not None
-    torch.testing.assert_close(found, hessian / hessian.diagonal().mean(), rtol=1e-2, atol=1e-2)
+    assert found.rows is not None
+    assert hessian.rows is not None
+    for back, given in ((found.columns, hessian.columns), (found.rows, hessian.rows)):
+        torch.testing.assert_close(back, given / given.diagonal().mean(), rtol=1e-2, atol=1e-2)
     assert hessians.of("v") is None
+    alone = pack(Hessian(columns=hessian.columns))
+    store.create(blob_key(sha256(alone)), alone)
+    without = Hessians(store, sources, {name: replace(NOMINAL["w"], hessian=sha256(alone)) for name in sources}, CPU)
+    assert (read := without.of("w")) is not None
+    assert read.rows is None
     store.put(blob_key(sha256(packed)), packed[:-1] + b"!")
     with pytest.raises(IntegrityError, match="the Hessian of 'w', is damaged; run again"):
         Hessians(store, sources, decided, CPU).of("w")

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from birkhoff.codec.output.packing import pack
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.pipeline.registry.documents import HessianRecord, StatisticsRecord, blob_key, statistics_key
 from birkhoff.pipeline.registry.gc import collect
 from birkhoff.pipeline.statistics.stored import find_statistics, keep_hessian, keep_statistics
@@ -15,7 +15,10 @@ KEY = "5" * 64
 
 
 def kept(store: Store) -> StatisticsRecord:
-    hessians = {name: keep_hessian(store, pack(torch.eye(size)), size) for name, size in (("a", 4), ("b", 6))}
+    hessians = {
+        name: keep_hessian(store, Hessian(columns=torch.eye(size), rows=torch.eye(3)))
+        for name, size in (("a", 4), ("b", 6))
+    }
     record = StatisticsRecord(
         key=KEY,
         pictures=1,
@@ -63,7 +66,7 @@ def test_damage_is_named_and_what_is_taken_anew_replaces_it(
         body = store.get(blob_key(hessian.blob))
         store.put(blob_key(hessian.blob), body + b"0" if damage.endswith("longer") else b"0" + body[1:])
     elif damage == "another size":
-        wrong = HessianRecord(blob=hessian.blob, bytes=hessian.bytes, columns=5)
+        wrong = HessianRecord(blob=hessian.blob, bytes=hessian.bytes, columns=5, rows=3)
         store.put(place, record.model_copy(update={"hessians": {"b": wrong}}).to_bytes())
     elif damage == "a number that is none":
         store.put(place, record.to_bytes().replace(b'"rms":{"a":0.1', b'"rms":{"a":-0.1'))

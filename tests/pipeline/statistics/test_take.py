@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from birkhoff.codec.errors import TensorError
+from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.packing import unpack
 from birkhoff.pipeline.errors import BuilderError
 from birkhoff.pipeline.registry.documents import blob_key, statistics_key
@@ -38,9 +39,11 @@ def test_what_is_taken_is_kept_and_found_by_the_next(
     assert all(value > 0 for value in record.sensitivities.values())
     assert {name: one.columns for name, one in record.hessians.items()} == HESSIANS
     for one in record.hessians.values():
-        hessian = unpack(kept.get(blob_key(one.blob)), one.columns)
-        assert float(torch.linalg.eigvalsh(hessian.double()).min()) > -1e-4
-        assert float(hessian.diagonal().mean()) == pytest.approx(1, rel=1e-2)
+        hessian = unpack(kept.get(blob_key(one.blob)), one.columns, one.rows)
+        for factor in (hessian.columns, hessian.rows):
+            assert factor is not None
+            assert float(torch.linalg.eigvalsh(factor.double()).min()) > -1e-4
+            assert float(factor.diagonal().mean()) == pytest.approx(1, rel=1e-2)
     monkeypatch.setattr(take, "built_model", lambda *_: pytest.fail("built again"))
     for reuse in ("trust", "prove", "revalidate"):
         again = take_statistics(place.task(reuse=reuse), kept, CPU)
@@ -142,10 +145,10 @@ def test_weights_that_are_not_finite_are_named(place: Place, kept: Store) -> Non
 def test_of_an_interrupted_pass_no_record_is_left(place: Place, kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = take.keep_hessian
 
-    def dies(store: Store, packed: bytes, columns: int) -> object:
-        if columns == HESSIANS["4.weight"]:
+    def dies(store: Store, hessian: Hessian) -> object:
+        if len(hessian.columns) == HESSIANS["4.weight"]:
             raise KeyboardInterrupt
-        return keep(store, packed, columns)
+        return keep(store, hessian)
 
     monkeypatch.setattr(take, "keep_hessian", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -162,13 +165,13 @@ def test_one_hessian_is_in_memory_beside_those_of_the_pass(
     import weakref
 
     alive: list[weakref.ref] = []
-    pack = take.pack
+    keep = take.keep_hessian
 
-    def counted(hessian: torch.Tensor) -> bytes:
+    def counted(store: Store, hessian: Hessian) -> object:
         assert not [other for other in alive if other() is not None]
-        alive.append(weakref.ref(hessian))
-        return pack(hessian)
+        alive.append(weakref.ref(hessian.columns))
+        return keep(store, hessian)
 
-    monkeypatch.setattr(take, "pack", counted)
+    monkeypatch.setattr(take, "keep_hessian", counted)
     take_statistics(place.task(), kept, CPU)
     assert len(alive) == len(HESSIANS)

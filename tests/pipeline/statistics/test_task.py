@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from birkhoff.pipeline.statistics.task import COUNTS, key_of, keys_of
+from birkhoff.pipeline.statistics.task import COUNTS, counts_on, key_of, keys_of
 from tests.pipeline.statistics.places import CODE, Place
 
 BEST = COUNTS[0]
@@ -45,3 +45,10 @@ def test_models_with_the_same_statistics_wait_for_each_other(place: Place) -> No
     task = place.task()
     assert replace(task, model="other").signature == task.signature
     assert replace(task, source_sha256="b" * 64).signature != task.signature
+
+
+def test_a_cpu_takes_more_pictures_of_a_model_whose_pictures_are_small() -> None:
+    small, large, unknown = (counts_on("cpu", side).pictures for side in (256, 1024, None))
+    assert small > large == unknown
+    assert counts_on("cuda", 1024) == counts_on("cuda") == BEST
+    assert counts_on("xpu", 256) == counts_on("cpu", 256)

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 
 import pytest
 
-from birkhoff.pipeline import backoff
 from birkhoff.pipeline.backoff import LONGEST_SECONDS
 from birkhoff.pipeline.errors import (
     ConditionsError,
@@ -92,14 +91,6 @@ class Scripted(Store):
 
     def close(self) -> None:
         self._answer("close")
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been waited."""
-    found: list[float] = []
-    monkeypatch.setattr(backoff.time, "sleep", found.append)
-    return found
 
 
 CALLS: list[tuple[Callable[[Store], object], object]] = [

@@ -374,9 +374,7 @@ class TestRefusals:
         with open_address(address) as worker:  # on a machine that has another environment
             worker.put("a", BODY)
 
-    def test_retry_after_is_honoured(self, place: Place, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        waits: list[float] = []
-        monkeypatch.setattr("birkhoff.pipeline.backoff.time.sleep", waits.append)
+    def test_retry_after_is_honoured(self, place: Place, store: Store, waits: list[float]) -> None:
         asks = ("Retry-After", "7")
         place.speaks(lambda request, _: refusal(request, 503, "SlowDown", "slow", asks), times=2)
         store.put("a", BODY)

@@ -22,6 +22,7 @@ from birkhoff.pipeline.store import seaweedfs, seaweedfs_process
 from birkhoff.pipeline.store.open import open_address, open_store
 from birkhoff.pipeline.store.seaweedfs import EmbeddedServer, attach, down, environment, up, use_embedded
 from birkhoff.pipeline.store.seaweedfs_process import GRPC_OFFSET, SERVICES, find_ports, start_time
+from tests.patience import PATIENT_SECONDS
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_racing_processes_share_one_server(home: Path) -> None:
     assert len(pids) == 1
     for user in users:
         assert _is_running(next(iter(pids)))
-        user.communicate(timeout=60)
+        user.communicate(timeout=PATIENT_SECONDS)
         assert user.returncode == 0
     assert not _is_running(pids.pop())  # nobody closed the store: the end of the process did
 
@@ -132,7 +133,7 @@ def test_ctrl_c_reaches_the_client_only_and_the_client_stops_the_server(home: Pa
     pid = _pid_from(user)
     assert os.getsid(pid) == pid
     os.killpg(user.pid, signal.SIGINT)
-    _, _ = user.communicate(timeout=60)
+    _, _ = user.communicate(timeout=PATIENT_SECONDS)
     assert user.returncode != 0
     assert not _is_running(pid)
 
@@ -141,7 +142,7 @@ def test_a_killed_client_leaves_a_server_that_the_next_one_ends(home: Path) -> N
     user = _user("time.sleep(60)")
     pid = _pid_from(user)
     user.kill()
-    user.communicate(timeout=60)
+    user.communicate(timeout=PATIENT_SECONDS)
     assert _is_running(pid)
     with use_embedded() as server:
         assert server.pid == pid
@@ -153,7 +154,7 @@ def test_a_fork_of_the_user_does_not_end_its_use(home: Path) -> None:
     pid = _pid_from(user)
     time.sleep(0.3)
     assert _is_running(pid)
-    user.communicate(timeout=60)
+    user.communicate(timeout=PATIENT_SECONDS)
     assert not _is_running(pid)
 
 

@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from birkhoff.pipeline.run import progress as module
-from birkhoff.pipeline.run.progress import Progress
-from birkhoff.pipeline.run.progress_state import FleetProgress, clock_time
-from birkhoff.pipeline.run.progress_view import FleetView
+from birkhoff.pipeline.progress import progress as module
+from birkhoff.pipeline.progress.progress import Progress
+from birkhoff.pipeline.progress.state import FleetProgress, clock_time
+from birkhoff.pipeline.progress.view import FleetView
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 
-from birkhoff.pipeline.run.progress_state import FleetProgress
-from birkhoff.pipeline.run.progress_view import FleetView
+from birkhoff.pipeline.progress.state import FleetProgress
+from birkhoff.pipeline.progress.view import FleetView
 from birkhoff.pipeline.text import printable
 
 log: logging.Logger = logging.getLogger("birkhoff.run")

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from birkhoff.pipeline.run.progress_state import FleetProgress, ModelProgress, clock_time
+from birkhoff.pipeline.progress.state import FleetProgress, ModelProgress, clock_time
 from birkhoff.pipeline.text import size
 
 _MARKS = {
