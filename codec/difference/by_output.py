@@ -87,7 +87,8 @@ class _Problem:
 
     def quantise(self, values_RK: Tensor, step: float, *, path: bool = False) -> LatticeTensor:
         """Quantise values of the matrix's shape with all the feedback there is."""
-        rows = factor_of(self.hessian, feedback.lanes_of(*self.weight.shape) if path else 0)
+        lanes = feedback.lanes_of(*self.weight.shape) if path else 0
+        rows = factor_of(self.hessian, values_RK.device, lanes)
         return feedback.quantise(values_RK, step, self.factor, rows, path=path)
 
     def rest(self, trial: _Trial) -> Tensor:
@@ -125,9 +126,6 @@ def find(
     single = output.nominal_step(weight_RK, target_db)
     if hessian is None:
         return _by_weights(weight_RK, base, single, path=path, base_path=base_path)
-    device = weight_RK.device
-    if hessian.rows is not None:  # as in `output.encode`
-        weight_RK, base = weight_RK.cpu(), base.to("cpu")
     problem = _Problem(
         weight=weight_RK,
         base=base,
@@ -154,9 +152,7 @@ def find(
         return None
     best = min(found, key=lambda one: one[0])[1]
     direct_bits = direct.bits - (by_weights.PATH_BITS if path else 0.0)
-    return Difference(
-        plan=best.plan, code=best.code.to(device), sum=best.sum.to(device), error=best.error, direct_bits=direct_bits
-    )
+    return replace(best, direct_bits=direct_bits)
 
 
 def _by_weights(

@@ -87,6 +87,18 @@ def round_columns(
         torch.sub(base, n, out=error_KR[c]).div_(pivots[c - start])
 
 
+def round_all(w_KR: Tensor, error_KR: Tensor, factor_KK: Tensor, rounded: Callable[[int, int], None]) -> None:
+    """Let `rounded` round columns start..stop-1 of `w_KR`, and move the columns behind by their errors, block by
+    block."""
+    for start in range(0, len(w_KR), _BLOCK):
+        stop = min(start + _BLOCK, len(w_KR))
+        rounded(start, stop)
+        w_KR[stop:].addmm_(factor_KK[start:stop, stop:].T, error_KR[start:stop], alpha=-1)
+
+
+_BLOCK = 64
+"""Columns after which the remaining columns are updated."""
+
 round_block: "CustomOpDef" = torch.library.custom_op(
     "birkhoff::round_block", eager_round_block, mutates_args=("w_KR", "n_KR", "error_KR", "base_KR")
 )

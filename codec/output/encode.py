@@ -146,25 +146,22 @@ def _fed_back(
         factor = feedback.factorise(hessian.columns)
         code = _of_numbers(feedback.numbers(matrix, single, factor), single)
         return code, 0, hessian.error(matrix, code)
-    if hessian.rows is None:
-        return _by_columns(matrix, single, hessian, path=path)
-    # One weight follows the other, which a CPU does faster than a GPU. Factors and errors stay with the Hessian.
-    code, kind, error = _by_columns(matrix.cpu(), single, hessian, path=path)
-    return code.to(matrix.device), kind, error
+    return _in_nodes_or_paths(matrix, single, hessian, path=path)
 
 
-def _by_columns(matrix: Tensor, single: float, hessian: Hessian, *, path: bool) -> tuple[LatticeTensor, int, float]:
-    """Do the same in single nodes or paths, where the matrix is."""
+def _in_nodes_or_paths(
+    matrix: Tensor, single: float, hessian: Hessian, *, path: bool
+) -> tuple[LatticeTensor, int, float]:
     factor = feedback.factorise(hessian.columns).to(matrix.device)
     paths = None
     if path and matrix.numel() >= LEAST_PATH:
-        by_lane = rows.factor_of(hessian, feedback.lanes_of(*matrix.shape))
+        by_lane = rows.factor_of(hessian, matrix.device, feedback.lanes_of(*matrix.shape))
         code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, by_lane, path=True)
         if _is_short(code):
             paths = code, feedback.DOWN, hessian.error(matrix, code)
             if hessian.rows is not None and _bits(code, feedback.DOWN) >= PATHS_FROM * matrix.numel():
                 return paths
-    by_row = rows.factor_of(hessian)
+    by_row = rows.factor_of(hessian, matrix.device)
     code = feedback.quantise(matrix, single, factor, by_row)
     nodes = code, 0, hessian.error(matrix, code)
     saved = REFINED_BITS * matrix.numel()

@@ -25,7 +25,6 @@ Here all rows count alike. Where their own Hessian is known, `rows` rounds a col
 Shapes: R = rows, K = columns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,9 +33,9 @@ from torch import Tensor
 
 from birkhoff.codec import lattice, rate, trellis
 from birkhoff.codec.lattice import LatticeTensor
-from birkhoff.codec.output.columns import eager_round_block, round_block, round_columns
+from birkhoff.codec.output.columns import eager_round_block, round_all, round_block, round_columns
 from birkhoff.codec.output.hessian import left_by, normalised, upper_of
-from birkhoff.codec.output.rows import RowFactor, nearest_in
+from birkhoff.codec.output.rows import RowFactor, nearest_in, round_both
 from birkhoff.codec.pairs import columns_of_pairs, pairs_per_row, split
 from birkhoff.codec.trajectory import reciprocal
 
@@ -46,9 +45,6 @@ from 0.03 to 0.1."""
 
 DOWN = 2
 """The kind of paths that go down columns, see `trellis`."""
-
-_BLOCK = 64
-"""Columns after which the remaining columns are updated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +98,7 @@ def quantise(
     Args:
         weight_RK: Real and finite, of any float dtype, on the factor's device.
         step: Of the coordinates, in the unit of the weights.
-        rows: For feedback between rows too; then everything is on the CPU. With `path`, of the `lanes_of` the matrix.
+        rows: For feedback between rows too, on that device. With `path`, of the `lanes_of` the matrix.
         path: Search trellis paths down the columns.
     """
     lanes = lanes_of(*weight_RK.shape) if path else 0
@@ -172,17 +168,16 @@ def _sweep(
     """Return coordinates of columns in the order of rounding, float32 [K, R], see `columns`. Overwrites `w_KR` and
     `base_KR`."""
     n_KR, error_KR = torch.empty_like(w_KR), torch.empty_like(w_KR)
-    partner = partner.to(w_KR.device)
-    if rows is not None:
-        rounded: Callable[..., None] = partial(round_columns, base_KR=base_KR, nearest=nearest_in(rows))
-    elif w_KR.device.type == "cpu":  # a CPU skips the operator, whose first call imports the whole compiler
-        rounded = partial(eager_round_block, lanes=lanes, base_KR=base_KR)
+    matrices = w_KR, n_KR, error_KR, factor_KK, partner.to(w_KR.device)
+    on_cpu = w_KR.device.type == "cpu"  # a CPU skips the operators, whose first call imports the whole compiler
+    if rows is not None and not on_cpu:
+        round_both(*matrices, rows.upper, rows.steps.tolist())
+    elif rows is not None:
+        rounded = partial(round_columns, *matrices, base_KR=base_KR, nearest=nearest_in(rows))
+        round_all(w_KR, error_KR, factor_KK, rounded)
     else:
-        rounded = partial(round_block, lanes=lanes, base_KR=base_KR)
-    for start in range(0, len(w_KR), _BLOCK):
-        stop = min(start + _BLOCK, len(w_KR))
-        rounded(w_KR, n_KR, error_KR, factor_KK, partner, start, stop)
-        w_KR[stop:].addmm_(factor_KK[start:stop, stop:].T, error_KR[start:stop], alpha=-1)
+        round_one = eager_round_block if on_cpu else round_block
+        round_all(w_KR, error_KR, factor_KK, partial(round_one, *matrices, lanes=lanes, base_KR=base_KR))
     return n_KR
 
 
@@ -195,7 +190,7 @@ def _ordered(weight_RK: Tensor, step: float, factor: Factor, rows: RowFactor | N
 
 def _code(n_KR: Tensor, step: float, factor: Factor, rows: RowFactor | None = None) -> LatticeTensor:
     if rows is not None:
-        n_KR = torch.empty_like(n_KR).index_copy_(1, rows.order, n_KR)
+        n_KR = torch.empty_like(n_KR).index_copy_(1, rows.order.to(n_KR.device), n_KR)
     return lattice.of_coordinates(*split(_in_place(n_KR, factor)), step, len(n_KR))
 
 

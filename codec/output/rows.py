@@ -21,15 +21,21 @@ sides; R. Raheli, A. Polydoros, C. Tzou, "Per-survivor processing" (IEEE Trans. 
 Shapes: R = rows, L = lanes of a column.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.output.columns import round_all, round_columns
 from birkhoff.codec.output.hessian import Hessian, left_by, normalised, upper_of
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 DAMPING = 0.2
 """Added to the diagonal of a rows' Hessian, in units of its mean. Gradients have fewer samples than inputs."""
@@ -41,15 +47,19 @@ of two, so outputs gain less than the product says."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFactor:
-    """A damped Hessian of rows in the order of rounding, on the CPU.
+    """A damped Hessian of rows in the order of rounding.
 
-    `order` is int64 [R]: the rows as they are rounded. `upper` is float32 [R, R]: V. `steps` is int64 [L]: the rows of
-    each lane, which follow each other in that order; [0] if rows are rounded one by one.
+    `order` is int64 [R]: the rows as they are rounded. `upper` is float32 [R, R]: V, on the Hessian's device. `steps`
+    is int64 [L]: the rows of each lane, which follow each other in that order; [0] if rows are rounded one by one.
     """
 
     order: Tensor
     upper: Tensor
     steps: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    def to(self, device: torch.device) -> "RowFactor":
+        """Return the factor with V on another device."""
+        return replace(self, upper=self.upper.to(device).contiguous())
 
 
 def factorise(hessian_RR: Tensor, lanes: int = 0, damping: float = DAMPING) -> RowFactor:
@@ -70,13 +80,12 @@ def factorise(hessian_RR: Tensor, lanes: int = 0, damping: float = DAMPING) -> R
         diagonal = normalised(hessian_RR).diagonal().cpu()
         order = torch.argsort(diagonal, descending=True, stable=True)
         steps = np.empty(0, dtype=np.int64)
-    upper = upper_of(hessian_RR, order, damping).cpu().contiguous()
-    return RowFactor(order=order, upper=upper, steps=steps)
+    return RowFactor(order=order, upper=upper_of(hessian_RR, order, damping).contiguous(), steps=steps)
 
 
-def factor_of(hessian: Hessian, lanes: int = 0) -> RowFactor | None:
-    """Return `factorise` of a Hessian's rows, or None if it has none."""
-    return None if hessian.rows is None else factorise(hessian.rows, lanes)
+def factor_of(hessian: Hessian, device: torch.device, lanes: int = 0) -> RowFactor | None:
+    """Return `factorise` of a Hessian's rows on the device that rounds, or None if there are none."""
+    return None if hessian.rows is None else factorise(hessian.rows, lanes).to(device)
 
 
 def left(hessian_RR: Tensor, damping: float = DAMPING) -> float:
@@ -119,28 +128,60 @@ def nearest_in(factor: RowFactor) -> Callable[[Tensor, Tensor], None]:
     return nearest
 
 
+def eager_round_both(
+    w_KR: Tensor,
+    n_KR: Tensor,
+    error_KR: Tensor,
+    upper_KK: Tensor,
+    partner: Tensor,
+    upper_RR: Tensor,
+    steps: Sequence[int],
+) -> None:
+    """Round a matrix with feedback between its columns and its rows, in place, on the CPU. This is the reference.
+
+    Args:
+        w_KR, n_KR, error_KR, upper_KK, partner: As in `columns.eager_round_block`, rows in the order of rounding.
+        upper_RR: Float32 V, contiguous.
+        steps: Rows of each lane, see `RowFactor`.
+    """
+    lanes = np.array(steps, dtype=np.int64)
+    factor = RowFactor(order=torch.arange(len(upper_RR)), upper=upper_RR.cpu(), steps=lanes)
+    w, n, error, upper, partners = (tensor.cpu() for tensor in (w_KR, n_KR, error_KR, upper_KK, partner))
+    rounded = partial(round_columns, w, n, error, upper, partners, base_KR=None, nearest=nearest_in(factor))
+    round_all(w, error, upper, rounded)
+    for there, here in ((w_KR, w), (n_KR, n), (error_KR, error)):
+        there.copy_(here)
+
+
+round_both: "CustomOpDef" = torch.library.custom_op(
+    "birkhoff::round_both", eager_round_both, mutates_args=("w_KR", "n_KR", "error_KR")
+)
+"""`eager_round_both` as an operator, so that `birkhoff.kernels.feedback.op` can register a faster kernel."""
+
+
 def scratch_of(factor: RowFactor) -> Tensor:
     """Return memory for `round_rows_`."""
     longest = int(factor.steps.max()) if len(factor.steps) else 0
     return torch.empty(len(factor.order) + 34 * longest, dtype=torch.float32)
 
 
-def reference_round_rows_(u: Tensor, out: Tensor, factor: RowFactor) -> None:
-    """`round_rows_` in torch, row by row."""
+def reference_round_rows_(u: Tensor, out: Tensor, factor: RowFactor, decided: int | None = None) -> None:
+    """`round_rows_` in torch, row by row. A path is decided at the end of its lane, or after every `decided` rows."""
     upper = factor.upper
     if not len(factor.steps):
         for row in range(len(u)):
             torch.round(u[row], out=out[row])
             u[row + 1 :] -= upper[row, row + 1 :] * ((u[row] - out[row]) / upper[row, row])
         return
-    first = 0
+    begin = 0
     for steps in factor.steps.tolist():
-        last = first + steps
-        numbers, errors = _path(u[first:last], upper[first:last, first:last])
-        out[first:last] = numbers
-        for row, error in enumerate(errors, first):
-            u[last:] -= upper[row, last:] * error
-        first = last
+        end, state = begin + steps, 0
+        for first in range(begin, end, decided or steps):
+            last = min(first + (decided or steps), end)
+            out[first:last], errors, state = _path(u[first:last], upper[first:last, first:last], state)
+            for row, error in enumerate(errors, first):
+                u[last:] -= upper[row, last:] * error
+        begin = end
 
 
 _FROM = torch.tensor([[q, q + 4] for q in (0, 0, 1, 1, 2, 2, 3, 3)])
@@ -150,11 +191,11 @@ _SUBSET = torch.tensor([[q ^ 2 * o, q ^ 2 * (1 - o)] for q in range(4) for o in 
 """The subsets n mod 4 on the branches from those states, see `trellis`."""
 
 
-def _path(u: Tensor, upper_TT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the best path of a lane [T], and the errors e [T]."""
+def _path(u: Tensor, upper_TT: Tensor, state: int) -> tuple[Tensor, Tensor, int]:
+    """Return the numbers of the best path from a state [T], the errors e [T], and the state where it ends."""
     steps = len(u)
     metric = torch.full((8,), 1e30)
-    metric[0] = 0
+    metric[state] = 0
     targets = u.repeat(8, 1)
     numbers, errors = torch.empty(steps, 8), torch.empty(steps, 8)
     before = torch.empty(steps, 8, dtype=torch.int64)
@@ -167,7 +208,8 @@ def _path(u: Tensor, upper_TT: Tensor) -> tuple[Tensor, Tensor]:
         metric, numbers[t], errors[t], before[t] = (found.gather(1, high)[:, 0] for found in (sums, near, lost, _FROM))
         targets = targets[before[t]]
         targets[:, t + 1 :] -= errors[t][:, None] * upper_TT[t, t + 1 :]
-    state, n, e = int(metric.argmin()), torch.empty(steps), torch.empty(steps)
+    last, n, e = int(metric.argmin()), torch.empty(steps), torch.empty(steps)
+    state = last
     for t in range(steps - 1, -1, -1):
         n[t], e[t], state = numbers[t, state], errors[t, state], int(before[t, state])
-    return n, e
+    return n, e, last

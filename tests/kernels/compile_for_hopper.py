@@ -1,12 +1,14 @@
-"""Compile the Gluon kernels for sm_90a where there is no GPU, and print what the assembler says of each as JSON.
+"""Compile kernels for sm_90a where there is no GPU, and print what the assembler says of each as JSON.
 
-A script of its own: in the tests' process Triton may be interpreting.
+The Gluon kernels, which cannot be interpreted, and those of Triton that are more than a few lines: the interpreter
+accepts what the compiler does not. A script of its own: in the tests' process Triton may be interpreting.
 """
 
 import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
+from birkhoff.kernels.feedback import both
+from birkhoff.kernels.feedback import triton as feedback
 from birkhoff.kernels.int8 import hopper as int8_hopper
 from birkhoff.kernels.linear import hopper as linear_hopper
 from birkhoff.kernels.linear import small_m as linear_few
@@ -77,6 +81,36 @@ def tensors(tokens: int, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
     return x, theta, y, torch.empty(()), torch.empty(rows, dtype=torch.bfloat16)
 
 
+def launched(work: Callable[[], object]) -> dict[str, Any]:
+    """Compile what a function launches, and launch nothing. Returns the kernels by name and constants."""
+    found: dict[str, Any] = {}
+
+    def take(kernel: Any, grid: Any) -> Callable[..., None]:
+        def compile_(*args: Any, **options: Any) -> None:
+            constants = [str(value) for name, value in options.items() if name.isupper()]
+            found[" ".join([kernel.fn.__name__, *constants])] = kernel.warmup(*args, grid=grid, **options)
+
+        return compile_
+
+    usual = JITFunction.__getitem__
+    JITFunction.__getitem__ = take  # type: ignore[method-assign, assignment]
+    try:
+        work()
+    finally:
+        JITFunction.__getitem__ = usual  # type: ignore[method-assign]
+    return found
+
+
+def feedbacks() -> None:
+    w_KR, upper_KK, upper_RR, partner = torch.empty(70, 90), torch.eye(70), torch.eye(90), torch.full((70,), -1)
+    matrices = w_KR, torch.empty(70, 90), torch.empty(70, 90), upper_KK, partner
+    for steps in ((), (90,)):
+        both.round_both(*matrices, upper_RR, steps)
+    for lanes in (0, 3):
+        feedback.round_block(*matrices, 0, 64, lanes, None)
+        feedback.round_block(*matrices, 0, 64, lanes, torch.empty(70, 90))
+
+
 def verdict(kernel: Any) -> dict[str, Any]:
     """Spilled bytes, shared memory, and whether the assembler had to make the tensor cores wait in between."""
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -94,4 +128,5 @@ if __name__ == "__main__":
     compiled = {"small_m": small_m(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
     tiles = (128, 256, False), (128, 128, True), (64, 128, False)
     compiled |= {f"int8 {tile}": int8(*tile) for tile in tiles}
+    compiled |= launched(feedbacks)
     print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from birkhoff.codec.output import columns
+from birkhoff.codec import trellis
+from birkhoff.codec.output import columns, rows
 
 
 def block(rows: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,3 +51,31 @@ def test_same_numbers_as_the_eager_loop(device: str, rows: int, count: int, lane
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "lanes"),
+    [(1, 1, 0), (1, 70, 0), (70, 1, 0), (70, 9, 0), (9, 140, 0), (130, 66, 0), (1, 1, 1), (70, 2, 1), (8, 19, 2)],
+)
+def test_both_sides_give_the_numbers_of_the_eager_loop(device: str, height: int, width: int, lanes: int) -> None:
+    """And paths that readers can follow."""
+    from birkhoff.kernels.feedback import both
+
+    w, upper_KK, partner = block(height, width)
+    upper_RR = block(1, height, seed=1)[1]
+    steps = [len(range(lane, height, lanes)) for lane in range(lanes)]
+    n, error = torch.full_like(w, torch.nan), torch.full_like(w, torch.nan)
+    here = [tensor.clone().to(device) for tensor in (w, n, error, upper_KK, partner, upper_RR)]
+    both.round_both(*here, steps)
+    found = here[1].cpu()
+    factor = rows.RowFactor(order=torch.arange(height), upper=upper_RR, steps=np.array(steps, dtype=np.int64))
+
+    def nearest(u: Tensor, out: Tensor) -> None:
+        rows.reference_round_rows_(u.clone(), out, factor, both.PATH_ROWS)
+
+    columns.round_columns(w, n, error, upper_KK, partner, 0, width, None, nearest)
+    torch.testing.assert_close(here[2].cpu(), error, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, n)
+    for lane in found.split(steps, dim=1) if steps else ():
+        for path in lane.contiguous():
+            assert torch.equal(trellis.numbers(trellis.symbols(path).to(torch.int16), 1).float(), path)
