@@ -23,7 +23,7 @@ Shapes: R = rows, K = columns.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import triton
@@ -44,38 +44,51 @@ _PATH_COLUMNS = 16
 _FAR = tl.constexpr(1e30)
 
 
-@triton.jit
-def _tile_kernel(
-    w_ptr, n_ptr, error_ptr, below_ptr, upper_kk_ptr, upper_rr_ptr, partner_ptr, rows, columns, diagonal, first,
-    STEPS: tl.constexpr, SIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["diagonal", "first"])
+def _earlier_kernel(
+    w_ptr, n_ptr, error_ptr, below_ptr, upper_kk_ptr, upper_rr_ptr, start_ptr, rows, columns, diagonal, first,
+    WIDE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """`below` holds f [R, K], zeros before the first launch."""
+    """Take over the errors of earlier tiles: those of columns are taken off w, those of rows stored in the place of n.
+
+    `below` holds f [R, K]. `start` holds the first row of each tile, and R.
+    """
     tile = first + tl.program_id(0)
-    start_c, start_r = tile * SIDE, (diagonal - tile) * SIDE
+    start_c = tile * WIDE
+    start_r, stop_r = tl.load(start_ptr + diagonal - tile), tl.load(start_ptr + diagonal - tile + 1)
+    c, r = start_c + tl.arange(0, WIDE), (start_r + tl.arange(0, HIGH)).to(tl.int64)
+    in_c, in_r = c < columns, r < stop_r
+    by_columns = tl.zeros([WIDE, HIGH], tl.float32)
+    for start in range(0, start_c, WIDE):
+        d = (start + tl.arange(0, WIDE)).to(tl.int64)
+        factors = tl.load(upper_kk_ptr + d[None, :] * columns + c[:, None], mask=in_c[:, None], other=0.0)
+        errors = tl.load(error_ptr + d[:, None] * rows + r[None, :], mask=in_r[None, :], other=0.0)
+        by_columns = tl.dot(factors, errors, acc=by_columns, input_precision="tf32x3")
+    by_rows = tl.zeros([WIDE, HIGH], tl.float32)
+    for start in range(0, start_r, HIGH):
+        q = (start + tl.arange(0, HIGH)).to(tl.int64)
+        known = q < start_r
+        errors = tl.load(below_ptr + q[None, :] * columns + c[:, None], mask=known[None, :] & in_c[:, None], other=0.0)
+        factors = tl.load(upper_rr_ptr + q[:, None] * rows + r[None, :], mask=known[:, None] & in_r[None, :], other=0.0)
+        by_rows = tl.dot(errors, factors, acc=by_rows, input_precision="tf32x3")
+    at = c.to(tl.int64)[:, None] * rows + r[None, :]
+    inside = in_c[:, None] & in_r[None, :]
+    tl.store(w_ptr + at, tl.load(w_ptr + at, mask=inside, other=0.0) - by_columns, mask=inside)
+    tl.store(n_ptr + at, by_rows, mask=inside)
+
+
+@triton.jit(do_not_specialize=["diagonal", "first"])
+def _tile_kernel(
+    w_ptr, n_ptr, error_ptr, below_ptr, upper_kk_ptr, upper_rr_ptr, partner_ptr, start_ptr, rows, columns, diagonal,
+    first, STEPS: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """After `_earlier_kernel`, with the same arguments."""
+    tile = first + tl.program_id(0)
+    start_c, start_r = tile * SIDE, tl.load(start_ptr + diagonal - tile)
     place = tl.arange(0, SIDE)
     c, r = start_c + place, (start_r + place).to(tl.int64)
     in_c, in_r = c < columns, r < rows
     wide_c = c.to(tl.int64)
-
-    # What earlier tiles leave to this one, [c, r].
-    by_columns = tl.zeros([SIDE, SIDE], tl.float32)
-    for start in range(0, start_c, SIDE):
-        d = (start + place).to(tl.int64)
-        factors = tl.load(upper_kk_ptr + d[None, :] * columns + c[:, None], mask=in_c[:, None], other=0.0)
-        errors = tl.load(error_ptr + d[:, None] * rows + r[None, :], mask=in_r[None, :], other=0.0)
-        by_columns = tl.dot(factors, errors, acc=by_columns, input_precision="tf32x3")
-    by_rows = tl.zeros([SIDE, SIDE], tl.float32)
-    for start in range(0, start_r, SIDE):
-        q = (start + place).to(tl.int64)
-        errors = tl.load(below_ptr + q[None, :] * columns + c[:, None], mask=in_c[:, None], other=0.0)
-        factors = tl.load(upper_rr_ptr + q[:, None] * rows + r[None, :], mask=in_r[None, :], other=0.0)
-        by_rows = tl.dot(errors, factors, acc=by_rows, input_precision="tf32x3")
-    whole = wide_c[:, None] * rows + r[None, :]
-    both = in_c[:, None] & in_r[None, :]
-    tl.store(w_ptr + whole, tl.load(w_ptr + whole, mask=both, other=0.0) - by_columns, mask=both)
-    tl.store(n_ptr + whole, by_rows, mask=both)  # until n is known
-    tl.debug_barrier()
-
     later = (place[:, None] < place[None, :]) & (start_r + place < rows)[:, None] & in_r[None, :]
     factors_q = tl.load(upper_rr_ptr + r[:, None] * rows + r[None, :], mask=later, other=0.0)  # V[q, r], q < r
     pivot_r = tl.load(upper_rr_ptr + r * rows + r, mask=in_r, other=1.0)
@@ -108,22 +121,22 @@ def _tile_kernel(
 
 
 @triton.jit
-def _branch(x, metric, pivot, c: tl.constexpr):
-    """Return (the metric ahead, the nearest number of the subset c)."""
-    near = _nearest((x - c) * 0.25) * 4.0 + c
-    lost = (x - near) / pivot
-    return metric + lost * lost, near
+def _branch(x, metric, inverse, c: tl.constexpr):
+    """Return (the metric ahead, the nearest number of the subset c, the error)."""
+    fourth = (x - c) * 0.25
+    near = ((fourth + 12582912.0) - 12582912.0) * 4.0 + c  # as `_nearest`; above 2^22 any number of the subset will do
+    lost = (x - near) * inverse
+    return metric + lost * lost, near, lost
 
 
 @triton.jit
-def _ahead(x, other_x, metric, other_metric, m, other_m, n, other_n, here, pivot, factors,
+def _ahead(x, other_x, metric, other_metric, m, other_m, n, other_n, here, inverse, factors,
            c: tl.constexpr, other_c: tl.constexpr):  # fmt: skip
     """Return a survivor's (metric, m, n) after this row: the better of two branches."""
-    low, low_n = _branch(x, metric, pivot, c)
-    high, high_n = _branch(other_x, other_metric, pivot, other_c)
+    low, low_n, low_e = _branch(x, metric, inverse, c)
+    high, high_n, high_e = _branch(other_x, other_metric, inverse, other_c)
     wins = high < low
-    number = tl.where(wins, high_n, low_n)
-    error = (tl.where(wins, other_x, x) - number) / pivot
+    number, error = tl.where(wins, high_n, low_n), tl.where(wins, high_e, low_e)
     m = tl.where(wins, other_m, m) - factors * error
     n = tl.where(here, number, tl.where(wins, other_n, n))
     return tl.minimum(low, high), m, n
@@ -140,40 +153,21 @@ def _better(metric, m, n, state, other_metric, other_m, other_n, other_state):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal", "first"])
 def _path_kernel(
     w_ptr, n_ptr, error_ptr, below_ptr, state_ptr, upper_kk_ptr, upper_rr_ptr, partner_ptr, start_ptr, begins_ptr,
     rows, columns, diagonal, first, STEPS: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """`start` holds the first row of each tile and R, `begins` whether a lane begins there. `state` [K] holds the state
-    in which each column's path left the tile above."""
+    """After `_earlier_kernel`, with the same arguments. `begins` says of each tile whether a lane begins there, `state`
+    [K] holds the state in which each column's path left the tile above. Of one warp, as its parts would wait for each
+    other in every row."""
     tile = first + tl.program_id(0)
     down = diagonal - tile
     start_c, start_r, stop_r = tile * WIDE, tl.load(start_ptr + down), tl.load(start_ptr + down + 1)
     begins = tl.load(begins_ptr + down) != 0
     place, column = tl.arange(0, HIGH), tl.arange(0, WIDE)
     c, r = start_c + column, (start_r + place).to(tl.int64)
-    in_c, in_r = c < columns, r < stop_r
-    wide_c = c.to(tl.int64)
-
-    by_columns = tl.zeros([WIDE, HIGH], tl.float32)
-    for start in range(0, start_c, WIDE):
-        d = (start + column).to(tl.int64)
-        factors = tl.load(upper_kk_ptr + d[None, :] * columns + c[:, None], mask=in_c[:, None], other=0.0)
-        errors = tl.load(error_ptr + d[:, None] * rows + r[None, :], mask=in_r[None, :], other=0.0)
-        by_columns = tl.dot(factors, errors, acc=by_columns, input_precision="tf32x3")
-    by_rows = tl.zeros([WIDE, HIGH], tl.float32)
-    for start in range(0, start_r, HIGH):
-        q = (start + place).to(tl.int64)
-        known = q < start_r
-        errors = tl.load(below_ptr + q[None, :] * columns + c[:, None], mask=known[None, :] & in_c[:, None], other=0.0)
-        factors = tl.load(upper_rr_ptr + q[:, None] * rows + r[None, :], mask=known[:, None] & in_r[None, :], other=0.0)
-        by_rows = tl.dot(errors, factors, acc=by_rows, input_precision="tf32x3")
-    whole = wide_c[:, None] * rows + r[None, :]
-    both = in_c[:, None] & in_r[None, :]
-    tl.store(w_ptr + whole, tl.load(w_ptr + whole, mask=both, other=0.0) - by_columns, mask=both)
-    tl.store(n_ptr + whole, by_rows, mask=both)  # until n is known
-    tl.debug_barrier()
+    in_r, wide_c = r < stop_r, c.to(tl.int64)
 
     pivots = tl.load(upper_rr_ptr + r * rows + r, mask=in_r, other=1.0)
     errors_d = tl.zeros([WIDE, HIGH], tl.float32)  # e[d, r]
@@ -197,19 +191,19 @@ def _path_kernel(
         for t in range(0, stop_r - start_r):
             here, row = place == t, (start_r + t).to(tl.int64)
             factors = tl.load(upper_rr_ptr + row * rows + r, mask=in_r & (place > t), other=0.0)
-            pivot = tl.load(upper_rr_ptr + row * rows + row)
+            inverse = 1.0 / tl.load(upper_rr_ptr + row * rows + row)
             x0, x1 = tl.sum(tl.where(here, m0, 0.0), axis=0), tl.sum(tl.where(here, m1, 0.0), axis=0)
             x2, x3 = tl.sum(tl.where(here, m2, 0.0), axis=0), tl.sum(tl.where(here, m3, 0.0), axis=0)
             x4, x5 = tl.sum(tl.where(here, m4, 0.0), axis=0), tl.sum(tl.where(here, m5, 0.0), axis=0)
             x6, x7 = tl.sum(tl.where(here, m6, 0.0), axis=0), tl.sum(tl.where(here, m7, 0.0), axis=0)
-            a0, b0, d0 = _ahead(x0, x4, l0, l4, m0, m4, n0, n4, here, pivot, factors, 0.0, 2.0)
-            a1, b1, d1 = _ahead(x0, x4, l0, l4, m0, m4, n0, n4, here, pivot, factors, 2.0, 0.0)
-            a2, b2, d2 = _ahead(x1, x5, l1, l5, m1, m5, n1, n5, here, pivot, factors, 1.0, 3.0)
-            a3, b3, d3 = _ahead(x1, x5, l1, l5, m1, m5, n1, n5, here, pivot, factors, 3.0, 1.0)
-            a4, b4, d4 = _ahead(x2, x6, l2, l6, m2, m6, n2, n6, here, pivot, factors, 2.0, 0.0)
-            a5, b5, d5 = _ahead(x2, x6, l2, l6, m2, m6, n2, n6, here, pivot, factors, 0.0, 2.0)
-            a6, b6, d6 = _ahead(x3, x7, l3, l7, m3, m7, n3, n7, here, pivot, factors, 3.0, 1.0)
-            a7, b7, d7 = _ahead(x3, x7, l3, l7, m3, m7, n3, n7, here, pivot, factors, 1.0, 3.0)
+            a0, b0, d0 = _ahead(x0, x4, l0, l4, m0, m4, n0, n4, here, inverse, factors, 0.0, 2.0)
+            a1, b1, d1 = _ahead(x0, x4, l0, l4, m0, m4, n0, n4, here, inverse, factors, 2.0, 0.0)
+            a2, b2, d2 = _ahead(x1, x5, l1, l5, m1, m5, n1, n5, here, inverse, factors, 1.0, 3.0)
+            a3, b3, d3 = _ahead(x1, x5, l1, l5, m1, m5, n1, n5, here, inverse, factors, 3.0, 1.0)
+            a4, b4, d4 = _ahead(x2, x6, l2, l6, m2, m6, n2, n6, here, inverse, factors, 2.0, 0.0)
+            a5, b5, d5 = _ahead(x2, x6, l2, l6, m2, m6, n2, n6, here, inverse, factors, 0.0, 2.0)
+            a6, b6, d6 = _ahead(x3, x7, l3, l7, m3, m7, n3, n7, here, inverse, factors, 3.0, 1.0)
+            a7, b7, d7 = _ahead(x3, x7, l3, l7, m3, m7, n3, n7, here, inverse, factors, 1.0, 3.0)
             l0, l1, l2, l3, l4, l5, l6, l7 = a0, a1, a2, a3, a4, a5, a6, a7
             m0, m1, m2, m3, m4, m5, m6, m7 = b0, b1, b2, b3, b4, b5, b6, b7
             n0, n1, n2, n3, n4, n5, n6, n7 = d0, d1, d2, d3, d4, d5, d6, d7
@@ -244,42 +238,27 @@ def round_both(
     `PATH_ROWS` rows."""
     columns, rows = w_KR.shape
     below_RK = torch.zeros(rows, columns, device=w_KR.device)
-    if steps:
-        _round_paths(w_KR, n_KR, error_KR, below_RK, upper_KK, partner, upper_RR, steps)
-        return
-    wide, high = triton.cdiv(columns, _SIDE), triton.cdiv(rows, _SIDE)
-    for diagonal in range(wide + high - 1):
-        first = max(0, diagonal - high + 1)
-        grid = (min(diagonal, wide - 1) - first + 1,)
-        _tile_kernel[grid](
-            w_KR, n_KR, error_KR, below_RK, upper_KK, upper_RR, partner, rows, columns, diagonal, first,
-            STEPS=N, SIDE=_SIDE, num_warps=_WARPS,
-        )  # fmt: skip
-
-
-def _round_paths(
-    w_KR: Tensor,
-    n_KR: Tensor,
-    error_KR: Tensor,
-    below_RK: Tensor,
-    upper_KK: Tensor,
-    partner: Tensor,
-    upper_RR: Tensor,
-    steps: Sequence[int],
-) -> None:
-    columns, rows = w_KR.shape
-    starts: list[int] = []
-    begins: list[bool] = []
-    for first, run in zip(accumulate(steps, initial=0), steps, strict=False):
-        starts += range(first, first + run, PATH_ROWS)
-        begins += [place == 0 for place in range(0, run, PATH_ROWS)]
+    wide, high = (_PATH_COLUMNS, PATH_ROWS) if steps else (_SIDE, _SIDE)
+    starts = [
+        first for begin, end in pairwise(accumulate(steps or [rows], initial=0)) for first in range(begin, end, high)
+    ]
     start = torch.tensor([*starts, rows], dtype=torch.int32, device=w_KR.device)
-    begin = torch.tensor(begins, dtype=torch.int8, device=w_KR.device)
-    state = torch.zeros(columns, dtype=torch.int32, device=w_KR.device)
-    wide, high = triton.cdiv(columns, _PATH_COLUMNS), len(starts)
-    for diagonal in range(wide + high - 1):
-        first = max(0, diagonal - high + 1)
-        _path_kernel[(min(diagonal, wide - 1) - first + 1,)](
-            w_KR, n_KR, error_KR, below_RK, state, upper_KK, upper_RR, partner, start, begin, rows, columns, diagonal,
-            first, STEPS=N, WIDE=_PATH_COLUMNS, HIGH=PATH_ROWS, num_warps=4,
-        )  # fmt: skip
+    matrices, sizes = (w_KR, n_KR, error_KR, below_RK), (rows, columns)
+    if steps:
+        lanes = set(accumulate(steps, initial=0))
+        begins = torch.tensor([first in lanes for first in starts], dtype=torch.int8, device=w_KR.device)
+        state = torch.zeros(columns, dtype=torch.int32, device=w_KR.device)
+    across, down = triton.cdiv(columns, wide), len(starts)
+    for diagonal in range(across + down - 1):
+        first = max(0, diagonal - down + 1)
+        grid, where = (min(diagonal, across - 1) - first + 1,), (*sizes, diagonal, first)
+        _earlier_kernel[grid](*matrices, upper_KK, upper_RR, start, *where, WIDE=wide, HIGH=high, num_warps=4)
+        if steps:
+            _path_kernel[grid](
+                *matrices, state, upper_KK, upper_RR, partner, start, begins, *where, STEPS=N, WIDE=wide, HIGH=high,
+                num_warps=1,
+            )  # fmt: skip
+        else:
+            _tile_kernel[grid](
+                *matrices, upper_KK, upper_RR, partner, start, *where, STEPS=N, SIDE=wide, num_warps=_WARPS
+            )
