@@ -415,8 +415,8 @@ def _decode_paper(coded: CodedTensor) -> Tensor:
         U=params.U,
         K=params.K,
         bits=params.bits,
-        centre=torch.tensor(params.centre),
-        far=torch.tensor(params.far),
+        centre=torch.tensor(params.centre, dtype=torch.float32),
+        far=torch.tensor(params.far, dtype=torch.float32),
         shape=coded.shape,
         per_row=params.per_row,
     )

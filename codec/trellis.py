@@ -162,7 +162,7 @@ def _facing(d_8L: Tensor) -> Tensor:
 def _square_distances(u_BL: Tensor, out: Tensor) -> None:
     """Write squared distances to the subsets n mod 4 = 0 1 2 3 0 1 2 3, [B, 8, L], in quarters of u."""
     # Every operation rounds as on all devices, because equal metrics must be equal everywhere.
-    d_B4L = (u_BL[:, None] - torch.arange(4.0, device=out.device)[:, None]).mul_(0.25)
+    d_B4L = (u_BL[:, None] - torch.arange(4.0, dtype=torch.float32, device=out.device)[:, None]).mul_(0.25)
     d_B4L.sub_(torch.round(d_B4L))
     torch.mul(d_B4L[:, None].expand(-1, 2, -1, -1), d_B4L[:, None], out=out.unflatten(1, (2, 4)))
 

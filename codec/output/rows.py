@@ -120,7 +120,7 @@ def round_rows_(u: Tensor, out: Tensor, factor: RowFactor, scratch: Tensor) -> N
 
 def nearest_in(factor: RowFactor) -> Callable[[Tensor, Tensor], None]:
     """Return `round_rows_` of this factor with memory of its own, which keeps u."""
-    moved, scratch = torch.empty(len(factor.order)), scratch_of(factor)
+    moved, scratch = torch.empty(len(factor.order), dtype=torch.float32), scratch_of(factor)
 
     def nearest(u: Tensor, out: Tensor) -> None:
         round_rows_(moved.copy_(u), out, factor, scratch)
@@ -194,10 +194,10 @@ _SUBSET = torch.tensor([[q ^ 2 * o, q ^ 2 * (1 - o)] for q in range(4) for o in 
 def _path(u: Tensor, upper_TT: Tensor, state: int) -> tuple[Tensor, Tensor, int]:
     """Return the numbers of the best path from a state [T], the errors e [T], and the state where it ends."""
     steps = len(u)
-    metric = torch.full((8,), 1e30)
+    metric = torch.full((8,), 1e30, dtype=torch.float32)
     metric[state] = 0
     targets = u.repeat(8, 1)
-    numbers, errors = torch.empty(steps, 8), torch.empty(steps, 8)
+    numbers, errors = torch.empty(2, steps, 8, dtype=torch.float32)
     before = torch.empty(steps, 8, dtype=torch.int64)
     for t in range(steps):
         x = targets[:, t][_FROM]
@@ -208,7 +208,7 @@ def _path(u: Tensor, upper_TT: Tensor, state: int) -> tuple[Tensor, Tensor, int]
         metric, numbers[t], errors[t], before[t] = (found.gather(1, high)[:, 0] for found in (sums, near, lost, _FROM))
         targets = targets[before[t]]
         targets[:, t + 1 :] -= errors[t][:, None] * upper_TT[t, t + 1 :]
-    last, n, e = int(metric.argmin()), torch.empty(steps), torch.empty(steps)
+    last, n, e = int(metric.argmin()), *torch.empty(2, steps, dtype=torch.float32)
     state = last
     for t in range(steps - 1, -1, -1):
         n[t], e[t], state = numbers[t, state], errors[t, state], int(before[t, state])

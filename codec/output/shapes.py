@@ -28,8 +28,9 @@ def drawn_shapes(count: int, size: tuple[int, int], seed: int) -> tuple[Tensor, 
 
 def _picture(size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     cell = size[0] / _ACROSS, size[1] / _ACROSS
-    y, x = torch.arange(float(size[0]))[:, None], torch.arange(float(size[1]))[None, :]
-    picture = (0.1 + 0.2 * torch.rand(3, 1, 1, generator=generator)).repeat(1, *size)
+    y, x = (torch.arange(length, dtype=torch.float32) for length in size)
+    y = y[:, None]
+    picture = (0.1 + 0.2 * torch.rand(3, 1, 1, generator=generator, dtype=torch.float32)).repeat(1, *size)
     masks = []
     for row in range(_ACROSS):
         for column in range(_ACROSS):
@@ -42,11 +43,11 @@ def _picture(size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor,
             sine, cosine = math.sin(math.pi * turn), math.cos(math.pi * turn)
             along, across = down * sine + right * cosine, (right * sine - down * cosine) / squeeze
             inside = along**2 + across**2 < (radius * min(cell)) ** 2
-            picture[:, inside] = 0.65 + 0.3 * torch.rand(3, 1, generator=generator)
+            picture[:, inside] = 0.65 + 0.3 * torch.rand(3, 1, generator=generator, dtype=torch.float32)
             masks.append(inside)
-    picture += 0.01 * torch.randn(picture.shape, generator=generator)
+    picture += 0.01 * torch.randn(picture.shape, generator=generator, dtype=torch.float32)
     return (picture.clamp(0, 1) * 255).round().to(torch.uint8), torch.stack(masks)
 
 
 def _between(generator: torch.Generator, low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float32))

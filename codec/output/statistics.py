@@ -268,7 +268,11 @@ def _probe(
         scales = {name: _scale(name, weight, value) for name, (weight, value) in found.items()}
         for probe in range(probes):
             parts = [
-                (value * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)).sum() * scale
+                (
+                    value
+                    * torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device, value.dtype)
+                ).sum()
+                * scale
                 for (_, value), scale in zip(found.values(), scales.values(), strict=True)
                 if scale
             ]

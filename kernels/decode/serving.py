@@ -62,7 +62,7 @@ def _trial(device: torch.device) -> str | None:
 
     keep_triton_key()
     theta = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(64, 1024)
-    step = torch.tensor(0.0123)
+    step = torch.tensor(0.0123, dtype=torch.float32)
     expected = reference.decode(theta, step, 2048, torch.float32)
     try:
         theta, step = theta.to(device), step.to(device)

@@ -429,9 +429,11 @@ def encode_passes(weights: Sequence[Tensor], target_db: float) -> list[Pass]:
     """`search` and `encode_pass` of contiguous matrices on one device; what only a search needs is shared by all."""
     device = weights[0].device
     searches = [_prepare_search(weight.numel(), weight.dtype, device, target_db) for weight in weights]
-    energy = torch.empty(max(made.energies for made in searches), device=device)
-    errors = torch.empty(CANDIDATES * max(made.programs for made in searches), device=device)
-    steps = torch.empty(len(weights), 4, device=device)[:, 0].unbind()  # a launch wants addresses of 16 bytes each
+    energy = torch.empty(max(made.energies for made in searches), dtype=torch.float32, device=device)
+    errors = torch.empty(CANDIDATES * max(made.programs for made in searches), dtype=torch.float32, device=device)
+    steps = torch.empty(len(weights), 4, dtype=torch.float32, device=device)[
+        :, 0
+    ].unbind()  # a launch wants addresses of 16 bytes each
     found = []
     for weight, step, made in zip(weights, steps, searches, strict=True):
         made.energy(weight, energy)
@@ -454,7 +456,7 @@ def encode_pass(weight_RK: Tensor, step: Tensor) -> Pass:
         step=step,
         i=planes[0],
         j=planes[1],
-        stats=torch.empty(5, programs, device=device),
+        stats=torch.empty(5, programs, dtype=torch.float32, device=device),
         numbers=numbers,
         constants=constants,
     )
@@ -528,8 +530,11 @@ def search(weight_RK: Tensor, target_db: float) -> Tensor:
     """Return a step (float32 scalar on the device) whose SQNR on a sample of contiguous weights meets the target."""
     device = weight_RK.device
     made = _prepare_search(weight_RK.numel(), weight_RK.dtype, device, target_db)
-    energy, errors = torch.empty(made.energies, device=device), torch.empty(CANDIDATES, made.programs, device=device)
-    step = torch.empty((), device=device)
+    energy, errors = (
+        torch.empty(made.energies, dtype=torch.float32, device=device),
+        torch.empty(CANDIDATES, made.programs, dtype=torch.float32, device=device),
+    )
+    step = torch.empty((), dtype=torch.float32, device=device)
     made.energy(weight_RK, energy)
     made.search(weight_RK, energy, errors)
     made.pick(energy, errors, step)

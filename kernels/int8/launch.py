@@ -114,14 +114,14 @@ def _works(chosen: Plan, device: torch.device) -> bool:
     q, plane = (
         torch.randint(-128, 128, shape, generator=generator).to(torch.int8) for shape in ((300, 640), (264, 640))
     )
-    step = torch.tensor(0.01)
+    step = torch.tensor(0.01, dtype=torch.float32)
     expected = reference.exact_product(q, plane) * 1e-4
     form = Form(
         tokens=300, rows=264, columns=640, stride=640, dtype=torch.bfloat16, tf32=False, bias=None, device=device
     )
     try:
         run, (q, plane, step) = product(chosen, form, 640), (part.to(device) for part in (q, plane, step))
-        scale = torch.full((300,), 0.01, device=device)
+        scale = torch.full((300,), 0.01, dtype=torch.float32, device=device)
         # Run twice, because the second launch takes the short way of `prepared`.
         errors = [_error(run, q, plane, scale, step, expected) for _ in range(2)]
     except Exception as error:  # Gluon is young, and for any failure the portable kernel does the same work

@@ -129,8 +129,8 @@ def _works(chosen: Plan, tokens: int, device: torch.device) -> bool:
     """Run a plan on a small problem and compare with the reference. A failure is logged, and the plan not used."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     theta = torch.randint(1 << 16, (136, 320), generator=generator, dtype=torch.int32).to(torch.uint16)
-    x = torch.randn(tokens, 640, generator=generator).to(torch.bfloat16)
-    step = torch.tensor(0.01)
+    x = torch.randn(tokens, 640, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    step = torch.tensor(0.01, dtype=torch.float32)
     expected = x.double() @ reference.decode(theta, step, 640, torch.float32).double().T
     x, theta, step = x.to(device), theta.to(device), step.to(device)
     try:

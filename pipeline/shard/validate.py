@@ -219,7 +219,9 @@ def probe(name: str, code: LatticeTensor, source: Tensor, decoded: Tensor) -> tu
         ValidationError: That error exceeds `PROBE_LIMIT`.
     """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-    inputs = torch.randn(PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed)).to(source.device)
+    inputs = torch.randn(
+        PROBE_ROWS, source.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    ).to(source.device)
     with torch.inference_mode():
         output = HyperLinear.from_lattice(code)(inputs)
         exact = linear(inputs, decoded if decoded.dtype == torch.float32 else code.decode(torch.float32))
