@@ -43,8 +43,9 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian: Hessian | None,
 
     With a Hessian (of the matrix in which the codec holds the tensor, on its device) errors are fed back, in single
     nodes or in trellis paths down the columns. The form with fewer bits at the same error of the outputs wins; one bit
-    counts as 6.02 dB. If neither lowers the outputs' error below that of rounding each node on its own, the result is
-    that rounding. Without a Hessian, each weight is rounded on its own, in paths if those take fewer bits.
+    counts as 6.02 dB. With feedback between rows, paths of `PATHS_FROM` bits and more win without a look at nodes. If
+    neither lowers the outputs' error below that of rounding each node on its own, the result is that rounding. Without
+    a Hessian, each weight is rounded on its own, in paths if those take fewer bits.
 
     From `FIXED_POINT_DB` on, more and more nodes of pairs would be escapes. There a weight is a 16-bit number, which
     the format holds as a pair without a second weight, x = (I + J/256) h. HyperLinear needs pairs, so a linear layer

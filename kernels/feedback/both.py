@@ -6,8 +6,9 @@
     n = round(m)        e[c, r] = (u - n) / U[c, c]            f[r, c] = (m - n) / V[r, r]
 
 so it waits for the earlier columns of its row and the earlier rows of its column alone: all weights of an antidiagonal
-are independent. That holds for tiles too. One launch rounds the tiles of an antidiagonal side by side: each takes over
-the errors of the tiles above and to the left as products of matrices, then goes down its own antidiagonals.
+are independent. That holds for tiles too. Two launches round the tiles of an antidiagonal side by side: the first takes
+over the errors of the tiles above and to the left as products of matrices, the second goes down a tile's own
+antidiagonals.
 
 A trellis path joins the rows of a lane, so a tile of paths goes column by column, with eight survivors that each have
 their own m. It decides for one at its last row, where the tile below begins. Decisions at the end of every lane only
@@ -237,7 +238,7 @@ def round_both(
     """Round a matrix in place, as `birkhoff.codec.output.rows.eager_round_both`, on a GPU. Paths are decided after
     `PATH_ROWS` rows."""
     columns, rows = w_KR.shape
-    below_RK = torch.zeros(rows, columns, device=w_KR.device)
+    below_RK = torch.zeros(rows, columns, dtype=torch.float32, device=w_KR.device)
     wide, high = (_PATH_COLUMNS, PATH_ROWS) if steps else (_SIDE, _SIDE)
     starts = [
         first for begin, end in pairwise(accumulate(steps or [rows], initial=0)) for first in range(begin, end, high)

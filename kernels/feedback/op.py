@@ -8,6 +8,7 @@ References: `birkhoff.codec.output.columns.eager_round_block`, `birkhoff.codec.o
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from birkhoff.codec.output import columns, rows
@@ -31,7 +32,8 @@ def _round_block(
         return
     from birkhoff.kernels.feedback import triton as feedback_triton
 
-    feedback_triton.round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)
+    with torch.cuda.device(w_KR.device):
+        feedback_triton.round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)
 
 
 @rows.round_both.register_kernel("cuda")
@@ -49,4 +51,5 @@ def _round_both(
         return
     from birkhoff.kernels.feedback import both
 
-    both.round_both(w_KR, n_KR, error_KR, upper_KK, partner, upper_RR, steps)
+    with torch.cuda.device(w_KR.device):
+        both.round_both(w_KR, n_KR, error_KR, upper_KK, partner, upper_RR, steps)

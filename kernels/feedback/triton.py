@@ -41,7 +41,7 @@ def _columns_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    row = row.to(tl.int64)
+    row, rows = row.to(tl.int64), tl.cast(rows, tl.int64)  # columns times rows can pass 2^31
     for column in range(first, stop):
         u = tl.load(w_ptr + column * rows + row, mask=inside, other=0.0)
         factors = inside_ptr + (column - start) * COLUMNS
@@ -78,7 +78,7 @@ def _last_kernel(
     base_ptr, n_ptr, error_ptr, inside_ptr, start, column, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = column * rows + row.to(tl.int64)
+    at = column * tl.cast(rows, tl.int64) + row
     _lose(base_ptr, n_ptr, error_ptr, inside_ptr, at, column - start, row < rows, COLUMNS)
 
 
