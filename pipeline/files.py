@@ -9,8 +9,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -18,6 +19,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 SPARE_BYTES = 256 << 20
 """Bytes to leave free on a disk for other programs."""
+
+_READ_BYTES = 1 << 20
+_LOCK_SECONDS = 0.1
 
 _SETTLED_SECONDS = 5.0
 """Age in seconds from which the times of a file reveal a later change."""
@@ -132,8 +136,22 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hex, in constant memory. Raises OSError."""
     import hashlib
 
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            interrupt.check()
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def take_lock(file: IO[Any]) -> None:
+    """Lock an open file against other holders, and wait for them. Raises Interrupted once the user asks to stop."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            interrupt.pause(_LOCK_SECONDS)
 
 
 def file_state(path: Path) -> list[int]:

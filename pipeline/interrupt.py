@@ -3,14 +3,14 @@
 Python raises KeyboardInterrupt at any point, even inside a finalizer, which swallows it, and the command line library
 turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise `Interrupted` and set
 a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such calls
-are made inside `deferred`, where only the flag is set. A handler of the logging module that an exception leaves early
-can keep its lock, and every thread that logs waits for it: a signal that arrives there is acted on once it is left.
+are made inside `deferred`, where only the flag is set. An exception inside the logging module, or while a lock of
+`threading` is taken, can leave the lock held, and other threads wait for it: a signal that arrives there is acted on
+once it is left.
 
 Other threads get no exception, as it could leave any lock held: they end where they `check` or `pause`.
 """
 
 import contextlib
-import logging
 import signal
 import threading
 import time
@@ -19,14 +19,15 @@ from types import FrameType
 from typing import NoReturn
 
 _AGAIN_SECONDS = 0.01
-"""How soon a signal that arrived inside the logging module arrives again."""
+"""How soon a signal that arrived where a lock may be held arrives again."""
 
 _SLICE_SECONDS = 0.1
 """How long a pause lasts that is not looked up from."""
 
-_asked = threading.Event()
+_asked = False  # an Event would take a lock, which a second signal would wait for
 _number = signal.SIGINT
 _deferred = 0
+_arrives_again = False
 _own = threading.local()
 
 
@@ -43,6 +44,11 @@ def install() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     signal.signal(signal.SIGALRM, _stop_again)
+
+
+def installed() -> bool:
+    """Return whether this module has taken over the signals. A program that uses the library may have its own ways."""
+    return signal.getsignal(signal.SIGTERM) is _stop
 
 
 def uninstall() -> None:
@@ -65,7 +71,7 @@ def ends_with(event: threading.Event) -> Iterator[None]:
 def check() -> None:
     """Raise Interrupted if the user has asked to stop; for loops that wait or publish."""
     own: threading.Event | None = getattr(_own, "event", None)
-    if _asked.is_set() or (own is not None and own.is_set()):
+    if _asked or (own is not None and own.is_set()):
         _raise()
 
 
@@ -92,12 +98,14 @@ def deferred() -> Iterator[None]:
 
 def asked() -> bool:
     """Return whether the user has asked to stop."""
-    return _asked.is_set()
+    return _asked
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if _logs(frame):
+    global _arrives_again
+    if _may_hold_a_lock(frame):
         _ask(number)
+        _arrives_again = True
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     else:
         stop(number)
@@ -115,25 +123,28 @@ def stop(number: int) -> None:
 
 
 def _raise() -> NoReturn:
-    if threading.current_thread() is threading.main_thread():
-        signal.setitimer(signal.ITIMER_REAL, 0)  # this signal need not arrive again
+    global _arrives_again
+    if _arrives_again and threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _arrives_again = False
     raise Interrupted
 
 
 def _ask(number: int) -> None:
-    global _number  # signal handlers take no state
+    global _number, _asked  # signal handlers take no state
     _number = signal.Signals(number)
-    _asked.set()
+    _asked = True
 
 
-def _logs(frame: FrameType | None) -> bool:
-    """Return whether a function of the logging module has called what runs in this frame."""
+def _may_hold_a_lock(frame: FrameType | None) -> bool:
+    """Return whether this frame runs inside the logging module, or where the standard library takes a lock."""
     while frame is not None:
-        if frame.f_code.co_filename == _LOGGING:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module == "logging" or (name == "__enter__" and module in _TAKE_LOCKS):
             return True
         frame = frame.f_back
     return False
 
 
-_LOGGING = logging.Logger.handle.__code__.co_filename
-"""The logging module's file as frames name it."""
+_TAKE_LOCKS = ("threading", "concurrent.futures._base")
+"""Modules whose context managers take locks by a call in Python."""

@@ -127,9 +127,10 @@ def main() -> None:
         code: str | int | None = execute(sys.argv[1:])
     except SystemExit as end:
         code = end.code
-    code = _with_output(code)
+    except interrupt.Interrupted as error:  # again, while the first was reported
+        code = error.exit_code
     interrupt.uninstall()
-    sys.exit(code)
+    sys.exit(_with_output(code))
 
 
 def _with_output(code: str | int | None) -> str | int | None:

@@ -9,7 +9,6 @@
 folder while nothing runs.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,15 @@ from typing import Self
 
 from birkhoff.pipeline.download.spec import shown_url
 from birkhoff.pipeline.errors import SourceError
-from birkhoff.pipeline.files import atomic_file, file_sha256, file_state, remembered_digest, shortage, sync_folder
+from birkhoff.pipeline.files import (
+    atomic_file,
+    file_sha256,
+    file_state,
+    remembered_digest,
+    shortage,
+    sync_folder,
+    take_lock,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +163,7 @@ class DownloadCache:
         lock = self.folder / "locks" / _key(url)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file)
             yield
 
 

@@ -15,6 +15,7 @@ import requests
 from urllib3.exceptions import DecodeError, HeaderParsingError, HTTPError, InvalidChunkLength, LocationParseError
 
 import birkhoff
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.backoff import FIRST_SECONDS, Backoff, retry_after
 from birkhoff.pipeline.download.cache import Partial, Remote, check_space
 from birkhoff.pipeline.download.spec import check_plain_http, file_name, scheme_of, shown_url
@@ -134,6 +135,7 @@ class HttpTransport:
         try:
             # read1 returns what has arrived, so bytes before a break are kept.
             while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=False):
+                interrupt.check()
                 file.write(chunk)
                 done += len(chunk)
                 if report is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import birkhoff
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.download.cache import Remote
 from birkhoff.pipeline.download.http import Report
 from birkhoff.pipeline.download.spec import HubPlace, check_plain_http, hub_place
@@ -132,6 +133,7 @@ def _reporting(path: str, report: Report | None) -> type[Any]:
             pass
 
         def update(self, n: float | None = 1) -> None:
+            interrupt.check()
             self.n += n or 0
             if report is not None:
                 report(name, int(self.n), None if self.total is None else int(self.total))

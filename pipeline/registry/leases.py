@@ -36,6 +36,7 @@ from types import MappingProxyType
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.errors import BusyError, ObjectNotFoundError, StoreError
+from birkhoff.pipeline.interrupt import Interrupted
 from birkhoff.pipeline.registry import clock
 from birkhoff.pipeline.registry.documents import utc_now
 from birkhoff.pipeline.store.base import ObjectInfo, Store
@@ -264,8 +265,9 @@ class Keeper:
             self._thread.join()
 
     def _keep(self) -> None:
-        while not self._stop.wait(LEASE_SECONDS / RENEWALS):
-            keep_once(self._lease)
+        with contextlib.suppress(Interrupted):  # while it waited to ask again
+            while not self._stop.wait(LEASE_SECONDS / RENEWALS):
+                keep_once(self._lease)
 
 
 def keep_once(lease: Lease) -> None:

@@ -88,7 +88,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                     _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
         except BaseException as error:
             self.close()
-            if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
+            if isinstance(error, SystemExit) and interrupt.installed():  # raised by Ray's handler of SIGTERM
                 interrupt.stop(signal.SIGTERM)
             if not isinstance(error, Exception):
                 raise

@@ -122,7 +122,8 @@ def _prepare_all(
     A model of which the store has no version needs the executor in any case, which is then started beside the digests
     and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
     """
-    with ThreadPoolExecutor(max_workers=processors()) as pool:
+    with ThreadPoolExecutor(max_workers=processors()) as pool, ExitStack() as ending:
+        ending.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one raises or the user stops
         planning = {
             pool.submit(
                 _plan, job, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)

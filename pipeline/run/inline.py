@@ -4,8 +4,9 @@ Ray's workers take longer to start than one model takes to compress (see `START_
 native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor; on a GPU
 one at a time. Statistics and proofs use all processors, and import model code: they run in the main thread, and nothing
 beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks the process ends the run. The
-next run continues from the store in either case. A run that is to stop ends its threads at their next step, a tensor
-at the latest: an exception raised in a thread from outside could leave a lock held that the others wait for.
+next run continues from the store in either case. A run that is to stop ends its threads at their next step, after the
+tensor or the request at hand: an exception raised in a thread from outside could leave a lock held that others wait
+for.
 """
 
 import threading
@@ -73,9 +74,10 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
         while self._free and (task := queue.take()):
             if not isinstance(task, ShardTask):
                 return task
-            thread = _Thread(self._free.pop(), task, self._ended, self._stopping)
-            self._running.add(thread)
-            thread.start()
+            with interrupt.deferred():
+                thread = _Thread(self._free.pop(), task, self._ended, self._stopping)
+                self._running.add(thread)
+                thread.start()
         return None
 
     def _next(self) -> Outcome:

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,8 +42,11 @@ class Worker:
         logs.join_trace()
         self._address = store
         self._store: Store | None = None
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.on_gpu:
+        self._device = torch.device("cpu")
+        if torch.cuda.is_available():
+            # The program's own choice, as a new thread begins with GPU 0. Before CUDA has started there is none.
+            current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+            self._device = torch.device("cuda", current)
             # Beside planning, and the first shard's reading and hashing: CUDA and Triton take seconds to start.
             threading.Thread(target=triton_serves, args=(self._device,), name="warm-up", daemon=True).start()
         self._metrics = metrics()
@@ -66,7 +70,7 @@ class Worker:
         try:
             # Opened here, so that a store that refuses access fails the task and does not end the worker.
             self._store = self._store or open_address(self._address)
-            with logs.shard(task.model, task.index):
+            with logs.shard(task.model, task.index), self._current_device():
                 return Outcome(task=task, result=self._result(task, self._store))
         except BirkhoffError as error:
             return Outcome(task=task, error=error)
@@ -77,6 +81,10 @@ class Worker:
                 return out_of_memory_outcome(task, error)
             kind = type(error).__name__
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        """Launch kernels on the worker's device inside the block."""
+        return torch.cuda.device(self._device) if self.on_gpu else nullcontext()
 
     def _result(self, task: Task, store: Store) -> Result:
         # Imported here, as only proofs and statistics need the code that runs models.

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Literal, Self
 
 from birkhoff.pipeline.errors import PreconditionError, StoreDeniedError, StoreError, StoreUnreachableError
-from birkhoff.pipeline.files import atomic_file
+from birkhoff.pipeline.files import atomic_file, take_lock
 from birkhoff.pipeline.hints import hint
 from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.store.base import Store, StoreAddress, StoreSettings
@@ -364,7 +364,7 @@ def _starting(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"embedded server: {error}; set BIRKHOFF_HOME to a directory you can write") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock)
         yield
 
 

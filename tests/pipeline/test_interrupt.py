@@ -1,6 +1,7 @@
 """Ctrl-C at any moment: one line, exit code 130, nothing half-published, and the next run goes on."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -14,13 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.cli import main
+from birkhoff.pipeline.download import hub
+from birkhoff.pipeline.download.http import FetchSettings, HttpTransport
+from birkhoff.pipeline.files import file_sha256, take_lock
 from birkhoff.pipeline.interrupt import Interrupted
+from birkhoff.pipeline.registry import leases
+from birkhoff.pipeline.store.open import open_store
 from tests.patience import PATIENT_SECONDS
 
 SHARDS = 30
@@ -31,7 +40,7 @@ BIRKHOFF = str(Path(sys.executable).with_name("birkhoff"))
 @pytest.fixture
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process takes signals as a command does."""
-    monkeypatch.setattr(interrupt, "_asked", threading.Event())
+    monkeypatch.setattr(interrupt, "_asked", False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     interrupt.install()
     yield
@@ -52,6 +61,7 @@ class Interrupting(logging.Handler):
 
 
 @pytest.mark.usefixtures("handlers")
+@pytest.mark.timeout(2 * PATIENT_SECONDS, method="thread")  # the other method uses the alarm too
 @pytest.mark.parametrize("then", [lambda: time.sleep(PATIENT_SECONDS), interrupt.check])
 def test_a_signal_inside_logging_is_acted_on_once_and_with_its_lock_free(then: Callable[[], None]) -> None:
     handler = Interrupting()
@@ -67,6 +77,55 @@ def test_a_signal_inside_logging_is_acted_on_once_and_with_its_lock_free(then: C
     time.sleep(0.1)  # and not interrupted again
     assert handler.written == 1
     assert in_a_thread(lambda: handler.lock is not None and handler.lock.acquire(blocking=False)) == [True]
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.timeout(2 * PATIENT_SECONDS, method="thread")
+def test_a_signal_while_a_condition_takes_its_lock_leaves_it_free() -> None:
+    """The call returns with the lock taken before the caller knows of it."""
+
+    class Lock:
+        def __init__(self) -> None:
+            self.real = threading.Lock()
+
+        def __enter__(self) -> None:
+            self.real.acquire()
+            signal.raise_signal(signal.SIGINT)
+
+        def __exit__(self, *_: object) -> None:
+            self.real.release()
+
+    lock = Lock()
+    condition = threading.Condition(threading.Lock())
+    condition._lock = lock  # type: ignore[attr-defined]
+
+    def wait() -> None:
+        with condition:
+            pass
+        time.sleep(PATIENT_SECONDS)
+
+    with pytest.raises(Interrupted):
+        wait()
+    assert lock.real.acquire(blocking=False)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_while_another_is_taken_in_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some supervisors signal a process and its group in one moment."""
+    seen = []
+    ask = interrupt._ask
+
+    def interrupted(number: int) -> None:
+        seen.append(number)
+        if len(seen) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        ask(number)
+
+    monkeypatch.setattr(interrupt, "_ask", interrupted)
+    with pytest.raises(Interrupted):
+        signal.raise_signal(signal.SIGINT)
+    assert seen == [signal.SIGINT, signal.SIGTERM]
+    assert interrupt.asked()
 
 
 @pytest.mark.usefixtures("handlers")
@@ -102,6 +161,72 @@ def test_a_thread_ends_with_its_own_event_alone() -> None:
     assert in_a_thread(lambda: work(mine)) == [True]
     assert in_a_thread(lambda: work(others)) == [False]
     interrupt.check()
+
+
+def hash_a_file(folder: Path) -> object:
+    (folder / "file").write_bytes(b"x")
+    return file_sha256(folder / "file")
+
+
+def wait_for_a_lock(folder: Path) -> None:
+    with (folder / "lock").open("ab") as held, (folder / "lock").open("ab") as file:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        take_lock(file)
+
+
+def pour_a_download(folder: Path) -> None:
+    response: Any = SimpleNamespace(raw=SimpleNamespace(read1=lambda *_, **__: b"x"))
+    remote: Any = SimpleNamespace(size=None)
+    with (folder / "file").open("wb") as file:
+        HttpTransport(FetchSettings())._pour("https://host/file", response, file, remote, None)
+
+
+def download_from_a_hub(_: Path) -> object:
+    return hub._reporting("folder/file", None)(total=2).update(1)
+
+
+@pytest.mark.parametrize("work", [hash_a_file, wait_for_a_lock, pour_a_download, download_from_a_hub])
+def test_what_takes_long_in_threads_looks_whether_it_is_to_stop(
+    work: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "_asked", True)
+    with pytest.raises(Interrupted):
+        work(tmp_path)
+
+
+def test_the_thread_of_a_lease_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, said = threading.Event(), list[object]()
+
+    def renew(_: object) -> None:
+        asked.set()
+        raise Interrupted
+
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "keep_once", renew)
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    with open_store((tmp_path / "store").as_uri()) as store:
+        keeper = leases.Keeper(leases.Lease(store, "runs/open/"))
+        keeper.start()
+        assert asked.wait(PATIENT_SECONDS)
+        keeper.stop()
+    assert said == []
+
+
+def test_a_second_signal_while_the_first_is_reported_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise Interrupted
+
+    monkeypatch.setattr(main, "execute", interrupted)
+    monkeypatch.setattr(interrupt, "_number", signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 def in_a_thread(work: Callable[[], object], beside: Callable[[], object] = lambda: None) -> list[object]:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.interrupt import Interrupted
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
 from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run import compress as module
@@ -97,6 +100,28 @@ def test_a_model_of_which_there_is_a_version_is_looked_at_first(
     assert events == ["start", "run", "end, leased"]
 
 
+def test_a_run_that_is_to_stop_begins_no_more_models(
+    tmp_path: Path, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = 20 * processors()
+    entries = [f"  - {{name: m{number}, source: m{number}.safetensors}}" for number in range(models)]
+    path = tmp_path / "m.yaml"
+    path.write_text("\n".join(["models:", *entries]))
+    begun: list[str] = []
+
+    def plan(_job: object, run: ModelRun, _plan: object) -> bool:
+        begun.append(run.name)
+        if len(begun) == 1:
+            raise Interrupted
+        time.sleep(0.1)
+        return False
+
+    monkeypatch.setattr(module, "_plan", plan)
+    with pytest.raises(Interrupted):
+        run(load_manifest(path), directory_store, [], threading.Event())
+    assert len(begun) < models / 2
+
+
 def test_an_executor_that_was_started_for_nothing_ends(
     manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +151,7 @@ def test_a_worker_starts_its_gpu_before_its_first_task(tmp_path: Path, monkeypat
     address = StoreAddress.parse((tmp_path / "store").as_uri())
     worker.Worker(address)
     assert told.wait(PATIENT_SECONDS)
-    assert started == [("warm-up", torch.device("cuda"))]
+    assert started == [("warm-up", torch.device("cuda", 0))]
 
 
 def test_a_worker_without_a_share_of_a_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
