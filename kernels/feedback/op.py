@@ -3,7 +3,8 @@
 
 Without Triton, or on a GPU that it does not support, the eager loops run instead, and the log says so once.
 
-References: `birkhoff.codec.output.columns.eager_round_block`, `birkhoff.codec.output.rows.eager_round_both`.
+Reference: `birkhoff.codec.output.columns.eager_round_block`.
+Reference: `birkhoff.codec.output.rows.eager_round_both`, with rows.
 """
 
 from collections.abc import Sequence

@@ -30,6 +30,8 @@ from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import feedback
 from birkhoff.codec.output.columns import eager_round_block
 from birkhoff.codec.output.hessian import Hessian, normalised
+from birkhoff.codec.output.hessian import rows_of as feedback_rows_of
+from birkhoff.codec.output.rows import factor_of
 from birkhoff.codec.packed import Bits, PackedTensor, rows_of
 from birkhoff.codec.tensor import encoded_code
 from birkhoff.kernels.compressed_linear import CompressedLinear
@@ -265,7 +267,41 @@ def bench_feedback() -> Result:
             require(abs(found / wanted - 1) < 0.02, "the kernels lose more than the eager loop")
             milliseconds = _call_ms(partial(feedback.quantise, weight, 0.02, factor, path=path))
             rows.append({"matrix": name, "path": path, "ms": milliseconds, "eager_ms": eager_ms})
-    return {"rows": rows}
+    both = [
+        row
+        for name, (count, columns) in SAM_H.items()
+        if feedback_rows_of(count)
+        for row in _both_sides(name, count, columns)
+    ]
+    return {"rows": rows, "both": both}
+
+
+def _both_sides(name: str, count: int, columns: int) -> list[Result]:
+    """The same with feedback between rows too, against the host's code, once, on one thread."""
+    weight, found = torch.randn(count, columns, device="cuda") * 0.03, []
+    hessian = Hessian(columns=_of_correlated(columns), rows=_of_correlated(count))
+    factor = feedback.factorise(hessian.columns)
+    alone = hessian.error(weight, feedback.quantise(weight, 0.02, factor))
+    for path in (False, True):
+        between = factor_of(hessian, weight.device, feedback.lanes_of(count, columns) if path else 0)
+        require(between is not None, "no factor of the rows")
+        assert between is not None
+        quantise = partial(feedback.quantise, weight, 0.02, factor, between, path=path)
+        error, host = hessian.error(weight, quantise()), torch.device("cpu")
+        begin = time.perf_counter()
+        code = feedback.quantise(weight.cpu(), 0.02, factor.to(host), between.to(host), path=path)
+        host_ms = 1e3 * (time.perf_counter() - begin)
+        wanted = hessian.error(weight, code.to(weight.device))
+        require(error < wanted * (1.05 if path else 1.02), "the kernel loses more than the host's code")
+        found.append(
+            {"matrix": name, "path": path, "ms": _call_ms(quantise), "host_ms": host_ms, "left": error / alone}
+        )
+    return found
+
+
+def _of_correlated(size: int) -> Tensor:
+    mixed = torch.randn(2 * size, 64, device="cuda") @ torch.randn(64, size, device="cuda")
+    return normalised(mixed.T @ mixed + 10 * torch.eye(size, device="cuda")).float()
 
 
 def _call_ms(call: Callable[[], object]) -> float:

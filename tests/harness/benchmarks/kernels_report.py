@@ -143,6 +143,13 @@ def _encode(parts: Result) -> str:
         ]
         page += "\n\nMatrices of one layer of SAM-H rounded with error feedback:\n\n"
         page += table(["matrix", "as", "ms", "eager loop, ms"], rows)
+        if both := feedback.get("both"):
+            rows = [
+                [row["matrix"], "paths" if row["path"] else "nodes", f"{row['ms']:.0f}", f"{row['host_ms']:.0f}"]
+                for row in both
+            ]
+            page += "\n\nWith feedback between rows too:\n\n"
+            page += table(["matrix", "as", "ms", "one thread of the host, ms"], rows)
     return page
 
 
