@@ -11,6 +11,7 @@ Other threads get no exception, as it could leave any lock held: they end where 
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -55,7 +56,7 @@ def uninstall() -> None:
     """Let either signal end the process at once: nothing is left to do, and nobody would catch `Interrupted`."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 @contextlib.contextmanager
@@ -87,13 +88,20 @@ def pause(seconds: float) -> None:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Defer a signal to the end of the block, in the main thread; for short calls."""
+    with held():
+        yield
+    check()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Only note a signal inside the block, in the main thread; for what must be done once the user asked to stop."""
     global _deferred
     _deferred += 1
     try:
         yield
     finally:
         _deferred -= 1
-    check()
 
 
 def asked() -> bool:

@@ -151,7 +151,10 @@ def _ray() -> Finding:
             "ray", "not installed", "run `make setup`, or: pip install 'ray[default]'; or use --executor inline"
         )
     address = os.environ.get("RAY_ADDRESS")
-    found = f"{version('ray')}; without --address a cluster is started here and ended after the run"
+    found = (
+        f"{version('ray')}; used for GPUs, above 4 GiB of weights, and by --executor ray; started for the run unless "
+        "--address names a cluster"
+    )
     if address:
         return Finding(
             check="ray",

@@ -93,9 +93,13 @@ def _end(error: BirkhoffError | interrupt.Interrupted, as_json: bool) -> int:
     """Print the error that ended a command, and return its exit code."""
     if isinstance(error, interrupt.Interrupted):
         message, code = "interrupted; run the same command again to resume", error.exit_code
+        with interrupt.held():  # another signal does not keep the line from the user
+            complain(message)
+            if interrupt.installed():
+                interrupt.uninstall()
     else:
         message, code = str(error), exit_code(error)
-    complain(message)
+        complain(message)
     if as_json:
         print_json(failure_document(type(error).__name__, code, message))
     return code
@@ -127,8 +131,8 @@ def main() -> None:
         code: str | int | None = execute(sys.argv[1:])
     except SystemExit as end:
         code = end.code
-    except interrupt.Interrupted as error:  # again, while the first was reported
-        code = error.exit_code
+    except interrupt.Interrupted as error:  # again, before the first was reported
+        code = _end(error, as_json=False)
     interrupt.uninstall()
     sys.exit(_with_output(code))
 

@@ -172,7 +172,9 @@ class HttpTransport:
             remedy = "check the address, the clock and the CA bundle (REQUESTS_CA_BUNDLE)"
             raise SourceError(f"{shown_url(url)}: TLS failed ({_reason(error)}); {remedy}") from error
         except (requests.ConnectionError, requests.Timeout) as error:
-            raise TransientError(f"{shown_url(url)}: no answer ({_reason(error)})") from error
+            raise TransientError(
+                f"{shown_url(url)}: no answer ({_reason(error)}); check the address and the network"
+            ) from error
         except (OSError, HTTPError, ValueError) as error:  # OSError: a missing CA bundle
             raise SourceError(f"{shown_url(url)}: cannot be asked for ({_reason(error)}); check the address") from error
 

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal, Self
 
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import PreconditionError, StoreDeniedError, StoreError, StoreUnreachableError
 from birkhoff.pipeline.files import atomic_file, take_lock
 from birkhoff.pipeline.hints import hint
@@ -251,7 +252,8 @@ def _join(folder: Path) -> tuple[EmbeddedServer, Callable[[], None]]:
 
 
 def _leave(folder: Path, users: IO[str]) -> None:
-    with _starting(folder):
+    # Another signal must not leave a server behind that was told to end and takes its time.
+    with interrupt.held(), _starting(folder, take=_take_whatever_happens):
         users.close()
         state = _State.load(folder)
         if state and state.alive and not state.persistent and not _in_use(folder):
@@ -354,8 +356,12 @@ def _folder(home: Path | None) -> Path:
     return (home or birkhoff_home()) / "embedded"
 
 
+def _take_whatever_happens(file: IO[str]) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 @contextmanager
-def _starting(folder: Path) -> Iterator[None]:
+def _starting(folder: Path, take: Callable[[IO[str]], None] = take_lock) -> Iterator[None]:
     """Keep other processes from starting or stopping the server."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +370,7 @@ def _starting(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"embedded server: {error}; set BIRKHOFF_HOME to a directory you can write") from error
     with lock:
-        take_lock(lock)
+        take(lock)
         yield
 
 

@@ -29,6 +29,7 @@ from birkhoff.pipeline.download.http import FetchSettings, HttpTransport
 from birkhoff.pipeline.files import file_sha256, take_lock
 from birkhoff.pipeline.interrupt import Interrupted
 from birkhoff.pipeline.registry import leases
+from birkhoff.pipeline.store import seaweedfs
 from birkhoff.pipeline.store.open import open_store
 from tests.patience import PATIENT_SECONDS
 
@@ -212,7 +213,28 @@ def test_the_thread_of_a_lease_ends_without_a_word(tmp_path: Path, monkeypatch: 
     assert said == []
 
 
-def test_a_second_signal_while_the_first_is_reported_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("handlers")
+def test_another_signal_does_not_keep_a_server_that_was_told_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+
+    def terminate(pid: int, *_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        ended.append(pid)
+
+    state = SimpleNamespace(alive=True, persistent=False, pid=7, started="now", ports={})
+    monkeypatch.setattr(seaweedfs._State, "load", lambda _: state)
+    monkeypatch.setattr(seaweedfs, "terminate", terminate)
+    with (tmp_path / "users.lock").open("a") as users:
+        seaweedfs._leave(tmp_path, users)
+    assert ended == [7]
+    assert interrupt.asked()
+
+
+def test_a_signal_before_the_first_is_reported_keeps_the_line_and_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object) -> int:
         raise Interrupted
 
@@ -222,11 +244,12 @@ def test_a_second_signal_while_the_first_is_reported_changes_no_exit_code(monkey
     try:
         with pytest.raises(SystemExit) as ended:
             main.main()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert not interrupt.installed()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.count("error: interrupted") == 1
 
 
 def in_a_thread(work: Callable[[], object], beside: Callable[[], object] = lambda: None) -> list[object]:
