@@ -59,7 +59,7 @@ class RowFactor:
 
     def to(self, device: torch.device) -> "RowFactor":
         """Return the factor with V on another device."""
-        return replace(self, upper=self.upper.to(device).contiguous())
+        return replace(self, upper=self.upper.to(device))
 
 
 def factorise(hessian_RR: Tensor, lanes: int = 0, damping: float = DAMPING) -> RowFactor:

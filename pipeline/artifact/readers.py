@@ -12,7 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -33,6 +33,7 @@ from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size, read_doc
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
 from birkhoff.pipeline.registry.documents import FLOOR_DB, BlobRecord, ShardRecord, VersionManifest, blob_key, sha256
 from birkhoff.pipeline.registry.labels import read_labels
+from birkhoff.pipeline.registry.parallel import pool
 from birkhoff.pipeline.registry.trust import ANY, Trust, check_signatures, check_version
 from birkhoff.pipeline.registry.versions import Version, resolve
 from birkhoff.pipeline.shard.decisions import decisions_of
@@ -411,17 +412,14 @@ def inspect(artifact: Artifact) -> Iterator[TensorRow]:
 
 def heads(artifact: Artifact) -> Iterator[Head]:
     """Yield the headers of an artifact's containers, in the order of its shards. Raises as `inspect`."""
-    with ThreadPoolExecutor(_HEADERS_AHEAD, thread_name_prefix="inspect") as pool:
+    with pool(_HEADERS_AHEAD, "inspect") as threads:
         waiting: deque[Future[bytes]] = deque()
         left = iter(artifact.manifest.shards)
-        try:
-            for _ in artifact.manifest.shards:
-                for shard in islice(left, _HEADERS_AHEAD - len(waiting)):
-                    waiting.append(pool.submit(_read_header, artifact, shard))
-                yield parse_head(waiting.popleft().result())
-                interrupt.check()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for _ in artifact.manifest.shards:
+            for shard in islice(left, _HEADERS_AHEAD - len(waiting)):
+                waiting.append(threads.submit(_read_header, artifact, shard))
+            yield parse_head(waiting.popleft().result())
+            interrupt.check()
 
 
 def inspect_shard(artifact: Artifact, shard: ShardRecord) -> list[TensorRow]:

@@ -13,7 +13,7 @@ a file, its digest, its copy. Host memory holds no more than the compressed mode
 import ctypes
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +31,7 @@ from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.artifact.readers import Artifact
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.registry.documents import ShardRecord
+from birkhoff.pipeline.registry.parallel import pool
 
 MAX_THREADS = 16
 
@@ -67,18 +68,15 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
 
     shards = artifact.manifest.shards
     budget = max(sum(shard.bytes for shard in shards), max(shard.source_bytes for shard in shards))
-    with ThreadPoolExecutor(_threads(), "decode", initializer=_one_thread_inside) as pool:
+    with pool(_threads(), "decode", initializer=_one_thread_inside) as threads:
         running: dict[Future[T], ShardRecord] = {}
-        try:
-            for shard in artifact.arriving():
-                while running and sum(s.source_bytes for s in running.values()) + shard.source_bytes > budget:
-                    yield from _ended(running)
-                running[pool.submit(work, shard)] = shard
-                yield from _ended(running, wait_for_one=False)
-            while running:
+        for shard in artifact.arriving():
+            while running and sum(s.source_bytes for s in running.values()) + shard.source_bytes > budget:
                 yield from _ended(running)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            running[threads.submit(work, shard)] = shard
+            yield from _ended(running, wait_for_one=False)
+        while running:
+            yield from _ended(running)
 
 
 def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
@@ -109,22 +107,19 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
                 made = result()
             yield from zip(shards, made, strict=True)
 
-    with ThreadPoolExecutor(_threads(), "read", initializer=_one_thread_inside) as pool:
-        try:
-            starting = pool.submit(warm_up, device)
-            for shard in artifact.arriving():
-                batch, to = places[shard.blob].popleft()
-                batch.upload = batch.upload or Upload(batch.size, device)
-                batch.read[to] = pool.submit(read, shard, batch.upload, to)
-                while batches and batches[0].is_read() and starting.done():
-                    begin()
-                    yield from end(1)
-            while batches:
+    with pool(_threads(), "read", initializer=_one_thread_inside) as threads:
+        starting = threads.submit(warm_up, device)
+        for shard in artifact.arriving():
+            batch, to = places[shard.blob].popleft()
+            batch.upload = batch.upload or Upload(batch.size, device)
+            batch.read[to] = threads.submit(read, shard, batch.upload, to)
+            while batches and batches[0].is_read() and starting.done():
                 begin()
                 yield from end(1)
-            yield from end()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while batches:
+            begin()
+            yield from end(1)
+        yield from end()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ either readers of the target name that store (`--signed-for`), or the version is
 
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ from birkhoff.pipeline.registry.documents import (
 from birkhoff.pipeline.registry.labels import LABELS_FILE, LabelRecord, change_labels
 from birkhoff.pipeline.registry.leases import open_run
 from birkhoff.pipeline.registry.names import check_name
+from birkhoff.pipeline.registry.parallel import pool
 from birkhoff.pipeline.registry.signing import Signer, audience_of
 from birkhoff.pipeline.registry.versions import Version, missing_blobs, publish, said_figures
 from birkhoff.pipeline.store.base import Store
@@ -233,14 +234,11 @@ def copy(
     """
 
     def bring(records: Sequence[BlobRecord]) -> None:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="copy") as pool:
-            futures = [pool.submit(_bring_one, source, target, parcel, record) for record in records]
-            try:
-                for future in as_completed(futures):
-                    report(future.result())
-                    interrupt.check()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with pool(_THREADS, "copy") as threads:
+            futures = [threads.submit(_bring_one, source, target, parcel, record) for record in records]
+            for future in as_completed(futures):
+                report(future.result())
+                interrupt.check()
 
     return install(target, parcel, bring, delivery, report=report)
 

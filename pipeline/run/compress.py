@@ -5,7 +5,7 @@ The functions follow the pipeline in order; each step has its own module.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, Vers
 from birkhoff.pipeline.registry.gc import retire
 from birkhoff.pipeline.registry.labels import change_labels
 from birkhoff.pipeline.registry.leases import open_run
+from birkhoff.pipeline.registry.parallel import pool
 from birkhoff.pipeline.registry.signing import Signer
 from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_version, publish
 from birkhoff.pipeline.run.bases import base_in_run, waits_for
@@ -122,10 +123,9 @@ def _prepare_all(
     A model of which the store has no version needs the executor in any case, which is then started beside the digests
     and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
     """
-    with ThreadPoolExecutor(max_workers=processors()) as pool, ExitStack() as ending:
-        ending.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one raises or the user stops
+    with pool(processors(), "plan") as threads:
         planning = {
-            pool.submit(
+            threads.submit(
                 _plan, job, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
             ): run
             for run, entry in zip(runs, job.manifest.models, strict=True)
@@ -134,7 +134,7 @@ def _prepare_all(
         new = False
         for future in as_completed(planning):
             new |= future.result()
-            prepared[planning[future].name] = pool.submit(_prepare, job, planning[future])
+            prepared[planning[future].name] = threads.submit(_prepare, job, planning[future])
         early = start() if new else None
         for run in runs:
             prepared[run.name].result()
