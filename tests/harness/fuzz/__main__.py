@@ -27,6 +27,11 @@ HERE = Path(__file__).parent
 WORK = Path(".birkhoff/fuzz")
 RSS_LIMIT_MIB = 1024
 """Of the whole process, torch included: more is a finding."""
+PART_INPUTS = 60_000
+"""A longer run is several processes, one after the other on the same corpus: atheris 3.0 keeps every array that a
+comparison makes, 6 kB an input of `tensor`, and would come to the limit of memory by itself."""
+LEAST_SECONDS = 5
+"""What is left of a run is not worth another process, which takes longer to start."""
 INPUT_SECONDS = 20
 """Longer for one input is a hang, and a finding."""
 
@@ -55,6 +60,7 @@ def flags(target: str, module: ModuleType, options: argparse.Namespace) -> list[
     if options.merge:
         return [*common, "-merge=1", str(kept), str(found), str(seeds)]
     limits = [f"-max_total_time={options.seconds}", f"-max_len={options.max_len}", f"-dict={work / 'dictionary'}"]
+    limits += [f"-runs={options.inputs}"] if options.inputs else []
     return [*common, *limits, "-print_final_stats=1", str(found), str(kept), str(seeds)]
 
 
@@ -71,19 +77,31 @@ def keeping(check: Callable[[bytes], None], folder: Path) -> Callable[[bytes], N
     return checked
 
 
-def recorded(options: argparse.Namespace, inner: Sequence[str]) -> int:
-    """Fuzz in a process of its own, or take the words of one that ended, and enter the figures."""
+def in_parts(options: argparse.Namespace, inner: Sequence[str]) -> tuple[int, list[str], float]:
+    """Fuzz in processes of at most `PART_INPUTS`; the exit code of the last, the words of each, and the seconds."""
     from tests.harness.fuzz import record  # it imports ours, which a process that fuzzes must not have done
+
+    code, texts, seconds = 0, list[str](), 0.0
+    while not code and (left := round(options.seconds - seconds)) >= min(LEAST_SECONDS, options.seconds):
+        limits = [f"--seconds={left}", f"--max-len={options.max_len}", f"--inputs={PART_INPUTS}"]
+        code, text, took = record.run([sys.executable, "-m", "tests.harness.fuzz", options.target, *limits, *inner])
+        texts.append(text)
+        seconds += took
+    return code, texts, seconds
+
+
+def recorded(options: argparse.Namespace, inner: Sequence[str]) -> int:
+    """Fuzz in processes of their own, or take the words of one that ended, and enter the figures."""
+    from tests.harness.fuzz import record
 
     target, code, seconds = options.target, 0, options.seconds
     if options.log is None:
-        limits = [f"--seconds={options.seconds}", f"--max-len={options.max_len}"]
-        code, text, seconds = record.run([sys.executable, "-m", "tests.harness.fuzz", target, *limits, *inner])
+        code, texts, seconds = in_parts(options, inner)
     else:
-        text = options.log.read_text()
+        texts = [options.log.read_text()]
     inputs = len(list((HERE / "corpus" / target).iterdir())) + sum(1 for _ in load(target).seeds())
     try:
-        one = record.record(text, seconds=seconds, code=code, inputs=inputs, commit=options.commit)
+        one = record.record(texts, seconds=seconds, code=code, inputs=inputs, commit=options.commit)
     except ValueError as error:
         print(f"{target}: nothing recorded: {error}", file=sys.stderr)
         return code or 1
@@ -96,6 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.harness.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=[*targets(), "list"])
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--inputs", type=int, default=0, help="end after so many, in this process")
     parser.add_argument("--max-len", type=int, default=4096, help="bytes of an input")
     parser.add_argument("--merge", action="store_true", help="refresh the committed corpus instead")
     parser.add_argument("--record", action="store_true", help="put the run into the table of results")
@@ -108,6 +127,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.record:
         return recorded(options, inner)
+    if not options.inputs and not options.merge:
+        return in_parts(options, inner)[0]
     try:
         import atheris
     except ModuleNotFoundError:

@@ -40,20 +40,20 @@ def run(command: Sequence[str]) -> tuple[int, str, float]:
     return child.returncode, "".join(words), time.monotonic() - start
 
 
-def record(text: str, *, seconds: float, code: int, inputs: int, commit: str | None) -> dict[str, Any]:
-    """The record of a run that ended with these last words. Raises ValueError where its statistics are not in them."""
-    found = {name: int(value) for name, value in _STAT.findall(text)}
-    if missing := [name for name in _STATS if name not in found]:
+def record(texts: Sequence[str], *, seconds: float, code: int, inputs: int, commit: str | None) -> dict[str, Any]:
+    """The record of a run whose parts printed these words. Raises ValueError where the statistics are not in them."""
+    parts = [{name: int(value) for name, value in _STAT.findall(text)} for text in texts]
+    if missing := [name for part in parts for name in _STATS if name not in part]:
         raise ValueError(f"expected libFuzzer's final statistics, found no {missing[0]!r}")
-    summary = _SUMMARY.search(text)
+    summary = _SUMMARY.search(texts[-1])
     return {
         "conditions": common.conditions("atheris", "torch", commit_hash=commit),
         "seconds": round(seconds),
-        "executions": found["number_of_executed_units"],
+        "executions": sum(part["number_of_executed_units"] for part in parts),
         "inputs": inputs,
-        "new": found["new_units_added"],
-        "slowest_s": found["slowest_unit_time_sec"],
-        "peak_mib": found["peak_rss_mb"],
+        "new": sum(part["new_units_added"] for part in parts),
+        "slowest_s": max(part["slowest_unit_time_sec"] for part in parts),
+        "peak_mib": max(part["peak_rss_mb"] for part in parts),
         "findings": [summary[0] if summary else f"exit code {code}"] if summary or code else [],
     }
 

@@ -174,7 +174,8 @@ BASE = "ab" * 32
 
 def base(coded: CodedTensor) -> bytes:
     """A container that a difference can be to, or can not: of a tensor of its shape, now and then of another."""
-    shape = coded.shape if len(coded.parts[-1]) % 5 else coded.shape[::-1]
+    last = len(coded.parts[-1]) if coded.parts else 1  # a forged difference may have no streams
+    shape = coded.shape if last % 5 else coded.shape[::-1]
     columns = 7 if len(coded.parts) % 9 == 8 else max(1, shape[-1] if shape else 1)
     rows = max(1, coded.weights // columns)
     generator = torch.Generator().manual_seed(coded.nbytes)
