@@ -31,16 +31,14 @@ Shapes: S = symbols, T = steps of a run, B = steps of a block, L = lanes, 8 = st
 
 from collections.abc import Callable
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from birkhoff.codec.native.dispatch import Dispatched
 from birkhoff.codec.native.library import native, pointer
-
-if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef
 
 MAX_STEPS = 256
 MIN_STEPS = 64
@@ -94,14 +92,13 @@ def reference_search_(u: Tensor, lanes: int) -> Tensor:
     run = -(-u.numel() // lanes)
     whole = u.numel() // lanes  # steps of every lane; the first lanes have one more, padded
     u_TL, rest = u[: whole * lanes].view(whole, lanes), u[whole * lanes :]
-    # The first call through an operator imports the whole compiler, so on a CPU we call the function.
-    width, best = (_LANES, eager_viterbi) if u.device.type == "cpu" else (_LANES_GPU, viterbi)
+    width = _LANES if u.device.type == "cpu" else _LANES_GPU
     for first in range(0, lanes, width):
         part, more = u_TL[:, first : first + width], rest[first : first + width]
         padded = part.new_zeros(run, part.shape[1])
         padded[:whole] = part
         padded[whole : whole + 1, : len(more)] = more
-        found = best(padded)
+        found = viterbi(padded)
         part.copy_(found[:whole])
         more.copy_(found[whole : whole + 1, : len(more)].reshape(-1))
     return u
@@ -134,8 +131,8 @@ def eager_viterbi(u_TL: Tensor) -> Tensor:
     return _trace_back(u_TL, decisions, last.argmin(0).to(torch.uint8))
 
 
-viterbi: "CustomOpDef" = torch.library.custom_op("birkhoff::viterbi", eager_viterbi, mutates_args=())
-"""`eager_viterbi` as an operator, so that `birkhoff.kernels.trellis.op` can register a faster kernel for a device."""
+viterbi: Dispatched[[Tensor], Tensor] = Dispatched(eager_viterbi)
+"""`eager_viterbi`, or the kernel that `birkhoff.kernels.trellis.op` registers for a device."""
 
 
 def _same(tensor: Tensor) -> Tensor:

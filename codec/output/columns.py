@@ -16,16 +16,13 @@ Shapes: R = rows, K = columns.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from birkhoff.codec import trellis
+from birkhoff.codec.native.dispatch import Dispatched
 from birkhoff.codec.trajectory import N
-
-if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef
 
 
 def eager_round_block(
@@ -99,7 +96,7 @@ def round_all(w_KR: Tensor, error_KR: Tensor, factor_KK: Tensor, rounded: Callab
 _BLOCK = 64
 """Columns after which the remaining columns are updated."""
 
-round_block: "CustomOpDef" = torch.library.custom_op(
-    "birkhoff::round_block", eager_round_block, mutates_args=("w_KR", "n_KR", "error_KR", "base_KR")
+round_block: Dispatched[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, Tensor | None], None] = Dispatched(
+    eager_round_block
 )
-"""`eager_round_block` as an operator, so that `birkhoff.kernels.feedback.op` can register faster kernels."""
+"""`eager_round_block`, or the kernels that `birkhoff.kernels.feedback.op` registers."""

@@ -26,16 +26,15 @@ Shapes: R = rows, K = columns.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from birkhoff.codec import lattice, rate, trellis
 from birkhoff.codec.lattice import LatticeTensor
-from birkhoff.codec.output.columns import eager_round_block, round_all, round_block, round_columns
+from birkhoff.codec.output.columns import round_all, round_block
 from birkhoff.codec.output.hessian import left_by, normalised, upper_of
-from birkhoff.codec.output.rows import RowFactor, nearest_in, round_both
+from birkhoff.codec.output.rows import RowFactor, round_both
 from birkhoff.codec.pairs import columns_of_pairs, pairs_per_row, split
 from birkhoff.codec.trajectory import reciprocal
 
@@ -169,15 +168,10 @@ def _sweep(
     `base_KR`."""
     n_KR, error_KR = torch.empty_like(w_KR), torch.empty_like(w_KR)
     matrices = w_KR, n_KR, error_KR, factor_KK, partner.to(w_KR.device)
-    on_cpu = w_KR.device.type == "cpu"  # a CPU skips the operators, whose first call imports the whole compiler
-    if rows is not None and not on_cpu:
+    if rows is not None:
         round_both(*matrices, rows.upper, rows.steps.tolist())
-    elif rows is not None:
-        rounded = partial(round_columns, *matrices, base_KR=base_KR, nearest=nearest_in(rows))
-        round_all(w_KR, error_KR, factor_KK, rounded)
     else:
-        round_one = eager_round_block if on_cpu else round_block
-        round_all(w_KR, error_KR, factor_KK, partial(round_one, *matrices, lanes=lanes, base_KR=base_KR))
+        round_all(w_KR, error_KR, factor_KK, lambda begin, end: round_block(*matrices, begin, end, lanes, base_KR))
     return n_KR
 
 

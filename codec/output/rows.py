@@ -24,18 +24,15 @@ Shapes: R = rows, L = lanes of a column.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from birkhoff.codec.native.dispatch import Dispatched
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.output.columns import round_all, round_columns
 from birkhoff.codec.output.hessian import Hessian, left_by, normalised, upper_of
-
-if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef
 
 DAMPING = 0.2
 """Added to the diagonal of a rows' Hessian, in units of its mean. Gradients have fewer samples than inputs."""
@@ -153,10 +150,10 @@ def eager_round_both(
         there.copy_(here)
 
 
-round_both: "CustomOpDef" = torch.library.custom_op(
-    "birkhoff::round_both", eager_round_both, mutates_args=("w_KR", "n_KR", "error_KR")
+round_both: Dispatched[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[int]], None] = Dispatched(
+    eager_round_both
 )
-"""`eager_round_both` as an operator, so that `birkhoff.kernels.feedback.op` can register a faster kernel."""
+"""`eager_round_both`, or the kernels that `birkhoff.kernels.feedback.op` registers."""
 
 
 def scratch_of(factor: RowFactor) -> Tensor:

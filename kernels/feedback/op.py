@@ -16,7 +16,7 @@ from birkhoff.codec.output import columns, rows
 from birkhoff.kernels.decode.serving import triton_serves
 
 
-@columns.round_block.register_kernel("cuda")
+@columns.round_block.register("cuda")
 def _round_block(
     w_KR: Tensor,
     n_KR: Tensor,
@@ -37,7 +37,7 @@ def _round_block(
         feedback_triton.round_block(w_KR, n_KR, error_KR, upper_KK, partner, start, stop, lanes, base_KR)
 
 
-@rows.round_both.register_kernel("cuda")
+@rows.round_both.register("cuda")
 def _round_both(
     w_KR: Tensor,
     n_KR: Tensor,

@@ -11,7 +11,7 @@ from birkhoff.codec import trellis
 from birkhoff.kernels.decode.serving import triton_serves
 
 
-@trellis.viterbi.register_kernel("cuda")
+@trellis.viterbi.register("cuda")
 def _search(u_TL: Tensor) -> Tensor:
     if not triton_serves(u_TL.device):
         return trellis.eager_viterbi(u_TL)
