@@ -272,11 +272,19 @@ def _encode_code(
     return _Unpacked(name=name, tensor=tensor, code=code, error=error, path=0)
 
 
-def encoded_code(name: str, tensor: Tensor, code: lattice.LatticeTensor, error: Fidelity, *, path: int) -> Encoded:
+def encoded_code(
+    name: str,
+    tensor: Tensor,
+    code: lattice.LatticeTensor,
+    error: Fidelity,
+    *,
+    path: int,
+    packed: planes.Packed | None = None,
+) -> Encoded:
     """Return a tensor coded by the given coordinates. `path` says that these are on trellis paths, 1 for paths
-    through the rows, 2 for paths down the columns."""
+    through the rows, 2 for paths down the columns. `packed` are their streams, if they are known."""
     found = _Unpacked(name=name, tensor=tensor, code=code, error=error, path=path)
-    return found.packed(*planes.pack(code, path=path))
+    return found.packed(*(packed or planes.pack(code, path=path)))
 
 
 def _encode_match(name: str, tensor: Tensor, *, path: bool, seen: Survey | None) -> Encoded | _Unpacked:

@@ -27,8 +27,8 @@ from birkhoff.codec.difference import find as by_weights
 from birkhoff.codec.difference.find import FINER, LEAST_RESPONSE, MOST_OUTSIDE, Difference, Plan, is_short
 from birkhoff.codec.lattice import LatticeTensor, combine
 from birkhoff.codec.metrics import fidelity
-from birkhoff.codec.output import encode as output
 from birkhoff.codec.output import feedback
+from birkhoff.codec.output.encode import Form, nominal_step, refined
 from birkhoff.codec.output.hessian import Hessian, damped
 from birkhoff.codec.output.rows import factor_of
 from birkhoff.codec.profiles import TARGET_DB_RANGE
@@ -123,7 +123,7 @@ def find(
     Raises:
         TensorError: The Hessian is not valid.
     """
-    single = output.nominal_step(weight_RK, target_db)
+    single = nominal_step(weight_RK, target_db)
     if hessian is None:
         return _by_weights(weight_RK, base, single, path=path, base_path=base_path)
     problem = _Problem(
@@ -234,24 +234,20 @@ _Found = Iterator[tuple[float, Difference]]
 """Differences, each after the bits that it takes at an output error of 1."""
 
 
-def _difference(
-    problem: _Problem, trial: _Trial, choice: tuple[LatticeTensor, int, float], follows: int = 0
-) -> tuple[float, Difference]:
-    (code, kind, _), weight_RK = choice, problem.weight
+def _difference(problem: _Problem, trial: _Trial, form: Form, follows: int = 0) -> tuple[float, Difference]:
+    code, weight_RK = form.code, problem.weight
     whole = combine(problem.base, code, times=trial.times, stride=trial.stride, step=trial.step)
-    plan = Plan(times=trial.times, stride=trial.stride, dead=0.0, path=kind, bits=trial.bits, follows=follows)
+    plan = Plan(times=trial.times, stride=trial.stride, dead=0.0, path=form.kind, bits=trial.bits, follows=follows)
     error = fidelity(weight_RK, whole.decode(weight_RK.dtype), exact=True)
-    return output.bits_at_equal_error(choice), Difference(
-        plan=plan, code=code, sum=whole, error=error, direct_bits=math.inf
-    )
+    return form.bits_at_equal_error, Difference(plan=plan, code=code, sum=whole, error=error, direct_bits=math.inf)
 
 
 def _nodes(problem: _Problem, trial: _Trial) -> _Found:
     """Yield the difference in single nodes."""
     rest = problem.rest(trial)
     code = problem.quantise(rest, by_weights.as_stored(trial.stride * trial.step))
-    nodes = code, 0, problem.hessian.error(rest, code)
-    yield _difference(problem, trial, output.refined(rest, nodes, problem.hessian, problem.factor))
+    nodes = Form(code=code, kind=0, error=problem.hessian.error(rest, code))
+    yield _difference(problem, trial, refined(rest, nodes, problem.hessian, problem.factor))
 
 
 def _paths(problem: _Problem) -> _Found:
@@ -260,8 +256,8 @@ def _paths(problem: _Problem) -> _Found:
     for trial in _longest(problem.base, longest, (1.0,)):
         rest = problem.rest(trial)
         code = problem.quantise(rest, by_weights.as_stored(trial.stride * trial.step), path=True)
-        choice = code, feedback.DOWN, problem.hessian.error(rest, code)
-        yield _difference(problem, trial, choice)
+        form = Form(code=code, kind=feedback.DOWN, error=problem.hessian.error(rest, code))
+        yield _difference(problem, trial, form)
 
 
 def _followed(problem: _Problem) -> _Found:
@@ -273,5 +269,5 @@ def _followed(problem: _Problem) -> _Found:
         return
     whole = problem.quantise(weight_RK, step, path=True)
     code = combine(base, whole, times=-1, stride=1, step=step)
-    choice = code, 0, problem.hessian.error(weight_RK, whole)
-    yield _difference(problem, _Trial(times=1, stride=1, step=step), choice, follows=feedback.DOWN)
+    form = Form(code=code, kind=0, error=problem.hessian.error(weight_RK, whole))
+    yield _difference(problem, _Trial(times=1, stride=1, step=step), form, follows=feedback.DOWN)

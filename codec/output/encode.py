@@ -4,6 +4,8 @@ Readers need nothing new: the result consists of coordinates, a step, and the ki
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +40,31 @@ _LOSS_SLACK = 1e-4
 """Relative tolerance, because another device may sum in another order or hold the Hessian."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to code a matrix: its coordinates, the kind of their paths, and the error of the outputs."""
+
+    code: LatticeTensor
+    kind: int
+    error: float
+
+    @cached_property
+    def packed(self) -> planes.Packed:
+        """The streams, which both a comparison and the tensor that is stored need."""
+        return planes.pack(self.code, path=self.kind)
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of the streams."""
+        return 8 * sum(map(len, self.packed[0]))
+
+    @property
+    def bits_at_equal_error(self) -> float:
+        """Bits when scaled to an error of 1."""
+        weights = self.code.i.shape[0] * self.code.columns
+        return self.bits + weights * 0.5 * math.log2(max(self.error, _LEAST_ERROR))
+
+
 def encode(name: str, tensor: Tensor, target_db: float, hessian: Hessian | None, *, path: bool = True) -> Encoded:
     """Code one tensor at a nominal target (see `allocation`), whatever the SQNR of its weights.
 
@@ -69,17 +96,18 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian: Hessian | None,
     single = nominal_step(matrix, target_db)
     fixed = is_fixed(target_db)
     code, kind = (_fixed_point(matrix, single), 0) if fixed else _plain(matrix, single, path=path)
+    packed = None
     if hessian is not None:
-        fed, fed_kind, error_fed = _fed_back(matrix, single, hessian, path=path, fixed=fixed)
-        if error_fed < hessian.error(matrix, code):
-            code, kind = fed, fed_kind
+        fed = _fed_back(matrix, single, hessian, path=path, fixed=fixed)
+        if fed.error < hessian.error(matrix, code):
+            code, kind, packed = fed.code, fed.kind, fed.packed
     decoded = code.decode(matrix.dtype).view(matrix.shape)
     error = fidelity(matrix, decoded)
     if not error.error < math.inf:
         return fall_back(name, tensor, "range")
     if not bool(decoded.any()):  # weights of similar size, at 4 dB or less
         return fall_back(name, tensor, "target")
-    return encoded_code(name, tensor, code, error, path=kind)
+    return encoded_code(name, tensor, code, error, path=kind, packed=packed)
 
 
 def left(hessian: Hessian) -> float:
@@ -139,64 +167,44 @@ def _path_step(matrix: Tensor, kind: int) -> float:
     return rate.path_step(rows * pairs_per_row(columns))
 
 
-def _fed_back(
-    matrix: Tensor, single: float, hessian: Hessian, *, path: bool, fixed: bool
-) -> tuple[LatticeTensor, int, float]:
-    """Return (code, kind of its paths, error of the outputs)."""
+def _fed_back(matrix: Tensor, single: float, hessian: Hessian, *, path: bool, fixed: bool) -> Form:
     if fixed:
         factor = feedback.factorise(hessian.columns)
         code = _of_numbers(feedback.numbers(matrix, single, factor), single)
-        return code, 0, hessian.error(matrix, code)
+        return Form(code=code, kind=0, error=hessian.error(matrix, code))
     return _in_nodes_or_paths(matrix, single, hessian, path=path)
 
 
-def _in_nodes_or_paths(
-    matrix: Tensor, single: float, hessian: Hessian, *, path: bool
-) -> tuple[LatticeTensor, int, float]:
+def _in_nodes_or_paths(matrix: Tensor, single: float, hessian: Hessian, *, path: bool) -> Form:
     factor = feedback.factorise(hessian.columns).to(matrix.device)
     paths = None
     if path and matrix.numel() >= LEAST_PATH:
         by_lane = rows.factor_of(hessian, matrix.device, feedback.lanes_of(*matrix.shape))
         code = feedback.quantise(matrix, _round(single * _path_step(matrix, feedback.DOWN)), factor, by_lane, path=True)
         if _is_short(code):
-            paths = code, feedback.DOWN, hessian.error(matrix, code)
-            if hessian.rows is not None and _bits(code, feedback.DOWN) >= PATHS_FROM * matrix.numel():
+            paths = Form(code=code, kind=feedback.DOWN, error=hessian.error(matrix, code))
+            if hessian.rows is not None and paths.bits >= PATHS_FROM * matrix.numel():
                 return paths
     by_row = rows.factor_of(hessian, matrix.device)
     code = feedback.quantise(matrix, single, factor, by_row)
-    nodes = code, 0, hessian.error(matrix, code)
+    nodes = Form(code=code, kind=0, error=hessian.error(matrix, code))
     saved = REFINED_BITS * matrix.numel()
-    if paths is None or bits_at_equal_error(nodes) - saved < bits_at_equal_error(paths):
+    if paths is None or nodes.bits_at_equal_error - saved < paths.bits_at_equal_error:
         nodes = refined(matrix, nodes, hessian, factor)
-    return nodes if paths is None else min(nodes, paths, key=bits_at_equal_error)
+    return nodes if paths is None else min(nodes, paths, key=lambda form: form.bits_at_equal_error)
 
 
-def refined(
-    matrix: Tensor, nodes: tuple[LatticeTensor, int, float], hessian: Hessian, factor: feedback.Factor
-) -> tuple[LatticeTensor, int, float]:
-    """Round single nodes (code, 0, error of the outputs) again as long as that lowers the error, if no feedback between
-    rows made them."""
+def refined(matrix: Tensor, nodes: Form, hessian: Hessian, factor: feedback.Factor) -> Form:
+    """Round single nodes again as long as that lowers the error, if no feedback between rows made them."""
     if hessian.rows is not None:
         return nodes
     for _ in range(REFINEMENTS):
-        code = feedback.refine(matrix, nodes[0], hessian.columns, factor)
+        code = feedback.refine(matrix, nodes.code, hessian.columns, factor)
         error = hessian.error(matrix, code)
-        if error >= nodes[2]:
+        if error >= nodes.error:
             break
-        nodes = code, 0, error
+        nodes = Form(code=code, kind=0, error=error)
     return nodes
-
-
-def bits_at_equal_error(choice: tuple[LatticeTensor, int, float]) -> float:
-    """Return the bits of (code, kind of its paths, error of the outputs) when scaled to an error of 1."""
-    code, kind, error = choice
-    weights = code.i.shape[0] * code.columns
-    return _bits(code, kind) + weights * 0.5 * math.log2(max(error, _LEAST_ERROR))
-
-
-def _bits(code: LatticeTensor, kind: int) -> int:
-    streams, _ = planes.pack(code, path=kind)
-    return 8 * sum(map(len, streams))
 
 
 def _plain(matrix: Tensor, single: float, *, path: bool) -> tuple[LatticeTensor, int]:

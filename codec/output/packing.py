@@ -11,8 +11,6 @@ stored as 1, 0.5, 0.8660: six bytes.
 Shapes: R = rows, K = columns.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +20,9 @@ from birkhoff.codec.output.hessian import Hessian, cholesky, normalised
 
 _DAMPINGS = tuple(10.0**power for power in range(-6, 0))
 """Values of eps in units of the diagonal's mean. Feedback adds 0.05 anyway."""
+
+_NOT_FINITE = 0x7C00
+"""The exponent's bits of a float16, which all are set in NaN and Inf alone."""
 
 
 def packed_bytes(columns: int, rows: int) -> int:
@@ -62,19 +63,19 @@ def unpack(data: bytes, columns: int, rows: int, device: torch.device | str = "c
             f"Hessian: {len(data)} bytes stored, expected {packed_bytes(columns, rows)} for {columns} columns and "
             f"{rows} rows"
         )
-    numbers = np.frombuffer(data, dtype="<f2").astype(np.float16)
-    if not bool(np.isfinite(numbers).all()):
+    numbers = torch.from_numpy(np.frombuffer(data, dtype="<f2").astype(np.float16)).to(device)
+    if bool(((numbers.view(torch.int16) & _NOT_FINITE) == _NOT_FINITE).any()):
         raise FormatError("Hessian: the bytes stored hold NaN or Inf")
     of_columns = columns * (columns + 1) // 2
     return Hessian(
-        columns=_unpacked(numbers[:of_columns], columns, device),
-        rows=_unpacked(numbers[of_columns:], rows, device) if rows else None,
+        columns=_unpacked(numbers[:of_columns], columns),
+        rows=_unpacked(numbers[of_columns:], rows) if rows else None,
     )
 
 
-def _unpacked(numbers: np.ndarray[Any, np.dtype[np.float16]], columns: int, device: torch.device | str) -> Tensor:
-    lower = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-    lower[_triangle(columns, lower.device)] = torch.from_numpy(numbers).to(device).float()
+def _unpacked(numbers: Tensor, columns: int) -> Tensor:
+    lower = torch.zeros(columns, columns, dtype=torch.float32, device=numbers.device)
+    lower.masked_scatter_(_triangle(columns, lower.device), numbers.float())
     return lower @ lower.T
 
 
