@@ -22,12 +22,11 @@ def triton_serves(device: torch.device) -> bool:
     if device.type == "cpu" and runtime.is_interpreting():
         return True
     with _LOCK:  # threads would run the trial several times
-        return _serves(device.type, device.index)
+        return _serves(runtime.indexed(device))
 
 
 @cache
-def _serves(kind: str, index: int | None) -> bool:
-    device = torch.device(kind, index) if index is not None else torch.device(kind)
+def _serves(device: torch.device) -> bool:
     reason = obstacle(device)
     if reason is not None:
         # A machine without GPU is fine. An unused GPU is worth a warning.

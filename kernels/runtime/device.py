@@ -26,6 +26,13 @@ def is_interpreting() -> bool:
     return _interpreting
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return a device as its tensors report it: `cuda:0` for `cuda`."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 @cache
 def pdl(device: torch.device) -> bool:
     """Return whether a kernel can be launched while the previous one still runs (Hopper and newer)."""

@@ -15,9 +15,11 @@ from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
 from birkhoff.kernels.entropy.op import begin
 from birkhoff.kernels.entropy.staging import Upload
+from birkhoff.kernels.runtime.device import indexed
 from birkhoff.pipeline.artifact.readers import Artifact, heads, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
+from birkhoff.pipeline.load.collector import without_collections
 from birkhoff.pipeline.load.decode import decode_shards
 from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory, check_forms
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
@@ -58,7 +60,7 @@ def load_state_dict(
         StoreError: The store cannot be reached or read.
     """
     trust = Trust.of(require_signature, audience=signed_for)
-    with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
+    with without_collections(), open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
 
         def take(
             shards: Sequence[list[CodedTensor]], upload: Upload | None
@@ -138,7 +140,7 @@ def load_into(
     """
     check_forms(memory, compute)
     trust = Trust.of(require_signature, audience=signed_for)
-    with open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
+    with without_collections(), open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
         maker = _maker(artifact, memory, compute)
         swapped = load_artifact(model, artifact, maker, device=device, dtype=dtype, strict=strict)
     maker.report()
@@ -188,7 +190,7 @@ class _Loading:
         make: LayerMaker,
     ) -> None:
         self._model, self._dtype, self._make = model, dtype, make
-        self._device = None if device is None else _indexed(torch.device(device))
+        self._device = None if device is None else indexed(torch.device(device))
         self._targets = Targets.of(model)
         self._wanted = self._targets.by_name
         self._rename = renaming(self._wanted, stored_names)
@@ -346,10 +348,3 @@ def _remedy(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         if first is not None and set(beyond) >= {(prefix := first.removesuffix(inner[0])) + name for name in inner}:
             return f"; {advice.format(prefix[:-1])}"
     return ""
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """Return the device with its index, as tensors report it: `cuda:0` for `cuda`."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -4,7 +4,8 @@
 
 Writes a SAM-H of drawn weights into a store in a directory (its size is a result, its ratio is none), loads it into a
 model on the meta device, and checks layers against the eager decoder before anything is timed. Each load runs in a
-process of its own; timed is what comes after imports and the device's start, with their time beside it.
+process of its own; timed is what comes after imports, the device's start and the empty model, with their time beside
+it.
 """
 
 import argparse
@@ -190,10 +191,10 @@ def _report(figures: dict[str, list[dict[str, float]]], stored: dict[str, int], 
         "",
         f"SAM-H of drawn weights, {stored['source_bytes'] / 1e6:.0f} MB in {stored['shards']} shards of "
         f"{stored['stored_bytes'] / 1e6:.0f} MB (`{options.profile}`), from a store in a directory to a model on "
-        f"{place}; median of {options.repeats}, each in a process of its own. `start` is imports and the device's "
-        f"start, before what is timed; Triton's start, which a process needs once for any kernel, is part of the load "
-        f"unless a row says otherwise. Host memory is the growth of the process's peak during the load; largest shard "
-        f"and compressed model together are {bound / 1e6:.0f} MB.",
+        f"{place}; median of {options.repeats}, each in a process of its own. `start` is imports, the device's "
+        f"start and the empty model, before what is timed; Triton's start, which a process needs once for any "
+        f"kernel, is part of the load unless a row says otherwise. Host memory is the growth of the process's peak "
+        f"during the load; largest shard and compressed model together are {bound / 1e6:.0f} MB.",
         "",
         table(head, rows),
         "",
