@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from birkhoff.pipeline.artifact.readers import Artifact, folder_meant, inspect, open_artifact
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
@@ -218,7 +219,8 @@ def _module(option: str, place: str) -> ModuleType:
 
 
 def from_config(path: Path) -> nn.Module:
-    """Return an untrained model from a transformers configuration file that the user named. Raises BuilderError."""
+    """Return a model whose weights are to be loaded, from a transformers configuration file that the user named. Raises
+    BuilderError."""
     settings = settings_of(path)
     if settings is None:
         raise BuilderError(f"{path}: expected a transformers configuration with a model_type")
@@ -235,7 +237,7 @@ def stored_settings(label: str, settings: Settings) -> Settings:
 
 
 def from_settings(label: str, settings: Settings) -> nn.Module:
-    """Return an untrained model from a configuration that came with weights. `label` is for messages.
+    """Return a model whose weights are to be loaded, from a configuration that came with them. `label` is for messages.
 
     Raises:
         BuilderError: transformers cannot build it.
@@ -245,11 +247,32 @@ def from_settings(label: str, settings: Settings) -> nn.Module:
         return _of_transformers(label, own)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leave parameters as they are allocated, because weights are loaded over them: drawing SAM-H's takes six
+    seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+_DRAWS = {
+    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+}  # fmt: skip
+"""Functions that draw weights: of tensors, of `torch.nn.init`, and of transformers, which replaces the latter by its
+own."""
+
+
 def _of_transformers(label: str, settings: Settings) -> nn.Module:
     transformers = package("transformers", f"{label} describes a model of transformers")
     try:
         own = {key: value for key, value in settings.items() if key != "quantization_config"}  # the artifact has that
-        model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
+        with _Undrawn():
+            model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**own))
     except Exception as error:  # each of its classes checks its settings in its own way
         raise BuilderError(f"{label}: transformers cannot build it: {' '.join(str(error).split())[:300]}") from error
     return model

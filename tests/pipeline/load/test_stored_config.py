@@ -244,3 +244,14 @@ class TestCommands:
         assert ended.returncode == 18, ended.stderr
         assert "model_type 'dpt' is not built" in ended.stderr
         assert came == []
+
+
+def test_weights_that_are_loaded_over_are_not_drawn() -> None:
+    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 32, "vocab_size": 64}  # fmt: skip
+    state = torch.get_rng_state()
+    model = from_settings("a model", read(bert))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(part.weight, torch.ones(32)) for part in model.modules() if type(part) is torch.nn.LayerNorm)
+    torch.nn.init.normal_(weight := torch.zeros(8))
+    assert weight.any()
