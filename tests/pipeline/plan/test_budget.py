@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.profiles import PROFILES, Profile
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
-from birkhoff.pipeline.plan.budget import MISSES, PASSES, Search, Trial, lowest_step
+from birkhoff.pipeline.plan.budget import ENOUGH, MISSES, PASSES, Search, Trial, lowest_step
 from birkhoff.pipeline.plan.shards import ModelPlan, plan_model
 from birkhoff.pipeline.registry.documents import BUDGET_FLOOR_DB, BudgetRecord
 from tests.pipeline.plan.test_shards import stored
@@ -45,7 +45,9 @@ def finish(search: Search, encode: Callable[[int], float]) -> list[int]:
 
 @settings(max_examples=300, deadline=None)
 @given(limit=st.integers(150_000, 1_100_000), wrong_by=st.floats(-0.15, 0.15), tilt=st.floats(-0.0002, 0.0002))
-def test_the_best_fits_and_the_next_step_would_not(limit: int, wrong_by: float, tilt: float) -> None:
+def test_the_best_fits_and_fills_the_budget_or_the_next_steps_would_not_fit(
+    limit: int, wrong_by: float, tilt: float
+) -> None:
     def encode(step: int) -> float:
         return straight(step) * (1 + tilt * (step - 420))
 
@@ -57,7 +59,7 @@ def test_the_best_fits_and_the_next_step_would_not(limit: int, wrong_by: float, 
         return
     assert encode(search.best.step) <= limit
     if search.best.step < GRID.step(48.0):
-        assert encode(search.best.step + 2) > limit
+        assert search.best.bytes >= ENOUGH * limit or encode(search.best.step + 2) > limit
 
 
 @pytest.mark.parametrize(("wrong_by", "passes"), [(0.0, 1), (0.02, 2), (-0.02, 2)])
@@ -67,6 +69,15 @@ def test_few_passes_suffice(wrong_by: float, passes: int) -> None:
         assert len(finish(search, straight)) <= passes
         assert search.best is not None
         assert straight(search.best.step + 1) > limit
+
+
+def test_a_version_that_fills_the_budget_ends_the_search() -> None:
+    limit, step = 600_000, begin(600_000, wrong_by=0.01).next()
+    assert step is not None
+    for share, ends in ((ENOUGH, True), (ENOUGH - 0.001, False)):
+        search = begin(limit, wrong_by=0.01)
+        search.note(Trial(step=step, bytes=math.ceil(share * limit), records={}))
+        assert (search.next() is None) is ends
 
 
 def test_noise_between_neighbouring_steps_never_breaks_the_bound() -> None:
