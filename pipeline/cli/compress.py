@@ -82,7 +82,7 @@ def compress(
         ExecutorName | None,
         typer.Option(
             help="Run shards in Ray workers, or in threads of this process. Default: ray; inline for up to 4 GiB of "
-            "weights without a GPU, or if Ray does not start on this machine.",
+            "weights on a machine with at most one GPU, or if Ray does not start on this machine.",
             show_default=False,
         ),
     ] = None,
@@ -91,8 +91,8 @@ def compress(
         typer.Option(
             min=1,
             metavar="N",
-            help="Number of Ray workers (default: one per CPU, or 12 per GPU), or of threads with --executor inline "
-            "(default: one per CPU, or 1 on a GPU).",
+            help="Number of Ray workers (default: one per CPU, or 8 per GPU), or of threads with --executor inline "
+            "(default: one per CPU, or up to 6 on a GPU).",
         ),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,

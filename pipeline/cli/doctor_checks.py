@@ -152,8 +152,8 @@ def _ray() -> Finding:
         )
     address = os.environ.get("RAY_ADDRESS")
     found = (
-        f"{version('ray')}; used for GPUs, above 4 GiB of weights, and by --executor ray; started for the run unless "
-        "--address names a cluster"
+        f"{version('ray')}; used for several GPUs, above 4 GiB of weights, and by --executor ray; started for the run "
+        "unless --address names a cluster"
     )
     if address:
         return Finding(

@@ -2,11 +2,11 @@
 
 Ray's workers take longer to start than one model takes to compress (see `START_BYTES`). Reading, hashing, the codec's
 native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor; on a GPU
-one at a time. Statistics and proofs use all processors, and import model code: they run in the main thread, and nothing
-beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks the process ends the run. The
-next run continues from the store in either case. A run that is to stop ends its threads at their next step, after the
-tensor or the request at hand: an exception raised in a thread from outside could leave a lock held that others wait
-for.
+a few, each on a stream of its own. Statistics and proofs use all processors, and import model code: they run in the
+main thread, and nothing beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks the
+process ends the run. The next run continues from the store in either case. A run that is to stop ends its threads at
+their next step, after the tensor or the request at hand: an exception raised in a thread from outside could leave a
+lock held that others wait for.
 """
 
 import threading
@@ -26,18 +26,28 @@ from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 
 START_BYTES = 4 << 30
-"""Bytes of weights in a run from which Ray's workers are worth their start where there is no GPU. On two cores SAM-H,
-2.4 GiB, takes 11 s in threads and 19 s with Ray, SAM-B 4 s and 13 s. What makes up for it in longer runs is that a
-worker that hangs or breaks costs one try of one shard."""
+"""Bytes of weights in a run from which Ray's workers are worth their start. On two cores SAM-H, 2.4 GiB, takes 11 s in
+threads and 19 s with Ray, SAM-B 4 s and 13 s. On a GPU SAM-H takes 11 s either way, and 91 s the family of 19, which
+Ray's processes end in 36 s: they do not share the interpreter's lock. What also makes up for Ray's start in longer runs
+is that a worker that hangs or breaks costs one try of one shard."""
+
+
+GPU_WORKERS = 6
+"""Most threads that share a GPU. Feedback with paths occupies few of its processors, and the CPU works on one shard
+while the GPU works on others; the interpreter's lock, which every launch needs, bounds what more threads would gain."""
+
+GPU_BYTES = 2 << 30
+"""Memory of a GPU for each of these threads: feedback takes up to 1.5 GB for the largest matrices of SAM-H."""
 
 
 def threads_suffice(nbytes: int) -> bool:
     """Return whether a run over this many bytes of weights ends earlier in threads than with Ray."""
-    return nbytes <= START_BYTES and not torch.cuda.device_count()
+    return nbytes <= START_BYTES and torch.cuda.device_count() <= 1
 
 
 class InlineExecutor(AbstractContextManager["InlineExecutor"]):
-    """Runs up to `workers` tasks at a time in threads of this process; by default one per processor, one on a GPU.
+    """Runs up to `workers` tasks at a time in threads of this process; by default one per processor, and on a GPU as
+    many as its memory holds, up to `GPU_WORKERS`.
 
     An error of this package is the outcome of its task. A task that ran out of memory is tried once more, alone.
     """
@@ -45,9 +55,9 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
     def __init__(self, store: StoreAddress, *, workers: int | None = None) -> None:
         self._threads = torch.get_num_threads()
         """Number of torch's threads before a worker set it to one; restored at the end."""
-        first = Worker(store)
+        first = Worker(store, own_stream=True)
         self._workers = workers or _count(first)
-        self._free = [first, *(Worker(store) for _ in range(self._workers - 1))]
+        self._free = [first, *(Worker(store, own_stream=True) for _ in range(self._workers - 1))]
         self._running: set[_Thread] = set()
         self._ended: SimpleQueue[_Thread] = SimpleQueue()
         self._stopping = threading.Event()
@@ -123,4 +133,7 @@ class _Thread(threading.Thread):
 
 
 def _count(worker: Worker) -> int:
-    return 1 if worker.on_gpu else processors()
+    if not worker.on_gpu:
+        return processors()
+    free, _ = torch.cuda.mem_get_info(worker.device)
+    return max(1, min(processors(), GPU_WORKERS, free // GPU_BYTES))

@@ -31,10 +31,12 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 class Worker:
     """Holds what its tasks share: the store's client and the device.
 
-    Without `gpu` the process uses none; a worker of Ray that was given none would see every GPU.
+    Without `gpu` the process uses none; a worker of Ray that was given none would see every GPU. Several workers in one
+    process need an `own_stream` each: on the stream that all threads begin with, they would wait for each other's
+    kernels.
     """
 
-    def __init__(self, store: StoreAddress, *, gpu: bool = True) -> None:
+    def __init__(self, store: StoreAddress, *, gpu: bool = True, own_stream: bool = False) -> None:
         if not gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Shards are the unit of parallel work. Threads inside one would wait for each other at every small operation.
@@ -43,10 +45,12 @@ class Worker:
         self._address = store
         self._store: Store | None = None
         self._device = torch.device("cpu")
+        self._stream: torch.cuda.Stream | None = None
         if torch.cuda.is_available():
             # The program's own choice, as a new thread begins with GPU 0. Before CUDA has started there is none.
             current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
             self._device = torch.device("cuda", current)
+            self._stream = torch.cuda.Stream(self._device) if own_stream else None
             # Beside planning, and the first shard's reading and hashing: CUDA and Triton take seconds to start.
             threading.Thread(target=triton_serves, args=(self._device,), name="warm-up", daemon=True).start()
         self._metrics = metrics()
@@ -55,6 +59,11 @@ class Worker:
     def on_gpu(self) -> bool:
         """Whether tasks run on a GPU."""
         return self._device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        """Where tasks run."""
+        return self._device
 
     def run(self, task: Task) -> Outcome:
         """Run one task. An error becomes its outcome."""
@@ -83,7 +92,9 @@ class Worker:
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
 
     def _current_device(self) -> AbstractContextManager[object]:
-        """Launch kernels on the worker's device inside the block."""
+        """Launch kernels on the worker's device, and on its stream if it has one, inside the block."""
+        if self._stream is not None:
+            return torch.cuda.stream(self._stream)
         return torch.cuda.device(self._device) if self.on_gpu else nullcontext()
 
     def _result(self, task: Task, store: Store) -> Result:

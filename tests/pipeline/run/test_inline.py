@@ -18,7 +18,7 @@ from birkhoff.pipeline.checkpoint.open import open_checkpoint
 from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.proof.task import Subject
 from birkhoff.pipeline.run import inline
-from birkhoff.pipeline.run.inline import START_BYTES, InlineExecutor, threads_suffice
+from birkhoff.pipeline.run.inline import GPU_BYTES, GPU_WORKERS, START_BYTES, InlineExecutor, threads_suffice
 from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
@@ -254,10 +254,27 @@ def test_steps_in_the_trace_belong_to_the_shard_of_their_thread(
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "gpus", "threads"), [(0, 0, True), (START_BYTES, 0, True), (START_BYTES + 1, 0, False), (1, 1, False)]
-)
-def test_ray_starts_for_long_runs_and_for_gpus(
+    ("nbytes", "gpus", "threads"),
+    [(0, 0, True), (START_BYTES, 0, True), (START_BYTES + 1, 0, False), (1, 1, True), (START_BYTES + 1, 1, False),
+     (1, 2, False)],
+)  # fmt: skip
+def test_ray_starts_for_long_runs_and_for_several_gpus(
     nbytes: int, gpus: int, threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert threads_suffice(nbytes) == threads
+
+
+@pytest.mark.parametrize(("free", "workers"), [(1 << 20, 1), (3 * GPU_BYTES, 3), (1 << 40, GPU_WORKERS)])
+def test_on_a_gpu_every_thread_has_a_stream_and_its_memory_bounds_their_number(
+    free: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr("birkhoff.pipeline.run.worker.triton_serves", lambda _: True)
+    monkeypatch.setattr(inline, "processors", lambda: 99)
+    with InlineExecutor(store(tmp_path)) as executor:
+        streams = [worker._stream for worker in executor._free]
+    assert None not in streams
+    assert len(set(streams)) == len(streams) == workers
