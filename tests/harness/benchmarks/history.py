@@ -22,6 +22,7 @@ from tests.harness.benchmarks.common import RESULTS
 NAME = "history.jsonl"
 
 HEADLINES = {
+    "by_output": ("*/run_s",),
     "budget": ("rows/*/bytes", "rows/*/box_truth"),
     "codec": tuple(f"rows/MiniLM-L6/{profile}/*" for profile in ("small", "balanced", "fast", "fine", "match-paper")),
     "family": ("*/compresses/stored", "*/seconds/compresses"),
