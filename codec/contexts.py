@@ -273,36 +273,50 @@ def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
 class AddressTables(NamedTuple):
     """`base` [T, 64, 64], `width` [T, 64], `sizes` [T, 64] and the number of groups [T] of the `Addresses` of planes.
 
-    The entries of rows and columns follow from the levels: see `Addresses`.
+    `entries` holds `row` of the first plane, then its `column`, then those of the next plane.
     """
 
     base: Integers
     width: Integers
     sizes: Integers
-    groups: list[int]
+    entries: Integers
+    groups: Integers
 
 
 def address_tables(planes: Sequence[tuple[Bytes, Bytes, Rule]]) -> AddressTables:
     """Return the address tables of planes, each given by the levels of its rows and columns, and its rule."""
-    count = len(planes)
-    base = np.zeros((count, LEVELS, LEVELS), np.int64)
-    width, sizes = np.zeros((count, LEVELS), np.int64), np.zeros((count, LEVELS), np.int64)
-    groups: list[int] = []
     library = native()
-    if library is None:
-        for number, plane in enumerate(planes):
-            found = reference_addresses(*plane)
-            base[number], width[number] = found.base, found.width
-            sizes[number, : len(found.sizes)] = found.sizes
-            groups.append(len(found.sizes))
-        return AddressTables(base, width, sizes, groups)
-    starts, strides = list(map(pointer, (base, width, sizes))), (base.strides[0], width.strides[0], sizes.strides[0])
-    for number, (rows, columns, rule) in enumerate(planes):
-        rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
-        lines = pointer(rows), len(rows), pointer(columns), len(columns)
-        places = (start + number * stride for start, stride in zip(starts, strides, strict=True))
-        groups.append(library.birkhoff_addresses(*lines, *rule, None, None, *places))
-    return AddressTables(base, width, sizes, groups)
+    if library is None or not planes:
+        return reference_address_tables(planes)
+    count = len(planes)
+    shape = np.array([(len(rows), len(columns)) for rows, columns, _ in planes], np.int64)
+    rules = np.array([rule for _, _, rule in planes], np.int64)
+    levels_ = np.concatenate([part for rows, columns, _ in planes for part in (rows, columns)])
+    found = AddressTables(
+        base=np.empty((count, LEVELS, LEVELS), np.int64),
+        width=np.empty((count, LEVELS), np.int64),
+        sizes=np.empty((count, LEVELS), np.int64),
+        entries=np.empty(len(levels_), np.int64),
+        groups=np.empty(count, np.int64),
+    )
+    places = found.entries, found.base, found.width, found.sizes, found.groups
+    library.birkhoff_address_tables(count, *map(pointer, (shape, rules, levels_, *places)))
+    return found
+
+
+def reference_address_tables(planes: Sequence[tuple[Bytes, Bytes, Rule]]) -> AddressTables:
+    """`address_tables` in numpy."""
+    found = [reference_addresses(*plane) for plane in planes]
+    sizes = np.zeros((len(found), LEVELS), np.int64)
+    for own, one in zip(sizes, found, strict=True):
+        own[: len(one.sizes)] = one.sizes
+    return AddressTables(
+        base=np.array([one.base for one in found], np.int64).reshape(-1, LEVELS, LEVELS),
+        width=np.array([one.width for one in found], np.int64).reshape(-1, LEVELS),
+        sizes=sizes,
+        entries=np.concatenate([np.empty(0, np.int64), *(part for one in found for part in (one.row, one.column))]),
+        groups=np.array([len(one.sizes) for one in found], np.int64),
+    )
 
 
 def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:

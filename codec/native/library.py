@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 11
+VERSION = 12
 """Version of the functions' meaning. `native.c` returns the same number."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -111,6 +111,7 @@ _FUNCTIONS = (
     ("birkhoff_node_errors", None, (_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER)),
     ("birkhoff_nodes", _LONG, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _FLOAT, *[_POINTER] * 4, _LONG)),
     ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
+    ("birkhoff_address_tables", None, (_LONG, *[_POINTER] * 8)),
     (
         "birkhoff_add",
         _LONG,

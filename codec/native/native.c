@@ -32,7 +32,7 @@ static int vectors = -1; /* -1: all that the machine has; 0: only base instructi
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raise this whenever a function's meaning changes. library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 11; }
+EXPORT int32_t birkhoff_native_version(void) { return 12; }
 
 /* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -732,15 +732,9 @@ EXPORT int32_t birkhoff_addresses(
     int64_t height[64] = {0}, sums[127] = {0}, left = rows * columns, start = 0;
     int32_t group_of[127], group = 0, greatest = 0;
     memset(width, 0, 64 * sizeof *width), memset(base, 0, 64 * 64 * sizeof *base), memset(sizes, 0, 64 * sizeof *sizes);
-    if (of_row) {
-        for (int64_t row = 0; row < rows; row++)
-            of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
-        for (int64_t column = 0; column < columns; column++)
-            of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
-    } else {
-        for (int64_t row = 0; row < rows; row++) height[row_level[row] & 63]++;
-        for (int64_t column = 0; column < columns; column++) width[column_level[column] & 63]++;
-    }
+    for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+    for (int64_t column = 0; column < columns; column++)
+        of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
     for (int a = 0; a < 64; a++)
         for (int b = 0; b < 64; b++) {
             sums[a + b] += height[a] * width[b];
@@ -758,6 +752,20 @@ EXPORT int32_t birkhoff_addresses(
         for (int b = 0; b < 64; b++)
             if (height[a] && width[b]) base[64 * a + b] = at[group_of[a + b]], at[group_of[a + b]] += height[a] * width[b];
     return group + 1;
+}
+
+/* contexts.address_tables: birkhoff_addresses of many planes, of `shape` [T, 2] and `rule` [T, 2], whose levels of rows
+ * and columns follow each other, as their entries do. */
+EXPORT void birkhoff_address_tables(
+    int64_t planes, const int64_t *shape, const int64_t *rule, const uint8_t *levels, int64_t *entries, int64_t *base,
+    int64_t *width, int64_t *sizes, int64_t *groups) {
+    for (int64_t t = 0; t < planes; t++) {
+        int64_t rows = shape[2 * t], columns = shape[2 * t + 1];
+        groups[t] = birkhoff_addresses(
+            levels, rows, levels + rows, columns, rule[2 * t], (int32_t)rule[2 * t + 1], entries, entries + rows,
+            base + 4096 * t, width + 64 * t, sizes + 64 * t);
+        levels += rows + columns, entries += rows + columns;
+    }
 }
 
 /* contexts.mean_squares: writes exact sums of (symbol - 128)^2 for a plane's rows and columns. */

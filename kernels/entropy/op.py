@@ -25,7 +25,6 @@ from torch import Tensor
 
 from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
-from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor, combine
 from birkhoff.codec.planes import Item, Packed
@@ -218,7 +217,6 @@ class Queued:
     planes: Tensor
     symbols: Tensor
     numbers: Tensor
-    entries: Tensor
     report: "_Report"
     upload: Upload | None
     done: torch.cuda.Event | None
@@ -276,7 +274,7 @@ def start(coded: Sequence[CodedTensor], device: torch.device, upload: Upload | N
 
 def _start(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
     data = _streams_of(made, device, upload)
-    numbers, entries = _sent(made, device)
+    numbers = _sent(made, device)
     report = _Report(len(made.tensors), _ROOM, device)
     symbols = torch.empty(made.symbols, dtype=torch.uint8, device=device)
     planes_of_all = torch.empty(made.coordinates, dtype=torch.int8, device=device)
@@ -289,7 +287,6 @@ def _start(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
         planes=planes_of_all,
         symbols=symbols,
         numbers=numbers,
-        entries=entries,
         report=report,
         upload=upload,
         done=done,
@@ -314,27 +311,9 @@ def _streams_of(made: Plan, device: torch.device, upload: Upload | None) -> Tens
     return data
 
 
-def _sent(made: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (numbers of the plan, entries of rows and columns) on the device."""
-    end = made.numbers.nbytes
-    parts = [(0, torch.from_numpy(made.numbers).view(torch.uint8))]
-    if len(made.levels):
-        parts.append((end, torch.from_numpy(made.levels)))
-    sent = send(parts, end + len(made.levels), device)
-    numbers = sent[:end].view(torch.int64)
-    return numbers, _entries(sent[end:], numbers[made.ends])
-
-
-def _entries(levels: Tensor, ends: Tensor) -> Tensor:
-    """Return 64 * rank + level of rows and columns, as `contexts.Addresses` of all tensors. Ranks count per part."""
-    if not len(levels):
-        return ends
-    lengths = ends.diff(prepend=ends.new_zeros(1))
-    part = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), lengths, output_size=len(levels))
-    ordered, order = (part * LEVELS + levels).sort(stable=True)
-    begins = torch.searchsorted(ordered, torch.arange(len(ends) * LEVELS, device=ends.device))
-    rank = torch.arange(len(levels), device=ends.device) - begins[ordered]
-    return torch.empty_like(ordered).index_copy_(0, order, rank * LEVELS + ordered % LEVELS)
+def _sent(made: Plan, device: torch.device) -> Tensor:
+    """Return the numbers of the plan on the device."""
+    return send([(0, torch.from_numpy(made.numbers).view(torch.uint8))], made.numbers.nbytes, device).view(torch.int64)
 
 
 def _place(queued: Queued, report: _Report) -> None:
@@ -343,7 +322,7 @@ def _place(queued: Queued, report: _Report) -> None:
     count, _, index, value = report.parts()
     entropy_triton.place_symbols(
         queued.symbols,
-        queued.entries,
+        queued.numbers[queued.plan.entries],
         queued.numbers,
         described,
         programs,

@@ -1,9 +1,8 @@
 """Plan the decoding of stored tensors: where their bytes are, and where each block and symbol belongs.
 
 The plan consists of numbers in one array, `Plan.numbers`, which goes to the GPU in one piece. Offsets into it count
-elements from its start. The GPU computes the places of the symbols of rows and columns from their levels, because those
-arrays are long. Streams are on the GPU already, with the container that holds them (see `staging.Upload`), or they are
-copied in runs: those that are adjacent in host memory are one copy.
+elements from its start. Streams are on the GPU already, with the container that holds them (see `staging.Upload`), or
+they are copied in runs: those that are adjacent in host memory are one copy.
 
 A few calls read the streams of all tensors. A call for each tensor would take longer than the decoding.
 
@@ -30,7 +29,6 @@ _DIRECT = -1, 0, 0, 0
 """Description for the kernel of a tensor whose symbols are one group, whose places need no tables."""
 
 Integers = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
 Stream = bytes | memoryview
 
 ALIGNED = 128
@@ -75,10 +73,8 @@ class Plan:
     blocks: slice
     descriptions: slice
     programs: slice
-    ends: slice
-    """The ends of the parts of `levels`."""
-    levels: Bytes
-    """The levels of the rows, then of the columns, for each tensor with groups."""
+    entries: slice
+    """64 * rank + level of the rows, then of the columns, for each tensor with groups: `contexts.Addresses`."""
     held: list[Stream]
     """Keeps the memory of the runs alive."""
 
@@ -120,7 +116,7 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
     counts: list[int] = []
     tensors: list[Placed] = []
     descriptions: list[tuple[int, ...]] = []
-    ends = [0]
+    line = 0
     symbols = coordinates = group = 0
     for one, (params, shape), found in zip(coded, shaped, levels, strict=True):
         pairs = math.prod(shape)
@@ -128,8 +124,8 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         places: tuple[int, ...] = _DIRECT
         if found is not None:
             own = tables.sizes[group, : tables.groups[group]].tolist()
-            places = ends[-1], ends[-1] + shape[0], bases + group * LEVELS * LEVELS, widths + group * LEVELS
-            ends += [places[1], places[1] + 2 * shape[1]]
+            places = line, line + shape[0], bases + group * LEVELS * LEVELS, widths + group * LEVELS
+            line += shape[0] + 2 * shape[1]
             group += 1
         planes.check_count(one.parts, len(own))
         groups, at = runs.add_groups(one.parts, own)
@@ -162,8 +158,7 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         blocks=numbers.place(blocks.rows),
         descriptions=numbers.place(np.array(descriptions, dtype=np.int64)),
         programs=numbers.place(_programs(descriptions, lanes_a_program)),
-        ends=numbers.place(np.array(ends[1:], dtype=np.int64)),
-        levels=np.concatenate([part for found in grouped for part in found[:2]] or [np.empty(0, np.uint8)]),
+        entries=numbers.place(tables.entries if grouped else np.zeros(1, np.int64)),  # a launch wants an address
         numbers=numbers.all(),
         held=runs.held,
     )

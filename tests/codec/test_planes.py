@@ -80,6 +80,13 @@ def test_groups_join_to_the_plane_and_have_the_announced_sizes(rows: list[int], 
         base, width = found.base[found.row[:, None] & 63, found.column & 63], found.width[found.column & 63]
         assert np.array_equal(flat[base + (found.row >> 6)[:, None] * width + (found.column >> 6)], plane)
     assert all(map(np.array_equal, found, contexts.addresses(r, c, rule)))
+    planes_ = [(r, c, rule), (c, r, contexts.RULE_1), (r[:1], c, rule)]
+    both = contexts.address_tables(planes_), contexts.reference_address_tables(planes_)
+    assert all(map(np.array_equal, *both))
+    second, begin = contexts.addresses(c, r, contexts.RULE_1), len(r) + len(c)
+    assert np.array_equal(both[0].entries[begin : 2 * begin], np.concatenate((second.row, second.column)))
+    assert both[0].sizes[1, : both[0].groups[1]].tolist() == second.sizes.tolist()
+    assert all(len(part) == 0 for part in contexts.address_tables([]))
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 2**16))
