@@ -114,7 +114,7 @@ def test_nothing_runs_beside_a_task_that_uses_all_processors(
         kinds = [type(outcome.task) for outcome in outcomes]
     beside = [names for names in seen if any("Statistics" in name for name in names)]
     assert beside == [{"StatisticsTask -2"}]
-    assert max(map(len, seen)) == 3
+    assert max(map(len, seen)) <= 3
     assert kinds.count(ShardTask) == SHARDS - 1
     assert kinds.index(StatisticsTask) == 2
 

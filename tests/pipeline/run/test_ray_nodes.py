@@ -52,20 +52,34 @@ class Nodes:
 @contextlib.contextmanager
 def started(head_cpus: int, others: int) -> Iterator[Nodes]:
     """A head, and other nodes with a CPU each."""
-    from ray.cluster_utils import Cluster
-
     # A killed node refuses connections, and five such answers are enough: later than the second that Ray itself would
     # wait for the reason of a death. How long an answer may take is another matter: a living node on a busy machine
     # takes seconds for it.
     noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 60_000}
-    nodes = Nodes(Cluster())
+    nodes = with_head(head_cpus, include_dashboard=False, _system_config=noticed)
     try:
-        nodes.add(head_cpus, include_dashboard=False, _system_config=noticed)
         for _ in range(others):
             nodes.add(cpus=1)
         yield nodes
     finally:
         nodes.cluster.shutdown()
+
+
+def with_head(cpus: int, **arguments: Any) -> Nodes:
+    """A head by itself. Ray gives up its start after 30 s, whatever its settings, so it starts until `PATIENT_SECONDS`
+    have passed."""
+    from ray.cluster_utils import Cluster
+
+    end = time.monotonic() + PATIENT_SECONDS
+    while True:
+        nodes = Nodes(Cluster())
+        try:
+            nodes.add(cpus, **arguments)
+            return nodes
+        except Exception as error:
+            nodes.cluster.shutdown()
+            if "timed out during startup" not in str(error) or time.monotonic() > end:
+                raise
 
 
 @pytest.fixture
