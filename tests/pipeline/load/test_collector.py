@@ -22,12 +22,14 @@ def enabled() -> Iterator[None]:
 
 
 def test_the_collector_runs_again_after_an_error() -> None:
-    try:
+    def fail() -> None:
         with without_collections():
             assert not gc.isenabled()
             raise KeyError
-    except KeyError:
-        assert gc.isenabled()
+
+    with pytest.raises(KeyError):
+        fail()
+    assert gc.isenabled()
 
 
 def test_a_program_without_the_collector_stays_without_it() -> None:
