@@ -11,7 +11,7 @@ coordinates may be outside -128..127 while its symbols are inside.
 Shapes: R = rows, P = pairs per row, G = groups (see `contexts`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from birkhoff.codec.entropy.tables import Tables
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.metrics import to_host
+from birkhoff.codec.native.dispatch import Dispatched
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.trajectory import HIGH, LOW, Escapes
 
@@ -44,13 +45,6 @@ Item = tuple[LatticeTensor, int]
 Packed = tuple[tuple[Stream, ...], int]
 """The streams of a matrix, and how many escapes they store."""
 
-_PACKERS: dict[str, Callable[[Sequence[Item]], list[Packed]]] = {}
-
-
-def register_packer(device_type: str, packer: Callable[[Sequence[Item]], list[Packed]]) -> None:
-    """Register a faster packer for a type of device. It must make the same bytes as `reference_pack`."""
-    _PACKERS[device_type] = packer
-
 
 def pack(code: LatticeTensor, *, path: int) -> Packed:
     """Return the streams (levels of the rows and columns, groups, escapes) and the number of stored escapes.
@@ -61,10 +55,17 @@ def pack(code: LatticeTensor, *, path: int) -> Packed:
     return pack_all([(code, path)])[0]
 
 
-def pack_all(items: Sequence[Item]) -> list[Packed]:
-    """Pack several matrices. All must be on one type of device."""
-    packer = _PACKERS.get(items[0][0].i.device.type) if items else None
-    return [reference_pack(code, path=path) for code, path in items] if packer is None else packer(items)
+def reference_pack_all(items: Sequence[Item]) -> list[Packed]:
+    """`pack_all` on the CPU."""
+    return [reference_pack(code, path=path) for code, path in items]
+
+
+def _device_of(items: Sequence[Item]) -> torch.device:
+    return items[0][0].i.device if items else torch.device("cpu")
+
+
+pack_all: Dispatched[[Sequence[Item]], list[Packed]] = Dispatched(reference_pack_all, _device_of)
+"""Packs several matrices, all on one type of device. A version for a device makes the same bytes."""
 
 
 def reference_pack(code: LatticeTensor, *, path: int) -> Packed:

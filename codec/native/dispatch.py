@@ -3,21 +3,29 @@
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _of_first(*args: object, **_: object) -> torch.device:
+    first = args[0]
+    assert isinstance(first, Tensor)
+    return first.device
+
+
 class Dispatched(Generic[P, R]):
-    """A function whose first argument is a tensor. Where no version is registered for its device, the reference runs.
+    """A function of tensors on one device. Where no version is registered for that, the reference runs.
 
     `torch.library.custom_op` does this too, but its first call imports torch's compiler: 900 modules, which take each
     worker one to two seconds.
     """
 
-    def __init__(self, reference: Callable[P, R]) -> None:
-        self._reference = reference
+    def __init__(self, reference: Callable[P, R], device_of: Callable[P, torch.device] = _of_first) -> None:
+        """Store the reference. `device_of` gives the device of its arguments. Default: that of the first, a tensor."""
+        self._reference, self._device_of = reference, device_of
         self._versions: dict[str, Callable[P, R]] = {}
 
     def register(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -30,7 +38,6 @@ class Dispatched(Generic[P, R]):
         return registered
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the version for the device of the first argument."""
-        first = args[0]
-        assert isinstance(first, Tensor)
-        return self._versions.get(first.device.type, self._reference)(*args, **kwargs)
+        """Run the version for the device of the arguments."""
+        device = self._device_of(*args, **kwargs)
+        return self._versions.get(device.type, self._reference)(*args, **kwargs)

@@ -186,6 +186,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     ]
 
 
+@planes.pack_all.register("cuda")
 def pack(items: Sequence[Item]) -> list[Packed]:
     """Run `planes.pack_all` on a GPU, except for matrices for which more groupings are tried."""
     large = [
@@ -196,9 +197,6 @@ def pack(items: Sequence[Item]) -> list[Packed]:
     made = iter(gpu_pack.pack(large) if large else ())
     chosen = {id(item) for item in large}
     return [next(made) if id(item) in chosen else planes.reference_pack(item[0], path=item[1]) for item in items]
-
-
-planes.register_packer("cuda", pack)
 
 
 def _on_cpu(coded: CodedTensor, device: torch.device) -> LatticeTensor:
