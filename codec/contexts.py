@@ -270,55 +270,6 @@ def addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     return Addresses(row=row, column=column, base=base, width=width, sizes=sizes[:groups])
 
 
-class AddressTables(NamedTuple):
-    """`base` [T, 64, 64], `width` [T, 64], `sizes` [T, 64] and the number of groups [T] of the `Addresses` of planes.
-
-    `entries` holds `row` of the first plane, then its `column`, then those of the next plane.
-    """
-
-    base: Integers
-    width: Integers
-    sizes: Integers
-    entries: Integers
-    groups: Integers
-
-
-def address_tables(planes: Sequence[tuple[Bytes, Bytes, Rule]]) -> AddressTables:
-    """Return the address tables of planes, each given by the levels of its rows and columns, and its rule."""
-    library = native()
-    if library is None or not planes:
-        return reference_address_tables(planes)
-    count = len(planes)
-    shape = np.array([(len(rows), len(columns)) for rows, columns, _ in planes], np.int64)
-    rules = np.array([rule for _, _, rule in planes], np.int64)
-    levels_ = np.concatenate([part for rows, columns, _ in planes for part in (rows, columns)])
-    found = AddressTables(
-        base=np.empty((count, LEVELS, LEVELS), np.int64),
-        width=np.empty((count, LEVELS), np.int64),
-        sizes=np.empty((count, LEVELS), np.int64),
-        entries=np.empty(len(levels_), np.int64),
-        groups=np.empty(count, np.int64),
-    )
-    places = found.entries, found.base, found.width, found.sizes, found.groups
-    library.birkhoff_address_tables(count, *map(pointer, (shape, rules, levels_, *places)))
-    return found
-
-
-def reference_address_tables(planes: Sequence[tuple[Bytes, Bytes, Rule]]) -> AddressTables:
-    """`address_tables` in numpy."""
-    found = [reference_addresses(*plane) for plane in planes]
-    sizes = np.zeros((len(found), LEVELS), np.int64)
-    for own, one in zip(sizes, found, strict=True):
-        own[: len(one.sizes)] = one.sizes
-    return AddressTables(
-        base=np.array([one.base for one in found], np.int64).reshape(-1, LEVELS, LEVELS),
-        width=np.array([one.width for one in found], np.int64).reshape(-1, LEVELS),
-        sizes=sizes,
-        entries=np.concatenate([np.empty(0, np.int64), *(part for one in found for part in (one.row, one.column))]),
-        groups=np.array([len(one.sizes) for one in found], np.int64),
-    )
-
-
 def reference_addresses(rows: Bytes, columns: Bytes, rule: Rule = RULE_2) -> Addresses:
     """`addresses` in numpy."""
     found, widths, row_level, row_rank, column_level, column_rank = places(rows, columns, rule)
@@ -350,14 +301,15 @@ class Groupings(NamedTuple):
     groups: Integers
 
 
-def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = RULE_2) -> Groupings:
-    """Group planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`.
+def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule]) -> Groupings:
+    """Group planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`, and by a
+    rule each.
 
     The smallest level of a plane's rows is subtracted from them first, and likewise for its columns, as in `levels`.
     """
     library = native()
     if library is None:
-        return reference_groupings(shapes, absolute, rule)
+        return reference_groupings(shapes, absolute, rules)
     count = len(shapes)
     found = Groupings(
         levels=absolute.copy(),
@@ -366,27 +318,29 @@ def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = R
         sizes=np.empty((count, LEVELS), dtype=np.int64),
         groups=np.empty(count, dtype=np.int64),
     )
-    shape = np.array(shapes, dtype=np.int64)
-    library.birkhoff_groupings(count, pointer(shape), *rule, *map(pointer, found))
+    given = np.array(shapes, dtype=np.int64), np.array(rules, dtype=np.int64)
+    library.birkhoff_groupings(count, *map(pointer, (*given, *found)))
     return found
 
 
-def reference_groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rule: Rule = RULE_2) -> Groupings:
+def reference_groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule]) -> Groupings:
     """`groupings` in numpy."""
-    levels_, entries, tables, sizes = [], [], [], np.zeros((len(shapes), LEVELS), dtype=np.int64)
-    groups = np.empty(len(shapes), dtype=np.int64)
+    count = len(shapes)
+    levels_, entries = np.empty(len(absolute), dtype=np.uint8), np.empty(len(absolute), dtype=np.int64)
+    tables, sizes = np.empty((count, LEVELS * LEVELS + LEVELS), np.int64), np.zeros((count, LEVELS), np.int64)
+    groups = np.empty(count, dtype=np.int64)
     begin = 0
-    for number, (rows, columns) in enumerate(shapes):
+    for number, ((rows, columns), rule) in enumerate(zip(shapes, rules, strict=True)):
         end = begin + rows + columns
         row, column = (np.minimum(part - part.min(), MAX_LEVEL) for part in np.split(absolute[begin:end], [rows]))
         found = reference_addresses(row, column, rule)
-        levels_ += [row, column]
-        entries += [found.row, found.column]
-        tables.append(np.concatenate((found.base.reshape(-1), found.width)))
+        levels_[begin:end] = np.concatenate((row, column))
+        entries[begin:end] = np.concatenate((found.row, found.column))
+        tables[number] = np.concatenate((found.base.reshape(-1), found.width))
         groups[number] = len(found.sizes)
         sizes[number, : len(found.sizes)] = found.sizes
         begin = end
-    return Groupings(np.concatenate(levels_), np.concatenate(entries), np.array(tables), sizes, groups)
+    return Groupings(levels_, entries, tables, sizes, groups)
 
 
 def _ranks(levels_: Bytes) -> Integers:

@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 12
+VERSION = 13
 """Version of the functions' meaning. `native.c` returns the same number."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -111,7 +111,6 @@ _FUNCTIONS = (
     ("birkhoff_node_errors", None, (_POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER)),
     ("birkhoff_nodes", _LONG, (_POINTER, _POINTER, _LONG, _LONG, _FLOAT, _FLOAT, *[_POINTER] * 4, _LONG)),
     ("birkhoff_addresses", _INT, (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5)),
-    ("birkhoff_address_tables", None, (_LONG, *[_POINTER] * 8)),
     (
         "birkhoff_add",
         _LONG,
@@ -119,7 +118,7 @@ _FUNCTIONS = (
     ),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     ("birkhoff_regroup", None, (_POINTER, _LONG, _LONG, *[_POINTER] * 7, _INT)),
-    ("birkhoff_groupings", None, (_LONG, _POINTER, _LONG, _INT, *[_POINTER] * 5)),
+    ("birkhoff_groupings", None, (_LONG, *[_POINTER] * 7)),
     ("birkhoff_table_fits", None, (_LONG, *[_POINTER] * 5)),
     ("birkhoff_stream_heads", _LONG, (_LONG, *[_POINTER] * 6)),
 )

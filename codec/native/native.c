@@ -32,7 +32,7 @@ static int vectors = -1; /* -1: all that the machine has; 0: only base instructi
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raise this whenever a function's meaning changes. library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 12; }
+EXPORT int32_t birkhoff_native_version(void) { return 13; }
 
 /* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -752,20 +752,6 @@ EXPORT int32_t birkhoff_addresses(
         for (int b = 0; b < 64; b++)
             if (height[a] && width[b]) base[64 * a + b] = at[group_of[a + b]], at[group_of[a + b]] += height[a] * width[b];
     return group + 1;
-}
-
-/* contexts.address_tables: birkhoff_addresses of many planes, of `shape` [T, 2] and `rule` [T, 2], whose levels of rows
- * and columns follow each other, as their entries do. */
-EXPORT void birkhoff_address_tables(
-    int64_t planes, const int64_t *shape, const int64_t *rule, const uint8_t *levels, int64_t *entries, int64_t *base,
-    int64_t *width, int64_t *sizes, int64_t *groups) {
-    for (int64_t t = 0; t < planes; t++) {
-        int64_t rows = shape[2 * t], columns = shape[2 * t + 1];
-        groups[t] = birkhoff_addresses(
-            levels, rows, levels + rows, columns, rule[2 * t], (int32_t)rule[2 * t + 1], entries, entries + rows,
-            base + 4096 * t, width + 64 * t, sizes + 64 * t);
-        levels += rows + columns, entries += rows + columns;
-    }
 }
 
 /* contexts.mean_squares: writes exact sums of (symbol - 128)^2 for a plane's rows and columns. */
@@ -1762,11 +1748,11 @@ EXPORT int64_t birkhoff_add(
 
 /* --- batches: the host's part of packing on a GPU ------------------------------------------------------------ */
 
-/* contexts.groupings: changes `levels` in place and writes `entries` in the same layout, `tables` [count][64 * 64 +
+/* contexts.groupings: of planes of `shapes` [count][2] by `rules` [count][2]; changes `levels` in place and writes `entries` in the same layout, `tables` [count][64 * 64 +
  * 64], `sizes` [count][64] and `groups` [count]. */
 EXPORT void birkhoff_groupings(
-    int64_t count, const int64_t *shapes, int64_t least, int32_t most, uint8_t *levels, int64_t *entries,
-    int64_t *tables, int64_t *sizes, int64_t *groups) {
+    int64_t count, const int64_t *shapes, const int64_t *rules, uint8_t *levels, int64_t *entries, int64_t *tables,
+    int64_t *sizes, int64_t *groups) {
     for (int64_t plane = 0; plane < count; plane++) {
         int64_t rows = shapes[2 * plane], columns = shapes[2 * plane + 1];
         uint8_t *part = levels;
@@ -1782,8 +1768,8 @@ EXPORT void birkhoff_groupings(
         }
         int64_t *base = tables + plane * (64 * 64 + 64);
         groups[plane] = birkhoff_addresses(
-            levels, rows, levels + rows, columns, least, most, entries, entries + rows, base, base + 64 * 64,
-            sizes + 64 * plane);
+            levels, rows, levels + rows, columns, rules[2 * plane], (int32_t)rules[2 * plane + 1], entries,
+            entries + rows, base, base + 64 * 64, sizes + 64 * plane);
         levels += rows + columns, entries += rows + columns;
     }
 }

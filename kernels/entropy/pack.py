@@ -174,7 +174,8 @@ def _group(batch: _Batch, described: _Described, memory: Tensor) -> Generator[No
     absolute = torch.bucketize(sums / described.denominators, bounds, right=True).to(torch.uint8)
     arriving = _Arriving(absolute)
     yield
-    found = contexts.groupings(batch.shapes, arriving.wait(), contexts.rule_2(contexts.USUAL_BITS))
+    rules = [contexts.rule_2(contexts.USUAL_BITS)] * len(batch.shapes)
+    found = contexts.groupings(batch.shapes, arriving.wait(), rules)
     grouped = found.groups > 1
     if grouped.any():
         places = described.table[:, 3]

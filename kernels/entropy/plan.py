@@ -107,9 +107,11 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
     shapes = [shape for _, shape in shaped]
     levels = planes.unpack_levels_all([one.parts for one in coded], shapes)
     grouped = [found for found in levels if found is not None]
-    tables = contexts.address_tables(grouped)
+    found_levels = np.concatenate([np.empty(0, np.uint8), *(part for own in grouped for part in own[:2])])
+    lines = [(len(rows), len(columns)) for rows, columns, _ in grouped]
+    tables = contexts.groupings(lines, found_levels, [rule for _, _, rule in grouped])
     numbers, runs = Numbers(), _Runs(sent, size)
-    bases, widths = numbers.add(tables.base), numbers.add(tables.width)
+    base = numbers.add(tables.tables)
     streams: list[Stream] = []
     sources: list[int] = []
     sizes: list[int] = []
@@ -124,7 +126,8 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         places: tuple[int, ...] = _DIRECT
         if found is not None:
             own = tables.sizes[group, : tables.groups[group]].tolist()
-            places = line, line + shape[0], bases + group * LEVELS * LEVELS, widths + group * LEVELS
+            places = line, line + shape[0], base, base + LEVELS * LEVELS
+            base += tables.tables.shape[1]
             line += shape[0] + 2 * shape[1]
             group += 1
         planes.check_count(one.parts, len(own))

@@ -80,13 +80,6 @@ def test_groups_join_to_the_plane_and_have_the_announced_sizes(rows: list[int], 
         base, width = found.base[found.row[:, None] & 63, found.column & 63], found.width[found.column & 63]
         assert np.array_equal(flat[base + (found.row >> 6)[:, None] * width + (found.column >> 6)], plane)
     assert all(map(np.array_equal, found, contexts.addresses(r, c, rule)))
-    planes_ = [(r, c, rule), (c, r, contexts.RULE_1), (r[:1], c, rule)]
-    both = contexts.address_tables(planes_), contexts.reference_address_tables(planes_)
-    assert all(map(np.array_equal, *both))
-    second, begin = contexts.addresses(c, r, contexts.RULE_1), len(r) + len(c)
-    assert np.array_equal(both[0].entries[begin : 2 * begin], np.concatenate((second.row, second.column)))
-    assert both[0].sizes[1, : both[0].groups[1]].tolist() == second.sizes.tolist()
-    assert all(len(part) == 0 for part in contexts.address_tables([]))
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 2**16))
@@ -202,12 +195,28 @@ SHAPES = [(13, 40), (300, 128), (1, 2), (64, 65)]
 def test_groupings_of_several_planes_are_those_of_each(least: int) -> None:
     draw = np.random.default_rng(least)
     absolute = np.concatenate([draw.integers(2, 70, sum(shape)) for shape in SHAPES]).astype(np.uint8)
-    rule = contexts.rule_2(least)
-    for found, wanted in zip(
-        contexts.groupings(SHAPES, absolute, rule), contexts.reference_groupings(SHAPES, absolute, rule), strict=True
-    ):
+    rules = [contexts.rule_2(least), contexts.RULE_1, contexts.rule_2(20 - least), contexts.rule_2(least)]
+    both = contexts.groupings(SHAPES, absolute, rules), contexts.reference_groupings(SHAPES, absolute, rules)
+    for found, wanted in zip(*both, strict=True):
         assert np.array_equal(found, wanted)
         assert found.dtype == wanted.dtype
+    assert all(len(part) == 0 for part in contexts.groupings([], absolute[:0], []))
+    assert all(len(part) == 0 for part in contexts.reference_groupings([], absolute[:0], []))
+
+
+def test_places_do_not_depend_on_the_smallest_level() -> None:
+    """What a container stores may have another than 0, which `groupings` subtracts and `addresses` does not."""
+    draw, rule = np.random.default_rng(0), contexts.rule_2(8)
+    rows, columns = (draw.integers(3, 20, size).astype(np.uint8) for size in (50, 70))
+    found = contexts.groupings([(50, 70)], np.concatenate((rows, columns)), [rule])
+    base, width = np.split(found.tables[0], [contexts.LEVELS**2])
+    row, column = np.split(found.entries, [50])
+    where = contexts.addresses(rows, columns, rule)
+    wanted = where.base[where.row[:, None] & 63, where.column & 63]
+    wanted = wanted + (where.row >> 6)[:, None] * where.width[where.column & 63] + (where.column >> 6)
+    place = base.reshape(64, 64)[row[:, None] & 63, column & 63]
+    assert np.array_equal(place + (row >> 6)[:, None] * width[column & 63] + (column >> 6), wanted)
+    assert found.sizes[0, : found.groups[0]].tolist() == where.sizes.tolist()
 
 
 def test_bounds_of_levels_tell_the_levels_of_mean_squares() -> None:
