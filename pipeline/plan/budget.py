@@ -21,7 +21,7 @@ PASSES = 4
 
 ENOUGH = 0.9975
 """Share of the budget with which a fitting version ends the search. What is left is worth less than 0.1 dB, and with
-error feedback another encoding takes SAM-H ten seconds of a GPU."""
+error feedback another encoding takes SAM-H more than ten seconds of a GPU."""
 
 MISSES = 8
 """Passes without a fit before giving up. From the second on, each steps down twice as far as the one before."""

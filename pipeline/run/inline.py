@@ -37,7 +37,7 @@ GPU_WORKERS = 6
 while the GPU works on others; the interpreter's lock, which every launch needs, bounds what more threads would gain."""
 
 GPU_BYTES = 2 << 30
-"""Memory of a GPU for each of these threads: feedback takes up to 1.5 GB for the largest matrices of SAM-H."""
+"""Memory of a GPU for each of these threads: an estimate for the largest matrices of SAM-H, with copies in float64."""
 
 
 def threads_suffice(nbytes: int) -> bool:
