@@ -21,7 +21,7 @@ from birkhoff.pipeline.run.ray import TRIES, RayExecutor
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
-from tests.patience import PATIENT_SECONDS
+from tests.patience import PATIENT_SECONDS, RAY_GAVE_UP, RAY_SETTINGS
 
 pytestmark = pytest.mark.slow
 SHARDS = 16
@@ -35,8 +35,8 @@ class Nodes:
         self.cluster = cluster
 
     def add(self, cpus: int, **arguments: Any) -> Any:
-        """Start a node, and wait for it longer than the 30 s that Ray itself would: nodes that start side by side
-        on a busy machine make each other late."""
+        """Start a node, and wait for it longer than Ray itself would: nodes that start side by side on a busy machine
+        make each other late."""
         node = self.cluster.add_node(wait=False, num_cpus=cpus, **arguments)
         self.cluster.wait_for_nodes(PATIENT_SECONDS)
         return node
@@ -49,51 +49,56 @@ class Nodes:
         return found
 
 
-@contextlib.contextmanager
-def started(head_cpus: int, others: int) -> Iterator[Nodes]:
-    """A head, and other nodes with a CPU each."""
+def start(head_cpus: int, others: int) -> Nodes:
+    """A head, and other nodes with a CPU each. Where Ray gives up, all start again until `PATIENT_SECONDS` are over."""
+    from ray.cluster_utils import Cluster
+
     # A killed node refuses connections, and five such answers are enough: later than the second that Ray itself would
     # wait for the reason of a death. How long an answer may take is another matter: a living node on a busy machine
     # takes seconds for it.
     noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 60_000}
-    nodes = with_head(head_cpus, include_dashboard=False, _system_config=noticed)
-    try:
-        for _ in range(others):
-            nodes.add(cpus=1)
-        yield nodes
-    finally:
-        nodes.cluster.shutdown()
-
-
-def with_head(cpus: int, **arguments: Any) -> Nodes:
-    """A head by itself. Ray gives up its start after 30 s, whatever its settings, so it starts until `PATIENT_SECONDS`
-    have passed."""
-    from ray.cluster_utils import Cluster
-
     end = time.monotonic() + PATIENT_SECONDS
     while True:
         nodes = Nodes(Cluster())
         try:
-            nodes.add(cpus, **arguments)
+            nodes.add(head_cpus, include_dashboard=False, _system_config=noticed)
+            for _ in range(others):
+                nodes.add(cpus=1)
             return nodes
         except Exception as error:
             nodes.cluster.shutdown()
-            if "timed out during startup" not in str(error) or time.monotonic() > end:
+            if RAY_GAVE_UP not in str(error) or time.monotonic() > end:
                 raise
 
 
+@contextlib.contextmanager
+def started(head_cpus: int, others: int) -> Iterator[Nodes]:
+    """Nodes whose workers have this process's priority, until the block ends."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**RAY_SETTINGS, "RAY_worker_niceness": "0"}.items():
+            patch.setenv(name, value)
+        ray._raylet.Config.initialize("")  # this process may have read the settings before
+        nodes = start(head_cpus, others)
+        try:
+            yield nodes
+        finally:
+            nodes.cluster.shutdown()
+    ray._raylet.Config.initialize("")
+
+
 @pytest.fixture
-def one_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    """A head with one CPU."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-    with started(head_cpus=1, others=0) as nodes:
+def two() -> Iterator[Nodes]:
+    """A head and a node, with one CPU each."""
+    with started(head_cpus=1, others=1) as nodes:
         yield nodes
 
 
-def test_a_run_completes_although_a_node_dies(one_cpu: Nodes, tmp_path: Path) -> None:
+def test_a_run_completes_although_a_node_dies(two: Nodes, tmp_path: Path) -> None:
     import ray
 
-    second = one_cpu.add(cpus=1)
+    (second,) = two.cluster.worker_nodes
     generator = torch.Generator().manual_seed(0)
     save_file(
         {f"b.{n}.w": torch.randn(128, 256, generator=generator) for n in range(SHARDS)}, tmp_path / "net.safetensors"
@@ -101,13 +106,13 @@ def test_a_run_completes_although_a_node_dies(one_cpu: Nodes, tmp_path: Path) ->
     profile = PROFILES["balanced"]
     work = plan_model("net", open_checkpoint(tmp_path / "net.safetensors"), profile, shard_bytes=1).tasks("net")
     store = StoreAddress.parse((tmp_path / "store").as_uri())
-    with RayExecutor(store, address=one_cpu.cluster.address) as executor:
+    with RayExecutor(store, address=two.cluster.address) as executor:
         assert executor.capacity() == (0.0, 2)
         facts = ray.get([actor.identity.remote() for actor in executor.workers])  # one on each node, both at work
         assert all("py_modules" in fact["package"] for fact in facts)  # the driver's code, not what a node has
         outcomes = executor.run(TaskQueue(work, budget=1 << 30))
         ended = [next(outcomes) for _ in range(3)]
-        one_cpu.kill(second)
+        two.kill(second)
         ended += outcomes
         late = time.monotonic() + PATIENT_SECONDS  # the cluster notices a death by missing heartbeats
         while sum(node["Alive"] for node in ray.nodes()) > 1:
@@ -136,9 +141,8 @@ class SpotExecutor(RayExecutor):
 
 
 @pytest.fixture
-def spot(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+def spot() -> Iterator[Nodes]:
     """A head that does no work, as in rayjob.yaml, and a node with one CPU for each preemption, and one more."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")
     with started(head_cpus=0, others=PREEMPTIONS + 1) as nodes:
         yield nodes
 

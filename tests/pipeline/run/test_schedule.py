@@ -1,5 +1,6 @@
 """Ticks of a schedule, here and on a real Ray cluster: nothing to do, one changed tensor, an earlier tick at work."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from birkhoff.pipeline.run import schedule
 from birkhoff.pipeline.run.cleanup import MARK, Reaper
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.store.open import open_store
-from tests.patience import PATIENT_SECONDS
+from tests.patience import PATIENT_SECONDS, RAY_GAVE_UP, RAY_SETTINGS
 from tests.pipeline.command import execute
 
 ROOT = Path(__file__).parents[3]
@@ -170,24 +171,37 @@ def test_the_turn_of_a_dead_process_ends_by_itself(directory_store: Store, tmp_p
 @pytest.fixture
 def head(url: str, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray cluster with a dashboard, on loopback: its address, and the environment of its jobs."""
-    folder = Path("/tmp", f"bf-head-{uuid.uuid4().hex[:10]}")  # the paths of sockets must be short
-    ports = [_free_port() for _ in range(3)]
     own = ("RAY_", "MAKE", "ARGS")  # what a `make test ARGS=...` hands down is not for the `make submit` tried here
     environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    environment |= RAY_SETTINGS
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs run `python`
+    end = time.monotonic() + PATIENT_SECONDS
+    with contextlib.ExitStack() as held:
+        while (address := held.enter_context(_started_head(environment, tmp_path / "head.log"))) is None:
+            said = (tmp_path / "head.log").read_text()
+            held.close()
+            assert RAY_GAVE_UP in said, said
+            assert time.monotonic() < end, said
+        yield address, environment
+
+
+@contextlib.contextmanager
+def _started_head(environment: dict[str, str], log: Path) -> Iterator[str | None]:
+    """The address of a cluster of one node until the block ends; None if it ended while it started, as `log` says."""
+    folder = Path("/tmp", f"bf-head-{uuid.uuid4().hex[:10]}")  # the paths of sockets must be short
+    ports = [_free_port() for _ in range(3)]
     words = ["start", "--head", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true"]
     words += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", "--num-cpus=2"]
     words += ["--object-store-memory=100000000", f"--temp-dir={folder}", "--block"]
     reaper = Reaper(folder)
     with reaper.covering():
         program, marked = str(Path(sys.executable).parent / "ray"), environment | {MARK: os.environ[MARK]}
-        with (tmp_path / "head.log").open("w") as log:
-            process = subprocess.Popen([program, *words], env=marked, stdout=log, stderr=log)
+        with log.open("w") as written:
+            process = subprocess.Popen([program, *words], env=marked, stdout=written, stderr=written)
     try:
         address = f"http://127.0.0.1:{ports[1]}"
-        _wait_for(f"{address}/api/jobs/", tmp_path / "head.log")
-        yield address, environment
+        yield address if _comes_up(process, f"{address}/api/jobs/", log) else None
     finally:
         process.terminate()
         process.wait(PATIENT_SECONDS)
@@ -201,15 +215,18 @@ def _free_port() -> int:
         return port
 
 
-def _wait_for(page: str, log: Path) -> None:
+def _comes_up(head: subprocess.Popen[bytes], page: str, log: Path) -> bool:
+    """Whether it says that it has started, and serves the page: the page is there before the node, and goes again where
+    that does not come up."""
     deadline = time.monotonic() + PATIENT_SECONDS
-    while True:
-        try:
-            urllib.request.urlopen(page, timeout=5).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    while head.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(page, timeout=PATIENT_SECONDS).close()
+            if "Ray runtime started" in log.read_text():
+                return True
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    return False
 
 
 @pytest.mark.slow
