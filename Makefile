@@ -67,7 +67,7 @@ submit: $(READY) ## Run `compress` of MANIFEST= as a Ray job at ADDRESS=http://H
 	$(call needs,ADDRESS)$(call needs,MANIFEST)$(BIN)/python manifests/cluster/submit.py --address $(ADDRESS) \
 		$(if $(DRY),--dry-run) $(MANIFEST_PATH) $(ARGS)
 
-plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers only.
+plan: $(READY) ## Show what `compress` would do with MANIFEST=; reads headers and a sample.
 	$(call needs,MANIFEST)$(BIN)/birkhoff plan $(MANIFEST_PATH) $(ARGS)
 
 pull: $(READY) ## Fetch and check MODEL=[@REF] into pulled/MODEL.

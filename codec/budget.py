@@ -22,7 +22,7 @@ from birkhoff.codec import contexts, rate, rest
 from birkhoff.codec.entropy import rans
 from birkhoff.codec.metrics import bulk, sqnr_db
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row, split
-from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision, Profile
+from birkhoff.codec.profiles import FIXED_POINT_DB, TARGET_DB_RANGE, Decision, Profile
 from birkhoff.codec.tensor import ESCAPE_BITS, LEAST_PATH, MOST_ESCAPED, encode_tensor, fall_back, fallback
 from birkhoff.codec.trajectory import HIGH
 
@@ -56,6 +56,9 @@ _TABLE_BYTES = (6.0, 0.35)
 
 _STREAM_BYTES = 5.0
 """Other bytes of a stream, including its length in the index."""
+
+BIT_DB = 20 * math.log10(2)
+"""Gain in dB per bit."""
 
 _ENTRY_BYTES = 15
 """Bytes of a tensor's entry in the packed index."""
@@ -153,7 +156,11 @@ def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[fl
         # A target that cannot be reached matters to no tensor that falls back: nominal ones go beyond the lattice's.
         encoded = encode_tensor(name, tensor, decision) if reason is None else fall_back(name, tensor, reason)
         return np.full(len(targets_db), encoded.tensor.nbytes + _ENTRY_BYTES, dtype=np.float64)
-    return _curve(_histograms(matrix), targets_db, matrix, path=decision.path) + _ENTRY_BYTES
+    wanted = np.asarray(targets_db, dtype=np.float64)
+    fixed = wanted > TARGET_DB_RANGE[1]
+    coarse = np.where(fixed, FIXED_POINT_DB, wanted)  # where fixed point takes as many bits as the trajectory
+    finer = np.where(fixed, wanted - coarse, 0.0) * tensor.numel() / (8 * BIT_DB)
+    return _curve(_histograms(matrix), coarse.tolist(), matrix, path=decision.path) + finer + _ENTRY_BYTES
 
 
 def _histograms(matrix_RK: Tensor) -> _Planes:

@@ -253,6 +253,28 @@ def _native(weight_RK: Tensor, step: float, quantiser: Callable[..., int]) -> La
     return LatticeTensor(i=i, j=j, escapes=escapes, step=step, columns=columns)
 
 
+def fixed_point(weight_RK: Tensor, step: float) -> LatticeTensor:
+    """Return weights as whole multiples of `step`, of 16 bits and rarely more. Each is a row with one pair, without a
+    second weight."""
+    return _of_numbers(weight_RK, step, lambda part: torch.round(part.double() / step))
+
+
+def of_numbers(n: Tensor, step: float) -> LatticeTensor:
+    """Return weights that are these whole numbers of `step`, float of any shape, as `fixed_point` does."""
+    return _of_numbers(n, step, lambda part: part)
+
+
+def _of_numbers(source: Tensor, step: float, numbers: Callable[[Tensor], Tensor]) -> LatticeTensor:
+    flat, chunk = source.reshape(-1), _CHUNK if source.device.type == "cpu" else _CHUNK_GPU
+    i, j = (torch.empty(flat.numel(), 1, dtype=torch.float32, device=flat.device) for _ in range(2))
+    for start in range(0, flat.numel(), chunk):
+        n = numbers(flat[start : start + chunk])
+        high = torch.floor((n + N // 2) / N)
+        i[start : start + chunk, 0] = high
+        j[start : start + chunk, 0] = n - N * high
+    return of_coordinates(i, j, N * step, 1)
+
+
 def of_coordinates(i: Tensor, j: Tensor, step: float, columns: int) -> LatticeTensor:
     """Return a matrix of these coordinates, float32 whole numbers [R, P] each. Overwrites them."""
     library = native() if i.device.type == "cpu" and i.is_contiguous() and j.is_contiguous() else None

@@ -5,7 +5,7 @@ makes other shards. Its result for one tensor is a `Decision`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log10, prod
 from typing import Literal, NamedTuple
@@ -14,10 +14,15 @@ from birkhoff.codec.dtype_names import is_float
 
 Codec = Literal["lattice", "paper"]
 Action = Literal["coded", "lossless"]
-Allocation = Literal["uniform", "size", "header", "output"]
+Allocation = Literal["uniform", "size", "header", "scale", "output"]
 """How a profile's target is divided among a model's tensors, see `Profile`."""
 
-_ALLOCATIONS: dict[str, Allocation] = {"size": "size", "header": "header", "output": "output"}
+_ALLOCATIONS: dict[str, Allocation] = {
+    "size": "size",
+    "header": "header",
+    "scale": "scale",
+    "output": "output",
+}
 """Allocations by the name in a recipe. A recipe leaves out `uniform`."""
 
 Override = float | Literal["lossless"]
@@ -38,6 +43,15 @@ class Header(NamedTuple):
 TARGET_DB_RANGE = (6.0, 48.0)
 """Targets that the trajectory can serve. Below them tensors become zeros; above them most pairs would be escapes."""
 
+FIXED_POINT_DB = 44.0
+"""Nominal target from which a weight is 16 bits of fixed point, which reach about 80 times the root mean square at 60
+dB, and 20 times at 72. Nodes of pairs would take 0.2 bits per weight more there, and 2 more at 48 dB, because escapes
+take 40 bits."""
+
+FINEST_DB = 63.0
+"""Highest target of all. Above those of the trajectory a weight is 16 bits of fixed point, which reach about 60 times
+the root mean square here; rarer weights take more bits."""
+
 NOMINAL_MEAN_RANGE_DB = (3.0, 60.0)
 """Range of the mean of nominal targets for a budget. Below it a model of 1.5 bits per weight carries no information."""
 
@@ -53,6 +67,29 @@ by its masks at equal bytes."""
 
 _FLOOR_DB = 12.0
 """Least target under allocation by header, unless the profile's target is lower: below it, tensors become zeros."""
+
+BUDGET_FLOOR_DB = 15.0
+"""The least target that a budget may give a coded tensor, which `floor_db` of a manifest overrides, and the least under
+allocation by scale.
+
+At 15 dB, 3 % of the weights' energy is lost, which is about where a tensor is ten times smaller than float32. At 9 dB
+an eighth is lost.
+"""
+
+MATRIX_DB = 45.0
+"""Highest target of matrices under allocation by scale. Above it escapes cost two bits more, and in fixed point no
+HyperLinear could be made of them."""
+
+_FIXED_DB = 48.01
+"""Lowest target in fixed point. It takes fewer bits than the trajectory does from `MATRIX_DB` to the end of its
+targets."""
+
+_FARTHEST_DB = 64.0
+_HALVINGS = 30
+"""Where a model's mean gain is searched beyond those of its tensors, and how often that is halved."""
+
+_SCALE_STEP_DB = 2.0
+"""Steps of a model's mean gain under allocation by scale."""
 
 _DEPTHWISE_DB = 14.0
 _CONVOLUTION_DB = 8.0
@@ -89,7 +126,7 @@ FALLBACKS = {
     "constant": "all its weights are equal",
     "range": "its weights leave float32's range when squared, or that of their own type when decoded",
     "integers": "all its weights are whole numbers, as in a table of indices",
-    "target": "no step meets its target",
+    "target": "no step meets its target in fewer bytes",
     "published": f"the published codec leaves it raw: its mean error would exceed {PUBLISHED_ERROR_LIMIT}",
 }
 """Reasons why a codable tensor was stored lossless, by the `reason` stored with it."""
@@ -156,6 +193,13 @@ class Profile:
     48 dB, and at least 12 dB or the profile's own if that is lower. Fitted on LiteMedSAM, validated on the demo model
     and MiniLM-L6 (`python -m tests.harness.benchmarks budget`).
 
+    With `scale`, it is the mean too, and a tensor's gain is by its root mean square, its size and its kind: tensors of
+    one size and kind get the same step, not the same SQNR. Weight decay shrinks what training does not hold up, and
+    errors add up in a residual stream as they are, not relative to their branch. The gains of a model follow from its
+    weights (`scale_gains_db`), so a version stores them. Targets are at most `MATRIX_DB`, if a tensor is no matrix
+    `FINEST_DB`, and at least `floor_db`, or the profile's own if that is lower. Chosen on the demo model and MiniLM-L6
+    among powers of the root mean square and slopes by fan-in (`tests/harness/benchmarks/masks.md`).
+
     With `output`, `target_db` is the mean of nominal targets, which determine a tensor's step and promise no SQNR. Each
     tensor's gain over the mean, and the Hessian for its error feedback, come from the model's `statistics`, not from
     the profile; here every tensor gets the mean. With `vectors`, biases, scales of norms and other small parameters are
@@ -179,6 +223,8 @@ class Profile:
     statistics: str | None = None
     """Under allocation by output, the key of the statistics used; None until they are known."""
     raw_buffers: bool = False
+    floor_db: float = BUDGET_FLOOR_DB
+    """Under allocation by scale, the least target of a tensor, unless the profile's is lower."""
     vectors: bool = True
     """Under allocation by output, whether parameters of any shape with at least `LEAST_VECTOR` weights are coded. Older
     versions do not code them."""
@@ -192,18 +238,9 @@ class Profile:
         """
         if self.allocation != "header":
             return self
-        parts: dict[str, tuple[int, float]] = {}
-        for name, shape, dtype in headers:
-            if not _uncoded(self.codec, shape, dtype, self.min_weights):
-                part, count = name.split(".", 1)[0], prod(shape)
-                weights, gains = parts.get(part, (0, 0.0))
-                parts[part] = weights + count, gains + count * gain_db(shape)
-        if not parts:
-            return self
-        mean = sum(gains for _, gains in parts.values()) / sum(weights for weights, _ in parts.values())
-        weights, gains = max(parts.values())
-        near = gains / weights
-        return replace(self, mean_gain_db=round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2))
+        coded = (one for one in headers if not _uncoded(self.codec, one.shape, one.dtype, self.min_weights))
+        mean = _mean_gain_db((name, prod(shape), gain_db(shape)) for name, shape, _ in coded)
+        return self if mean is None else replace(self, mean_gain_db=mean)
 
     def decide(self, shape: tuple[int, ...], dtype: str, override: Override | None = None, name: str = "") -> Decision:
         """Decide about a tensor from its header and its override. `dtype` is torch's name.
@@ -234,6 +271,23 @@ class Profile:
             return replace(self._lattice(self.target_db, states_target=False), nominal=True)
         share = self._share_db(shape)
         return self._lattice(self.target_db if share is None else share, states_target=share is not None)
+
+    def scaled(self, decision: Decision, shape: tuple[int, ...], gain_db: float) -> Decision:
+        """Return the decision for a tensor with its gain under allocation by scale. Lossless tensors and those with an
+        override keep theirs."""
+        if decision.action == "lossless" or decision.override is not None or self.target_db is None:
+            return decision
+        share = round(self.scaled_db(shape, gain_db), 2)
+        if MATRIX_DB < share < _FIXED_DB:
+            share = _FIXED_DB
+        return replace(decision, target_db=share, states_target=True)
+
+    def scaled_db(self, shape: tuple[int, ...], gain_db: float) -> float:
+        """Return the target of a tensor with this gain under allocation by scale, within its limits."""
+        assert self.target_db is not None
+        low = max(TARGET_DB_RANGE[0], min(self.floor_db, self.target_db))
+        high = MATRIX_DB if len(shape) == 2 else FINEST_DB
+        return max(low, min(self.target_db + gain_db, high))
 
     def is_vector(self, shape: tuple[int, ...], dtype: str, name: str) -> bool:
         """Return whether a tensor is coded, if it affects an output, although it is small or has one dimension."""
@@ -284,6 +338,7 @@ class Profile:
             mean_gain_db=None if mean is None else float(mean),
             statistics=None if statistics is None else str(statistics),
             raw_buffers=recipe.get("buffers") == "raw",
+            floor_db=float(recipe.get("floor_db") or BUDGET_FLOOR_DB),
             vectors=bool(recipe.get("vectors", 0)),
         )
 
@@ -296,6 +351,8 @@ class Profile:
         if self.allocation == "size":
             small, large = (_SIZE_SLOPE_DB * log10(n / REFERENCE_WEIGHTS) for n in (self.min_weights, _LARGEST))
             return math.floor(low + small), math.ceil(high + large)
+        if self.allocation == "scale":
+            return math.floor(low - _GAIN_RANGE_DB[1]), math.ceil(high - _GAIN_RANGE_DB[0])
         if self.allocation == "header" and self.mean_gain_db is not None:
             least, most = (gain - self.mean_gain_db for gain in _GAIN_RANGE_DB)
             return math.floor(low - most), math.ceil(high - least)
@@ -310,6 +367,8 @@ class Profile:
             recipe["allocation"] = self.allocation
         if self.allocation == "output" and self.vectors:
             recipe["vectors"] = 1
+        if self.allocation == "scale" and self.floor_db != BUDGET_FLOOR_DB:
+            recipe["floor_db"] = self.floor_db
         if self.mean_gain_db is not None:
             recipe["mean_gain_db"] = self.mean_gain_db
         if self.statistics is not None:
@@ -326,10 +385,79 @@ def gain_db(shape: tuple[int, ...]) -> float:
     gain = -10 * log10(max(1, prod(shape)) / REFERENCE_WEIGHTS)
     if len(shape) < 2 or shape[0] == 1 or not prod(shape):
         return gain
-    gain -= 5 * log10(prod(shape[1:]) / _FAN_IN)
-    if len(shape) > 2:
-        gain += _DEPTHWISE_DB if shape[1] == 1 else _CONVOLUTION_DB
-    return gain
+    return gain - 5 * log10(prod(shape[1:]) / _FAN_IN) + _kind_db(shape)
+
+
+def _kind_db(shape: tuple[int, ...]) -> float:
+    """Return the gain of a kind of layer in dB: of convolutions, by the axes of a tensor of several rows."""
+    if len(shape) <= 2 or shape[0] == 1:
+        return 0.0
+    return _DEPTHWISE_DB if shape[1] == 1 else _CONVOLUTION_DB
+
+
+def scale_gains_db(tensors: Mapping[str, tuple[tuple[int, ...], float]], profile: Profile) -> dict[str, float]:
+    """Return by how many dB each tensor's target exceeds a model's under allocation by scale, rounded to 0.01 dB.
+
+    The mean target over all weights, within the limits, is the profile's, or as close to it as under allocation by
+    header and as a step of 2 dB allows: else one changed tensor would move the targets of all others, and no shard of
+    an earlier version could be used again. A root mean square of 0 is that of weights that no target moves. Their gain
+    is 0, and they do not count.
+
+    Worked example: matrices [256, 256] of rms 0.1 and 0.01. The gain of their size is 10 log10(2^20 / 2^16) = 12.04 dB
+    for both, their root mean squares add -20 and -40 dB. The mean is -17.96, in steps -18, so they get 10.04 and -9.96
+    dB, and the same step.
+
+    Args:
+        tensors: Shape and root mean square of the bulk (see `metrics`) of each coded tensor, by name.
+        profile: With a target.
+    """
+    gains = {
+        name: 10 * log10(REFERENCE_WEIGHTS / prod(shape)) + _kind_db(shape) + 20 * log10(rms)
+        for name, (shape, rms) in tensors.items()
+        if rms > 0
+    }
+    parts: dict[str, list[str]] = {}
+    for name in gains:
+        parts.setdefault(name.split(".", 1)[0], []).append(name)
+
+    def mean_of(names: Iterable[str]) -> float:
+        return _mean_scale_db([(tensors[name][0], gains[name]) for name in names], profile)
+
+    mean = 0.0
+    if parts:
+        largest = max(parts.values(), key=lambda names: (sum(prod(tensors[name][0]) for name in names), names))
+        near, mean = mean_of(largest), mean_of(gains)
+        mean = _SCALE_STEP_DB * round((near if abs(near - mean) <= _LIKE_ALL_DB else mean) / _SCALE_STEP_DB)
+    return {name: round(gains[name] - mean, 2) if name in gains else 0.0 for name in tensors}
+
+
+def _mean_scale_db(tensors: Sequence[tuple[tuple[int, ...], float]], profile: Profile) -> float:
+    """Return the gain of a tensor that gets the profile's target if the mean of all is to be that, from shapes and
+    gains."""
+    assert profile.target_db is not None
+    whole = sum(prod(shape) for shape, _ in tensors)
+    low, high = (end([gain for _, gain in tensors]) + far for end, far in ((min, -_FARTHEST_DB), (max, _FARTHEST_DB)))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        targets = sum(prod(shape) * profile.scaled_db(shape, gain - middle) for shape, gain in tensors)
+        low, high = (middle, high) if targets > profile.target_db * whole else (low, middle)
+    return (low + high) / 2
+
+
+def _mean_gain_db(tensors: Iterable[tuple[str, int, float]]) -> float | None:
+    """Return the gain of a tensor that gets exactly the target, from (name, weights, gain in dB) of all that are coded:
+    their mean, or that of their largest part if it is close. None if there are none."""
+    parts: dict[str, tuple[int, float]] = {}
+    for name, count, gain in tensors:
+        part = name.split(".", 1)[0]
+        weights, gains = parts.get(part, (0, 0.0))
+        parts[part] = weights + count, gains + count * gain
+    if not parts:
+        return None
+    mean = sum(gains for _, gains in parts.values()) / sum(weights for weights, _ in parts.values())
+    weights, gains = max(parts.values())
+    near = gains / weights
+    return round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2)
 
 
 def _uncoded(codec: Codec, shape: tuple[int, ...], dtype: str, min_weights: int) -> str:
@@ -349,24 +477,24 @@ PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile(
-            name="small", codec="lattice", target_db=27.0, allocation="header", summary="smallest; 27 dB on average"
+            name="small", codec="lattice", target_db=27.0, allocation="scale", summary="smallest; 27 dB on average"
         ),
         Profile(
             name="balanced",
             codec="lattice",
             target_db=30.0,
-            allocation="header",
+            allocation="scale",
             summary="the default; 30 dB on average",
         ),
         Profile(
-            name="fine", codec="lattice", target_db=36.0, allocation="header", summary="near lossless; 36 dB on average"
+            name="fine", codec="lattice", target_db=36.0, allocation="scale", summary="near lossless; 36 dB on average"
         ),
         Profile(
             name="fast",
             codec="lattice",
             target_db=30.0,
             path=False,
-            allocation="header",
+            allocation="scale",
             summary="30 dB on average, encoded fastest",
         ),
         Profile(name="match-paper", codec="lattice", target_db=None, summary="our codec at the published one's error"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
-from birkhoff.codec.lattice import LatticeTensor, quantise, quantise_path, tiles
+from birkhoff.codec.lattice import LatticeTensor, fixed_point, quantise, quantise_path, tiles
 from birkhoff.codec.metrics import Errors, Fidelity, Survey, bulk, compare, in_parts, sqnr_db, survey, to_host
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.pairs import HALF, pairs_per_row
@@ -81,6 +81,19 @@ def encode(
         step *= path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1]))
     code: Quantise = partial(quantise_path, path=path, greatest=greatest) if path else quantise
     return _settle(weight_RK, goal, code, _round(step))
+
+
+def encode_fixed(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity]:
+    """Code a matrix as 16-bit fixed point that meets `target_db`, which may be above `TARGET_DB_RANGE`.
+
+    Args, results and errors are as in `encode`.
+    """
+    weights = bulk(weight_RK, _energy(weight_RK))
+    goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
+    if not 0 < goal.energy < math.inf:
+        raise TargetError(f"the weights' energy is {goal.energy:g}: no relative error exists; store them lossless")
+    step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(target_db + _MARGIN_DB) / 20)
+    return _settle(weight_RK.reshape(-1, 1), goal, fixed_point, _round(step))
 
 
 class RangeError(TargetError):

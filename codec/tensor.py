@@ -22,7 +22,7 @@ from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from
 from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
 from birkhoff.codec.metrics import Fidelity, Survey, fidelity, in_parts, survey, to_host
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
-from birkhoff.codec.profiles import FALLBACKS, TARGET_DB_RANGE, Decision
+from birkhoff.codec.profiles import FALLBACKS, FINEST_DB, TARGET_DB_RANGE, Decision
 
 LEAST_PATH = 1 << 12
 """Size in weights from which trellis paths are searched. On fewer, the start of a run costs what it gains."""
@@ -244,17 +244,30 @@ def fall_back(name: str, tensor: Tensor, reason: str, *, raw: bool = False) -> E
 def _encode_lattice(
     name: str, tensor: Tensor, target_db: float, *, path: bool, seen: Survey | None
 ) -> Encoded | _Unpacked:
-    rate.check_target(target_db)
+    fixed = TARGET_DB_RANGE[1] < target_db <= FINEST_DB
+    if not fixed:
+        rate.check_target(target_db)
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     reason = fallback(matrix, seen)
     if reason is not None:
         return fall_back(name, tensor, reason)
     try:
+        if fixed:
+            return _encode_fixed(name, tensor, matrix, target_db)
         return _encode_code(name, tensor, matrix, target_db, path=path, seen=seen)
     except rate.RangeError:
         return fall_back(name, tensor, "range")
     except TargetError:
         return fall_back(name, tensor, "target")
+
+
+def _encode_fixed(name: str, tensor: Tensor, matrix: Tensor, target_db: float) -> Encoded:
+    """Code a tensor in fixed point, unless it comes back exactly or takes more bytes than it does lossless. Raises
+    TargetError."""
+    code, error = rate.encode_fixed(matrix, target_db)
+    coded = encoded_code(name, tensor, code, error, path=0)
+    exact = fall_back(name, tensor, "target")
+    return exact if not error.error or exact.tensor.nbytes <= coded.tensor.nbytes else coded
 
 
 def _encode_code(
@@ -312,7 +325,9 @@ def with_target(encoded: Encoded, target_db: float) -> Encoded:
 
 def _with_target(encoded: Encoded | _Unpacked, target_db: float) -> Encoded | _Unpacked:
     """Store the target with a coded tensor whose recipe does not contain it."""
-    return replace(encoded, target_db=target_db) if isinstance(encoded, _Unpacked) else encoded
+    if isinstance(encoded, _Unpacked):
+        return replace(encoded, target_db=target_db)
+    return with_target(encoded, target_db)
 
 
 def lattice_of(coded: CodedTensor) -> lattice.LatticeTensor:
@@ -397,7 +412,8 @@ def recode(coded: CodedTensor) -> CodedTensor:
 def is_matrix(coded: CodedTensor) -> bool:
     """Return whether a stored tensor is a coded matrix [N, K] in rows of K, from which HyperLinear can be built."""
     params = coded.params
-    return isinstance(params, LatticeParams) and len(coded.shape) == 2 and params.columns == coded.shape[1]
+    # One column is fixed point, or no matrix.
+    return isinstance(params, LatticeParams) and len(coded.shape) == 2 and 1 < params.columns == coded.shape[1]
 
 
 def _encode_paper(name: str, tensor: Tensor) -> Encoded:

@@ -11,7 +11,7 @@ from birkhoff.codec.difference.find import Difference, find
 from birkhoff.codec.output import encode as output
 from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.pairs import matrix_shape
-from birkhoff.codec.profiles import Decision
+from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision
 from birkhoff.codec.tensor import (
     LEAST_PATH,
     Encoded,
@@ -100,6 +100,8 @@ def _found(
         return None
     target_db, held = _target_of(tensor, decision), lattice_of(base.tensor).to(matrix.device)
     if not decision.nominal:
+        if target_db > TARGET_DB_RANGE[1]:  # fixed point, which has no difference
+            return None
         path = decision.path and matrix.numel() >= LEAST_PATH
         try:
             return find(matrix, held, target_db, path=path, base_path=path_of(base.tensor))

@@ -30,16 +30,13 @@ from torch import Tensor
 
 from birkhoff.codec import budget
 from birkhoff.codec.metrics import bulk
-from birkhoff.codec.output.targets import FIXED_POINT_DB, targets_db
+from birkhoff.codec.output.targets import targets_db
 from birkhoff.codec.pairs import matrix_shape
-from birkhoff.codec.profiles import Decision
+from birkhoff.codec.profiles import FIXED_POINT_DB, Decision
 from birkhoff.codec.tensor import fallback
 
 POWER = 0.8
 """Share of the gain that is used."""
-
-_BIT_DB = 20 * math.log10(2)
-"""Gain in dB per bit."""
 
 _LEAST = 1e-9
 """Sensitivities below this share of the median count as zero."""
@@ -122,4 +119,4 @@ def tensor_sizes(name: str, tensor: Tensor, decision: Decision, targets: Sequenc
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
     follows = decision.action == "coded" and fallback(matrix) is None
     finer = np.array(targets) - coarse if follows else np.zeros(len(targets))
-    return budget.sizes(name, tensor, decision, coarse.tolist()) + finer * tensor.numel() / (8 * _BIT_DB)
+    return budget.sizes(name, tensor, decision, coarse.tolist()) + finer * tensor.numel() / (8 * budget.BIT_DB)

@@ -17,8 +17,9 @@ from birkhoff.codec.metrics import fidelity
 from birkhoff.codec.output import feedback, rows
 from birkhoff.codec.output.allocation import root_mean_square, step
 from birkhoff.codec.output.hessian import Hessian
-from birkhoff.codec.output.targets import FIXED_POINT_DB, RANGE_DB
+from birkhoff.codec.output.targets import RANGE_DB
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
+from birkhoff.codec.profiles import FIXED_POINT_DB
 from birkhoff.codec.tensor import LEAST_PATH, MOST_ESCAPED, Encoded, encoded_code, fall_back, fallback
 from birkhoff.codec.trajectory import N
 
@@ -95,7 +96,7 @@ def encode(name: str, tensor: Tensor, target_db: float, hessian: Hessian | None,
         return fall_back(name, tensor, reason)
     single = nominal_step(matrix, target_db)
     fixed = is_fixed(target_db)
-    code, kind = (_fixed_point(matrix, single), 0) if fixed else _plain(matrix, single, path=path)
+    code, kind = (lattice.fixed_point(matrix, single), 0) if fixed else _plain(matrix, single, path=path)
     packed = None
     if hessian is not None:
         fed = _fed_back(matrix, single, hessian, path=path, fixed=fixed)
@@ -150,7 +151,7 @@ def is_no_worse(tensor: Tensor, code: LatticeTensor, target_db: float, hessian: 
 
     most = loss(code) * (1 - _LOSS_SLACK)
     if code.columns != matrix.shape[1]:
-        return most <= loss(_fixed_point(matrix, single))
+        return most <= loss(lattice.fixed_point(matrix, single))
     # The search for a path takes longest, so it comes last.
     return most <= loss(lattice.quantise(matrix, single)) or most <= loss(_plain(matrix, single, path=path)[0])
 
@@ -170,7 +171,7 @@ def _path_step(matrix: Tensor, kind: int) -> float:
 def _fed_back(matrix: Tensor, single: float, hessian: Hessian, *, path: bool, fixed: bool) -> Form:
     if fixed:
         factor = feedback.factorise(hessian.columns)
-        code = _of_numbers(feedback.numbers(matrix, single, factor), single)
+        code = lattice.of_numbers(feedback.numbers(matrix, single, factor), single)
         return Form(code=code, kind=0, error=hessian.error(matrix, code))
     return _in_nodes_or_paths(matrix, single, hessian, path=path)
 
@@ -217,17 +218,6 @@ def _plain(matrix: Tensor, single: float, *, path: bool) -> tuple[LatticeTensor,
             if _is_short(code):
                 return code, 1
     return lattice.quantise(matrix, single), 0
-
-
-def _fixed_point(matrix: Tensor, single: float) -> LatticeTensor:
-    """Return weights as whole multiples of `single`. Each is a row with one pair, without a second weight."""
-    return _of_numbers(torch.round(matrix.double() / single), single)
-
-
-def _of_numbers(n: Tensor, single: float) -> LatticeTensor:
-    n = n.reshape(-1, 1)
-    i = torch.floor((n + N // 2) / N)
-    return lattice.of_coordinates(i.float(), (n - N * i).float(), N * single, 1)
 
 
 def _is_short(code: LatticeTensor) -> bool:

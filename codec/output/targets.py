@@ -7,11 +7,6 @@ RANGE_DB = (0.0, 72.0)
 make the model ten times smaller, because its masks hardly depend on them. At 0 dB a step is 3.5 times the root mean
 square; below that nothing would remain."""
 
-FIXED_POINT_DB = 44.0
-"""Nominal target from which a weight is 16 bits of fixed point, which reach about 80 times the root mean square at 60
-dB, and 20 times at 72. Nodes of pairs would take 0.2 bits per weight more there, and 2 more at 48 dB, because escapes
-take 40 bits."""
-
 
 def targets_db(gains: Mapping[str, float], target_db: float) -> dict[str, float]:
     """Return the nominal targets of tensors, by name. Over all weights their mean is `target_db`, unless clamped."""

@@ -253,7 +253,8 @@ def _shares(base: BaseVersion, planned: Planned, plans: Sequence[ModelPlan]) -> 
         found = estimates(matrix, lattice_of(coded), targets, path=path, base_path=path_of(coded))
         for at, bits in enumerate(found):
             if math.isfinite(bits[1]):
-                smaller[at] += matrix.numel() * min(bits)
+                fixed = (decided[at][name].target_db or 0.0) > high  # in fixed point there is no difference
+                smaller[at] += matrix.numel() * (bits[1] if fixed else min(bits))
                 direct[at] += matrix.numel() * bits[1]
     part = covered / max(1, whole)
     return [1 - part * (1 - least / most) if most else 1.0 for least, most in zip(smaller, direct, strict=True)]

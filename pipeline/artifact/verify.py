@@ -96,7 +96,7 @@ def _check(artifact: Artifact, coded: CodedTensor, source: StoredTensor | None, 
         decoded = decode_tensor(coded)
     except FormatError as error:
         raise IntegrityError(f"{artifact.label}: {error}") from None
-    if decoded.is_floating_point() and not bool(decoded.float().isfinite().all()):
+    if decoded.is_floating_point() and not bool(decoded.isfinite().all()):
         raise ValidationError(f"{artifact.label}: tensor {coded.name!r} decodes to NaN or Inf")
     if alone:
         return None

@@ -255,7 +255,7 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what `compress` would do and cost. Reads headers only; downloads and writes nothing."""
+    """Show what `compress` would do and cost. Reads headers and a sample of weights; downloads and writes nothing."""
     from birkhoff.pipeline.cli.tables import PLAN_COLUMNS, show
     from birkhoff.pipeline.plan.estimate import plan_rows
     from birkhoff.pipeline.plan.manifest import load_manifest

@@ -1,4 +1,4 @@
-"""Estimate what a run would do and cost from headers alone, for `birkhoff plan`.
+"""Estimate what a run would do and cost from headers and a sample of the weights, for `birkhoff plan`.
 
 Sizes follow from the targets: B dB cost about B/6.02 bits per weight, plus an offset that depends on the distribution
 of the weights, which headers do not tell. So a size is a range between two trained models: the demo, whose weight decay
@@ -34,7 +34,7 @@ from birkhoff.pipeline.store.base import Store
 
 _DB_PER_BIT = 6.02
 
-_BITS_ABOVE = {True: (-0.73, 0.045), False: (-0.61, 0.24)}
+_BITS_ABOVE = {True: (-0.70, 0.045), False: (-0.61, 0.24)}
 """Bits per weight above B/6.02, with and without the path search: the demo, and large matrices of MiniLM-L6, at 27
 to 36 dB."""
 
@@ -298,7 +298,7 @@ def _plan(
     try:
         found = peek(entry.source, cache=source_cache(), mirror=mirror)
         if not isinstance(found, NotDownloaded):
-            planned = plan_checkpoint(manifest, entry, found)
+            planned = plan_checkpoint(manifest, entry, found).scaled()
             return planned, unproven_of(planned)
         return SourceError(f"cannot be downloaded: {found.problem}") if found.problem else found
     except BirkhoffError as error:

@@ -15,6 +15,7 @@ from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan.overrides import check_matches
 from birkhoff.pipeline.plan.proving import ProofTerms
 from birkhoff.pipeline.plan.quality import BUDGETS
+from birkhoff.pipeline.plan.scales import scales_of
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.plan.sidecars import Companion
 from birkhoff.pipeline.registry.documents import BaseRecord, BudgetRecord, FileRecord, VersionManifest
@@ -45,6 +46,17 @@ class Planned:
     def takes_statistics(self) -> bool:
         """Whether its targets follow from the sensitivity of its outputs."""
         return self.plan.profile.allocation == "output"
+
+    @property
+    def takes_scales(self) -> bool:
+        """Whether its targets follow from the root mean squares of its weights, which are not known yet."""
+        return self.plan.profile.allocation == "scale" and self.plan.shares is None
+
+    def scaled(self) -> "Planned":
+        """Return the model with the targets that its weights give it; reads a sample of them. Raises SourceError."""
+        if not self.takes_scales:
+            return self
+        return replace(self, plan=self.plan.with_scales(scales_of(self.plan.scaled)))
 
     @property
     def file_records(self) -> tuple[FileRecord, ...]:

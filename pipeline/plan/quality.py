@@ -4,7 +4,7 @@
     max_bytes: 64MiB             # or in this many bytes, every byte of the version counted
     target_agreement: 0.97       # or the fewest bytes whose masks have this mean IoU with the original's
     target_output_db: 30         # or whose outputs (mask logits) have this SQNR
-    allocation: uniform          # one dB for every tensor; `size`, `header` (the default), `output`: see `Profile`
+    allocation: uniform          # one dB for every tensor; `size`, `header`, `scale` (the default), `output`: `Profile`
     floor_db: 12                 # the least target that a budget may give a coded tensor; default 15
     profile: fast                # how to encode; any other profile sets a quality and excludes a budget
     overrides:                   # single tensors by glob; the last matching rule applies, a model's rules come last
@@ -111,7 +111,7 @@ class Quality(Strict):
     """The least SQNR of mask logits, or of another model's outputs, dB. The smallest version that reaches it is
     published."""
     allocation: Allocation | None = None
-    """How the target of a profile or a budget is allocated to tensors. Default: `header`."""
+    """How the target of a profile or a budget is allocated to tensors. Default: `scale`."""
     floor_db: Annotated[float, Field(ge=TARGET_DB_RANGE[0], le=TARGET_DB_RANGE[1])] | None = None
     """The least target that a budget may give a coded tensor, dB. Default: 15."""
     overrides: Annotated[tuple[OverrideRule, ...], Field(strict=False)] = ()
@@ -185,5 +185,5 @@ def resolve(whole: Quality, model: Quality) -> Fidelity:
     if allocation is not None:
         profile = replace(profile, allocation=allocation)
     if budget is not None:
-        profile = replace(profile, name=budget.label)
+        profile = replace(profile, name=budget.label, floor_db=budget.least_db)
     return Fidelity(profile=profile, budget=budget, rules=(*whole.overrides, *model.overrides))

@@ -13,7 +13,7 @@ from math import prod
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.dtypes import CODED_DTYPES, dtype_name
 from birkhoff.codec.output.allocation import Felt, gains_db
-from birkhoff.codec.profiles import Header, Override, Profile
+from birkhoff.codec.profiles import Header, Override, Profile, scale_gains_db
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.registry.documents import StatisticsRecord
@@ -33,7 +33,7 @@ class ModelPlan:
     profile: Profile
     shards: tuple[tuple[TensorPlan, ...], ...]
     shares: Shares | None = None
-    """Under allocation by output, the targets derived from statistics; None before these are known."""
+    """What targets are derived from under allocation by output and by scale; None before it is known."""
     bases: tuple[BaseShard, ...] = ()
     """Shards of a base version, with their tensors that this model's can be differences to."""
 
@@ -68,6 +68,20 @@ class ModelPlan:
         hessians = {name: record.blob for name, record in statistics.hessians.items()}
         shares = Shares(gains_db=gains_db(felt), hessians=hessians)
         return self._under(replace(self.profile, statistics=statistics.key), shares)
+
+    def with_scales(self, scales: Mapping[str, float]) -> "ModelPlan":
+        """Return the plan with targets derived from the root mean squares of `scaled`, by name."""
+        known = {tensor.name: (tensor.shape, scales[tensor.name]) for tensor in self.scaled}
+        gains = scale_gains_db(known, self.profile)
+        return self._under(self.profile, Shares(gains_db={each.name: gains[each.name] for each in self._following}))
+
+    @property
+    def scaled(self) -> list[StoredTensor]:
+        """Tensors that the profile codes. Those with an override count for the mean, so that an override moves the
+        target of no other tensor."""
+        tensors = [plan.tensor for plan in self.tensors]
+        decisions = decide(_headers(tensors), self.profile, {})
+        return [tensor for tensor in tensors if decisions[tensor.name].action == "coded"]
 
     @property
     def _following(self) -> list[StoredTensor]:

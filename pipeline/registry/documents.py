@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, PositiveInt, field_validator, model_validator
 
-from birkhoff.codec.profiles import Override
+from birkhoff.codec.profiles import BUDGET_FLOOR_DB, Override
 from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, D, Digest, Document, parse_bounded
 from birkhoff.pipeline.errors import PreconditionError
 from birkhoff.pipeline.registry import clock
@@ -145,14 +145,6 @@ class SourceRecord(Document):
     """Keys that lead to the state dict in the source: `("model",)`."""
     origin: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None
     """Public addresses of its files, each pinned to a commit: `hf://ORG/REPO@COMMIT/FILE`."""
-
-
-BUDGET_FLOOR_DB = 15.0
-"""Default for the least target that a budget may give a coded tensor, dB, which `floor_db` of a manifest overrides.
-
-At 15 dB, 3 % of the weights' energy is lost, which is about where a tensor is ten times smaller than float32. At 9 dB
-an eighth is lost.
-"""
 
 
 class BudgetRecord(Document):
@@ -318,7 +310,8 @@ class VersionManifest(Document):
     overrides: dict[str, Override] | None = None
     """Targets of single tensors that override the recipe: dB, or `lossless`."""
     gains_db: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
-    """Under allocation by output: dB by which a tensor's target differs from the recipe's, which is their mean."""
+    """Under allocation by output and by scale: dB by which a tensor's target differs from the recipe's, which is their
+    mean."""
     adapter: str | None = None
     """The member of the Segment Anything family, if the manifest names it: the weights do not tell how pictures and
     prompts are prepared."""

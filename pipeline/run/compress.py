@@ -171,6 +171,8 @@ def _prepare(job: _Job, run: ModelRun) -> None:
             base = find_base(store, run.planned, run.before, again=job.reuse != "trust")
             run.planned = run.planned if base is None else base.on(run.planned)
             _compare(job, run)
+        if run.status is None:
+            run.planned = run.planned.scaled()
     except BirkhoffError as error:
         if isinstance(error, StoreError):
             raise

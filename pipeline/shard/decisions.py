@@ -17,7 +17,8 @@ from birkhoff.pipeline.registry.documents import VersionManifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Results of statistics for allocation by output, by tensor name."""
+    """What a model's targets follow from, besides its profile, by tensor name: statistics under allocation by output,
+    root mean squares under allocation by scale."""
 
     gains_db: Mapping[str, float]
     """Gain in dB over the profile's target. The profile's target is the mean."""
@@ -33,9 +34,14 @@ def decide(
     Callers that set targets per tensor pass `overrides`, which must be reached, or `shares`, which determine steps.
     Keys of shards, manifests and checks depend on the result.
     """
+    headers = list(headers)
     decisions = {name: profile.decide(shape, dtype, overrides.get(name), name) for name, shape, dtype in headers}
     if shares is None or profile.target_db is None:
         return decisions
+    if profile.allocation == "scale":
+        return {
+            name: profile.scaled(decisions[name], shape, shares.gains_db.get(name, 0.0)) for name, shape, _ in headers
+        }
     targets = targets_db(shares.gains_db, profile.target_db)
     return {
         name: _shared(decision, targets.get(name), shares.hessians.get(name)) if decision.nominal else decision

@@ -279,14 +279,15 @@ def input_key(
 ) -> str:
     """Return the key of a shard: the SHA-256 of everything that determines its bytes, and of nothing else.
 
-    Decisions enter only as far as the recipe and the tensors' headers leave them open: `override`, or the nominal
-    target and the Hessian, and the container that holds a base.
+    Decisions enter only as far as the recipe and the tensors' headers leave them open: `override`, or the target and
+    the Hessian where other tensors of the model decide about them, and the container that holds a base.
     """
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, recipe], sort_keys=True).encode())
     for name, tensor in sources.items():
         decision = decisions[name]
         own: list[object] = [] if decision.override is None else [decision.override]
-        if decision.nominal:
+        scaled = recipe.get("allocation") == "scale" and decision.action == "coded" and decision.override is None
+        if decision.nominal or scaled:
             own += [decision.target_db, decision.hessian]
         if bases is not None and decision.action == "coded" and (base := bases.digest_of(name)) is not None:
             own.append({"base": base})

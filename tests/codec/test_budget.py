@@ -11,7 +11,7 @@ from birkhoff.codec.budget import GRID_DB, Floats, Grid, highest
 from birkhoff.codec.profiles import PROFILES, Decision, Override, Profile
 from tests.codec.by_profile import decision, encode_tensor
 
-BALANCED, FAST = PROFILES["balanced"], PROFILES["fast"]
+BALANCED, FAST = (replace(PROFILES[name], allocation="uniform") for name in ("balanced", "fast"))
 BY_SIZE = replace(BALANCED, allocation="size")
 
 

@@ -8,11 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birkhoff.codec.profiles import PROFILES, TARGET_DB_RANGE, Decision, Header, Override, Profile, gain_db
+from birkhoff.codec.profiles import (
+    FINEST_DB,
+    MATRIX_DB,
+    PROFILES,
+    TARGET_DB_RANGE,
+    Decision,
+    Header,
+    Override,
+    Profile,
+    gain_db,
+    scale_gains_db,
+)
 
 BALANCED, PAPER, MATCH = PROFILES["balanced"], PROFILES["paper"], PROFILES["match-paper"]
 SIZED = replace(BALANCED, allocation="size")
-PLACED = replace(BALANCED, mean_gain_db=6.0)
+HEADED = replace(BALANCED, allocation="header")
+PLACED = replace(HEADED, mean_gain_db=6.0)
 FELT = replace(BALANCED, allocation="output", statistics="5" * 64)
 MATRIX, VECTOR = (256, 256), (256,)
 
@@ -216,7 +228,7 @@ def mean_db(profile: Profile, headers: list[Header]) -> float:
 
 @pytest.mark.parametrize("name", ["small", "balanced", "fine", "fast"])
 def test_a_models_mean_weight_gets_the_target_whatever_its_size(name: str) -> None:
-    profile = PROFILES[name]
+    profile = replace(PROFILES[name], allocation="header")
     for headers in (model(encoder=512), model(encoder=8192), model((64, 64, 3, 3), (900, 700), encoder=512)):
         placed = profile.of_model(headers)
         assert mean_db(placed, headers) == pytest.approx(profile.target_db, abs=1.01)
@@ -227,15 +239,15 @@ def test_a_models_mean_weight_gets_the_target_whatever_its_size(name: str) -> No
 
 def test_models_that_share_an_encoder_decide_it_alike_whatever_decoder_follows() -> None:
     first, second = model((256, 256), (64, 64)), model((300, 256), (128, 64, 3, 3))
-    assert BALANCED.of_model(first) == BALANCED.of_model(second) == BALANCED.of_model(model())
-    assert BALANCED.of_model(model((64, 64, 3, 3), *[(200, 150)] * 50)) != BALANCED.of_model(first)
+    assert HEADED.of_model(first) == HEADED.of_model(second) == HEADED.of_model(model())
+    assert HEADED.of_model(model((64, 64, 3, 3), *[(200, 150)] * 50)) != HEADED.of_model(first)
 
 
 def test_other_allocations_and_models_of_nothing_coded_stay_as_they_are() -> None:
     uniform = replace(BALANCED, allocation="uniform")
-    for profile in (uniform, SIZED, PAPER, MATCH):
+    for profile in (uniform, BALANCED, SIZED, PAPER, MATCH):
         assert profile.of_model(model()) is profile
-    assert BALANCED.of_model([Header("bias", (4096,), "float32")]) is BALANCED
+    assert HEADED.of_model([Header("bias", (4096,), "float32")]) is HEADED
     assert BALANCED.decide(MATRIX, "float32").target_db == 30.0  # alone, a tensor is its model's mean
 
 
@@ -253,7 +265,7 @@ def test_targets_by_header_end_at_48_db_and_at_12_or_where_asked_for_less() -> N
     low, high = PLACED.target_range
     assert targets(low) == (6.0, 6.0)
     assert targets(high) == (48.0, 48.0)
-    assert BALANCED.target_range == TARGET_DB_RANGE
+    assert HEADED.target_range == TARGET_DB_RANGE
 
 
 def test_recipes_say_how_targets_are_shared_and_those_that_say_nothing_are_uniform() -> None:
@@ -263,6 +275,70 @@ def test_recipes_say_how_targets_are_shared_and_those_that_say_nothing_are_unifo
     assert Profile.of_recipe("balanced", old) == replace(BALANCED, allocation="uniform", vectors=False, summary="")
     assert Profile.of_recipe("balanced", {**old, "allocation": "size"}).allocation == "size"
     assert Profile.of_recipe("balanced", FELT.recipe()) == replace(FELT, summary="")
+
+
+def test_tensors_of_one_size_and_kind_get_one_step() -> None:
+    worked = {"a": (MATRIX, 0.1), "b": (MATRIX, 0.01)}
+    assert scale_gains_db(worked, BALANCED) == {"a": 10.04, "b": -9.96}
+    shapes = {"wide": (128, 2048), "high": (2048, 128), "dense": (64, 64, 8, 8), "depthwise": (4096, 1, 8, 8)}
+    found = scale_gains_db({name: (shape, 0.1) for name, shape in shapes.items()}, BALANCED)
+    assert found["wide"] == found["high"]
+    assert found["dense"] - found["wide"] == pytest.approx(8.0, abs=0.011)
+    assert found["depthwise"] - found["wide"] == pytest.approx(14.0, abs=0.011)
+    assert scale_gains_db({}, BALANCED) == {}
+
+
+def mean_scaled(tensors: dict[str, tuple[tuple[int, ...], float]], profile: Profile = BALANCED) -> float:
+    """Mean target of the weights that targets move."""
+    gains = scale_gains_db(tensors, profile)
+    moved = {name: shape for name, (shape, rms) in tensors.items() if rms > 0}
+    found = sum(prod(shape) * profile.scaled_db(shape, gains[name]) for name, shape in moved.items())
+    return found / sum(map(prod, moved.values()))
+
+
+LIVE: dict[str, tuple[tuple[int, ...], float]] = {f"a.{n}": ((512, 512), 0.02) for n in range(2)}
+MODELS: dict[str, dict[str, tuple[tuple[int, ...], float]]] = {
+    "alike": LIVE,
+    "with zeros": LIVE | {"b.0": ((512, 512), 0.0)},
+    "with dead weights": LIVE | {"b.0": ((256, 256), 2e-12)},
+    "with small convolutions": LIVE | {f"b.{n}": ((64, 1, 5, 5), 0.3) for n in range(40)},
+    "with small matrices": LIVE | {f"b.{n}": ((64, 32), 0.3) for n in range(200)},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["small", "balanced", "fine"])
+def test_the_mean_within_the_limits_is_the_profiles(kind: str, name: str) -> None:
+    profile = PROFILES[name]
+    assert mean_scaled(MODELS[kind], profile) == pytest.approx(profile.target_db, abs=2.01)
+
+
+def test_shares_by_scale_leave_alone_what_is_lossless_or_overridden() -> None:
+    for shape, override in ((VECTOR, None), (MATRIX, "lossless"), (MATRIX, 36.0)):
+        decision = BALANCED.decide(shape, "float32", override)  # type: ignore[arg-type]
+        assert BALANCED.scaled(decision, shape, 7.0) == decision
+    free = BALANCED.decide(MATRIX, "float32")
+    assert BALANCED.scaled(free, MATRIX, 7.0) == replace(free, target_db=37.0, states_target=True)
+
+
+def test_targets_by_scale_have_limits() -> None:
+    free, filters = BALANCED.decide(MATRIX, "float32"), (64, 64, 3, 3)
+
+    def targets(profile: Profile, shape: tuple[int, ...]) -> list[float | None]:
+        return [profile.scaled(free, shape, gain).target_db for gain in (-40.0, 14.9, 16.0, 20.0, 40.0)]
+
+    assert targets(BALANCED, MATRIX) == [15.0, 44.9, MATRIX_DB, MATRIX_DB, MATRIX_DB]
+    assert targets(BALANCED, filters) == [15.0, 44.9, 48.01, 50.0, FINEST_DB]
+    assert targets(replace(BALANCED, floor_db=24.0), MATRIX)[0] == 24.0
+    assert targets(replace(BALANCED, target_db=9.0), MATRIX)[0] == 9.0
+    assert targets(replace(BALANCED, target_db=3.0), MATRIX)[0] == 6.0
+
+
+def test_recipes_by_scale_say_their_floor() -> None:
+    floored = replace(BALANCED, floor_db=24.0)
+    assert floored.recipe() == BALANCED.recipe() | {"floor_db": 24.0}
+    assert Profile.of_recipe("balanced", floored.recipe()) == replace(floored, vectors=False, summary="")
+    assert Profile.of_recipe("balanced", BALANCED.recipe()) == replace(BALANCED, vectors=False, summary="")
 
 
 BUFFERS = {

@@ -12,8 +12,8 @@ from birkhoff.codec import paper, rate
 from birkhoff.codec.container import CodedTensor, LatticeParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
 from birkhoff.codec.metrics import OUTLIER_RMS, bulk, fidelity
-from birkhoff.codec.profiles import PROFILES
-from birkhoff.codec.tensor import decode_tensor, lattice_of
+from birkhoff.codec.profiles import FINEST_DB, PROFILES, Decision
+from birkhoff.codec.tensor import decode_tensor, encode_tensors, is_matrix, lattice_of
 from tests.codec.by_profile import encode_tensor
 
 BALANCED = PROFILES["balanced"]
@@ -182,10 +182,56 @@ def test_a_target_that_no_step_meets_falls_back_and_says_so(monkeypatch: pytest.
     assert torch.equal(decode_tensor(coded), source)
 
 
-@pytest.mark.parametrize("target_db", [5.9, 48.1])
+@pytest.mark.parametrize("target_db", [5.9, 63.1, math.inf, math.nan])
 def test_a_target_out_of_range_is_an_error_and_no_fallback(target_db: float) -> None:
     with pytest.raises(TargetError, match=r"outside 6\.\.48 dB"):
         encode_tensor("w", torch.full((64, 64), 0.25), replace(BALANCED, target_db=target_db))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("target_db", [48.01, 55.0, FINEST_DB])
+def test_above_the_trajectory_weights_are_fixed_point_and_reach_their_target(
+    target_db: float, dtype: torch.dtype
+) -> None:
+    source = (normal((64, 96)) * 0.02).to(dtype)
+    source[3, 5] = 2.5  # far beyond 16 bits
+    decision = Decision(codec="lattice", target_db=target_db, path=True, states_target=True)
+    coded = through_bytes(encode_tensors([("w", source, decision)])[0].tensor)[0]
+    assert isinstance(coded.params, LatticeParams)
+    assert (coded.params.columns, is_matrix(coded)) == (1, False)
+    assert target_db <= fidelity(source, decode_tensor(coded)).sqnr_db <= target_db + 0.3
+    assert coded.claims.target_db == target_db
+    assert 8 * coded.nbytes / source.numel() < target_db / 6.02 + 1.5
+
+
+GRIDS = {
+    "ternary": torch.randint(-1, 2, (128, 64), generator=torch.Generator().manual_seed(0)) * 0.37,
+    "of four bits": torch.randint(-8, 8, (128, 64), generator=torch.Generator().manual_seed(0)) * 0.013,
+    "near one": 1 + 0.05 * normal((128, 64)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("target_db", [50.0, 55.0, FINEST_DB])
+def test_fixed_point_that_restores_every_weight_is_lossless(kind: str, dtype: torch.dtype, target_db: float) -> None:
+    source = GRIDS[kind].to(dtype)
+    decision = Decision(codec="lattice", target_db=target_db, states_target=True)
+    coded = encode_tensors([("w", source, decision)])[0].tensor
+    lossless = encode_tensors([("w", source, Decision(codec="planes"))])[0].tensor
+    if torch.equal(decode_tensor(coded), source):
+        assert (coded.lossless, coded.claims.reason) == (True, "target")
+    else:
+        assert fidelity(source, decode_tensor(coded)).sqnr_db >= target_db
+        assert coded.nbytes < lossless.nbytes
+    assert coded.claims.sqnr_db is None or math.isfinite(coded.claims.sqnr_db)
+
+
+def test_where_no_fixed_point_reaches_the_target_the_weights_stay_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate, "_TRIES", 0)
+    coded = encode_tensors([("w", normal((64, 64)), Decision(codec="lattice", target_db=FINEST_DB))])[0].tensor
+    assert (coded.codec, coded.claims.reason) == ("planes", "target")
+    assert torch.equal(decode_tensor(coded), normal((64, 64)))
 
 
 def test_what_is_said_of_a_single_tensor_goes_with_it() -> None:

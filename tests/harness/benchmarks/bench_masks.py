@@ -6,8 +6,9 @@ In the environment of `make setup-family`; on a GPU if there is one. Rows that a
 with what it was made on. Our own rows are versions: compressed by the pipeline, every byte of the store counted, opened
 again. Other quantisers code the tensors that we code, the rest stays as it is; their bytes are
 those of their parts. Agreement is the mean IoU of masks with the original model's, in PICTURES photographs and
-micrographs of scikit-image, by BOXES random boxes each. Constants of `header` and `output` (slopes, shares, damping)
-were fitted on this very model's masks, some of them in pictures that are among these: others may come out worse.
+micrographs of scikit-image, by BOXES random boxes each. Constants of `header`, `scale` and `output` (slopes, shares,
+damping) were fitted on this very model's masks, some of them in pictures that are among these: others may come out
+worse.
 """
 
 import argparse
@@ -70,7 +71,11 @@ TERMS: dict[str, dict[str, Any]] = {
     "published codec": {"profile": "paper"},
     "uniform, 6.1": {"allocation": "uniform", "target_ratio": 6.1},
     "size, 6.1": {"allocation": "size", "target_ratio": 6.1},
-    **{f"header, {ratio:g}": {"allocation": "header", "target_ratio": ratio} for ratio in (6.1, 10.0)},
+    **{
+        f"{way}, {ratio:g}": {"allocation": way, "target_ratio": ratio}
+        for way in ("header", "scale")
+        for ratio in (6.1, 10.0)
+    },
     **{
         f"output, {ratio:g}": {"allocation": "output", "target_ratio": ratio}
         for ratio in (4.14, 5.0, 6.1, 8.0, 10.0, 12.0)
@@ -246,8 +251,8 @@ of {record["pictures"]} pictures of scikit-image. Our rows are versions of the p
 number behind a name is the `target_ratio` asked for. Others code the same matrices, the rest stays float32 (bytes of
 their parts, no container). *`output` at that ratio* is read between our own rows of `allocation: output`.
 
-Constants of `header` and `output` were fitted on this model's masks, some of them in pictures that are among these:
-another model's, or other pictures', may agree less.
+Constants of `header`, `scale` and `output` were fitted on this model's masks, some of them in pictures that are among
+these: another model's, or other pictures', may agree less.
 
 ![agreement against ratio](masks.png)
 
@@ -280,11 +285,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     source, rows = record["source_bytes"], [row_of(row) for row in record["rows"]]
     figure, axes = pyplot.subplots(figsize=(8, 6), dpi=120)
-    for kind in ("output", "header", "size", "uniform"):
+    for kind in ("output", "scale", "header", "size", "uniform"):
         points = sorted((source / row.bytes, row.agreement) for row in rows if row.name.startswith(kind))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"allocation: {kind}")
-    others = [row for row in rows if not row.name.startswith(("output", "header", "size", "uniform"))]
+    others = [row for row in rows if not row.name.startswith(("output", "scale", "header", "size", "uniform"))]
     for number, row in enumerate(sorted(others, key=lambda row: (row.bytes, row.agreement))):
         place = source / row.bytes, row.agreement
         axes.plot(*place, "x", color="0.35")

@@ -37,7 +37,7 @@ HEADLINES = {
     ),
     "lite_medsam": ("profiles/*/mean", "profiles/*/fifth", "profiles/*/stored_bytes"),
     "load_cuda": ("figures/ours*/load_s",),
-    "masks": tuple(f"rows/{ours}*/*" for ours in ("output", "header")),
+    "masks": tuple(f"rows/{ours}*/*" for ours in ("output", "scale", "header")),
     "pull": ("figures/birkhoff*/*_s",),
     "scaling": ("runs*/seconds", "runs*/first_pass_s"),
 }

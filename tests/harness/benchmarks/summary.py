@@ -25,7 +25,7 @@ ROWS = (
     ("int8", "int8, channel", "torchao int8"),
     ("**Birkhoff**, `allocation: output`", "output, 5", "ours, balanced"),
     ("**Birkhoff**, `allocation: output`", "output, 6.1", "ours, balanced"),
-    ("**Birkhoff**, default allocation", "header, 6.1", "ours, balanced"),
+    ("**Birkhoff**, default allocation", "scale, 6.1", "ours, balanced"),
     ("published Hyper-Compression", "published codec", None),
     ("4 bit, NF4", "NF4", "bitsandbytes NF4"),
     ("4 bit, hqq", "hqq 4 bit, 64", "hqq 4 bit"),

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec.budget import Grid
-from birkhoff.codec.profiles import PROFILES, Profile
+from birkhoff.codec.profiles import BUDGET_FLOOR_DB, PROFILES, Profile
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.plan.budget import ENOUGH, MISSES, PASSES, Search, Trial, lowest_step
 from birkhoff.pipeline.plan.shards import ModelPlan, plan_model
-from birkhoff.pipeline.registry.documents import BUDGET_FLOOR_DB, BudgetRecord
+from birkhoff.pipeline.registry.documents import BudgetRecord
 from tests.pipeline.plan.test_shards import stored
 
 GRID = Grid(low=6, high=48)

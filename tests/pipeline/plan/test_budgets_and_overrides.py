@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from birkhoff.codec.container import parse, serialise
-from birkhoff.codec.profiles import PROFILES, Profile
+from birkhoff.codec.profiles import BUDGET_FLOOR_DB, PROFILES, Profile
 from birkhoff.pipeline.artifact.readers import StoredArtifact
 from birkhoff.pipeline.artifact.verify import verify
 from birkhoff.pipeline.documents import read_document
 from birkhoff.pipeline.errors import ValidationError
-from birkhoff.pipeline.registry.documents import BUDGET_FLOOR_DB, ShardRecord, VersionManifest, sha256
+from birkhoff.pipeline.registry.documents import ShardRecord, VersionManifest, sha256
 from birkhoff.pipeline.registry.versions import resolve
 from birkhoff.pipeline.shard.validate import validate_shard
 from birkhoff.pipeline.store.open import open_store
@@ -111,7 +111,8 @@ def test_a_run_again_does_not_search_and_a_changed_tensor_keeps_the_other_shards
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(weights(768), place.folder / "net.safetensors")
-    place.describe("target_ratio: 5.2\nprofile: fast")
+    # Under `scale` more of a louder tensor has to fit, so the others get less.
+    place.describe("target_ratio: 5.2\nprofile: fast\nallocation: header")
     assert place.plan()["budget_bytes"] == (place.folder / "net.safetensors").stat().st_size * 10 // 52
     _, first, _ = place.compress()
     assert place.plan()["predicted_target_db"] == first["target_db"]
@@ -206,7 +207,7 @@ def test_overrides_are_resolved_stored_shown_and_honoured(place: Place) -> None:
     for name, target in (("encoder.blocks.0.weight", 24.0), ("encoder.blocks.3.weight", 36.0)):
         assert (rows[name]["target_db"], rows[name]["why"]) == (target, "by override")
         assert target <= rows[name]["sqnr_db"] <= target + 0.3
-    assert (rows["decoder.out.weight"]["target_db"], rows["decoder.out.weight"]["why"]) == (40.36, "")
+    assert (rows["decoder.out.weight"]["target_db"], rows["decoder.out.weight"]["why"]) == (39.91, "")
     assert (rows["encoder.pos_embed"]["action"], rows["encoder.pos_embed"]["why"]) == ("planes", "by override")
     assert rows["encoder.blocks.0.bias"]["why"] == "one-dimensional"
     source = str(place.folder / "net.safetensors")

@@ -113,7 +113,7 @@ BAD = {
     ),
     "allocation": (
         f"allocation: sise\ntarget_ratio: 7\n{GOOD}",
-        r"line 1: allocation: Input should be 'uniform', 'size', 'header' or 'output'",
+        r"line 1: allocation: Input should be 'uniform', 'size', 'header', 'scale' or 'output'",
     ),
     "floor without budget": (f"floor_db: 12\n{GOOD}", r"line 1: floor_db: goes with a budget"),
     "floor too low": (f"floor_db: 2\ntarget_ratio: 7\n{GOOD}", r"line 1: floor_db: Input should be greater than"),
@@ -177,18 +177,18 @@ def test_each_mistake_names_file_line_and_key(tmp_path: Path, kind: str) -> None
 
 
 QUALITIES = {
-    "nothing": ("", "", ("balanced", None, "header")),
-    "the manifest's profile": ("profile: fine", "", ("fine", None, "header")),
-    "the model's profile": ("profile: fine", "profile: fast", ("fast", None, "header")),
-    "the manifest's budget": ("target_ratio: 7", "", ("ratio 7", BudgetRecord(target_ratio=7), "header")),
+    "nothing": ("", "", ("balanced", None, "scale")),
+    "the manifest's profile": ("profile: fine", "", ("fine", None, "scale")),
+    "the model's profile": ("profile: fine", "profile: fast", ("fast", None, "scale")),
+    "the manifest's budget": ("target_ratio: 7", "", ("ratio 7", BudgetRecord(target_ratio=7), "scale")),
     "the model's budget": (
         "profile: fine",
         "max_bytes: 64MiB",
-        ("64.0MiB", BudgetRecord(max_bytes=64 << 20), "header"),
+        ("64.0MiB", BudgetRecord(max_bytes=64 << 20), "scale"),
     ),
-    "another budget": ("max_bytes: 1GB", "target_ratio: 6.5", ("ratio 6.5", BudgetRecord(target_ratio=6.5), "header")),
-    "a profile over a budget": ("max_bytes: 1GB", "profile: balanced", ("balanced", None, "header")),
-    "bytes alone": ("max_bytes: 5000", "", ("4.9KiB", BudgetRecord(max_bytes=5000), "header")),
+    "another budget": ("max_bytes: 1GB", "target_ratio: 6.5", ("ratio 6.5", BudgetRecord(target_ratio=6.5), "scale")),
+    "a profile over a budget": ("max_bytes: 1GB", "profile: balanced", ("balanced", None, "scale")),
+    "bytes alone": ("max_bytes: 5000", "", ("4.9KiB", BudgetRecord(max_bytes=5000), "scale")),
     "an allocation": ("profile: fine\nallocation: size", "", ("fine", None, "size")),
     "an allocation alone": ("allocation: uniform", "", ("balanced", None, "uniform")),
     "the model's allocation": ("profile: small", "allocation: uniform", ("small", None, "uniform")),
@@ -197,7 +197,7 @@ QUALITIES = {
         "allocation: size",
         ("1000B", BudgetRecord(max_bytes=1000), "size"),
     ),
-    "a profile over an allocation": ("allocation: size", "profile: small", ("small", None, "header")),
+    "a profile over an allocation": ("allocation: size", "profile: small", ("small", None, "scale")),
     "uniform": ("max_bytes: 1KB\nallocation: uniform", "", ("1000B", BudgetRecord(max_bytes=1000), "uniform")),
 }
 

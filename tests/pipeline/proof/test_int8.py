@@ -44,7 +44,7 @@ def net(tmp_path: Path) -> str:
     exec(NET, space)
     torch.manual_seed(0)
     torch.save(space["net"]().state_dict(), tmp_path / "net.pth")
-    return "profile: fast, builder: 'net.py:net', inputs: 'net.py:batches'"
+    return "profile: fast, allocation: header, builder: 'net.py:net', inputs: 'net.py:batches'"
 
 
 def test_layers_with_outliers_stay_in_float_and_readers_get_them_so(

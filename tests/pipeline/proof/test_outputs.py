@@ -116,11 +116,11 @@ def test_a_model_of_the_users_is_proven_and_evaluated(place: Place, name: str, m
 
 
 def test_a_target_for_the_outputs_is_found(place: Place) -> None:
-    code, row, err = place.compress("scenes", ", target_output_db: 40")
+    code, row, err = place.compress("scenes", ", target_output_db: 40, allocation: header")
     assert code == 0, err
     assert row["profile"] == "output 40 dB"
     assert 40 <= row["output_db"] < 41
-    assert place.compress("scenes", ", target_output_db: 40")[1]["status"] == "up to date"
+    assert place.compress("scenes", ", target_output_db: 40, allocation: header")[1]["status"] == "up to date"
 
 
 def test_a_floor_for_the_outputs_refuses(place: Place) -> None:

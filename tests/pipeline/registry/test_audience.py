@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,11 +231,12 @@ class TestPlantedShards:
     def honest(self, tmp_path: Path) -> torch.Tensor:
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
         save_file({"w.weight": weight}, tmp_path / "m.safetensors")
-        (tmp_path / "m.yaml").write_text("models:\n- {name: m, source: m.safetensors}\n")
+        (tmp_path / "m.yaml").write_text("allocation: header\nmodels:\n- {name: m, source: m.safetensors}\n")
         return weight
 
     def plant(self, store: Store, honest: torch.Tensor, evil: torch.Tensor, **lies: object) -> str:
-        profile = PROFILES["balanced"].of_model([Header("w.weight", tuple(honest.shape), "float32")])
+        header = Header("w.weight", tuple(honest.shape), "float32")
+        profile = replace(PROFILES["balanced"], allocation="header").of_model([header])
         decision = profile.decide(tuple(honest.shape), "float32")
         key = input_key({"w.weight": honest}, profile.recipe(), {"w.weight": decision})
         blob = serialise([encode_tensor("w.weight", evil, decision).tensor])

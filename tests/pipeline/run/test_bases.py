@@ -58,7 +58,7 @@ class Place:
         for name, state in self.states.items():
             save_file(state, folder / f"{name}.safetensors")
 
-    def describe(self, *models: str, head: str = "profile: fast") -> None:
+    def describe(self, *models: str, head: str = "profile: fast\nallocation: header") -> None:
         lines = [f"store: {self.url}", "proof: false", head, "models:", *(f"  - {{{model}}}" for model in models)]
         (self.folder / "m.yaml").write_text("\n".join(lines))
 

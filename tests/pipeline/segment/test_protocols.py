@@ -138,12 +138,17 @@ def test_average_precision_of_a_published_artifact_is_pycocotools_own(place, dem
     )
     assert code == 0, err
     compressed = compressed_segmenter("demo-sam", demo_store, near=demo_model.WEIGHTS, device="cpu")
-    layers = [module for module in compressed.model.modules() if isinstance(module, CompressedLinear)]
+    modules = compressed.model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, CompressedLinear)}
     assert len(layers) >= 24, "the encoder's matrices stay compressed"
     original = segmenter_of(demo_model.load())
+    for name, layer in layers.items():
+        inputs = torch.eye(layer.in_features)[:4]
+        moved = (layer(inputs) - original.model.get_submodule(name)(inputs)).abs().max()
+        assert 0 < moved < 0.2, f"{name} is compressed, and close to the original"
     first, second = check_average_precision(json.loads(out), place, (original, compressed), multimask)
     assert first > 0.3
-    assert 0 < abs(second - first) < 0.02, "compressed, and close to the original"
+    assert abs(second - first) < 0.02
 
 
 def test_a_detector_s_masks_or_the_annotations_are_the_truth(place, models):
