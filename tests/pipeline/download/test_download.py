@@ -98,8 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         rest = body[start:]
         span = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
         self.answer(206 if start else 200, str(len(rest)), etag=origin.etag, **span, **origin.headers)
+        origin.sent += len(rest[:cut])  # before a client can have it all and look
         self.wfile.write(rest[:cut])
-        origin.sent += len(rest[:cut])
         self.close_connection = cut is not None
 
     def answer(self, status: int, length: str | None, *, etag: str | None = None, **headers: str) -> None:

@@ -189,6 +189,29 @@ def test_a_hanging_server_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatc
             assert not _is_running(hanging.pid)
 
 
+@pytest.mark.parametrize("hangs", [1, 2])
+def test_a_server_that_starts_and_does_not_answer_is_started_once_more(
+    home: Path, monkeypatch: pytest.MonkeyPatch, hangs: int
+) -> None:
+    wait_ready, tried = seaweedfs._wait_ready, list[int]()
+
+    def impatient(folder: Path, server: EmbeddedServer, state: seaweedfs._State) -> None:
+        tried.append(server.pid)
+        if len(tried) <= hangs:
+            raise StoreUnreachableError("does not answer")
+        wait_ready(folder, server, state)
+
+    monkeypatch.setattr(seaweedfs, "_wait_ready", impatient)
+    if hangs == 1:
+        with use_embedded() as server:
+            assert server.pid == tried[1]
+    else:
+        with pytest.raises(StoreUnreachableError, match="does not answer"), use_embedded():
+            pass
+    assert len(tried) == 2
+    assert not any(_is_running(pid) for pid in tried)
+
+
 @pytest.mark.parametrize("pid", ["recycled", "dead"])
 def test_a_stale_state_file_harms_nobody(home: Path, pid: str) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
