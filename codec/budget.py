@@ -139,7 +139,8 @@ def highest(sizes: Floats, limit: float) -> int | None:
 
 
 def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[float]) -> Floats:
-    """Return the bytes of a stored tensor at each target in dB, including its entry in the header: [T].
+    """Return the bytes of a stored tensor at each target in dB, including its entry in the header: [T]. The targets are
+    nominal if the decision's is.
 
     Lossless tensors are measured, not estimated, so all their sizes are equal.
 
@@ -157,7 +158,7 @@ def sizes(name: str, tensor: Tensor, decision: Decision, targets_db: Sequence[fl
         encoded = encode_tensor(name, tensor, decision) if reason is None else fall_back(name, tensor, reason)
         return np.full(len(targets_db), encoded.tensor.nbytes + _ENTRY_BYTES, dtype=np.float64)
     wanted = np.asarray(targets_db, dtype=np.float64)
-    fixed = wanted > TARGET_DB_RANGE[1]
+    fixed = wanted > (FIXED_POINT_DB if decision.nominal else TARGET_DB_RANGE[1])
     coarse = np.where(fixed, FIXED_POINT_DB, wanted)  # where fixed point takes as many bits as the trajectory
     finer = np.where(fixed, wanted - coarse, 0.0) * tensor.numel() / (8 * BIT_DB)
     return _curve(_histograms(matrix), coarse.tolist(), matrix, path=decision.path) + finer + _ENTRY_BYTES

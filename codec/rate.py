@@ -72,10 +72,7 @@ def encode(
     if seen is None and in_parts(weight_RK):
         seen = survey(weight_RK)
     greatest = None if seen is None else seen.greatest
-    weights = bulk(weight_RK, _energy(weight_RK) if seen is None else seen.energy, greatest)
-    goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
-    if not 0 < goal.energy < math.inf:
-        raise TargetError(f"the weights' energy is {goal.energy:g}: no relative error exists; store them lossless")
+    goal = _goal_of(weight_RK, target_db, seen)
     step = _search(weight_RK, goal, greatest)
     if path:
         step *= path_step(weight_RK.shape[0] * pairs_per_row(weight_RK.shape[1]))
@@ -83,17 +80,13 @@ def encode(
     return _settle(weight_RK, goal, code, _round(step))
 
 
-def encode_fixed(weight_RK: Tensor, target_db: float) -> tuple[LatticeTensor, Fidelity]:
+def encode_fixed(weight_RK: Tensor, target_db: float, seen: Survey | None = None) -> tuple[LatticeTensor, Fidelity]:
     """Code a matrix as 16-bit fixed point that meets `target_db`, which may be above `TARGET_DB_RANGE`.
 
     Args, results and errors are as in `encode`.
     """
-    weights = bulk(weight_RK, _energy(weight_RK))
-    goal = _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
-    if not 0 < goal.energy < math.inf:
-        raise TargetError(f"the weights' energy is {goal.energy:g}: no relative error exists; store them lossless")
-    step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(target_db + _MARGIN_DB) / 20)
-    return _settle(weight_RK.reshape(-1, 1), goal, fixed_point, _round(step))
+    goal = _goal_of(weight_RK, target_db, seen)
+    return _settle(weight_RK.reshape(-1, 1), goal, fixed_point, _round(_first_step(weight_RK, goal)))
 
 
 class RangeError(TargetError):
@@ -131,9 +124,24 @@ class _Goal:
         return min(sqnr_db(self.energy, error) - self.target_db, 20.0)
 
 
+def _goal_of(weight_RK: Tensor, target_db: float, seen: Survey | None) -> _Goal:
+    """Return the goal for a matrix, with the survey of its weights if there was one. Raises TargetError if they have no
+    finite energy."""
+    energy, greatest = (_energy(weight_RK), None) if seen is None else (seen.energy, seen.greatest)
+    weights = bulk(weight_RK, energy, greatest)
+    if not 0 < weights.energy < math.inf:
+        raise TargetError(f"the weights' energy is {weights.energy:g}: no relative error exists; store them lossless")
+    return _Goal(energy=weights.energy, target_db=target_db, outliers=weights.limit < math.inf)
+
+
+def _first_step(weight_RK: Tensor, goal: _Goal) -> float:
+    """Return the step whose errors, spread evenly between nodes, are `_MARGIN_DB` above the goal."""
+    return math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
+
+
 def _search(weight_RK: Tensor, goal: _Goal, greatest: float | None) -> float:
     """Return a step of single nodes that is `_MARGIN_DB` above the goal on a sample, or the last correction."""
-    step = math.sqrt(12 * goal.energy / weight_RK.numel()) * 10 ** (-(goal.target_db + _MARGIN_DB) / 20)
+    step = _first_step(weight_RK, goal)
     sample = _sample(weight_RK)
     # Quantisation errors spread evenly over a tensor even if its energy does not, so the error is scaled, not the
     # energy.

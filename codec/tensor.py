@@ -253,7 +253,7 @@ def _encode_lattice(
         return fall_back(name, tensor, reason)
     try:
         if fixed:
-            return _encode_fixed(name, tensor, matrix, target_db)
+            return _encode_fixed(name, tensor, matrix, target_db, seen)
         return _encode_code(name, tensor, matrix, target_db, path=path, seen=seen)
     except rate.RangeError:
         return fall_back(name, tensor, "range")
@@ -261,10 +261,10 @@ def _encode_lattice(
         return fall_back(name, tensor, "target")
 
 
-def _encode_fixed(name: str, tensor: Tensor, matrix: Tensor, target_db: float) -> Encoded:
+def _encode_fixed(name: str, tensor: Tensor, matrix: Tensor, target_db: float, seen: Survey | None) -> Encoded:
     """Code a tensor in fixed point, unless it comes back exactly or takes more bytes than it does lossless. Raises
     TargetError."""
-    code, error = rate.encode_fixed(matrix, target_db)
+    code, error = rate.encode_fixed(matrix, target_db, seen)
     coded = encoded_code(name, tensor, code, error, path=0)
     exact = fall_back(name, tensor, "target")
     return exact if not error.error or exact.tensor.nbytes <= coded.tensor.nbytes else coded

@@ -16,7 +16,6 @@ from birkhoff.codec import budget
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.difference.encode import ENTRY_BYTES, is_for, path_of
 from birkhoff.codec.difference.find import estimates
-from birkhoff.codec.output.allocation import tensor_sizes
 from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import TARGET_DB_RANGE, Decision
 from birkhoff.codec.tensor import LEAST_PATH, fallback, lattice_of
@@ -39,7 +38,7 @@ def sizes(
         TensorError: As `encode_tensor`.
         FormatError: The base's streams do not match its entry.
     """
-    direct = (tensor_sizes if decision.nominal else budget.sizes)(name, tensor, decision, targets_db)
+    direct = budget.sizes(name, tensor, decision, targets_db)
     if base is None or not is_for(base, name, tensor, decision):
         return direct
     matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))

@@ -31,9 +31,7 @@ from torch import Tensor
 from birkhoff.codec import budget
 from birkhoff.codec.metrics import bulk
 from birkhoff.codec.output.targets import targets_db
-from birkhoff.codec.pairs import matrix_shape
-from birkhoff.codec.profiles import FIXED_POINT_DB, Decision
-from birkhoff.codec.tensor import fallback
+from birkhoff.codec.profiles import Decision
 
 POWER = 0.8
 """Share of the gain that is used."""
@@ -109,14 +107,5 @@ def sizes(
     for name, tensor in tensors.items():
         gain = gains.get(name, 0.0)
         own = [targets_db({name: gain}, target)[name] for target in targets]
-        total += tensor_sizes(name, tensor, decisions[name], own)
+        total += budget.sizes(name, tensor, decisions[name], own)
     return total
-
-
-def tensor_sizes(name: str, tensor: Tensor, decision: Decision, targets: Sequence[float]) -> budget.Floats:
-    """Estimate the bytes of one tensor at each nominal target in dB, [T]. Otherwise as `sizes`."""
-    coarse = np.minimum(targets, FIXED_POINT_DB)
-    matrix = tensor.detach().reshape(matrix_shape(tuple(tensor.shape)))
-    follows = decision.action == "coded" and fallback(matrix) is None
-    finer = np.array(targets) - coarse if follows else np.zeros(len(targets))
-    return budget.sizes(name, tensor, decision, coarse.tolist()) + finer * tensor.numel() / (8 * budget.BIT_DB)

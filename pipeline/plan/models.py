@@ -47,14 +47,10 @@ class Planned:
         """Whether its targets follow from the sensitivity of its outputs."""
         return self.plan.profile.allocation == "output"
 
-    @property
-    def takes_scales(self) -> bool:
-        """Whether its targets follow from the root mean squares of its weights, which are not known yet."""
-        return self.plan.profile.allocation == "scale" and self.plan.shares is None
-
     def scaled(self) -> "Planned":
-        """Return the model with the targets that its weights give it; reads a sample of them. Raises SourceError."""
-        if not self.takes_scales:
+        """Return the model with the targets that its weights give it under allocation by scale, unless it has them;
+        reads a sample of them. Raises SourceError."""
+        if self.plan.profile.allocation != "scale" or self.plan.shares is not None:
             return self
         return replace(self, plan=self.plan.with_scales(scales_of(self.plan.scaled)))
 

@@ -1,9 +1,10 @@
 """Start only the processes of Ray that a run needs, and wait for them for as long as they make progress.
 
-Ray gives its control store and its node 30 s each to start, however busy the machine is, and no setting changes the
-second limit. An abandoned start loses its work, so on a loaded machine the next try does no better. Inside
-`patient_start`, Ray's two waiting calls are retried until the processes have started, have used no CPU time for
-`STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is raised.
+Ray gives its control store and its node 30 s each to start, however busy the machine is. A setting can make one look
+for the node last longer, but then nobody sees that it has died. An abandoned start loses its work, so on a loaded
+machine the next try does no better. Inside `patient_start`, Ray's two waiting calls are retried until the processes
+have started, have used no CPU time for `STALL_SECONDS`, or have taken `START_SECONDS` in total. Then Ray's own error is
+raised.
 
 The node in turn gives its agents 15 s to write down their ports, and then aborts; no setting changes that either
 (ray-project/ray#65983). It does not wait for ports that it was told, so it is told free ones. Four programs that

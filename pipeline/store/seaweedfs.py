@@ -287,15 +287,12 @@ def _ensure_running(folder: Path) -> tuple[EmbeddedServer, _State]:
         except StoreUnreachableError:
             if state.alive:
                 terminate(state.pid, state.started, state.ports)
-    for last in (False, True):
-        try:
-            return _started(folder, state)
-        except _HungError as error:
-            # On a busy machine one of its parts may miss the start of another, and never come up.
-            if last:
-                raise
-            log.warning("%s; starting it once more", error)
-    raise AssertionError("the last try returns or raises")
+    try:
+        return _started(folder, state)
+    except _HungError as error:
+        # On a busy machine one of its parts may miss the start of another, and never come up.
+        log.warning("%s; starting it once more", error)
+        return _started(folder, state)
 
 
 def _started(folder: Path, before: _State | None) -> tuple[EmbeddedServer, _State]:

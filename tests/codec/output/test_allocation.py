@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from birkhoff.codec import budget, container
-from birkhoff.codec.output.allocation import Felt, gains_db, root_mean_square, sizes, step, tensor_sizes
+from birkhoff.codec.output.allocation import Felt, gains_db, root_mean_square, sizes, step
 from birkhoff.codec.output.encode import encode
 from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.targets import targets_db
@@ -113,5 +113,5 @@ def test_a_budget_is_solved_to_a_few_percent_and_falls_with_the_target() -> None
 def test_the_size_of_a_tensor_that_cannot_be_coded_asks_for_no_target() -> None:
     """Scales of norms that are all 1, as before training, where the outputs feel them most."""
     decision = Decision(codec="lattice", target_db=72.0, nominal=True)
-    found = tensor_sizes("norm", torch.ones(256), decision, [66.0, 72.0])
+    found = budget.sizes("norm", torch.ones(256), decision, [66.0, 72.0])
     assert found[0] == found[1] < 100
