@@ -165,6 +165,12 @@ class Decision:
         return "coded" if self.codec in ("lattice", "paper") else "lossless"
 
     @property
+    def searches(self) -> bool:
+        """Whether the encoder's work grows faster than the weights: it follows the published codec's search, or feeds
+        errors back. All else takes a processor less time than a GPU's fixed costs."""
+        return self.codec == "paper" or self.matches_published or self.hessian is not None
+
+    @property
     def matches_published(self) -> bool:
         """Whether the target is the error of the published codec on this tensor."""
         return self.codec == "lattice" and self.target_db is None

@@ -127,7 +127,7 @@ def compress(
         (run,) = run_all(
             manifest,
             opened,
-            lambda _: record.watch(InlineExecutor(opened.address)),
+            lambda demand: record.watch(InlineExecutor(opened.address, gpu=demand.gpu)),
             shown,
             single_publisher=single,
             signer=signer,

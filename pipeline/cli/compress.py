@@ -82,7 +82,7 @@ def compress(
         ExecutorName | None,
         typer.Option(
             help="Run shards in Ray workers, or in threads of this process. Default: ray; inline for up to 4 GiB of "
-            "weights on a machine with at most one GPU, or if Ray does not start on this machine.",
+            "weights, unless several GPUs are of use, or if Ray does not start on this machine.",
             show_default=False,
         ),
     ] = None,
@@ -91,8 +91,8 @@ def compress(
         typer.Option(
             min=1,
             metavar="N",
-            help="Number of Ray workers (default: one per CPU, or 8 per GPU), or of threads with --executor inline "
-            "(default: one per CPU, or up to 6 on a GPU).",
+            help="Number of Ray workers or of threads with --executor inline (default: one per CPU; up to 6 "
+            "threads if the run has work for a GPU).",
         ),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
@@ -124,7 +124,7 @@ def compress(
     from birkhoff.pipeline.report.recorder import Recorder
     from birkhoff.pipeline.run.compress import compress as run_all
     from birkhoff.pipeline.run.inline import InlineExecutor, threads_suffice
-    from birkhoff.pipeline.run.outcome import Executor
+    from birkhoff.pipeline.run.outcome import Demand, Executor
     from birkhoff.pipeline.run.ray import RayExecutor
     from birkhoff.pipeline.run.schedule import in_turn
     from birkhoff.pipeline.shard.task import Reuse
@@ -141,21 +141,25 @@ def compress(
     with open_default_store(store or chosen.store, allow_http=chosen.allow_http, create=True) as opened:
         single = probed(opened, warn)
 
-        def start(nbytes: int) -> Executor:
+        def start(demand: Demand) -> Executor:
             # Only Ray's workers can be held to a limit of time.
             limited = "shard_seconds" in chosen.model_fields_set
             left_to_us = executor is None and address is None and workers is None and not limited
-            if executor is not ExecutorName.INLINE and not (left_to_us and threads_suffice(nbytes)):
+            if executor is not ExecutorName.INLINE and not (left_to_us and threads_suffice(demand)):
                 try:
                     return RayExecutor(
-                        opened.address, address=address, workers=workers, shard_seconds=chosen.shard_seconds
+                        opened.address,
+                        address=address,
+                        workers=workers,
+                        shard_seconds=chosen.shard_seconds,
+                        gpu=demand.gpu,
                     )
                 except ClusterError as error:
                     if executor is ExecutorName.RAY or address is not None:
                         raise
                     warn(f"Ray did not start ({error.reason}); shards run in threads of this process")
             record.note_option("executor", ExecutorName.INLINE.value)
-            return InlineExecutor(opened.address, workers=workers)
+            return InlineExecutor(opened.address, workers=workers, gpu=demand.gpu)
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         asked = executor or ExecutorName.RAY
@@ -173,7 +177,7 @@ def compress(
             runs = run_all(
                 chosen,
                 opened,
-                lambda nbytes: record.watch(start(nbytes)),
+                lambda demand: record.watch(start(demand)),
                 progress,
                 reuse=reuse,
                 mirror=mirror,

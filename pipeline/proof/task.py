@@ -53,6 +53,11 @@ class ProofTask:
         return f"the proof of {self.model}"
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is of use: it runs the model."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """An estimate of the memory that the proof needs."""
         return COPIES * self.checkpoint.nbytes

@@ -34,7 +34,7 @@ from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_vers
 from birkhoff.pipeline.run.bases import base_in_run, waits_for
 from birkhoff.pipeline.run.environment import memory_bytes
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.outcome import Executor, Outcome
+from birkhoff.pipeline.run.outcome import Demand, Executor, Outcome
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.shard.run import ShardResult
@@ -64,7 +64,7 @@ class _Job:
 def compress(
     manifest: Manifest,
     store: Store,
-    start_executor: Callable[[int], Executor],
+    start_executor: Callable[[Demand], Executor],
     progress: Progress,
     *,
     reuse: Reuse = "trust",
@@ -75,9 +75,8 @@ def compress(
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest. Returns one `ModelRun` per model, in its order.
 
-    An error of one model ends that model alone. The executor is started only if a shard must be encoded, with the bytes
-    of the weights that may have to be. `begun` gets the model runs before any work, so observers see them even if an
-    error ends all.
+    An error of one model ends that model alone. The executor is started only if a shard must be encoded. `begun` gets
+    the model runs before any work, so observers see them even if an error ends all.
 
     Raises:
         StoreError: The store failed for all models.
@@ -100,7 +99,9 @@ def compress(
     with ExitStack() as lease, ExitStack() as stack:
 
         def start() -> Executor:
-            return stack.enter_context(start_executor(sum(run.source_bytes for run in runs if run.status is None)))
+            left = [run for run in runs if run.status is None]
+            demand = Demand(nbytes=sum(run.source_bytes for run in left), gpu=any(run.wants_gpu for run in left))
+            return stack.enter_context(start_executor(demand))
 
         early = _prepare_all(job, runs, mirror, start)
         check_rules(manifest, [run.planned for run in runs])

@@ -19,7 +19,7 @@ import torch
 
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
-from birkhoff.pipeline.run.outcome import Outcome, again_alone
+from birkhoff.pipeline.run.outcome import Demand, Outcome, again_alone
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard.task import ShardTask
@@ -40,24 +40,24 @@ GPU_BYTES = 2 << 30
 """Memory of a GPU for each of these threads: an estimate for the largest matrices of SAM-H, with copies in float64."""
 
 
-def threads_suffice(nbytes: int) -> bool:
-    """Return whether a run over this many bytes of weights ends earlier in threads than with Ray."""
-    return nbytes <= START_BYTES and torch.cuda.device_count() <= 1
+def threads_suffice(demand: Demand) -> bool:
+    """Return whether a run ends earlier in threads than with Ray."""
+    return demand.nbytes <= START_BYTES and not (demand.gpu and torch.cuda.device_count() > 1)
 
 
 class InlineExecutor(AbstractContextManager["InlineExecutor"]):
-    """Runs up to `workers` tasks at a time in threads of this process; by default one per processor, and on a GPU as
-    many as its memory holds, up to `GPU_WORKERS`.
+    """Runs up to `workers` tasks at a time in threads of this process; by default one per processor, and with `gpu`, if
+    there is one, as many as its memory holds, up to `GPU_WORKERS`.
 
     An error of this package is the outcome of its task. A task that ran out of memory is tried once more, alone.
     """
 
-    def __init__(self, store: StoreAddress, *, workers: int | None = None) -> None:
+    def __init__(self, store: StoreAddress, *, workers: int | None = None, gpu: bool = True) -> None:
         self._threads = torch.get_num_threads()
         """Number of torch's threads before a worker set it to one; restored at the end."""
-        first = Worker(store, own_stream=True)
+        first = Worker(store, gpu=gpu, thread=True)
         self._workers = workers or _count(first)
-        self._free = [first, *(Worker(store, own_stream=True) for _ in range(self._workers - 1))]
+        self._free = [first, *(Worker(store, gpu=gpu, thread=True) for _ in range(self._workers - 1))]
         self._running: set[_Thread] = set()
         self._ended: SimpleQueue[_Thread] = SimpleQueue()
         self._stopping = threading.Event()

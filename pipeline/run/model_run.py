@@ -50,6 +50,13 @@ class ModelRun:
         """Size of the source file, 0 if it could not be read."""
         return self.planned.checkpoint.nbytes if self.planned else 0
 
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether a GPU is of use to some of its tasks."""
+        if self.subjects.proof is not None or self.subjects.statistics is not None:
+            return True
+        return self.planned is not None and any(task.on_gpu for task in self.planned.plan.tasks(self.name))
+
     def row(self) -> dict[str, object]:
         """Return the model's row of the result table, under the keys of `--json`."""
         manifest = self.version.manifest if self.version else None

@@ -7,7 +7,7 @@ store. Shards that are encoded in any case do not wait.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from birkhoff.pipeline.proof.task import ProofTask
@@ -19,11 +19,12 @@ Task = ShardTask | ProofTask | StatisticsTask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """A task with its cached effort and bytes, and a number shared by duplicate candidates."""
+    """A task with what is asked of it often, and a number shared by duplicate candidates."""
 
     task: Task
     effort: int
     nbytes: int
+    on_gpu: bool
     kind: int
 
 
@@ -52,15 +53,16 @@ class TaskQueue:
         """Source bytes of the running tasks."""
         return self._in_flight
 
-    def take(self) -> Task | None:
-        """Return the next task to start; None if no waiting task may start now."""
+    def take(self, on_gpu: Container[bool] = (False, True)) -> Task | None:
+        """Return the next task to start; None if no waiting task may start now. `on_gpu` restricts it to tasks whose
+        `on_gpu` it contains."""
         idle = not self._running.total()
         if self._exclusive and not idle:
             return None
         room = self._budget - self._in_flight
         for index, entry in enumerate(self._waiting):
             fits = entry.nbytes <= room and not self._running[entry.kind]
-            if idle or (fits and not self.is_alone(entry.task)):
+            if (idle or (fits and not self.is_alone(entry.task))) and entry.on_gpu in on_gpu:
                 self._count_running(entry, 1)
                 self._exclusive = self.is_alone(entry.task)
                 return self._waiting.pop(index).task
@@ -95,7 +97,7 @@ class TaskQueue:
     def _entry(self, task: Task) -> _Entry:
         candidates = (task.model, task.index) if task.reuse == "never" else task.signature
         kind = self._kinds.setdefault(candidates, len(self._kinds))
-        return _Entry(task=task, effort=task.effort, nbytes=task.nbytes, kind=kind)
+        return _Entry(task=task, effort=task.effort, nbytes=task.nbytes, on_gpu=task.on_gpu, kind=kind)
 
     def _count_running(self, entry: _Entry, change: int) -> None:
         self._running[entry.kind] += change

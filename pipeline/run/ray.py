@@ -35,10 +35,9 @@ TRIES = 3
 NODE_LOSSES = 10
 """How many nodes may be lost while they run a task, before the task is taken for the cause."""
 
-WORKERS_PER_GPU = 8
-"""Reading, hashing and validation keep CPUs busy while the GPU works. It gives processes its time in turns, so all
-together encode as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of the host's. The family
-of 19 takes 39 s with 4 workers, 34 s with 8, 41 s with 12 (H200, 16 cores)."""
+WORKERS_PER_GPU = 4
+"""Workers that share a GPU, if the run has tasks for one. It gives processes its time in turns, so all together encode
+as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of the host's."""
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's settings for workers: freed buffers stay in the heap and serve the next tensor.
@@ -61,7 +60,8 @@ _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):
-    """Runs tasks on Ray actors: up to `WORKERS_PER_GPU` per GPU if there are GPUs, else one per CPU.
+    """Runs tasks on Ray actors, one per CPU. With `gpu`, up to `WORKERS_PER_GPU` of them share each GPU, and alone get
+    the tasks that are for GPUs.
 
     They are actors because a Ray task on a GPU gets its own process, which imports torch and starts CUDA each time.
     With an `address` the executor joins that cluster, else it starts a private one and ends it afterwards.
@@ -77,6 +77,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         address: str | None = None,
         workers: int | None = None,
         shard_seconds: float = SHARD_SECONDS,
+        gpu: bool = True,
     ) -> None:
         self._store, self._limit = store, shard_seconds
         self._deaths: Counter[tuple[str, int]] = Counter()
@@ -86,9 +87,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._cluster = Cluster(address, logs.environment() | environment)
         self._ray = self._cluster.ray
         try:
-            self._gpu, count = self.capacity(workers)
+            count, with_gpu = self.capacity(workers, gpu=gpu)
+            gpus = int(self._ray.cluster_resources().get("GPU", 0))
+            self._share = min(1.0, gpus / max(1, with_gpu))
             self._metrics = metrics()
-            self._slots = WorkerSlots(self._start, count)
+            self._slots = WorkerSlots(self._start, [n < with_gpu for n in range(count)])
         except BaseException:
             self._cluster.close()
             raise
@@ -98,28 +101,31 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """Handles of the current actors."""
         return [slot.actor for slot in self._slots]
 
-    def capacity(self, workers: int | None = None) -> tuple[float, int]:
-        """Return (each worker's share of a GPU, number of workers).
+    def capacity(self, workers: int | None = None, *, gpu: bool = True) -> tuple[int, int]:
+        """Return (number of workers, how many of them share GPUs, none without `gpu`).
 
         Raises:
             WorkerError: The cluster is too small. Ray would wait for ever for the missing resources.
         """
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        most = min(cpus, gpus * WORKERS_PER_GPU) if gpus else cpus
-        if not most:
-            raise WorkerError("the Ray cluster has no CPUs or GPUs to give; start a node, or use --executor inline")
-        if workers is not None and workers > most:
-            raise WorkerError(f"{workers} workers asked for, the cluster has room for {most}: {gpus} GPUs, {cpus} CPUs")
-        count = workers or most
-        return (gpus / count if gpus else 0.0), count
+        if not cpus:
+            raise WorkerError("the Ray cluster has no CPUs to give; start a node, or use --executor inline")
+        if workers is not None and workers > cpus:
+            raise WorkerError(f"{workers} workers asked for, the cluster has room for {cpus}, one per CPU")
+        count = workers or cpus
+        return count, min(count, gpus * WORKERS_PER_GPU) if gpu else 0
 
-    def _start(self) -> tuple[Any, Any]:
+    def _start(self, gpu: bool) -> tuple[Any, Any]:
         """Start an actor. Returns it with the reference that resolves once it runs."""
+        # One with a share of a GPU takes no CPU of the books: others could have taken all of its node's.
         kind = self._ray.remote(self.worker).options(
-            num_cpus=1, num_gpus=min(1.0, self._gpu), max_restarts=0, runtime_env=self._cluster.runtime_env
+            num_cpus=0 if gpu else 1,
+            num_gpus=self._share if gpu else 0,
+            max_restarts=0,
+            runtime_env=self._cluster.runtime_env,
         )
-        actor = kind.remote(self._store, gpu=self._gpu > 0)
+        actor = kind.remote(self._store, gpu=gpu)
         return actor, actor.identity.remote()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
@@ -142,11 +148,15 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
                 yield from self._lose(slot, f"gave no result within {limit:g} s", queue)
 
     def _assign(self, queue: TaskQueue) -> None:
-        while (slot := self._slots.free(len(queue))) and (task := queue.take()):
+        while waiting := len(queue):
+            found = {on_gpu: self._slots.free(waiting, on_gpu=on_gpu) for on_gpu in (False, True)}
+            free = {on_gpu: slot for on_gpu, slot in found.items() if slot is not None}
+            if not free or (task := queue.take(free)) is None:
+                return
             if queue.is_alone(task):
                 for other in self._slots:
                     other.actor.trim.remote()
-            slot.give(task)
+            free[task.on_gpu].give(task)
 
     def _take(self, slot: WorkerSlot, reference: Any, queue: TaskQueue) -> Iterator[Outcome]:
         """Handle a resolved reference: a worker has started, has a result, or has died."""
@@ -188,7 +198,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         for slot in slots:
             yield from self._ended_tasks(slot, queue)
         self._cluster.restart()
-        self._slots = WorkerSlots(self._start, len(slots))
+        self._slots = WorkerSlots(self._start, [slot.gpu for slot in slots])
         for slot in slots:
             yield from self._return_tasks(slot, WorkerError("Ray's node did"), queue)
 

@@ -31,13 +31,13 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 class Worker:
     """Holds what its tasks share: the store's client and the device.
 
-    Without `gpu` the process uses none; a worker of Ray that was given none would see every GPU. Several workers in one
-    process need an `own_stream` each: on the stream that all threads begin with, they would wait for each other's
-    kernels.
+    Without `gpu` it uses none. A process of Ray that was given none would see every GPU, so they are hidden from it;
+    not so from a `thread`, whose program may use them itself. Each thread with a GPU has a stream of its own: on the
+    stream that all begin with, they would wait for each other's kernels.
     """
 
-    def __init__(self, store: StoreAddress, *, gpu: bool = True, own_stream: bool = False) -> None:
-        if not gpu:
+    def __init__(self, store: StoreAddress, *, gpu: bool = True, thread: bool = False) -> None:
+        if not gpu and not thread:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Shards are the unit of parallel work. Threads inside one would wait for each other at every small operation.
         torch.set_num_threads(1)
@@ -46,24 +46,27 @@ class Worker:
         self._store: Store | None = None
         self._device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
-        if torch.cuda.is_available():
+        if gpu and torch.cuda.is_available():
             # The program's own choice, as a new thread begins with GPU 0. Before CUDA has started there is none.
             current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
             self._device = torch.device("cuda", current)
-            self._stream = torch.cuda.Stream(self._device) if own_stream else None
+            self._stream = torch.cuda.Stream(self._device) if thread else None
             # Beside planning, and the first shard's reading and hashing: CUDA and Triton take seconds to start.
             threading.Thread(target=triton_serves, args=(self._device,), name="warm-up", daemon=True).start()
         self._metrics = metrics()
 
     @property
     def on_gpu(self) -> bool:
-        """Whether tasks run on a GPU."""
+        """Whether it has a GPU."""
         return self._device.type == "cuda"
 
     @property
     def device(self) -> torch.device:
-        """Where tasks run."""
+        """Where tasks for a GPU run; others run on the CPU."""
         return self._device
+
+    def _device_for(self, task: Task) -> torch.device:
+        return self._device if task.on_gpu else torch.device("cpu")
 
     def run(self, task: Task) -> Outcome:
         """Run one task. An error becomes its outcome."""
@@ -79,7 +82,7 @@ class Worker:
         try:
             # Opened here, so that a store that refuses access fails the task and does not end the worker.
             self._store = self._store or open_address(self._address)
-            with logs.shard(task.model, task.index), self._current_device():
+            with logs.shard(task.model, task.index), self._current(self._device_for(task)):
                 return Outcome(task=task, result=self._result(task, self._store))
         except BirkhoffError as error:
             return Outcome(task=task, error=error)
@@ -91,11 +94,11 @@ class Worker:
             kind = type(error).__name__
             return Outcome(task=task, error=WorkerError(f"{task.label}: {kind}: {error}; run with --debug for more"))
 
-    def _current_device(self) -> AbstractContextManager[object]:
-        """Launch kernels on the worker's device, and on its stream if it has one, inside the block."""
-        if self._stream is not None:
-            return torch.cuda.stream(self._stream)
-        return torch.cuda.device(self._device) if self.on_gpu else nullcontext()
+    def _current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Launch kernels on the device, and on the worker's stream if it has one, inside the block."""
+        if device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.device(device) if self._stream is None else torch.cuda.stream(self._stream)
 
     def _result(self, task: Task, store: Store) -> Result:
         # Imported here, as only proofs and statistics need the code that runs models.
@@ -107,7 +110,7 @@ class Worker:
             from birkhoff.pipeline.statistics.take import take_statistics
 
             return take_statistics(task, store, self._device)
-        return run_shard(task, store, self._device)
+        return run_shard(task, store, self._device_for(task))
 
     def identity(self) -> dict[str, Any]:
         """Return facts about this process: its id, whether it sees a GPU, where the package is, the origin of a

@@ -5,7 +5,7 @@ after the loss of a node, the replacements of its workers may never start.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ QUEUED_PER_WORKER = 2
 holds one, so that no task waits behind another while a worker is idle."""
 
 START_SECONDS = 300.0
-"""If no worker runs, one must start within this time."""
+"""If nothing runs, a worker that can take a task must start within this time."""
 
 FAILED_STARTS = 3
 """How often in a row a start may fail, times the number of workers."""
@@ -29,6 +29,8 @@ class WorkerSlot:
     reference, in order."""
 
     actor: Any
+    gpu: bool
+    """Whether it has a share of a GPU."""
     starting: Any
     tasks: dict[Any, Task] = field(default_factory=dict)
     since: float = 0.0
@@ -53,15 +55,17 @@ class WorkerSlot:
 
 
 class WorkerSlots:
-    """All workers. `start` starts an actor, and returns it with the reference that resolves once it runs."""
+    """All workers. `start` starts an actor, with a share of a GPU or without, and returns it with the reference that
+    resolves once it runs. `gpus` says for each worker whether it has one."""
 
-    def __init__(self, start: Callable[[], tuple[Any, Any]], count: int) -> None:
+    def __init__(self, start: Callable[[bool], tuple[Any, Any]], gpus: Sequence[bool]) -> None:
         self._start = start
+        self._any_gpu = any(gpus)
         self._all: list[WorkerSlot] = []
         self._changed = time.monotonic()
         self._failed = 0
-        for _ in range(count):
-            self._add()
+        for gpu in gpus:
+            self._add(gpu)
 
     def __iter__(self) -> Iterator[WorkerSlot]:
         return iter(self._all)
@@ -71,16 +75,24 @@ class WorkerSlots:
         found = {slot.starting: slot for slot in self._all if slot.starting is not None}
         return found | {reference: slot for slot in self._all for reference in slot.tasks}
 
-    def free(self, waiting: int) -> WorkerSlot | None:
-        """Return the ready worker with the fewest tasks, if it can take another; `waiting` tasks are in the queue."""
+    def free(self, waiting: int, *, on_gpu: bool = False) -> WorkerSlot | None:
+        """Return the ready worker with the fewest tasks, if it can take another; `waiting` tasks are in the queue.
+
+        Tasks for a GPU go to workers that have one, if any has. Such a worker takes another task only if it is idle and
+        the others are not: a model that runs on the GPU takes longer than any shard.
+        """
         most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
         ready = [slot for slot in self._all if slot.starting is None and len(slot.tasks) < most]
-        return min(ready, key=lambda slot: len(slot.tasks), default=None)
+        if on_gpu and self._any_gpu:
+            ready = [slot for slot in ready if slot.gpu]
+        else:
+            ready = [slot for slot in ready if not (slot.gpu and slot.tasks)]
+        return min(ready, key=lambda slot: (len(slot.tasks), slot.gpu), default=None)
 
     def replace(self, slot: WorkerSlot) -> None:
         """Replace a worker by a new one."""
         self._all.remove(slot)
-        self._add()
+        self._add(slot.gpu)
 
     def overdue(self, limit: float) -> list[WorkerSlot]:
         """Return the workers whose running task takes too long. `limit` is what a shard may take, in seconds."""
@@ -97,15 +109,16 @@ class WorkerSlots:
             raise WorkerError(f"workers die at their start, the last of {self._failed} by {reason}; run with --debug")
 
     def check_started(self) -> None:
-        """Raise WorkerError if no worker runs and none has started for too long."""
-        if any(slot.starting is None for slot in self._all):
+        """Raise WorkerError if tasks wait, none runs, and no worker for them has started for too long."""
+        if any(slot.tasks for slot in self._all):
             self._changed = time.monotonic()
         elif time.monotonic() - self._changed > START_SECONDS:
+            late = sum(slot.starting is not None for slot in self._all)
             raise WorkerError(
-                f"none of {len(self._all)} workers started within {START_SECONDS:g} s; see the nodes of the Ray "
-                "cluster with `ray status`, or use --executor inline"
+                f"{late} of {len(self._all)} workers did not start within {START_SECONDS:g} s; see the nodes of the "
+                "Ray cluster with `ray status`, or use --executor inline"
             )
 
-    def _add(self) -> None:
-        actor, starting = self._start()
-        self._all.append(WorkerSlot(actor=actor, starting=starting))
+    def _add(self, gpu: bool) -> None:
+        actor, starting = self._start(gpu)
+        self._all.append(WorkerSlot(actor=actor, gpu=gpu, starting=starting))

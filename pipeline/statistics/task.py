@@ -61,6 +61,11 @@ class StatisticsTask:
         return f"the statistics of {self.model}"
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is of use: it runs the model."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Approximate memory that the task needs."""
         return COPIES * self.checkpoint.nbytes

@@ -21,7 +21,7 @@ from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run import compress as module
 from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.outcome import Outcome
+from birkhoff.pipeline.run.outcome import Demand, Outcome
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from tests.patience import PATIENT_SECONDS
@@ -75,6 +75,30 @@ def test_the_executor_starts_while_digests_are_taken(
     monkeypatch.setattr(module, "checkpoint_digest", waiting)
     assert [one.status for one in run(manifest, directory_store, events, started)] == ["published", "published"]
     assert events == ["start", "run", "end, leased"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "gpu"),
+    [("proof: false", False), ("proof: false\nprofile: match-paper", True), ("proof: true", True)],
+)
+def test_the_executor_is_told_what_the_run_asks_of_it(
+    lines: str, gpu: bool, tmp_path: Path, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Demand] = []
+
+    def start(demand: Demand) -> Noting:
+        told.append(demand)
+        return Noting(directory_store, [], threading.Event())
+
+    save_file({"w": torch.randn(64, 64)}, tmp_path / "a.safetensors")
+    (tmp_path / "m.py").write_text("def build(): ...\ndef inputs(): ...\n")
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        f"{lines}\nmodels:\n  - {{name: a, source: a.safetensors, builder: m.py:build, inputs: m.py:inputs}}\n"
+    )
+    with Progress(Console(quiet=True), models=1) as progress:
+        module.compress(load_manifest(path), directory_store, start, progress)
+    assert told == [Demand(nbytes=(tmp_path / "a.safetensors").stat().st_size, gpu=gpu)]
 
 
 def test_nothing_starts_where_all_is_up_to_date(manifest: Manifest, directory_store: Store) -> None:

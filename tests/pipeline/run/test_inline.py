@@ -1,9 +1,11 @@
 """Shards in threads of this process: side by side, with the bytes of one thread, and ended when the user says so."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,17 +17,18 @@ from safetensors.torch import save_file
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.checkpoint.open import open_checkpoint
+from birkhoff.pipeline.errors import ValidationError
 from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.proof.task import Subject
 from birkhoff.pipeline.run import inline
 from birkhoff.pipeline.run.inline import GPU_BYTES, GPU_WORKERS, START_BYTES, InlineExecutor, threads_suffice
-from birkhoff.pipeline.run.outcome import Outcome
+from birkhoff.pipeline.run.outcome import Demand, Outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
 from birkhoff.pipeline.shard.run import ShardResult
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
-from birkhoff.pipeline.store.base import StoreAddress
+from birkhoff.pipeline.store.base import Store, StoreAddress
 from tests.patience import PATIENT_SECONDS
 
 SHARDS = 6
@@ -257,15 +260,15 @@ def test_steps_in_the_trace_belong_to_the_shard_of_their_thread(
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "gpus", "threads"),
-    [(0, 0, True), (START_BYTES, 0, True), (START_BYTES + 1, 0, False), (1, 1, True), (START_BYTES + 1, 1, False),
-     (1, 2, False)],
+    ("nbytes", "gpus", "wanted", "threads"),
+    [(0, 0, True, True), (START_BYTES, 0, True, True), (START_BYTES + 1, 0, True, False), (1, 1, True, True),
+     (START_BYTES + 1, 1, True, False), (1, 2, True, False), (1, 2, False, True)],
 )  # fmt: skip
-def test_ray_starts_for_long_runs_and_for_several_gpus(
-    nbytes: int, gpus: int, threads: bool, monkeypatch: pytest.MonkeyPatch
+def test_ray_starts_for_long_runs_and_for_several_gpus_that_are_of_use(
+    nbytes: int, gpus: int, wanted: bool, threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert threads_suffice(nbytes) == threads
+    assert threads_suffice(Demand(nbytes=nbytes, gpu=wanted)) == threads
 
 
 @pytest.mark.parametrize(("free", "workers"), [(1 << 20, 1), (3 * GPU_BYTES, 3), (1 << 40, GPU_WORKERS)])
@@ -281,3 +284,42 @@ def test_on_a_gpu_every_thread_has_a_stream_and_its_memory_bounds_their_number(
         streams = [worker._stream for worker in executor._free]
     assert None not in streams
     assert len(set(streams)) == len(streams) == workers
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr("birkhoff.pipeline.run.worker.triton_serves", lambda _: True)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_shards_that_a_gpu_does_not_help_run_beside_it(
+    tasks: list[ShardTask], whole: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    def note(task: ShardTask, _store: Store, device: torch.device) -> None:
+        devices.append(f"{task.recipe['codec']} on {device.type}")
+        raise ValidationError("seen")
+
+    monkeypatch.setattr("birkhoff.pipeline.run.worker.run_shard", note)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    paper = plan_model("p", open_checkpoint(tmp_path / "net.safetensors"), PROFILES["paper"], shard_bytes=1 << 20)
+    with InlineExecutor(store(tmp_path)) as executor:
+        run(executor, [*tasks[:2], *paper.tasks("p")])
+        assert executor._free[0]._device_for(whole[0]).type == "cuda"
+    assert sorted(devices) == ["lattice on cpu", "lattice on cpu", "paper on cuda"]
+
+
+def test_a_run_without_work_for_a_gpu_does_not_ask_for_one(
+    tasks: list[ShardTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(inline, "processors", lambda: 7)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with InlineExecutor(store(tmp_path), gpu=False) as executor:
+        assert len(executor._free) == 7
+        assert all(outcome.error is None for outcome in run(executor, tasks))
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # it is the program's

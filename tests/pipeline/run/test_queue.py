@@ -73,6 +73,15 @@ def test_twins_that_are_made_anew_in_any_case_do_not_wait() -> None:
     assert [queue.take(), queue.take()] == duplicates
 
 
+def test_tasks_for_a_gpu_and_others_are_taken_apart() -> None:
+    (plan,) = task(1, 50).tensors
+    for_gpu = replace(task(1, 50), tensors=(replace(plan, decision=Decision(codec="paper")),))
+    queue = TaskQueue([task(0, 100), for_gpu, task(2, 10)], budget=10**9)
+    assert queue.take([True]) == for_gpu
+    assert queue.take([True]) is None
+    assert [found.index for found in iter(lambda: queue.take([False]), None)] == [0, 2]
+
+
 def test_put_back_runs_again_and_drop_forgets() -> None:
     queue = TaskQueue([task(0, 5, model="a"), task(0, 4, model="b")], budget=10**9)
     first = queue.take()

@@ -18,7 +18,7 @@ from birkhoff.pipeline.registry.documents import BudgetRecord, ShardRecord, Sour
 from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.run.ray import TRIES, RayExecutor
+from birkhoff.pipeline.run.ray import TRIES, WORKERS_PER_GPU, RayExecutor
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 
@@ -112,6 +112,30 @@ def test_more_workers_than_the_cluster_has_is_refused_not_waited_for(
     with pytest.raises(WorkerError, match="999 workers asked for"):
         executor.capacity(999)
     assert TRIES >= 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "workers", "gpu", "found"),
+    [
+        (0, 16, None, True, (16, 0)),
+        (1, 16, None, True, (16, WORKERS_PER_GPU)),
+        (2, 32, None, True, (32, 2 * WORKERS_PER_GPU)),
+        (2, 32, None, False, (32, 0)),
+        (8, 4, None, True, (4, 4)),
+        (1, 16, 2, True, (2, 2)),
+    ],
+)
+def test_every_cpu_has_a_worker_and_some_share_a_gpu(
+    gpus: int,
+    cpus: int,
+    workers: int | None,
+    gpu: bool,
+    found: tuple[int, int],
+    executor: RayExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(executor._ray, "cluster_resources", lambda: {"GPU": float(gpus), "CPU": float(cpus)})
+    assert executor.capacity(workers, gpu=gpu) == found
 
 
 def test_a_budget_ends_at_the_same_target_on_workers_as_in_this_process(executor: RayExecutor, tmp_path: Path) -> None:

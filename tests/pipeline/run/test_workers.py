@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.proof.task import Subject
-from birkhoff.pipeline.run.workers import QUEUED_PER_WORKER, WorkerSlots
+from birkhoff.pipeline.run.workers import QUEUED_PER_WORKER, START_SECONDS, WorkerSlots
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 
@@ -25,17 +26,25 @@ class Actor:
         self.run = Method()
 
 
-def started(workers: int) -> WorkerSlots:
-    slots = WorkerSlots(lambda: (Actor(), object()), workers)
+def unstarted(workers: int, with_gpu: int = 0) -> WorkerSlots:
+    return WorkerSlots(lambda _: (Actor(), object()), [number < with_gpu for number in range(workers)])
+
+
+def started(workers: int, with_gpu: int = 0) -> WorkerSlots:
+    slots = unstarted(workers, with_gpu)
     for slot in slots:
         slots.count_start(slot)
     return slots
 
 
+def shard(index: int = 0) -> ShardTask:
+    return ShardTask(model="m", index=index, tensors=(), recipe={})
+
+
 def hand_out(slots: WorkerSlots, waiting: int) -> list[int]:
     """Give tasks as long as a worker takes one; how many each then holds."""
     while waiting and (slot := slots.free(waiting)):
-        slot.give(ShardTask(model="m", index=waiting, tensors=(), recipe={}))
+        slot.give(shard(waiting))
         waiting -= 1
     return [len(slot.tasks) for slot in slots]
 
@@ -52,7 +61,7 @@ def test_statistics_may_take_as_long_as_many_shards(monkeypatch: pytest.MonkeyPa
     long = StatisticsTask(model="m", source_sha256="0" * 64, checkpoint=checkpoint, subject=Subject())
     first, second = slots
     first.give(long)
-    second.give(ShardTask(model="m", index=0, tensors=(), recipe={}))
+    second.give(shard())
     now[0] = 11.0
     assert slots.overdue(10.0) == [second]
     now[0] = 10.0 * long.patience
@@ -71,4 +80,59 @@ def test_the_last_tasks_wait_for_an_idle_worker() -> None:
 
 
 def test_no_worker_is_free_before_it_has_started() -> None:
-    assert WorkerSlots(lambda: (Actor(), object()), 2).free(10) is None
+    assert unstarted(2).free(10) is None
+
+
+def test_what_is_for_a_gpu_goes_to_workers_that_have_one() -> None:
+    slots = started(4, with_gpu=1)
+    with_gpu = next(slot for slot in slots if slot.gpu)
+    for _ in range(QUEUED_PER_WORKER):
+        assert slots.free(100, on_gpu=True) is with_gpu
+        with_gpu.give(shard())
+    assert slots.free(100, on_gpu=True) is None
+    assert slots.free(100) is not None
+
+
+def test_other_tasks_go_to_a_worker_with_a_gpu_only_if_it_alone_is_idle() -> None:
+    slots = started(3, with_gpu=1)
+    given = []
+    while slot := slots.free(100):
+        slot.give(shard())
+        given.append(slot.gpu)
+    assert given == [False, False, True, False, False]
+
+
+def test_without_any_gpu_all_workers_take_what_one_is_of_use_to() -> None:
+    slots = started(2)
+    assert slots.free(100, on_gpu=True) is not None
+
+
+def test_a_worker_is_replaced_by_one_of_its_kind() -> None:
+    asked: list[bool] = []
+
+    def start(gpu: bool) -> tuple[Actor, object]:
+        asked.append(gpu)
+        return Actor(), object()
+
+    slots = WorkerSlots(start, [True, False])
+    for slot in list(slots):
+        slots.replace(slot)
+    assert asked == [True, False, True, False]
+    assert [slot.gpu for slot in slots] == [True, False]
+
+
+def test_the_start_of_a_worker_is_waited_for_as_long_as_others_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("birkhoff.pipeline.run.workers.time.monotonic", lambda: now[0])
+    slots = unstarted(2, with_gpu=1)
+    (other,) = (slot for slot in slots if not slot.gpu)
+    slots.count_start(other)
+    other.give(shard())
+    now[0] = START_SECONDS + 1
+    slots.check_started()
+    other.ended(next(iter(other.tasks)))
+    now[0] += START_SECONDS
+    slots.check_started()
+    now[0] += 1
+    with pytest.raises(WorkerError, match="1 of 2 workers did not start within 300 s"):
+        slots.check_started()
