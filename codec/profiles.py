@@ -291,9 +291,13 @@ class Profile:
     def scaled_db(self, shape: tuple[int, ...], gain_db: float) -> float:
         """Return the target of a tensor with this gain under allocation by scale, within its limits."""
         assert self.target_db is not None
-        low = max(TARGET_DB_RANGE[0], min(self.floor_db, self.target_db))
-        high = MATRIX_DB if len(shape) == 2 else FINEST_DB
+        low, high = self.scale_limits(shape)
         return max(low, min(self.target_db + gain_db, high))
+
+    def scale_limits(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Return the least and the greatest target of a tensor under allocation by scale."""
+        assert self.target_db is not None
+        return max(TARGET_DB_RANGE[0], min(self.floor_db, self.target_db)), MATRIX_DB if len(shape) == 2 else FINEST_DB
 
     def is_vector(self, shape: tuple[int, ...], dtype: str, name: str) -> bool:
         """Return whether a tensor is coded, if it affects an output, although it is small or has one dimension."""
@@ -440,13 +444,17 @@ def scale_gains_db(tensors: Mapping[str, tuple[tuple[int, ...], float]], profile
 def _mean_scale_db(tensors: Sequence[tuple[tuple[int, ...], float]], profile: Profile) -> float:
     """Return the gain of a tensor that gets the profile's target if the mean of all is to be that, from shapes and
     gains."""
+    import numpy as np  # planning alone needs it, not whoever reads a recipe
+
     assert profile.target_db is not None
-    whole = sum(prod(shape) for shape, _ in tensors)
-    low, high = (end([gain for _, gain in tensors]) + far for end, far in ((min, -_FARTHEST_DB), (max, _FARTHEST_DB)))
+    gains = np.array([gain for _, gain in tensors])
+    weights = np.array([prod(shape) for shape, _ in tensors])
+    lowest, highest = np.array([profile.scale_limits(shape) for shape, _ in tensors]).T
+    low, high = float(gains.min()) - _FARTHEST_DB, float(gains.max()) + _FARTHEST_DB
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        targets = sum(prod(shape) * profile.scaled_db(shape, gain - middle) for shape, gain in tensors)
-        low, high = (middle, high) if targets > profile.target_db * whole else (low, middle)
+        targets = (profile.target_db + (gains - middle)).clip(lowest, highest)
+        low, high = (middle, high) if targets @ weights > profile.target_db * weights.sum() else (low, middle)
     return (low + high) / 2
 
 

@@ -20,7 +20,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPARE_BYTES = 256 << 20
 """Bytes to leave free on a disk for other programs."""
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 16 << 20
+"""Bytes of a file that are read and hashed together. Between the two a thread waits for the interpreter's lock, for up
+to 5 ms if others compute."""
+
 _LOCK_SECONDS = 0.1
 
 _SETTLED_SECONDS = 5.0

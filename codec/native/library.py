@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 13
+VERSION = 14
 """Version of the functions' meaning. `native.c` returns the same number."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -55,7 +55,7 @@ def _load() -> ctypes.CDLL:
     if not built:
         raise Missing("it was not built: check for a C compiler and run make setup again")
     try:
-        library = ctypes.CDLL(str(built[0]))
+        library = ctypes.CDLL(str(built[0]), use_errno=True)
         found = library.birkhoff_native_version()
     except (OSError, AttributeError) as error:
         raise Missing(f"{built[0].name} does not load: {error}") from None
@@ -120,5 +120,6 @@ _FUNCTIONS = (
     ("birkhoff_regroup", None, (_POINTER, _LONG, _LONG, *[_POINTER] * 7, _INT)),
     ("birkhoff_groupings", None, (_LONG, *[_POINTER] * 7)),
     ("birkhoff_table_fits", None, (_LONG, *[_POINTER] * 5)),
+    ("birkhoff_sample", _LONG, (_INT, *[_LONG] * 5, _POINTER)),
     ("birkhoff_stream_heads", _LONG, (_LONG, *[_POINTER] * 6)),
 )

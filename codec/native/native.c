@@ -3,15 +3,19 @@
  * Each function makes the same bytes as its reference in Python. A comment above the function names the reference,
  * which explains what it computes and why; this file only computes it fast. Each floating-point operation rounds
  * separately (-ffp-contract=off). Functions allocate nothing and trust no input: they check every read and write
- * against the sizes passed with it.
+ * against the sizes passed with it. Only birkhoff_sample reads a file.
  *
  * Loops that gain from vectors are written once as inline functions and compiled twice: for the machine's base
  * instructions, and for AVX2 if the target has it. AVX2 has its own function for decoding rANS, with gathers.
  */
 
+#define _FILE_OFFSET_BITS 64
+
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -32,7 +36,7 @@ static int vectors = -1; /* -1: all that the machine has; 0: only base instructi
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raise this whenever a function's meaning changes. library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 13; }
+EXPORT int32_t birkhoff_native_version(void) { return 14; }
 
 /* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -1789,4 +1793,23 @@ EXPORT int64_t birkhoff_stream_heads(
         }
     }
     return out - begin;
+}
+
+/* plan.scales._sample: reads `blocks` blocks of `block` bytes each, spread evenly over `count` elements of `size` bytes
+ * from `offset` of a file on, one after the other into `out`. `block` is a multiple of `size`. Returns the number of
+ * bytes that the file had, or -1 with errno. */
+EXPORT int64_t birkhoff_sample(
+    int32_t file, int64_t offset, int64_t count, int64_t size, int64_t blocks, int64_t block, uint8_t *out) {
+    int64_t found = 0;
+    for (int64_t n = 0; n < blocks; n++) {
+        int64_t at = offset + (count - block / size) * n / (blocks - 1) * size, left = block;
+        while (left) {
+            ssize_t got = pread(file, out + found, (size_t)left, (off_t)at);
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) return -1;
+            if (!got) break;
+            found += got, at += got, left -= got;
+        }
+    }
+    return found;
 }

@@ -5,14 +5,20 @@ spread evenly over a tensor give that, whether its rows or its columns differ. T
 on the bytes alone.
 """
 
+import ctypes
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from birkhoff.codec.metrics import in_parts, survey
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.output.allocation import root_mean_square
 from birkhoff.codec.tensor import fallback
 from birkhoff.pipeline.checkpoint.descriptors import DTYPES, StoredTensor
@@ -48,9 +54,14 @@ def scales_of(tensors: Iterable[StoredTensor]) -> dict[str, float]:
 
 
 def _scale(sample: Tensor) -> float:
-    if not sample.numel() or not bool(sample.isfinite().all()) or fallback(sample) is not None:
+    if not sample.numel():
         return 0.0
-    return root_mean_square(sample)
+    seen = survey(sample) if in_parts(sample) else None
+    # Squares of weights above 2^64 are infinite in a survey too. They are out of range in any case.
+    finite = bool(sample.isfinite().all()) if seen is None else math.isfinite(seen.energy)
+    if not finite or fallback(sample, seen) is not None:
+        return 0.0
+    return root_mean_square(sample, None if seen is None else seen.greatest)
 
 
 def _sample(tensor: StoredTensor, file: int) -> Tensor:
@@ -58,9 +69,23 @@ def _sample(tensor: StoredTensor, file: int) -> Tensor:
     if tensor.nbytes != tensor.dense_bytes:
         return read_tensor(tensor).reshape(-1)
     dtype = DTYPES[tensor.dtype]
-    body = b"".join(os.pread(file, size, tensor.offset + start) for start, size in _places(tensor, dtype.itemsize))
-    whole = bytearray(body[: len(body) // dtype.itemsize * dtype.itemsize])  # all of it, unless the file became shorter
+    body = _read(tensor, file, dtype.itemsize)
+    whole = body[: len(body) // dtype.itemsize * dtype.itemsize]  # all of it, unless the file became shorter
     return torch.frombuffer(whole, dtype=dtype) if whole else torch.zeros(0, dtype=dtype)
+
+
+def _read(tensor: StoredTensor, file: int, size: int) -> bytearray:
+    """Return the bytes of a sample of elements of `size` bytes. Raises OSError."""
+    count, library = tensor.nbytes // size, native()
+    if library is None or count <= BLOCKS * BLOCK:
+        places = _places(tensor, size)
+        return bytearray().join(os.pread(file, length, tensor.offset + start) for start, length in places)
+    # One call for all blocks: threads that plan other models would each take the interpreter's lock in between.
+    found: npt.NDArray[np.uint8] = np.empty(BLOCKS * BLOCK * size, dtype=np.uint8)
+    length = library.birkhoff_sample(file, tensor.offset, count, size, BLOCKS, BLOCK * size, pointer(found))
+    if length < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return bytearray(found[:length].tobytes())
 
 
 def _places(tensor: StoredTensor, itemsize: int) -> Iterator[tuple[int, int]]:

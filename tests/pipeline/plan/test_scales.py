@@ -1,6 +1,5 @@
 """Root mean squares by a sample, and the targets that models get from them."""
 
-import os
 import resource
 from math import log10, prod
 from pathlib import Path
@@ -9,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from birkhoff.codec.native.library import native
 from birkhoff.codec.output.allocation import root_mean_square
 from birkhoff.codec.profiles import FINEST_DB, PROFILES
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import open_checkpoint
 from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.plan import scales as module
 from birkhoff.pipeline.plan.scales import BLOCK, BLOCKS, scales_of
 from birkhoff.pipeline.plan.shards import ModelPlan, plan_model
 
@@ -87,17 +88,47 @@ def test_one_file_is_open_at_a_time(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, read = stored(tmp_path, {"w": normal(2048, 2048)}), list[int]()
-    pread = os.pread
+@pytest.fixture(params=["native", "python"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(module, "native", lambda: None)
+    elif native() is None:
+        pytest.skip("no native library here")
 
-    def count(file: int, size: int, offset: int) -> bytes:
-        read.append(size)
-        return pread(file, size, offset)
 
-    monkeypatch.setattr(os, "pread", count)
+@pytest.mark.usefixtures("library")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
+def test_of_a_large_tensor_little_is_read(tmp_path: Path) -> None:
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    tensors = stored(tmp_path, {"w": normal(2048, 2048)})
+    before = read()
     scales_of(tensors)
-    assert sum(read) == 4 * BLOCKS * BLOCK < 2048 * 2048 / 50
+    assert 4 * BLOCKS * BLOCK <= read() - before < 2048 * 2048 / 50
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if WEIGHTS[kind].numel() > BLOCKS * BLOCK])
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_the_library_reads_the_same_sample(
+    tmp_path: Path, kind: str, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = stored(tmp_path, {"another": torch.zeros(3), "w": WEIGHTS[kind]})
+    (tensor,) = (tensor for tensor in tensors if tensor.name == "w")
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with path.open("rb") as file:
+        mine = module._sample(tensor, file.fileno())
+        monkeypatch.setattr(module, "native", lambda: None)
+        assert torch.equal(mine, module._sample(tensor, file.fileno()))
+    assert mine.numel() == BLOCKS * BLOCK if kept == 1 else 0 < mine.numel() < BLOCKS * BLOCK
+
+
+@pytest.mark.usefixtures("library")
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tensor,) = stored(tmp_path, {"w": normal(512, 512)})
+    with (tmp_path / "other").open("wb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        module._sample(tensor, file.fileno())  # open for writing alone
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
