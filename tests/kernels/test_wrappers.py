@@ -123,7 +123,7 @@ RANKS = """
     y = model(torch.ones(1, 10)).detach()
     found = [torch.empty_like(y) for _ in range(2)]
     dist.all_gather(found, y)
-    assert torch.equal(*found), found
+    print(torch.equal(*found), flush=True)
     dist.destroy_process_group()
 """
 
@@ -131,9 +131,11 @@ RANKS = """
 def test_every_rank_gets_the_code_of_the_first(tmp_path: Path) -> None:
     where = (tmp_path / "rendezvous").as_uri()
     program = [sys.executable, "-c", textwrap.dedent(RANKS)]
-    ranks = [subprocess.Popen([*program, str(rank), where], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=PATIENT_SECONDS)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*program, str(rank), where], **pipes) for rank in range(2)]
+    said = [process.communicate(timeout=PATIENT_SECONDS) for process in ranks]
+    # Not by return codes: at the end of a process gloo's threads sometimes abort it.
+    assert [output for output, _ in said] == ["True\n", "True\n"], said
 
 
 def test_state_dicts_from_before_load(tmp_path: Path) -> None:
