@@ -422,6 +422,20 @@ def unpack_escapes_all(
     held = np.array([counts[number] for number in which], dtype=np.int64)
     planes = np.empty(12 * int(held.sum()), dtype=np.uint8)
     unpack_all([streams[number] for number in which], (12 * held).tolist(), planes)
+
+    def refuse(number: int) -> None:
+        """Raise a FormatError that says why a tensor's escapes are refused."""
+        unpack_escapes(streams[number], counts[number], pairs[number], reach=reaches[number])
+
+    if (library := native()) is not None:
+        chosen = [np.array([numbers[number] for number in which], dtype=np.int64) for numbers in (pairs, reaches)]
+        pair = np.empty(len(planes) // 12, dtype=np.int64)
+        i, j = np.empty((2, len(pair)), dtype=np.int32)
+        arrays = planes, held, *chosen, pair, i, j
+        bad = library.birkhoff_unpack_escapes(len(which), *map(pointer, arrays))
+        if bad < len(which):
+            refuse(which[bad])
+        return EscapesOfAll(pair, i, j, np.repeat(np.array(which, dtype=np.int64), held))
     # Four planes of 3 E bytes each for each tensor: byte b of element e is at begin + b * 3 E + e.
     of = np.repeat(np.arange(len(which)), 3 * held)
     begin = 3 * (np.cumsum(held) - held)
@@ -439,5 +453,5 @@ def unpack_escapes_all(
     most = np.array([pairs[number] for number in which], dtype=np.int64)[own]
     tensor = np.array(which, dtype=np.int64)[own]
     for number in tensor[(gap < np.minimum(rank, 1)) | (pair >= most) | inside][:1]:
-        unpack_escapes(streams[number], counts[number], pairs[number], reach=reaches[number])  # raises, and says why
+        refuse(number)
     return EscapesOfAll(pair, i.astype(np.int32), j.astype(np.int32), tensor)

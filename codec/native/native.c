@@ -36,7 +36,7 @@ static int vectors = -1; /* -1: all that the machine has; 0: only base instructi
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raise this whenever a function's meaning changes. library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 14; }
+EXPORT int32_t birkhoff_native_version(void) { return 15; }
 
 /* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -1812,4 +1812,129 @@ EXPORT int64_t birkhoff_sample(
         }
     }
     return found;
+}
+
+INLINE int32_t word_of(const uint8_t *planes, int64_t size, int64_t at) {
+    return (int32_t)(planes[at] | (uint32_t)planes[size + at] << 8 | (uint32_t)planes[2 * size + at] << 16 |
+                     (uint32_t)planes[3 * size + at] << 24);
+}
+
+/* rest.unpack_escapes_all: `planes` has 4 byte planes of int32 for each tensor: `counts` gaps, then I, then J. Writes
+ * the pair index, I and J of all escapes. Returns the number of the first tensor whose escapes do not increase, lie
+ * outside its `pairs` or need none, as coordinates reach `reaches` times -128..127; else the number of tensors. */
+EXPORT int64_t birkhoff_unpack_escapes(
+    int64_t tensors, const uint8_t *planes, const int64_t *counts, const int64_t *pairs, const int64_t *reaches,
+    int64_t *pair, int32_t *i, int32_t *j) {
+    for (int64_t t = 0; t < tensors; t++) {
+        int64_t count = counts[t], size = 3 * count, at = 0, low = -128 * reaches[t], high = 128 * reaches[t];
+        for (int64_t e = 0; e < count; e++) {
+            int64_t gap = word_of(planes, size, e), a = word_of(planes, size, count + e);
+            int64_t b = word_of(planes, size, 2 * count + e);
+            at += gap;
+            if (gap < (e ? 1 : 0) || at >= pairs[t] || (a >= low && a < high && b >= low && b < high)) return t;
+            pair[e] = at, i[e] = (int32_t)a, j[e] = (int32_t)b;
+        }
+        planes += 4 * size, pair += count, i += count, j += count;
+    }
+    return tensors;
+}
+
+/* LatticeTensor.escaped_weights: writes the flat index row * K + column, increasing, and the value of each weight of
+ * the escapes, whose pairs increase. There are up to 2 for each escape; returns their number. */
+EXPORT int64_t birkhoff_escaped_weights(
+    int64_t escapes, const int64_t *pair, const int32_t *i, const int32_t *j, int64_t columns, float step,
+    int64_t *index, float *value) {
+    int64_t pairs = (columns + 1) / 2, found = 0;
+    for (int64_t e = 0, end; e < escapes; e = end) {
+        int64_t row = pair[e] / pairs, block = pair[e] % pairs / 32, limit = row * pairs + 32 * (block + 1);
+        if (limit > (row + 1) * pairs) limit = (row + 1) * pairs;
+        for (end = e; end < escapes && pair[end] < limit; end++) { /* a block's first weights are before its second */
+            index[found] = row * columns + place_of(pair[end] - row * pairs, columns).x;
+            value[found++] = ((float)i[end] + (float)j[end] * (1.0f / 256)) * step;
+        }
+        for (int64_t k = e; k < end; k++) {
+            Place at = place_of(pair[k] - row * pairs, columns);
+            if (at.seconds > 0) index[found] = row * columns + at.y, value[found++] = (float)j[k] * step;
+        }
+    }
+    return found;
+}
+
+#define DIGIT 11
+
+/* Sorts numbers below 2^(11 * passes), each with a value, by a stable pass for every digit. Returns where they are. */
+static int sort_by_digits(int64_t count, int64_t *number[2], int32_t *value[2], int passes) {
+    int from = 0;
+    for (int pass = 0; pass < passes; pass++, from ^= 1) {
+        int64_t place[1 << DIGIT] = {0}, sum = 0;
+        for (int64_t n = 0; n < count; n++) place[number[from][n] >> (DIGIT * pass) & ((1 << DIGIT) - 1)]++;
+        for (int64_t d = 0; d < 1 << DIGIT; d++) {
+            int64_t here = place[d];
+            place[d] = sum, sum += here;
+        }
+        for (int64_t n = 0; n < count; n++) {
+            int64_t at = place[number[from][n] >> (DIGIT * pass) & ((1 << DIGIT) - 1)]++;
+            number[from ^ 1][at] = number[from][n], value[from ^ 1][at] = value[from][n];
+        }
+    }
+    return from;
+}
+
+/* entropy.op._escapes, its first part. `index` and `value` [2, count] list the coordinates outside int8 in their first
+ * row, in any order, by place in the planes of all tensors; the second row is scratch. The planes of tensor t are at
+ * begins[t] and begins[t] + strides[t]. Writes for each of these pairs that is not among `told` (increasing places of
+ * I) the place of I, and both coordinates; `missing` says which of them is not listed, 1 for I and 2 for J. There is
+ * room for `count`. Returns how many were written. */
+EXPORT int64_t birkhoff_pairs_outside(
+    int64_t count, int64_t *index, int32_t *value, int64_t tensors, const int64_t *begins, const int64_t *strides,
+    int64_t tolds, const int64_t *told, int64_t *pair, int32_t *i, int32_t *j, uint8_t *missing) {
+    int64_t *numbers[2] = {index, index + count};
+    int32_t *values[2] = {value, value + count};
+    int64_t most = tensors ? begins[tensors - 1] + 2 * strides[tensors - 1] : 0;
+    int passes = 0;
+    for (; most; most >>= DIGIT) passes++;
+    int sorted = sort_by_digits(count, numbers, values, passes);
+    const int64_t *place = numbers[sorted];
+    const int32_t *wide = values[sorted];
+    int64_t found = 0, n = 0, next = 0;
+    for (int64_t t = 0; t < tensors; t++) {
+        int64_t stride = strides[t], middle = begins[t] + stride, end = middle + stride;
+        int64_t a = n, b = n, first_end;
+        while (b < count && place[b] < middle) b++;
+        first_end = b;
+        for (n = b; n < count && place[n] < end;) n++;
+        while (a < first_end || b < n) {
+            int64_t by_i = a < first_end ? place[a] : end, by_j = b < n ? place[b] - stride : end;
+            int64_t at = by_i < by_j ? by_i : by_j;
+            int32_t own_i = by_i == at ? wide[a++] : 0, own_j = by_j == at ? wide[b++] : 0;
+            while (next < tolds && told[next] < at) next++;
+            if (next < tolds && told[next] == at) continue;
+            pair[found] = at, i[found] = own_i, j[found] = own_j;
+            missing[found++] = (uint8_t)((by_i != at) | (by_j != at) << 1);
+        }
+    }
+    return found;
+}
+
+/* entropy.op._escapes, its second part: merges escapes `told` and others, both by increasing place of I. Writes the
+ * place of each I, then of each J, in `places`, the pair's number in its tensor in `pair`, the coordinates, and in
+ * `ends` how many there are up to the end of each tensor. */
+EXPORT void birkhoff_merge_escapes(
+    int64_t tensors, const int64_t *begins, const int64_t *strides, int64_t tolds, const int64_t *told,
+    const int32_t *told_i, const int32_t *told_j, int64_t others, const int64_t *other, const int32_t *other_i,
+    const int32_t *other_j, int64_t *places, int64_t *pair, int32_t *i, int32_t *j, int64_t *ends) {
+    int64_t a = 0, b = 0, count = tolds + others, n = 0;
+    for (int64_t t = 0; t < tensors; t++) {
+        int64_t middle = begins[t] + strides[t];
+        for (;;) {
+            int mine = a < tolds && told[a] < middle, theirs = b < others && other[b] < middle;
+            if (!mine && !theirs) break;
+            if (mine && (!theirs || told[a] < other[b]))
+                places[n] = told[a], i[n] = told_i[a], j[n] = told_j[a], a++;
+            else
+                places[n] = other[b], i[n] = other_i[b], j[n] = other_j[b], b++;
+            places[count + n] = places[n] + strides[t], pair[n] = places[n] - begins[t], n++;
+        }
+        ends[t] = n;
+    }
 }

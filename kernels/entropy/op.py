@@ -27,6 +27,7 @@ from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.lattice import LatticeTensor, combine
+from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.planes import Item, Packed
 from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_lattice
 from birkhoff.codec.trajectory import Escapes
@@ -344,8 +345,7 @@ def finish(queued: Queued) -> list[LatticeTensor]:
             raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
     if outside > queued.report.room:
         index, value = _listed_again(queued, outside)
-    order = index.argsort()
-    escapes = _escapes(queued, index[order], value[order])
+    escapes = _escapes(queued, index, value)
     return [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
 
 
@@ -363,39 +363,105 @@ def _listed_again(queued: Queued, outside: int) -> tuple[Integers, npt.NDArray[n
 def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> list[Escapes]:
     """Return the escapes of each tensor in memory, on the CPU, and set their places in the planes to 0.
 
-    `index` are the places of coordinates outside int8, increasing, and `value` those coordinates. If one coordinate of
-    a pair is outside, the other is needed too. One query reads them all, and one write clears all. A pair's number here
-    is the place of its I in the planes.
+    `index` are the places of coordinates outside int8, in any order, and `value` those coordinates. If one coordinate
+    of a pair is outside, the other is needed too. One query reads them all, and one write clears all. A pair's number
+    here is the place of its I in the planes.
     """
     tensors, stored = queued.plan.tensors, queued.plan.stored
     begins = np.array([tensor.begin for tensor in tensors], dtype=np.int64)
     strides = np.array([tensor.stride for tensor in tensors], dtype=np.int64)
     told = stored.pair + begins[stored.tensor]
+    merge = _native_merge if native() is not None else _merge
+
+    def read(places: Integers) -> npt.NDArray[np.int32]:
+        """Return the coordinates at these places of the planes."""
+        return queued.planes[torch.from_numpy(places).to(queued.planes.device)].to(torch.int32).cpu().numpy()
+
+    zeros, pair, i, j, ends = merge(begins, strides, (told, stored.i, stored.j), (index, value), read)
+    if not len(pair):
+        return [Escapes.none()] * len(tensors)
+    queued.planes[torch.from_numpy(zeros).to(queued.planes.device)] = 0
+    parts = [torch.from_numpy(part) for part in (pair, i, j)]
+    return [
+        Escapes(pair=parts[0][low:high], i=parts[1][low:high], j=parts[2][low:high])
+        for low, high in itertools.pairwise([0, *ends])
+    ]
+
+
+_Merged = tuple[Integers, Integers, npt.NDArray[np.int32], npt.NDArray[np.int32], list[int]]
+"""Places of I, then of J, in the planes; pairs in their tensors; I; J; how many there are up to each tensor's end."""
+
+_Told = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Escapes that are stored: the places of I in the planes, increasing, I and J."""
+
+_Outside = tuple[Integers, npt.NDArray[np.int32]]
+"""Coordinates outside int8: places in the planes, and values."""
+
+_Read = Callable[[Integers], npt.NDArray[np.int32]]
+
+
+def _native_merge(begins: Integers, strides: Integers, told: _Told, outside: _Outside, read: _Read) -> _Merged:
+    """`_merge` by the native library."""
+    library, count = native(), len(outside[0])
+    assert library is not None
+    index, value = np.empty((2, count), dtype=np.int64), np.empty((2, count), dtype=np.int32)
+    index[0], value[0] = outside
+    first = np.empty(count, dtype=np.int64)
+    i, j = np.empty((2, count), dtype=np.int32)
+    missing = np.empty(count, dtype=np.uint8)
+    own = pointer(begins), pointer(strides)
+    found = library.birkhoff_pairs_outside(
+        count,
+        pointer(index),
+        pointer(value),
+        len(begins),
+        *own,
+        len(told[0]),
+        pointer(told[0]),
+        *map(pointer, (first, i, j, missing)),
+    )
+    first, i, j, missing = first[:found], i[:found], j[:found], missing[:found]
+    lacks_i, lacks_j = missing == 1, missing == 2
+    if found and (lacks_i.any() or lacks_j.any()):
+        of = np.searchsorted(begins, first[lacks_j], side="right") - 1
+        values = read(np.concatenate((first[lacks_i], first[lacks_j] + strides[of])))
+        i[lacks_i], j[lacks_j] = np.split(values, [int(lacks_i.sum())])
+    every = len(told[0]) + found
+    zeros, pair = np.empty(2 * every, dtype=np.int64), np.empty(every, dtype=np.int64)
+    all_i, all_j = np.empty((2, every), dtype=np.int32)
+    ends = np.empty(len(begins), dtype=np.int64)
+    library.birkhoff_merge_escapes(
+        len(begins),
+        *own,
+        len(told[0]),
+        *map(pointer, told),
+        found,
+        *map(pointer, (first, i, j, zeros, pair, all_i, all_j, ends)),
+    )
+    return zeros, pair, all_i, all_j, ends.tolist()
+
+
+def _merge(begins: Integers, strides: Integers, told: _Told, outside: _Outside, read: _Read) -> _Merged:
+    """Merge the escapes that are stored with those outside int8, of which `read` returns other coordinates."""
+    order = outside[0].argsort()
+    index, value = outside[0][order], outside[1][order]
     of = np.searchsorted(begins, index, side="right") - 1
     pairs = np.sort(np.where(index >= begins[of] + strides[of], index - strides[of], index))
     first = pairs[np.diff(pairs, prepend=-1) != 0]  # np.unique would import numpy.ma, for 0.07 s
-    first = first[np.isin(first, told, assume_unique=True, invert=True)]
+    first = first[np.isin(first, told[0], assume_unique=True, invert=True)]
     exact = np.empty((2, 0), dtype=np.int32)
     if len(first):
         both = np.concatenate((first, first + strides[np.searchsorted(begins, first, side="right") - 1]))
-        found = queued.planes[torch.from_numpy(both).to(queued.planes.device)].to(torch.int32).cpu().numpy()
         at = np.minimum(np.searchsorted(index, both), len(index) - 1)
-        exact = np.where(index[at] == both, value[at], found).reshape(2, -1)
-    every = np.concatenate((told, first))
-    if not len(every):
-        return [Escapes.none()] * len(tensors)
+        exact = np.where(index[at] == both, value[at], read(both)).reshape(2, -1)
+    every = np.concatenate((told[0], first))
     order = np.argsort(every)
     every = every[order]
     of = np.searchsorted(begins, every, side="right") - 1
-    zeros = torch.from_numpy(np.concatenate((every, every + strides[of])))
-    queued.planes[zeros.to(queued.planes.device)] = 0
-    pair = torch.from_numpy(every - begins[of])
-    i, j = (
-        torch.from_numpy(np.concatenate((held, own))[order])
-        for held, own in zip((stored.i, stored.j), exact, strict=True)
-    )
-    ends = np.searchsorted(every, [*begins, np.iinfo(np.int64).max]).tolist()
-    return [Escapes(pair=pair[low:high], i=i[low:high], j=j[low:high]) for low, high in itertools.pairwise(ends)]
+    zeros = np.concatenate((every, every + strides[of]))
+    i, j = (np.concatenate((held, own))[order] for held, own in zip(told[1:], exact, strict=True))
+    ends = np.searchsorted(every, [*begins[1:], np.iinfo(np.int64).max]).tolist()
+    return zeros, every - begins[of], i, j, ends
 
 
 def _bounds(tensor: Placed) -> tuple[int, int, int]:
