@@ -2,7 +2,7 @@
 
     python -m tests.harness.benchmarks load [--device cuda] [--repeats 5] [--profile balanced] [--work DIR]
 
-Writes a SAM-H of drawn weights into a store in a directory (its size is a result, its ratio is none), loads it into a
+Publishes a SAM-H of drawn weights to a store in a directory (its size is a result, its ratio is none), loads it into a
 model on the meta device, and checks layers against the eager decoder before anything is timed. Each load runs in a
 process of its own; timed is what comes after imports, the device's start and the empty model, with their time beside
 it.
@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +24,17 @@ import torch
 from safetensors.torch import save_file
 
 import birkhoff
-from birkhoff.codec.container import serialise
-from birkhoff.codec.profiles import PROFILES, Profile
+from birkhoff.codec.profiles import PROFILES
 from birkhoff.codec.tensor import decode_tensor
-from birkhoff.kernels.entropy import op as entropy  # noqa: F401  registers the GPU's packing
-from birkhoff.kernels.trellis import op as trellis  # noqa: F401  registers the GPU's search
 from birkhoff.pipeline.artifact.readers import open_artifact
-from birkhoff.pipeline.registry.documents import ShardRecord, SourceRecord, VersionManifest, blob_key, sha256
-from birkhoff.pipeline.registry.versions import publish
-from birkhoff.pipeline.store.base import Store
-from birkhoff.pipeline.store.open import open_store
-from tests.codec.by_profile import encode_tensor
+from birkhoff.pipeline.plan.manifest import load_manifest
+from tests.harness.benchmarks import family, synthetic
 from tests.harness.benchmarks.common import ROOT, conditions, table, write
-from tests.harness.benchmarks.family import TensorSpec, layout
-from tests.harness.benchmarks.load_worker import LAYOUT, MODEL, skeleton
-from tests.harness.benchmarks.synthetic import draw
-from tests.pipeline.publishing import unmeasured
+from tests.harness.benchmarks.load_worker import MODEL, skeleton
+from tests.harness.benchmarks.publishing import compress_here
 
-SHARD_BYTES = 32 << 20
+MEMBER = "SAM-H"
+DENSE = "dense.safetensors"
 CHECKED = 5
 """Tensors compared before timing."""
 
@@ -60,8 +51,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)
         os.environ["BIRKHOFF_HOME"] = str(work / "home")
-        with open_store((work / "store").as_uri()) as store:
-            stored = fill(store, work / "dense.safetensors", PROFILES[options.profile], torch.device(options.device))
+        stored = fill((work / "store").as_uri(), work, options.profile)
         bad = wrong((work / "store").as_uri(), options.device)
         if bad:
             print(f"loaded otherwise than decoded: {', '.join(bad)}", file=sys.stderr)
@@ -82,45 +72,25 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def fill(store: Store, dense: Path, profile: Profile, device: torch.device) -> dict[str, int]:
-    """Code and publish the model, and write the same weights as bfloat16; returns stored, source and greatest shard."""
-    records: list[ShardRecord] = []
-    halves: dict[str, torch.Tensor] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for group in _groups():
-            tensors = dict(zip([s.name for s in group], pool.map(_drawn, group), strict=True))
-            halves |= {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
-            blob = serialise([encode_tensor(key, t.to(device), profile).tensor for key, t in tensors.items()])
-            store.put(blob_key(sha256(blob)), blob)
-            size = sum(t.nbytes for t in tensors.values())
-            records.append(unmeasured(blob, source_bytes=size, tensors=len(tensors)))
-    save_file(halves, dense)
-    source = SourceRecord(file="drawn", sha256=records[0].blob, bytes=1, format="none")
-    manifest = VersionManifest(
-        model=MODEL, source=source, profile=profile.name, recipe=profile.recipe(), code="0", shards=tuple(records)
-    )
-    publish(store, manifest)
+def fill(store: str, work: Path, profile: str) -> dict[str, int]:
+    """Publish the model, and write the same weights as bfloat16; returns stored, source and greatest shard."""
+    (spec,) = family.wanted_files([MEMBER])
+    (checkpoint,) = synthetic.write_files(work, [spec])
+    manifest = work / "manifest.yaml"
+    manifest.write_text(f"profile: {profile}\nproof: false\nmodels: [{{name: {MODEL}, source: {checkpoint.name}}}]\n")
+    run = compress_here(load_manifest(manifest), store)
+    if run.version is None:
+        raise RuntimeError(f"not published: {run.error}")
+    tensors = torch.load(checkpoint, mmap=True, weights_only=True)
+    save_file({name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}, work / DENSE)
+    checkpoint.unlink()
+    shards = run.version.manifest.shards
     return {
-        "stored_bytes": sum(record.bytes for record in records),
-        "source_bytes": sum(record.source_bytes for record in records),
-        "largest_shard_bytes": max(record.source_bytes for record in records),
-        "shards": len(records),
+        "stored_bytes": sum(shard.bytes for shard in shards),
+        "source_bytes": sum(shard.source_bytes for shard in shards),
+        "largest_shard_bytes": max(shard.source_bytes for shard in shards),
+        "shards": len(shards),
     }
-
-
-def _groups() -> Iterator[list[TensorSpec]]:
-    group: list[TensorSpec] = []
-    for spec in layout(LAYOUT):
-        group.append(spec)
-        if sum(one.nbytes for one in group) >= SHARD_BYTES:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _drawn(spec: TensorSpec) -> torch.Tensor:
-    return torch.from_numpy(draw("sam_vit_h_4b8939.pth", spec))
 
 
 def wrong(store: str, device: str) -> list[str]:
@@ -153,7 +123,7 @@ def _measure(work: Path, device: str, *, what: str, cold: bool = False, kernels:
         "kernels": kernels,
         "reference": MODEL,
         "store": (work / "store").as_uri(),
-        "file": str(work / "dense.safetensors"),
+        "file": str(work / DENSE),
         "spawned": time.time(),
     }
     program = [sys.executable, "-m", "tests.harness.benchmarks.load_worker", json.dumps(order)]

@@ -13,5 +13,5 @@ from birkhoff.pipeline.store.open import open_store
 def compress_here(manifest: Manifest, store: str) -> ModelRun:
     """What became of the one model of a manifest; the store by its URL."""
     with open_store(store) as opened, Progress(Console(quiet=True), models=1, quiet=True) as progress:
-        (run,) = compress(manifest, opened, lambda _: InlineExecutor(opened.address), progress)
+        (run,) = compress(manifest, opened, lambda demand: InlineExecutor(opened.address, gpu=demand.gpu), progress)
     return run
