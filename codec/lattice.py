@@ -102,8 +102,10 @@ class LatticeTensor:
         return replace(self, i=self.i[start:stop], j=self.j[start:stop], escapes=escapes)
 
     def escaped_weights(self) -> tuple[Tensor, Tensor]:
-        """Return flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes'
-        weights."""
+        """Return flat indices row*K + column (int64 [E], increasing) and values (float32 [E]) of the escapes' weights,
+        on the device of the escapes or of the coordinates."""
+        if self.escapes.weights is not None:
+            return self.escapes.weights
         if not len(self.escapes):  # common, and even operations on empty tensors cost time on a GPU
             return self.escapes.pair, self.escapes.i.to(torch.float32)
         if self.escapes.pair.device.type == "cpu":

@@ -104,12 +104,14 @@ def coordinates_from_theta(theta: Tensor) -> tuple[Tensor, Tensor]:
 class Escapes:
     """Pairs whose node is outside the trajectory's box, with their coordinates.
 
-    `pair` is int64 [E], the flat index r*P + p, strictly increasing; `i` and `j` are int32 [E].
+    `pair` is int64 [E], the flat index r*P + p, strictly increasing; `i` and `j` are int32 [E]. `weights` is the result
+    of `LatticeTensor.escaped_weights` if it is known, on the device of the matrix's coordinates.
     """
 
     pair: Tensor
     i: Tensor
     j: Tensor
+    weights: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.pair.numel()

@@ -346,7 +346,18 @@ def finish(queued: Queued) -> list[LatticeTensor]:
     if outside > queued.report.room:
         index, value = _listed_again(queued, outside)
     escapes = _escapes(queued, index, value)
-    return [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
+    codes = [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
+    return codes if queued.done is None else _with_weights(codes, queued.planes.device)
+
+
+def _with_weights(codes: Sequence[LatticeTensor], device: torch.device) -> list[LatticeTensor]:
+    """Return the codes with the weights of their escapes, which go to a GPU together: each copy waits for it."""
+    some = [code for code in codes if len(code.escapes)]
+    sent = iter(_moved([part for code in some for part in code.escaped_weights()], device))
+    return [
+        replace(code, escapes=replace(code.escapes, weights=(next(sent), next(sent)))) if len(code.escapes) else code
+        for code in codes
+    ]
 
 
 def _listed_again(queued: Queued, outside: int) -> tuple[Integers, npt.NDArray[np.int32]]:

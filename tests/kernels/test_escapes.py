@@ -110,3 +110,15 @@ def test_merging_what_is_stored_with_what_is_outside_is_as_in_numpy(data: st.Dat
 
 def _pieces(pair: op.Integers, ends: list[int]) -> Iterator[list[int]]:
     return (pair[low:high].tolist() for low, high in pairwise([0, *ends]))
+
+
+def test_weights_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = lattice.quantise(torch.randn(7, 130, generator=torch.Generator().manual_seed(0)), 1 / 300)
+    assert len(code.escapes)
+    (known,) = op._with_weights([code], torch.device("cpu"))
+    monkeypatch.setattr(LatticeTensor, "_escaped_on_cpu", lambda _: pytest.fail("computed"))
+    assert torch.equal(known.decode(), code.decode())
+    with pytest.raises(pytest.fail.Exception):
+        known.to("cpu").escaped_weights()
+    with pytest.raises(pytest.fail.Exception):
+        known.rows(0, 7).escaped_weights()
