@@ -116,16 +116,15 @@ def compress(
 ) -> None:
     """Compress, validate and publish the models of a manifest; skip those that are up to date."""
     from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
-    from birkhoff.pipeline.errors import ClusterError
     from birkhoff.pipeline.plan.manifest import load_manifest
     from birkhoff.pipeline.plan.models import select
     from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.report.recorder import Recorder
+    from birkhoff.pipeline.run.choice import Choice
     from birkhoff.pipeline.run.compress import compress as run_all
-    from birkhoff.pipeline.run.inline import InlineExecutor, threads_suffice
+    from birkhoff.pipeline.run.inline import InlineExecutor
     from birkhoff.pipeline.run.outcome import Demand, Executor
-    from birkhoff.pipeline.run.ray import RayExecutor
     from birkhoff.pipeline.run.schedule import in_turn
     from birkhoff.pipeline.shard.task import Reuse
     from birkhoff.pipeline.store.conditions import probed
@@ -141,25 +140,24 @@ def compress(
     with open_default_store(store or chosen.store, allow_http=chosen.allow_http, create=True) as opened:
         single = probed(opened, warn)
 
-        def start(demand: Demand) -> Executor:
+        def in_threads(reason: str) -> None:
+            warn(f"Ray did not start ({reason}); shards run in threads of this process")
+
+        choice = Choice(
+            opened.address,
+            ray=None if executor is None else executor is ExecutorName.RAY,
+            address=address,
+            workers=workers,
             # Only Ray's workers can be held to a limit of time.
-            limited = "shard_seconds" in chosen.model_fields_set
-            left_to_us = executor is None and address is None and workers is None and not limited
-            if executor is not ExecutorName.INLINE and not (left_to_us and threads_suffice(demand)):
-                try:
-                    return RayExecutor(
-                        opened.address,
-                        address=address,
-                        workers=workers,
-                        shard_seconds=chosen.shard_seconds,
-                        gpu=demand.gpu,
-                    )
-                except ClusterError as error:
-                    if executor is ExecutorName.RAY or address is not None:
-                        raise
-                    warn(f"Ray did not start ({error.reason}); shards run in threads of this process")
-            record.note_option("executor", ExecutorName.INLINE.value)
-            return InlineExecutor(opened.address, workers=workers, gpu=demand.gpu)
+            shard_seconds=chosen.shard_seconds if "shard_seconds" in chosen.model_fields_set else None,
+            told=in_threads,
+        )
+
+        def start(demand: Demand) -> Executor:
+            started = choice.start(demand)
+            if isinstance(started, InlineExecutor):
+                record.note_option("executor", ExecutorName.INLINE.value)
+            return record.watch(started)
 
         reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
         asked = executor or ExecutorName.RAY
@@ -173,17 +171,19 @@ def compress(
             Progress(
                 notes(), models=len(chosen.models), quiet=as_json or is_quiet() or log_format is LogFormat.JSON
             ) as progress,
+            choice,
         ):
             runs = run_all(
                 chosen,
                 opened,
-                lambda demand: record.watch(start(demand)),
+                start,
                 progress,
                 reuse=reuse,
                 mirror=mirror,
                 single_publisher=single,
                 signer=signer,
                 begun=record.follow,
+                ahead=choice.ahead,
             )
     if as_json or (any(run.version for run in runs) and not is_quiet()):
         rows = [run.row() for run in runs]

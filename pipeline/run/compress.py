@@ -72,11 +72,13 @@ def compress(
     single_publisher: bool = False,
     signer: Signer | None = None,
     begun: Callable[[Sequence[ModelRun]], object] = lambda _: None,
+    ahead: Callable[[int], object] = lambda _: None,
 ) -> list[ModelRun]:
     """Compress, validate and publish every model of a manifest. Returns one `ModelRun` per model, in its order.
 
     An error of one model ends that model alone. The executor is started only if a shard must be encoded. `begun` gets
-    the model runs before any work, so observers see them even if an error ends all.
+    the model runs before any work, so observers see them even if an error ends all. `ahead` is called while models are
+    still planned, with the bytes of those that need the executor in any case, so that it can begin what takes long.
 
     Raises:
         StoreError: The store failed for all models.
@@ -103,7 +105,7 @@ def compress(
             demand = Demand(nbytes=sum(run.source_bytes for run in left), gpu=any(run.wants_gpu for run in left))
             return stack.enter_context(start_executor(demand))
 
-        early = _prepare_all(job, runs, mirror, start)
+        early = _prepare_all(job, runs, mirror, start, ahead)
         check_rules(manifest, [run.planned for run in runs])
         for run in runs:
             if run.status is None and (base := _awaited(job, run, runs)) is not None and base.status is not None:
@@ -117,7 +119,11 @@ def compress(
 
 
 def _prepare_all(
-    job: _Job, runs: Sequence[ModelRun], mirror: Path | None, start: Callable[[], Executor]
+    job: _Job,
+    runs: Sequence[ModelRun],
+    mirror: Path | None,
+    start: Callable[[], Executor],
+    ahead: Callable[[int], object],
 ) -> Executor | None:
     """Plan all models beside each other: digests are nearly all of it, and leave the interpreter's lock.
 
@@ -132,10 +138,13 @@ def _prepare_all(
             for run, entry in zip(runs, job.manifest.models, strict=True)
         }
         prepared: dict[str, Future[None]] = {}
-        new = False
+        new = 0
         for future in as_completed(planning):
-            new |= future.result()
-            prepared[planning[future].name] = threads.submit(_prepare, job, planning[future])
+            run = planning[future]
+            prepared[run.name] = threads.submit(_prepare, job, run)
+            if future.result():
+                new += run.source_bytes
+                ahead(new)
         early = start() if new else None
         for run in runs:
             prepared[run.name].result()

@@ -59,12 +59,19 @@ _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
 """Ray's message about an actor whose node no longer answers."""
 
 
+def start_cluster(address: str | None) -> Cluster:
+    """Return the cluster for an executor: the one at an address, or a private one. Raises ClusterError."""
+    environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
+    return Cluster(address, logs.environment() | environment)
+
+
 class RayExecutor(AbstractContextManager["RayExecutor"]):
     """Runs tasks on Ray actors, one per CPU. With `gpu`, up to `WORKERS_PER_GPU` of them share each GPU, and alone get
     the tasks that are for GPUs.
 
     They are actors because a Ray task on a GPU gets its own process, which imports torch and starts CUDA each time.
-    With an `address` the executor joins that cluster, else it starts a private one and ends it afterwards.
+    With an `address` the executor joins that cluster, else it starts a private one and ends it afterwards. It does the
+    same with a `cluster` that was started ahead.
     `shard_seconds` is how long a worker may take for a shard before it counts as hung.
     """
 
@@ -75,6 +82,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         store: StoreAddress,
         *,
         address: str | None = None,
+        cluster: Cluster | None = None,
         workers: int | None = None,
         shard_seconds: float = SHARD_SECONDS,
         gpu: bool = True,
@@ -83,9 +91,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._deaths: Counter[tuple[str, int]] = Counter()
         self._lost_nodes: Counter[tuple[str, int]] = Counter()
         self._restarts = 0
-        environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-        self._cluster = Cluster(address, logs.environment() | environment)
+        self._cluster = start_cluster(address) if cluster is None else cluster
         self._ray = self._cluster.ray
+        self._actor = self._ray.remote(self.worker)
         try:
             count, with_gpu = self.capacity(workers, gpu=gpu)
             gpus = int(self._ray.cluster_resources().get("GPU", 0))
@@ -119,7 +127,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _start(self, gpu: bool) -> tuple[Any, Any]:
         """Start an actor. Returns it with the reference that resolves once it runs."""
         # One with a share of a GPU takes no CPU of the books: others could have taken all of its node's.
-        kind = self._ray.remote(self.worker).options(
+        kind = self._actor.options(
             num_cpus=0 if gpu else 1,
             num_gpus=self._share if gpu else 0,
             max_restarts=0,

@@ -101,6 +101,24 @@ def test_the_executor_is_told_what_the_run_asks_of_it(
     assert told == [Demand(nbytes=(tmp_path / "a.safetensors").stat().st_size, gpu=gpu)]
 
 
+def test_what_can_begin_ahead_is_told_of_the_models_that_are_new(
+    manifest: Manifest, directory_store: Store, tmp_path: Path
+) -> None:
+    told: list[int] = []
+
+    def make(manifest: Manifest) -> list[ModelRun]:
+        events, started = list[str](), threading.Event()
+        start = lambda _: Noting(directory_store, events, started)  # noqa: E731
+        with Progress(Console(quiet=True), models=2) as progress:
+            return module.compress(manifest, directory_store, start, progress, ahead=told.append)
+
+    make(manifest)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert told == [size, 2 * size]
+    make(manifest)
+    assert told == [size, 2 * size]
+
+
 def test_nothing_starts_where_all_is_up_to_date(manifest: Manifest, directory_store: Store) -> None:
     run(manifest, directory_store, [], threading.Event())
     events: list[str] = []

@@ -1,0 +1,118 @@
+"""Which executor a run gets, and when Ray starts for it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from birkhoff.pipeline.errors import ClusterError
+from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
+from birkhoff.pipeline.run import choice as module
+from birkhoff.pipeline.run.choice import Choice
+from birkhoff.pipeline.run.inline import START_BYTES
+from birkhoff.pipeline.run.outcome import Demand
+from birkhoff.pipeline.store.base import StoreAddress
+
+SMALL, LARGE = Demand(nbytes=START_BYTES, gpu=False), Demand(nbytes=START_BYTES + 1, gpu=False)
+
+
+class Cluster:
+    """Stands for Ray's."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
+    """Every cluster that was started. Executors are what they were made with."""
+    started: list[Cluster] = []
+
+    def start(_address: str | None) -> Cluster:
+        started.append(Cluster())
+        return started[-1]
+
+    monkeypatch.setattr(module, "start_cluster", start)
+    monkeypatch.setattr(module, "RayExecutor", lambda _, **given: ("ray", given))
+    monkeypatch.setattr(module, "InlineExecutor", lambda _, **given: ("threads", given))
+    return started
+
+
+def choice(tmp_path: Path, **given: Any) -> Choice:
+    usual: dict[str, Any] = {
+        "ray": None,
+        "address": None,
+        "workers": None,
+        "shard_seconds": None,
+        "told": lambda reason: pytest.fail(reason),
+    }
+    return Choice(StoreAddress.parse(tmp_path.as_uri()), **{**usual, **given})
+
+
+def kind(executor: Any) -> str:
+    return str(executor[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "small", "large"),
+    [
+        ({}, "threads", "ray"),
+        ({"ray": True}, "ray", "ray"),
+        ({"ray": False}, "threads", "threads"),
+        ({"ray": False, "workers": 3}, "threads", "threads"),
+        ({"workers": 3}, "ray", "ray"),
+        ({"address": "here:1"}, "ray", "ray"),
+        ({"shard_seconds": 9.0}, "ray", "ray"),
+    ],
+)
+@pytest.mark.usefixtures("clusters")
+def test_threads_run_what_they_suffice_for(tmp_path: Path, given: dict[str, Any], small: str, large: str) -> None:
+    assert [kind(choice(tmp_path, **given).start(demand)) for demand in (SMALL, LARGE)] == [small, large]
+
+
+def test_ray_starts_ahead_once_enough_is_planned(tmp_path: Path, clusters: list[Cluster]) -> None:
+    with choice(tmp_path) as chosen:
+        chosen.ahead(SMALL.nbytes)
+        assert not clusters
+        chosen.ahead(LARGE.nbytes)
+        chosen.ahead(2 * LARGE.nbytes)
+        executor: Any = chosen.start(Demand(nbytes=3 * LARGE.nbytes, gpu=True))
+    (cluster,) = clusters
+    assert executor == ("ray", {"cluster": cluster, "workers": None, "shard_seconds": SHARD_SECONDS, "gpu": True})
+    assert not cluster.closed  # that is the executor's part
+
+
+def test_a_cluster_that_no_executor_took_ends(tmp_path: Path, clusters: list[Cluster]) -> None:
+    with choice(tmp_path, ray=True) as chosen:
+        chosen.ahead(1)
+    assert [cluster.closed for cluster in clusters] == [True]
+
+
+def test_threads_never_start_ray_ahead(tmp_path: Path, clusters: list[Cluster]) -> None:
+    with choice(tmp_path, ray=False) as chosen:
+        chosen.ahead(2 * LARGE.nbytes)
+        assert kind(chosen.start(LARGE)) == "threads"
+    assert not clusters
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_threads_take_over_if_ray_does_not_start(tmp_path: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries, told = list[None](), list[str]()
+
+    def fail(_address: str | None) -> Cluster:
+        tries.append(None)
+        raise ClusterError("Ray on this machine", "no room")
+
+    monkeypatch.setattr(module, "start_cluster", fail)
+    with choice(tmp_path, told=told.append) as chosen:
+        for _ in range(2 * ahead):
+            chosen.ahead(LARGE.nbytes)
+        assert kind(chosen.start(LARGE)) == "threads"
+    assert (told, len(tries)) == (["no room"], 1)
+    for needs in ({"ray": True}, {"address": "here:1"}):
+        with choice(tmp_path, **needs) as chosen, pytest.raises(ClusterError, match="no room"):
+            chosen.start(LARGE)
