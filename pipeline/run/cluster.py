@@ -56,7 +56,8 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __init__(self, address: str | None, environment: Mapping[str, str] | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # GPUs are hidden from workers that have no share of one, before these import anything.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         configure_ray()
         try:
             import ray

@@ -31,8 +31,8 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 class Worker:
     """Holds what its tasks share: the store's client and the device.
 
-    Without `gpu` it uses none. A process of Ray that was given none would see every GPU, so they are hidden from it;
-    not so from a `thread`, whose program may use them itself. Each thread with a GPU has a stream of its own: on the
+    Without `gpu` it uses none. A process of Ray that was given none may see every GPU, so they are hidden from it; not
+    so from a `thread`, whose program may use them itself. Each thread with a GPU has a stream of its own: on the
     stream that all begin with, they would wait for each other's kernels.
     """
 

@@ -37,6 +37,7 @@ def executor(store: StoreAddress) -> Iterator[RayExecutor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
         with RayExecutor(store, workers=2) as executor:
             yield executor
 
@@ -98,6 +99,17 @@ def test_workers_import_transformers_beside_our_kernels(executor: RayExecutor) -
     assert facts["cuda"] == torch.cuda.is_available()
     if importlib.util.find_spec("transformers"):
         assert ray.get(ray.remote(import_sam).options(num_cpus=0).remote()) == "SamModel"
+
+
+def test_gpus_are_hidden_from_what_has_no_share_of_one(executor: RayExecutor) -> None:
+    import ray
+
+    assert len(executor.workers)  # Ray runs
+    assert ray.get(ray.remote(visible).options(num_cpus=0).remote()) == ""
+
+
+def visible() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def import_sam() -> str:
