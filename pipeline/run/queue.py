@@ -1,13 +1,14 @@
 """Choose the next task: pure decisions over tasks, sizes and what is running. The executors carry them out.
 
-Longest first, so that no long shard remains alone at the end. Within a byte budget, so that memory is bounded by the
-machine and not by the fleet. Never run two shards that may be duplicates at once: shards with equal names, shapes and
-recipe (a frozen encoder in two models) probably hold equal bytes, so the second waits, then finds the first in the
-store. Shards that are encoded in any case do not wait.
+Long tasks go first, so that none remains alone at the end. Others go model by model, those with the least work first,
+so that versions are published while the run goes on, and not all at its end. Within a byte budget, so that memory is
+bounded by the machine and not by the fleet. Never run two shards that may be duplicates at once: shards with equal
+names, shapes and recipe (a frozen encoder in two models) probably hold equal bytes, so the second waits, then finds the
+first in the store. Shards that are encoded in any case do not wait.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from birkhoff.pipeline.proof.task import ProofTask
@@ -26,6 +27,10 @@ class _Entry:
     nbytes: int
     on_gpu: bool
     kind: int
+
+
+LONG = 1 / 256
+"""Share of all work from which a task is long."""
 
 
 class TaskQueue:
@@ -88,7 +93,7 @@ class TaskQueue:
     def add(self, tasks: Iterable[Task]) -> None:
         """Add tasks that follow from results."""
         if more := list(map(self._entry, tasks)):
-            self._waiting = sorted([*self._waiting, *more], key=lambda entry: -entry.effort)
+            self._waiting = _in_order([*self._waiting, *more])
 
     def drop(self, model: str) -> None:
         """Remove the waiting tasks of a model that failed."""
@@ -102,3 +107,16 @@ class TaskQueue:
     def _count_running(self, entry: _Entry, change: int) -> None:
         self._running[entry.kind] += change
         self._in_flight += change * entry.nbytes
+
+
+def _in_order(entries: Sequence[_Entry]) -> list[_Entry]:
+    models: Counter[str] = Counter()
+    for entry in entries:
+        models[entry.task.model] += entry.effort
+    long = LONG * models.total()
+
+    def place(entry: _Entry) -> tuple[int, str, int]:
+        model = entry.task.model
+        return (-1, "", -entry.effort) if entry.effort > long else (models[model], model, -entry.effort)
+
+    return sorted(entries, key=place)

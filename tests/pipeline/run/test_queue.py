@@ -29,6 +29,26 @@ def test_largest_first() -> None:
     assert queue.take() is None
 
 
+def fleet() -> list[ShardTask]:
+    """Models of 300, 100 and 200 shards of one size, the last with one that is long."""
+    sizes = {"large": [1000] * 300, "small": [1000] * 100, "medium": [1000] * 199 + [1 << 22]}
+    return [task(n, floats, model=model) for model, own in sizes.items() for n, floats in enumerate(own)]
+
+
+def test_models_end_one_after_the_other_those_with_the_least_work_first() -> None:
+    queue = TaskQueue(fleet(), budget=10**12)
+    taken = [found.model for found in iter(queue.take, None)]
+    assert taken == ["medium"] + ["small"] * 100 + ["medium"] * 199 + ["large"] * 300
+
+
+def test_what_is_added_later_has_its_place_too() -> None:
+    tasks = fleet()
+    queue = TaskQueue(tasks[:300], budget=10**12)
+    assert [queue.take() for _ in range(10)] == tasks[:10]
+    queue.add(tasks[300:])
+    assert [found.model for found in iter(queue.take, None)][:102] == ["medium"] + ["small"] * 100 + ["medium"]
+
+
 def test_many_small_tensors_go_before_few_larger_ones() -> None:
     decoder = replace(task(0, 10), tensors=task(0, 10).tensors * 100)
     queue = TaskQueue([task(1, 8 << 20), decoder], budget=10**9)
