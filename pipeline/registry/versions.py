@@ -266,17 +266,25 @@ def is_signed(store: Store, version: Version, signer: Signer) -> bool:
     return named and alias_signed_by(signer.public, version.model, version.alias, version.pointer, audience=audience)
 
 
-def is_whole(store: Store, manifest: VersionManifest) -> bool:
-    """Return whether every blob of a version is stored at its right size."""
-    return not missing_blobs(store, manifest.stored)
+def is_whole(store: Store, manifest: VersionManifest, seen: set[tuple[str, int]] | None = None) -> bool:
+    """Return whether every blob of a version is stored at its right size. `seen` is as in `missing_blobs`."""
+    return not missing_blobs(store, manifest.stored, seen)
 
 
-def missing_blobs(store: Store, records: Iterable[BlobRecord]) -> list[BlobRecord]:
-    """Return the records whose blob a store lacks or has at another size. Each blob once; none is read. Raises
-    StoreError."""
-    wanted = list({(record.blob, record.bytes): record for record in records}.values())
-    found = each(lambda record: _blob(store, record), wanted)
-    return [record for record, info in zip(wanted, found, strict=True) if info is None]
+def missing_blobs(
+    store: Store, records: Iterable[BlobRecord], seen: set[tuple[str, int]] | None = None
+) -> list[BlobRecord]:
+    """Return the records whose blob a store lacks or has at another size. Each blob once; none is read.
+
+    The store is not asked for blobs, with their sizes, that were `seen` a moment ago for another version. What it has
+    is added to them. Raises StoreError.
+    """
+    seen = set() if seen is None else seen
+    wanted = {key: record for record in records if (key := (record.blob, record.bytes)) not in seen}
+    found = each(lambda record: _blob(store, record), wanted.values())
+    there = {key for key, info in zip(wanted, found, strict=True) if info is not None}
+    seen |= there
+    return [record for key, record in wanted.items() if key not in there]
 
 
 def _blob(store: Store, record: BlobRecord) -> ObjectInfo | None:

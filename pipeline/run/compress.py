@@ -55,6 +55,8 @@ class _Job:
     signer: Signer | None
     began: float
     """The start, in seconds of `time.perf_counter`."""
+    seen: set[tuple[str, int]]
+    """Blobs of versions found whole while the run was prepared, with their sizes: models share many."""
 
     def seconds(self) -> float:
         """Wall time of the run so far."""
@@ -92,6 +94,7 @@ def compress(
         single_publisher=single_publisher,
         signer=signer,
         began=time.perf_counter(),
+        seen=set(),
     )
     runs = [
         ModelRun(name=entry.name, profile=manifest.fidelity(entry).profile.name, labels=manifest.labels_of(entry))
@@ -198,7 +201,7 @@ def _compare(job: _Job, run: ModelRun) -> None:
     if newer is not None and latest.manifest.base is not None:
         planned = planned.on(latest.manifest.base, ())
     same = _same(latest.manifest, run, planned)
-    if same and is_whole(store, latest.manifest) and (not signer or is_signed(store, latest, signer)):
+    if same and is_whole(store, latest.manifest, job.seen) and (not signer or is_signed(store, latest, signer)):
         run.version, run.status, run.newer_base = latest, "up to date", newer
         _say_labels(store, run)
 
