@@ -91,8 +91,8 @@ def compress(
         typer.Option(
             min=1,
             metavar="N",
-            help="Number of Ray workers or of threads with --executor inline (default: one per CPU; up to 6 "
-            "threads if the run has work for a GPU).",
+            help="Number of Ray workers (default: one per CPU, but for one CPU in 8), or of threads with --executor "
+            "inline (default: one per CPU up to 8, or up to 6 if the run has work for a GPU).",
         ),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,

@@ -1,11 +1,11 @@
 """An executor that runs shards in threads of this process: for a few models without a GPU, and machines without Ray.
 
 Ray's workers take longer to start than one model takes to compress (see `START_BYTES`). Reading, hashing, the codec's
-native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor; on a GPU
-a few, each on a stream of its own. Statistics and proofs use all processors, and import model code: they run in the
-main thread, and nothing beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks the
-process ends the run. The next run continues from the store in either case. A run that is to stop ends its threads at
-their next step, after the tensor or the request at hand: an exception raised in a thread from outside could leave a
+native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor up to a
+few; on a GPU each on a stream of its own. Statistics and proofs use all processors, and import model code: they run in
+the main thread, and nothing beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks
+the process ends the run. The next run continues from the store in either case. A run that is to stop ends its threads
+at their next step, after the tensor or the request at hand: an exception raised in a thread from outside could leave a
 lock held that others wait for.
 """
 
@@ -27,10 +27,13 @@ from birkhoff.pipeline.store.base import StoreAddress
 
 START_BYTES = 4 << 30
 """Bytes of weights in a run from which Ray's workers are worth their start. On two cores SAM-H, 2.4 GiB, takes 11 s in
-threads and 19 s with Ray, SAM-B 4 s and 13 s. On a GPU SAM-H takes 11 s either way, and 91 s the family of 19, which
-Ray's processes end in 36 s: they do not share the interpreter's lock. What also makes up for Ray's start in longer runs
-is that a worker that hangs or breaks costs one try of one shard."""
+threads and 19 s with Ray, SAM-B 4 s and 13 s. On 16 cores the family of 19 takes 31 s in threads, and Ray's processes
+end it in 17 s: they do not share the interpreter's lock. What also makes up for Ray's start in longer runs is that a
+worker that hangs or breaks costs one try of one shard."""
 
+CPU_WORKERS = 8
+"""Most threads that share the interpreter's lock. With 16 on as many cores the family takes 43 s, with 8 it takes 31 s;
+SAM-H and SAM-B together take 10.0, 7.8 and 8.1 s with 4, 8 and 12."""
 
 GPU_WORKERS = 6
 """Most threads that share a GPU. Feedback with paths occupies few of its processors, and the CPU works on one shard
@@ -46,8 +49,8 @@ def threads_suffice(demand: Demand) -> bool:
 
 
 class InlineExecutor(AbstractContextManager["InlineExecutor"]):
-    """Runs up to `workers` tasks at a time in threads of this process; by default one per processor, and with `gpu`, if
-    there is one, as many as its memory holds, up to `GPU_WORKERS`.
+    """Runs up to `workers` tasks at a time in threads of this process. By default that is one per processor up to
+    `CPU_WORKERS`, and with `gpu`, if there is one, as many as its memory holds, up to `GPU_WORKERS`.
 
     An error of this package is the outcome of its task. A task that ran out of memory is tried once more, alone.
     """
@@ -134,6 +137,6 @@ class _Thread(threading.Thread):
 
 def _count(worker: Worker) -> int:
     if not worker.on_gpu:
-        return processors()
+        return min(processors(), CPU_WORKERS)
     free, _ = torch.cuda.mem_get_info(worker.device)
     return max(1, min(processors(), GPU_WORKERS, free // GPU_BYTES))

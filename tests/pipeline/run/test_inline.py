@@ -318,8 +318,9 @@ def test_a_run_without_work_for_a_gpu_does_not_ask_for_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for"))
     monkeypatch.setattr(inline, "processors", lambda: 7)
+    monkeypatch.setattr(inline, "CPU_WORKERS", 5)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     with InlineExecutor(store(tmp_path), gpu=False) as executor:
-        assert len(executor._free) == 7
+        assert len(executor._free) == 5
         assert all(outcome.error is None for outcome in run(executor, tasks))
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible  # it is the program's

@@ -129,15 +129,18 @@ def test_more_workers_than_the_cluster_has_is_refused_not_waited_for(
 @pytest.mark.parametrize(
     ("gpus", "cpus", "workers", "gpu", "found"),
     [
-        (0, 16, None, True, (16, 0)),
-        (1, 16, None, True, (16, WORKERS_PER_GPU)),
-        (2, 32, None, True, (32, 2 * WORKERS_PER_GPU)),
-        (2, 32, None, False, (32, 0)),
+        (0, 1, None, True, (1, 0)),
+        (0, 7, None, True, (7, 0)),
+        (0, 16, None, True, (14, 0)),
+        (1, 16, None, True, (14, WORKERS_PER_GPU)),
+        (2, 32, None, True, (28, 2 * WORKERS_PER_GPU)),
+        (2, 32, None, False, (28, 0)),
         (8, 4, None, True, (4, 4)),
         (1, 16, 2, True, (2, 2)),
+        (1, 16, 16, True, (16, WORKERS_PER_GPU)),
     ],
 )
-def test_every_cpu_has_a_worker_and_some_share_a_gpu(
+def test_most_cpus_have_a_worker_and_some_of_these_share_a_gpu(
     gpus: int,
     cpus: int,
     workers: int | None,
