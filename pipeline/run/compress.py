@@ -245,6 +245,8 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
     queue = TaskQueue(starts, budget=_in_flight(job.manifest))
     for outcome in executor.run(queue):
         run = waiting[outcome.task.model]
+        if isinstance(outcome.result, ShardResult):
+            queue.note(outcome.task, outcome.result.record)
         if run.status is None:
             queue.add(_take(job, run, outcome))
             if run.status == "published" and job.manifest.keep is not None:

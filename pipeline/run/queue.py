@@ -4,14 +4,15 @@ Long tasks go first, so that none remains alone at the end. Others go model by m
 so that versions are published while the run goes on, and not all at its end. Within a byte budget, so that memory is
 bounded by the machine and not by the fleet. Never run two shards that may be duplicates at once: shards with equal
 names, shapes and recipe (a frozen encoder in two models) probably hold equal bytes, so the second waits, then finds the
-first in the store. Shards that are encoded in any case do not wait.
+first's record. Shards that are encoded in any case do not wait.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from birkhoff.pipeline.proof.task import ProofTask
+from birkhoff.pipeline.registry.documents import ShardRecord
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 
@@ -42,6 +43,7 @@ class TaskQueue:
 
     def __init__(self, tasks: Iterable[Task], *, budget: int) -> None:
         self._kinds: dict[object, int] = {}
+        self._records: defaultdict[int, dict[str, ShardRecord]] = defaultdict(dict)
         self._waiting: list[_Entry] = []
         self._budget = budget
         self._running: Counter[int] = Counter()
@@ -70,8 +72,16 @@ class TaskQueue:
             if (idle or (fits and not self.is_alone(entry.task))) and entry.on_gpu in on_gpu:
                 self._count_running(entry, 1)
                 self._exclusive = self.is_alone(entry.task)
-                return self._waiting.pop(index).task
+                return self._knowing(self._waiting.pop(index))
         return None
+
+    def note(self, task: Task, record: ShardRecord) -> None:
+        """Record what became of a shard, for those that may be duplicates."""
+        self._records[self._entry(task).kind][record.key] = record
+
+    def _knowing(self, entry: _Entry) -> Task:
+        task, records = entry.task, self._records.get(entry.kind)
+        return replace(task, known=tuple(records.values())) if records and isinstance(task, ShardTask) else task
 
     def is_alone(self, task: Task) -> bool:
         """Return whether a task must run alone."""

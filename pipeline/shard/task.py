@@ -6,6 +6,7 @@ from typing import Literal
 from birkhoff.codec.native.library import native
 from birkhoff.codec.profiles import Decision, Recipe
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
+from birkhoff.pipeline.registry.documents import ShardRecord
 
 TENSOR_BYTES = 1 << 19
 """Source bytes that take as long as the fixed cost of one tensor. A decoder's 120 small tensors take longer than an
@@ -46,6 +47,8 @@ class ShardTask:
     reuse: Reuse = "trust"
     bases: tuple[BaseShard, ...] = ()
     """Shards of a base version with tensors of the same names, which may serve as bases."""
+    known: tuple[ShardRecord, ...] = ()
+    """Records of shards of this run that may be the same. They were stored or found in the store a moment ago."""
     targets_db: tuple[tuple[float, ...], ...] = ()
     """Candidate targets of each tensor under a budget in dB, [T] each. If given, sizes are estimated and nothing is
     encoded."""

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
+from birkhoff.pipeline.registry.documents import ShardRecord
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.shard.task import ShardTask, TensorPlan
 
@@ -21,6 +22,12 @@ def task(index: int, floats: int, *, model: str = "m", name: str | None = None) 
     )
     plan = TensorPlan(tensor=tensor, decision=Decision(codec="planes"))
     return ShardTask(model=model, index=index, tensors=(plan,), recipe=PROFILES["balanced"].recipe())
+
+
+def record(key: str) -> ShardRecord:
+    return ShardRecord(
+        key=key, blob="0" * 64, bytes=1, source_bytes=200, tensors=1, sqnr_db=(), probe_db=(), probe_error=0.0
+    )
 
 
 def test_largest_first() -> None:
@@ -85,6 +92,17 @@ def test_twins_wait_for_each_other_and_others_overtake() -> None:
     assert queue.take() is None
     queue.done(first)
     assert queue.take() == duplicates[1]
+
+
+def test_twins_know_what_became_of_each_other() -> None:
+    tasks = [task(0, 50, model=model, name="enc") for model in "abc"]
+    queue, records = TaskQueue([*tasks, task(1, 1)], budget=10**9), [record(key * 64) for key in "12"]
+    for found, expected in zip(records, tasks, strict=False):
+        assert queue.take() == replace(expected, known=tuple(records[: tasks.index(expected)]))
+        queue.done(expected)
+        queue.note(expected, found)
+    assert queue.take() == replace(tasks[2], known=tuple(records))
+    assert queue.take() == task(1, 1)  # it has no twin
 
 
 def test_twins_that_are_made_anew_in_any_case_do_not_wait() -> None:

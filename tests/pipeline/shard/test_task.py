@@ -1,4 +1,4 @@
-"""Which shards a GPU is of use to."""
+"""Which shards a GPU is of use to, and which are taken from others of the run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,9 @@ from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.pipeline.checkpoint.open import open_checkpoint
 from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.shard import task as module
-from birkhoff.pipeline.shard.task import ShardTask, TensorPlan
+from birkhoff.pipeline.shard.run import ShardResult, compress_shard
+from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
+from birkhoff.pipeline.store.memory import MemoryStore
 
 
 @pytest.fixture
@@ -43,6 +45,35 @@ def test_feedback_of_errors_is_for_a_gpu(path: Path) -> None:
 def test_without_the_native_library_a_gpu_encodes_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "native", lambda: None)
     assert task_of(path, "balanced").on_gpu
+
+
+@pytest.mark.parametrize("reuse", ["trust", "revalidate", "prove", "never"])
+def test_a_shard_that_this_run_has_made_is_taken_without_the_store(path: Path, reuse: Reuse) -> None:
+    asked: list[str] = []
+
+    class Watched(MemoryStore):
+        def get(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+            asked.append(key)
+            return super().get(key, start=start, length=length)
+
+    store, cpu, task = Watched(), torch.device("cpu"), task_of(path, "balanced")
+    made = compress_shard(task, store, cpu)
+    assert isinstance(made, ShardResult)
+    others = [made.record.model_copy(update={"key": key * 64}) for key in "ab"]
+    asked.clear()
+    found = compress_shard(replace(task, known=(others[0], made.record, others[1]), reuse=reuse), store, cpu)
+    assert isinstance(found, ShardResult)
+    assert found.record == made.record
+    assert bool(asked) == (reuse in ("revalidate", "prove"))
+    assert found.reused == (reuse != "never")
+
+
+def test_one_that_only_looks_the_same_is_made(path: Path) -> None:
+    task, cpu = task_of(path, "balanced"), torch.device("cpu")
+    made = compress_shard(task, MemoryStore(), cpu)
+    other = made.record.model_copy(update={"key": "f" * 64, "blob": "e" * 64})
+    found = compress_shard(replace(task, known=(other,)), MemoryStore(), cpu)
+    assert (found.record, found.reused) == (made.record, False)
 
 
 def test_sizes_are_estimated_on_processors(path: Path) -> None:
