@@ -7,7 +7,7 @@ import base64
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -60,7 +60,8 @@ _FROM_ROW = (
 
 
 class Recorder(AbstractContextManager["Recorder"]):
-    """Follows one run: its models (`follow`) and its executor (`watch`). Writes the report when the block ends.
+    """Follows one run: its models (`follow`) and its executor (`watch`). Writes the report when the block ends; what it
+    needs of a published model is read beside the rest of the run.
 
     If an error ends the run, the report shows the models as far as they got. No report is written if the error came
     before a worker was started or from the store, if the user ended the run, or if everything was up to date. Failing
@@ -75,6 +76,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._made: dict[str, int] = {}
         self.run: str = self._clock.run
         self._runs: Sequence[ModelRun] = ()
+        self._layers = _Layers(store)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="report")
+        self._read: dict[str, Future[tuple[LayerRecord, ...]]] = {}
         self._began = False
         self.written: bool = False
 
@@ -89,9 +93,15 @@ class Recorder(AbstractContextManager["Recorder"]):
     def watch(self, executor: Executor) -> Executor:
         """Return a wrapper of the executor that records outcomes as they pass."""
         self._began = True
-        return _Watched(executor, self._note)
+        return _Watched(executor, self._note, self._read_published)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._write(error)
+        finally:
+            self._reader.shutdown(cancel_futures=True)
+
+    def _write(self, error: BaseException | None) -> None:
         ended = error is None and any(run.status != "up to date" for run in self._runs)
         broken = self._began and isinstance(error, BirkhoffError) and not isinstance(error, StoreError)
         if not ended and not broken:
@@ -109,11 +119,12 @@ class Recorder(AbstractContextManager["Recorder"]):
         Raises:
             StoreError, IntegrityError: A published version cannot be read back.
         """
-        runs, layers = self._runs, _Layers(self._store)
+        runs = self._runs
+        self._read_published()
         return RunReport(
             **self._frame(),
             totals=self._totals(runs),
-            models=tuple(self._model(run, layers) for run in runs),
+            models=tuple(map(self._model, runs)),
             slowest=tuple(sorted(self._timings, key=lambda timing: -timing.seconds)[:SLOWEST]),
             error=error,
             seconds=self._clock.seconds(),
@@ -150,7 +161,13 @@ class Recorder(AbstractContextManager["Recorder"]):
             )
         )
 
-    def _model(self, run: ModelRun, layers: "_Layers") -> ModelRecord:
+    def _read_published(self) -> None:
+        """Begin to read the tensors of models that were published since the last call, beside the run."""
+        for run in self._runs:
+            if run.status == "published" and run.version is not None and run.name not in self._read:
+                self._read[run.name] = self._reader.submit(self._layers.of, run)
+
+    def _model(self, run: ModelRun) -> ModelRecord:
         row = run.row()
         version = run.version
         shards = version.manifest.shards if version else ()
@@ -169,7 +186,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 "shards": len(shards) or (len(run.planned.plan.shards) if run.planned else None),
                 "shards_reused": len(reused),
                 "reused_bytes": sum(shards[index].bytes for index in reused) if published else 0,
-                "layers": layers.of(run) if published else (),
+                "layers": self._read[run.name].result() if published else (),
                 "changes": changes(self._store, run.before, version) if published and version and run.before else None,
             }
         )
@@ -200,8 +217,10 @@ class Recorder(AbstractContextManager["Recorder"]):
 
 
 class _Watched(AbstractContextManager["_Watched"]):
-    def __init__(self, executor: Executor, note: Callable[[Outcome], None]) -> None:
-        self._executor, self._note = executor, note
+    """Calls `note` with each outcome, and `taken` after the run has taken it."""
+
+    def __init__(self, executor: Executor, note: Callable[[Outcome], None], taken: Callable[[], None]) -> None:
+        self._executor, self._note, self._taken = executor, note, taken
 
     def __enter__(self) -> "_Watched":
         self._executor.__enter__()
@@ -214,6 +233,7 @@ class _Watched(AbstractContextManager["_Watched"]):
         for outcome in self._executor.run(queue):
             self._note(outcome)
             yield outcome
+            self._taken()
 
 
 class _Layers:

@@ -1,6 +1,7 @@
 """Reports: what a run writes about itself, what people read of it, and how long it stays."""
 
 import json
+import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,15 +13,17 @@ from birkhoff.pipeline.errors import ArtifactNotFoundError, StoreError, WorkerEr
 from birkhoff.pipeline.registry.gc import collect
 from birkhoff.pipeline.registry.versions import resolve
 from birkhoff.pipeline.report import html, recorder
-from birkhoff.pipeline.report.document import RunReport, schema
+from birkhoff.pipeline.report.document import LayerRecord, RunReport, schema
 from birkhoff.pipeline.report.html import render
 from birkhoff.pipeline.report.stored import RunClock, read_report
 from birkhoff.pipeline.run.inline import InlineExecutor
+from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.run_ids import run_of
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.text import sparkline
+from tests.patience import PATIENT_SECONDS
 from tests.pipeline.report.reports import HOSTILE, Fleet, family_report, page_data
 
 SCHEMA = Path(recorder.__file__).parent / "report.schema.json"
@@ -130,6 +133,27 @@ def test_a_run_that_failed_before_it_began_leaves_no_report(fleet: Fleet, monkey
     monkeypatch.setattr("birkhoff.pipeline.run.inline.InlineExecutor.__init__", refuse)
     code, _, err = fleet.compress()
     assert (code, "no workers today" in err, fleet.runs()) == (13, True, [])
+
+
+def test_a_published_model_is_read_while_the_run_goes_on(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, of, read = InlineExecutor.run, recorder._Layers.of, threading.Event()
+
+    def note(self: recorder._Layers, model: ModelRun) -> tuple[LayerRecord, ...]:
+        read.set()
+        return of(self, model)
+
+    def wait_after_the_first_model(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
+        for outcome in run(self, queue):
+            with fleet.store() as store:
+                if any("/names/" in info.key for info in store.list("models/")):
+                    assert read.wait(PATIENT_SECONDS)
+            yield outcome
+
+    monkeypatch.setattr(recorder._Layers, "of", note)
+    monkeypatch.setattr(InlineExecutor, "run", wait_after_the_first_model)
+    code, _, _ = fleet.compress()
+    assert code == 0
+    assert [(model.status, bool(model.layers)) for model in fleet.report().models] == [("published", True)] * 2
 
 
 def test_a_run_that_broke_off_reports_what_was_published(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
