@@ -5,12 +5,6 @@
 import triton
 import triton.language as tl
 
-from birkhoff.kernels.runtime.device import gpu_in_sight
-
-if gpu_in_sight():
-    # Triton imports it for a process's first kernel: 0.13 s in which no other thread runs, while a model is loaded.
-    import triton.experimental.gluon
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether these kernels are interpreted. The interpreter truncates to bfloat16 and cannot multiply it."""
 

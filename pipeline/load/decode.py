@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 
+import birkhoff.kernels.runtime.first_kernel  # noqa: F401
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.processors import processors

@@ -1,7 +1,9 @@
-"""Triton's digest of itself is kept: the same one, made once, and anew where a file of Triton's changed."""
+"""What a process's first kernel needs: Triton's digest, kept and made anew where a file changed, and imports."""
 
 import importlib
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,16 @@ def test_triton_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert [holder.triton_key() for holder in holders] == [KEY] * len(holders)
     assert [file.read_text() for file in tmp_path.iterdir()] == [KEY]
     triton_key.keep_triton_key.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_a_first_kernel_needs_is_imported_where_there_is_a_gpu(gpu: bool) -> None:
+    program = f"""
+        import sys
+        from birkhoff.kernels.runtime import device
+        device.gpu_in_sight = lambda: {gpu}
+        import birkhoff.kernels.runtime.first_kernel
+        print("triton.experimental.gluon" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(gpu)
