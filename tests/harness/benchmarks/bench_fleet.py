@@ -221,8 +221,27 @@ def workplace(parent: Path | None) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def store_url(form: str, work: Path, label: str) -> str:
-    """URL of a store that holds nothing yet: `file` and `embedded` lie in the work folder."""
+    """URL of a store that holds nothing yet: `file` lies in the work folder, `embedded` in the pipeline's home."""
     return (work / "store" / label).as_uri() if form == "file" else form
+
+
+@contextmanager
+def serving(options: argparse.Namespace, environment: dict[str, str]) -> Iterator[None]:
+    """Keep the embedded server up inside the block, as one that serves many commands is."""
+    if options.store != "embedded":
+        yield
+        return
+
+    def store(*command: str) -> None:
+        found = measure([str(options.command), "store", *command], environment=environment, limit_s=options.time_limit)
+        if found.returncode != 0:
+            raise BenchmarkError(f"birkhoff store {' '.join(command)}: {found.errors.strip()}")
+
+    store("up")
+    try:
+        yield
+    finally:
+        store("down")
 
 
 def _settle() -> None:
@@ -276,7 +295,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="checkpoints written before; otherwise they are written and removed")
-    add("--store", default="file", help="file (the default), embedded, or the URL of an empty store")
+    add("--store", default="file", help="file (the default), embedded (an S3 server here), or an empty store's URL")
     add("--only", action="append", default=[], metavar="NAME", help="these models of the manifest; repeatable")
     add("--one", action="append", default=[], metavar="NAME", help="each by itself, `all` for every model; repeatable")
     add("--cpu", action="store_true", help="hide the GPUs")
@@ -311,7 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.one:
             runs = _one_by_one(options, work, environment, deadline)
         else:
-            runs = [_single(options, work, environment, deadline, only=options.only, label="fleet")]
+            with serving(options, environment):
+                runs = [_single(options, work, environment, deadline, only=options.only, label="fleet")]
     record = fleet_report.record(
         form="one by one" if options.one else "fleet",
         store=options.store,

@@ -158,12 +158,18 @@ def test_sharing_counts_common_blobs_once() -> None:
 
 
 def test_criteria_are_judged_only_where_they_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = {"wall_s": 91.0, "stored_share": 0.51, "second_run_s": 3.0, "second_run_new_blobs": 1}
+    figures = {
+        "wall_s": 21.0,
+        "peak_bytes_by_role": {"worker": 7e9},
+        "stored_share": 0.51,
+        "second_run_s": 3.0,
+        "second_run_new_blobs": 1,
+    }
     record = fleet_report.record(
         form="fleet", store="file", scale=1.0, runs=[{"figures": figures, "models": [{}] * 18, "problems": []}]
     )
     record["machine"] |= {"gpus": ["NVIDIA H200"], "cores": 16}
-    assert [verdict for *_, verdict in fleet_report.criteria(record)] == ["missed", "met", "missed"]
+    assert [verdict for *_, verdict in fleet_report.criteria(record)] == ["missed", "met", "met", "missed"]
     record["machine"]["gpus"] = []
     assert next(verdict for *_, verdict in fleet_report.criteria(record)) not in ("met", "missed")
     assert fleet_report.criteria({**record, "scale": 0.1}) == []
