@@ -55,7 +55,7 @@ class Choice(AbstractContextManager["Choice"]):
 
     def start(self, demand: Demand) -> Executor:
         """Return the executor for a demand. Raises ClusterError if Ray is needed and does not start."""
-        if self._takes_ray(demand):
+        if self._cluster is not None or self._takes_ray(demand):
             try:
                 return RayExecutor(
                     self._store,

@@ -7,6 +7,7 @@ separately, up to `NODE_LOSSES`. A task that ran out of memory is tried once mor
 """
 
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -98,11 +99,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._restarts = 0
         self._cluster = start_cluster(address) if cluster is None else cluster
         self._ray = self._cluster.ray
-        self._actor = self._ray.remote(self.worker)
         try:
-            count, with_gpu = self.capacity(workers, gpu=gpu)
-            gpus = int(self._ray.cluster_resources().get("GPU", 0))
-            self._share = min(1.0, gpus / max(1, with_gpu))
+            self._actor = self._ray.remote(self.worker)
+            count, with_gpu, self._share = self.capacity(workers, gpu=gpu)
             self._metrics = metrics()
             self._slots = WorkerSlots(self._start, [n < with_gpu for n in range(count)])
         except BaseException:
@@ -114,8 +113,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """Handles of the current actors."""
         return [slot.actor for slot in self._slots]
 
-    def capacity(self, workers: int | None = None, *, gpu: bool = True) -> tuple[int, int]:
-        """Return (number of workers, how many of them share GPUs, none without `gpu`).
+    def capacity(self, workers: int | None = None, *, gpu: bool = True) -> tuple[int, int, float]:
+        """Return (number of workers, how many of them share GPUs, the share of each). Without `gpu` none does.
+
+        Ray gives an actor a share of one GPU, not of several, so the share is that of the GPU that most have.
 
         Raises:
             WorkerError: The cluster is too small. Ray would wait for ever for the missing resources.
@@ -127,7 +128,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         if workers is not None and workers > cpus:
             raise WorkerError(f"{workers} workers asked for, the cluster has room for {cpus}, one per CPU")
         count = workers or cpus - cpus // CPUS_TO_A_FREE_ONE
-        return count, min(count, gpus * WORKERS_PER_GPU) if gpu else 0
+        with_gpu = min(count, gpus * WORKERS_PER_GPU) if gpu else 0
+        return count, with_gpu, 1 / math.ceil(with_gpu / gpus) if with_gpu else 0.0
 
     def _start(self, gpu: bool) -> tuple[Any, Any]:
         """Start an actor. Returns it with the reference that resolves once it runs."""
@@ -143,6 +145,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Keep every worker busy with up to two tasks, within the queue's byte budget."""
+        self._slots.begin()
         while True:
             interrupt.check()
             self._assign(queue)

@@ -70,6 +70,10 @@ class WorkerSlots:
     def __iter__(self) -> Iterator[WorkerSlot]:
         return iter(self._all)
 
+    def begin(self) -> None:
+        """Count the time that workers may take to start from now on: nobody asked before whether they have."""
+        self._changed = time.monotonic()
+
     def references(self) -> dict[Any, WorkerSlot]:
         """Return every reference to wait for, with its worker."""
         found = {slot.starting: slot for slot in self._all if slot.starting is not None}

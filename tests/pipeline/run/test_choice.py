@@ -85,6 +85,13 @@ def test_ray_starts_ahead_once_enough_is_planned(tmp_path: Path, clusters: list[
     assert not cluster.closed  # that is the executor's part
 
 
+def test_ray_that_has_started_is_used_although_less_is_left(tmp_path: Path, clusters: list[Cluster]) -> None:
+    with choice(tmp_path) as chosen:
+        chosen.ahead(LARGE.nbytes)
+        assert kind(chosen.start(SMALL)) == "ray"
+    assert len(clusters) == 1
+
+
 def test_a_cluster_that_no_executor_took_ends(tmp_path: Path, clusters: list[Cluster]) -> None:
     with choice(tmp_path, ray=True) as chosen:
         chosen.ahead(1)

@@ -18,7 +18,7 @@ from birkhoff.pipeline.registry.documents import BudgetRecord, ShardRecord, Sour
 from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.run.ray import TRIES, WORKERS_PER_GPU, RayExecutor
+from birkhoff.pipeline.run.ray import TRIES, RayExecutor
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 
@@ -129,15 +129,18 @@ def test_more_workers_than_the_cluster_has_is_refused_not_waited_for(
 @pytest.mark.parametrize(
     ("gpus", "cpus", "workers", "gpu", "found"),
     [
-        (0, 1, None, True, (1, 0)),
-        (0, 7, None, True, (7, 0)),
-        (0, 16, None, True, (14, 0)),
-        (1, 16, None, True, (14, WORKERS_PER_GPU)),
-        (2, 32, None, True, (28, 2 * WORKERS_PER_GPU)),
-        (2, 32, None, False, (28, 0)),
-        (8, 4, None, True, (4, 4)),
-        (1, 16, 2, True, (2, 2)),
-        (1, 16, 16, True, (16, WORKERS_PER_GPU)),
+        (0, 1, None, True, (1, 0, 0.0)),
+        (0, 7, None, True, (7, 0, 0.0)),
+        (0, 16, None, True, (14, 0, 0.0)),
+        (1, 16, None, True, (14, 4, 0.25)),
+        (2, 32, None, True, (28, 8, 0.25)),
+        (2, 32, None, False, (28, 0, 0.0)),
+        (2, 8, None, True, (7, 7, 0.25)),
+        (8, 16, None, True, (14, 14, 0.5)),
+        (8, 4, None, True, (4, 4, 1.0)),
+        (2, 8, 3, True, (3, 3, 0.5)),
+        (1, 16, 2, True, (2, 2, 0.5)),
+        (1, 16, 16, True, (16, 4, 0.25)),
     ],
 )
 def test_most_cpus_have_a_worker_and_some_of_these_share_a_gpu(
@@ -145,12 +148,14 @@ def test_most_cpus_have_a_worker_and_some_of_these_share_a_gpu(
     cpus: int,
     workers: int | None,
     gpu: bool,
-    found: tuple[int, int],
+    found: tuple[int, int, float],
     executor: RayExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executor._ray, "cluster_resources", lambda: {"GPU": float(gpus), "CPU": float(cpus)})
     assert executor.capacity(workers, gpu=gpu) == found
+    _, with_gpu, share = found
+    assert gpus * (1 // (share or 1.0)) >= with_gpu  # each share is one of a single GPU
 
 
 def test_a_budget_ends_at_the_same_target_on_workers_as_in_this_process(executor: RayExecutor, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_run_completes_although_a_node_dies(two: Nodes, tmp_path: Path) -> Non
     work = plan_model("net", open_checkpoint(tmp_path / "net.safetensors"), profile, shard_bytes=1).tasks("net")
     store = StoreAddress.parse((tmp_path / "store").as_uri())
     with RayExecutor(store, address=two.cluster.address) as executor:
-        assert executor.capacity() == (2, 0)
+        assert executor.capacity() == (2, 0, 0.0)
         facts = ray.get([actor.identity.remote() for actor in executor.workers])  # one on each node, both at work
         assert all("py_modules" in fact["package"] for fact in facts)  # the driver's code, not what a node has
         outcomes = executor.run(TaskQueue(work, budget=1 << 30))

@@ -136,3 +136,12 @@ def test_the_start_of_a_worker_is_waited_for_as_long_as_others_are_at_work(monke
     now[0] += 1
     with pytest.raises(WorkerError, match="1 of 2 workers did not start within 300 s"):
         slots.check_started()
+
+
+def test_the_time_before_tasks_are_handed_out_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("birkhoff.pipeline.run.workers.time.monotonic", lambda: now[0])
+    slots = unstarted(2)
+    now[0] = 2 * START_SECONDS  # digests took so long
+    slots.begin()
+    slots.check_started()
