@@ -147,6 +147,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_at_most(file: BinaryIO, length: int) -> bytes:
+    """Return up to `length` bytes of an open file. Python would set memory aside for all that is asked for."""
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    return file.read(max(0, min(length, left)))
+
+
 def take_lock(file: IO[Any]) -> None:
     """Lock an open file against other holders, and wait for them. Raises Interrupted once the user asks to stop."""
     while True:

@@ -32,6 +32,7 @@ from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, ROUNDS, VERSION_FILE,
 from birkhoff.pipeline.artifact.references import Found, find, noted_signatures, recall
 from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size, read_document
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
+from birkhoff.pipeline.files import read_at_most
 from birkhoff.pipeline.registry.documents import FLOOR_DB, BlobRecord, ShardRecord, VersionManifest, blob_key, sha256
 from birkhoff.pipeline.registry.labels import read_labels
 from birkhoff.pipeline.registry.parallel import pool
@@ -204,7 +205,8 @@ class StoredArtifact(Artifact):
             return self._get(shard, size)
         head = bytearray()
         with self._missing_told(shard):
-            self._store.copy_range(blob_key(shard.blob), memoryview(bytearray(size)), head.extend, start=0, length=size)
+            buffer = memoryview(bytearray(min(size, _HEADER_GUESS)))
+            self._store.copy_range(blob_key(shard.blob), buffer, head.extend, start=0, length=size)
         self._reads.append(len(head))
         return bytes(head)
 
@@ -266,7 +268,7 @@ class CachedArtifact(Artifact):
         path = self._cache.path(record.blob)
         try:
             with path.open("rb") as file:
-                return file.read(size)
+                return file.read() if size < 0 else read_at_most(file, size)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; load again") from None
 
@@ -306,7 +308,7 @@ class PulledArtifact(Artifact):
     def _read(self, path: Path, size: int) -> bytes:
         try:
             with path.open("rb") as file:
-                return file.read(size)
+                return file.read() if size < 0 else read_at_most(file, size)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; pull again") from None
 

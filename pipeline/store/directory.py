@@ -39,7 +39,7 @@ from birkhoff.pipeline.errors import (
     StoreDeniedError,
     StoreError,
 )
-from birkhoff.pipeline.files import sync_folder
+from birkhoff.pipeline.files import read_at_most, sync_folder
 from birkhoff.pipeline.store.base import ObjectInfo, Store, StoreAddress
 from birkhoff.pipeline.store.keys import RESERVED, check_key, check_prefix, check_range, is_key
 
@@ -87,7 +87,7 @@ class DirectoryStore(Store):
         check_range(key, start, length)
         with self._reading("get", key) as path, path.open("rb") as file:
             file.seek(start)
-            return file.read(-1 if length is None else length)
+            return file.read() if length is None else read_at_most(file, length)
 
     def copy_range(
         self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
@@ -106,7 +106,7 @@ class DirectoryStore(Store):
         """See Store."""
         # A body never changes under its inode, so both come from the same state.
         with self._reading("read", key) as path, path.open("rb") as file:
-            return file.read(-1 if length is None else length), _tag(os.fstat(file.fileno()))
+            return file.read() if length is None else read_at_most(file, length), _tag(os.fstat(file.fileno()))
 
     def head(self, key: str) -> ObjectInfo:
         """See Store."""
