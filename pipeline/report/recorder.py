@@ -5,6 +5,7 @@ Figures of tensors are read back from the headers of stored shards, so the repor
 
 import base64
 import logging
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +15,13 @@ from typing import Any
 
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import FALLBACKS
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.readers import StoredArtifact, TensorRow, inspect_shard
 from birkhoff.pipeline.errors import StoreError
 from birkhoff.pipeline.plan.manifest import Manifest
 from birkhoff.pipeline.proof.task import Proof
 from birkhoff.pipeline.registry.documents import NO_FIGURES, ShardRecord, sqnr_summary
+from birkhoff.pipeline.registry.parallel import pool
 from birkhoff.pipeline.report.changes import changes
 from birkhoff.pipeline.report.document import LayerRecord, ModelRecord, RunReport, ShardTiming, Totals
 from birkhoff.pipeline.report.stored import RunClock, write_report
@@ -96,18 +99,18 @@ class Recorder(AbstractContextManager["Recorder"]):
         return _Watched(executor, self._note, self._read_published)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self._write(error)
-        finally:
-            self._reader.shutdown(cancel_futures=True)
-
-    def _write(self, error: BaseException | None) -> None:
         ended = error is None and any(run.status != "up to date" for run in self._runs)
         broken = self._began and isinstance(error, BirkhoffError) and not isinstance(error, StoreError)
-        if not ended and not broken:
-            return
         try:
-            write_report(self._store, self.report(str(error) if broken else None))
+            if ended or broken:
+                self._write(error if broken else None)
+        finally:
+            self._layers.stopping.set()
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, error: BaseException | None) -> None:
+        try:
+            write_report(self._store, self.report(None if error is None else str(error)))
             self.written = True
         except Exception as failure:
             log.debug("%s", traceback.format_exc())
@@ -186,10 +189,16 @@ class Recorder(AbstractContextManager["Recorder"]):
                 "shards": len(shards) or (len(run.planned.plan.shards) if run.planned else None),
                 "shards_reused": len(reused),
                 "reused_bytes": sum(shards[index].bytes for index in reused) if published else 0,
-                "layers": self._read[run.name].result() if published else (),
+                "layers": self._layers_of(run) if published else (),
                 "changes": changes(self._store, run.before, version) if published and version and run.before else None,
             }
         )
+
+    def _layers_of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
+        try:
+            return self._read[run.name].result()
+        except BirkhoffError:  # the store may be well again
+            return self._layers.of(run)
 
     def _last(self) -> dict[tuple[str, int], bool]:
         """Return by shard whether it came from the store. Under a budget, the last of several encodings counts."""
@@ -242,14 +251,17 @@ class _Layers:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._rows: dict[str, list[TensorRow]] = {}
+        self.stopping: threading.Event = threading.Event()
+        """Set once nobody waits for what is being read."""
 
     def of(self, run: ModelRun) -> tuple[LayerRecord, ...]:
-        """Return every tensor of a run's version, in the checkpoint's order."""
+        """Return every tensor of a run's version, in the checkpoint's order. Raises Interrupted once `stopping` is
+        set."""
         assert run.version is not None  # only called for published models
         artifact = StoredArtifact(self._store, run.version)
         missing = {shard.blob: shard for shard in artifact.manifest.shards if shard.blob not in self._rows}
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda shard: inspect_shard(artifact, shard), missing.values())
+        with pool(_THREADS, "layers") as threads:
+            found = threads.map(lambda shard: self._inspected(artifact, shard), missing.values())
             self._rows.update(zip(missing, found, strict=True))
         planned = run.planned.plan.tensors if run.planned else ()
         reasons = {plan.tensor.name: plan.decision.reason for plan in planned}
@@ -259,6 +271,11 @@ class _Layers:
             for index, shard in enumerate(artifact.manifest.shards)
             for row, probe in _probed(shard, self._rows[shard.blob])
         )
+
+    def _inspected(self, artifact: StoredArtifact, shard: ShardRecord) -> list[TensorRow]:
+        with interrupt.ends_with(self.stopping):
+            interrupt.check()
+            return inspect_shard(artifact, shard)
 
 
 def _proven(run: ModelRun) -> dict[str, Any]:

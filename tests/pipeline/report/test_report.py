@@ -2,14 +2,16 @@
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from birkhoff.pipeline.artifact.readers import StoredArtifact, inspect
-from birkhoff.pipeline.errors import ArtifactNotFoundError, StoreError, WorkerError
+from birkhoff.pipeline import interrupt
+from birkhoff.pipeline.artifact.readers import StoredArtifact, TensorRow, inspect
+from birkhoff.pipeline.errors import ArtifactNotFoundError, StoreError, StoreUnreachableError, WorkerError
 from birkhoff.pipeline.registry.gc import collect
 from birkhoff.pipeline.registry.versions import resolve
 from birkhoff.pipeline.report import html, recorder
@@ -154,6 +156,52 @@ def test_a_published_model_is_read_while_the_run_goes_on(fleet: Fleet, monkeypat
     code, _, _ = fleet.compress()
     assert code == 0
     assert [(model.status, bool(model.layers)) for model in fleet.report().models] == [("published", True)] * 2
+
+
+def test_what_could_not_be_read_during_the_run_is_read_at_its_end(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, tries = recorder._Layers.of, Counter[str]()
+
+    def fail_once(self: recorder._Layers, model: ModelRun) -> tuple[LayerRecord, ...]:
+        tries[model.name] += 1
+        if tries[model.name] == 1:
+            raise StoreUnreachableError("away for a moment")
+        return of(self, model)
+
+    monkeypatch.setattr(recorder._Layers, "of", fail_once)
+    code, _, err = fleet.compress()
+    assert (code, "could not be written" in err) == (0, False)
+    assert set(tries.values()) == {2}
+    assert all(model.layers for model in fleet.report().models)
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_what_its_report_would_need(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, reading, go_on = InlineExecutor.run, threading.Event(), threading.Event()
+
+    def wait(*_: object) -> list[TensorRow]:
+        reading.set()
+        assert go_on.wait(PATIENT_SECONDS)
+        return []
+
+    def stop_after_the_first_model(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
+        for outcome in run(self, queue):
+            with fleet.store() as store:
+                if any("/names/" in info.key for info in store.list("models/")):
+                    assert reading.wait(PATIENT_SECONDS)
+                    raise interrupt.Interrupted
+            yield outcome
+
+    monkeypatch.setattr(recorder, "inspect_shard", wait)
+    monkeypatch.setattr(InlineExecutor, "run", stop_after_the_first_model)
+    try:
+        code, _, _ = fleet.compress()
+        assert code == 130
+        assert not go_on.is_set()  # what was being read is still waited for by nobody
+    finally:
+        go_on.set()
 
 
 def test_a_run_that_broke_off_reports_what_was_published(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
