@@ -30,6 +30,9 @@ class _Entry:
     kind: int
 
 
+TWINS_KNOWN = 8
+"""Records of twins that go with a task, the last ones. Shards of a thousand fine-tunes look the same, and are not."""
+
 LONG = 1 / 256
 """Share of all work from which a task is long."""
 
@@ -77,7 +80,10 @@ class TaskQueue:
 
     def note(self, task: Task, record: ShardRecord) -> None:
         """Record what became of a shard, for those that may be duplicates."""
-        self._records[self._entry(task).kind][record.key] = record
+        records = self._records[self._entry(task).kind]
+        records[record.key] = record
+        while len(records) > TWINS_KNOWN:
+            del records[next(iter(records))]
 
     def _knowing(self, entry: _Entry) -> Task:
         task, records = entry.task, self._records.get(entry.kind)

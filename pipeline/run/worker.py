@@ -6,6 +6,7 @@ import os
 import threading
 import traceback
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from birkhoff.pipeline.run.metrics import metrics
 from birkhoff.pipeline.run.outcome import Outcome, Result
 from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import run_shard
+from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from birkhoff.pipeline.store.open import open_address
@@ -73,6 +75,8 @@ class Worker:
         if self._metrics:
             self._metrics.began(task.nbytes)
         outcome = self._run(task)
+        if isinstance(task, ShardTask) and task.known:
+            outcome = replace(outcome, task=replace(task, known=()))  # the driver has them
         if self._metrics:
             self._metrics.ended(outcome)
         return outcome

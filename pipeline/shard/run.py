@@ -40,6 +40,7 @@ from birkhoff.pipeline.registry.documents import (
     sha256,
     shard_key,
 )
+from birkhoff.pipeline.registry.versions import missing_blobs
 from birkhoff.pipeline.shard.bases import Bases
 from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
 from birkhoff.pipeline.shard.task import ShardTask
@@ -125,7 +126,7 @@ def compress_shard(task: ShardTask, store: Store, device: torch.device) -> Shard
             key = input_key(sources, task.recipe, decisions, bases)
     stages.end("key")
     same = next((record for record in task.known if record.key == key), None)
-    if same is not None and task.reuse == "trust":
+    if same is not None and task.reuse == "trust" and not missing_blobs(store, [same, *(same.bases or ())]):
         return ShardResult(record=same, reused=True, stages=stages.seconds)
     record = None if task.reuse == "never" else find_record(store, key)
     stages.end("find")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.registry.documents import ShardRecord
-from birkhoff.pipeline.run.queue import TaskQueue
+from birkhoff.pipeline.run.queue import TWINS_KNOWN, TaskQueue
 from birkhoff.pipeline.shard.task import ShardTask, TensorPlan
 
 
@@ -103,6 +103,19 @@ def test_twins_know_what_became_of_each_other() -> None:
         queue.note(expected, found)
     assert queue.take() == replace(tasks[2], known=tuple(records))
     assert queue.take() == task(1, 1)  # it has no twin
+
+
+def test_only_the_last_of_many_twins_are_known() -> None:
+    tasks = [task(0, 50, model=f"m{n}", name="enc") for n in range(TWINS_KNOWN + 4)]
+    queue, records = TaskQueue(tasks, budget=10**9), [record(f"{n:064x}") for n in range(len(tasks))]
+    known: tuple[ShardRecord, ...] = ()
+    for found in records:
+        taken = queue.take()
+        assert isinstance(taken, ShardTask)
+        known = taken.known
+        queue.done(taken)
+        queue.note(taken, found)
+    assert known == tuple(records[-1 - TWINS_KNOWN : -1])
 
 
 def test_twins_that_are_made_anew_in_any_case_do_not_wait() -> None:

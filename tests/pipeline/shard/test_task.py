@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.pipeline.checkpoint.open import open_checkpoint
 from birkhoff.pipeline.plan.shards import plan_model
+from birkhoff.pipeline.registry.documents import blob_key
+from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard import task as module
 from birkhoff.pipeline.shard.run import ShardResult, compress_shard
 from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
+from birkhoff.pipeline.store.base import StoreAddress
 from birkhoff.pipeline.store.memory import MemoryStore
 
 
@@ -66,6 +69,25 @@ def test_a_shard_that_this_run_has_made_is_taken_without_the_store(path: Path, r
     assert found.record == made.record
     assert bool(asked) == (reuse in ("revalidate", "prove"))
     assert found.reused == (reuse != "never")
+
+
+def test_one_whose_blob_has_gone_is_made_again(path: Path) -> None:
+    store, cpu, task = MemoryStore(), torch.device("cpu"), task_of(path, "balanced")
+    made = compress_shard(task, store, cpu)
+    store.delete(blob_key(made.record.blob))
+    found = compress_shard(replace(task, known=(made.record,)), store, cpu)
+    assert (found.record, found.reused) == (made.record, False)
+    assert store.get(blob_key(made.record.blob))
+
+
+def test_a_worker_does_not_send_back_what_the_driver_knows(path: Path, tmp_path: Path) -> None:
+    address, task = StoreAddress.parse((tmp_path / "store").as_uri()), task_of(path, "balanced")
+    worker = Worker(address, gpu=False, thread=True)
+    made = worker.run(task).result
+    assert isinstance(made, ShardResult)
+    outcome = worker.run(replace(task, known=(made.record,)))
+    worker.close()
+    assert (outcome.task, outcome.error) == (task, None)
 
 
 def test_one_that_only_looks_the_same_is_made(path: Path) -> None:
