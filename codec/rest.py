@@ -423,9 +423,10 @@ def unpack_escapes_all(
     planes = np.empty(12 * int(held.sum()), dtype=np.uint8)
     unpack_all([streams[number] for number in which], (12 * held).tolist(), planes)
 
-    def refuse(number: int) -> None:
+    def refuse(number: int) -> NoReturn:
         """Raise a FormatError that says why a tensor's escapes are refused."""
         unpack_escapes(streams[number], counts[number], pairs[number], reach=reaches[number])
+        raise AssertionError("escapes that are refused together are valid by themselves")
 
     if (library := native()) is not None:
         chosen = [np.array([numbers[number] for number in which], dtype=np.int64) for numbers in (pairs, reaches)]

@@ -134,19 +134,23 @@ def _prepare_all(
     and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
     """
     with pool(processors(), "plan") as threads:
+        prepared: dict[str, Future[None]] = {}
+
+        def begin(run: ModelRun, plan: Callable[[], Planned]) -> bool:
+            found = _plan(job, run, plan)
+            prepared[run.name] = threads.submit(_prepare, job, run)  # not by the loop below, which may wait for Ray
+            return found
+
         planning = {
             threads.submit(
-                _plan, job, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
+                begin, run, partial(plan_entry, job.manifest, entry, mirror=mirror, report=job.progress.downloaded)
             ): run
             for run, entry in zip(runs, job.manifest.models, strict=True)
         }
-        prepared: dict[str, Future[None]] = {}
         new = 0
         for future in as_completed(planning):
-            run = planning[future]
-            prepared[run.name] = threads.submit(_prepare, job, run)
             if future.result():
-                new += run.source_bytes
+                new += planning[future].source_bytes
                 ahead(new)
         early = start() if new else None
         for run in runs:
@@ -183,7 +187,7 @@ def _prepare(job: _Job, run: ModelRun) -> None:
         if waits_for(job.manifest, run.planned) is None:
             base = find_base(store, run.planned, run.before, again=job.reuse != "trust")
             run.planned = run.planned if base is None else base.on(run.planned)
-            _compare(job, run)
+            _compare(job, run, job.seen)
         if run.status is None:
             run.planned = run.planned.scaled()
     except BirkhoffError as error:
@@ -192,8 +196,9 @@ def _prepare(job: _Job, run: ModelRun) -> None:
         run.fail(error)
 
 
-def _compare(job: _Job, run: ModelRun) -> None:
-    """Find out whether a model's latest version is what would be made. Raises as `latest_version`."""
+def _compare(job: _Job, run: ModelRun, seen: set[tuple[str, int]] | None = None) -> None:
+    """Find out whether a model's latest version is what would be made; `seen` as in `missing_blobs`. Raises as
+    `latest_version`."""
     store, signer, latest, planned = job.store, job.signer, run.before, run.planned
     if job.reuse != "trust" or latest is None or planned is None:
         return
@@ -201,7 +206,7 @@ def _compare(job: _Job, run: ModelRun) -> None:
     if newer is not None and latest.manifest.base is not None:
         planned = planned.on(latest.manifest.base, ())
     same = _same(latest.manifest, run, planned)
-    if same and is_whole(store, latest.manifest, job.seen) and (not signer or is_signed(store, latest, signer)):
+    if same and is_whole(store, latest.manifest, seen) and (not signer or is_signed(store, latest, signer)):
         run.version, run.status, run.newer_base = latest, "up to date", newer
         _say_labels(store, run)
 
