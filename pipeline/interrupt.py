@@ -4,8 +4,8 @@ Python raises KeyboardInterrupt at any point, even inside a finalizer, which swa
 turns it into a silent exit. SIGTERM would end the process without cleanup. So both signals raise `Interrupted` and set
 a flag for loops to check. Compiled libraries can misbehave if an exception arrives in the middle of a call; such calls
 are made inside `deferred`, where only the flag is set. An exception inside the logging module, or while a lock of
-`threading` is taken, can leave the lock held, and other threads wait for it: a signal that arrives there is acted on
-once it is left.
+`threading` is taken, can leave the lock held, and other threads wait for it; while torch is imported, its compiled
+parts end the process at an exception. A signal that arrives there is acted on once it is left.
 
 Other threads get no exception, as it could leave any lock held: they end where they `check` or `pause`.
 """
@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 _AGAIN_SECONDS = 0.01
-"""How soon a signal that arrived where a lock may be held arrives again."""
+"""How soon a signal that arrived where an exception does harm arrives again."""
 
 _SLICE_SECONDS = 0.1
 """How long a pause lasts that is not looked up from."""
@@ -111,7 +111,7 @@ def asked() -> bool:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     global _arrives_again
-    if _may_hold_a_lock(frame):
+    if _does_harm(frame):
         _ask(number)
         _arrives_again = True
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
@@ -144,11 +144,14 @@ def _ask(number: int) -> None:
     _asked = True
 
 
-def _may_hold_a_lock(frame: FrameType | None) -> bool:
-    """Return whether this frame runs inside the logging module, or where the standard library takes a lock."""
+def _does_harm(frame: FrameType | None) -> bool:
+    """Return whether an exception in this frame does harm: inside the logging module, where the standard library takes
+    a lock, or while torch is imported."""
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if module == "logging" or (name == "__enter__" and module in _TAKE_LOCKS):
+            return True
+        if module == "torch" and name == "<module>":
             return True
         frame = frame.f_back
     return False

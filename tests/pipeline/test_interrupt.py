@@ -82,6 +82,22 @@ def test_a_signal_inside_logging_is_acted_on_once_and_with_its_lock_free(then: C
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.timeout(2 * PATIENT_SECONDS, method="thread")
+def test_a_signal_while_torch_is_imported_is_acted_on_after_it() -> None:
+    """Its compiled parts import, too, and end the process if that raises."""
+    module: dict[str, object] = {"__name__": "torch"}
+    code = compile("import signal; signal.raise_signal(signal.SIGINT); whole = True", "torch/__init__.py", "exec")
+
+    def work() -> None:
+        exec(code, module)
+        time.sleep(PATIENT_SECONDS)
+
+    with pytest.raises(Interrupted):
+        work()
+    assert module["whole"] is True
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.timeout(2 * PATIENT_SECONDS, method="thread")
 def test_a_signal_while_a_condition_takes_its_lock_leaves_it_free() -> None:
     """The call returns with the lock taken before the caller knows of it."""
 
