@@ -147,8 +147,10 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_at_most(file: BinaryIO, length: int) -> bytes:
-    """Return up to `length` bytes of an open file. Python would set memory aside for all that is asked for."""
+def read_at_most(file: BinaryIO, length: int | None) -> bytes:
+    """Return up to `length` bytes of an open file, or all. Python would set memory aside for all that is asked for."""
+    if length is None:
+        return file.read()
     left = os.fstat(file.fileno()).st_size - file.tell()
     return file.read(max(0, min(length, left)))
 

@@ -256,7 +256,7 @@ class CachedArtifact(Artifact):
 
     def read_blob(self, record: BlobRecord) -> bytes:
         """Read a blob's file in the cache."""
-        return self._read(record, -1)
+        return self._read(record, None)
 
     def read_head(self, shard: ShardRecord, size: int) -> bytes:
         """Read the start of a shard's file in the cache, fetching it if needed."""
@@ -264,11 +264,11 @@ class CachedArtifact(Artifact):
             return self.blob(shard)[:size]
         return self._read(shard, size)
 
-    def _read(self, record: BlobRecord, size: int) -> bytes:
+    def _read(self, record: BlobRecord, size: int | None) -> bytes:
         path = self._cache.path(record.blob)
         try:
             with path.open("rb") as file:
-                return file.read() if size < 0 else read_at_most(file, size)
+                return read_at_most(file, size)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; load again") from None
 
@@ -308,7 +308,7 @@ class PulledArtifact(Artifact):
     def _read(self, path: Path, size: int) -> bytes:
         try:
             with path.open("rb") as file:
-                return file.read() if size < 0 else read_at_most(file, size)
+                return read_at_most(file, size)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; pull again") from None
 

@@ -60,7 +60,6 @@ class WorkerSlots:
 
     def __init__(self, start: Callable[[bool], tuple[Any, Any]], gpus: Sequence[bool]) -> None:
         self._start = start
-        self._any_gpu = any(gpus)
         self._all: list[WorkerSlot] = []
         self._changed = time.monotonic()
         self._failed = 0
@@ -87,7 +86,7 @@ class WorkerSlots:
         """
         most = QUEUED_PER_WORKER if waiting > len(self._all) else 1
         ready = [slot for slot in self._all if slot.starting is None and len(slot.tasks) < most]
-        if on_gpu and self._any_gpu:
+        if on_gpu and any(slot.gpu for slot in self._all):
             ready = [slot for slot in ready if slot.gpu]
         else:
             ready = [slot for slot in ready if not (slot.gpu and slot.tasks)]

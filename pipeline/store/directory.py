@@ -87,7 +87,7 @@ class DirectoryStore(Store):
         check_range(key, start, length)
         with self._reading("get", key) as path, path.open("rb") as file:
             file.seek(start)
-            return file.read() if length is None else read_at_most(file, length)
+            return read_at_most(file, length)
 
     def copy_range(
         self, key: str, buffer: memoryview, sink: Callable[[memoryview], object], *, start: int, length: int
@@ -106,7 +106,7 @@ class DirectoryStore(Store):
         """See Store."""
         # A body never changes under its inode, so both come from the same state.
         with self._reading("read", key) as path, path.open("rb") as file:
-            return file.read() if length is None else read_at_most(file, length), _tag(os.fstat(file.fileno()))
+            return read_at_most(file, length), _tag(os.fstat(file.fileno()))
 
     def head(self, key: str) -> ObjectInfo:
         """See Store."""

@@ -268,9 +268,9 @@ def _single(
     only: Sequence[str],
     label: str,
 ) -> Run:
-    """Checkpoints, then every step."""
+    """Checkpoints and a server, then every step."""
     try:
-        with checkpoints(options.data, work, only, options.scale) as (data, seconds):
+        with checkpoints(options.data, work, only, options.scale) as (data, seconds), serving(options, environment):
             _settle()
             setting = Setting(
                 command=options.command,
@@ -330,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.one:
             runs = _one_by_one(options, work, environment, deadline)
         else:
-            with serving(options, environment):
-                runs = [_single(options, work, environment, deadline, only=options.only, label="fleet")]
+            runs = [_single(options, work, environment, deadline, only=options.only, label="fleet")]
     record = fleet_report.record(
         form="one by one" if options.one else "fleet",
         store=options.store,
