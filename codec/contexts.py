@@ -301,15 +301,19 @@ class Groupings(NamedTuple):
     groups: Integers
 
 
-def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule]) -> Groupings:
+def groupings(
+    shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule], even: Sequence[bool] | None = None
+) -> Groupings:
     """Group planes (rows, columns) by the levels of all their rows and columns, laid out as in `Groupings`, and by a
     rule each.
 
     The smallest level of a plane's rows is subtracted from them first, and likewise for its columns, as in `levels`.
+    If all rows of a plane have one level, `even` may say so: then its rows have no levels here and get no entries.
+    The entry of row r would be 64 * r.
     """
     library = native()
     if library is None:
-        return reference_groupings(shapes, absolute, rules)
+        return reference_groupings(shapes, absolute, rules, even)
     count = len(shapes)
     found = Groupings(
         levels=absolute.copy(),
@@ -318,24 +322,34 @@ def groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequenc
         sizes=np.empty((count, LEVELS), dtype=np.int64),
         groups=np.empty(count, dtype=np.int64),
     )
-    given = np.array(shapes, dtype=np.int64), np.array(rules, dtype=np.int64)
+    given = (
+        np.array(shapes, dtype=np.int64),
+        np.array(rules, dtype=np.int64),
+        np.array(even or [False] * count, dtype=bool),
+    )
     library.birkhoff_groupings(count, *map(pointer, (*given, *found)))
     return found
 
 
-def reference_groupings(shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule]) -> Groupings:
+def reference_groupings(
+    shapes: Sequence[tuple[int, int]], absolute: Bytes, rules: Sequence[Rule], even: Sequence[bool] | None = None
+) -> Groupings:
     """`groupings` in numpy."""
     count = len(shapes)
     levels_, entries = np.empty(len(absolute), dtype=np.uint8), np.empty(len(absolute), dtype=np.int64)
     tables, sizes = np.empty((count, LEVELS * LEVELS + LEVELS), np.int64), np.zeros((count, LEVELS), np.int64)
     groups = np.empty(count, dtype=np.int64)
     begin = 0
-    for number, ((rows, columns), rule) in enumerate(zip(shapes, rules, strict=True)):
-        end = begin + rows + columns
-        row, column = (np.minimum(part - part.min(), MAX_LEVEL) for part in np.split(absolute[begin:end], [rows]))
-        found = reference_addresses(row, column, rule)
+    each = zip(shapes, rules, even or [False] * count, strict=True)
+    for number, ((rows, columns), rule, same) in enumerate(each):
+        own = 0 if same else rows
+        end = begin + own + columns
+        row, column = (
+            np.minimum(part - part.min(initial=255), MAX_LEVEL) for part in np.split(absolute[begin:end], [own])
+        )
+        found = reference_addresses(np.zeros(rows, np.uint8) if same else row, column, rule)
         levels_[begin:end] = np.concatenate((row, column))
-        entries[begin:end] = np.concatenate((found.row, found.column))
+        entries[begin:end] = np.concatenate((found.row[:own], found.column))
         tables[number] = np.concatenate((found.base.reshape(-1), found.width))
         groups[number] = len(found.sizes)
         sizes[number, : len(found.sizes)] = found.sizes

@@ -3,8 +3,9 @@
 Shapes: R = rows, K = columns, P = pairs per row (see `pairs`), E = escapes.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 
@@ -109,7 +110,7 @@ class LatticeTensor:
         if not len(self.escapes):  # common, and even operations on empty tensors cost time on a GPU
             return self.escapes.pair, self.escapes.i.to(torch.float32)
         if self.escapes.pair.device.type == "cpu":
-            return self._escaped_on_cpu()
+            return escaped_weights_all([self])[0]
         row, first, second, paired = escape_places(self.escapes.pair, self.columns)
         x, y = position(self.escapes.i, self.escapes.j, self.step)
         start = row * self.columns
@@ -117,14 +118,9 @@ class LatticeTensor:
         order = torch.argsort(index)
         return index[order], torch.cat((x, y[paired]))[order]
 
-    def _escaped_on_cpu(self) -> tuple[Tensor, Tensor]:
-        """`escaped_weights` natively, or in numpy, whose operations on few numbers take a tenth of torch's time."""
+    def _escaped_in_numpy(self) -> tuple[Tensor, Tensor]:
+        """`escaped_weights` on the CPU. Numpy's operations on few numbers take a tenth of torch's time."""
         pair, i, j = (part.numpy() for part in (self.escapes.pair, self.escapes.i, self.escapes.j))
-        if (library := native()) is not None and all(part.flags.c_contiguous for part in (pair, i, j)):
-            places, values = np.empty(2 * len(pair), dtype=np.int64), np.empty(2 * len(pair), dtype=np.float32)
-            own, made = map(pointer, (pair, i, j)), map(pointer, (places, values))
-            found = library.birkhoff_escaped_weights(len(pair), *own, self.columns, self.step, *made)
-            return torch.from_numpy(places[:found]), torch.from_numpy(values[:found])
         row, within = np.divmod(pair, pairs_per_row(self.columns))
         block = within // HALF
         half = np.minimum((self.columns - block * 2 * HALF + 1) // 2, HALF)
@@ -135,6 +131,26 @@ class LatticeTensor:
         value = np.concatenate(((i + j * np.float32(1 / N)) * step, (j * step)[paired]))
         order = np.argsort(index)
         return torch.from_numpy(index[order]), torch.from_numpy(value[order])
+
+
+def escaped_weights_all(codes: Sequence[LatticeTensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the `escaped_weights` of each matrix, whose escapes are on the CPU, computed together."""
+    library = native()
+    if library is None or not codes:
+        return [code._escaped_in_numpy() for code in codes]
+    parts = [[getattr(code.escapes, name).numpy() for code in codes] for name in ("pair", "i", "j")]
+    pair, i, j = (np.ascontiguousarray(own[0]) if len(own) == 1 else np.concatenate(own) for own in parts)
+    ends = np.cumsum([len(code.escapes) for code in codes], dtype=np.int64)
+    columns = np.array([code.columns for code in codes], dtype=np.int64)
+    steps = np.array([code.step for code in codes], dtype=np.float32)
+    index, value = np.empty(2 * len(pair), dtype=np.int64), np.empty(2 * len(pair), dtype=np.float32)
+    counts = np.empty(len(codes), dtype=np.int64)
+    arrays = ends, columns, steps, pair, i, j, index, value, counts
+    library.birkhoff_escaped_weights(len(codes), *map(pointer, arrays))
+    return [
+        (torch.from_numpy(index[low:high]), torch.from_numpy(value[low:high]))
+        for low, high in itertools.pairwise([0, *counts.tolist()])
+    ]
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

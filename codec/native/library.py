@@ -16,7 +16,7 @@ import numpy as np
 
 log: logging.Logger = logging.getLogger("birkhoff.native")
 
-VERSION = 15
+VERSION = 16
 """Version of the functions' meaning. `native.c` returns the same number."""
 
 VARIABLE = "BIRKHOFF_NATIVE"
@@ -118,16 +118,11 @@ _FUNCTIONS = (
     ),
     ("birkhoff_squares", None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     ("birkhoff_regroup", None, (_POINTER, _LONG, _LONG, *[_POINTER] * 7, _INT)),
-    ("birkhoff_groupings", None, (_LONG, *[_POINTER] * 7)),
+    ("birkhoff_groupings", None, (_LONG, *[_POINTER] * 8)),
     ("birkhoff_table_fits", None, (_LONG, *[_POINTER] * 5)),
     ("birkhoff_unpack_escapes", _LONG, (_LONG, *[_POINTER] * 7)),
-    ("birkhoff_escaped_weights", _LONG, (_LONG, *[_POINTER] * 3, _LONG, _FLOAT, *[_POINTER] * 2)),
-    ("birkhoff_pairs_outside", _LONG, (_LONG, *[_POINTER] * 2, _LONG, *[_POINTER] * 2, _LONG, *[_POINTER] * 5)),
-    (
-        "birkhoff_merge_escapes",
-        None,
-        (_LONG, *[_POINTER] * 2, _LONG, *[_POINTER] * 3, _LONG, *[_POINTER] * 8),
-    ),
+    ("birkhoff_escaped_weights", None, (_LONG, *[_POINTER] * 9)),
+    ("birkhoff_merge_escapes", _LONG, (_LONG, _POINTER, _LONG, *[_POINTER] * 3, _LONG, *[_POINTER] * 6)),
     ("birkhoff_sample", _LONG, (_INT, *[_LONG] * 5, _POINTER)),
     ("birkhoff_stream_heads", _LONG, (_LONG, *[_POINTER] * 6)),
 )

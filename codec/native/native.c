@@ -36,7 +36,7 @@ static int vectors = -1; /* -1: all that the machine has; 0: only base instructi
 static int use_avx2(void) { return AVX2 && vectors != 0 && has_avx2(); }
 
 /* Raise this whenever a function's meaning changes. library.py compares it. */
-EXPORT int32_t birkhoff_native_version(void) { return 15; }
+EXPORT int32_t birkhoff_native_version(void) { return 16; }
 
 /* Switch AVX2 on (1) or off (0). Returns whether it is in use. */
 EXPORT int32_t birkhoff_native_vectors(int32_t wanted) {
@@ -728,15 +728,18 @@ EXPORT void birkhoff_symbols(const int8_t *i, const int8_t *j, int64_t rows, int
 
 /* contexts.addresses: writes tables that give each symbol's number in the groups, as a sum of entries looked up by row
  * and by column. An entry of `of_row` [rows] and `of_column` [columns] is 64 * rank + level. `base` is [64][64],
- * `width` [64]; `sizes` [64] are those of the groups. Returns the number of groups. `of_row` and `of_column` may be
- * null. */
+ * `width` [64]; `sizes` [64] are those of the groups. Returns the number of groups. If `row_level` is null, all rows
+ * have level 0, and `of_row` is not written. */
 EXPORT int32_t birkhoff_addresses(
     const uint8_t *row_level, int64_t rows, const uint8_t *column_level, int64_t columns, int64_t least, int32_t most,
     int64_t *of_row, int64_t *of_column, int64_t *base, int64_t *width, int64_t *sizes) {
     int64_t height[64] = {0}, sums[127] = {0}, left = rows * columns, start = 0;
     int32_t group_of[127], group = 0, greatest = 0;
     memset(width, 0, 64 * sizeof *width), memset(base, 0, 64 * 64 * sizeof *base), memset(sizes, 0, 64 * sizeof *sizes);
-    for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+    if (row_level)
+        for (int64_t row = 0; row < rows; row++) of_row[row] = height[row_level[row] & 63]++ << 6 | (row_level[row] & 63);
+    else
+        height[0] = rows;
     for (int64_t column = 0; column < columns; column++)
         of_column[column] = width[column_level[column] & 63]++ << 6 | (column_level[column] & 63);
     for (int a = 0; a < 64; a++)
@@ -1752,13 +1755,14 @@ EXPORT int64_t birkhoff_add(
 
 /* --- batches: the host's part of packing on a GPU ------------------------------------------------------------ */
 
-/* contexts.groupings: of planes of `shapes` [count][2] by `rules` [count][2]; changes `levels` in place and writes `entries` in the same layout, `tables` [count][64 * 64 +
- * 64], `sizes` [count][64] and `groups` [count]. */
+/* contexts.groupings: of planes of `shapes` [count][2] by `rules` [count][2]; changes `levels` in place and writes
+ * `entries` in the same layout, `tables` [count][64 * 64 + 64], `sizes` [count][64] and `groups` [count]. The rows of
+ * planes that are `even` [count] have neither levels nor entries. */
 EXPORT void birkhoff_groupings(
-    int64_t count, const int64_t *shapes, const int64_t *rules, uint8_t *levels, int64_t *entries, int64_t *tables,
-    int64_t *sizes, int64_t *groups) {
+    int64_t count, const int64_t *shapes, const int64_t *rules, const uint8_t *even, uint8_t *levels, int64_t *entries,
+    int64_t *tables, int64_t *sizes, int64_t *groups) {
     for (int64_t plane = 0; plane < count; plane++) {
-        int64_t rows = shapes[2 * plane], columns = shapes[2 * plane + 1];
+        int64_t columns = shapes[2 * plane + 1], rows = even[plane] ? 0 : shapes[2 * plane];
         uint8_t *part = levels;
         for (int half = 0; half < 2; half++) {
             int64_t size = half ? columns : rows;
@@ -1772,8 +1776,8 @@ EXPORT void birkhoff_groupings(
         }
         int64_t *base = tables + plane * (64 * 64 + 64);
         groups[plane] = birkhoff_addresses(
-            levels, rows, levels + rows, columns, rules[2 * plane], (int32_t)rules[2 * plane + 1], entries,
-            entries + rows, base, base + 64 * 64, sizes + 64 * plane);
+            even[plane] ? NULL : levels, shapes[2 * plane], levels + rows, columns, rules[2 * plane],
+            (int32_t)rules[2 * plane + 1], entries, entries + rows, base, base + 64 * 64, sizes + 64 * plane);
         levels += rows + columns, entries += rows + columns;
     }
 }
@@ -1839,31 +1843,36 @@ EXPORT int64_t birkhoff_unpack_escapes(
     return tensors;
 }
 
-/* LatticeTensor.escaped_weights: writes the flat index row * K + column, increasing, and the value of each weight of
- * the escapes, whose pairs increase. There are up to 2 for each escape; returns their number. */
-EXPORT int64_t birkhoff_escaped_weights(
-    int64_t escapes, const int64_t *pair, const int32_t *i, const int32_t *j, int64_t columns, float step,
-    int64_t *index, float *value) {
-    int64_t pairs = (columns + 1) / 2, found = 0;
-    for (int64_t e = 0, end; e < escapes; e = end) {
-        int64_t row = pair[e] / pairs, block = pair[e] % pairs / 32, limit = row * pairs + 32 * (block + 1);
-        if (limit > (row + 1) * pairs) limit = (row + 1) * pairs;
-        for (end = e; end < escapes && pair[end] < limit; end++) { /* a block's first weights are before its second */
-            index[found] = row * columns + place_of(pair[end] - row * pairs, columns).x;
-            value[found++] = ((float)i[end] + (float)j[end] * (1.0f / 256)) * step;
+/* lattice.escaped_weights_all: of the escapes up to ends[t] of each tensor, whose pairs increase, writes the flat index
+ * row * K + column, increasing, and the value of each weight. There are up to 2 for each escape; writes to `counts` how
+ * many there are up to the end of each tensor. */
+EXPORT void birkhoff_escaped_weights(
+    int64_t tensors, const int64_t *ends, const int64_t *columns_of, const float *step_of, const int64_t *pair,
+    const int32_t *i, const int32_t *j, int64_t *index, float *value, int64_t *counts) {
+    int64_t found = 0, e = 0;
+    for (int64_t t = 0; t < tensors; t++) {
+        int64_t columns = columns_of[t], pairs = (columns + 1) / 2;
+        float step = step_of[t];
+        for (int64_t end; e < ends[t]; e = end) {
+            int64_t row = pair[e] / pairs, block = pair[e] % pairs / 32, limit = row * pairs + 32 * (block + 1);
+            if (limit > (row + 1) * pairs) limit = (row + 1) * pairs;
+            for (end = e; end < ends[t] && pair[end] < limit; end++) { /* a block's first weights precede its second */
+                index[found] = row * columns + place_of(pair[end] - row * pairs, columns).x;
+                value[found++] = ((float)i[end] + (float)j[end] * (1.0f / 256)) * step;
+            }
+            for (int64_t k = e; k < end; k++) {
+                Place at = place_of(pair[k] - row * pairs, columns);
+                if (at.seconds > 0) index[found] = row * columns + at.y, value[found++] = (float)j[k] * step;
+            }
         }
-        for (int64_t k = e; k < end; k++) {
-            Place at = place_of(pair[k] - row * pairs, columns);
-            if (at.seconds > 0) index[found] = row * columns + at.y, value[found++] = (float)j[k] * step;
-        }
+        counts[t] = found;
     }
-    return found;
 }
 
 #define DIGIT 11
 
 /* Sorts numbers below 2^(11 * passes), each with a value, by a stable pass for every digit. Returns where they are. */
-static int sort_by_digits(int64_t count, int64_t *number[2], int32_t *value[2], int passes) {
+static int sort_by_digits(int64_t count, int64_t *number[2], int64_t *value[2], int passes) {
     int from = 0;
     for (int pass = 0; pass < passes; pass++, from ^= 1) {
         int64_t place[1 << DIGIT] = {0}, sum = 0;
@@ -1880,61 +1889,37 @@ static int sort_by_digits(int64_t count, int64_t *number[2], int32_t *value[2], 
     return from;
 }
 
-/* entropy.op._escapes, its first part. `index` and `value` [2, count] list the coordinates outside int8 in their first
- * row, in any order, by place in the planes of all tensors; the second row is scratch. The planes of tensor t are at
- * begins[t] and begins[t] + strides[t]. Writes for each of these pairs that is not among `told` (increasing places of
- * I) the place of I, and both coordinates; `missing` says which of them is not listed, 1 for I and 2 for J. There is
- * room for `count`. Returns how many were written. */
-EXPORT int64_t birkhoff_pairs_outside(
-    int64_t count, int64_t *index, int32_t *value, int64_t tensors, const int64_t *begins, const int64_t *strides,
-    int64_t tolds, const int64_t *told, int64_t *pair, int32_t *i, int32_t *j, uint8_t *missing) {
-    int64_t *numbers[2] = {index, index + count};
-    int32_t *values[2] = {value, value + count};
-    int64_t most = tensors ? begins[tensors - 1] + 2 * strides[tensors - 1] : 0;
+/* entropy.op._merge: merges escapes that are stored with pairs that have a coordinate outside int8. The planes of tensor
+ * t are at begins[t] to begins[t + 1] among those of all tensors, and a pair's place is that of its I. `told` are the
+ * increasing places of stored escapes. `key` and `value` [2, count] list the coordinates outside in their first
+ * row, in any order; the second row is scratch. A key is 2 * place, plus 1 for J; its value is I and J of the pair, of
+ * which only the coordinate outside is sure if both are. Writes the pair's number in its tensor and the coordinates, for
+ * which there is room for all, and in `ends` how many there are up to the end of each tensor. Returns their number. */
+EXPORT int64_t birkhoff_merge_escapes(
+    int64_t tensors, const int64_t *begins, int64_t tolds, const int64_t *told, const int32_t *told_i,
+    const int32_t *told_j, int64_t count, int64_t *key, int64_t *value, int64_t *pair, int32_t *i, int32_t *j,
+    int64_t *ends) {
+    int64_t *keys[2] = {key, key + count}, *values[2] = {value, value + count};
     int passes = 0;
-    for (; most; most >>= DIGIT) passes++;
-    int sorted = sort_by_digits(count, numbers, values, passes);
-    const int64_t *place = numbers[sorted];
-    const int32_t *wide = values[sorted];
-    int64_t found = 0, n = 0, next = 0;
+    for (int64_t most = 2 * begins[tensors]; most; most >>= DIGIT) passes++;
+    int sorted = sort_by_digits(count, keys, values, passes);
+    const int64_t *place = keys[sorted], *both = values[sorted];
+    int64_t a = 0, b = 0, found = 0;
     for (int64_t t = 0; t < tensors; t++) {
-        int64_t stride = strides[t], middle = begins[t] + stride, end = middle + stride;
-        int64_t a = n, b = n, first_end;
-        while (b < count && place[b] < middle) b++;
-        first_end = b;
-        for (n = b; n < count && place[n] < end;) n++;
-        while (a < first_end || b < n) {
-            int64_t by_i = a < first_end ? place[a] : end, by_j = b < n ? place[b] - stride : end;
-            int64_t at = by_i < by_j ? by_i : by_j;
-            int32_t own_i = by_i == at ? wide[a++] : 0, own_j = by_j == at ? wide[b++] : 0;
-            while (next < tolds && told[next] < at) next++;
-            if (next < tolds && told[next] == at) continue;
-            pair[found] = at, i[found] = own_i, j[found] = own_j;
-            missing[found++] = (uint8_t)((by_i != at) | (by_j != at) << 1);
+        int64_t end = begins[t + 1];
+        for (;; found++) {
+            int64_t mine = a < tolds ? told[a] : INT64_MAX, other = b < count ? place[b] >> 1 : INT64_MAX;
+            if (mine >= end && other >= end) break;
+            if (mine <= other) {
+                pair[found] = mine - begins[t], i[found] = told_i[a], j[found] = told_j[a], a++;
+                while (b < count && place[b] >> 1 == mine) b++;
+            } else {
+                int64_t last = b + 1 < count && place[b + 1] >> 1 == other ? b + 1 : b;
+                pair[found] = other - begins[t], i[found] = (int32_t)both[b], j[found] = (int32_t)(both[last] >> 32);
+                b = last + 1;
+            }
         }
+        ends[t] = found;
     }
     return found;
-}
-
-/* entropy.op._escapes, its second part: merges escapes `told` and others, both by increasing place of I. Writes the
- * place of each I, then of each J, in `places`, the pair's number in its tensor in `pair`, the coordinates, and in
- * `ends` how many there are up to the end of each tensor. */
-EXPORT void birkhoff_merge_escapes(
-    int64_t tensors, const int64_t *begins, const int64_t *strides, int64_t tolds, const int64_t *told,
-    const int32_t *told_i, const int32_t *told_j, int64_t others, const int64_t *other, const int32_t *other_i,
-    const int32_t *other_j, int64_t *places, int64_t *pair, int32_t *i, int32_t *j, int64_t *ends) {
-    int64_t a = 0, b = 0, count = tolds + others, n = 0;
-    for (int64_t t = 0; t < tensors; t++) {
-        int64_t middle = begins[t] + strides[t];
-        for (;;) {
-            int mine = a < tolds && told[a] < middle, theirs = b < others && other[b] < middle;
-            if (!mine && !theirs) break;
-            if (mine && (!theirs || told[a] < other[b]))
-                places[n] = told[a], i[n] = told_i[a], j[n] = told_j[a], a++;
-            else
-                places[n] = other[b], i[n] = other_i[b], j[n] = other_j[b], b++;
-            places[count + n] = places[n] + strides[t], pair[n] = places[n] - begins[t], n++;
-        }
-        ends[t] = n;
-    }
 }

@@ -26,7 +26,7 @@ from torch import Tensor
 from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
 from birkhoff.codec.errors import FormatError
-from birkhoff.codec.lattice import LatticeTensor, combine
+from birkhoff.codec.lattice import LatticeTensor, combine, escaped_weights_all
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.planes import Item, Packed
 from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_lattice
@@ -41,11 +41,12 @@ if HAS_TRITON:
     from birkhoff.kernels.entropy import pack as gpu_pack
     from birkhoff.kernels.entropy import triton as entropy_triton
 
-_ROOM = 1 << 16
-"""Coordinates outside -128..127 that the first listing has room for. If there are more, they are listed again."""
+_ROOM = 1 << 20
+"""Coordinates outside -128..127 that the first listing has room for, 24 bytes each on the device. If there are more,
+they are listed again."""
 
-_APART = 4
-"""Each part of a report begins at a multiple of this many numbers."""
+_APART = 16
+"""Numbers of a multiple of which a report's parts begin and are long."""
 
 
 def warm_up(device: torch.device | str) -> None:
@@ -223,42 +224,36 @@ class Queued:
 
 
 class _Report:
-    """What kernels report on T tensors: int32 numbers in one piece of memory, so that one copy brings them to the host.
+    """What kernels report on T tensors, on the device.
 
-    Its parts are the number of coordinates outside -128..127, whether each tensor is damaged [T], and the places (int64
-    [`room`]) and values (int32 [`room`]) of the coordinates outside. Each part begins at a multiple of `_APART`
-    numbers, because Triton would compile the kernels once more for other alignments.
+    These are the number of coordinates outside -128..127 (int32 [1]), whether each tensor is damaged (int32 [T]), and
+    for each coordinate outside a key (int64 [`room`]) and its pair (int32 [`room`, 2]), see
+    `entropy_triton.place_symbols`. The first two are in one piece of memory, so that one copy brings them to the host.
     """
 
     def __init__(self, tensors: int, room: int, device: torch.device) -> None:
-        self._tensors = tensors
-        self.room: int = -(-room // _APART) * _APART
-        self._index = _APART + -(-tensors // _APART) * _APART
-        self._value = self._index + 2 * self.room
-        self._here = torch.empty(self._value + self.room, dtype=torch.int32, device=device)
-        self._here[: self._index] = 0
-        self._host = self._here
+        # Triton would compile the kernels once more for other alignments.
+        self._first = torch.zeros(_APART + tensors, dtype=torch.int32, device=device)
+        self._host = self._first
         if device.type == "cuda":
-            self._host = torch.empty_like(self._here, device="cpu", pin_memory=True)
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (count, damaged [T], places outside, coordinates outside) on the device."""
-        return self._cut(self._here)
+            self._host = torch.empty_like(self._first, device="cpu", pin_memory=True)
+        self.count: Tensor = self._first[:1]
+        self.damaged: Tensor = self._first[_APART:]
+        self.key: Tensor = torch.empty(-(-room // _APART) * _APART, dtype=torch.int64, device=device)
+        self.value: Tensor = torch.empty(len(self.key), 2, dtype=torch.int32, device=device)
 
     def bring(self) -> None:
-        """Queue the copy to host memory."""
-        if self._host is not self._here:
-            self._host.copy_(self._here, non_blocking=True)
+        """Queue the copy of both numbers to host memory."""
+        if self._host is not self._first:
+            self._host.copy_(self._first, non_blocking=True)
 
-    def brought(self) -> tuple[int, list[int], Integers, npt.NDArray[np.int32]]:
-        """Return (count, damaged, places outside, coordinates outside) in host memory. The copy must have ended."""
-        count, damaged, index, value = self._cut(self._host)
-        outside = int(count)
-        return outside, damaged.tolist(), index[:outside].numpy(), value[:outside].numpy()
+    def brought(self) -> tuple[int, list[int]]:
+        """Return (count, damaged). The copy must have ended."""
+        return int(self._host[0]), self._host[_APART:].tolist()
 
-    def _cut(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        index = whole[self._index : self._value].view(torch.int64)
-        return whole[:1], whole[_APART : _APART + self._tensors], index, whole[self._value :]
+    def outside(self, count: int) -> "_Outside":
+        """Return the keys and the pairs of coordinates outside, in host memory."""
+        return self.key[:count].cpu().numpy(), self.value[:count].cpu().numpy()
 
 
 def start(coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None = None) -> Queued:
@@ -279,7 +274,7 @@ def _start(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
     planes_of_all = torch.empty(made.coordinates, dtype=torch.int8, device=device)
     frequency = numbers[made.frequencies].view(torch.int16).view(-1, 256)
     rows = numbers[made.blocks].view(-1, entropy_triton.ROW)
-    entropy_triton.decode_blocks(data, frequency, rows, symbols, report.parts()[1])
+    entropy_triton.decode_blocks(data, frequency, rows, symbols, report.damaged)
     done = torch.cuda.Event() if device.type == "cuda" else None
     queued = Queued(
         plan=made,
@@ -318,7 +313,6 @@ def _sent(made: Plan, device: torch.device) -> Tensor:
 def _place(queued: Queued, report: _Report) -> None:
     described = queued.numbers[queued.plan.descriptions].view(-1, entropy_triton.PLACE)
     programs = queued.numbers[queued.plan.programs].view(-1, 3)
-    count, _, index, value = report.parts()
     entropy_triton.place_symbols(
         queued.symbols,
         queued.numbers[queued.plan.entries],
@@ -326,9 +320,10 @@ def _place(queued: Queued, report: _Report) -> None:
         described,
         programs,
         queued.planes,
-        count,
-        index,
-        value,
+        queued.numbers[queued.plan.told],
+        report.count,
+        report.key,
+        report.value,
     )
     report.bring()
 
@@ -339,13 +334,14 @@ def finish(queued: Queued) -> list[LatticeTensor]:
     if queued.done is not None:
         queued.done.synchronize()
         queued.planes.record_stream(torch.cuda.current_stream(queued.planes.device))  # used there from now on
-    outside, damaged, index, value = queued.report.brought()
+    report = queued.report
+    count, damaged = report.brought()
     for tensor, bad in zip(tensors, damaged, strict=True):
         if bad:
             raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
-    if outside > queued.report.room:
-        index, value = _listed_again(queued, outside)
-    escapes = _escapes(queued, index, value)
+    if count > len(report.key):
+        report = _listed_again(queued, count)
+    escapes = _escapes(queued.plan, report.outside(count))
     codes = [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
     return codes if queued.done is None else _with_weights(codes, queued.planes.device)
 
@@ -353,45 +349,39 @@ def finish(queued: Queued) -> list[LatticeTensor]:
 def _with_weights(codes: Sequence[LatticeTensor], device: torch.device) -> list[LatticeTensor]:
     """Return the codes with the weights of their escapes, which go to a GPU together: each copy waits for it."""
     some = [code for code in codes if len(code.escapes)]
-    sent = iter(_moved([part for code in some for part in code.escaped_weights()], device))
+    sent = iter(_moved([part for both in escaped_weights_all(some) for part in both], device))
     return [
         replace(code, escapes=replace(code.escapes, weights=(next(sent), next(sent)))) if len(code.escapes) else code
         for code in codes
     ]
 
 
-def _listed_again(queued: Queued, outside: int) -> tuple[Integers, npt.NDArray[np.int32]]:
-    """(places, coordinates) outside -128..127, for which there was no room at first."""
+def _listed_again(queued: Queued, count: int) -> _Report:
+    """Return a report of all coordinates outside -128..127, for which there was no room at first."""
     device = queued.planes.device
     with queued.upload.decoding() if queued.upload is not None else nullcontext():
-        report = _Report(len(queued.plan.tensors), outside, device)
+        report = _Report(len(queued.plan.tensors), count, device)
         _place(queued, report)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-    return report.brought()[2:]
+    return report
 
 
-def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> list[Escapes]:
-    """Return the escapes of each tensor in memory, on the CPU, and set their places in the planes to 0.
+_Told = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Escapes that are stored: the places of I in the planes, increasing, I and J."""
 
-    `index` are the places of coordinates outside int8, in any order, and `value` those coordinates. If one coordinate
-    of a pair is outside, the other is needed too. One query reads them all, and one write clears all. A pair's number
-    here is the place of its I in the planes.
-    """
-    tensors, stored = queued.plan.tensors, queued.plan.stored
-    begins = np.array([tensor.begin for tensor in tensors], dtype=np.int64)
-    strides = np.array([tensor.stride for tensor in tensors], dtype=np.int64)
-    told = stored.pair + begins[stored.tensor]
+_Outside = tuple[Integers, npt.NDArray[np.int32]]
+"""Coordinates outside int8, in any order: keys, and pairs, as in `entropy_triton.place_symbols`."""
+
+_Merged = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.int32], list[int]]
+"""Pairs in their tensors; I; J; how many there are up to each tensor's end."""
+
+
+def _escapes(made: Plan, outside: _Outside) -> list[Escapes]:
+    """Return the escapes of each tensor in memory, on the CPU: those that are stored, and those outside int8."""
+    begins = np.array([*(tensor.begin for tensor in made.tensors), made.coordinates], dtype=np.int64)
     merge = _native_merge if native() is not None else _merge
-
-    def read(places: Integers) -> npt.NDArray[np.int32]:
-        """Return the coordinates at these places of the planes."""
-        return queued.planes[torch.from_numpy(places).to(queued.planes.device)].to(torch.int32).cpu().numpy()
-
-    zeros, pair, i, j, ends = merge(begins, strides, (told, stored.i, stored.j), (index, value), read)
-    if not len(pair):
-        return [Escapes.none()] * len(tensors)
-    queued.planes[torch.from_numpy(zeros).to(queued.planes.device)] = 0
+    pair, i, j, ends = merge(begins, (made.stored.pair, made.stored.i, made.stored.j), outside)
     parts = [torch.from_numpy(part) for part in (pair, i, j)]
     return [
         Escapes(pair=parts[0][low:high], i=parts[1][low:high], j=parts[2][low:high])
@@ -399,80 +389,39 @@ def _escapes(queued: Queued, index: Integers, value: npt.NDArray[np.int32]) -> l
     ]
 
 
-_Merged = tuple[Integers, Integers, npt.NDArray[np.int32], npt.NDArray[np.int32], list[int]]
-"""Places of I, then of J, in the planes; pairs in their tensors; I; J; how many there are up to each tensor's end."""
-
-_Told = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.int32]]
-"""Escapes that are stored: the places of I in the planes, increasing, I and J."""
-
-_Outside = tuple[Integers, npt.NDArray[np.int32]]
-"""Coordinates outside int8: places in the planes, and values."""
-
-_Read = Callable[[Integers], npt.NDArray[np.int32]]
-
-
-def _native_merge(begins: Integers, strides: Integers, told: _Told, outside: _Outside, read: _Read) -> _Merged:
+def _native_merge(begins: Integers, told: _Told, outside: _Outside) -> _Merged:
     """`_merge` by the native library."""
     library, count = native(), len(outside[0])
     assert library is not None
-    index, value = np.empty((2, count), dtype=np.int64), np.empty((2, count), dtype=np.int32)
-    index[0], value[0] = outside
-    first = np.empty(count, dtype=np.int64)
-    i, j = np.empty((2, count), dtype=np.int32)
-    missing = np.empty(count, dtype=np.uint8)
-    own = pointer(begins), pointer(strides)
-    found = library.birkhoff_pairs_outside(
-        count,
-        pointer(index),
-        pointer(value),
-        len(begins),
-        *own,
-        len(told[0]),
-        pointer(told[0]),
-        *map(pointer, (first, i, j, missing)),
-    )
-    first, i, j, missing = first[:found], i[:found], j[:found], missing[:found]
-    lacks_i, lacks_j = missing == 1, missing == 2
-    if found and (lacks_i.any() or lacks_j.any()):
-        of = np.searchsorted(begins, first[lacks_j], side="right") - 1
-        values = read(np.concatenate((first[lacks_i], first[lacks_j] + strides[of])))
-        i[lacks_i], j[lacks_j] = np.split(values, [int(lacks_i.sum())])
-    every = len(told[0]) + found
-    zeros, pair = np.empty(2 * every, dtype=np.int64), np.empty(every, dtype=np.int64)
-    all_i, all_j = np.empty((2, every), dtype=np.int32)
-    ends = np.empty(len(begins), dtype=np.int64)
-    library.birkhoff_merge_escapes(
-        len(begins),
-        *own,
-        len(told[0]),
-        *map(pointer, told),
-        found,
-        *map(pointer, (first, i, j, zeros, pair, all_i, all_j, ends)),
-    )
-    return zeros, pair, all_i, all_j, ends.tolist()
+    key, value = np.empty((2, 2, count), dtype=np.int64)
+    key[0], value[0] = outside[0], outside[1].view(np.int64)[:, 0]
+    room = len(told[0]) + count
+    pair, ends = np.empty(room, dtype=np.int64), np.empty(len(begins) - 1, dtype=np.int64)
+    i, j = np.empty((2, room), dtype=np.int32)
+    arrays = key, value, pair, i, j, ends
+    own = pointer(begins), len(told[0]), *map(pointer, told)
+    found = library.birkhoff_merge_escapes(len(ends), *own, count, *map(pointer, arrays))
+    return pair[:found], i[:found], j[:found], ends.tolist()
 
 
-def _merge(begins: Integers, strides: Integers, told: _Told, outside: _Outside, read: _Read) -> _Merged:
-    """Merge the escapes that are stored with those outside int8, of which `read` returns other coordinates."""
+def _merge(begins: Integers, told: _Told, outside: _Outside) -> _Merged:
+    """Merge escapes that are stored with the pairs that have a coordinate outside int8, of which they override some.
+
+    `begins` are the begins of all tensors' planes, and the end of the last.
+    """
     order = outside[0].argsort()
-    index, value = outside[0][order], outside[1][order]
-    of = np.searchsorted(begins, index, side="right") - 1
-    pairs = np.sort(np.where(index >= begins[of] + strides[of], index - strides[of], index))
-    first = pairs[np.diff(pairs, prepend=-1) != 0]  # np.unique would import numpy.ma, for 0.07 s
-    first = first[np.isin(first, told[0], assume_unique=True, invert=True)]
-    exact = np.empty((2, 0), dtype=np.int32)
-    if len(first):
-        both = np.concatenate((first, first + strides[np.searchsorted(begins, first, side="right") - 1]))
-        at = np.minimum(np.searchsorted(index, both), len(index) - 1)
-        exact = np.where(index[at] == both, value[at], read(both)).reshape(2, -1)
-    every = np.concatenate((told[0], first))
+    place, both = outside[0][order] // 2, outside[1][order]
+    # If both coordinates of a pair are outside, its first entry has the right I and its last the right J.
+    first, last = (np.diff(place, **end) != 0 for end in ({"prepend": -1}, {"append": -1}))
+    own, i, j = place[first], both[first, 0], both[last, 1]
+    other = np.isin(own, told[0], assume_unique=True, invert=True)
+    every = np.concatenate((told[0], own[other]))
     order = np.argsort(every)
     every = every[order]
     of = np.searchsorted(begins, every, side="right") - 1
-    zeros = np.concatenate((every, every + strides[of]))
-    i, j = (np.concatenate((held, own))[order] for held, own in zip(told[1:], exact, strict=True))
-    ends = np.searchsorted(every, [*begins[1:], np.iinfo(np.int64).max]).tolist()
-    return zeros, every - begins[of], i, j, ends
+    i, j = (np.concatenate((held, own[other]))[order] for held, own in ((told[1], i), (told[2], j)))
+    ends = np.searchsorted(every, begins[1:]).tolist()
+    return every - begins[of], i, j, ends
 
 
 def _bounds(tensor: Placed) -> tuple[int, int, int]:

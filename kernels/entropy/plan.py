@@ -28,6 +28,10 @@ from birkhoff.codec.tensor import lattice_shape
 _DIRECT = -1, 0, 0, 0
 """Description for the kernel of a tensor whose symbols are one group, whose places need no tables."""
 
+_EVEN = -2
+"""In place of the rows' entries if all rows have one level: the entry of row r is 64 * r. Tensors in fixed point have a
+row for each weight, and their entries would be the largest part of a plan."""
+
 Integers = npt.NDArray[np.int64]
 Stream = bytes | memoryview
 
@@ -61,6 +65,7 @@ class Plan:
 
     tensors: tuple[Placed, ...]
     stored: rest.EscapesOfAll
+    """Its pairs are places of I in the planes."""
     runs: tuple[Run, ...]
     """Bytes that are not on the device yet."""
     bytes: int
@@ -74,7 +79,10 @@ class Plan:
     descriptions: slice
     programs: slice
     entries: slice
-    """64 * rank + level of the rows, then of the columns, for each tensor with groups: `contexts.Addresses`."""
+    """64 * rank + level of the rows, unless they have one level, then of the columns, for each tensor with groups:
+    `contexts.Addresses`."""
+    told: slice
+    """Places in the planes of both coordinates of the stored escapes."""
     held: list[Stream]
     """Keeps the memory of the runs alive."""
 
@@ -107,9 +115,11 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
     shapes = [shape for _, shape in shaped]
     levels = planes.unpack_levels_all([one.parts for one in coded], shapes)
     grouped = [found for found in levels if found is not None]
-    found_levels = np.concatenate([np.empty(0, np.uint8), *(part for own in grouped for part in own[:2])])
+    even = [bool(rows.min() == rows.max()) for rows, _, _ in grouped]
+    parts = [part for own, same in zip(grouped, even, strict=True) for part in own[same:2]]
     lines = [(len(rows), len(columns)) for rows, columns, _ in grouped]
-    tables = contexts.groupings(lines, found_levels, [rule for _, _, rule in grouped])
+    rules = [rule for _, _, rule in grouped]
+    tables = contexts.groupings(lines, np.concatenate([np.empty(0, np.uint8), *parts]), rules, even)
     numbers, runs = Numbers(), _Runs(sent, size)
     base = numbers.add(tables.tables)
     streams: list[Stream] = []
@@ -126,9 +136,10 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         places: tuple[int, ...] = _DIRECT
         if found is not None:
             own = tables.sizes[group, : tables.groups[group]].tolist()
-            places = line, line + shape[0], base, base + LEVELS * LEVELS
+            own_lines = 0 if even[group] else shape[0]
+            places = (line if own_lines else _EVEN), line + own_lines, base, base + LEVELS * LEVELS
             base += tables.tables.shape[1]
-            line += shape[0] + 2 * shape[1]
+            line += own_lines + 2 * shape[1]
             group += 1
         planes.check_count(one.parts, len(own))
         groups, at = runs.add_groups(one.parts, own)
@@ -150,9 +161,11 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         [math.prod(shape) for shape in shapes],
         [2 if params.path else 1 for params, _ in shaped],
     )
+    begins, strides = np.array([(tensor.begin, tensor.stride) for tensor in tensors], dtype=np.int64).T
+    place = stored.pair + begins[stored.tensor]
     return Plan(
         tensors=tuple(tensors),
-        stored=stored,
+        stored=stored._replace(pair=place),
         runs=runs.all(),
         bytes=runs.size,
         symbols=symbols,
@@ -161,7 +174,8 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         blocks=numbers.place(blocks.rows),
         descriptions=numbers.place(np.array(descriptions, dtype=np.int64)),
         programs=numbers.place(_programs(descriptions, lanes_a_program)),
-        entries=numbers.place(tables.entries if grouped else np.zeros(1, np.int64)),  # a launch wants an address
+        entries=numbers.place(tables.entries if line else np.zeros(1, np.int64)),  # a launch wants an address
+        told=numbers.place(np.concatenate((place, place + strides[stored.tensor]))),
         numbers=numbers.all(),
         held=runs.held,
     )

@@ -1,6 +1,6 @@
 """Entropy decoding on a GPU: compressed bytes to int8 coordinate planes, all tensors of a shard at once.
 
-There are three launches. The first expands a table's frequencies F to 4096 slots,
+There are four launches. The first expands a table's frequencies F to 4096 slots,
 
     slot s, where C <= s < C + F: symbol | F << 8 | (s - C) << 20
 
@@ -18,6 +18,8 @@ below lane 1 and one is set below lane 3, so they take words 0 and 1, and the ne
 The third moves each symbol from its group to its place and follows the path of its lane (`codec.trellis`):
 
     o_t = (k_t mod 2) xor o_(t-2) xor o_(t-3),    n_t = 2 k_t + o_(t-1)
+
+It lists coordinates outside int8; the fourth completes their pairs, and sets all escapes in the planes to 0.
 
 Sources: `codec.entropy.rans`, `codec.contexts`, `codec.trellis`. The kernels never read outside the streams, whatever
 these hold: `codec.rest.plan` has bounded every block, and no block reads words beyond its own.
@@ -52,6 +54,8 @@ _SLOTS_AT_ONCE = _SLOTS_A_PROGRAM if triton.knobs.runtime.interpret else 32
 """Slots that threads fill together. The interpreter's time depends on the number of calls."""
 
 _RAW_AT_ONCE = 512
+
+_CLEARED_AT_ONCE = 1 << 18 if triton.knobs.runtime.interpret else 1024
 
 LAUNCHING = threading.Lock()
 """Held while kernels are launched, because otherwise each thread would compile them."""
@@ -148,11 +152,12 @@ def _decode_kernel(data_ptr, row_ptr, slot_ptr, out_ptr, bad_ptr, RAW: tl.conste
 
 
 @triton.jit
-def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask, pairs, half, direct):
+def _symbol(symbol_ptr, row_ptr, column_ptr, base_ptr, width_ptr, row, column, mask, pairs, half, direct, even):
     """Return the symbol at a row and column of a plane, from its group. Planes are side by side if they are one
     group."""
     grouped = mask & (direct == 0)
-    r = tl.load(row_ptr + row, mask=grouped, other=0)
+    r = tl.load(row_ptr + row, mask=grouped & (even == 0), other=0)
+    r = tl.where(even == 0, r, row * _LEVELS)
     c = tl.load(column_ptr + column, mask=grouped, other=0)
     level = c % _LEVELS
     at = tl.load(base_ptr + r % _LEVELS * _LEVELS + level, mask=grouped, other=0) + c // _LEVELS
@@ -168,27 +173,29 @@ def _step(k, one, two, three, path):
 
 
 @triton.jit
-def _keep(n, place, mask, plane_ptr, count_ptr, index_ptr, value_ptr, room):
-    """Store coordinates in their plane, and list those that do not fit int8."""
-    tl.store(plane_ptr + place, n.to(tl.int8), mask=mask)
+def _keep(n, at, half, stride, mask, plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room):
+    """Store coordinates in their plane, and list those that do not fit int8. `at` is the place of the pair's I."""
+    tl.store(plane_ptr + at + half * stride, n.to(tl.int8), mask=mask)
     outside = mask & ((n < -128) | (n > 127))
     slot = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=outside)
     kept = outside & (slot < room)
-    tl.store(index_ptr + slot, place, mask=kept)
-    tl.store(value_ptr + slot, n, mask=kept)
+    tl.store(key_ptr + slot, 2 * at + half, mask=kept)
+    tl.store(second_ptr + slot, at + stride, mask=kept)
+    tl.store(value_ptr + 2 * slot + half, n, mask=kept)
 
 
 @triton.jit
 def _place_kernel(
     symbol_ptr,  # uint8, groups of all tensors
-    entry_ptr,  # int64: 64 * rank + level of rows and columns
+    entry_ptr,  # int64: 64 * rank + level of columns, and of rows that have several levels
     plan_ptr,  # int64: numbers of the plan that the tensors' other numbers point to
     tensor_ptr,  # int64 [T, PLACE]
     program_ptr,  # int64 [programs, 3]: tensor, plane (0: I, 1: J), first lane
     plane_ptr,  # int8, both planes of all tensors
     count_ptr,  # int32 []: coordinates outside -128..127
-    index_ptr,  # int64 [room]: their places in plane_ptr
-    value_ptr,  # int32 [room]
+    key_ptr,  # int64 [room]: 2 * place of the pair's I in plane_ptr, plus 1 if J is outside
+    second_ptr,  # int64 [room]: place of the pair's J
+    value_ptr,  # int32 [room, 2]: I and J, of which the one that is outside is written
     room,
     BLOCK: tl.constexpr,
 ):
@@ -197,8 +204,9 @@ def _place_kernel(
     tensor = tensor_ptr + tl.load(program) * _PLACE
     rows, pairs, lanes, path = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3)
     symbols = symbol_ptr + tl.load(tensor + 4)
-    place = tl.load(tensor + 5) + half * tl.load(tensor + 6)
-    direct = (tl.load(tensor + 7) < 0).to(tl.int32)
+    first, stride = tl.load(tensor + 5), tl.load(tensor + 6)
+    direct = (tl.load(tensor + 7) == -1).to(tl.int32)
+    even = (tl.load(tensor + 7) == -2).to(tl.int32)
     of_row = entry_ptr + tl.load(tensor + 7)
     of_column = entry_ptr + tl.load(tensor + 8) + half * pairs
     base, width = plan_ptr + tl.load(tensor + 9), plan_ptr + tl.load(tensor + 10)
@@ -211,30 +219,49 @@ def _place_kernel(
     for _ in range(0, size, 4 * lanes):
         # Issue four loads before using the first. A store between them would delay the next load.
         m0 = at < size
-        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0, pairs, half, direct)
+        k0 = _symbol(symbols, of_row, of_column, base, width, row, column, m0, pairs, half, direct, even)
         at1, row, column = at + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m1 = at1 < size
-        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1, pairs, half, direct)
+        k1 = _symbol(symbols, of_row, of_column, base, width, row, column, m1, pairs, half, direct, even)
         at2, row, column = at1 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m2 = at2 < size
-        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2, pairs, half, direct)
+        k2 = _symbol(symbols, of_row, of_column, base, width, row, column, m2, pairs, half, direct, even)
         at3, row, column = at2 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
         m3 = at3 < size
-        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3, pairs, half, direct)
+        k3 = _symbol(symbols, of_row, of_column, base, width, row, column, m3, pairs, half, direct, even)
         n0, o0 = _step(k0, one, two, three, path)
         n1, o1 = _step(k1, o0, one, two, path)
         n2, o2 = _step(k2, o1, o0, one, path)
         n3, o3 = _step(k3, o2, o1, o0, path)
         one, two, three = o3, o2, o1
-        _keep(n0, place + at, m0, plane_ptr, count_ptr, index_ptr, value_ptr, room)
-        _keep(n1, place + at1, m1, plane_ptr, count_ptr, index_ptr, value_ptr, room)
-        _keep(n2, place + at2, m2, plane_ptr, count_ptr, index_ptr, value_ptr, room)
-        _keep(n3, place + at3, m3, plane_ptr, count_ptr, index_ptr, value_ptr, room)
+        _keep(n0, first + at, half, stride, m0, plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room)
+        _keep(n1, first + at1, half, stride, m1, plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room)
+        _keep(n2, first + at2, half, stride, m2, plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room)
+        _keep(n3, first + at3, half, stride, m3, plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room)
         at, row, column = at3 + lanes, row + down, column + along
         row, column = tl.where(column < pairs, row, row + 1), tl.where(column < pairs, column, column - pairs)
+
+
+@triton.jit(do_not_specialize=["tolds"])
+def _clear_kernel(
+    plane_ptr, count_ptr, key_ptr, second_ptr, value_ptr, room, told_ptr, tolds, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Complete the pairs that are listed with their other coordinate. Set them in the planes to 0, and places told."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    listed = entry < tl.minimum(tl.load(count_ptr), room)
+    key = tl.load(key_ptr + entry, mask=listed, other=0)
+    first, second, half = key // 2, tl.load(second_ptr + entry, mask=listed, other=0), key % 2
+    other = tl.load(plane_ptr + tl.where(half == 0, second, first), mask=listed, other=0)
+    tl.store(value_ptr + 2 * entry + 1 - half, other.to(tl.int32), mask=listed)
+    # A pair that is listed twice has each coordinate from one entry; here the other entry may have cleared it.
+    zero = tl.zeros([BLOCK], tl.int8)
+    tl.store(plane_ptr + first, zero, mask=listed)
+    tl.store(plane_ptr + second, zero, mask=listed)
+    told = entry < tolds
+    tl.store(plane_ptr + tl.load(told_ptr + entry, mask=told, other=0), zero, mask=told)
 
 
 def decode_blocks(data: Tensor, frequency_S256: Tensor, row_B7: Tensor, out: Tensor, bad_T: Tensor) -> None:
@@ -255,12 +282,22 @@ def place_symbols(
     tensor_T11: Tensor,
     program_N3: Tensor,
     planes: Tensor,
+    told: Tensor,
     count: Tensor,
-    index: Tensor,
+    key: Tensor,
     value: Tensor,
 ) -> None:
-    """Move symbols from groups to coordinates in `planes` (int8). Count those outside int8, and list them in `index`
-    (int64) and `value` (int32) as far as there is room."""
+    """Move symbols from groups to coordinates in `planes` (int8), and set pairs outside int8 and those `told` to 0.
+
+    Args:
+        symbols, entries, plan, tensor_T11, program_N3: As in `_place_kernel`.
+        planes: Where the coordinates of all tensors go.
+        told: Places in the planes, of both coordinates of pairs, int64.
+        count: The number of coordinates outside int8, int32 [1], zero before.
+        key: 2 * place of I of the pair, plus 1 if J is the coordinate outside; int64 [room]. As far as there is room.
+        value: I and J of that pair, int32 [room, 2]. If both are outside, only the one that the key names is right.
+    """
+    second = torch.empty_like(key)
     with LAUNCHING:
         _place_kernel[(len(program_N3),)](
             symbols,
@@ -270,9 +307,14 @@ def place_symbols(
             program_N3,
             planes,
             count,
-            index,
+            key,
+            second,
             value,
-            len(index),
+            len(key),
             BLOCK=LANES_A_PROGRAM,
             num_warps=LANES_A_PROGRAM // 32,
+        )
+        grid = (-(-max(len(key), len(told)) // _CLEARED_AT_ONCE),)
+        _clear_kernel[grid](
+            planes, count, key, second, value, len(key), told, len(told), BLOCK=_CLEARED_AT_ONCE, num_warps=4
         )

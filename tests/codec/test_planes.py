@@ -204,6 +204,25 @@ def test_groupings_of_several_planes_are_those_of_each(least: int) -> None:
     assert all(len(part) == 0 for part in contexts.reference_groupings([], absolute[:0], []))
 
 
+def test_rows_of_one_level_can_be_left_out() -> None:
+    draw = np.random.default_rng(3)
+    parts = [draw.integers(2, 70, size).astype(np.uint8) for shape in SHAPES for size in shape]
+    parts[0], parts[4] = np.full(13, 5, np.uint8), np.full(1, 69, np.uint8)
+    rules = [contexts.rule_2(8)] * len(SHAPES)
+    whole = contexts.groupings(SHAPES, np.concatenate(parts), rules)
+    del parts[4], parts[0]
+    even = [True, False, True, False]
+    begins = np.cumsum([0, *(sum(shape) for shape in SHAPES)])
+    rows = [number for part, (own, _) in enumerate(SHAPES) if even[part] for number in begins[part] + np.arange(own)]
+    assert whole.entries[rows].tolist() == [64 * row for row in (*range(13), 0)]
+    for grouped in (contexts.groupings, contexts.reference_groupings):
+        found = grouped(SHAPES, np.concatenate(parts), rules, even)
+        assert np.array_equal(found.entries, np.delete(whole.entries, rows))
+        assert np.array_equal(found.levels, np.delete(whole.levels, rows))
+        for mine, wanted in zip(found[2:], whole[2:], strict=True):
+            assert np.array_equal(mine, wanted)
+
+
 def test_places_do_not_depend_on_the_smallest_level() -> None:
     """What a container stores may have another than 0, which `groupings` subtracts and `addresses` does not."""
     draw, rule = np.random.default_rng(0), contexts.rule_2(8)

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction, driver
 
+from birkhoff.kernels.entropy import triton as entropy
 from birkhoff.kernels.feedback import both
 from birkhoff.kernels.feedback import triton as feedback
 from birkhoff.kernels.int8 import hopper as int8_hopper
@@ -113,6 +114,17 @@ def feedbacks() -> None:
             feedback.round_block(*matrices, 0, 64, lanes, base_KR)
 
 
+def decoding() -> None:
+    """Planes from stored streams."""
+    planes, told = torch.empty(4096, dtype=torch.int8), torch.empty(32, dtype=torch.int64)
+    bytes_, numbers = torch.empty(4096, dtype=torch.uint8), torch.empty(4096, dtype=torch.int64)
+    rows, frequency = torch.empty(2, entropy.ROW, dtype=torch.int64), torch.empty(2, 256, dtype=torch.int16)
+    count, key, value = torch.empty(1, dtype=torch.int32), torch.empty(64, dtype=torch.int64), torch.empty(64, 2)
+    entropy.decode_blocks(bytes_, frequency, rows, bytes_, count)
+    described = torch.empty(2, entropy.PLACE, dtype=torch.int64), torch.empty(2, 3, dtype=torch.int64)
+    entropy.place_symbols(bytes_, numbers, numbers, *described, planes, told, count, key, value.to(torch.int32))
+
+
 def verdict(kernel: Any) -> dict[str, Any]:
     """Spilled bytes, shared memory, and whether the assembler had to make the tensor cores wait in between."""
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -130,5 +142,5 @@ if __name__ == "__main__":
     compiled = {"small_m": small_m(16, 4, 4, 16), "hopper 256": hopper(256), "hopper 64": hopper(64)}
     tiles = (128, 256, False), (128, 128, True), (64, 128, False)
     compiled |= {f"int8 {tile}": int8(*tile) for tile in tiles}
-    compiled |= launched(feedbacks)
+    compiled |= launched(feedbacks) | launched(decoding)
     print(json.dumps({name: verdict(kernel) for name, kernel in compiled.items()}))

@@ -1,7 +1,6 @@
 """Escapes of many tensors: the native library finds what the references in numpy find, and refuses the same."""
 
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -62,22 +61,23 @@ def test_escapes_that_make_no_sense_are_refused_alike(
     assert "escapes are not 2 increasing indices below 10" in said[0]
 
 
-@given(st.data(), st.integers(1, 5), st.integers(1, 200))
-def test_weights_of_escapes_are_in_order_and_those_of_a_decoded_matrix(
-    data: st.DataObject, rows: int, columns: int
+@given(st.data(), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 200)), min_size=1, max_size=3))
+def test_weights_of_escapes_are_in_order_and_those_of_decoded_matrices(
+    data: st.DataObject, shapes: list[tuple[int, int]]
 ) -> None:
-    pairs = pairs_per_row(columns)
-    planes = torch.zeros(2, rows, pairs, dtype=torch.int8)
-    held = data.draw(escapes(rows * pairs, 1))
-    code = LatticeTensor(i=planes[0], j=planes[1], escapes=held, step=0.37, columns=columns)
-    index, value = code.escaped_weights()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lattice, "native", lambda: None)
-        wanted = code.escaped_weights()
-    assert torch.equal(index, wanted[0])
-    assert torch.equal(value, wanted[1])
-    assert index.tolist() == sorted(set(index.tolist()))
-    assert torch.equal(code.decode().view(-1)[index], value)
+    codes = []
+    for rows, columns in shapes:
+        pairs = pairs_per_row(columns)
+        i, j = torch.zeros(2, rows, pairs, dtype=torch.int8)
+        held = data.draw(escapes(rows * pairs, 1))
+        codes.append(LatticeTensor(i=i, j=j, escapes=held, step=0.37 * rows, columns=columns))
+    together = lattice.escaped_weights_all(codes)
+    for code, (index, value) in zip(codes, together, strict=True):
+        for wanted in (code.escaped_weights(), code._escaped_in_numpy()):
+            assert torch.equal(index, wanted[0])
+            assert torch.equal(value, wanted[1])
+        assert index.tolist() == sorted(set(index.tolist()))
+        assert torch.equal(code.decode().view(-1)[index], value)
 
 
 @given(st.data())
@@ -85,38 +85,37 @@ def test_merging_what_is_stored_with_what_is_outside_is_as_in_numpy(data: st.Dat
     strides = data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     begins = list(accumulate((2 * stride for stride in strides), initial=0))
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
-    planes = generator.integers(-128, 128, begins[-1]).astype(np.int32)
-    share = data.draw(st.sampled_from([0.0, 0.001, 0.1, 1.0]))
-    outside = np.flatnonzero(generator.random(len(planes)) < share)
-    generator.shuffle(outside)
     firsts = np.concatenate([np.arange(low, low + stride) for low, stride in zip(begins, strides, strict=False)])
-    told = firsts[generator.random(len(firsts)) < data.draw(st.sampled_from([0.0, 0.01, 1.0]))]
-    wide = generator.integers(1 << 10, 1 << 20, len(outside)).astype(np.int32)
+    planes = generator.integers(-128, 128, (len(firsts), 2)).astype(np.int32)
+    outside = generator.random(planes.shape) < data.draw(st.sampled_from([0.0, 0.001, 0.1, 1.0]))
+    planes[outside] += 1 << 20
+    told = np.flatnonzero(generator.random(len(firsts)) < data.draw(st.sampled_from([0.0, 0.01, 1.0])))
     own = generator.integers(1 << 21, 1 << 22, (2, len(told))).astype(np.int32)
-    sizes = np.array(begins[:-1], dtype=np.int64), np.array(strides, dtype=np.int64)
-    asked: list[int] = []
 
-    def read(places: op.Integers) -> np.ndarray:
-        asked.append(len(places))
-        return planes[places]
-
-    inputs = *sizes, (told, own[0], own[1]), (outside, wide), read
-    mine, wanted = op._native_merge(*inputs), op._merge(*inputs)
-    for found, expected in zip(mine, wanted, strict=True):
-        assert np.array_equal(found, expected)
-    assert len(asked) <= 2  # one query each, or none where all is known
-    assert list(_pieces(mine[1], mine[4])) == [sorted(set(piece)) for piece in _pieces(wanted[1], wanted[4])]
-
-
-def _pieces(pair: op.Integers, ends: list[int]) -> Iterator[list[int]]:
-    return (pair[low:high].tolist() for low, high in pairwise([0, *ends]))
+    number, half = np.nonzero(outside)
+    both = planes[number]
+    both[np.arange(len(both)), 1 - half] = np.where(outside[number, 1 - half], 77, both[np.arange(len(both)), 1 - half])
+    order = generator.permutation(len(number))
+    listed = (2 * firsts[number] + half)[order], both[order]
+    inputs = np.array(begins), (firsts[told], own[0], own[1]), listed
+    wanted = planes.copy()
+    wanted[told] = own.T
+    which = np.flatnonzero(outside.any(axis=1) | np.isin(np.arange(len(firsts)), told))
+    of = np.repeat(np.arange(len(strides)), strides)
+    for merge in (op._native_merge, op._merge):
+        pair, i, j, ends = merge(*inputs)
+        assert np.array_equal(pair, firsts[which] - np.array(begins)[of[which]])
+        assert np.array_equal(np.stack((i, j), axis=1), wanted[which])
+        assert ends == np.searchsorted(of[which], np.arange(len(strides)), side="right").tolist()
 
 
 def test_weights_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     code = lattice.quantise(torch.randn(7, 130, generator=torch.Generator().manual_seed(0)), 1 / 300)
     assert len(code.escapes)
-    (known,) = op._with_weights([code], torch.device("cpu"))
-    monkeypatch.setattr(LatticeTensor, "_escaped_on_cpu", lambda _: pytest.fail("computed"))
+    none = lattice.quantise(torch.zeros(2, 4), 1.0)
+    assert op._with_weights([none], torch.device("cpu")) == [none]
+    _, known = op._with_weights([none, code], torch.device("cpu"))
+    monkeypatch.setattr(lattice, "escaped_weights_all", lambda _: pytest.fail("computed"))
     assert torch.equal(known.decode(), code.decode())
     with pytest.raises(pytest.fail.Exception):
         known.to("cpu").escaped_weights()
