@@ -5,12 +5,13 @@ uses one thread inside each, because more would only wait for each other. The wo
 the compressed model, or by one shard if that is larger.
 
 For a GPU, threads read, check and send the bytes: copies through pinned memory run beside the kernels. The caller's
-thread lets the GPU decode as many shards at once as suit it, and meanwhile uses the result of the batch before. A
-thread that holds the interpreter's lock keeps all others waiting, five milliseconds at a time, so each takes few steps:
-a file, its digest, its copy. Host memory holds no more than the compressed model.
+thread lets the GPU decode as many shards at once as suit it, and meanwhile another thread uses the result of the batch
+before. A thread that holds the interpreter's lock keeps all others waiting, five milliseconds at a time, so each takes
+few steps: a file, its digest, its copy. Host memory holds no more than the compressed model.
 """
 
 import ctypes
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -86,11 +87,12 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
     for batch in batches:
         for shard, to in zip(batch.shards, batch.places, strict=True):
             places[shard.blob].append((batch, to))
-    begun: deque[tuple[list[ShardRecord], Callable[[], Sequence[T]]]] = deque()
+    begun: deque[tuple[list[ShardRecord], Future[Sequence[T]]]] = deque()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # each thread has its own
 
-    def read(shard: ShardRecord, upload: Upload, to: int) -> list[CodedTensor]:
+    def read(shard: ShardRecord, batch: _Batch, to: int) -> list[CodedTensor]:
         blob = artifact.blob(shard)
-        upload.send(blob, to)
+        batch.upload(device).send(blob, to)
         return artifact.coded_in(shard, blob)
 
     def begin() -> None:
@@ -98,22 +100,26 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
         coded = [batch.read[to].result() for to in batch.places]
         starting.result()  # else this thread would start the same
         with _told(artifact, batch.shards):
-            begun.append((batch.shards, take(coded, batch.upload)))
+            result = take(coded, batch.upload(device))
+        begun.append((batch.shards, last.submit(finish, result)))
+
+    def finish(result: Callable[[], Sequence[T]]) -> Sequence[T]:
+        with torch.cuda.stream(stream):
+            return result()
 
     def end(most: int = 0) -> Iterator[tuple[ShardRecord, T]]:
         """End all but so many batches."""
         while len(begun) > most:
-            shards, result = begun.popleft()
+            shards, future = begun.popleft()
             with _told(artifact, shards):
-                made = result()
+                made = future.result()
             yield from zip(shards, made, strict=True)
 
-    with pool(_threads(), "read", initializer=_one_thread_inside) as threads:
+    with pool(_threads(), "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
         starting = threads.submit(warm_up, device)
         for shard in artifact.arriving():
             batch, to = places[shard.blob].popleft()
-            batch.upload = batch.upload or Upload(batch.size, device)
-            batch.read[to] = threads.submit(read, shard, batch.upload, to)
+            batch.read[to] = threads.submit(read, shard, batch, to)
             while batches and batches[0].is_read() and starting.done():
                 begin()
                 yield from end(1)
@@ -130,9 +136,16 @@ class _Batch:
     shards: list[ShardRecord]
     places: list[int]
     size: int
-    upload: Upload | None = None
     read: dict[int, Future[list[CodedTensor]]] = field(default_factory=dict)
     """By place."""
+    _upload: Upload | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def upload(self, device: torch.device) -> Upload:
+        """Return where the containers go on the device. The first thread that asks allocates it, for milliseconds."""
+        with self._lock:
+            self._upload = self._upload or Upload(self.size, device)
+            return self._upload
 
     def is_read(self) -> bool:
         return len(self.read) == len(self.shards) and all(future.done() for future in self.read.values())
