@@ -82,6 +82,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._layers = _Layers(store)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="report")
         self._read: dict[str, Future[tuple[LayerRecord, ...]]] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._writing: Future[None] | None = None
         self._began = False
         self.written: bool = False
 
@@ -96,17 +98,26 @@ class Recorder(AbstractContextManager["Recorder"]):
     def watch(self, executor: Executor) -> Executor:
         """Return a wrapper of the executor that records outcomes as they pass."""
         self._began = True
-        return _Watched(executor, self._note, self._read_published)
+        return _Watched(executor, self._note, self._read_published, self._begin)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        ended = error is None and any(run.status != "up to date" for run in self._runs)
         broken = self._began and isinstance(error, BirkhoffError) and not isinstance(error, StoreError)
         try:
-            if ended or broken:
-                self._write(error if broken else None)
+            if error is None:
+                self._begin()
+                if self._writing is not None:
+                    self._writing.result()
+            elif broken:
+                self._write(error)
         finally:
             self._layers.stopping.set()
-            self._reader.shutdown(wait=False, cancel_futures=True)
+            for threads in (self._reader, self._writer):
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self) -> None:
+        """Begin to write the report, unless everything was up to date: beside the end of the executor."""
+        if self._writing is None and any(run.status != "up to date" for run in self._runs):
+            self._writing = self._writer.submit(self._write, None)
 
     def _write(self, error: BaseException | None) -> None:
         try:
@@ -226,19 +237,29 @@ class Recorder(AbstractContextManager["Recorder"]):
 
 
 class _Watched(AbstractContextManager["_Watched"]):
-    """Calls `note` with each outcome, and `taken` after the run has taken it."""
+    """Calls `note` with each outcome, `taken` before and after the run takes it, and `ended` before the executor
+    ends without an error."""
 
-    def __init__(self, executor: Executor, note: Callable[[Outcome], None], taken: Callable[[], None]) -> None:
-        self._executor, self._note, self._taken = executor, note, taken
+    def __init__(
+        self,
+        executor: Executor,
+        note: Callable[[Outcome], None],
+        taken: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._executor, self._note, self._taken, self._ended = executor, note, taken, ended
 
     def __enter__(self) -> "_Watched":
         self._executor.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            self._ended()
         self._executor.__exit__(kind, error, at)
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+        self._taken()
         for outcome in self._executor.run(queue):
             self._note(outcome)
             yield outcome

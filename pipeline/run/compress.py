@@ -5,7 +5,7 @@ The functions follow the pipeline in order; each step has its own module.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,13 @@ from birkhoff.pipeline.shard.task import Reuse, ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask, keys_of
 from birkhoff.pipeline.store.base import Store
 
+_CPUS_TO_A_DIGEST = 8
+"""Digests of new models are taken beside their encoding, in one thread for so many CPUs: Ray's workers leave as many
+free."""
+
+_PUBLISHERS = 4
+"""Versions that are published at a time: each takes many requests to the store, one after another."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
@@ -57,6 +64,7 @@ class _Job:
     """The start, in seconds of `time.perf_counter`."""
     seen: set[tuple[str, int]]
     """Blobs of versions found whole while the run was prepared, with their sizes: models share many."""
+    digests: ThreadPoolExecutor
 
     def seconds(self) -> float:
         """Wall time of the run so far."""
@@ -86,22 +94,28 @@ def compress(
         StoreError: The store failed for all models.
         WorkerError: No worker could be started.
     """
-    job = _Job(
-        manifest=manifest,
-        store=store,
-        progress=progress,
-        reuse=reuse,
-        single_publisher=single_publisher,
-        signer=signer,
-        began=time.perf_counter(),
-        seen=set(),
-    )
+    began = time.perf_counter()
     runs = [
         ModelRun(name=entry.name, profile=manifest.fidelity(entry).profile.name, labels=manifest.labels_of(entry))
         for entry in manifest.models
     ]
     begun(runs)
-    with ExitStack() as lease, ExitStack() as stack:
+    with (
+        pool(max(1, processors() // _CPUS_TO_A_DIGEST), "digest") as digests,
+        ExitStack() as lease,
+        ExitStack() as stack,
+    ):
+        job = _Job(
+            manifest=manifest,
+            store=store,
+            progress=progress,
+            reuse=reuse,
+            single_publisher=single_publisher,
+            signer=signer,
+            began=began,
+            seen=set(),
+            digests=digests,
+        )
 
         def start() -> Executor:
             left = [run for run in runs if run.status is None]
@@ -128,10 +142,11 @@ def _prepare_all(
     start: Callable[[], Executor],
     ahead: Callable[[int], object],
 ) -> Executor | None:
-    """Plan all models beside each other: digests are nearly all of it, and leave the interpreter's lock.
+    """Plan all models beside each other.
 
-    A model of which the store has no version needs the executor in any case, which is then started beside the digests
-    and returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory.
+    A model of which the store has no version needs the executor in any case, which is then started beside the rest and
+    returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory. Such a
+    model's digest is only needed to publish it, and is taken from then on, smallest models first, as they are encoded.
     """
     with pool(processors(), "plan") as threads:
         prepared: dict[str, Future[None]] = {}
@@ -158,6 +173,9 @@ def _prepare_all(
             run.seconds = job.seconds()
             shards = len(run.planned.plan.shards) if run.planned else 0
             job.progress.planned(run.name, run.source_bytes, run.status, shards=shards)
+    for run in sorted(runs, key=lambda run: run.source_bytes):
+        if run.status is None and not run.source_sha256 and run.planned is not None:
+            run.digest = job.digests.submit(checkpoint_digest, run.planned.checkpoint)
     return early
 
 
@@ -182,8 +200,9 @@ def _prepare(job: _Job, run: ModelRun) -> None:
     store = job.store
     assert run.planned is not None  # else it has failed
     try:
-        run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         run.before = latest_version(store, run.name)
+        if run.before is not None or run.subjects.statistics is not None:
+            run.source_sha256 = checkpoint_digest(run.planned.checkpoint)
         if waits_for(job.manifest, run.planned) is None:
             base = find_base(store, run.planned, run.before, again=job.reuse != "trust")
             run.planned = run.planned if base is None else base.on(run.planned)
@@ -248,16 +267,13 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
     later = {name: base for name, run in waiting.items() if (base := _awaited(job, run, waiting.values())) is not None}
     starts = (task for name, run in waiting.items() if name not in later for task in _start(run, reuse))
     queue = TaskQueue(starts, budget=_in_flight(job.manifest))
-    for outcome in executor.run(queue):
-        run = waiting[outcome.task.model]
-        if isinstance(outcome.result, ShardResult):
-            queue.note(outcome.task, outcome.result.record)
-        if run.status is None:
-            queue.add(_take(job, run, outcome))
-            if run.status == "published" and job.manifest.keep is not None:
-                retire(job.store, run.name, job.manifest.keep)
+    publishing: dict[Future[None], Outcome] = {}
+
+    def settle(run: ModelRun, outcome: Outcome) -> None:
+        """Go on after an outcome, or after a model's end."""
+        if run.status is not None:
             run.seconds = job.seconds()
-            _tell(job.progress, run, outcome)
+        _tell(job.progress, run, outcome)
         if run.status == "failed":
             queue.drop(run.name)
         for name in [name for name, base in later.items() if base is run and run.status is not None]:
@@ -265,6 +281,30 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
             _take_base(job, waiting[name], run)
             if waiting[name].status is None:
                 queue.add(_start(waiting[name], reuse))
+
+    def settle_published() -> None:
+        for future in [future for future in publishing if future.done()]:
+            outcome = publishing.pop(future)
+            future.result()
+            settle(waiting[outcome.task.model], outcome)
+
+    with pool(_PUBLISHERS, "publish") as threads:
+        while True:
+            for outcome in executor.run(queue):
+                run = waiting[outcome.task.model]
+                if isinstance(outcome.result, ShardResult):
+                    queue.note(outcome.task, outcome.result.record)
+                if run.status is None:
+                    queue.add(_take(run, outcome))
+                if run.status is None and run.passes is not None and run.passes.whole:
+                    publishing[threads.submit(_finish, job, run)] = outcome
+                else:
+                    settle(run, outcome)
+                settle_published()
+            if not publishing:
+                return
+            wait(publishing, return_when=FIRST_COMPLETED)
+            settle_published()
 
 
 def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
@@ -316,9 +356,8 @@ def _proof_task(planned: Planned, subject: Subject, manifest: VersionManifest) -
     return ProofTask(model=manifest.model, manifest=manifest, checkpoint=planned.checkpoint, subject=subject)
 
 
-def _take(job: _Job, run: ModelRun, outcome: Outcome) -> list[Task]:
-    """Record one outcome, and publish the model after its last one. Returns the tasks that follow."""
-    assert run.planned is not None
+def _take(run: ModelRun, outcome: Outcome) -> list[Task]:
+    """Record one outcome. Returns the tasks that follow."""
     assert run.passes is not None  # only started models have tasks
     if outcome.result is None:
         run.fail(outcome.error or BirkhoffError(f"{outcome.task.label}: no result and no error"))
@@ -327,14 +366,25 @@ def _take(job: _Job, run: ModelRun, outcome: Outcome) -> list[Task]:
     try:
         more = run.passes.take(outcome.task.index, outcome.result)
         run.records, run.reused = run.passes.records, run.passes.reused
-        if run.passes.whole:
-            interrupt.check()
-            _check_proof(run, run.planned)
-            _publish(job, run, run.planned, run.passes.plan)
         return more
     except BirkhoffError as error:
         run.fail(error)
         return []
+
+
+def _finish(job: _Job, run: ModelRun) -> None:
+    """Publish a model whose passes have ended."""
+    assert run.planned is not None
+    assert run.passes is not None
+    try:
+        interrupt.check()
+        _check_proof(run, run.planned)
+        _publish(job, run, run.planned, run.passes.plan)
+    except BirkhoffError as error:
+        run.fail(error)
+        return
+    if job.manifest.keep is not None:
+        retire(job.store, run.name, job.manifest.keep)
 
 
 def _check_proof(run: ModelRun, planned: Planned) -> None:
@@ -369,6 +419,13 @@ def _say_labels(store: Store, run: ModelRun) -> None:
         change_labels(store, run.name, run.version.digest, run.labels)
 
 
+def _sha256(run: ModelRun) -> str:
+    """Return the digest of a model's source, once it has been taken. Raises SourceError, OutputError."""
+    if run.digest is not None:
+        run.source_sha256, run.digest = run.digest.result(), None
+    return run.source_sha256
+
+
 def _version_manifest(
     run: ModelRun, planned: Planned, plan: ModelPlan, records: Sequence[ShardRecord]
 ) -> VersionManifest:
@@ -378,7 +435,7 @@ def _version_manifest(
         model=run.name,
         source=SourceRecord(
             file=checkpoint.path.name,
-            sha256=run.source_sha256,
+            sha256=_sha256(run),
             bytes=checkpoint.nbytes,
             format=checkpoint.format,
             nesting=checkpoint.nesting,

@@ -1,6 +1,7 @@
 """The state of one model during a run, and its row of the result table."""
 
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from birkhoff.codec.errors import BirkhoffError
@@ -25,6 +26,8 @@ class ModelRun:
     """Labels for its version, from the manifest."""
     planned: Planned | None = None
     source_sha256: str = ""
+    digest: Future[str] | None = None
+    """What becomes `source_sha256`, while it is computed beside the run."""
     source_state: dict[str, list[int]] = field(default_factory=dict)
     status: Status | None = None
     error: BirkhoffError | None = None

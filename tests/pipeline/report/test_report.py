@@ -144,15 +144,13 @@ def test_a_published_model_is_read_while_the_run_goes_on(fleet: Fleet, monkeypat
         read.set()
         return of(self, model)
 
-    def wait_after_the_first_model(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
-        for outcome in run(self, queue):
-            with fleet.store() as store:
-                if any("/names/" in info.key for info in store.list("models/")):
-                    assert read.wait(PATIENT_SECONDS)
-            yield outcome
+    def wait_after_publishing(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
+        published = not len(queue)
+        yield from run(self, queue)
+        assert not published or read.wait(PATIENT_SECONDS)
 
     monkeypatch.setattr(recorder._Layers, "of", note)
-    monkeypatch.setattr(InlineExecutor, "run", wait_after_the_first_model)
+    monkeypatch.setattr(InlineExecutor, "run", wait_after_publishing)
     code, _, _ = fleet.compress()
     assert code == 0
     assert [(model.status, bool(model.layers)) for model in fleet.report().models] == [("published", True)] * 2
@@ -186,16 +184,15 @@ def test_a_run_that_is_stopped_does_not_wait_for_what_its_report_would_need(
         assert go_on.wait(PATIENT_SECONDS)
         return []
 
-    def stop_after_the_first_model(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
-        for outcome in run(self, queue):
-            with fleet.store() as store:
-                if any("/names/" in info.key for info in store.list("models/")):
-                    assert reading.wait(PATIENT_SECONDS)
-                    raise interrupt.Interrupted
-            yield outcome
+    def stop_after_publishing(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
+        done = not len(queue)
+        yield from run(self, queue)
+        if done:
+            assert reading.wait(PATIENT_SECONDS)
+            raise interrupt.Interrupted
 
     monkeypatch.setattr(recorder, "inspect_shard", wait)
-    monkeypatch.setattr(InlineExecutor, "run", stop_after_the_first_model)
+    monkeypatch.setattr(InlineExecutor, "run", stop_after_publishing)
     try:
         code, _, _ = fleet.compress()
         assert code == 130
@@ -208,11 +205,10 @@ def test_a_run_that_broke_off_reports_what_was_published(fleet: Fleet, monkeypat
     run = InlineExecutor.run
 
     def die_after_the_first_model(self: InlineExecutor, queue: TaskQueue) -> Iterator[Outcome]:
-        for outcome in run(self, queue):
-            with fleet.store() as store:
-                if any("/names/" in info.key for info in store.list("models/")):
-                    raise WorkerError("no workers any more")
-            yield outcome
+        if not len(queue):
+            raise WorkerError("no workers any more")
+        outcomes = list(run(self, queue))
+        yield from (outcome for outcome in outcomes if outcome.task.model == outcomes[0].task.model)
 
     monkeypatch.setattr(InlineExecutor, "run", die_after_the_first_model)
     code, _, err = fleet.compress()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.interrupt import Interrupted
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
+from birkhoff.pipeline.plan.models import Planned
 from birkhoff.pipeline.progress.progress import Progress
+from birkhoff.pipeline.registry.versions import Version, latest_version
 from birkhoff.pipeline.run import compress as module
 from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Demand, Outcome
-from birkhoff.pipeline.run.queue import TaskQueue
+from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from tests.patience import PATIENT_SECONDS
 
@@ -37,7 +40,8 @@ class Noting(InlineExecutor):
         started.set()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
-        self._events.append("run")
+        if len(queue):  # a run is continued, if only to see what was published meanwhile
+            self._events.append("run")
         yield from super().run(queue)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -63,16 +67,16 @@ def run(manifest: Manifest, store: Store, events: list[str], started: threading.
         return module.compress(manifest, store, lambda _: Noting(store, events, started), progress)
 
 
-def test_the_executor_starts_while_digests_are_taken(
+def test_the_executor_starts_while_models_are_looked_at(
     manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, events, started = module.checkpoint_digest, list[str](), threading.Event()
+    scaled, events, started = Planned.scaled, list[str](), threading.Event()
 
-    def waiting(checkpoint: Checkpoint) -> str:
+    def waiting(planned: Planned) -> Planned:
         assert started.wait(PATIENT_SECONDS)
-        return digest(checkpoint)
+        return scaled(planned)
 
-    monkeypatch.setattr(module, "checkpoint_digest", waiting)
+    monkeypatch.setattr(Planned, "scaled", waiting)
     assert [one.status for one in run(manifest, directory_store, events, started)] == ["published", "published"]
     assert events == ["start", "run", "end, leased"]
 
@@ -167,13 +171,80 @@ def test_a_run_that_is_to_stop_begins_no_more_models(
 def test_an_executor_that_was_started_for_nothing_ends(
     manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(checkpoint: Checkpoint) -> str:
-        raise SourceError(f"{checkpoint.path}: cannot be read")
+    def broken(planned: Planned) -> Planned:
+        raise SourceError(f"{planned.checkpoint.path}: cannot be read")
 
-    monkeypatch.setattr(module, "checkpoint_digest", broken)
+    monkeypatch.setattr(Planned, "scaled", broken)
     events: list[str] = []
     assert {one.status for one in run(manifest, directory_store, events, threading.Event())} == {"failed"}
     assert events == ["start", "end"]
+
+
+def test_new_models_are_encoded_while_their_digests_are_taken(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, take, encoded, order = module.checkpoint_digest, module._take, set[str](), list[str]()
+    both = threading.Event()
+
+    def waiting(checkpoint: Checkpoint) -> str:
+        order.append(checkpoint.path.stem)
+        assert both.wait(PATIENT_SECONDS)
+        return digest(checkpoint)
+
+    def note(one: ModelRun, outcome: Outcome) -> list[Task]:
+        encoded.add(one.name)
+        if encoded == {"a", "b"}:
+            both.set()
+        return take(one, outcome)
+
+    monkeypatch.setattr(module, "checkpoint_digest", waiting)
+    monkeypatch.setattr(module, "_take", note)
+    save_file({"w": torch.randn(128, 64)}, manifest.models[0].source[0].urls[0])
+    runs = run(manifest, directory_store, [], threading.Event())
+    assert [one.status for one in runs] == ["published", "published"]
+    assert order[0] == "b"  # the smaller one
+    for one in runs:
+        assert one.version is not None
+        assert one.planned is not None
+        assert one.version.manifest.source.sha256 == one.source_sha256 == digest(one.planned.checkpoint)
+
+
+def test_a_model_is_published_while_others_are_encoded(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, publish, second = module._take, module.publish, threading.Event()
+    taken: list[str] = []
+
+    def note(one: ModelRun, outcome: Outcome) -> list[Task]:
+        taken.append(one.name)
+        if len(set(taken)) == 2:
+            second.set()
+        return take(one, outcome)
+
+    def waiting(*arguments: Any, **options: Any) -> Version:
+        assert second.wait(PATIENT_SECONDS)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(module, "_take", note)
+    monkeypatch.setattr(module, "publish", waiting)
+    assert [one.status for one in run(manifest, directory_store, [], threading.Event())] == ["published", "published"]
+
+
+def test_a_model_whose_digest_cannot_be_taken_is_not_published(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = module.checkpoint_digest
+
+    def broken(checkpoint: Checkpoint) -> str:
+        if checkpoint.path.stem == "a":
+            raise SourceError(f"{checkpoint.path}: cannot be read")
+        return digest(checkpoint)
+
+    monkeypatch.setattr(module, "checkpoint_digest", broken)
+    first, second = run(manifest, directory_store, [], threading.Event())
+    assert (first.status, second.status) == ("failed", "published")
+    assert "a.safetensors: cannot be read" in str(first.error)
+    assert [name for name in ("a", "b") if latest_version(directory_store, name)] == ["b"]
 
 
 def test_a_worker_starts_its_gpu_before_its_first_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
