@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import birkhoff
+from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError, WorkerError
 from birkhoff.pipeline.run.cleanup import Reaper
@@ -127,6 +128,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             _quiet_init(
                 self.ray,
                 address="local",
+                num_cpus=processors(),  # Ray's own count disregards affinity
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 # Ray makes this folder 0777; its parent stays 0700.

@@ -97,6 +97,18 @@ def test_its_folder_is_closed_after_it_started(folder: Path) -> None:
     assert folder.stat().st_uid == os.geteuid()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to processors here")
+def test_it_has_the_processors_that_its_run_is_bound_to() -> None:
+    asked = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from birkhoff.pipeline.run.cluster import Cluster\n"
+        "with Cluster(None) as cluster: found = cluster.ray.cluster_resources()['CPU']\n"
+        "print(found)"
+    )
+    found = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True)
+    assert found.stdout == "1.0\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="another user needs root and setpriv")
 class TestAnotherUser:
     """What somebody else on the same machine can do; `setpriv` makes us one."""
