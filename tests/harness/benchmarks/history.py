@@ -39,7 +39,7 @@ HEADLINES = {
     "load_cuda": ("figures/ours*/load_s",),
     "masks": tuple(f"rows/{ours}*/*" for ours in ("output", "scale", "header")),
     "pull": ("figures/birkhoff*/*_s",),
-    "scaling": ("runs*/seconds", "runs*/first_pass_s"),
+    "scaling": ("*runs*/seconds", "*runs*/first_pass_s"),
 }
 """The figures that are followed, by result: globs on their paths."""
 
