@@ -63,15 +63,18 @@ def test_boto3_comes_with_the_first_s3_store_and_without_its_transfer_manager(en
     program = (
         "import sys\nfrom birkhoff.pipeline.store.base import StoreSettings\n"
         "from birkhoff.pipeline.store.open import open_store\n"
-        "def show(): print(*sorted({'boto3', 'botocore', 'boto3.s3.transfer', 'boto3.s3.inject'} & set(sys.modules)))\n"
+        "seen = {'boto3', 'botocore', 'boto3.s3.transfer', 'boto3.s3.inject', 'cryptography'}\n"
+        "def show(): print(*sorted(seen & set(sys.modules)))\n"
         "open_store('file:///tmp').close()\nshow()\n"
         "store = open_store('s3://bucket', StoreSettings(endpoint='http://127.0.0.1:9'))\nshow()\n"
-        "print(hasattr(store.inner.inner._client, 'upload_file'))"
+        "print(hasattr(store.inner.inner._client, 'upload_file'))\n"
+        "import urllib3.contrib.pyopenssl, botocore.httpsession as http\n"
+        "print(http.SSLContext is urllib3.contrib.pyopenssl.orig_util_SSLContext)"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environment | keys, capture_output=True, text=True, check=True
     )
-    assert ran.stdout.splitlines() == ["", "boto3 botocore", "False"]
+    assert ran.stdout.splitlines() == ["", "boto3 botocore", "False", "True"]
 
 
 def test_a_pull_draws_its_bar_on_a_terminal_only(environment: dict[str, str], tmp_path: Path) -> None:
