@@ -32,6 +32,9 @@ _SETTLED_SECONDS = 5.0
 _FICLONE = 0x40049409
 """Linux ioctl (linux/fs.h) that shares the blocks of another file until one of the two changes."""
 
+_unshared: set[tuple[int, int]] = set()
+"""Pairs of devices, of source and target, whose file systems cannot do that. Each attempt costs a new file."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
@@ -233,9 +236,14 @@ def place(source: Path, target: Path) -> None:
 
 
 def _share_blocks(source: Path, target: Path) -> bool:
+    devices = source.stat().st_dev, target.parent.stat().st_dev
+    if devices in _unshared:
+        return False
     with source.open("rb") as old, target.open("xb") as new:
         try:
             fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY):
+                _unshared.add(devices)
             return False
         return True

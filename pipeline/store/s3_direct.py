@@ -100,8 +100,6 @@ class DirectReader:
     ) -> tuple[http.client.HTTPConnection, PacedResponse | None]:
         """Return the connection, and the answer if it has the requested bytes."""
         url = urlsplit(self._client.generate_presigned_url("get_object", Params=request))
-        if _proxied(url.scheme, url.hostname or ""):
-            raise http.client.NotConnected("through a proxy the usual way is taken")
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -121,6 +119,8 @@ class DirectReader:
 
     def _connect(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
         """Open a connection. The read time-out bounds each call on it, a minimum throughput its answers."""
+        if _proxied(scheme, host):
+            raise http.client.NotConnected("through a proxy the usual way is taken")
         settings = self._settings
         connection: http.client.HTTPConnection
         if scheme == "https":

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from birkhoff.pipeline import files
 from birkhoff.pipeline.artifact import blob
 from birkhoff.pipeline.artifact.blob import Blob
 from birkhoff.pipeline.artifact.cache import BlobCache
-from birkhoff.pipeline.artifact.fetch import fetch
+from birkhoff.pipeline.artifact.fetch import THREADS, fetch
 from birkhoff.pipeline.artifact.pull import blob_files, blob_id, bring, pull
 from birkhoff.pipeline.artifact.references import Found, find, recall
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, OutputError, StoreError
@@ -120,6 +121,30 @@ def test_s3_bodies_come_straight_from_the_socket(
     fresh = BlobCache(tmp_path / "fresh")
     pull(found, s3_store, tmp_path / "two", fresh)
     assert contents(found, tmp_path / "two") == contents(found, tmp_path / "one")
+
+
+def test_each_connection_looks_for_a_proxy_once(
+    s3_store: Store, cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, looks = release(s3_store, [body(5000, seed) for seed in range(3 * THREADS)]), list[str]()
+    monkeypatch.setattr(s3_direct, "_proxied", lambda scheme, _: bool(looks.append(scheme)))
+    pull(found, s3_store, tmp_path / "one", cache)
+    assert 1 <= len(looks) <= THREADS
+
+
+def test_a_file_system_that_shares_no_blocks_is_asked_once(
+    directory_store: Store, cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        asked.append(1)
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    found, asked = release(directory_store, [body(5000, seed) for seed in range(5)]), list[int]()
+    monkeypatch.setattr(files, "_unshared", set())
+    monkeypatch.setattr(files.fcntl, "ioctl", refuse)
+    pull(found, directory_store, tmp_path / "one", cache)
+    assert len(asked) == 1
+    assert {cache.path(shard.blob).stat().st_nlink for shard in found.manifest.shards} == {2}
 
 
 def test_what_arrived_before_a_break_is_not_fetched_again(
