@@ -47,6 +47,20 @@ def test_a_pull_needs_the_documents_and_no_more(environment: dict[str, str], tmp
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
+def test_a_pull_ends_before_the_first_collection(environment: dict[str, str], tmp_path: Path) -> None:
+    program = (
+        "import atexit, gc\n"
+        "from birkhoff.__main__ import main\n"
+        "found = []\n"
+        "gc.callbacks.append(lambda phase, _: found.append(phase))\n"
+        "atexit.register(lambda: print('COLLECTIONS', len(found)))\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, "pull", "net", "-o", str(tmp_path / "out")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "COLLECTIONS 0"
+
+
 def test_a_listing_adds_its_table(environment: dict[str, str]) -> None:
     assert loaded(environment, "list") == {"pydantic", "rich"}
 
