@@ -95,7 +95,9 @@ def _baselines(
 
     def command() -> None:
         program = [sys.executable, "-m", "birkhoff", "pull", MODEL, "-o", str(out), "--store", f"s3://{bucket}"]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+        # With bytecode, as an installation has it, even where the environment forbids writing it.
+        kept = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        subprocess.run(program, env=kept, check=True, stdout=subprocess.DEVNULL)
 
     def s5cmd() -> None:
         program = [_s5cmd(), "--endpoint-url", endpoint, "--log", "error", "cp"]
