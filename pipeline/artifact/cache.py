@@ -99,8 +99,10 @@ class BlobCache:
     def whole(self, blobs: Iterable[tuple[str, int]]) -> set[str]:
         """Return the digests of those (digest, size) that are here. Reads and hashes each file, removes damaged
         ones."""
+        # Threads only for what is hashed; os.path.exists is also False if a folder may not be read.
+        there = [blob for blob in blobs if os.path.exists(self.path(blob[0]))]  # noqa: PTH110
         with ThreadPoolExecutor(max_workers=processors()) as pool:
-            return {digest for digest in pool.map(self._checked, blobs) if digest}
+            return {digest for digest in pool.map(self._checked, there) if digest}
 
     def _checked(self, blob: tuple[str, int]) -> str | None:
         digest, size = blob

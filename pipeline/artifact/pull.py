@@ -252,5 +252,6 @@ def _intact(folder: Path, files: Iterable[tuple[str, BlobRecord]]) -> set[str]:
         whole = path.is_file() and path.stat().st_size == record.bytes and file_digest(path) == record.blob
         return name if whole else None
 
+    there = [(name, record) for name, record in files if (folder / name).exists()]  # threads only for what is hashed
     with ThreadPoolExecutor() as pool:
-        return {name for name in pool.map(check, files) if name}
+        return {name for name in pool.map(check, there) if name}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def test_each_connection_looks_for_a_proxy_once(
     monkeypatch.setattr(s3_direct, "_proxied", lambda scheme, _: bool(looks.append(scheme)))
     pull(found, s3_store, tmp_path / "one", cache)
     assert 1 <= len(looks) <= THREADS
+
+
+def test_a_first_pull_starts_threads_for_downloads_only(
+    directory_store: Store, cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, given = release(directory_store, [body(500, seed) for seed in range(5)]), list[str]()
+    submit = ThreadPoolExecutor.submit
+
+    def noted(pool: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Any:
+        given.append(task.__name__)
+        return submit(pool, task, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
+    pull(found, directory_store, tmp_path / "one", cache)
+    assert given == ["_range"] * 5
 
 
 def test_a_file_system_that_shares_no_blocks_is_asked_once(
