@@ -115,18 +115,15 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; skip those that are up to date."""
+    # What imports torch comes later, beside Ray's start.
     from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
     from birkhoff.pipeline.plan.manifest import load_manifest
-    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.plan.selection import select
     from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.registry.signing import load_signer
-    from birkhoff.pipeline.report.recorder import Recorder
     from birkhoff.pipeline.run.choice import Choice
-    from birkhoff.pipeline.run.compress import compress as run_all
-    from birkhoff.pipeline.run.inline import InlineExecutor
-    from birkhoff.pipeline.run.outcome import Demand, Executor
+    from birkhoff.pipeline.run.demand import Demand, new_bytes
     from birkhoff.pipeline.run.schedule import in_turn
-    from birkhoff.pipeline.shard.task import Reuse
     from birkhoff.pipeline.store.conditions import probed
     from birkhoff.pipeline.store.default import open_default_store
 
@@ -143,48 +140,54 @@ def compress(
         def in_threads(reason: str) -> None:
             warn(f"Ray did not start ({reason}); shards run in threads of this process")
 
-        choice = Choice(
-            opened.address,
-            ray=None if executor is None else executor is ExecutorName.RAY,
-            address=address,
-            workers=workers,
-            # Only Ray's workers can be held to a limit of time.
-            shard_seconds=chosen.shard_seconds if "shard_seconds" in chosen.model_fields_set else None,
-            told=in_threads,
-        )
-
-        def start(demand: Demand) -> Executor:
-            started = choice.start(demand)
-            if isinstance(started, InlineExecutor):
-                record.note_option("executor", ExecutorName.INLINE.value)
-            return record.watch(started)
-
-        reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
-        asked = executor or ExecutorName.RAY
-        record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
         with (
             _gives_way(as_json=as_json),
             in_turn(opened, (model.name for model in chosen.models), wait=not scheduled, tell=warn),
-            _announced(record, quiet=as_json),
-            record,
-            logs.trace(record.run),
-            Progress(
-                notes(), models=len(chosen.models), quiet=as_json or is_quiet() or log_format is LogFormat.JSON
-            ) as progress,
-            choice,
+            Choice(
+                opened.address,
+                ray=None if executor is None else executor is ExecutorName.RAY,
+                address=address,
+                workers=workers,
+                # Only Ray's workers can be held to a limit of time.
+                shard_seconds=chosen.shard_seconds if "shard_seconds" in chosen.model_fields_set else None,
+                told=in_threads,
+            ) as choice,
         ):
-            runs = run_all(
-                chosen,
-                opened,
-                start,
-                progress,
-                reuse=reuse,
-                mirror=mirror,
-                single_publisher=single,
-                signer=signer,
-                begun=record.follow,
-                ahead=choice.ahead,
-            )
+            choice.ahead(new_bytes(chosen, opened, mirror))
+            from birkhoff.pipeline.report.recorder import Recorder
+            from birkhoff.pipeline.run.compress import compress as run_all
+            from birkhoff.pipeline.run.inline import InlineExecutor
+            from birkhoff.pipeline.run.outcome import Executor
+            from birkhoff.pipeline.shard.task import Reuse
+
+            def start(demand: Demand) -> Executor:
+                started = choice.start(demand)
+                if isinstance(started, InlineExecutor):
+                    record.note_option("executor", ExecutorName.INLINE.value)
+                return record.watch(started)
+
+            reuse: Reuse = "never" if force else "revalidate" if revalidate else "trust"
+            asked = executor or ExecutorName.RAY
+            record = Recorder(chosen, opened, executor=asked.value, reuse=reuse, address=address)
+            quiet = as_json or is_quiet() or log_format is LogFormat.JSON
+            with (
+                _announced(record, quiet=as_json),
+                record,
+                logs.trace(record.run),
+                Progress(notes(), models=len(chosen.models), quiet=quiet) as progress,
+            ):
+                runs = run_all(
+                    chosen,
+                    opened,
+                    start,
+                    progress,
+                    reuse=reuse,
+                    mirror=mirror,
+                    single_publisher=single,
+                    signer=signer,
+                    begun=record.follow,
+                    ahead=choice.ahead,
+                )
     if as_json or (any(run.version for run in runs) and not is_quiet()):
         rows = [run.row() for run in runs]
         show(output(), filled(VERSION_COLUMNS, rows, "agreement_mean"), rows, as_json=as_json)
@@ -263,7 +266,7 @@ def plan(
     from birkhoff.pipeline.cli.tables import PLAN_COLUMNS, show
     from birkhoff.pipeline.plan.estimate import plan_rows
     from birkhoff.pipeline.plan.manifest import load_manifest
-    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.plan.selection import select
     from birkhoff.pipeline.store.default import open_existing_store
 
     chosen = select(load_manifest(manifest), only or [], profile)

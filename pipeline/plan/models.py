@@ -1,26 +1,22 @@
 """Plan the models of a manifest: the models to run, the contents of their checkpoints, the decision for each tensor."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.download import resolve
 from birkhoff.pipeline.download.spec import is_remote
-from birkhoff.pipeline.errors import ManifestError
 from birkhoff.pipeline.paths import source_cache
 from birkhoff.pipeline.plan import overrides, sidecars
 from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan.overrides import check_matches
 from birkhoff.pipeline.plan.proving import ProofTerms
-from birkhoff.pipeline.plan.quality import BUDGETS
 from birkhoff.pipeline.plan.scales import scales_of
 from birkhoff.pipeline.plan.shards import MIB, ModelPlan, plan_model
 from birkhoff.pipeline.plan.sidecars import Companion
 from birkhoff.pipeline.registry.documents import BaseRecord, BudgetRecord, FileRecord, VersionManifest
 from birkhoff.pipeline.shard.task import BaseShard
-from birkhoff.pipeline.text import suggestion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,27 +54,6 @@ class Planned:
     def file_records(self) -> tuple[FileRecord, ...]:
         """The records of `files`."""
         return tuple(sidecar.record for sidecar in self.files)
-
-
-def select(manifest: Manifest, only: Iterable[str], profile: str | None) -> Manifest:
-    """Return the manifest with the models of `--only`; `--profile` replaces all profiles and budgets.
-
-    Raises:
-        ManifestError: A name is not in the manifest, or the profile is unknown.
-    """
-    wanted = list(only)
-    known = {model.name for model in manifest.models}
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise ManifestError(
-            f"--only: the manifest has no model{suggestion(missing[0], known)}; it has {', '.join(sorted(known))}"
-        )
-    if profile is not None and profile not in PROFILES:
-        raise ManifestError(f"--profile: unknown profile{suggestion(profile, PROFILES)}; known: {', '.join(PROFILES)}")
-    over = {"profile": profile, **dict.fromkeys((*BUDGETS, "allocation", "floor_db"))} if profile else {}
-    return manifest.cut(
-        model.model_copy(update=over) for model in manifest.models if not wanted or model.name in wanted
-    )
 
 
 def plan_entry(

@@ -1,19 +1,26 @@
 """Choose how a run's tasks are executed: by Ray's workers, or in threads of this process.
 
-Ray takes seconds to start. So it starts as soon as it is known to be needed, beside the planning of the other models.
+Ray takes seconds to start. So it starts in a thread as soon as it is known to be needed, beside the import of torch and
+the planning of models.
 """
 
+import signal
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
-from birkhoff.pipeline.run.cluster import Cluster
-from birkhoff.pipeline.run.inline import InlineExecutor, threads_suffice
-from birkhoff.pipeline.run.outcome import Demand, Executor
-from birkhoff.pipeline.run.ray import RayExecutor, start_cluster
+from birkhoff.pipeline.run.cluster import Cluster, start_cluster
+from birkhoff.pipeline.run.demand import Demand, threads_suffice
 from birkhoff.pipeline.store.base import StoreAddress
+
+if TYPE_CHECKING:
+    from birkhoff.pipeline.run.outcome import Executor
 
 
 class Choice(AbstractContextManager["Choice"]):
@@ -41,20 +48,20 @@ class Choice(AbstractContextManager["Choice"]):
     ) -> None:
         self._store, self._ray, self._address, self._workers = store, ray, address, workers
         self._seconds, self._told = shard_seconds, told
-        self._cluster: Cluster | None = None
-        self._failed: ClusterError | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._cluster: Future[Cluster] | None = None
 
     def ahead(self, nbytes: int) -> None:
-        """Start Ray, unless it has started, if a demand of at least so many bytes needs it. An error waits for
+        """Begin to start Ray, unless that has begun, if a demand of at least so many bytes needs it. An error waits for
         `start`."""
-        if self._cluster is None and self._failed is None and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
-            try:
-                self._cluster = start_cluster(self._address)
-            except ClusterError as error:
-                self._failed = error
+        if nbytes and self._cluster is None and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
+            self._cluster = self._thread.submit(start_cluster, self._address)
 
-    def start(self, demand: Demand) -> Executor:
+    def start(self, demand: Demand) -> "Executor":
         """Return the executor for a demand. Raises ClusterError if Ray is needed and does not start."""
+        from birkhoff.pipeline.run.inline import InlineExecutor
+        from birkhoff.pipeline.run.ray import RayExecutor
+
         if self._cluster is not None or self._takes_ray(demand):
             try:
                 return RayExecutor(
@@ -77,11 +84,28 @@ class Choice(AbstractContextManager["Choice"]):
         return named or not threads_suffice(demand)
 
     def _started(self) -> Cluster:
-        if self._failed is not None:
-            raise self._failed
-        cluster, self._cluster = self._cluster, None  # the executor ends it
-        return start_cluster(self._address) if cluster is None else cluster
+        started, self._cluster = self._cluster, None
+        if started is None:
+            return start_cluster(self._address)
+        try:
+            cluster = started.result()
+        except BaseException:
+            self._cluster = started  # it may still be starting
+            raise
+        _take_signals_back()
+        return cluster  # the executor ends it
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._cluster is not None:
-            self._cluster.close()
+        with interrupt.held():
+            self._thread.shutdown()
+            if self._cluster is not None:
+                with suppress(ClusterError, interrupt.Interrupted):  # then there is nothing to end
+                    self._cluster.result().close()
+
+
+def _take_signals_back() -> None:
+    """Put Python's handler of SIGTERM in front of Ray's compiled one, which prints a stack. Ray's start in another
+    thread could not."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

@@ -32,9 +32,10 @@ from birkhoff.pipeline.registry.parallel import pool
 from birkhoff.pipeline.registry.signing import Signer
 from birkhoff.pipeline.registry.versions import is_signed, is_whole, latest_version, publish
 from birkhoff.pipeline.run.bases import base_in_run, waits_for
+from birkhoff.pipeline.run.demand import Demand
 from birkhoff.pipeline.run.environment import memory_bytes
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.outcome import Demand, Executor, Outcome
+from birkhoff.pipeline.run.outcome import Executor, Outcome
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.shard.run import ShardResult

@@ -1,12 +1,12 @@
 """An executor that runs shards in threads of this process: for a few models without a GPU, and machines without Ray.
 
-Ray's workers take longer to start than one model takes to compress (see `START_BYTES`). Reading, hashing, the codec's
-native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor up to a
-few; on a GPU each on a stream of its own. Statistics and proofs use all processors, and import model code: they run in
-the main thread, and nothing beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what breaks
-the process ends the run. The next run continues from the store in either case. A run that is to stop ends its threads
-at their next step, after the tensor or the request at hand: an exception raised in a thread from outside could leave a
-lock held that others wait for.
+Ray's workers take longer to start than one model takes to compress (see `demand.START_BYTES`). Reading, hashing, the
+codec's native code and torch's operations leave the interpreter's lock, so shards run side by side, one per processor
+up to a few; on a GPU each on a stream of its own. Statistics and proofs use all processors, and import model code: they
+run in the main thread, and nothing beside them. Unlike a worker of Ray, a thread that hangs cannot be ended, and what
+breaks the process ends the run. The next run continues from the store in either case. A run that is to stop ends its
+threads at their next step, after the tensor or the request at hand: an exception raised in a thread from outside could
+leave a lock held that others wait for.
 """
 
 import threading
@@ -19,17 +19,11 @@ import torch
 
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
-from birkhoff.pipeline.run.outcome import Demand, Outcome, again_alone
+from birkhoff.pipeline.run.outcome import Outcome, again_alone
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
-
-START_BYTES = 4 << 30
-"""Bytes of weights in a run from which Ray's workers are worth their start. On two cores SAM-H, 2.4 GiB, takes 11 s in
-threads and 19 s with Ray, SAM-B 4 s and 13 s. On 16 cores the family of 19 takes 31 s in threads, and Ray's processes
-end it in 17 s: they do not share the interpreter's lock. What also makes up for Ray's start in longer runs is that a
-worker that hangs or breaks costs one try of one shard."""
 
 CPU_WORKERS = 8
 """Most threads that share the interpreter's lock. With 16 on as many cores the family takes 43 s, with 8 it takes 31 s;
@@ -41,11 +35,6 @@ while the GPU works on others; the interpreter's lock, which every launch needs,
 
 GPU_BYTES = 2 << 30
 """Memory of a GPU for each of these threads: an estimate for the largest matrices of SAM-H, with copies in float64."""
-
-
-def threads_suffice(demand: Demand) -> bool:
-    """Return whether a run ends earlier in threads than with Ray."""
-    return demand.nbytes <= START_BYTES and not (demand.gpu and torch.cuda.device_count() > 1)
 
 
 class InlineExecutor(AbstractContextManager["InlineExecutor"]):

@@ -28,15 +28,6 @@ class Outcome:
     """Whether memory ran out, so that running the task alone may succeed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What a run asks of its executor: the bytes of weights that it may have to encode, and whether some of its tasks
-    are for a GPU."""
-
-    nbytes: int
-    gpu: bool
-
-
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Runs the tasks of a queue."""
 

@@ -8,7 +8,6 @@ separately, up to `NODE_LOSSES`. A task that ran out of memory is tried once mor
 
 import logging
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
-from birkhoff.pipeline.run.cluster import Cluster
+from birkhoff.pipeline.run.cluster import Cluster, start_cluster
 from birkhoff.pipeline.run.metrics import metrics
 from birkhoff.pipeline.run.outcome import Outcome, again_alone
 from birkhoff.pipeline.run.queue import Task, TaskQueue
@@ -40,14 +39,6 @@ WORKERS_PER_GPU = 4
 """Workers that share a GPU, if the run has tasks for one. It gives processes its time in turns, so all together encode
 as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of the host's."""
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""glibc's settings for workers: freed buffers stay in the heap and serve the next tensor.
-
-By default they return to the kernel, which maps and clears every page again: a tenth of a worker's time, and the
-workers of a machine wait for each other. The first value is the largest that glibc accepts. A larger second one keeps
-more memory and saves no time.
-"""
-
 CPUS_TO_A_FREE_ONE = 8
 """One CPU in so many gets no worker: it is left to the driver, which plans and publishes, and to a store's server.
 Workers on all of 16 are no faster than on 14, and each takes 0.6 GB."""
@@ -63,12 +54,6 @@ POLL_SECONDS = 1.0
 _MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
 _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
 """Ray's message about an actor whose node no longer answers."""
-
-
-def start_cluster(address: str | None) -> Cluster:
-    """Return the cluster for an executor: the one at an address, or a private one. Raises ClusterError."""
-    environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-    return Cluster(address, logs.environment() | environment)
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):

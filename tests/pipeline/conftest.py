@@ -176,7 +176,7 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     from rich.console import Console
 
     from birkhoff.pipeline.plan.manifest import load_manifest
-    from birkhoff.pipeline.plan.models import select
+    from birkhoff.pipeline.plan.selection import select
     from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.run.compress import compress
     from birkhoff.pipeline.run.inline import InlineExecutor

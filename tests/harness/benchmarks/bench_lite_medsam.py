@@ -22,7 +22,7 @@ from torch import Tensor
 from birkhoff.codec.metrics import fidelity
 from birkhoff.pipeline.load.builders import original_model
 from birkhoff.pipeline.plan.manifest import load_manifest
-from birkhoff.pipeline.plan.models import select
+from birkhoff.pipeline.plan.selection import select
 from birkhoff.pipeline.segment import draw
 from birkhoff.pipeline.segment.adapters.base import Segmenter, ious
 from birkhoff.pipeline.segment.adapters.families import segmenter_of

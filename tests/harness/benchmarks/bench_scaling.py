@@ -44,7 +44,8 @@ from birkhoff.pipeline.plan.manifest import manifest_of
 from birkhoff.pipeline.plan.models import plan_entry
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.run.choice import Choice
-from birkhoff.pipeline.run.outcome import Demand, Executor
+from birkhoff.pipeline.run.demand import Demand
+from birkhoff.pipeline.run.outcome import Executor
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.run.ray import RayExecutor
 from birkhoff.pipeline.shard.run import ShardResult
@@ -55,7 +56,7 @@ from tests.harness.benchmarks import common, family, scaling_report, synthetic
 MODEL = "SAM-H"
 COPIES = {"balanced": 6, "paper": 2}
 """How often a profile makes the model in the timed pass. 6 are as much as the fleet. `paper` is slower; with 1 the
-product would use threads (`inline.START_BYTES`). The first pass makes half as many."""
+product would use threads (`demand.START_BYTES`). The first pass makes half as many."""
 
 BUDGET = 64 << 30
 """Bytes in flight: no limit here."""

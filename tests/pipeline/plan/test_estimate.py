@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from birkhoff.codec.profiles import PROFILES
 from birkhoff.pipeline.plan.estimate import plan_rows
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
-from birkhoff.pipeline.plan.models import select
+from birkhoff.pipeline.plan.selection import select
 from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.run.compress import compress
 from birkhoff.pipeline.run.inline import InlineExecutor

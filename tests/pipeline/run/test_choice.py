@@ -1,17 +1,21 @@
 """Which executor a run gets, and when Ray starts for it."""
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from birkhoff.pipeline.errors import ClusterError
-from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
+from birkhoff.pipeline.plan.manifest import SHARD_SECONDS, load_manifest
 from birkhoff.pipeline.run import choice as module
+from birkhoff.pipeline.run import demand, inline, ray
 from birkhoff.pipeline.run.choice import Choice
-from birkhoff.pipeline.run.inline import START_BYTES
-from birkhoff.pipeline.run.outcome import Demand
-from birkhoff.pipeline.store.base import StoreAddress
+from birkhoff.pipeline.run.demand import START_BYTES, Demand, new_bytes
+from birkhoff.pipeline.store.base import Store, StoreAddress
+from tests.patience import PATIENT_SECONDS
 
 SMALL, LARGE = Demand(nbytes=START_BYTES, gpu=False), Demand(nbytes=START_BYTES + 1, gpu=False)
 
@@ -36,8 +40,8 @@ def clusters(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
         return started[-1]
 
     monkeypatch.setattr(module, "start_cluster", start)
-    monkeypatch.setattr(module, "RayExecutor", lambda _, **given: ("ray", given))
-    monkeypatch.setattr(module, "InlineExecutor", lambda _, **given: ("threads", given))
+    monkeypatch.setattr(ray, "RayExecutor", lambda _, **given: ("ray", given))
+    monkeypatch.setattr(inline, "InlineExecutor", lambda _, **given: ("threads", given))
     return started
 
 
@@ -123,3 +127,47 @@ def test_threads_take_over_if_ray_does_not_start(tmp_path: Path, ahead: bool, mo
     for needs in ({"ray": True}, {"address": "here:1"}):
         with choice(tmp_path, **needs) as chosen, pytest.raises(ClusterError, match="no room"):
             chosen.start(LARGE)
+
+
+def test_ray_starts_beside_what_the_caller_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, started = threading.Event(), Cluster()
+
+    def start(_address: str | None) -> Cluster:
+        assert go_on.wait(PATIENT_SECONDS)
+        return started
+
+    monkeypatch.setattr(module, "start_cluster", start)
+    with choice(tmp_path) as chosen:
+        chosen.ahead(LARGE.nbytes)  # does not wait
+        go_on.set()
+    assert started.closed  # not before it had started
+
+
+def test_what_is_new_and_here_is_counted_before_anything_is_opened(tmp_path: Path, directory_store: Store) -> None:
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    (folder / "there.safetensors").write_bytes(bytes(70))
+    (tmp_path / "own.bin").write_bytes(bytes(5))
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "models:\n"
+        "  - {name: a, source: own.bin}\n"
+        "  - {name: b, source: https://nowhere.invalid/there.safetensors}\n"
+        "  - {name: c, source: https://nowhere.invalid/missing.safetensors}\n"
+        "  - {name: d, source: gone.bin}\n"
+    )
+    manifest = load_manifest(path)
+    assert new_bytes(manifest, directory_store, folder) == 75
+    assert new_bytes(manifest, directory_store, None) == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demand, "latest_version", lambda _store, name: name == "a" or None)
+        assert new_bytes(manifest, directory_store, folder) == 70
+
+
+def test_a_run_begins_without_torch() -> None:
+    modules = "pipeline.run.choice", "pipeline.run.demand", "pipeline.run.schedule", "pipeline.plan.selection"
+    program = (
+        "import sys\n" + "".join(f"import birkhoff.{name}\n" for name in modules) + "print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

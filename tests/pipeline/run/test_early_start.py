@@ -22,9 +22,10 @@ from birkhoff.pipeline.plan.models import Planned
 from birkhoff.pipeline.progress.progress import Progress
 from birkhoff.pipeline.registry.versions import Version, latest_version
 from birkhoff.pipeline.run import compress as module
+from birkhoff.pipeline.run.demand import Demand
 from birkhoff.pipeline.run.inline import InlineExecutor
 from birkhoff.pipeline.run.model_run import ModelRun
-from birkhoff.pipeline.run.outcome import Demand, Outcome
+from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from tests.patience import PATIENT_SECONDS

@@ -21,8 +21,9 @@ from birkhoff.pipeline.errors import ValidationError
 from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.proof.task import Subject
 from birkhoff.pipeline.run import inline
-from birkhoff.pipeline.run.inline import GPU_BYTES, GPU_WORKERS, START_BYTES, InlineExecutor, threads_suffice
-from birkhoff.pipeline.run.outcome import Demand, Outcome
+from birkhoff.pipeline.run.demand import START_BYTES, Demand, threads_suffice
+from birkhoff.pipeline.run.inline import GPU_BYTES, GPU_WORKERS, InlineExecutor
+from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
 from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
 from birkhoff.pipeline.shard.run import ShardResult

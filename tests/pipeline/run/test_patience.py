@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from birkhoff.pipeline.run import inline, patience
+from birkhoff.pipeline.run import demand, patience
 from birkhoff.pipeline.run.cleanup import Family, Reaper
 from birkhoff.pipeline.run.cluster import Cluster
 from birkhoff.pipeline.run.patience import STALL_CPU_SECONDS, STALL_SECONDS, START_SECONDS, Patience, wait_for
@@ -221,7 +221,7 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     """Ray fails to start, in a run that is long enough for it."""
-    monkeypatch.setattr(inline, "START_BYTES", 0)
+    monkeypatch.setattr(demand, "START_BYTES", 0)
 
     def fail_with(error: Exception) -> None:
         def fail(self: Cluster) -> None:
@@ -277,7 +277,7 @@ def test_a_short_run_starts_no_ray(
     manifest: list[str], no_ray: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     no_ray(RuntimeError("not asked for"))
-    monkeypatch.setattr(inline, "START_BYTES", 1 << 20)
+    monkeypatch.setattr(demand, "START_BYTES", 1 << 20)
     code, _, err = captured(capsys, "compress", *manifest)
     assert code == 0
     assert "warning" not in err
@@ -295,7 +295,7 @@ def test_a_number_of_workers_or_a_limit_of_time_asks_for_ray(
     words: list[str],
 ) -> None:
     no_ray(RuntimeError("asked for"))
-    monkeypatch.setattr(inline, "START_BYTES", 1 << 20)
+    monkeypatch.setattr(demand, "START_BYTES", 1 << 20)
     path = Path(manifest[0])
     path.write_text(key + path.read_text())
     code, _, err = captured(capsys, "compress", *manifest, *words)
