@@ -1,7 +1,7 @@
 """Choose how a run's tasks are executed: by Ray's workers, or in threads of this process.
 
-Ray takes seconds to start. So it starts in a thread as soon as it is known to be needed, beside the import of torch and
-the planning of models.
+Ray takes seconds to start. So it is imported as soon as it is known to be needed, and starts in a thread, beside the
+import of torch and the planning of models.
 """
 
 import signal
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
-from birkhoff.pipeline.run.cluster import Cluster, start_cluster
+from birkhoff.pipeline.run.cluster import Cluster, import_ray, start_cluster
 from birkhoff.pipeline.run.demand import Demand, threads_suffice
 from birkhoff.pipeline.store.base import StoreAddress
 
@@ -55,6 +55,9 @@ class Choice(AbstractContextManager["Choice"]):
         """Begin to start Ray, unless that has begun, if a demand of at least so many bytes needs it. An error waits for
         `start`."""
         if nbytes and self._cluster is None and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
+            # Imports in two threads wait for each other at every file: 5 s for what takes 2.5 s in turn.
+            with suppress(ClusterError):
+                import_ray()
             self._cluster = self._thread.submit(start_cluster, self._address)
 
     def start(self, demand: Demand) -> "Executor":

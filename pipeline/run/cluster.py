@@ -64,15 +64,7 @@ class Cluster(AbstractContextManager["Cluster"]):
     """
 
     def __init__(self, address: str | None, environment: Mapping[str, str] | None = None) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # GPUs are hidden from workers that have no share of one, before these import anything.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-        configure_ray()
-        try:
-            import ray
-        except ImportError as error:
-            raise ClusterError("Ray", first_line(error)) from None
-        self.ray: Any = ray
+        self.ray: Any = import_ray()
         self._address = address
         self._environment = dict(environment or {})
         self._reaper: Reaper | None = None
@@ -170,6 +162,19 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def import_ray() -> Any:
+    """Return the module, with the settings that it reads as it is imported. Raises ClusterError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # GPUs are hidden from workers that have no share of one, before these import anything.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    configure_ray()
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("Ray", first_line(error)) from None
+    return ray
 
 
 def start_cluster(address: str | None) -> Cluster:
