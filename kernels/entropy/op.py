@@ -339,6 +339,8 @@ def finish(queued: Queued) -> list[LatticeTensor]:
     for tensor, bad in zip(tensors, damaged, strict=True):
         if bad:
             raise FormatError(f"tensor {tensor.coded.name!r}: coded stream is corrupt: code by a table is damaged")
+    if count < 0:
+        raise FormatError(f"{count % (1 << 32)} coordinates are outside int8; fewer than 2^31 are allowed")
     if count > len(report.key):
         report = _listed_again(queued, count)
     escapes = _escapes(queued.plan, report.outside(count))

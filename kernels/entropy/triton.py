@@ -177,8 +177,8 @@ def _keep(n, at, half, stride, mask, plane_ptr, count_ptr, key_ptr, second_ptr, 
     """Store coordinates in their plane, and list those that do not fit int8. `at` is the place of the pair's I."""
     tl.store(plane_ptr + at + half * stride, n.to(tl.int8), mask=mask)
     outside = mask & ((n < -128) | (n > 127))
-    slot = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=outside)
-    kept = outside & (slot < room)
+    slot = tl.atomic_add(count_ptr + tl.zeros_like(n), 1, mask=outside).to(tl.int64)
+    kept = outside & (slot >= 0) & (slot < room)  # with 2^31 of them the count is negative
     tl.store(key_ptr + slot, 2 * at + half, mask=kept)
     tl.store(second_ptr + slot, at + stride, mask=kept)
     tl.store(value_ptr + 2 * slot + half, n, mask=kept)

@@ -8,7 +8,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -63,8 +63,8 @@ _FROM_ROW = (
 
 
 class Recorder(AbstractContextManager["Recorder"]):
-    """Follows one run: its models (`follow`) and its executor (`watch`). Writes the report when the block ends; what it
-    needs of a published model is read beside the rest of the run.
+    """Follows one run: its models (`follow`) and its executor (`watch`). The report is written beside the end of the
+    executor, and the block waits for it; what it needs of a published model is read beside the rest of the run.
 
     If an error ends the run, the report shows the models as far as they got. No report is written if the error came
     before a worker was started or from the store, if the user ended the run, or if everything was up to date. Failing
@@ -105,9 +105,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         try:
             if error is None:
                 self._begin()
-                if self._writing is not None:
-                    self._writing.result()
-            elif broken:
+            if self._writing is not None and (error is None or broken):
+                wait([self._writing])
+            if broken:
                 self._write(error)
         finally:
             self._layers.stopping.set()
@@ -117,7 +117,11 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _begin(self) -> None:
         """Begin to write the report, unless everything was up to date: beside the end of the executor."""
         if self._writing is None and any(run.status != "up to date" for run in self._runs):
-            self._writing = self._writer.submit(self._write, None)
+            self._writing = self._writer.submit(self._write_beside)
+
+    def _write_beside(self) -> None:
+        with interrupt.ends_with(self._layers.stopping):
+            self._write(None)
 
     def _write(self, error: BaseException | None) -> None:
         try:

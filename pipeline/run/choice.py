@@ -4,8 +4,6 @@ Ray takes seconds to start. So it is imported as soon as it is known to be neede
 import of torch and the planning of models.
 """
 
-import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -95,7 +93,6 @@ class Choice(AbstractContextManager["Choice"]):
         except BaseException:
             self._cluster = started  # it may still be starting
             raise
-        _take_signals_back()
         return cluster  # the executor ends it
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -104,11 +101,3 @@ class Choice(AbstractContextManager["Choice"]):
             if self._cluster is not None:
                 with suppress(ClusterError, interrupt.Interrupted):  # then there is nothing to end
                     self._cluster.result().close()
-
-
-def _take_signals_back() -> None:
-    """Put Python's handler of SIGTERM in front of Ray's compiled one, which prints a stack. Ray's start in another
-    thread could not."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)

@@ -12,6 +12,7 @@ since workers read their own byte ranges.
 """
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
@@ -272,10 +273,20 @@ def _quiet_init(ray: Any, **settings: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts.
+
+    The first is only installed in the main thread, and Python only lets that thread restore it. The second is installed
+    in any thread.
+    """
+    before, compiled = signal.getsignal(signal.SIGTERM), _get_handler(signal.SIGTERM)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # not the main thread: Ray set no handler either
+        with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
+        _set_handler(signal.SIGTERM, compiled)
+
+
+_get_handler: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(("PyOS_getsig", ctypes.pythonapi))
+_set_handler: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(("PyOS_setsig", ctypes.pythonapi))
+"""Of Python's C API: the handler that the system calls, not the one in Python."""

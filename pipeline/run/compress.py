@@ -117,6 +117,8 @@ def compress(
             seen=set(),
             digests=digests,
         )
+        for run in runs:
+            stack.callback(run.ended.set)
 
         def start() -> Executor:
             left = [run for run in runs if run.status is None]
@@ -176,8 +178,13 @@ def _prepare_all(
             job.progress.planned(run.name, run.source_bytes, run.status, shards=shards)
     for run in sorted(runs, key=lambda run: run.source_bytes):
         if run.status is None and not run.source_sha256 and run.planned is not None:
-            run.digest = job.digests.submit(checkpoint_digest, run.planned.checkpoint)
+            run.digest = job.digests.submit(_digest, run, run.planned)
     return early
+
+
+def _digest(run: ModelRun, planned: Planned) -> str:
+    with interrupt.ends_with(run.ended):
+        return checkpoint_digest(planned.checkpoint)
 
 
 def _plan(job: _Job, run: ModelRun, plan: Callable[[], Planned]) -> bool:
@@ -261,7 +268,11 @@ def _same(manifest: VersionManifest, run: ModelRun, planned: Planned) -> bool:
 
 
 def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None:
-    """Run the shards of the waiting models, and publish each model after its last shard."""
+    """Run the shards of the waiting models, and publish each model after its last shard.
+
+    That happens in threads, so that workers get tasks meanwhile; progress shows it at the next outcome. A model that is
+    the base of others is published at once, because they wait for it.
+    """
     # A signature vouches for every byte, so shards that others stored are verified too.
     reuse: Reuse = "prove" if job.signer is not None and job.reuse == "trust" else job.reuse
     # A model whose base is also waiting starts when the base is published.
@@ -272,7 +283,7 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
 
     def settle(run: ModelRun, outcome: Outcome) -> None:
         """Go on after an outcome, or after a model's end."""
-        if run.status is not None:
+        if run.status == "failed":
             run.seconds = job.seconds()
         _tell(job.progress, run, outcome)
         if run.status == "failed":
@@ -289,23 +300,33 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
             future.result()
             settle(waiting[outcome.task.model], outcome)
 
+    def take(outcome: Outcome) -> None:
+        run = waiting[outcome.task.model]
+        if isinstance(outcome.result, ShardResult):
+            queue.note(outcome.task, outcome.result.record)
+        if run.status is None:
+            queue.add(_take(run, outcome))
+        whole = run.status is None and run.passes is not None and run.passes.whole
+        if whole and not any(base is run for base in later.values()):
+            publishing[threads.submit(_finish, job, run)] = outcome
+            return
+        if whole:
+            _finish(job, run)
+        settle(run, outcome)
+
     with pool(_PUBLISHERS, "publish") as threads:
-        while True:
-            for outcome in executor.run(queue):
-                run = waiting[outcome.task.model]
-                if isinstance(outcome.result, ShardResult):
-                    queue.note(outcome.task, outcome.result.record)
-                if run.status is None:
-                    queue.add(_take(run, outcome))
-                if run.status is None and run.passes is not None and run.passes.whole:
-                    publishing[threads.submit(_finish, job, run)] = outcome
-                else:
-                    settle(run, outcome)
+        try:
+            while True:
+                for outcome in executor.run(queue):
+                    take(outcome)
+                    settle_published()
+                if not publishing:
+                    return
+                wait(publishing, return_when=FIRST_COMPLETED)
                 settle_published()
-            if not publishing:
-                return
-            wait(publishing, return_when=FIRST_COMPLETED)
-            settle_published()
+        except BirkhoffError:
+            wait(publishing)  # what is whole is published, although the run ends
+            raise
 
 
 def _tell(progress: Progress, run: ModelRun, outcome: Outcome) -> None:
@@ -384,6 +405,8 @@ def _finish(job: _Job, run: ModelRun) -> None:
     except BirkhoffError as error:
         run.fail(error)
         return
+    finally:
+        run.seconds = job.seconds()
     if job.manifest.keep is not None:
         retire(job.store, run.name, job.manifest.keep)
 
@@ -403,10 +426,10 @@ def _check_proof(run: ModelRun, planned: Planned) -> None:
 
 def _publish(job: _Job, run: ModelRun, planned: Planned, plan: ModelPlan) -> None:
     """Publish the version that a model's passes ended with."""
+    records = [run.records[index] for index in range(len(plan.shards))]
+    manifest = _version_manifest(run, planned, plan, records)  # waits for the digest, which reads the source
     if checkpoint_state(planned.checkpoint) != run.source_state:
         raise SourceError(f"{planned.checkpoint.path}: changed while it was being compressed; run again")
-    records = [run.records[index] for index in range(len(plan.shards))]
-    manifest = _version_manifest(run, planned, plan, records)
     for sidecar in planned.files:
         job.store.create(blob_key(sidecar.record.blob), sidecar.body)
     run.version = publish(job.store, manifest, single_publisher=job.single_publisher, signer=job.signer)

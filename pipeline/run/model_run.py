@@ -1,5 +1,6 @@
 """The state of one model during a run, and its row of the result table."""
 
+import threading
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class ModelRun:
     source_sha256: str = ""
     digest: Future[str] | None = None
     """What becomes `source_sha256`, while it is computed beside the run."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set once nothing is done for this model any more: its digest need not be computed to the end."""
     source_state: dict[str, list[int]] = field(default_factory=dict)
     status: Status | None = None
     error: BirkhoffError | None = None
@@ -47,6 +50,7 @@ class ModelRun:
     def fail(self, error: BirkhoffError) -> None:
         """Mark this model as failed. Other models continue."""
         self.status, self.error = "failed", error
+        self.ended.set()
 
     @property
     def source_bytes(self) -> int:

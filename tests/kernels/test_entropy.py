@@ -101,6 +101,12 @@ def test_more_outside_int8_than_there_was_room_for(device: str, monkeypatch: pyt
     check([stored("w", quantise_path(scaled(3, 50), 0.03, 1), 1)], device)
 
 
+def test_more_outside_int8_than_can_be_counted_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op._Report, "brought", lambda _: (-(1 << 31), [0]))
+    with pytest.raises(FormatError, match=f"{1 << 31} coordinates are outside int8"):
+        op.lattices_of([stored("w", quantise(scaled(3, 50), 0.3))], device)
+
+
 def test_raw_and_repeating_streams(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     i, j = (torch.randint(-128, 128, (4, 24), dtype=torch.int8, generator=generator) for _ in range(2))

@@ -1,4 +1,5 @@
-"""The executor starts beside the digests if a model is new, and not at all if nothing is to be made."""
+"""The executor starts beside the planning if a model is new, and not at all if nothing is to be made. Digests are taken
+and versions published beside the encoding."""
 
 import os
 import threading
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
-from birkhoff.pipeline.errors import SourceError
-from birkhoff.pipeline.interrupt import Interrupted
+from birkhoff.pipeline.errors import SourceError, WorkerError
+from birkhoff.pipeline.interrupt import Interrupted, pause
 from birkhoff.pipeline.plan.manifest import Manifest, load_manifest
 from birkhoff.pipeline.plan.models import Planned
 from birkhoff.pipeline.progress.progress import Progress
@@ -229,6 +230,93 @@ def test_a_model_is_published_while_others_are_encoded(
     monkeypatch.setattr(module, "_take", note)
     monkeypatch.setattr(module, "publish", waiting)
     assert [one.status for one in run(manifest, directory_store, [], threading.Event())] == ["published", "published"]
+
+
+def test_a_source_that_changes_while_its_digest_is_taken_is_not_published(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, take, encoded = module.checkpoint_digest, module._take, threading.Event()
+
+    def late(checkpoint: Checkpoint) -> str:
+        assert encoded.wait(PATIENT_SECONDS)
+        if checkpoint.path.stem == "a":
+            save_file({"w": torch.zeros(64, 64)}, checkpoint.path)
+        return digest(checkpoint)
+
+    def note(one: ModelRun, outcome: Outcome) -> list[Task]:
+        try:
+            return take(one, outcome)
+        finally:
+            encoded.set()
+
+    monkeypatch.setattr(module, "checkpoint_digest", late)
+    monkeypatch.setattr(module, "_take", note)
+    first, second = run(manifest, directory_store, [], threading.Event())
+    assert (first.status, second.status) == ("failed", "published")
+    assert "changed while it was being compressed" in str(first.error)
+
+
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_the_digest_of_a_model_that_failed_is_not_waited_for(
+    manifest: Manifest, directory_store: Store, all_fail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, given_up = module.checkpoint_digest, threading.Event()
+
+    def endless(checkpoint: Checkpoint) -> str:
+        if checkpoint.path.stem != "a":
+            return digest(checkpoint)
+        try:
+            while True:
+                pause(0.01)
+        finally:
+            given_up.set()
+
+    def fail(one: ModelRun, outcome: Outcome) -> list[Task]:
+        if all_fail:
+            raise WorkerError("no workers any more")
+        if one.name == "a":
+            one.fail(SourceError("a cannot be read"))
+            return []
+        return take(one, outcome)
+
+    take = module._take
+    monkeypatch.setattr(module, "checkpoint_digest", endless)
+    monkeypatch.setattr(module, "_take", fail)
+    if all_fail:
+        with pytest.raises(WorkerError):
+            run(manifest, directory_store, [], threading.Event())
+    else:
+        assert [one.status for one in run(manifest, directory_store, [], threading.Event())] == ["failed", "published"]
+    assert given_up.is_set()
+
+
+def test_what_is_whole_is_published_although_the_run_ends(
+    manifest: Manifest, directory_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, go_on = module.publish, threading.Event()
+    runs: list[ModelRun] = []
+
+    class Dying(Noting):
+        def run(self, queue: TaskQueue) -> Iterator[Outcome]:
+            yield from super().run(queue)
+            go_on.set()
+            raise WorkerError("no workers any more")
+
+    def waiting(*arguments: Any, **options: Any) -> Version:
+        assert go_on.wait(PATIENT_SECONDS)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(module, "publish", waiting)
+    monkeypatch.setattr(module, "_PUBLISHERS", 1)
+    with Progress(Console(quiet=True), models=2) as progress, pytest.raises(WorkerError):
+        module.compress(
+            manifest,
+            directory_store,
+            lambda _: Dying(directory_store, [], threading.Event()),
+            progress,
+            begun=runs.extend,
+        )
+    assert [(one.status, one.seconds > 0) for one in runs] == [("published", True)] * 2
 
 
 def test_a_model_whose_digest_cannot_be_taken_is_not_published(
