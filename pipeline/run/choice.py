@@ -1,19 +1,17 @@
 """Choose how a run's tasks are executed: by Ray's workers, or in threads of this process.
 
-Ray takes seconds to start. So it is imported as soon as it is known to be needed, and starts in a thread, beside the
-import of torch and the planning of models.
+Ray takes seconds to start. So it starts as soon as it is known to be needed, before torch is imported and models are
+planned.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
-from birkhoff.pipeline.run.cluster import Cluster, import_ray, start_cluster
+from birkhoff.pipeline.run.cluster import Cluster, start_cluster
 from birkhoff.pipeline.run.demand import Demand, threads_suffice
 from birkhoff.pipeline.store.base import StoreAddress
 
@@ -46,17 +44,20 @@ class Choice(AbstractContextManager["Choice"]):
     ) -> None:
         self._store, self._ray, self._address, self._workers = store, ray, address, workers
         self._seconds, self._told = shard_seconds, told
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self._cluster: Future[Cluster] | None = None
+        self._cluster: Cluster | None = None
+        self._failed: ClusterError | None = None
 
     def ahead(self, nbytes: int) -> None:
-        """Begin to start Ray, unless that has begun, if a demand of at least so many bytes needs it. An error waits for
+        """Start Ray, unless it has started, if a demand of at least so many bytes needs it. An error waits for
         `start`."""
-        if nbytes and self._cluster is None and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
-            # Imports in two threads wait for each other at every file: 5 s for what takes 2.5 s in turn.
-            with suppress(ClusterError):
-                import_ray()
-            self._cluster = self._thread.submit(start_cluster, self._address)
+        # Not in a thread: Ray's processes are forked with code that runs before they begin, which can hang if another
+        # thread loads a library at that moment, as the import of torch does.
+        started = self._cluster is not None or self._failed is not None
+        if nbytes and not started and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
+            try:
+                self._cluster = start_cluster(self._address)
+            except ClusterError as error:
+                self._failed = error
 
     def start(self, demand: Demand) -> "Executor":
         """Return the executor for a demand. Raises ClusterError if Ray is needed and does not start."""
@@ -85,19 +86,11 @@ class Choice(AbstractContextManager["Choice"]):
         return named or not threads_suffice(demand)
 
     def _started(self) -> Cluster:
-        started, self._cluster = self._cluster, None
-        if started is None:
-            return start_cluster(self._address)
-        try:
-            cluster = started.result()
-        except BaseException:
-            self._cluster = started  # it may still be starting
-            raise
-        return cluster  # the executor ends it
+        if self._failed is not None:
+            raise self._failed
+        cluster, self._cluster = self._cluster, None  # the executor ends it
+        return start_cluster(self._address) if cluster is None else cluster
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with interrupt.held():
-            self._thread.shutdown()
-            if self._cluster is not None:
-                with suppress(ClusterError, interrupt.Interrupted):  # then there is nothing to end
-                    self._cluster.result().close()
+        if self._cluster is not None:
+            self._cluster.close()

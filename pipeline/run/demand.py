@@ -1,6 +1,6 @@
 """What a run asks of its executor, as far as that is known before models are planned.
 
-Nothing here imports torch: Ray is started beside its import.
+Nothing here imports torch: Ray is started before it.
 """
 
 from collections.abc import Sequence

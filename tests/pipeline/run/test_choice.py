@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from birkhoff.pipeline.run import demand, inline, ray
 from birkhoff.pipeline.run.choice import Choice
 from birkhoff.pipeline.run.demand import START_BYTES, Demand, new_bytes
 from birkhoff.pipeline.store.base import Store, StoreAddress
-from tests.patience import PATIENT_SECONDS
 
 SMALL, LARGE = Demand(nbytes=START_BYTES, gpu=False), Demand(nbytes=START_BYTES + 1, gpu=False)
 
@@ -129,20 +127,6 @@ def test_threads_take_over_if_ray_does_not_start(tmp_path: Path, ahead: bool, mo
             chosen.start(LARGE)
 
 
-def test_ray_starts_beside_what_the_caller_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, started = threading.Event(), Cluster()
-
-    def start(_address: str | None) -> Cluster:
-        assert go_on.wait(PATIENT_SECONDS)
-        return started
-
-    monkeypatch.setattr(module, "start_cluster", start)
-    with choice(tmp_path) as chosen:
-        chosen.ahead(LARGE.nbytes)  # does not wait
-        go_on.set()
-    assert started.closed  # not before it had started
-
-
 def test_what_is_new_and_here_is_counted_before_anything_is_opened(tmp_path: Path, directory_store: Store) -> None:
     folder = tmp_path / "mirror"
     folder.mkdir()
@@ -186,7 +170,6 @@ given = dict(ray=True, address=None, workers=None, shard_seconds=None, told=prin
 try:
     with Choice(StoreAddress.parse({(tmp_path / "store").as_uri()!r}), **given) as choice:
         choice.ahead(1)
-        choice._cluster.result()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 except interrupt.Interrupted as error:
