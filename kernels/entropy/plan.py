@@ -25,10 +25,10 @@ from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.tensor import lattice_shape
 
-_DIRECT = -1, 0, 0, 0
-"""Description for the kernel of a tensor whose symbols are one group, whose places need no tables."""
+DIRECT = -1
+"""In place of the rows' entries if a tensor's symbols are one group, whose places need no tables."""
 
-_EVEN = -2
+EVEN = -2
 """In place of the rows' entries if all rows have one level: the entry of row r is 64 * r. Tensors in fixed point have a
 row for each weight, and their entries would be the largest part of a plan."""
 
@@ -133,11 +133,11 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
     for one, (params, shape), found in zip(coded, shaped, levels, strict=True):
         pairs = math.prod(shape)
         own = [2 * pairs]
-        places: tuple[int, ...] = _DIRECT
+        places: tuple[int, ...] = (DIRECT, 0, 0, 0)
         if found is not None:
             own = tables.sizes[group, : tables.groups[group]].tolist()
             own_lines = 0 if even[group] else shape[0]
-            places = (line if own_lines else _EVEN), line + own_lines, base, base + LEVELS * LEVELS
+            places = (line if own_lines else EVEN), line + own_lines, base, base + LEVELS * LEVELS
             base += tables.tables.shape[1]
             line += own_lines + 2 * shape[1]
             group += 1

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from birkhoff.codec.contexts import LEVELS
 from birkhoff.codec.entropy.tables import SLOTS
+from birkhoff.kernels.entropy.plan import DIRECT, EVEN
 from birkhoff.kernels.runtime.triton_ops import INTERPRETED
 
 ROW = 7
@@ -61,6 +62,7 @@ LAUNCHING = threading.Lock()
 """Held while kernels are launched, because otherwise each thread would compile them."""
 
 _SLOTS, _ROW, _PLACE, _LEVELS = map(tl.constexpr, (SLOTS, ROW, PLACE, LEVELS))
+_DIRECT, _EVEN = map(tl.constexpr, (DIRECT, EVEN))
 
 
 @triton.jit
@@ -205,8 +207,8 @@ def _place_kernel(
     rows, pairs, lanes, path = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3)
     symbols = symbol_ptr + tl.load(tensor + 4)
     first, stride = tl.load(tensor + 5), tl.load(tensor + 6)
-    direct = (tl.load(tensor + 7) == -1).to(tl.int32)
-    even = (tl.load(tensor + 7) == -2).to(tl.int32)
+    direct = (tl.load(tensor + 7) == _DIRECT).to(tl.int32)
+    even = (tl.load(tensor + 7) == _EVEN).to(tl.int32)
     of_row = entry_ptr + tl.load(tensor + 7)
     of_column = entry_ptr + tl.load(tensor + 8) + half * pairs
     base, width = plan_ptr + tl.load(tensor + 9), plan_ptr + tl.load(tensor + 10)

@@ -30,6 +30,7 @@ from birkhoff.pipeline.files import (
     sync_folder,
     take_lock,
 )
+from birkhoff.pipeline.paths import birkhoff_home
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,11 @@ class FirstSeen:
 
 class DownloadCache:
     """The cache in `folder`, created on first use. Threads and processes may share it."""
+
+    @classmethod
+    def at(cls, folder: Path | None = None) -> Self:
+        """Return the cache in a folder; by default `downloads` in the birkhoff home."""
+        return cls(folder or birkhoff_home() / "downloads")
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path = folder.absolute()

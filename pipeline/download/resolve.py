@@ -28,7 +28,6 @@ from birkhoff.pipeline.download.merge import merge
 from birkhoff.pipeline.download.sharded_index import beside, shard_parts
 from birkhoff.pipeline.download.spec import SourcePart, is_remote, scheme_of, shown_url
 from birkhoff.pipeline.errors import SourceError
-from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.text import first_line
 
 __all__ = ["FetchSettings", "NotDownloaded", "Report", "mirror_folder", "peek", "resolve"]
@@ -75,7 +74,7 @@ def resolve(
         SourceError: A file cannot be fetched, has another digest, has changed since it was first seen, or is not a
             checkpoint; a glob matches nothing, or two files have the same tensor name.
     """
-    store = DownloadCache(downloads or birkhoff_home() / "downloads")
+    store = DownloadCache.at(downloads)
     here = partial(local_file, cache=store, mirror=mirror_folder(mirror))
     fetcher = Fetcher(store, report, settings or FetchSettings())
     with _disk_errors(store):
@@ -96,7 +95,7 @@ def peek(
     Asks no server about local files, and hashes them only if their times have changed. Raises what `resolve` raises,
     except for a server that does not answer.
     """
-    store = DownloadCache(downloads or birkhoff_home() / "downloads")
+    store = DownloadCache.at(downloads)
     here = partial(local_file, cache=store, mirror=mirror_folder(mirror), check=False)
     with _disk_errors(store):
         paths, missing = _gather(source, here, partial(cached_file, cache=store), store)

@@ -12,7 +12,6 @@ since workers read their own byte ranges.
 """
 
 import contextlib
-import ctypes
 import io
 import logging
 import os
@@ -65,7 +64,15 @@ class Cluster(AbstractContextManager["Cluster"]):
     """
 
     def __init__(self, address: str | None, environment: Mapping[str, str] | None = None) -> None:
-        self.ray: Any = import_ray()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # GPUs are hidden from workers that have no share of one, before these import anything.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+        configure_ray()
+        try:
+            import ray
+        except ImportError as error:
+            raise ClusterError("Ray", first_line(error)) from None
+        self.ray: Any = ray
         self._address = address
         self._environment = dict(environment or {})
         self._reaper: Reaper | None = None
@@ -165,19 +172,6 @@ class Cluster(AbstractContextManager["Cluster"]):
         self.close()
 
 
-def import_ray() -> Any:
-    """Return the module, with the settings that it reads as it is imported. Raises ClusterError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # GPUs are hidden from workers that have no share of one, before these import anything.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    configure_ray()
-    try:
-        import ray
-    except ImportError as error:
-        raise ClusterError("Ray", first_line(error)) from None
-    return ray
-
-
 def start_cluster(address: str | None) -> Cluster:
     """Return the cluster for an executor: the one at an address, or a private one. Raises ClusterError."""
     environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
@@ -273,20 +267,10 @@ def _quiet_init(ray: Any, **settings: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts.
-
-    The first is only installed in the main thread, and Python only lets that thread restore it. The second is installed
-    in any thread.
-    """
-    before, compiled = signal.getsignal(signal.SIGTERM), _get_handler(signal.SIGTERM)
+    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # not the main thread, the only one that can; no command starts Ray there
             signal.signal(signal.SIGTERM, before)
-        _set_handler(signal.SIGTERM, compiled)
-
-
-_get_handler: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(("PyOS_getsig", ctypes.pythonapi))
-_set_handler: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(("PyOS_setsig", ctypes.pythonapi))
-"""Of Python's C API: the handler that the system calls, not the one in Python."""

@@ -283,10 +283,9 @@ def _run(job: _Job, waiting: Mapping[str, ModelRun], executor: Executor) -> None
 
     def settle(run: ModelRun, outcome: Outcome) -> None:
         """Go on after an outcome, or after a model's end."""
-        if run.status == "failed":
-            run.seconds = job.seconds()
         _tell(job.progress, run, outcome)
         if run.status == "failed":
+            run.seconds = job.seconds()
             queue.drop(run.name)
         for name in [name for name, base in later.items() if base is run and run.status is not None]:
             del later[name]

@@ -11,7 +11,6 @@ from pathlib import Path
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.pipeline.download.cache import DownloadCache
 from birkhoff.pipeline.download.file import local_file
-from birkhoff.pipeline.paths import birkhoff_home
 from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.registry.parallel import each
 from birkhoff.pipeline.registry.versions import latest_version
@@ -60,5 +59,5 @@ def new_bytes(manifest: Manifest, store: Store, mirror: Path | None) -> int:
 
 
 def _files(entry: ModelEntry, mirror: Path | None) -> Sequence[Path]:
-    cache = DownloadCache(birkhoff_home() / "downloads")
+    cache = DownloadCache.at()
     return [path for part in entry.source if (path := local_file(part, cache, mirror, check=False))]
