@@ -75,6 +75,8 @@ def test_a_dry_run_lists_every_file_and_a_manifest_that_is_named(
 
 def test_the_job_gets_what_was_listed_and_its_exit_code_comes_back(clone: Path, tmp_path: Path) -> None:
     """With a `ray` that shows what it was given."""
+    temporary = tmp_path / "temporary"  # its own: another run's folder is none of this one's
+    temporary.mkdir()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
     ray = tmp_path / "bin/ray"
@@ -87,7 +89,7 @@ def test_the_job_gets_what_was_listed_and_its_exit_code_comes_back(clone: Path, 
         ],
         capture_output=True,
         text=True,
-        env=os.environ,
+        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert ended.returncode == 14, ended.stderr
     listed, _, sent = ended.stdout.partition("given: ")
@@ -95,7 +97,7 @@ def test_the_job_gets_what_was_listed_and_its_exit_code_comes_back(clone: Path, 
     words, *files = sent.splitlines()
     assert words.endswith("python -m birkhoff compress /fleet/m.yaml --address auto --scheduled --store gs://bucket")
     assert {name.removeprefix("./") for name in files} == {*GOES, "manifests/cluster/submit.py"}
-    assert not list(Path("/tmp").glob("birkhoff-submit-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_without_git_nothing_goes(clone: Path) -> None:
