@@ -48,14 +48,15 @@ class Choice(AbstractContextManager["Choice"]):
         self._failed: ClusterError | None = None
 
     def ahead(self, nbytes: int) -> None:
-        """Start Ray, unless it has started, if a demand of at least so many bytes needs it. An error waits for
-        `start`."""
+        """Start Ray and the workers' processes, unless that is done, if a demand of at least so many bytes needs it.
+        That Ray does not start is an error for `start`. Raises WorkerError if the cluster is too small."""
         # Not in a thread: Ray's processes are forked with code that runs before they begin, which can hang if another
         # thread loads a library at that moment, as the import of torch does.
         started = self._cluster is not None or self._failed is not None
         if nbytes and not started and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
             try:
                 self._cluster = start_cluster(self._address)
+                self._cluster.start_processes(self._store, self._workers)
             except ClusterError as error:
                 self._failed = error
 

@@ -12,6 +12,7 @@ since workers read their own byte ranges.
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -25,15 +26,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import birkhoff
+from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.native.processors import processors
-from birkhoff.pipeline import interrupt, logs
+from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError, WorkerError
 from birkhoff.pipeline.run.cleanup import Reaper
 from birkhoff.pipeline.run.patience import START_SECONDS, START_SETTINGS, configure_ray, patient_start
+from birkhoff.pipeline.store.base import StoreAddress
+from birkhoff.pipeline.store.open import open_address
 from birkhoff.pipeline.text import first_line
+
+if TYPE_CHECKING:
+    from birkhoff.pipeline.run.outcome import Outcome
+    from birkhoff.pipeline.run.queue import Task
+    from birkhoff.pipeline.run.worker import Worker
 
 log: logging.Logger = logging.getLogger("birkhoff.cluster")
 
@@ -52,8 +61,54 @@ _LOOPBACK = "127.0.0.1"
 _INSIDE = "r"
 """Name of Ray's folder inside ours. It is short, because the paths of sockets in it have a limit."""
 
+CPUS_TO_A_FREE_ONE = 8
+"""One CPU in so many gets no worker: it is left to the driver, which plans and publishes, and to a store's server.
+Workers on all of 16 are no faster than on 14, and each takes 0.6 GB."""
+
 _KNOCK_SECONDS = 15.0
 _HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5})")
+
+
+class WorkerProcess:
+    """A process of Ray. It imports what workers need, and then becomes one.
+
+    The first needs no more than the store's address, so it can begin while the driver still plans: it takes a processor
+    two to three seconds. A worker's class, its GPU and the run's trace are known later.
+    """
+
+    def __init__(self, store: StoreAddress) -> None:
+        gc.disable()  # imports create no garbage, but collections, which take a fifth of the time
+        import birkhoff.pipeline.run.worker  # noqa: F401
+
+        with contextlib.suppress(BirkhoffError):  # the first task opens it again, and then says what is wrong with it
+            open_address(store).close()  # the store's library, of which only that function knows
+        gc.freeze()
+        gc.enable()
+        self._worker: Worker | None = None
+
+    def become(
+        self, kind: "type[Worker]", store: StoreAddress, *, gpu: bool, environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Take the part of a worker, with variables set for it. Returns its `identity`."""
+        os.environ |= environment
+        self._worker = kind(store, gpu=gpu)
+        return self._worker.identity()
+
+    def _as_worker(self) -> "Worker":
+        assert self._worker is not None  # Ray runs `become` first, as it was called first
+        return self._worker
+
+    def run(self, task: "Task") -> "Outcome":
+        """Run one task. An error becomes its outcome."""
+        return self._as_worker().run(task)
+
+    def identity(self) -> dict[str, Any]:
+        """Return facts about this process; see `Worker.identity`."""
+        return self._as_worker().identity()
+
+    def trim(self) -> None:
+        """Return cached GPU memory to the device."""
+        self._as_worker().trim()
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -75,16 +130,50 @@ class Cluster(AbstractContextManager["Cluster"]):
         self.ray: Any = ray
         self._address = address
         self._environment = dict(environment or {})
+        self._idle: list[Any] = []
+        """Processes that were started ahead, and are no workers yet."""
         self._reaper: Reaper | None = None
         self._settings = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(contextlib.redirect_stdout(_ToLog()))
         self._open()
 
-    @property
-    def runtime_env(self) -> dict[str, Any] | None:
-        """What workers need to be given of the environment."""
-        return None if self._address is None else {"env_vars": self._environment}
+    def worker_count(self, asked: int | None) -> int:
+        """Return how many workers there are to be, `asked` or one per CPU but for a few.
+
+        Raises:
+            WorkerError: The cluster is too small. Ray would wait for ever for the missing CPUs.
+        """
+        cpus = int(self.ray.cluster_resources().get("CPU", 0))
+        if not cpus:
+            raise WorkerError("the Ray cluster has no CPUs to give; start a node, or use --executor inline")
+        if asked is not None and asked > cpus:
+            raise WorkerError(f"{asked} workers asked for, the cluster has room for {cpus}, one per CPU")
+        return asked or cpus - cpus // CPUS_TO_A_FREE_ONE
+
+    def start_processes(self, store: StoreAddress, asked: int | None) -> None:
+        """Start the processes of as many workers, without GPU, before they are asked for. Raises WorkerError."""
+        self._idle = [self._new_process(store, 0.0) for _ in range(self.worker_count(asked))]
+
+    def process(self, store: StoreAddress, share: float) -> Any:
+        """Return a process (a handle of a `WorkerProcess`) with a share of a GPU, 0 for none: one that was started
+        ahead, or a new one."""
+        return self._idle.pop(0) if self._idle and not share else self._new_process(store, share)
+
+    def end_idle(self) -> None:
+        """End the processes that were started ahead and did not become workers."""
+        while self._idle:
+            self.ray.kill(self._idle.pop(), no_restart=True)
+
+    def _new_process(self, store: StoreAddress, share: float) -> Any:
+        # One with a share of a GPU takes no CPU of the books: others could have taken all of its node's.
+        kind = self.ray.remote(WorkerProcess).options(
+            num_cpus=0 if share else 1,
+            num_gpus=share,
+            max_restarts=0,
+            runtime_env=None if self._address is None else {"env_vars": self._environment},
+        )
+        return kind.remote(store)
 
     def _open(self) -> None:
         ray, address = self.ray, self._address
@@ -160,6 +249,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             self._end()
 
     def _end(self) -> None:
+        self._idle.clear()  # they end with Ray
         try:
             self.ray.shutdown()
         finally:
@@ -174,8 +264,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
 def start_cluster(address: str | None) -> Cluster:
     """Return the cluster for an executor: the one at an address, or a private one. Raises ClusterError."""
-    environment = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
-    return Cluster(address, logs.environment() | environment)
+    return Cluster(address, {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()})
 
 
 def _reason(error: Exception) -> str:

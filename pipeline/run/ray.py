@@ -39,10 +39,6 @@ WORKERS_PER_GPU = 4
 """Workers that share a GPU, if the run has tasks for one. It gives processes its time in turns, so all together encode
 as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of the host's."""
 
-CPUS_TO_A_FREE_ONE = 8
-"""One CPU in so many gets no worker: it is left to the driver, which plans and publishes, and to a store's server.
-Workers on all of 16 are no faster than on 14, and each takes 0.6 GB."""
-
 RESTARTS = 2
 """How often the private cluster is restarted if its node dies during a run."""
 
@@ -85,10 +81,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._cluster = start_cluster(address) if cluster is None else cluster
         self._ray = self._cluster.ray
         try:
-            self._actor = self._ray.remote(self.worker)
             count, with_gpu, self._share = self.capacity(workers, gpu=gpu)
             self._metrics = metrics()
             self._slots = WorkerSlots(self._start, [n < with_gpu for n in range(count)])
+            self._cluster.end_idle()
         except BaseException:
             self._cluster.close()
             raise
@@ -104,29 +100,16 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         Ray gives an actor a share of one GPU, not of several, so the share is that of the GPU that most have.
 
         Raises:
-            WorkerError: The cluster is too small. Ray would wait for ever for the missing resources.
+            WorkerError: The cluster is too small.
         """
-        resources = self._ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        if not cpus:
-            raise WorkerError("the Ray cluster has no CPUs to give; start a node, or use --executor inline")
-        if workers is not None and workers > cpus:
-            raise WorkerError(f"{workers} workers asked for, the cluster has room for {cpus}, one per CPU")
-        count = workers or cpus - cpus // CPUS_TO_A_FREE_ONE
+        count, gpus = self._cluster.worker_count(workers), int(self._ray.cluster_resources().get("GPU", 0))
         with_gpu = min(count, gpus * WORKERS_PER_GPU) if gpu else 0
         return count, with_gpu, 1 / math.ceil(with_gpu / gpus) if with_gpu else 0.0
 
     def _start(self, gpu: bool) -> tuple[Any, Any]:
-        """Start an actor. Returns it with the reference that resolves once it runs."""
-        # One with a share of a GPU takes no CPU of the books: others could have taken all of its node's.
-        kind = self._actor.options(
-            num_cpus=0 if gpu else 1,
-            num_gpus=self._share if gpu else 0,
-            max_restarts=0,
-            runtime_env=self._cluster.runtime_env,
-        )
-        actor = kind.remote(self._store, gpu=gpu)
-        return actor, actor.identity.remote()
+        """Start an actor. Returns it with the reference that resolves once it is a worker."""
+        actor = self._cluster.process(self._store, self._share if gpu else 0.0)
+        return actor, actor.become.remote(self.worker, self._store, gpu=gpu, environment=logs.environment())
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Keep every worker busy with up to two tasks, within the queue's byte budget."""

@@ -23,6 +23,10 @@ class Cluster:
 
     def __init__(self) -> None:
         self.closed = False
+        self.asked: list[int | None] = []
+
+    def start_processes(self, _store: StoreAddress, asked: int | None) -> None:
+        self.asked.append(asked)
 
     def close(self) -> None:
         self.closed = True
@@ -85,6 +89,7 @@ def test_ray_starts_ahead_once_enough_is_planned(tmp_path: Path, clusters: list[
     (cluster,) = clusters
     assert executor == ("ray", {"cluster": cluster, "workers": None, "shard_seconds": SHARD_SECONDS, "gpu": True})
     assert not cluster.closed  # that is the executor's part
+    assert cluster.asked == [None]  # once
 
 
 def test_ray_that_has_started_is_used_although_less_is_left(tmp_path: Path, clusters: list[Cluster]) -> None:
