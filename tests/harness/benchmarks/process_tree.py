@@ -1,8 +1,9 @@
 """Run a command under a time limit and watch the memory of everything it starts.
 
-Linux only: figures come from /proc. Memory is PSS, so pages that several processes share count once; Ray's workers
-share much of torch. A process belongs to the command if it inherited the mark that is put into its environment, also
-where it detached itself, as Ray's and the embedded store's do.
+Linux only: figures come from /proc. A process's memory is its own pages (RssAnon) and its part of what it shares: the
+PSS of files and shared memory, so that these count once; Ray's workers share much of torch. Pages that a fork shares
+until one side writes count for both. A process belongs to the command if it inherited the mark that is put into its
+environment, also where it detached itself, as Ray's and the embedded store's do.
 """
 
 import os
@@ -20,14 +21,18 @@ from typing import Literal
 
 MARK = "BIRKHOFF_BENCHMARK_RUN"
 PERIOD = 0.25
-"""Seconds between samples; reading PSS takes the kernel some milliseconds for each process."""
+"""Seconds between samples of the processes' own pages, which the kernel has counted."""
+
+SHARED_PERIOD = 2.0
+"""Seconds between samples of what a process shares. For a PSS the kernel goes through all pages of a process, which
+must wait to map others: in each sample it took a fleet on two cores a tenth longer."""
 
 Role = Literal["driver", "worker", "ray", "store", "other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A command that ended. `peaks` are bytes of PSS by role, each at its own worst moment; `job_peak` is the worst sum
+    """A command that ended. `peaks` are bytes by role, each at its own worst moment; `job_peak` is the worst sum
     of driver and workers at one moment, `peak` that of all processes.
     """
 
@@ -94,12 +99,19 @@ def marked(mark: str) -> list[int]:
     return [pid for pid in _processes() if pid != os.getpid() and _carries(pid, mark)]
 
 
-def pss(pid: int) -> int:
-    """Proportional set size in bytes; 0 for a process that has ended."""
-    for line in _read(pid, "smaps_rollup").splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def own_bytes(pid: int) -> int:
+    """Bytes of pages that are no file's and no shared memory; 0 for a process that has ended."""
+    return _fields(pid, "status", b"RssAnon:")
+
+
+def shared_bytes(pid: int) -> int:
+    """A process's part of files and shared memory, in bytes; 0 for a process that has ended."""
+    return _fields(pid, "smaps_rollup", b"Pss_File:", b"Pss_Shmem:")
+
+
+def _fields(pid: int, name: str, *wanted: bytes) -> int:
+    lines = (line.split() for line in _read(pid, name).splitlines())
+    return sum(int(words[1]) * 1024 for words in lines if words and words[0] in wanted)
 
 
 class _Watch(threading.Thread):
@@ -109,6 +121,8 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self._root, self._mark = root, mark
         self._known: dict[int, bool] = {}
+        self._shared: dict[int, tuple[float, int]] = {}
+        """By process, when it was asked what it shares, and the answer."""
         self._ended = threading.Event()
         self.job_peak = self.peak = self.samples = 0
         self.peaks: Counter[str] = Counter()
@@ -124,12 +138,18 @@ class _Watch(threading.Thread):
     def _sample(self) -> None:
         sizes: Counter[str] = Counter()
         for pid in self._members():
-            sizes[role(pid, self._root)] += pss(pid)
+            sizes[role(pid, self._root)] += own_bytes(pid) + self._shared_of(pid)
         self.samples += 1
         self.peak = max(self.peak, sizes.total())
         self.job_peak = max(self.job_peak, sizes["driver"] + sizes["worker"])
         for name, size in sizes.items():
             self.peaks[name] = max(self.peaks[name], size)
+
+    def _shared_of(self, pid: int) -> int:
+        now = time.monotonic()
+        if pid not in self._shared or now - self._shared[pid][0] > SHARED_PERIOD:
+            self._shared[pid] = now, shared_bytes(pid)
+        return self._shared[pid][1]
 
     def _members(self) -> list[int]:
         """Processes of the run; each process's environment is read once."""

@@ -2,7 +2,9 @@
 
 import math
 import os
+import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,8 @@ from birkhoff.pipeline.download import resolve
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.plan.manifest import load_manifest
 from tests.harness.benchmarks import bench_fleet, family, fleet_report, synthetic
-from tests.harness.benchmarks.process_tree import measure, pss
+from tests.harness.benchmarks.process_tree import measure, own_bytes, shared_bytes
+from tests.patience import PATIENT_SECONDS
 
 MANIFEST = Path(__file__).parents[3] / "manifests" / "all_sams.yaml"
 SCALE = 0.04
@@ -191,4 +194,18 @@ def test_time_limit_ends_everything_that_was_started(tmp_path: Path) -> None:
     found = measure([sys.executable, "-c", parent], environment=dict(os.environ), limit_s=1.5)
     assert found.returncode is None
     assert found.wall_s < 3
-    assert pss(int(note.read_text())) == 0  # gone, or a zombie that init has yet to collect
+    pid = int(note.read_text())
+    assert own_bytes(pid) == shared_bytes(pid) == 0  # gone, or a zombie that init has yet to collect
+
+
+def test_memory_is_what_the_kernel_says_but_for_pages_of_a_fork() -> None:
+    with subprocess.Popen([sys.executable, "-c", "held = bytearray(80 << 20); input()"], stdin=subprocess.PIPE) as held:
+        try:
+            deadline = time.monotonic() + PATIENT_SECONDS
+            while own_bytes(held.pid) < 80 << 20:
+                assert time.monotonic() < deadline
+            words = Path(f"/proc/{held.pid}/smaps_rollup").read_text().split()
+            whole = int(words[words.index("Pss:") + 1]) << 10
+            assert own_bytes(held.pid) + shared_bytes(held.pid) == pytest.approx(whole, abs=1 << 20)
+        finally:
+            held.kill()
