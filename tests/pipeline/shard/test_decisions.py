@@ -3,6 +3,7 @@
 import ast
 from collections import Counter
 from dataclasses import replace
+from hashlib import sha256
 from math import prod
 
 import pytest
@@ -60,8 +61,10 @@ def test_a_published_version_decides_what_was_planned(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_keys_of_shards_are_what_they_were(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_shards_key_is_made_from_is_what_it_was(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture's keys are those of format 1, by SHA-256."""
     monkeypatch.setattr("birkhoff.pipeline.shard.run.FORMAT_VERSION", 1)
+    monkeypatch.setattr("birkhoff.pipeline.shard.run.blake3", sha256)
     tensors = load_file(SOURCE)
     with open_store((FIXTURE / "store").as_uri()) as store:
         artifact = StoredArtifact(store, resolve(store, model))
@@ -69,6 +72,13 @@ def test_keys_of_shards_are_what_they_were(model: str, monkeypatch: pytest.Monke
             coded = artifact.coded_of(shard)
             sources = {item.name: tensors[item.name] for item in coded}
             assert input_key(sources, artifact.manifest.recipe, decisions_of(artifact.manifest, coded)) == shard.key
+
+
+def test_a_shards_key_is_what_it_was() -> None:
+    """It would else be made again by a run that continues another one, or that has weights which another model has."""
+    sources, profile = {"w": load_file(SOURCE)["encoder.blocks.0.weight"]}, PROFILES["balanced"]
+    key = input_key(sources, profile.recipe(), {"w": profile.decide((96, 64), "float32", None)})
+    assert key == "39c2bd9e244d27a3a066d0862f5edf76d3c1cda37b5dca41c949d02baf082aa4"
 
 
 def test_what_is_decided_for_a_tensor_alone_is_part_of_its_shards_key() -> None:
