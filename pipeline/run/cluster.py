@@ -57,6 +57,10 @@ workers of a machine wait for each other. The first value is the largest that gl
 more memory and saves no time.
 """
 
+UNUSED = "rfc3987_syntax"
+"""A module that takes a second to import: it builds a grammar of IRIs. Each process of Ray's imports jsonschema, which
+imports it if it is installed, as Jupyter has it. Ray's schemas name no IRI, and jsonschema does without it."""
+
 _LOOPBACK = "127.0.0.1"
 _INSIDE = "r"
 """Name of Ray's folder inside ours. It is short, because the paths of sockets in it have a limit."""
@@ -220,7 +224,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve on a busy machine
-        self._settings.enter_context(_private(self.ray, self._environment))
+        path = os.pathsep.join(filter(None, (str(_without(UNUSED, folder)), os.environ.get("PYTHONPATH"))))
+        self._settings.enter_context(_private(self.ray, {**self._environment, "PYTHONPATH": path}))
         with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
             _quiet_init(
                 self.ray,
@@ -280,6 +285,14 @@ def _knock(address: str) -> None:
     found = _HOST_PORT.fullmatch(address)
     if found is not None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_SECONDS).close()
+
+
+def _without(module: str, folder: Path) -> Path:
+    """Return a folder in `folder` that makes imports of a module fail where it comes first on the path."""
+    found = folder / "without"
+    found.mkdir()
+    (found / f"{module}.py").write_text(f'raise ImportError("{module} is not used here")\n')
+    return found
 
 
 @contextlib.contextmanager
