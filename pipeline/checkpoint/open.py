@@ -52,15 +52,17 @@ def open_checkpoint(path: Path | str, *, cache: Path | None = None, under: str |
         raise SourceError(f"{path}: cannot be read ({first_line(error)}); check path and permissions") from error
 
 
-def read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor: contiguous, on the CPU, in its own memory, with its stored dtype and shape.
+def read_tensor(tensor: StoredTensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """Read one tensor: contiguous, on the CPU, with its stored dtype and shape.
+
+    It lies in its own memory, or, if it is stored contiguous, at the beginning of `memory` (uint8, at least its bytes).
 
     Raises:
         SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum.
     """
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")
-    raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    raw = torch.empty(tensor.nbytes, dtype=torch.uint8) if memory is None else memory[: tensor.nbytes]
     view = raw.numpy().data
     done = 0
     try:

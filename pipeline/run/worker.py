@@ -21,6 +21,7 @@ from birkhoff.pipeline.run.metrics import metrics
 from birkhoff.pipeline.run.outcome import Outcome, Result
 from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import run_shard
+from birkhoff.pipeline.shard.sources import SourceMemory
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
@@ -31,7 +32,7 @@ log: logging.Logger = logging.getLogger("birkhoff.worker")
 
 
 class Worker:
-    """Holds what its tasks share: the store's client and the device.
+    """Holds what its tasks share: the store's client, the device, and memory for sources.
 
     Without `gpu` it uses none. A process of Ray that was given none may see every GPU, so they are hidden from it; not
     so from a `thread`, whose program may use them itself. Each thread with a GPU has a stream of its own: on the
@@ -46,6 +47,7 @@ class Worker:
         logs.join_trace()
         self._address = store
         self._store: Store | None = None
+        self._memory = SourceMemory()
         self._device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         if gpu and torch.cuda.is_available():
@@ -114,7 +116,7 @@ class Worker:
             from birkhoff.pipeline.statistics.take import take_statistics
 
             return take_statistics(task, store, self._device)
-        return run_shard(task, store, self._device_for(task))
+        return run_shard(task, store, self._device_for(task), self._memory)
 
     def identity(self) -> dict[str, Any]:
         """Return facts about this process: its id, whether it sees a GPU, where the package is, the origin of a

@@ -28,8 +28,6 @@ from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.profiles import Decision, Recipe
 from birkhoff.codec.tensor import Encoded, check_storable, encode_tensors
 from birkhoff.pipeline import logs
-from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
-from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import IntegrityError, ObjectNotFoundError, ValidationError
 from birkhoff.pipeline.registry.documents import (
     BaseBlob,
@@ -43,6 +41,7 @@ from birkhoff.pipeline.registry.documents import (
 from birkhoff.pipeline.registry.versions import missing_blobs
 from birkhoff.pipeline.shard.bases import Bases
 from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
+from birkhoff.pipeline.shard.sources import SourceMemory
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.shard.validate import ShardChecks, validate_shard
 from birkhoff.pipeline.store.base import Store
@@ -86,12 +85,14 @@ class Stages:
         self._last = now
 
 
-def run_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult | ShardSizes:
-    """Do what a task asks for. Raises as `compress_shard`."""
-    return estimate_shard(task, store) if task.estimate_only else compress_shard(task, store, device)
+def run_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceMemory) -> ShardResult | ShardSizes:
+    """Do what a task asks for, with the worker's memory for sources. Raises as `compress_shard`."""
+    if task.estimate_only:
+        return estimate_shard(task, store, memory)
+    return compress_shard(task, store, device, memory)
 
 
-def estimate_shard(task: ShardTask, store: Store) -> ShardSizes:
+def estimate_shard(task: ShardTask, store: Store, memory: SourceMemory) -> ShardSizes:
     """Predict what a shard will take at every target, a tensor at a time, the containers of its bases beside it.
 
     Raises SourceError, CodecError, StoreError.
@@ -99,7 +100,7 @@ def estimate_shard(task: ShardTask, store: Store) -> ShardSizes:
     stages, bases = Stages(), Bases(store, task.bases)
     total: Floats = np.zeros(len(task.targets_db[0]))
     for plan, targets in zip(task.tensors, task.targets_db, strict=True):
-        source = _read(plan.tensor)
+        (source,) = memory.read([plan.tensor]).values()
         stages.end("read")
         logs.step("estimate", source.nbytes, plan.tensor.name)
         base = bases.of(plan.tensor.name)
@@ -108,14 +109,14 @@ def estimate_shard(task: ShardTask, store: Store) -> ShardSizes:
     return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
 
 
-def compress_shard(task: ShardTask, store: Store, device: torch.device) -> ShardResult:
-    """Encode, validate and upload one shard, unless the store has it.
+def compress_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceMemory) -> ShardResult:
+    """Encode, validate and upload one shard, unless the store has it. Its tensors are read into `memory`.
 
     Raises:
         SourceError, CodecError, ValidationError, StoreError: The message names the tensor or object.
     """
     stages = Stages()
-    sources, decisions = {plan.tensor.name: _read(plan.tensor) for plan in task.tensors}, task.decisions
+    sources, decisions = memory.read([plan.tensor for plan in task.tensors]), task.decisions
     hessians, bases = Hessians(store, sources, decisions, device), Bases(store, task.bases)
     stages.end("read")
     key = input_key(sources, task.recipe, decisions)
@@ -219,11 +220,6 @@ def _encode_by_output(name: str, tensor: Tensor, decision: Decision, hessian: He
     assert decision.target_db is not None  # a nominal target is one
     check_storable(name, tensor)
     return by_output.encode(name, tensor, decision.target_db, hessian, path=decision.path)
-
-
-def _read(tensor: StoredTensor) -> Tensor:
-    logs.step("read", tensor.dense_bytes, tensor.name)
-    return read_tensor(tensor)
 
 
 def make_record(
