@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from birkhoff.pipeline.checkpoint.converted import open_legacy, read_legacy, unpack_checkpoint
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, CheckpointFormat, StoredTensor
+from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, CheckpointFormat, StoredTensor, extent_bytes
 from birkhoff.pipeline.checkpoint.safetensors import open_safetensors, open_sharded
 from birkhoff.pipeline.checkpoint.sniff import Content, sniff, suffix_remark
 from birkhoff.pipeline.checkpoint.torch_zip import is_torch_zip, open_torch_zip
@@ -58,10 +58,13 @@ def read_tensor(tensor: StoredTensor, memory: torch.Tensor | None = None) -> tor
     It lies in its own memory, or, if it is stored contiguous, at the beginning of `memory` (uint8, at least its bytes).
 
     Raises:
-        SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum.
+        SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum; the
+            tensor's strides lead out of its bytes.
     """
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")
+    if extent_bytes(tensor.shape, tensor.stride, DTYPES[tensor.dtype].itemsize) > tensor.nbytes:
+        raise SourceError(f"{tensor.path}: tensor {shown(tensor.name)} reaches beyond its {tensor.nbytes} bytes")
     raw = torch.empty(tensor.nbytes, dtype=torch.uint8) if memory is None else memory[: tensor.nbytes]
     view = raw.numpy().data
     done = 0

@@ -122,7 +122,7 @@ def compress(
     from birkhoff.pipeline.progress.progress import Progress
     from birkhoff.pipeline.registry.signing import load_signer
     from birkhoff.pipeline.run.choice import Choice
-    from birkhoff.pipeline.run.demand import Demand, new_bytes
+    from birkhoff.pipeline.run.demand import Demand, look_ahead
     from birkhoff.pipeline.run.schedule import in_turn
     from birkhoff.pipeline.store.conditions import probed
     from birkhoff.pipeline.store.default import open_default_store
@@ -153,7 +153,8 @@ def compress(
                 told=in_threads,
             ) as choice,
         ):
-            choice.ahead(new_bytes(chosen, opened, mirror))
+            outlook = look_ahead(chosen, opened, mirror)
+            choice.ahead(outlook.new_bytes, workers=outlook.complete)
             from birkhoff.pipeline.report.recorder import Recorder
             from birkhoff.pipeline.run.compress import compress as run_all
             from birkhoff.pipeline.run.inline import InlineExecutor

@@ -17,6 +17,7 @@ import numpy as np
 from birkhoff.codec.budget import Grid
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError, FormatError
+from birkhoff.codec.native.library import native
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.download.resolve import NotDownloaded, peek
@@ -50,11 +51,14 @@ _LOSSLESS = 0.88, 1.0
 _ENTRY_BYTES = 30
 """Bytes of a tensor in headers, shard records and manifest."""
 
-_WEIGHTS_PER_SECOND = {True: 6e6, False: 2e7}
-"""Throughput of one CPU worker in total, with and without the path search."""
+_WEIGHTS_PER_SECOND = 3e7
+"""Throughput of one CPU worker in total: two take 10 s for SAM-H, whatever the profile."""
 
-_START_SECONDS = 8.0
-"""Time for Ray and the workers' imports."""
+_WEIGHTS_PER_SECOND_IN_PYTHON = {True: 6e6, False: 2e7}
+"""The same without the native library, with and without the path search."""
+
+_START_SECONDS = 3.0
+"""Time before and after that; with Ray it is 5 s."""
 
 _PROCESS_BYTES = 450 << 20
 """Memory of a process with torch and Ray loaded."""
@@ -179,6 +183,7 @@ def forecast(based: Based, seen: Shared, sha256: str | None, found_db: float | N
     alike, shared = seen.alike(plan), seen.of(planned, plan, sha256)
     weights = sum(_weights(shard) for shard, duplicate in zip(plan.shards, shared, strict=True) if not duplicate)
     workers = processors()
+    rate = _WEIGHTS_PER_SECOND if native() else _WEIGHTS_PER_SECOND_IN_PYTHON[plan.profile.path]
     largest = max((sum(item.tensor.dense_bytes for item in shard) for shard in plan.shards), default=0)
     return Forecast(
         stored_bytes=_stored(planned, plan, based.share_at(plan.profile.target_db)),
@@ -187,7 +192,7 @@ def forecast(based: Based, seen: Shared, sha256: str | None, found_db: float | N
         shards=len(plan.shards),
         shared_shards=sum(shared),
         retargeted_shards=max(0, alike - sum(shared)),
-        seconds=round(_START_SECONDS + weights / _WEIGHTS_PER_SECOND[plan.profile.path] / workers, 1),
+        seconds=round(_START_SECONDS + weights / rate / workers, 1),
         memory_bytes=(1 + workers) * _PROCESS_BYTES + workers * _SHARD_COPIES * largest,
     )
 

@@ -47,16 +47,20 @@ class Choice(AbstractContextManager["Choice"]):
         self._cluster: Cluster | None = None
         self._failed: ClusterError | None = None
 
-    def ahead(self, nbytes: int) -> None:
-        """Start Ray and the workers' processes, unless that is done, if a demand of at least so many bytes needs it.
-        That Ray does not start is an error for `start`. Raises WorkerError if the cluster is too small."""
+    def ahead(self, nbytes: int, *, workers: bool = False) -> None:
+        """Start Ray, unless it has started, if a demand of at least so many bytes needs it. Start the processes of
+        `workers` with it if they will not have to wait for downloads, since each holds 0.2 GB.
+
+        If Ray does not start, `start` says so. Raises WorkerError if the cluster is too small.
+        """
         # Not in a thread: Ray's processes are forked with code that runs before they begin, which can hang if another
         # thread loads a library at that moment, as the import of torch does.
         started = self._cluster is not None or self._failed is not None
         if nbytes and not started and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
             try:
                 self._cluster = start_cluster(self._address)
-                self._cluster.start_processes(self._store, self._workers)
+                if workers:
+                    self._cluster.start_processes(self._store, self._workers)
             except ClusterError as error:
                 self._failed = error
 

@@ -29,7 +29,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import birkhoff
-from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError, WorkerError
@@ -49,6 +48,10 @@ log: logging.Logger = logging.getLogger("birkhoff.cluster")
 OBJECT_STORE_BYTES = 80 << 20
 """For a private cluster: tasks and records pass through the object store, never tensors."""
 
+CPUS_TO_A_FREE_ONE = 8
+"""One CPU in so many gets no worker: it is left to the driver, which plans and publishes, and to a store's server.
+Workers on all of 16 are no faster than on 14, and each takes 0.6 GB."""
+
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 """glibc's settings for workers: freed buffers stay in the heap and serve the next tensor.
 
@@ -57,7 +60,7 @@ workers of a machine wait for each other. The first value is the largest that gl
 more memory and saves no time.
 """
 
-UNUSED = "rfc3987_syntax"
+HIDDEN_MODULE = "rfc3987_syntax"
 """A module that takes a second to import: it builds a grammar of IRIs. Each process of Ray's imports jsonschema, which
 imports it if it is installed, as Jupyter has it. Ray's schemas name no IRI, and jsonschema does without it."""
 
@@ -65,41 +68,36 @@ _LOOPBACK = "127.0.0.1"
 _INSIDE = "r"
 """Name of Ray's folder inside ours. It is short, because the paths of sockets in it have a limit."""
 
-CPUS_TO_A_FREE_ONE = 8
-"""One CPU in so many gets no worker: it is left to the driver, which plans and publishes, and to a store's server.
-Workers on all of 16 are no faster than on 14, and each takes 0.6 GB."""
-
 _KNOCK_SECONDS = 15.0
 _HOST_PORT = re.compile(r"(ray://)?\[?(?P<host>[^\[\]/]+?)\]?:(?P<port>[0-9]{1,5})")
 
 
 class WorkerProcess:
-    """A process of Ray. It imports what workers need, and then becomes one.
+    """A process of Ray that first imports what workers need, and then becomes one.
 
-    The first needs no more than the store's address, so it can begin while the driver still plans: it takes a processor
-    two to three seconds. A worker's class, its GPU and the run's trace are known later.
+    The imports take a processor two to three seconds. They need only the store's address, so they can run while the
+    driver plans. The worker's class, its GPU and the run's trace are known later.
     """
 
     def __init__(self, store: StoreAddress) -> None:
         gc.disable()  # imports create no garbage, but collections, which take a fifth of the time
         import birkhoff.pipeline.run.worker  # noqa: F401
 
-        with contextlib.suppress(BirkhoffError):  # the first task opens it again, and then says what is wrong with it
-            open_address(store).close()  # the store's library, of which only that function knows
+        with contextlib.suppress(Exception):  # whatever is wrong with the store, the first task says
+            open_address(store).close()  # imports the store's library, which only that function knows
         gc.freeze()
         gc.enable()
+        self._store = store
         self._worker: Worker | None = None
 
-    def become(
-        self, kind: "type[Worker]", store: StoreAddress, *, gpu: bool, environment: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Take the part of a worker, with variables set for it. Returns its `identity`."""
+    def become(self, kind: "type[Worker]", *, gpu: bool, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Become a worker of a class, with environment variables set for it. Returns its `identity`."""
         os.environ |= environment
-        self._worker = kind(store, gpu=gpu)
+        self._worker = kind(self._store, gpu=gpu)
         return self._worker.identity()
 
     def _as_worker(self) -> "Worker":
-        assert self._worker is not None  # Ray runs `become` first, as it was called first
+        assert self._worker is not None  # the driver calls `become` first, and Ray keeps the order of calls
         return self._worker
 
     def run(self, task: "Task") -> "Outcome":
@@ -134,8 +132,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         self.ray: Any = ray
         self._address = address
         self._environment = dict(environment or {})
+        self._process: Any = None
+        """`WorkerProcess` as Ray's class of actors."""
         self._idle: list[Any] = []
-        """Processes that were started ahead, and are no workers yet."""
+        """Processes started ahead that have not become workers."""
         self._reaper: Reaper | None = None
         self._settings = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
@@ -143,7 +143,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._open()
 
     def worker_count(self, asked: int | None) -> int:
-        """Return how many workers there are to be, `asked` or one per CPU but for a few.
+        """Return the number of workers for a run: `asked`, or one per CPU but for a few.
 
         Raises:
             WorkerError: The cluster is too small. Ray would wait for ever for the missing CPUs.
@@ -165,13 +165,15 @@ class Cluster(AbstractContextManager["Cluster"]):
         return self._idle.pop(0) if self._idle and not share else self._new_process(store, share)
 
     def end_idle(self) -> None:
-        """End the processes that were started ahead and did not become workers."""
+        """End the processes started ahead that have not become workers."""
         while self._idle:
             self.ray.kill(self._idle.pop(), no_restart=True)
 
     def _new_process(self, store: StoreAddress, share: float) -> Any:
-        # One with a share of a GPU takes no CPU of the books: others could have taken all of its node's.
-        kind = self.ray.remote(WorkerProcess).options(
+        if self._process is None:
+            self._process = self.ray.remote(WorkerProcess)  # once: Ray sends the class when it is first used
+        # With a share of a GPU, a process reserves no CPU: others could have reserved all of its node's.
+        kind = self._process.options(
             num_cpus=0 if share else 1,
             num_gpus=share,
             max_restarts=0,
@@ -224,7 +226,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_enable_worker_prestart", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve on a busy machine
-        path = os.pathsep.join(filter(None, (str(_without(UNUSED, folder)), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(_hide_module(HIDDEN_MODULE, folder)), os.environ.get("PYTHONPATH"))))
         self._settings.enter_context(_private(self.ray, {**self._environment, "PYTHONPATH": path}))
         with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
             _quiet_init(
@@ -287,9 +289,9 @@ def _knock(address: str) -> None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_SECONDS).close()
 
 
-def _without(module: str, folder: Path) -> Path:
+def _hide_module(module: str, folder: Path) -> Path:
     """Return a folder in `folder` that makes imports of a module fail where it comes first on the path."""
-    found = folder / "without"
+    found = folder / "hidden"
     found.mkdir()
     (found / f"{module}.py").write_text(f'raise ImportError("{module} is not used here")\n')
     return found

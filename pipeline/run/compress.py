@@ -93,7 +93,7 @@ def compress(
 
     Raises:
         StoreError: The store failed for all models.
-        WorkerError: No worker could be started.
+        WorkerError: No worker could be started, or more were asked for than the cluster has room for.
     """
     began = time.perf_counter()
     runs = [
@@ -148,8 +148,9 @@ def _prepare_all(
     """Plan all models beside each other.
 
     A model of which the store has no version needs the executor in any case, which is then started beside the rest and
-    returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory. Such a
-    model's digest is only needed to publish it, and is taken from then on, smallest models first, as they are encoded.
+    returned. It waits for all checkpoints to be here: workers that wait for a download would hold their memory. (Their
+    processes start earlier if nothing has to be downloaded; see `Choice.ahead`.) Such a model's digest is only needed
+    to publish it, and is taken from then on, smallest models first, as they are encoded.
     """
     with pool(processors(), "plan") as threads:
         prepared: dict[str, Future[None]] = {}

@@ -17,10 +17,10 @@ from birkhoff.pipeline.registry.versions import latest_version
 from birkhoff.pipeline.store.base import Store
 
 START_BYTES = 4 << 30
-"""Bytes of weights in a run from which Ray's workers are worth their start. On two cores SAM-H, 2.4 GiB, takes 11 s in
-threads and 19 s with Ray, SAM-B 4 s and 13 s. On 16 cores the family of 19 takes 31 s in threads, and Ray's processes
-end it in 17 s: they do not share the interpreter's lock. What also makes up for Ray's start in longer runs is that a
-worker that hangs or breaks costs one try of one shard."""
+"""Bytes of weights in a run from which Ray's workers are worth their start. On two cores SAM-H, 2.4 GiB, takes 12 s in
+threads and 13 s with Ray, SAM-B 4 s and 6 s, and both take 20 s for 4.4 GiB. On 16 cores the family of 19 takes 31 s
+in threads, and Ray's processes end it in 17 s: they do not share the interpreter's lock. What also makes up for Ray's
+start in longer runs is that a worker that hangs or breaks costs one try of one shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +43,32 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def new_bytes(manifest: Manifest, store: Store, mirror: Path | None) -> int:
-    """Return the size of the files on this machine of models of which the store has no version.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is known of a run before anything is opened."""
 
-    Nothing is opened. What cannot be found or asked for counts as nothing; planning says why. `mirror` is a folder.
+    new_bytes: int
+    """The size of the files on this machine of models of which the store has no version."""
+    complete: bool
+    """Whether all files of all models are on this machine, so that nothing waits for a download."""
+
+
+def look_ahead(manifest: Manifest, store: Store, mirror: Path | None) -> Outlook:
+    """Return what is known of a run. `mirror` is a folder.
+
+    What cannot be found or asked for counts as no bytes, and as not here; planning says why.
     """
 
-    def size(entry: ModelEntry) -> int:
+    def look(entry: ModelEntry) -> Outlook:
         with suppress(BirkhoffError, OSError):
-            if latest_version(store, entry.name) is None:
-                return sum(path.stat().st_size for path in _files(entry, mirror))
-        return 0
+            files = _files(entry, mirror)
+            sizes = sum(path.stat().st_size for path in files)
+            new = latest_version(store, entry.name) is None
+            return Outlook(new_bytes=sizes if new else 0, complete=len(files) == len(entry.source))
+        return Outlook(new_bytes=0, complete=False)
 
-    return sum(each(size, manifest.models))
+    found = each(look, manifest.models)
+    return Outlook(new_bytes=sum(one.new_bytes for one in found), complete=all(one.complete for one in found))
 
 
 def _files(entry: ModelEntry, mirror: Path | None) -> Sequence[Path]:

@@ -48,6 +48,8 @@ POLL_SECONDS = 1.0
 # Messages of Ray's memory monitor about a worker that it killed. For other deaths Ray lists guesses, among them the
 # kernel's OOM killer, so "OOM" alone says nothing.
 _MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
 _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
 """Ray's message about an actor whose node no longer answers."""
 
@@ -109,7 +111,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _start(self, gpu: bool) -> tuple[Any, Any]:
         """Start an actor. Returns it with the reference that resolves once it is a worker."""
         actor = self._cluster.process(self._store, self._share if gpu else 0.0)
-        return actor, actor.become.remote(self.worker, self._store, gpu=gpu, environment=logs.environment())
+        return actor, actor.become.remote(self.worker, gpu=gpu, environment=logs.environment())
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Keep every worker busy with up to two tasks, within the queue's byte budget."""
@@ -148,7 +150,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             found = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             if reference == slot.starting:
-                self._slots.count_failed_start(first_line(error))
+                self._slots.count_failed_start(_why(error))
             yield from self._lose(slot, error, queue)
             return
         if reference == slot.starting:
@@ -250,6 +252,15 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._cluster.close()
+
+
+def _why(error: Exception) -> str:
+    """Return why a worker did not start."""
+    if isinstance(cause := getattr(error, "cause", None), Exception):
+        return first_line(cause)
+    # Ray quotes an error of an actor's `__init__` with its traceback, in colours.
+    lines = list(filter(str.strip, _COLOURS.sub("", str(error)).splitlines()))
+    return lines[-1].strip() if lines else first_line(error)
 
 
 def _died(reason: Exception | str) -> str:

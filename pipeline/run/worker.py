@@ -21,7 +21,7 @@ from birkhoff.pipeline.run.metrics import metrics
 from birkhoff.pipeline.run.outcome import Outcome, Result
 from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import run_shard
-from birkhoff.pipeline.shard.sources import SourceMemory
+from birkhoff.pipeline.shard.sources import SourceBuffer
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
@@ -47,7 +47,7 @@ class Worker:
         logs.join_trace()
         self._address = store
         self._store: Store | None = None
-        self._memory = SourceMemory()
+        self._memory = SourceBuffer()
         self._device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         if gpu and torch.cuda.is_available():

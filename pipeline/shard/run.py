@@ -41,7 +41,7 @@ from birkhoff.pipeline.registry.documents import (
 from birkhoff.pipeline.registry.versions import missing_blobs
 from birkhoff.pipeline.shard.bases import Bases
 from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
-from birkhoff.pipeline.shard.sources import SourceMemory
+from birkhoff.pipeline.shard.sources import SourceBuffer
 from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.shard.validate import ShardChecks, validate_shard
 from birkhoff.pipeline.store.base import Store
@@ -85,14 +85,14 @@ class Stages:
         self._last = now
 
 
-def run_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceMemory) -> ShardResult | ShardSizes:
+def run_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceBuffer) -> ShardResult | ShardSizes:
     """Do what a task asks for, with the worker's memory for sources. Raises as `compress_shard`."""
     if task.estimate_only:
         return estimate_shard(task, store, memory)
     return compress_shard(task, store, device, memory)
 
 
-def estimate_shard(task: ShardTask, store: Store, memory: SourceMemory) -> ShardSizes:
+def estimate_shard(task: ShardTask, store: Store, memory: SourceBuffer) -> ShardSizes:
     """Predict what a shard will take at every target, a tensor at a time, the containers of its bases beside it.
 
     Raises SourceError, CodecError, StoreError.
@@ -109,7 +109,7 @@ def estimate_shard(task: ShardTask, store: Store, memory: SourceMemory) -> Shard
     return ShardSizes(bytes=tuple(total.tolist()), stages=stages.seconds)
 
 
-def compress_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceMemory) -> ShardResult:
+def compress_shard(task: ShardTask, store: Store, device: torch.device, memory: SourceBuffer) -> ShardResult:
     """Encode, validate and upload one shard, unless the store has it. Its tensors are read into `memory`.
 
     Raises:
@@ -279,7 +279,7 @@ def input_key(
 ) -> str:
     """Return the key of a shard: the BLAKE3 digest of everything that determines its bytes, and of nothing else.
 
-    All weights of a fleet are read for it, and SHA-256 would take three times as long. Nobody else computes it.
+    All weights of a fleet are hashed for it, and SHA-256 would take two to three times as long.
 
     Decisions enter only as far as the recipe and the tensors' headers leave them open: `override`, or the target and
     the Hessian where other tensors of the model decide about them, and the container that holds a base.

@@ -9,15 +9,15 @@ from birkhoff.pipeline import logs
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
 
-KEPT_BYTES = 64 << 20
+MAX_KEPT_BYTES = 64 << 20
 """Most memory that is kept from shard to shard. Shards are smaller unless a tensor, or a manifest's `shard_mib`, is
 large."""
 
-_ALIGNED = 64
+_ALIGNMENT = 64
 """Tensors begin at a multiple of so many bytes, as in memory of their own."""
 
 
-class SourceMemory:
+class SourceBuffer:
     """The memory of one worker for its sources.
 
     The kernel need not map and clear it for every shard. In an allocator's heap, each shard's memory comes to lie
@@ -32,12 +32,12 @@ class SourceMemory:
 
         Raises SourceError.
         """
-        room = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
-        parts = self._room(sum(room)).split(room)
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        parts = self._allocate(sum(sizes)).split(sizes)
         return {tensor.name: _read(tensor, part) for tensor, part in zip(tensors, parts, strict=True)}
 
-    def _room(self, size: int) -> Tensor:
-        if size > KEPT_BYTES:
+    def _allocate(self, size: int) -> Tensor:
+        if size > MAX_KEPT_BYTES:
             return torch.empty(size, dtype=torch.uint8)
         if size > self._kept.numel():
             self._kept = torch.empty(size, dtype=torch.uint8)

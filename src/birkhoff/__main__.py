@@ -10,7 +10,7 @@ _START_OBJECTS = 200_000
 def main() -> None:
     """Run the command line. Ctrl-C never shows a traceback, not even while torch is imported."""
     gc.disable()  # imports create no garbage, but many collections
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # see UNUSED in pipeline/run/cluster.py
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # see HIDDEN_MODULE in pipeline/run/cluster.py
     try:
         from birkhoff.pipeline import streams
 

@@ -149,8 +149,9 @@ def save(found: Record, folder: Path) -> None:
 
 _PREFACE = """Drawn from `fleet.json` by `python -m tests.harness.benchmarks fleet`. The weights are synthetic, so
 ratios are no result; seconds, memory and sharing are. Wall time runs from the command's start to its end, Ray's start
-included. Memory is sampled over all processes; what they share counts once. Load is the machine's in the minute before;
-above 0.5 others were at work too. A commit with `+` had changes that were not committed."""
+included. Memory is sampled over all processes; what they share counts once. (Up to commit 590bfcc the samples held the
+processes up: two cores took a tenth longer.) Load is the machine's in the minute before; above 0.5 others were at work
+too. A commit with `+` had changes that were not committed."""
 
 
 def _key(found: Record) -> str:

@@ -23,6 +23,9 @@ MARK = "BIRKHOFF_BENCHMARK_RUN"
 PERIOD = 0.25
 """Seconds between samples of the processes' own pages, which the kernel has counted."""
 
+YOUNG_SECONDS = 3.0
+"""How long a process is asked in every sample what it shares: it still loads libraries."""
+
 SHARED_PERIOD = 2.0
 """Seconds between samples of what a process shares. For a PSS the kernel goes through all pages of a process, which
 must wait to map others: in each sample it took a fleet on two cores a tenth longer."""
@@ -121,8 +124,8 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self._root, self._mark = root, mark
         self._known: dict[int, bool] = {}
-        self._shared: dict[int, tuple[float, int]] = {}
-        """By process, when it was asked what it shares, and the answer."""
+        self._shared: dict[int, tuple[float, float, int]] = {}
+        """By process, when it was first and last asked what it shares, and the answer."""
         self._ended = threading.Event()
         self.job_peak = self.peak = self.samples = 0
         self.peaks: Counter[str] = Counter()
@@ -147,9 +150,11 @@ class _Watch(threading.Thread):
 
     def _shared_of(self, pid: int) -> int:
         now = time.monotonic()
-        if pid not in self._shared or now - self._shared[pid][0] > SHARED_PERIOD:
-            self._shared[pid] = now, shared_bytes(pid)
-        return self._shared[pid][1]
+        first, last, size = self._shared.get(pid, (now, -SHARED_PERIOD, 0))
+        if now - first < YOUNG_SECONDS or now - last > SHARED_PERIOD:
+            last, size = now, shared_bytes(pid)
+        self._shared[pid] = first, last, size
+        return size
 
     def _members(self) -> list[int]:
         """Processes of the run; each process's environment is read once."""

@@ -44,7 +44,7 @@ from birkhoff.pipeline.registry.gc import collect
 from birkhoff.pipeline.registry.trust import ANY
 from birkhoff.pipeline.registry.versions import publish, resolve
 from birkhoff.pipeline.shard.run import compress_shard, find_record, keep_shard
-from birkhoff.pipeline.shard.sources import SourceMemory
+from birkhoff.pipeline.shard.sources import SourceBuffer
 from birkhoff.pipeline.shard.task import BaseShard, ShardTask, TensorPlan
 from birkhoff.pipeline.statistics.stored import find_statistics, keep_hessian, keep_statistics
 from birkhoff.pipeline.store.base import Store
@@ -117,7 +117,7 @@ def difference(seed: int) -> Shard:
     store, name = MemoryStore(), f"layer{HELD}.weight"
     keep_shard(store, shard(HELD).blob, shard(HELD).record)
     with tempfile.TemporaryDirectory() as folder:
-        record = compress_shard(_task(Path(folder), seed), store, torch.device("cpu"), SourceMemory()).record
+        record = compress_shard(_task(Path(folder), seed), store, torch.device("cpu"), SourceBuffer()).record
     blob = store.get(blob_key(record.blob))
     if not all(is_difference(coded) for coded in parse(blob)) or record.bases is None:
         raise WrongError(f"{name} is no difference")
@@ -257,7 +257,7 @@ def _collect(cell: Cell) -> None:
 
 
 def _upload_difference(cell: Cell) -> None:
-    found = compress_shard(_task(cell.folder, 7), cell.store, torch.device("cpu"), SourceMemory())
+    found = compress_shard(_task(cell.folder, 7), cell.store, torch.device("cpu"), SourceBuffer())
     if found.record != difference(7).record:
         raise WrongError("the shard made is not that of its weights and its base")
 

@@ -12,7 +12,7 @@ from birkhoff.pipeline.plan.manifest import SHARD_SECONDS, load_manifest
 from birkhoff.pipeline.run import choice as module
 from birkhoff.pipeline.run import demand, inline, ray
 from birkhoff.pipeline.run.choice import Choice
-from birkhoff.pipeline.run.demand import START_BYTES, Demand, new_bytes
+from birkhoff.pipeline.run.demand import START_BYTES, Demand, Outlook, look_ahead
 from birkhoff.pipeline.store.base import Store, StoreAddress
 
 SMALL, LARGE = Demand(nbytes=START_BYTES, gpu=False), Demand(nbytes=START_BYTES + 1, gpu=False)
@@ -83,13 +83,21 @@ def test_ray_starts_ahead_once_enough_is_planned(tmp_path: Path, clusters: list[
     with choice(tmp_path) as chosen:
         chosen.ahead(SMALL.nbytes)
         assert not clusters
-        chosen.ahead(LARGE.nbytes)
-        chosen.ahead(2 * LARGE.nbytes)
+        chosen.ahead(LARGE.nbytes, workers=True)
+        chosen.ahead(2 * LARGE.nbytes, workers=True)
         executor: Any = chosen.start(Demand(nbytes=3 * LARGE.nbytes, gpu=True))
     (cluster,) = clusters
     assert executor == ("ray", {"cluster": cluster, "workers": None, "shard_seconds": SHARD_SECONDS, "gpu": True})
     assert not cluster.closed  # that is the executor's part
     assert cluster.asked == [None]  # once
+
+
+def test_workers_start_ahead_only_if_they_need_not_wait(tmp_path: Path, clusters: list[Cluster]) -> None:
+    with choice(tmp_path, workers=3) as chosen:
+        chosen.ahead(LARGE.nbytes)
+    with choice(tmp_path, workers=3) as chosen:
+        chosen.ahead(LARGE.nbytes, workers=True)
+    assert [cluster.asked for cluster in clusters] == [[], [3]]
 
 
 def test_ray_that_has_started_is_used_although_less_is_left(tmp_path: Path, clusters: list[Cluster]) -> None:
@@ -146,11 +154,13 @@ def test_what_is_new_and_here_is_counted_before_anything_is_opened(tmp_path: Pat
         "  - {name: d, source: gone.bin}\n"
     )
     manifest = load_manifest(path)
-    assert new_bytes(manifest, directory_store, folder) == 75
-    assert new_bytes(manifest, directory_store, None) == 5
+    assert look_ahead(manifest, directory_store, folder) == Outlook(new_bytes=75, complete=False)
+    assert look_ahead(manifest, directory_store, None) == Outlook(new_bytes=5, complete=False)
+    here = manifest.model_copy(update={"models": manifest.models[:2]})
+    assert look_ahead(here, directory_store, folder) == Outlook(new_bytes=75, complete=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demand, "latest_version", lambda _store, name: name == "a" or None)
-        assert new_bytes(manifest, directory_store, folder) == 70
+        assert look_ahead(here, directory_store, folder) == Outlook(new_bytes=70, complete=True)
 
 
 def test_a_run_begins_without_torch() -> None:

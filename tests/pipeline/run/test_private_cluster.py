@@ -32,6 +32,7 @@ def cluster(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_TMPDIR", "/tmp")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+        patch.setenv("PYTHONPATH", "/mine:")
         with Cluster(None) as found:
             yield found
 
@@ -189,3 +190,19 @@ class TestARayThatDoesOtherwise:
         monkeypatch.setattr(Path, "chmod", lambda *_: None)
         with pytest.raises(WorkerError, match="others can enter Ray's folder; set RAY_TMPDIR"):
             module._check_private(tmp_path, self.Ray)
+
+
+def test_workers_have_the_users_python_path_behind_what_hides_a_module(cluster: Cluster, folder: Path) -> None:
+    shown = cluster.ray.remote(os.getenv).options(num_cpus=0)
+    assert cluster.ray.get(shown.remote("PYTHONPATH"), timeout=PATIENT_SECONDS).startswith(f"{folder}/hidden:/mine:")
+
+
+def test_the_drivers_own_settings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    with module._private(pytest.importorskip("ray"), {"PYTHONPATH": "/hidden:/mine"}):
+        assert os.environ["PYTHONPATH"] == "/hidden:/mine"
+    assert os.environ["PYTHONPATH"] == "/mine"
+    monkeypatch.delenv("PYTHONPATH")
+    with module._private(pytest.importorskip("ray"), {"PYTHONPATH": "/hidden"}):
+        pass
+    assert "PYTHONPATH" not in os.environ

@@ -12,7 +12,7 @@ from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.shard import sources as module
-from birkhoff.pipeline.shard.sources import SourceMemory
+from birkhoff.pipeline.shard.sources import SourceBuffer
 
 
 def stored(folder: Path) -> dict[str, StoredTensor]:
@@ -31,7 +31,7 @@ def stored(folder: Path) -> dict[str, StoredTensor]:
 
 def test_tensors_are_those_of_the_file_each_aligned_as_in_memory_of_its_own(tmp_path: Path) -> None:
     tensors = stored(tmp_path)
-    found = SourceMemory().read(list(tensors.values()))
+    found = SourceBuffer().read(list(tensors.values()))
     assert list(found) == list(tensors)
     for name, tensor in found.items():
         alone = read_tensor(tensors[name])
@@ -44,15 +44,15 @@ def test_tensors_are_those_of_the_file_each_aligned_as_in_memory_of_its_own(tmp_
 
 
 def test_the_next_shard_lies_where_the_last_one_lay(tmp_path: Path) -> None:
-    tensors, memory = stored(tmp_path), SourceMemory()
+    tensors, memory = stored(tmp_path), SourceBuffer()
     large = memory.read([tensors["matrix"]])["matrix"].data_ptr()
     assert memory.read([tensors["half"]])["half"].data_ptr() == large
     assert memory.read([tensors["matrix"]])["matrix"].data_ptr() == large
 
 
 def test_a_large_shard_has_memory_of_its_own_which_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, memory = stored(tmp_path), SourceMemory()
-    monkeypatch.setattr(module, "KEPT_BYTES", tensors["matrix"].nbytes + 63)
+    tensors, memory = stored(tmp_path), SourceBuffer()
+    monkeypatch.setattr(module, "MAX_KEPT_BYTES", tensors["matrix"].nbytes + 63)
     kept = memory.read([tensors["matrix"]])["matrix"]
     before = kept.clone()
     both = memory.read([tensors["matrix"], tensors["half"]])
@@ -61,9 +61,9 @@ def test_a_large_shard_has_memory_of_its_own_which_is_not_kept(tmp_path: Path, m
     assert memory._kept.numel() < both["matrix"].nbytes + 64
 
 
-def test_a_file_that_became_shorter_is_told_as_before(tmp_path: Path) -> None:
+def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     tensors = stored(tmp_path)
     with (tmp_path / "net.safetensors").open("r+b") as file:
         file.truncate(600)
     with pytest.raises(SourceError, match="the file has changed since it was opened"):
-        SourceMemory().read(list(tensors.values()))
+        SourceBuffer().read(list(tensors.values()))

@@ -14,7 +14,7 @@ from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard import task as module
 from birkhoff.pipeline.shard.run import ShardResult, compress_shard
-from birkhoff.pipeline.shard.sources import SourceMemory
+from birkhoff.pipeline.shard.sources import SourceBuffer
 from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
 from birkhoff.pipeline.store.base import StoreAddress
 from birkhoff.pipeline.store.memory import MemoryStore
@@ -61,12 +61,12 @@ def test_a_shard_that_this_run_has_made_is_taken_without_the_store(path: Path, r
             return super().get(key, start=start, length=length)
 
     store, cpu, task = Watched(), torch.device("cpu"), task_of(path, "balanced")
-    made = compress_shard(task, store, cpu, SourceMemory())
+    made = compress_shard(task, store, cpu, SourceBuffer())
     assert isinstance(made, ShardResult)
     others = [made.record.model_copy(update={"key": key * 64}) for key in "ab"]
     asked.clear()
     found = compress_shard(
-        replace(task, known=(others[0], made.record, others[1]), reuse=reuse), store, cpu, SourceMemory()
+        replace(task, known=(others[0], made.record, others[1]), reuse=reuse), store, cpu, SourceBuffer()
     )
     assert isinstance(found, ShardResult)
     assert found.record == made.record
@@ -76,9 +76,9 @@ def test_a_shard_that_this_run_has_made_is_taken_without_the_store(path: Path, r
 
 def test_one_whose_blob_has_gone_is_made_again(path: Path) -> None:
     store, cpu, task = MemoryStore(), torch.device("cpu"), task_of(path, "balanced")
-    made = compress_shard(task, store, cpu, SourceMemory())
+    made = compress_shard(task, store, cpu, SourceBuffer())
     store.delete(blob_key(made.record.blob))
-    found = compress_shard(replace(task, known=(made.record,)), store, cpu, SourceMemory())
+    found = compress_shard(replace(task, known=(made.record,)), store, cpu, SourceBuffer())
     assert (found.record, found.reused) == (made.record, False)
     assert store.get(blob_key(made.record.blob))
 
@@ -95,9 +95,9 @@ def test_a_worker_does_not_send_back_what_the_driver_knows(path: Path, tmp_path:
 
 def test_one_that_only_looks_the_same_is_made(path: Path) -> None:
     task, cpu = task_of(path, "balanced"), torch.device("cpu")
-    made = compress_shard(task, MemoryStore(), cpu, SourceMemory())
+    made = compress_shard(task, MemoryStore(), cpu, SourceBuffer())
     other = made.record.model_copy(update={"key": "f" * 64, "blob": "e" * 64})
-    found = compress_shard(replace(task, known=(other,)), MemoryStore(), cpu, SourceMemory())
+    found = compress_shard(replace(task, known=(other,)), MemoryStore(), cpu, SourceBuffer())
     assert (found.record, found.reused) == (made.record, False)
 
 
