@@ -184,7 +184,7 @@ class Cluster(AbstractContextManager["Cluster"]):
     def _open(self) -> None:
         ray, address = self.ray, self._address
         try:
-            with _signals_kept():
+            with _signals_kept(ray):
                 if address is None:
                     self._start_twice()
                 else:
@@ -193,8 +193,6 @@ class Cluster(AbstractContextManager["Cluster"]):
                     _quiet_init(ray, address=address, runtime_env={"py_modules": [str(Path(birkhoff.__file__).parent)]})
         except BaseException as error:
             self.close()
-            if isinstance(error, SystemExit) and interrupt.installed():  # raised by Ray's handler of SIGTERM
-                interrupt.stop(signal.SIGTERM)
             if not isinstance(error, Exception):
                 raise
             interrupt.check()  # Ray's compiled parts replace an exception of the signal handler by another one
@@ -370,11 +368,17 @@ def _quiet_init(ray: Any, **settings: Any) -> None:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block: Ray installs one that exits, then a compiled one that aborts."""
-    before = signal.getsignal(signal.SIGTERM)
+def _signals_kept(ray: Any) -> Iterator[None]:
+    """Keep the handler of SIGTERM while Ray starts, and after it.
+
+    Ray installs one that raises SystemExit, which is lost if it arrives in a callback, so the run would go on. Then it
+    installs a compiled one that aborts; that one is replaced at the end.
+    """
+    before, utils = signal.getsignal(signal.SIGTERM), ray._private.utils
+    install, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     try:
         yield
     finally:
+        utils.set_sigterm_handler = install
         with contextlib.suppress(ValueError):  # not the main thread, the only one that can; no command starts Ray there
             signal.signal(signal.SIGTERM, before)

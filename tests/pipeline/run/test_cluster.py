@@ -22,6 +22,22 @@ def test_an_address_where_nobody_listens_is_refused_at_once(form: str) -> None:
     assert str(raised.value).endswith("; try --executor inline")
 
 
+def test_while_ray_starts_its_handler_of_sigterm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def start(self: Cluster) -> None:
+        utils.set_sigterm_handler(lambda *_: pytest.fail("Ray's"))
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen, utils = list[Any](), ray._private.utils
+    own, install = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    monkeypatch.setattr(Cluster, "_start", start)
+    with Cluster(None):
+        assert seen == [own]
+        assert utils.set_sigterm_handler is install  # for the program's own use of Ray
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
 @pytest.mark.slow
 def test_a_node_that_dies_while_it_starts_is_started_again_and_a_restart_that_fails_is_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -301,7 +301,7 @@ def test_shards_that_a_gpu_does_not_help_run_beside_it(
 ) -> None:
     devices: list[str] = []
 
-    def note(task: ShardTask, _store: Store, device: torch.device) -> None:
+    def note(task: ShardTask, _store: Store, device: torch.device, _buffer: object) -> None:
         devices.append(f"{task.recipe['codec']} on {device.type}")
         raise ValidationError("seen")
 
