@@ -132,8 +132,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         self.ray: Any = ray
         self._address = address
         self._environment = dict(environment or {})
-        self._process: Any = None
-        """`WorkerProcess` as Ray's class of actors."""
+        self._actor_class: Any = ray.remote(WorkerProcess)  # once: Ray sends a class when it is first used
         self._idle: list[Any] = []
         """Processes started ahead that have not become workers."""
         self._reaper: Reaper | None = None
@@ -170,10 +169,8 @@ class Cluster(AbstractContextManager["Cluster"]):
             self.ray.kill(self._idle.pop(), no_restart=True)
 
     def _new_process(self, store: StoreAddress, share: float) -> Any:
-        if self._process is None:
-            self._process = self.ray.remote(WorkerProcess)  # once: Ray sends the class when it is first used
         # With a share of a GPU, a process reserves no CPU: others could have reserved all of its node's.
-        kind = self._process.options(
+        kind = self._actor_class.options(
             num_cpus=0 if share else 1,
             num_gpus=share,
             max_restarts=0,

@@ -48,10 +48,11 @@ POLL_SECONDS = 1.0
 # Messages of Ray's memory monitor about a worker that it killed. For other deaths Ray lists guesses, among them the
 # kernel's OOM killer, so "OOM" alone says nothing.
 _MEMORY_DEATH = re.compile(r"low on memory|memory pressure|memory monitor|exceeded.{0,40}memory", re.IGNORECASE)
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
 _NODE_DEATH = re.compile(r"its node has died", re.IGNORECASE)
 """Ray's message about an actor whose node no longer answers."""
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Escape sequences of a terminal, which Ray writes into messages."""
 
 
 class RayExecutor(AbstractContextManager["RayExecutor"]):

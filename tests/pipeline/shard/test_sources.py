@@ -61,6 +61,13 @@ def test_a_large_shard_has_memory_of_its_own_which_is_not_kept(tmp_path: Path, m
     assert memory._kept.numel() < both["matrix"].nbytes + 64
 
 
+def test_strides_that_lead_to_a_neighbours_bytes_are_refused(tmp_path: Path) -> None:
+    tensors = stored(tmp_path)
+    beyond = replace(tensors["matrix"], stride=(66, 1))
+    with pytest.raises(SourceError, match="'matrix' reaches beyond its 8580 bytes"):
+        SourceBuffer().read([beyond, tensors["half"]])
+
+
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     tensors = stored(tmp_path)
     with (tmp_path / "net.safetensors").open("r+b") as file:
