@@ -59,6 +59,8 @@ MAX_TIMES, MAX_STRIDE = 15, 127
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+_NUMBERS = re.compile(r"[0-9]{1,18}(?:,[0-9]{1,18})*")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatticeParams:
@@ -406,8 +408,7 @@ def parse(blob: bytes | memoryview) -> list[CodedTensor]:
         VersionError: Written in a version that this code does not read.
     """
     view = memoryview(blob)
-    size = _json_end(view)
-    head = parse_head(bytes(view[: head_size(bytes(view[:size]))]))
+    head = parse_head(view)
     if head.size != len(view):
         raise FormatError(f"container has {len(view)} bytes, its header declares {head.size}")
     return [head.tensor(number, view) for number in range(len(head.entries))]
@@ -438,7 +439,7 @@ def head_size(start: bytes) -> int:
     return size if version == 1 else size + _extent(header, INDEX)[1]
 
 
-def parse_head(head: bytes) -> Head:
+def parse_head(head: bytes | memoryview) -> Head:
     """Parse what precedes the streams, from at least the first `head_size` bytes.
 
     Raises:
@@ -448,7 +449,7 @@ def parse_head(head: bytes) -> Head:
     size = _json_end(head)
     if len(head) < size:
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {size}")
-    header, version = _parse_json(head[:size])
+    header, version = _parse_json(bytes(head[:size]))
     return _head_1(header, size) if version == 1 else _head_2(header, head[size:], size, version)
 
 
@@ -473,7 +474,7 @@ def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
     return header, int(version)
 
 
-def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) -> Head:
+def _head_2(header: dict[str, object], rest: bytes | memoryview, start: int, version: int) -> Head:
     """Parse versions 2 and 3: an index and the streams as two stored tensors."""
     metadata = header.pop("__metadata__")
     if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: str(version)}:
@@ -481,7 +482,7 @@ def _head_2(header: dict[str, object], rest: bytes, start: int, version: int) ->
     (begin, end), (data, last) = _extent(header, INDEX), _extent(header, DATA)
     if begin != 0 or data != end:
         raise FormatError(f"container's index and data begin at bytes {begin} and {data}, expected 0 and {end}")
-    texts = _unpack_index(rest[:end])
+    texts = _unpack_index(bytes(rest[:end]))
     read = [parse_entry(name, text, version=version) for name, text in texts.items()]
     ends = list(accumulate((sum(parts) for _, parts in read), initial=start + data))
     if ends[-1] != start + last:
@@ -589,8 +590,8 @@ def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> t
         raise FormatError(f"tensor {name!r}: metadata lacks or garbles {error}") from None
     width_of_code(dtype)
     _check_bounds(name, shape, sizes)
-    known = [key for key in _PARAMS if key != "difference" or version >= DIFFERENCE_VERSION]
-    if codec not in known:
+    if codec not in _PARAMS or (codec == "difference" and version < DIFFERENCE_VERSION):
+        known = [key for key in _PARAMS if key != "difference" or version >= DIFFERENCE_VERSION]
         raise FormatError(f"tensor {name!r}: unknown codec {codec!r}; known: {', '.join(known)}")
     try:
         params = _PARAMS[codec](tokens, version)
@@ -608,10 +609,11 @@ def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> t
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    numbers = text.split(",") if text else []
-    if not all(number.isascii() and number.isdigit() and len(number) <= 18 for number in numbers):
+    if not text:
+        return ()
+    if not _NUMBERS.fullmatch(text):
         raise ValueError(repr(text[:80]))  # quoted, as the text is untrusted
-    return tuple(map(int, numbers))
+    return tuple(map(int, text.split(",")))
 
 
 def _offsets(name: str, offsets: object, size: int) -> tuple[int, int]:

@@ -135,22 +135,31 @@ class LatticeTensor:
 
 def escaped_weights_all(codes: Sequence[LatticeTensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the `escaped_weights` of each matrix, whose escapes are on the CPU, computed together."""
+    index, value, counts = escaped_weights_joined(codes)
+    return list(zip(index.split(counts), value.split(counts), strict=True)) if counts else []
+
+
+def escaped_weights_joined(codes: Sequence[LatticeTensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the `escaped_weights` of matrices, whose escapes are on the CPU: all indices, all values, and how many
+    there are of each matrix."""
     library = native()
     if library is None or not codes:
-        return [code._escaped_in_numpy() for code in codes]
+        own = [code._escaped_in_numpy() for code in codes]
+        none = [(torch.empty(0, dtype=torch.int64), torch.empty(0))]
+        joined = [torch.cat(column) for column in zip(*none, *own, strict=True)]
+        return joined[0], joined[1], [len(index) for index, _ in own]
     parts = [[getattr(code.escapes, name).numpy() for code in codes] for name in ("pair", "i", "j")]
     pair, i, j = (np.ascontiguousarray(own[0]) if len(own) == 1 else np.concatenate(own) for own in parts)
     ends = np.cumsum([len(code.escapes) for code in codes], dtype=np.int64)
     columns = np.array([code.columns for code in codes], dtype=np.int64)
     steps = np.array([code.step for code in codes], dtype=np.float32)
     index, value = np.empty(2 * len(pair), dtype=np.int64), np.empty(2 * len(pair), dtype=np.float32)
-    counts = np.empty(len(codes), dtype=np.int64)
-    arrays = ends, columns, steps, pair, i, j, index, value, counts
+    lasts = np.empty(len(codes), dtype=np.int64)
+    arrays = ends, columns, steps, pair, i, j, index, value, lasts
     library.birkhoff_escaped_weights(len(codes), *map(pointer, arrays))
-    return [
-        (torch.from_numpy(index[low:high]), torch.from_numpy(value[low:high]))
-        for low, high in itertools.pairwise([0, *counts.tolist()])
-    ]
+    last: list[int] = lasts.tolist()
+    joined = [torch.from_numpy(found[: last[-1]]) for found in (index, value)]
+    return joined[0], joined[1], [high - low for low, high in itertools.pairwise([0, *last])]
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ Shapes: S = streams, B = blocks.
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from operator import is_
 from typing import NamedTuple, NoReturn
 
@@ -339,17 +340,36 @@ def pack_elements(data: bytes, width: int) -> tuple[bytes, ...]:
     return tuple(min(together, pack_all(planes, sizes, fits), key=lambda streams: sum(map(len, streams))))
 
 
-def unpack_elements(streams: tuple[bytes | memoryview, ...], size: int, width: int) -> bytes:
+def unpack_elements(streams: Sequence[bytes | memoryview], size: int, width: int) -> bytes:
     """Return the `size` bytes packed by `pack_elements`. Raises FormatError."""
-    if len(streams) not in (1, width) or size % width:
-        raise FormatError(f"{len(streams)} streams of {size} bytes stored, expected 1 or {width} of whole elements")
-    share = size // len(streams)
-    planes = np.empty(size, dtype=np.uint8)
-    if share:
-        unpack_all(streams, [share] * len(streams), planes)
-    else:
-        list(map(_nothing, streams))
-    return planes.reshape(width, -1).T.tobytes()
+    return unpack_elements_all([streams], [size], [width])[0].tobytes()
+
+
+def unpack_elements_all(
+    streams: Sequence[Sequence[bytes | memoryview]], sizes: Sequence[int], widths: Sequence[int]
+) -> list[Bytes]:
+    """`unpack_elements` of many arrays at once: uint8 [elements, width] of each, in its own memory.
+
+    Raises:
+        FormatError: The streams of one are not its `size` bytes. The error does not say which.
+    """
+    every: list[bytes | memoryview] = []
+    shares: list[int] = []
+    for own, size, width in zip(streams, sizes, widths, strict=True):
+        if len(own) not in (1, width) or size % width:
+            raise FormatError(f"{len(own)} streams of {size} bytes stored, expected 1 or {width} of whole elements")
+        if size:
+            every += own
+            shares += [size // len(own)] * len(own)
+        else:
+            list(map(_nothing, own))
+    planes = np.empty(sum(sizes), dtype=np.uint8)
+    unpack_all(streams[0] if len(streams) == 1 and every else every, shares, planes)
+    ends = list(accumulate(sizes))
+    return [
+        planes[end - size : end].reshape(width, -1).T.copy()
+        for end, size, width in zip(ends, sizes, widths, strict=True)
+    ]
 
 
 def unpack_elements_1(frame: bytes | memoryview, size: int, width: int) -> bytes:

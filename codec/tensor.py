@@ -1,7 +1,7 @@
 """Encode and decode one tensor with any codec."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +34,9 @@ MOST_ESCAPED = 1 / 40
 """Largest share of a path's pairs that may be escapes in memory, because a path's coordinates reach only half as far as
 single nodes'. At rest they cost no more. Above 39 dB there are more, and HyperLinear adds each one separately."""
 
+
+_TOGETHER = 1 << 22
+"""Weights of tensors whose byte planes are unpacked together: few enough that the planes take little memory."""
 
 _LARGEST_INTEGER = 1 << 24
 """From here on, float32 holds only whole numbers."""
@@ -142,6 +145,50 @@ def decode_with_code(coded: CodedTensor, device: torch.device | str) -> tuple[Te
         raise  # it names the tensor already
     except FormatError as error:
         raise FormatError(f"tensor {coded.name!r}: {error}") from None
+
+
+def decode_plain(coded: Iterable[CodedTensor]) -> list[Tensor]:
+    """Return `decode_tensor` of tensors without coordinates, on the CPU.
+
+    Byte planes of many tensors are unpacked together, because a call for each takes longer than its work.
+
+    Raises:
+        FormatError: As `decode_tensor`.
+    """
+    every = list(coded)
+    together = [one for one in every if one.codec == "planes" and one.version == FORMAT_VERSION]
+    parts = iter([tensor for group in _groups(together) for tensor in _decode_planes_all(group)])
+    chosen = set(map(id, together))
+    return [next(parts) if id(one) in chosen else decode_tensor(one) for one in every]
+
+
+def _groups(coded: Iterable[CodedTensor]) -> Iterator[list[CodedTensor]]:
+    """Cut a list into groups of about `_TOGETHER` weights."""
+    group: list[CodedTensor] = []
+    weights = 0
+    for one in coded:
+        group.append(one)
+        weights += one.weights
+        if weights >= _TOGETHER:
+            yield group
+            group, weights = [], 0
+    yield group
+
+
+def _decode_planes_all(coded: Sequence[CodedTensor]) -> list[Tensor]:
+    try:
+        dtypes = [dtype_from_code(one.dtype) for one in coded]
+        widths = [dtype.itemsize for dtype in dtypes]
+        sizes = [one.weights * width for one, width in zip(coded, widths, strict=True)]
+        found = rest.unpack_elements_all([one.parts for one in coded], sizes, widths)
+    except FormatError:
+        for one in coded:  # which of them is it?
+            decode_tensor(one)
+        raise
+    return [
+        torch.from_numpy(elements).view(dtype).view(one.shape)
+        for elements, dtype, one in zip(found, dtypes, coded, strict=True)
+    ]
 
 
 def _finite(tensor: Tensor) -> bool:

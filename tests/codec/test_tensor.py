@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec import paper, rate
+from birkhoff.codec import tensor as tensor_module
 from birkhoff.codec.container import CodedTensor, LatticeParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
 from birkhoff.codec.metrics import OUTLIER_RMS, bulk, fidelity
 from birkhoff.codec.profiles import FINEST_DB, PROFILES, Decision
-from birkhoff.codec.tensor import decode_tensor, encode_tensors, is_matrix, lattice_of
+from birkhoff.codec.tensor import decode_plain, decode_tensor, encode_tensors, is_matrix, lattice_of
 from tests.codec.by_profile import encode_tensor
 
 BALANCED = PROFILES["balanced"]
@@ -400,7 +401,7 @@ FORGERIES = {
     "another path": (lambda b: with_index(b, b"path=", b"path=3"), "parameter path is"),
     "too few bytes": (lambda b: with_index(b, b"parts=", b"parts=9,"), "bytes of data, its tensors take"),
     "hole": (lambda b: b + b"\0", "its header declares"),
-    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), "offsets None are not positions"),
+    "index elsewhere": (lambda b: b.replace(b'"index":', b'"indes":'), r"container holds \['data', 'indes'\]"),
 }
 
 
@@ -409,3 +410,51 @@ def test_forged_containers_are_refused(blob: bytes, kind: str) -> None:
     forge, message = FORGERIES[kind]
     with pytest.raises(FormatError, match=message):
         decode_all(forge(blob))
+
+
+def plain_tensors() -> dict[str, torch.Tensor]:
+    """Byte planes in one stream and in several, of every width, empty, raw, and one more than are unpacked together."""
+    return {
+        "float": normal((300,)) + 100,
+        "half": (normal((40, 30), 1) + 9).half(),
+        "ids": torch.arange(7000).view(70, 100),
+        "mask": torch.arange(900).view(30, 30) % 7 == 0,
+        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "double": (normal((64,), 2) + 9).double(),
+        "last": normal((500,), 3) + 100,
+    }
+
+
+def plain_coded() -> list[CodedTensor]:
+    lossless = Decision(codec="planes")
+    found = [encoded.tensor for encoded in encode_tensors([(k, t, lossless) for k, t in plain_tensors().items()])]
+    assert {len(one.parts) for one in found if one.codec == "planes"} >= {1, 2, 4}
+    assert "raw" in {one.codec for one in found}
+    return through_bytes(*found)
+
+
+@pytest.mark.parametrize("together", [1, 350, 1 << 22])
+def test_plain_tensors_are_decoded_together_as_each_by_itself(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_module, "_TOGETHER", together)
+    found = decode_plain(plain_coded())
+    for one, expected in zip(found, plain_tensors().values(), strict=True):
+        assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(one, expected)
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.nbytes  # memory of its own
+    assert decode_plain([]) == []
+
+
+def test_a_damaged_plain_tensor_is_named() -> None:
+    coded = plain_coded()
+    one = next(one for one in coded if one.name == "last")
+    damaged = replace(one, parts=(bytes(one.parts[0])[:-3], *one.parts[1:]))
+    with pytest.raises(FormatError, match="tensor 'last': ") as caught:
+        decode_plain([damaged if other is one else other for other in coded])
+    with pytest.raises(FormatError) as alone:
+        decode_tensor(damaged)
+    assert str(caught.value) == str(alone.value)
+    for wrong in (one.parts[:2], ()):
+        with pytest.raises(FormatError, match="tensor 'last': "):
+            decode_plain([*coded, replace(one, parts=wrong)])
