@@ -150,6 +150,25 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fill_checked(out: memoryview, path: Path, digest: str) -> bool:
+    """Fill `out` from a file. Return whether the file has exactly these bytes, with this SHA-256 in hex.
+
+    Few and long calls: a thread may wait 5 ms after each if others compute. A file that cannot be read is a wrong one.
+    """
+    import hashlib
+
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != len(out):
+                return False
+            while done < len(out) and (count := file.readinto(out[done:])):
+                done += count
+    except OSError:
+        return False
+    return done == len(out) and hashlib.sha256(out).hexdigest() == digest
+
+
 def read_at_most(file: BinaryIO, length: int | None) -> bytes:
     """Return up to `length` bytes of an open file, or all. Python would set memory aside for all that is asked for."""
     if length is None:

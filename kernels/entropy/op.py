@@ -12,11 +12,13 @@ Shapes: R = rows, P = pairs per row, T = tensors.
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +28,12 @@ from torch import Tensor
 from birkhoff.codec import contexts, planes, rest
 from birkhoff.codec.container import FORMAT_VERSION, CodedTensor, DifferenceParams, LatticeParams
 from birkhoff.codec.errors import FormatError
-from birkhoff.codec.lattice import LatticeTensor, combine, escaped_weights_all
+from birkhoff.codec.lattice import LatticeTensor, combine, escaped_weights_joined
 from birkhoff.codec.native.library import native, pointer
 from birkhoff.codec.planes import Item, Packed
-from birkhoff.codec.tensor import base_of, decode_tensor, float_dtype, own_lattice
-from birkhoff.codec.trajectory import Escapes
+from birkhoff.codec.reference import put_escapes
+from birkhoff.codec.tensor import base_of, decode_plain, float_dtype, own_lattice
+from birkhoff.codec.trajectory import Escapes, theta_from_coordinates
 from birkhoff.kernels.decode.op import decode_lattice
 from birkhoff.kernels.decode.serving import triton_serves
 from birkhoff.kernels.entropy.plan import ALIGNED, Integers, Placed, Plan, bytes_of, plan
@@ -45,37 +48,64 @@ _ROOM = 1 << 20
 """Coordinates outside -128..127 that the first listing has room for, 24 bytes each on the device. If there are more,
 they are listed again."""
 
+T = TypeVar("T")
+
+Steps = Callable[[], Callable[[], T]]
+"""Begins prepared work. The function that it returns ends it."""
+
 _APART = 16
 """Numbers of a multiple of which a report's parts begin and are long."""
+
+
+_STARTING = threading.Lock()
 
 
 def warm_up(device: torch.device | str) -> None:
     """Start what each process starts once for kernels on a device: Triton, a trial of its code there, and each kernel.
 
-    This takes half a second, most of it without the interpreter's lock. Otherwise the first decoding would wait for it.
+    This takes 0.1 s, half of it without the interpreter's lock. Otherwise the first decoding would wait for it.
     """
-    _warm_up(indexed(torch.device(device)))
+    with _STARTING:  # whoever comes second waits for the first
+        _warm_up(indexed(torch.device(device)))
 
 
 @cache
 def _warm_up(device: torch.device) -> None:
-    if triton_serves(device):
-        upload = Upload(ALIGNED, device)
-        for as_lattices in ((), (_SMALLEST.name,)):
-            (found,) = begin([_SMALLEST], as_lattices, device, upload)()
-            if isinstance(found, LatticeTensor):
-                found.theta()
+    with ThreadPoolExecutor(1, "warm-up") as beside:
+        operations = beside.submit(_start_operations, device)
+        if triton_serves(device):
+            upload = Upload(ALIGNED, device)
+            upload.send()
+            prepare(_SMALLEST, frozenset(), device, upload)()()
+        operations.result()
 
 
-_SMALLEST = CodedTensor(
-    name="smallest",
-    codec="lattice",
-    dtype="F32",
-    shape=(1, 2),
-    params=LatticeParams(path=0, columns=2, step=1.0, escapes=0),
-    parts=(bytes((rest.RAW, contexts.LEAST_BITS[0], 0, 1, 0)), bytes((rest.RAW, 128, 128)), b""),
+def _start_operations(device: torch.device) -> None:
+    """Let torch load what a load of a model runs besides our kernels. Most of that time is the driver's."""
+    plane = torch.zeros(1, 2, dtype=torch.int8, device=device)
+    theta_from_coordinates(plane, plane)
+    weights = torch.zeros(2, device=device)
+    put_escapes(weights, *(torch.ones(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32)))
+    for dtype in (torch.uint8, torch.int64, torch.float32):
+        _parts(torch.zeros(2, dtype=dtype, device=device), [1, 1])
+
+
+_SMALLEST = (
+    CodedTensor(
+        name="smallest",
+        codec="lattice",
+        dtype="F32",
+        shape=(1, 4),
+        params=LatticeParams(path=0, columns=4, step=1.0, escapes=1),
+        parts=(
+            bytes((rest.RAW, contexts.LEAST_BITS[0], 0, 1, 0, 0, 0)),
+            bytes((rest.RAW, *[128] * 4)),
+            bytes((rest.RAW, 1, 200, 0, *[0] * 9)),
+        ),
+    ),
+    CodedTensor(name="plain", codec="raw", dtype="F32", shape=(1,), parts=(bytes(4),)),
 )
-"""Two weights of 0 in one group. Decoding them starts every kernel."""
+"""Four weights in one group, of which one is an escape, and one more. Decoding them starts every kernel."""
 
 
 def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> list[LatticeTensor]:
@@ -88,31 +118,41 @@ def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> lis
         FormatError: A tensor's streams do not match its entry. The error names the tensor.
         BaseError: A tensor is a difference whose base is missing.
     """
-    return [code.to(device) for code in _begin_lattices(coded, torch.device(device), None)()]
+    return [code.to(device) for code in _prepare_lattices(coded, torch.device(device), None)()()]
 
 
-def _begin_lattices(
+def _prepare_lattices(
     coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None
-) -> Callable[[], list[LatticeTensor]]:
-    """Begin `lattices_of`; the result, when called, ends it. The few escapes stay on the CPU, except those of
-    differences: on a GPU each operation on them is a launch that waits."""
+) -> Steps[list[LatticeTensor]]:
+    """Prepare `lattices_of`. The few escapes stay on the CPU, except those of differences: on a GPU each operation on
+    them is a launch that waits."""
     bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
     every = [*coded, *bases]
-    fast = [one for one in every if one.version == FORMAT_VERSION] if triton_serves(device) else []
-    queued = start(fast, device, upload) if fast else None
+    # Whether Triton serves a GPU may be on trial still, and a plan does not need to know.
+    plans = HAS_TRITON if device.type == "cuda" else triton_serves(device)
+    fast = [plans and one.version == FORMAT_VERSION for one in every]
+    made = _planned([one for one, planned in zip(every, fast, strict=True) if planned], upload) if any(fast) else None
 
-    def result() -> list[LatticeTensor]:
-        made = iter(finish(queued) if queued is not None else ())
-        own = [next(made) if fast and one.version == FORMAT_VERSION else _on_cpu(one, device) for one in every]
-        their = iter(own[len(coded) :])
-        return [
-            _sum(one.name, one.params, next(their).to(device), code.to(device))
-            if isinstance(one.params, DifferenceParams)
-            else code
-            for one, code in zip(coded, own, strict=False)
-        ]
+    def begin() -> Callable[[], list[LatticeTensor]]:
+        queued = _start(made, device, upload) if made is not None and triton_serves(device) else None
 
-    return result
+        def result() -> list[LatticeTensor]:
+            codes = iter(finish(queued) if queued is not None else ())
+            own = [
+                next(codes) if queued is not None and planned else _on_cpu(one, device)
+                for one, planned in zip(every, fast, strict=True)
+            ]
+            their = iter(own[len(coded) :])
+            return [
+                _sum(one.name, one.params, next(their).to(device), code.to(device))
+                if isinstance(one.params, DifferenceParams)
+                else code
+                for one, code in zip(coded, own, strict=False)
+            ]
+
+        return result
+
+    return begin
 
 
 def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeTensor) -> LatticeTensor:
@@ -128,39 +168,45 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
     Raises:
         FormatError: A tensor's streams do not match its entry. The error names the tensor.
     """
-    return [found for found in begin(coded, frozenset(), device)() if isinstance(found, Tensor)]
+    return [found for found in prepare(coded, frozenset(), device)()() if isinstance(found, Tensor)]
 
 
-def begin(
+def prepare(
     coded: Sequence[CodedTensor],
     as_lattices: Container[str],
     device: torch.device | str,
     upload: Upload | None = None,
-) -> Callable[[], list[LatticeTensor | Tensor]]:
-    """Begin `decode_tensors`, but for the coordinates of the lattice tensors that are named.
+) -> Steps[list[LatticeTensor | Tensor]]:
+    """Prepare `decode_tensors`, but for the coordinates of the lattice tensors that are named.
 
-    All tensors are one batch. A GPU decodes it while the caller goes on. The result, when called, waits for it, and may
-    leave escapes on the CPU. Streams in the containers of `upload` are on the device already.
+    All tensors are one batch. This does what needs no device. The first step queues the rest: a GPU decodes while the
+    caller goes on. The second step waits for it, and may leave escapes on the CPU. Streams in the containers of
+    `upload` are on the device already.
 
     Raises:
-        FormatError: As `decode_tensors`, now or when the result is called.
+        FormatError: As `decode_tensors`, now or in a step.
     """
     device = torch.device(device)
-    lattices = _begin_lattices([one for one in coded if _is_lattice(one)], device, upload)
-    dense = [decode_tensor(one) for one in coded if not _is_lattice(one)]
+    lattices = _prepare_lattices([one for one in coded if _is_lattice(one)], device, upload)
+    dense = decode_plain(one for one in coded if not _is_lattice(one))
 
-    def result() -> list[LatticeTensor | Tensor]:
-        codes, others = iter(lattices()), iter(_moved(dense, device))
-        found: list[LatticeTensor | Tensor] = []
-        for one in coded:
-            if not _is_lattice(one):
-                found.append(next(others))
-            else:
-                code = next(codes)
-                found.append(code if one.name in as_lattices else _dense(one, code))
-        return found
+    def begin() -> Callable[[], list[LatticeTensor | Tensor]]:
+        ended = lattices()
 
-    return result
+        def result() -> list[LatticeTensor | Tensor]:
+            codes, others = iter(ended()), iter(_moved(dense, device))
+            found: list[LatticeTensor | Tensor] = []
+            for one in coded:
+                if not _is_lattice(one):
+                    found.append(next(others))
+                else:
+                    code = next(codes)
+                    found.append(code if one.name in as_lattices else _dense(one, code))
+            return found
+
+        return result
+
+    return begin
 
 
 def _is_lattice(coded: CodedTensor) -> bool:
@@ -179,13 +225,15 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors of the CPU to a device, each into its own memory. A GPU gets one copy, because each copy waits."""
     if device.type != "cuda" or not tensors:
         return [tensor.to(device) for tensor in tensors]
-    places = list(accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors), initial=0))
-    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    sent = send(list(zip(places, flat, strict=False)), places[-1], device)
-    return [
-        sent[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape).clone()
-        for tensor, place in zip(tensors, places, strict=False)
-    ]
+    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+    sent = send([(0, flat)], len(flat), device)
+    own = _parts(sent, [tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
+
+
+def _parts(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Return consecutive parts of a tensor, each in its own memory."""
+    return torch.split_with_sizes_copy(tensor, sizes)  # type: ignore[func-returns-value,return-value]
 
 
 @planes.pack_all.register("cuda")
@@ -256,17 +304,23 @@ class _Report:
         return self.key[:count].cpu().numpy(), self.value[:count].cpu().numpy()
 
 
-def start(coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None = None) -> Queued:
+def start(coded: Sequence[CodedTensor], device: torch.device) -> Queued:
     """Queue the decoding of tensors of the present version on a GPU. `finish` waits for it. Raises FormatError."""
+    return _start(_planned(coded, None), device, None)
+
+
+def _planned(coded: Sequence[CodedTensor], upload: Upload | None) -> Plan:
     if upload is None:
-        made = plan(coded, entropy_triton.LANES_A_PROGRAM)
-        return _start(made, device, None)
-    made = plan(coded, entropy_triton.LANES_A_PROGRAM, upload.runs, upload.data.numel())
-    with upload.decoding():
-        return _start(made, device, upload)
+        return plan(coded, entropy_triton.LANES_A_PROGRAM)
+    return plan(coded, entropy_triton.LANES_A_PROGRAM, upload.runs, upload.host.nbytes)
 
 
 def _start(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
+    with upload.decoding() if upload is not None else nullcontext():
+        return _queue(made, device, upload)
+
+
+def _queue(made: Plan, device: torch.device, upload: Upload | None) -> Queued:
     data = _streams_of(made, device, upload)
     numbers = _sent(made, device)
     report = _Report(len(made.tensors), _ROOM, device)
@@ -351,9 +405,11 @@ def finish(queued: Queued) -> list[LatticeTensor]:
 def _with_weights(codes: Sequence[LatticeTensor], device: torch.device) -> list[LatticeTensor]:
     """Return the codes with the weights of their escapes, which go to a GPU together: each copy waits for it."""
     some = [code for code in codes if len(code.escapes)]
-    sent = iter(_moved([part for both in escaped_weights_all(some) for part in both], device))
+    index, value, counts = escaped_weights_joined(some)
+    joined = [send([(0, part.view(torch.uint8))], part.nbytes, device).view(part.dtype) for part in (index, value)]
+    weights = zip(*(_parts(part, counts) for part in joined), strict=True)
     return [
-        replace(code, escapes=replace(code.escapes, weights=(next(sent), next(sent)))) if len(code.escapes) else code
+        replace(code, escapes=replace(code.escapes, weights=next(weights))) if len(code.escapes) else code
         for code in codes
     ]
 

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from birkhoff.pipeline.artifact.pull import MANIFEST_FILE, ROUNDS, VERSION_FILE,
 from birkhoff.pipeline.artifact.references import Found, find, noted_signatures, recall
 from birkhoff.pipeline.documents import MAX_DOCUMENT_BYTES, check_size, read_document
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ObjectNotFoundError
-from birkhoff.pipeline.files import read_at_most
+from birkhoff.pipeline.files import fill_checked, read_at_most
 from birkhoff.pipeline.registry.documents import FLOOR_DB, BlobRecord, ShardRecord, VersionManifest, blob_key, sha256
 from birkhoff.pipeline.registry.labels import read_labels
 from birkhoff.pipeline.registry.parallel import pool
@@ -81,6 +81,20 @@ class Artifact(ABC):
             )
         return body
 
+    def read_into(self, record: BlobRecord, out: memoryview) -> None:
+        """Put the bytes of a blob, checked as by `blob`, into `out`, which has as many as the manifest says.
+
+        Raises:
+            IntegrityError: As `blob`, or it has another number of bytes.
+        """
+        body = self.blob(record)
+        if len(body) != len(out):
+            raise IntegrityError(
+                f"{self.label}: blob {record.blob} has {len(body)} bytes, its manifest says {record.bytes}: one of "
+                "them is forged; do not use it, and ask its publisher"
+            )
+        out[:] = body
+
     @property
     def fetched(self) -> int:
         """Bytes of its blobs fetched from a store so far; 0 for a copy on this machine."""
@@ -103,7 +117,7 @@ class Artifact(ABC):
         """Return the stored tensors of a shard. Thread-safe. Raises IntegrityError with the blob's name."""
         return self.coded_in(shard, self.blob(shard))
 
-    def coded_in(self, shard: ShardRecord, blob: bytes) -> list[CodedTensor]:
+    def coded_in(self, shard: ShardRecord, blob: bytes | memoryview) -> list[CodedTensor]:
         """Return the stored tensors in a shard's bytes, which `coded_of` reads first. Raises as that does."""
         try:
             found = with_bases(parse(blob), partial(self._tensors_of, shard))
@@ -239,11 +253,16 @@ class CachedArtifact(Artifact):
             return
         records: tuple[BlobRecord, ...] = (*self.manifest.shards, *self.manifest.bases)
         blobs = (Blob(digest=record.blob, size=record.bytes) for record in records)
-        left, here = list(self.manifest.shards), set[str]()
+        waiting: dict[str, list[tuple[ShardRecord, set[str]]]] = defaultdict(list)
+        for shard in self.manifest.shards:
+            lacks = set(shard.needs)
+            for digest in tuple(lacks):
+                waiting[digest].append((shard, lacks))
         for blob in fetch(self._store, blobs, self._cache, label=self.label):
-            here.add(blob.digest)
-            yield from (shard for shard in left if here.issuperset(shard.needs))
-            left = [shard for shard in left if not here.issuperset(shard.needs)]
+            for shard, lacks in waiting.pop(blob.digest, ()):
+                lacks.discard(blob.digest)
+                if not lacks:
+                    yield shard
 
     def blob(self, record: BlobRecord) -> bytes:
         """Return the bytes of a blob, checked; a damaged or missing file of the cache is fetched again."""
@@ -253,6 +272,11 @@ class CachedArtifact(Artifact):
                 return body
             bring([blob], self._found, self._store, self._cache, only={record.blob})
         return super().blob(record)
+
+    def read_into(self, record: BlobRecord, out: memoryview) -> None:
+        """Read a blob's file in the cache; a damaged or missing one is fetched again."""
+        if not fill_checked(out, self._cache.path(record.blob), record.blob):
+            super().read_into(record, out)
 
     def read_blob(self, record: BlobRecord) -> bytes:
         """Read a blob's file in the cache."""
@@ -297,6 +321,21 @@ class PulledArtifact(Artifact):
         self._files = blob_files(self.manifest)
         check_signatures(self.manifest.model, name, digest, signatures, trust, self.label)
 
+    def arriving(self) -> Iterator[ShardRecord]:
+        """Yield all shards, after a look at the sizes of their files: readers set memory aside for these."""
+        for shard in self.manifest.shards:
+            path = self._folder / self._files[blob_id(shard)]
+            with self._told(path):
+                size = path.stat().st_size
+            if size != shard.bytes:
+                raise IntegrityError(f"{path} has {size} bytes, its manifest says {shard.bytes}; pull again")
+        yield from self.manifest.shards
+
+    def read_into(self, record: BlobRecord, out: memoryview) -> None:
+        """Read a blob's file."""
+        if not fill_checked(out, self._folder / self._files[blob_id(record)], record.blob):
+            super().read_into(record, out)
+
     def read_blob(self, record: BlobRecord) -> bytes:
         """Read a blob's file."""
         return self._read(self._folder / self._files[blob_id(record)], record.bytes + 1)
@@ -306,9 +345,14 @@ class PulledArtifact(Artifact):
         return self._read(self._folder / self._files[blob_id(shard)], size)
 
     def _read(self, path: Path, size: int) -> bytes:
+        with self._told(path), path.open("rb") as file:
+            return read_at_most(file, size)
+
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """Convert an OSError to an IntegrityError with path and remedy."""
         try:
-            with path.open("rb") as file:
-                return read_at_most(file, size)
+            yield
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror}; pull again") from None
 

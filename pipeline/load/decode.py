@@ -4,18 +4,19 @@ On a CPU, threads decode: the entropy decoder, the digests and torch's operation
 uses one thread inside each, because more would only wait for each other. The work in progress is bounded by the size of
 the compressed model, or by one shard if that is larger.
 
-For a GPU, threads read, check and send the bytes: copies through pinned memory run beside the kernels. The caller's
-thread lets the GPU decode as many shards at once as suit it, and meanwhile another thread uses the result of the batch
-before. A thread that holds the interpreter's lock keeps all others waiting, five milliseconds at a time, so each takes
-few steps: a file, its digest, its copy. Host memory holds no more than the compressed model.
+For a GPU, threads read, check and send the bytes. The caller's thread lets the GPU decode as many shards at once as
+suit it, beside the copies. Meanwhile another thread uses the result of the batch before. A thread that holds
+the interpreter's lock keeps all others waiting, five milliseconds at a time, so each takes few steps: a file, its
+digest. What a process starts once for kernels starts beside that; only launches wait for it. Host memory holds no more
+than the compressed model.
 """
 
+import contextlib
 import ctypes
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ import birkhoff.kernels.runtime.first_kernel  # noqa: F401
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.processors import processors
-from birkhoff.kernels.entropy.op import warm_up
+from birkhoff.kernels.entropy.op import Steps, warm_up
 from birkhoff.kernels.entropy.plan import ALIGNED
 from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.artifact.readers import Artifact
@@ -37,16 +38,32 @@ from birkhoff.pipeline.registry.parallel import pool
 
 MAX_THREADS = 16
 
+_READERS = 8
+"""Threads that read for a GPU. More read faster, but wait longer for the interpreter's lock, as do those that plan."""
+
 TOGETHER_BYTES = 1 << 29
 """Source bytes of shards that a GPU decodes together. Two batches are in progress, and planes and symbols of each take
 half of that on the GPU."""
 
+_AHEAD = 2
+"""Batches that are prepared while kernels start."""
+
 T = TypeVar("T")
 
 
-Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Callable[[], Sequence[T]]]
-"""Begins to make a result of the tensors of each shard, whose bytes may be on the GPU already. The function that it
-returns ends that."""
+Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Steps[Sequence[T]]]
+"""Prepares to make a result of the tensors of each shard, whose bytes may be on the GPU already."""
+
+
+def start_ahead(device: str | torch.device | None) -> None:
+    """Begin to start kernels on a device, if it is a GPU, while the caller does something else."""
+    if device is not None and torch.device(device).type == "cuda":
+        threading.Thread(target=_start, args=(device,), name="start").start()
+
+
+def _start(device: str | torch.device) -> None:
+    with contextlib.suppress(Exception):  # whoever needs the kernels gets the error
+        warm_up(device)
 
 
 def decode_shards(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
@@ -65,7 +82,7 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
     def work(shard: ShardRecord) -> T:
         coded = artifact.coded_of(shard)
         with _told(artifact, [shard]):
-            (made,) = take([coded], None)()
+            (made,) = take([coded], None)()()
         return made
 
     shards = artifact.manifest.shards
@@ -87,25 +104,35 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
     for batch in batches:
         for shard, to in zip(batch.shards, batch.places, strict=True):
             places[shard.blob].append((batch, to))
+    prepared: deque[tuple[_Batch, Steps[Sequence[T]]]] = deque()
     begun: deque[tuple[list[ShardRecord], Future[Sequence[T]]]] = deque()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # each thread has its own
 
-    def read(shard: ShardRecord, batch: _Batch, to: int) -> list[CodedTensor]:
-        blob = artifact.blob(shard)
-        batch.upload(device).send(blob, to)
-        return artifact.coded_in(shard, blob)
+    def read(shard: ShardRecord, batch: _Batch, to: int) -> memoryview:
+        part = batch.part(to, shard.bytes)
+        artifact.read_into(shard, part)
+        if batch.arrived():
+            batch.upload.send()
+        return part
+
+    def prepare() -> None:
+        batch = batches.popleft()
+        blobs = [batch.read[to].result() for to in batch.places]
+        coded = [artifact.coded_in(shard, blob) for shard, blob in zip(batch.shards, blobs, strict=True)]
+        with _told(artifact, batch.shards):
+            prepared.append((batch, take(coded, batch.upload)))
 
     def begin() -> None:
-        batch = batches.popleft()
-        coded = [batch.read[to].result() for to in batch.places]
-        starting.result()  # else this thread would start the same
+        batch, steps = prepared.popleft()
         with _told(artifact, batch.shards):
-            result = take(coded, batch.upload(device))
-        begun.append((batch.shards, last.submit(finish, result)))
+            result = steps()
+        begun.append((batch.shards, last.submit(finish, result, batch.upload)))
 
-    def finish(result: Callable[[], Sequence[T]]) -> Sequence[T]:
+    def finish(result: Callable[[], Sequence[T]], upload: Upload) -> Sequence[T]:
         with torch.cuda.stream(stream):
-            return result()
+            made = result()
+        threads.submit(upload.end)
+        return made
 
     def end(most: int = 0) -> Iterator[tuple[ShardRecord, T]]:
         """End all but so many batches."""
@@ -115,15 +142,20 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
                 made = future.result()
             yield from zip(shards, made, strict=True)
 
-    with pool(_threads(), "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
+    readers = min(processors(), _READERS)
+    with pool(readers, "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
         starting = threads.submit(warm_up, device)
         for shard in artifact.arriving():
             batch, to = places[shard.blob].popleft()
+            batch.make_room(device, starting.result)
             batch.read[to] = threads.submit(read, shard, batch, to)
             while batches and batches[0].is_read() and starting.done():
+                prepare()
                 begin()
                 yield from end(1)
-        while batches:
+        while batches or prepared:
+            while batches and len(prepared) < _AHEAD and not (prepared and starting.done()):
+                prepare()
             begin()
             yield from end(1)
         yield from end()
@@ -131,21 +163,36 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
 
 @dataclass(slots=True, kw_only=True)
 class _Batch:
-    """Shards that are decoded together, and the places of their containers in one piece of the device's memory."""
+    """Shards that are decoded together, and the places of their containers in one piece of memory."""
 
     shards: list[ShardRecord]
     places: list[int]
     size: int
-    read: dict[int, Future[list[CodedTensor]]] = field(default_factory=dict)
+    read: dict[int, Future[memoryview]] = field(default_factory=dict)
     """By place."""
     _upload: Upload | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _arrived: int = 0
 
-    def upload(self, device: torch.device) -> Upload:
-        """Return where the containers go on the device. The first thread that asks allocates it, for milliseconds."""
+    def make_room(self, device: torch.device, ready: Callable[[], object]) -> None:
+        """Set memory aside, unless that was done. `ready` is called before kernels are queued."""
+        self._upload = self._upload or Upload(self.size, device, ready)
+
+    @property
+    def upload(self) -> Upload:
+        """The memory of the containers."""
+        assert self._upload is not None
+        return self._upload
+
+    def part(self, to: int, size: int) -> memoryview:
+        """Return the memory of a container."""
+        return self.upload.host[to : to + size].data
+
+    def arrived(self) -> bool:
+        """Count one more container that is in its memory. Return whether it is the last."""
         with self._lock:
-            self._upload = self._upload or Upload(self.size, device)
-            return self._upload
+            self._arrived += 1
+            return self._arrived == len(self.shards)
 
     def is_read(self) -> bool:
         return len(self.read) == len(self.shards) and all(future.done() for future in self.read.values())
@@ -166,7 +213,7 @@ def _batches(shards: Sequence[ShardRecord]) -> Iterator[_Batch]:
         yield batch
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(artifact: Artifact, shards: Sequence[ShardRecord]) -> Iterator[None]:
     """Name the shards in a FormatError, which becomes an IntegrityError."""
     try:

@@ -1,6 +1,8 @@
 """Stored streams to coordinates by the kernels: what the codec's reference reads, and nothing that it refuses."""
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -327,13 +329,28 @@ def test_blocks_are_encoded_with_every_number_of_lanes(device: str, lanes: int) 
 
 
 def test_what_warms_kernels_up_is_a_tensor_in_a_group(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.equal(decode_tensor(op._SMALLEST), torch.zeros(1, 2))
-    check([op._SMALLEST], device)
-    made = op.plan([op._SMALLEST], 128)
-    assert made.entries.stop - made.entries.start == 2  # its places come from tables
+    assert torch.equal(decode_tensor(op._SMALLEST[0]), torch.tensor([[0, 200, 0, 0.0]]))
+    check(op._SMALLEST[:1], device)
+    made = op.plan(op._SMALLEST[:1], 128)
+    assert made.entries.stop - made.entries.start == 4  # its places come from tables
     op.warm_up(device)
-    monkeypatch.setattr(op, "begin", None)
+    monkeypatch.setattr(op, "prepare", None)
     op.warm_up(device)  # started once in a process
+
+
+def test_what_starts_kernels_waits_for_who_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    going, most = [0], [0]
+
+    def start(_: torch.device) -> None:
+        going[0] += 1
+        most[0] = max(most[0], going[0])
+        time.sleep(0.01)
+        going[0] -= 1
+
+    monkeypatch.setattr(op, "_warm_up", start)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(op.warm_up, ["cpu"] * 8))
+    assert most == [1]
 
 
 def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
@@ -341,9 +358,12 @@ def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
     coded = [stored(str(k), quantise(weight, 0.3)) for k, weight in enumerate(weights)]
     blobs = [serialise(coded[:2]), serialise(coded[2:3])]
     upload = op.Upload(4096 + 128, torch.device(device))
+    there = []
     for blob, to in zip(blobs, (1024, 0), strict=True):
-        upload.send(blob, to)
-    there = [one for blob in blobs for one in parse(blob)]
+        part = upload.host[to : to + len(blob)]
+        part[:] = np.frombuffer(blob, np.uint8)
+        there += parse(part.data)
+    upload.send()
     assert not op.plan(there, 128, upload.runs, upload.data.numel()).runs
     # The last is elsewhere, and so is what zstd packed.
     same = LatticeTensor(
@@ -357,10 +377,19 @@ def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
     made = op.plan(every, 128, upload.runs, upload.data.numel())
     assert made.runs
     assert min(run.to for run in made.runs) >= upload.data.numel()
-    result = op.begin(every, {one.name for one in every}, device, upload)
-    for one, found in zip(every, result(), strict=True):
+    begin = op.prepare(every, {one.name for one in every}, device, upload)
+    for one, found in zip(every, begin()(), strict=True):
         assert isinstance(found, LatticeTensor)
         assert found.to("cpu").equals(lattice_of(one))
+
+
+def test_what_was_planned_is_decoded_without_triton_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is planned for before its trial has ended."""
+    monkeypatch.setattr(op, "triton_serves", lambda _: False)
+    monkeypatch.setattr(op, "_start", None)
+    coded = [stored(str(k), quantise(scaled(9, 40, k), 0.3)) for k in range(2)]
+    codes = op.lattices_of(coded, device)
+    assert all(code.to("cpu").equals(lattice_of(one)) for one, code in zip(coded, codes, strict=True))
 
 
 def test_escapes_of_many_tensors_are_read_as_those_of_each(device: str) -> None:

@@ -361,6 +361,42 @@ def test_bytes_go_to_the_gpu_whatever_their_places(monkeypatch: pytest.MonkeyPat
         assert all(torch.equal(found[at : at + len(part)], part) for at, part in parts)
 
 
+def test_what_is_uploaded_is_pinned_until_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+
+    def sent(size: int) -> staging.Upload:
+        upload = staging.Upload(size, device)
+        upload.host[:] = np.arange(size) % 251
+        upload.send()
+        with upload.decoding():
+            assert torch.equal(upload.data.cpu(), torch.from_numpy(upload.host))
+        return upload
+
+    def is_pinned(upload: staging.Upload) -> bool:
+        return torch.from_numpy(upload.host).is_pinned()
+
+    upload = sent(2 * staging._PIECE + 5)
+    assert is_pinned(upload)
+    upload.end()
+    upload.end()
+    assert not is_pinned(upload)
+    assert not is_pinned(sent(staging._PIECE - 1))
+    # Without `end`, memory is pinned as long as a tensor uses it.
+    upload = sent(staging._PIECE)
+    finalizer, part = upload._pinned, upload.host[5:9].data
+    assert finalizer is not None
+    del upload
+    assert finalizer.alive
+    del part
+    assert not finalizer.alive
+    # A system that refuses: here, memory that is pinned already. The bytes go another way, and no kernel is told.
+    monkeypatch.setattr(staging, "_pin", lambda memory, pin=staging._pin: pin(memory) and pin(memory))
+    upload = sent(staging._PIECE)
+    assert upload._pinned is None
+    assert torch.equal(torch.ones(3, device=device).cpu(), torch.ones(3))
+    torch.cuda.cudart().cudaHostUnregister(upload.host.ctypes.data)
+
+
 def random_int8(rows: int, columns: int, *, bias: bool = True) -> Int8HyperLinear:
     layer = Int8HyperLinear(columns, rows, bias, device="cuda")
     layer.plane[:, :columns].random_(-128, 128)

@@ -117,6 +117,7 @@ def wrong(store: str, device: str) -> list[str]:
 def _measure(work: Path, device: str, *, what: str, cold: bool = False, kernels: bool = False) -> dict[str, float]:
     if cold:
         shutil.rmtree(work / "home" / "cache", ignore_errors=True)
+    os.sync()  # what the run before wrote is not this one's
     order: dict[str, Any] = {
         "what": what,
         "device": device,

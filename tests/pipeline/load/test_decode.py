@@ -10,6 +10,8 @@ import torch
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
+from birkhoff.kernels.entropy.op import Steps
+from birkhoff.kernels.entropy.plan import ALIGNED
 from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.errors import IntegrityError
 from birkhoff.pipeline.load import decode
@@ -45,11 +47,14 @@ class Artifact:
             raise IntegrityError("blob is damaged")
         return shard.blob.rjust(shard.bytes).encode()
 
+    def read_into(self, shard: Shard, out: memoryview) -> None:
+        out[:] = self.blob(shard)
+
     def coded_of(self, shard: Shard) -> list[CodedTensor]:
         return self.coded_in(shard, self.blob(shard))
 
-    def coded_in(self, shard: Shard, blob: bytes) -> list[CodedTensor]:
-        assert int(blob) == int(shard.blob)
+    def coded_in(self, shard: Shard, blob: bytes | memoryview) -> list[CodedTensor]:
+        assert int(bytes(blob)) == int(shard.blob)
         return [CodedTensor(name=shard.blob, codec="raw", dtype="U8", shape=(1,), parts=(b"x",))]
 
 
@@ -60,38 +65,46 @@ def test_every_shard_comes_back_once(way: Callable[..., Iterator[Any]], monkeypa
     order: list[str] = []
     enders = set[str]()
 
-    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Callable[[], list[str]]:
+    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Steps[list[str]]:
         sizes.append(len(shards))
-        order.append("begin")
+        order.append("prepare")
         if upload is not None:
-            sent = [bytes(upload.data[run.to : run.to + run.size].numpy()) for run in upload.runs]
-            assert sorted(map(int, sent)) == [int(coded.name) for (coded,) in shards]
+            (run,) = upload.runs
+            places = range(run.to, run.to + run.size, ALIGNED)
+            sent = [int(bytes(upload.data[place : place + 4].numpy())) for place in places]
+            assert sent == [int(coded.name) for (coded,) in shards]
 
         def result() -> list[str]:
             order.append("end")
             enders.add(threading.current_thread().name)
             return [coded.name for (coded,) in shards]
 
-        return result
+        def begin() -> Callable[[], list[str]]:
+            order.append("begin")
+            return result
+
+        return begin
 
     artifact = Artifact(40)
     assert {shard.blob: name for shard, name in way(artifact, take, CPU)} == {str(k): str(k) for k in range(40)}
     assert sum(sizes) == 40
     if way is decode._decode_together:
-        assert order.count("begin") == order.count("end") == len(sizes)
+        assert order.count("prepare") == order.count("begin") == order.count("end") == len(sizes)
         going = [order[: k + 1].count("begin") - order[: k + 1].count("end") for k in range(len(order))]
         assert max(going) <= 2  # one is decoded beside the next
+        waiting = [order[: k + 1].count("prepare") - order[: k + 1].count("begin") for k in range(len(order))]
+        assert max(waiting) <= decode._AHEAD
         assert enders == {"finish_0"}
     assert max(sizes) <= (1 if way is decode._decode_in_threads else 3)
     assert threading.current_thread().name not in artifact.readers
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("when", ["prepare", "begin", "end"])
 @pytest.mark.parametrize("way", WAYS)
-def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]], late: bool) -> None:
-    def take(shards: Sequence[list[CodedTensor]], _: object) -> Callable[[], list[None]]:
+def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]], when: str) -> None:
+    def take(shards: Sequence[list[CodedTensor]], _: object) -> Steps[list[None]]:
         def result() -> list[None]:
-            if late:
+            if when == "end":
                 check()
             return [None for _ in shards]
 
@@ -99,9 +112,14 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
             if any(shard[0].name == "3" for shard in shards):
                 raise FormatError("tensor '3': code does not end")
 
-        if not late:
+        def begin() -> Callable[[], list[None]]:
+            if when == "begin":
+                check()
+            return result
+
+        if when == "prepare":
             check()
-        return result
+        return begin
 
     with pytest.raises(IntegrityError, match="blob is damaged"):
         list(way(Artifact(3, damaged=2), take, CPU))
@@ -112,6 +130,24 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
 def test_the_device_decides() -> None:
     artifact: Any = Artifact(1)
     for device, way in zip((CPU, torch.device("cuda")), WAYS, strict=True):
-        found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: [None for _ in shards], device)
+        found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: lambda: [None for _ in shards], device)
         assert found.gi_code is way.__code__
         found.close()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_kernels_start_ahead_on_a_gpu_alone(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[object, str]] = []
+
+    def warm_up(device: object) -> None:
+        started.append((device, threading.current_thread().name))
+        if failing:
+            raise RuntimeError("whoever needs the kernels gets this")
+
+    monkeypatch.setattr(decode, "warm_up", warm_up)
+    for device in (None, "cpu", CPU, "cuda:0"):
+        decode.start_ahead(device)
+    for thread in threading.enumerate():
+        if thread.name == "start":
+            thread.join()
+    assert started == [("cuda:0", "start")]
