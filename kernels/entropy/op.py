@@ -12,13 +12,11 @@ Shapes: R = rows, P = pairs per row, T = tensors.
 """
 
 import itertools
-import threading
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,16 +46,8 @@ _ROOM = 1 << 20
 """Coordinates outside -128..127 that the first listing has room for, 24 bytes each on the device. If there are more,
 they are listed again."""
 
-T = TypeVar("T")
-
-Steps = Callable[[], Callable[[], T]]
-"""Begins prepared work. The function that it returns ends it."""
-
 _APART = 16
 """Numbers of a multiple of which a report's parts begin and are long."""
-
-
-_STARTING = threading.Lock()
 
 
 def warm_up(device: torch.device | str) -> None:
@@ -65,8 +55,7 @@ def warm_up(device: torch.device | str) -> None:
 
     This takes 0.1 s, half of it without the interpreter's lock. Otherwise the first decoding would wait for it.
     """
-    with _STARTING:  # whoever comes second waits for the first
-        _warm_up(indexed(torch.device(device)))
+    _warm_up(indexed(torch.device(device)))
 
 
 @cache
@@ -76,7 +65,7 @@ def _warm_up(device: torch.device) -> None:
         if triton_serves(device):
             upload = Upload(ALIGNED, device)
             upload.send()
-            prepare(_SMALLEST, frozenset(), device, upload)()()
+            begin(_SMALLEST, frozenset(), device, upload)()
         operations.result()
 
 
@@ -118,41 +107,37 @@ def lattices_of(coded: Sequence[CodedTensor], device: torch.device | str) -> lis
         FormatError: A tensor's streams do not match its entry. The error names the tensor.
         BaseError: A tensor is a difference whose base is missing.
     """
-    return [code.to(device) for code in _prepare_lattices(coded, torch.device(device), None)()()]
+    return [code.to(device) for code in _begin_lattices(coded, torch.device(device), None)()]
 
 
-def _prepare_lattices(
+def _begin_lattices(
     coded: Sequence[CodedTensor], device: torch.device, upload: Upload | None
-) -> Steps[list[LatticeTensor]]:
-    """Prepare `lattices_of`. The few escapes stay on the CPU, except those of differences: on a GPU each operation on
-    them is a launch that waits."""
+) -> Callable[[], list[LatticeTensor]]:
+    """Begin `lattices_of`; the result, when called, ends it. The few escapes stay on the CPU, except those of
+    differences: on a GPU each operation on them is a launch that waits."""
     bases = [base_of(one) for one in coded if isinstance(one.params, DifferenceParams)]
     every = [*coded, *bases]
     # Whether Triton serves a GPU may be on trial still, and a plan does not need to know.
     plans = HAS_TRITON if device.type == "cuda" else triton_serves(device)
     fast = [plans and one.version == FORMAT_VERSION for one in every]
     made = _planned([one for one, planned in zip(every, fast, strict=True) if planned], upload) if any(fast) else None
+    queued = _start(made, device, upload) if made is not None and triton_serves(device) else None
 
-    def begin() -> Callable[[], list[LatticeTensor]]:
-        queued = _start(made, device, upload) if made is not None and triton_serves(device) else None
+    def result() -> list[LatticeTensor]:
+        codes = iter(finish(queued) if queued is not None else ())
+        own = [
+            next(codes) if queued is not None and planned else _on_cpu(one, device)
+            for one, planned in zip(every, fast, strict=True)
+        ]
+        their = iter(own[len(coded) :])
+        return [
+            _sum(one.name, one.params, next(their).to(device), code.to(device))
+            if isinstance(one.params, DifferenceParams)
+            else code
+            for one, code in zip(coded, own, strict=False)
+        ]
 
-        def result() -> list[LatticeTensor]:
-            codes = iter(finish(queued) if queued is not None else ())
-            own = [
-                next(codes) if queued is not None and planned else _on_cpu(one, device)
-                for one, planned in zip(every, fast, strict=True)
-            ]
-            their = iter(own[len(coded) :])
-            return [
-                _sum(one.name, one.params, next(their).to(device), code.to(device))
-                if isinstance(one.params, DifferenceParams)
-                else code
-                for one, code in zip(coded, own, strict=False)
-            ]
-
-        return result
-
-    return begin
+    return result
 
 
 def _sum(name: str, params: DifferenceParams, base: LatticeTensor, own: LatticeTensor) -> LatticeTensor:
@@ -168,45 +153,39 @@ def decode_tensors(coded: Sequence[CodedTensor], device: torch.device | str) -> 
     Raises:
         FormatError: A tensor's streams do not match its entry. The error names the tensor.
     """
-    return [found for found in prepare(coded, frozenset(), device)()() if isinstance(found, Tensor)]
+    return [found for found in begin(coded, frozenset(), device)() if isinstance(found, Tensor)]
 
 
-def prepare(
+def begin(
     coded: Sequence[CodedTensor],
     as_lattices: Container[str],
     device: torch.device | str,
     upload: Upload | None = None,
-) -> Steps[list[LatticeTensor | Tensor]]:
-    """Prepare `decode_tensors`, but for the coordinates of the lattice tensors that are named.
+) -> Callable[[], list[LatticeTensor | Tensor]]:
+    """Begin `decode_tensors`, but for the coordinates of the lattice tensors that are named.
 
-    All tensors are one batch. This does what needs no device. The first step queues the rest: a GPU decodes while the
-    caller goes on. The second step waits for it, and may leave escapes on the CPU. Streams in the containers of
-    `upload` are on the device already.
+    All tensors are one batch. A GPU decodes it while the caller goes on. The result, when called, waits for it, and may
+    leave escapes on the CPU. Streams in the containers of `upload` are on the device already.
 
     Raises:
-        FormatError: As `decode_tensors`, now or in a step.
+        FormatError: As `decode_tensors`, now or when the result is called.
     """
     device = torch.device(device)
-    lattices = _prepare_lattices([one for one in coded if _is_lattice(one)], device, upload)
     dense = decode_plain(one for one in coded if not _is_lattice(one))
+    lattices = _begin_lattices([one for one in coded if _is_lattice(one)], device, upload)
 
-    def begin() -> Callable[[], list[LatticeTensor | Tensor]]:
-        ended = lattices()
+    def result() -> list[LatticeTensor | Tensor]:
+        codes, others = iter(lattices()), iter(_moved(dense, device))
+        found: list[LatticeTensor | Tensor] = []
+        for one in coded:
+            if not _is_lattice(one):
+                found.append(next(others))
+            else:
+                code = next(codes)
+                found.append(code if one.name in as_lattices else _dense(one, code))
+        return found
 
-        def result() -> list[LatticeTensor | Tensor]:
-            codes, others = iter(ended()), iter(_moved(dense, device))
-            found: list[LatticeTensor | Tensor] = []
-            for one in coded:
-                if not _is_lattice(one):
-                    found.append(next(others))
-                else:
-                    code = next(codes)
-                    found.append(code if one.name in as_lattices else _dense(one, code))
-            return found
-
-        return result
-
-    return begin
+    return result
 
 
 def _is_lattice(coded: CodedTensor) -> bool:

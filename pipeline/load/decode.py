@@ -28,7 +28,7 @@ import birkhoff.kernels.runtime.first_kernel  # noqa: F401
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.processors import processors
-from birkhoff.kernels.entropy.op import Steps, warm_up
+from birkhoff.kernels.entropy.op import warm_up
 from birkhoff.kernels.entropy.plan import ALIGNED
 from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.artifact.readers import Artifact
@@ -38,32 +38,16 @@ from birkhoff.pipeline.registry.parallel import pool
 
 MAX_THREADS = 16
 
-_READERS = 8
-"""Threads that read for a GPU. More read faster, but wait longer for the interpreter's lock, as do those that plan."""
-
 TOGETHER_BYTES = 1 << 29
 """Source bytes of shards that a GPU decodes together. Two batches are in progress, and planes and symbols of each take
 half of that on the GPU."""
 
-_AHEAD = 2
-"""Batches that are prepared while kernels start."""
-
 T = TypeVar("T")
 
 
-Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Steps[Sequence[T]]]
-"""Prepares to make a result of the tensors of each shard, whose bytes may be on the GPU already."""
-
-
-def start_ahead(device: str | torch.device | None) -> None:
-    """Begin to start kernels on a device, if it is a GPU, while the caller does something else."""
-    if device is not None and torch.device(device).type == "cuda":
-        threading.Thread(target=_start, args=(device,), name="start").start()
-
-
-def _start(device: str | torch.device) -> None:
-    with contextlib.suppress(Exception):  # whoever needs the kernels gets the error
-        warm_up(device)
+Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Callable[[], Sequence[T]]]
+"""Begins to make a result of the tensors of each shard, whose bytes may be on the GPU already. The function that it
+returns ends that."""
 
 
 def decode_shards(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
@@ -82,7 +66,7 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
     def work(shard: ShardRecord) -> T:
         coded = artifact.coded_of(shard)
         with _told(artifact, [shard]):
-            (made,) = take([coded], None)()()
+            (made,) = take([coded], None)()
         return made
 
     shards = artifact.manifest.shards
@@ -104,7 +88,6 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
     for batch in batches:
         for shard, to in zip(batch.shards, batch.places, strict=True):
             places[shard.blob].append((batch, to))
-    prepared: deque[tuple[_Batch, Steps[Sequence[T]]]] = deque()
     begun: deque[tuple[list[ShardRecord], Future[Sequence[T]]]] = deque()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # each thread has its own
 
@@ -115,17 +98,12 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
             batch.upload.send()
         return part
 
-    def prepare() -> None:
+    def begin() -> None:
         batch = batches.popleft()
         blobs = [batch.read[to].result() for to in batch.places]
         coded = [artifact.coded_in(shard, blob) for shard, blob in zip(batch.shards, blobs, strict=True)]
         with _told(artifact, batch.shards):
-            prepared.append((batch, take(coded, batch.upload)))
-
-    def begin() -> None:
-        batch, steps = prepared.popleft()
-        with _told(artifact, batch.shards):
-            result = steps()
+            result = take(coded, batch.upload)
         begun.append((batch.shards, last.submit(finish, result, batch.upload)))
 
     def finish(result: Callable[[], Sequence[T]], upload: Upload) -> Sequence[T]:
@@ -142,20 +120,16 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
                 made = future.result()
             yield from zip(shards, made, strict=True)
 
-    readers = min(processors(), _READERS)
-    with pool(readers, "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
+    with pool(_threads(), "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
         starting = threads.submit(warm_up, device)
         for shard in artifact.arriving():
             batch, to = places[shard.blob].popleft()
             batch.make_room(device, starting.result)
             batch.read[to] = threads.submit(read, shard, batch, to)
             while batches and batches[0].is_read() and starting.done():
-                prepare()
                 begin()
                 yield from end(1)
-        while batches or prepared:
-            while batches and len(prepared) < _AHEAD and not (prepared and starting.done()):
-                prepare()
+        while batches:
             begin()
             yield from end(1)
         yield from end()

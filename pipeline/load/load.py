@@ -13,14 +13,14 @@ from birkhoff.codec.errors import CodecError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.tensor import is_matrix
 from birkhoff.kernels.compressed_linear import CompressedLinear
-from birkhoff.kernels.entropy.op import Steps, prepare
+from birkhoff.kernels.entropy.op import begin
 from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.kernels.runtime.device import indexed
 from birkhoff.pipeline.artifact.readers import Artifact, heads, open_artifact
 from birkhoff.pipeline.errors import ModelMismatchError
 from birkhoff.pipeline.load.changes import Changes
 from birkhoff.pipeline.load.collector import without_collections
-from birkhoff.pipeline.load.decode import decode_shards, start_ahead
+from birkhoff.pipeline.load.decode import decode_shards
 from birkhoff.pipeline.load.layer_forms import Compute, LayerMaker, Memory, check_forms
 from birkhoff.pipeline.load.name_maps import joined, owner, renaming
 from birkhoff.pipeline.load.refresh import refresh
@@ -60,22 +60,18 @@ def load_state_dict(
         StoreError: The store cannot be reached or read.
     """
     trust = Trust.of(require_signature, audience=signed_for)
-    start_ahead(device)
     with without_collections(), open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
 
-        def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Steps[list[list[tuple[str, Tensor]]]]:
-            begin = prepare([coded for shard in shards for coded in shard], frozenset(), device, upload)
+        def take(
+            shards: Sequence[list[CodedTensor]], upload: Upload | None
+        ) -> Callable[[], list[list[tuple[str, Tensor]]]]:
+            result = begin([coded for shard in shards for coded in shard], frozenset(), device, upload)
 
-            def begun() -> Callable[[], list[list[tuple[str, Tensor]]]]:
-                result = begin()
+            def ended() -> list[list[tuple[str, Tensor]]]:
+                tensors = iter(cast(list[Tensor], result()))
+                return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
 
-                def ended() -> list[list[tuple[str, Tensor]]]:
-                    tensors = iter(cast(list[Tensor], result()))
-                    return [[(coded.name, next(tensors)) for coded in shard] for shard in shards]
-
-                return ended
-
-            return begun
+            return ended
 
         found = {shard.blob: tensors for shard, tensors in decode_shards(artifact, take, torch.device(device))}
         return dict(item for shard in artifact.manifest.shards for item in found[shard.blob])
@@ -144,7 +140,6 @@ def load_into(
     """
     check_forms(memory, compute)
     trust = Trust.of(require_signature, audience=signed_for)
-    start_ahead(device)
     with without_collections(), open_artifact(ref_or_dir, store, cached=True, offline=offline, trust=trust) as artifact:
         maker = _maker(artifact, memory, compute)
         swapped = load_artifact(model, artifact, maker, device=device, dtype=dtype, strict=strict)
@@ -211,8 +206,8 @@ class _Loading:
         places = Counter(map(self._place, self._wanted.values()))
         return self._device or max(places, key=places.__getitem__, default=torch.device("cpu"))
 
-    def stage(self, shards: Sequence[Sequence[CodedTensor]], upload: Upload | None) -> Steps[Sequence[None]]:
-        """Prepare to decode those tensors of shards that fit a place in the model, for that place.
+    def stage(self, shards: Sequence[Sequence[CodedTensor]], upload: Upload | None) -> Callable[[], Sequence[None]]:
+        """Begin to decode those tensors of shards that fit a place in the model, for that place. The result ends it.
 
         Raises:
             ModelMismatchError: Another stored tensor has the same place.
@@ -220,24 +215,19 @@ class _Loading:
         every = [coded for shard in shards for coded in shard]
         wanted = [(coded, target) for coded in every if (target := self._target(coded)) is not None]
         layers = {coded.name for coded, target in wanted if self._is_layer(coded, target)}
-        prepared = []
+        begun = []
         for device in {self._place(target) for _, target in wanted}:
             here = [(coded, target) for coded, target in wanted if self._place(target) == device]
             there = upload if upload is not None and upload.device == device else None
-            prepared.append((here, prepare([one for one, _ in here], layers, device, there)))
+            begun.append((here, begin([one for one, _ in here], layers, device, there)))
 
-        def begun() -> Callable[[], Sequence[None]]:
-            results = [(here, begin()) for here, begin in prepared]
+        def ended() -> Sequence[None]:
+            for here, result in begun:
+                for (coded, target), found in zip(here, result(), strict=True):
+                    self._take(coded, target, found)
+            return [None for _ in shards]
 
-            def ended() -> Sequence[None]:
-                for here, result in results:
-                    for (coded, target), found in zip(here, result(), strict=True):
-                        self._take(coded, target, found)
-                return [None for _ in shards]
-
-            return ended
-
-        return begun
+        return ended
 
     def _take(self, coded: CodedTensor, target: Target, found: LatticeTensor | Tensor) -> None:
         names = self._rename(coded.name)

@@ -1,8 +1,6 @@
 """Stored streams to coordinates by the kernels: what the codec's reference reads, and nothing that it refuses."""
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -334,23 +332,8 @@ def test_what_warms_kernels_up_is_a_tensor_in_a_group(device: str, monkeypatch: 
     made = op.plan(op._SMALLEST[:1], 128)
     assert made.entries.stop - made.entries.start == 4  # its places come from tables
     op.warm_up(device)
-    monkeypatch.setattr(op, "prepare", None)
+    monkeypatch.setattr(op, "begin", None)
     op.warm_up(device)  # started once in a process
-
-
-def test_what_starts_kernels_waits_for_who_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    going, most = [0], [0]
-
-    def start(_: torch.device) -> None:
-        going[0] += 1
-        most[0] = max(most[0], going[0])
-        time.sleep(0.01)
-        going[0] -= 1
-
-    monkeypatch.setattr(op, "_warm_up", start)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(op.warm_up, ["cpu"] * 8))
-    assert most == [1]
 
 
 def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
@@ -377,8 +360,8 @@ def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
     made = op.plan(every, 128, upload.runs, upload.data.numel())
     assert made.runs
     assert min(run.to for run in made.runs) >= upload.data.numel()
-    begin = op.prepare(every, {one.name for one in every}, device, upload)
-    for one, found in zip(every, begin()(), strict=True):
+    result = op.begin(every, {one.name for one in every}, device, upload)
+    for one, found in zip(every, result(), strict=True):
         assert isinstance(found, LatticeTensor)
         assert found.to("cpu").equals(lattice_of(one))
 

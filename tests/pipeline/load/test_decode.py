@@ -10,7 +10,6 @@ import torch
 
 from birkhoff.codec.container import CodedTensor
 from birkhoff.codec.errors import FormatError
-from birkhoff.kernels.entropy.op import Steps
 from birkhoff.kernels.entropy.plan import ALIGNED
 from birkhoff.kernels.entropy.staging import Upload
 from birkhoff.pipeline.errors import IntegrityError
@@ -65,9 +64,9 @@ def test_every_shard_comes_back_once(way: Callable[..., Iterator[Any]], monkeypa
     order: list[str] = []
     enders = set[str]()
 
-    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Steps[list[str]]:
+    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Callable[[], list[str]]:
         sizes.append(len(shards))
-        order.append("prepare")
+        order.append("begin")
         if upload is not None:
             (run,) = upload.runs
             places = range(run.to, run.to + run.size, ALIGNED)
@@ -79,32 +78,26 @@ def test_every_shard_comes_back_once(way: Callable[..., Iterator[Any]], monkeypa
             enders.add(threading.current_thread().name)
             return [coded.name for (coded,) in shards]
 
-        def begin() -> Callable[[], list[str]]:
-            order.append("begin")
-            return result
-
-        return begin
+        return result
 
     artifact = Artifact(40)
     assert {shard.blob: name for shard, name in way(artifact, take, CPU)} == {str(k): str(k) for k in range(40)}
     assert sum(sizes) == 40
     if way is decode._decode_together:
-        assert order.count("prepare") == order.count("begin") == order.count("end") == len(sizes)
+        assert order.count("begin") == order.count("end") == len(sizes)
         going = [order[: k + 1].count("begin") - order[: k + 1].count("end") for k in range(len(order))]
         assert max(going) <= 2  # one is decoded beside the next
-        waiting = [order[: k + 1].count("prepare") - order[: k + 1].count("begin") for k in range(len(order))]
-        assert max(waiting) <= decode._AHEAD
         assert enders == {"finish_0"}
     assert max(sizes) <= (1 if way is decode._decode_in_threads else 3)
     assert threading.current_thread().name not in artifact.readers
 
 
-@pytest.mark.parametrize("when", ["prepare", "begin", "end"])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]], when: str) -> None:
-    def take(shards: Sequence[list[CodedTensor]], _: object) -> Steps[list[None]]:
+def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[Any]], late: bool) -> None:
+    def take(shards: Sequence[list[CodedTensor]], _: object) -> Callable[[], list[None]]:
         def result() -> list[None]:
-            if when == "end":
+            if late:
                 check()
             return [None for _ in shards]
 
@@ -112,14 +105,9 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
             if any(shard[0].name == "3" for shard in shards):
                 raise FormatError("tensor '3': code does not end")
 
-        def begin() -> Callable[[], list[None]]:
-            if when == "begin":
-                check()
-            return result
-
-        if when == "prepare":
+        if not late:
             check()
-        return begin
+        return result
 
     with pytest.raises(IntegrityError, match="blob is damaged"):
         list(way(Artifact(3, damaged=2), take, CPU))
@@ -130,24 +118,6 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
 def test_the_device_decides() -> None:
     artifact: Any = Artifact(1)
     for device, way in zip((CPU, torch.device("cuda")), WAYS, strict=True):
-        found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: lambda: [None for _ in shards], device)
+        found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: [None for _ in shards], device)
         assert found.gi_code is way.__code__
         found.close()
-
-
-@pytest.mark.parametrize("failing", [False, True])
-def test_kernels_start_ahead_on_a_gpu_alone(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[object, str]] = []
-
-    def warm_up(device: object) -> None:
-        started.append((device, threading.current_thread().name))
-        if failing:
-            raise RuntimeError("whoever needs the kernels gets this")
-
-    monkeypatch.setattr(decode, "warm_up", warm_up)
-    for device in (None, "cpu", CPU, "cuda:0"):
-        decode.start_ahead(device)
-    for thread in threading.enumerate():
-        if thread.name == "start":
-            thread.join()
-    assert started == [("cuda:0", "start")]
