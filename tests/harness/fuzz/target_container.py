@@ -11,7 +11,7 @@ are.
 import json
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import zstandard
 
 from birkhoff.codec import tensor as codec
-from birkhoff.codec.container import DATA, INDEX, VERSION_KEY, CodedTensor, PaperParams, parse, serialise
+from birkhoff.codec.container import DATA, INDEX, VERSION_KEY, CodedTensor, LatticeParams, PaperParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError
 from birkhoff.codec.profiles import PROFILES, Decision
 from tests.codec import page_reader
@@ -149,6 +149,9 @@ def check(data: bytes) -> None:
         tensors = parse(blob)
         if sum(tensor.weights for tensor in tensors) > MOST_WEIGHTS:
             return
+        plain = [tensor for tensor in tensors if not isinstance(tensor.params, LatticeParams)]
+        together, each = outcome(plain, codec.decode_plain), outcome(plain, lambda some: map(codec.decode_tensor, some))
+        assert together == each, "plain tensors together are not those of each"
         decoded = {tensor.name: codec.decode_tensor(tensor) for tensor in tensors}
     except BirkhoffError as error:
         refusal(error, data)
@@ -156,6 +159,16 @@ def check(data: bytes) -> None:
     assert time.process_time() - start < SECONDS, "a hang"
     if decoded and sum(tensor.weights for tensor in tensors) <= COMPARED:
         compare(blob, tensors, decoded)
+
+
+def outcome(
+    tensors: list[CodedTensor], decode: Callable[[list[CodedTensor]], Iterable[torch.Tensor]]
+) -> list[bytes] | None:
+    """The bytes of each tensor, or None if one is refused."""
+    try:
+        return [one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for one in decode(tensors)]
+    except BirkhoffError:
+        return None
 
 
 def refusal(error: BirkhoffError, data: bytes) -> None:
