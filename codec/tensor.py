@@ -186,7 +186,7 @@ def _decode_planes_all(coded: Sequence[CodedTensor]) -> list[Tensor]:
             decode_tensor(one)
         raise
     return [
-        torch.from_numpy(elements).view(dtype).view(one.shape)
+        torch.from_numpy(elements.reshape(-1)).view(dtype).view(one.shape)
         for elements, dtype, one in zip(found, dtypes, coded, strict=True)
     ]
 

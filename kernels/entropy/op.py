@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -204,9 +205,10 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors of the CPU to a device, each into its own memory. A GPU gets one copy, because each copy waits."""
     if device.type != "cuda" or not tensors:
         return [tensor.to(device) for tensor in tensors]
-    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
-    sent = send([(0, flat)], len(flat), device)
-    own = _parts(sent, [tensor.nbytes for tensor in tensors])
+    sizes = [tensor.nbytes for tensor in tensors]
+    places = list(accumulate(sizes, initial=0))
+    flat = (tensor.reshape(-1).view(torch.uint8) for tensor in tensors)
+    own = _parts(send(list(zip(places, flat, strict=False)), places[-1], device), sizes)
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(own, tensors, strict=True)]
 
 

@@ -7,6 +7,7 @@ some of them while the GPU copies others. Memory that threads have just filled i
 """
 
 import contextlib
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -135,7 +136,10 @@ class Upload:
     def __init__(self, size: int, device: torch.device, ready: Callable[[], object] = lambda: None) -> None:
         """Make room for `size` bytes in host memory. `ready` is called before kernels are queued."""
         self.device = indexed(device)
-        self.host: npt.NDArray[np.uint8] = np.empty(size, dtype=np.uint8)
+        # Whole pages are pinned, so nothing else may be in them.
+        self._pages: npt.NDArray[np.uint8] = np.empty(size + 2 * mmap.PAGESIZE, dtype=np.uint8)
+        first = -pointer(self._pages) % mmap.PAGESIZE
+        self.host: npt.NDArray[np.uint8] = self._pages[first : first + size]
         """uint8 [size]; tensors of the containers are views of it."""
         self.data: Tensor = torch.from_numpy(self.host)
         """uint8 [size], on the device once they are sent."""
@@ -159,10 +163,14 @@ class Upload:
                 self.data.record_stream(stream)
             self._sent = torch.cuda.Event()
             if self.host.nbytes >= _PIECE and _pin(self.host):
-                self._pinned = weakref.finalize(self.host, _unpin, pointer(self.host), self._sent)
+                self._pinned = weakref.finalize(self._pages, _unpin, pointer(self.host), self.device, self._sent)
                 self._pinned.atexit = False
+            part = torch.from_numpy(self.host)
             with torch.cuda.stream(_streams(self.device)[0]):
-                send_into(self.data, [(0, torch.from_numpy(self.host))])
+                if self._pinned is not None:
+                    self.data.copy_(part, non_blocking=True)
+                else:
+                    _stage(self.device).send([(0, part)], self.data)
                 self._sent.record()
 
     def end(self) -> None:
@@ -184,16 +192,22 @@ class Upload:
 
 def _pin(memory: npt.NDArray[np.uint8]) -> bool:
     """Pin memory that exists. Where the system refuses that, return False: then bytes go through the pieces."""
-    if int(torch.cuda.cudart().cudaHostRegister(pointer(memory), memory.nbytes, 0)) == 0:
+    return _succeeded(torch.cuda.cudart().cudaHostRegister(pointer(memory), memory.nbytes, 0))
+
+
+def _unpin(address: int, device: torch.device, copied: torch.cuda.Event) -> None:
+    with torch.cuda.device(device):
+        copied.synchronize()
+        _succeeded(torch.cuda.cudart().cudaHostUnregister(address))
+
+
+def _succeeded(error: object) -> bool:
+    """Return whether a call of CUDA's succeeded. If not, the next kernel would be told of that error, so one is."""
+    if int(error) == 0:  # type: ignore[call-overload]
         return True
-    with contextlib.suppress(RuntimeError):  # the next kernel would be told of that error, not of its own
+    with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
     return False
-
-
-def _unpin(address: int, copied: torch.cuda.Event) -> None:
-    copied.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:

@@ -88,12 +88,15 @@ class Artifact(ABC):
             IntegrityError: As `blob`, or it has another number of bytes.
         """
         body = self.blob(record)
-        if len(body) != len(out):
+        self._check_length(record, len(body))
+        out[:] = body
+
+    def _check_length(self, record: BlobRecord, length: int) -> None:
+        if length != record.bytes:
             raise IntegrityError(
-                f"{self.label}: blob {record.blob} has {len(body)} bytes, its manifest says {record.bytes}: one of "
+                f"{self.label}: blob {record.blob} has {length} bytes, its manifest says {record.bytes}: one of "
                 "them is forged; do not use it, and ask its publisher"
             )
-        out[:] = body
 
     @property
     def fetched(self) -> int:
@@ -110,7 +113,15 @@ class Artifact(ABC):
         return None if record is None else self.blob(record)
 
     def arriving(self) -> Iterator[ShardRecord]:
-        """Yield every shard once, as soon as its bytes can be read without waiting, in any order."""
+        """Yield every shard once, as soon as its bytes can be read without waiting, in any order.
+
+        A local copy is looked at first: there is a file of the size that the manifest says, for which a reader may set
+        memory aside.
+
+        Raises:
+            IntegrityError: There is none.
+            Exception: As `coded_of`.
+        """
         yield from self.manifest.shards
 
     def coded_of(self, shard: ShardRecord) -> list[CodedTensor]:
@@ -247,8 +258,11 @@ class CachedArtifact(Artifact):
         self.label: str = found.label
 
     def arriving(self) -> Iterator[ShardRecord]:
-        """Yield all shards, cached ones first, the others as they arrive."""
+        """Yield all shards, cached ones first, the others as they arrive. Raises as the method of `Artifact`."""
         if self._store is None:
+            for shard in self.manifest.shards:
+                if self._cache.find(shard.blob, shard.bytes) is None:
+                    self._check_length(shard, len(self.blob(shard)))
             yield from self.manifest.shards
             return
         records: tuple[BlobRecord, ...] = (*self.manifest.shards, *self.manifest.bases)
@@ -322,7 +336,7 @@ class PulledArtifact(Artifact):
         check_signatures(self.manifest.model, name, digest, signatures, trust, self.label)
 
     def arriving(self) -> Iterator[ShardRecord]:
-        """Yield all shards, after a look at the sizes of their files: readers set memory aside for these."""
+        """Yield all shards, after a look at the sizes of their files. Raises as the method of `Artifact`."""
         for shard in self.manifest.shards:
             path = self._folder / self._files[blob_id(shard)]
             with self._told(path):

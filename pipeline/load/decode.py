@@ -86,21 +86,21 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
     batches = deque(_batches(artifact.manifest.shards))
     places: dict[str, deque[tuple[_Batch, int]]] = defaultdict(deque)
     for batch in batches:
-        for shard, to in zip(batch.shards, batch.places, strict=True):
-            places[shard.blob].append((batch, to))
+        for number, shard in enumerate(batch.shards):
+            places[shard.blob].append((batch, number))
     begun: deque[tuple[list[ShardRecord], Future[Sequence[T]]]] = deque()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # each thread has its own
 
-    def read(shard: ShardRecord, batch: _Batch, to: int) -> memoryview:
-        part = batch.part(to, shard.bytes)
-        artifact.read_into(shard, part)
+    def read(batch: _Batch, number: int) -> memoryview:
+        part = batch.part(number)
+        artifact.read_into(batch.shards[number], part)
         if batch.arrived():
             batch.upload.send()
         return part
 
     def begin() -> None:
         batch = batches.popleft()
-        blobs = [batch.read[to].result() for to in batch.places]
+        blobs = [batch.read[number].result() for number in range(len(batch.shards))]
         coded = [artifact.coded_in(shard, blob) for shard, blob in zip(batch.shards, blobs, strict=True)]
         with _told(artifact, batch.shards):
             result = take(coded, batch.upload)
@@ -109,7 +109,7 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
     def finish(result: Callable[[], Sequence[T]], upload: Upload) -> Sequence[T]:
         with torch.cuda.stream(stream):
             made = result()
-        threads.submit(upload.end)
+        unpinning.submit(upload.end)
         return made
 
     def end(most: int = 0) -> Iterator[tuple[ShardRecord, T]]:
@@ -120,18 +120,24 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
                 made = future.result()
             yield from zip(shards, made, strict=True)
 
-    with pool(_threads(), "read", initializer=_one_thread_inside) as threads, pool(1, "finish") as last:
+    with (
+        pool(_threads(), "read", initializer=_one_thread_inside) as threads,
+        pool(1, "unpin") as unpinning,
+        pool(1, "finish") as last,
+    ):
         starting = threads.submit(warm_up, device)
         for shard in artifact.arriving():
-            batch, to = places[shard.blob].popleft()
-            batch.make_room(device, starting.result)
-            batch.read[to] = threads.submit(read, shard, batch, to)
+            batch, number = places[shard.blob].popleft()
+            with _told(artifact, batch.shards):
+                batch.make_room(device, starting.result)
+            batch.read[number] = threads.submit(read, batch, number)
             while batches and batches[0].is_read() and starting.done():
                 begin()
                 yield from end(1)
         while batches:
             begin()
             yield from end(1)
+        starting.result()
         yield from end()
 
 
@@ -143,14 +149,21 @@ class _Batch:
     places: list[int]
     size: int
     read: dict[int, Future[memoryview]] = field(default_factory=dict)
-    """By place."""
+    """By number of the shard in the batch."""
     _upload: Upload | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _arrived: int = 0
 
     def make_room(self, device: torch.device, ready: Callable[[], object]) -> None:
-        """Set memory aside, unless that was done. `ready` is called before kernels are queued."""
-        self._upload = self._upload or Upload(self.size, device, ready)
+        """Set memory aside, unless that was done. `ready` is called before kernels are queued.
+
+        Raises:
+            FormatError: There is not so much memory.
+        """
+        try:
+            self._upload = self._upload or Upload(self.size, device, ready)
+        except MemoryError:
+            raise FormatError(f"no memory for the {self.size} bytes that their manifest declares") from None
 
     @property
     def upload(self) -> Upload:
@@ -158,9 +171,10 @@ class _Batch:
         assert self._upload is not None
         return self._upload
 
-    def part(self, to: int, size: int) -> memoryview:
+    def part(self, number: int) -> memoryview:
         """Return the memory of a container."""
-        return self.upload.host[to : to + size].data
+        to = self.places[number]
+        return self.upload.host[to : to + self.shards[number].bytes].data
 
     def arrived(self) -> bool:
         """Count one more container that is in its memory. Return whether it is the last."""

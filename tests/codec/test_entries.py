@@ -1,6 +1,8 @@
 """Entries of a container's metadata: typed parameters and claims, written and read in one place."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,28 @@ def test_claims_decide_nothing() -> None:
         read = next(item for item in parse(blob.replace(text, forged)) if item.name == honest.name)
         assert read.claims.sqnr_db is None or math.isnan(read.claims.sqnr_db)
         assert torch.equal(decode_tensor(read), decode_tensor(honest))
+
+
+@pytest.mark.parametrize("key", ["shape", "parts"])
+@pytest.mark.parametrize(
+    "numbers", ["1,", ",1", "1,,2", "+1", "-1", "1 ", "1.0", "\u0663", "\u00b2", "1" * 19, "1,x", "1_0", "1\n"]
+)
+def test_only_plain_numbers_are_a_list(key: str, numbers: str) -> None:
+    given = {"shape": "2,3", "parts": "24"} | {key: numbers}
+    text = f"codec=raw dtype=F32 shape={given['shape']} parts={given['parts']}"
+    with pytest.raises(FormatError, match="tensor 'w': metadata"):
+        parse_entry("w", text)
+
+
+def test_a_long_list_of_numbers_takes_no_more_memory_than_its_text() -> None:
+    """In a process of its own, whose peak nothing else has set."""
+    program = """
+import resource
+from birkhoff.codec.container import _NUMBERS
+text = "1," * (1 << 23) + "1"
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert _NUMBERS.fullmatch(text) and not _NUMBERS.fullmatch(text + ",")
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 64 << 20

@@ -1,6 +1,8 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birkhoff.codec import paper, rate
+from birkhoff.codec import paper, rate, rest
 from birkhoff.codec import tensor as tensor_module
 from birkhoff.codec.container import CodedTensor, LatticeParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
@@ -437,7 +439,18 @@ def plain_coded() -> list[CodedTensor]:
 @pytest.mark.parametrize("together", [1, 350, 1 << 22])
 def test_plain_tensors_are_decoded_together_as_each_by_itself(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_module, "_TOGETHER", together)
+    calls: list[int] = []
+    unpack = rest.unpack_elements_all
+
+    def counted(streams: Any, sizes: Any, widths: Any) -> Any:
+        calls.append(len(streams))
+        return unpack(streams, sizes, widths)
+
+    monkeypatch.setattr(rest, "unpack_elements_all", counted)
     found = decode_plain(plain_coded())
+    count = sum(one.codec == "planes" for one in plain_coded())
+    assert sum(calls) == count
+    assert {1: count < len(calls), 350: 2 <= len(calls) < count}.get(together, calls == [count])
     for one, expected in zip(found, plain_tensors().values(), strict=True):
         assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
         assert torch.equal(one, expected)
@@ -458,3 +471,25 @@ def test_a_damaged_plain_tensor_is_named() -> None:
     for wrong in (one.parts[:2], ()):
         with pytest.raises(FormatError, match="tensor 'last': "):
             decode_plain([*coded, replace(one, parts=wrong)])
+
+
+@pytest.mark.parametrize("dtype", ["BOOL", "F16", "F32", "F64"])
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
+def test_planes_of_no_elements_are_an_empty_stream(dtype: str, shape: tuple[int, ...]) -> None:
+    """We store such a tensor raw; FORMAT.md allows both."""
+    coded = CodedTensor(name="none", codec="planes", dtype=dtype, shape=shape, parts=(b"",))
+    for (found,) in (decode_plain([coded]), [decode_tensor(coded)]):
+        assert (found.shape, found.numel()) == (shape, 0)
+    wrong = replace(coded, parts=(b"\0",))
+    for decode in (decode_tensor, lambda one: decode_plain([one])):
+        with pytest.raises(FormatError, match="tensor 'none': 1 bytes stored, expected an empty stream"):
+            decode(wrong)
+
+
+def test_plain_tensors_of_version_1_are_decoded_beside_others() -> None:
+    blob = (Path(__file__).parent / "fixtures" / "v1.safetensors").read_bytes()
+    old = [one for one in parse(blob) if one.codec in ("planes", "raw")]
+    assert {one.version for one in old if one.codec == "planes"} == {1}
+    every = [*old, *plain_coded(), *old]
+    for one, found in zip(every, decode_plain(every), strict=True):
+        assert torch.equal(found, decode_tensor(one))

@@ -336,6 +336,15 @@ def test_what_warms_kernels_up_is_a_tensor_in_a_group(device: str, monkeypatch: 
     op.warm_up(device)  # started once in a process
 
 
+def test_an_operation_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(op, "_start_operations", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        op._warm_up.__wrapped__(torch.device("cpu"))
+
+
 def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
     weights = [scaled(13, 61, seed) for seed in range(4)]
     coded = [stored(str(k), quantise(weight, 0.3)) for k, weight in enumerate(weights)]
@@ -367,12 +376,16 @@ def test_streams_in_an_upload_are_not_sent_again(device: str) -> None:
 
 
 def test_what_was_planned_is_decoded_without_triton_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU is planned for before its trial has ended."""
-    monkeypatch.setattr(op, "triton_serves", lambda _: False)
+    """A GPU is planned for before its trial has ended; a CPU is asked for first, and again."""
+    answers = iter([True, False] if torch.device(device).type == "cpu" else [False])
+    monkeypatch.setattr(op, "triton_serves", lambda _: next(answers))
+    planned: list[int] = []
+    monkeypatch.setattr(op, "_planned", lambda coded, _: planned.append(len(coded)))
     monkeypatch.setattr(op, "_start", None)
     coded = [stored(str(k), quantise(scaled(9, 40, k), 0.3)) for k in range(2)]
     codes = op.lattices_of(coded, device)
     assert all(code.to("cpu").equals(lattice_of(one)) for one, code in zip(coded, codes, strict=True))
+    assert planned == [2]
 
 
 def test_escapes_of_many_tensors_are_read_as_those_of_each(device: str) -> None:

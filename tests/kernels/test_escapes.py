@@ -1,6 +1,6 @@
 """Escapes of many tensors: the native library finds what the references in numpy find, and refuses the same."""
 
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import pytest
@@ -72,6 +72,10 @@ def test_weights_of_escapes_are_in_order_and_those_of_decoded_matrices(
         held = data.draw(escapes(rows * pairs, 1))
         codes.append(LatticeTensor(i=i, j=j, escapes=held, step=0.37 * rows, columns=columns))
     together = lattice.escaped_weights_all(codes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lattice, "native", lambda: None)
+        in_numpy = lattice.escaped_weights_all(codes)
+    assert all(map(torch.equal, chain(*together), chain(*in_numpy)))
     for code, (index, value) in zip(codes, together, strict=True):
         for wanted in (code.escaped_weights(), code._escaped_in_numpy()):
             assert torch.equal(index, wanted[0])

@@ -1,18 +1,22 @@
 """Blobs that are read into memory of the manifest's size: the right bytes, or an error, and no memory for a claim."""
 
+import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from birkhoff.pipeline.artifact import readers
+from birkhoff.pipeline.artifact.blob import Blob
 from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.artifact.pull import VERSION_FILE, pull
 from birkhoff.pipeline.artifact.readers import Artifact, CachedArtifact, PulledArtifact, StoredArtifact
 from birkhoff.pipeline.artifact.references import find
-from birkhoff.pipeline.errors import IntegrityError
+from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError
 from birkhoff.pipeline.files import fill_checked
 from birkhoff.pipeline.registry.documents import sha256
 from birkhoff.pipeline.registry.trust import ANY
@@ -103,6 +107,52 @@ def test_a_folder_is_not_believed_how_long_a_file_is(artifacts: list[Any], tmp_p
         IntegrityError, match=f"shard-00001-of-00001.safetensors has 11 bytes, its manifest says {HUGE}"
     ):
         next(PulledArtifact(folder).arriving())
+
+
+def test_the_cache_alone_is_looked_at_before_memory_is_set_aside(artifacts: list[Any]) -> None:
+    """Offline: a store would be asked for what is missing, and refuse a size that lies."""
+    artifact = artifacts[1]
+    artifact._store = None
+    (shard,) = artifact.arriving()
+    claimed = shard.model_copy(update={"bytes": HUGE})
+    artifact.manifest = artifact.manifest.model_copy(update={"shards": (claimed,)})
+    with pytest.raises(IntegrityError, match=f"has 11 bytes, its manifest says {HUGE}: one of them is forged"):
+        list(artifact.arriving())
+    gone(artifact._cache.path(shard.blob))
+    with pytest.raises(ArtifactNotFoundError):
+        list(artifact.arriving())
+
+
+def test_a_shard_arrives_once_all_that_it_needs_is_here(artifacts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own container and its bases', which may be shared; two shards may be one container."""
+    artifact = artifacts[1]
+    needs = {"a": ("a", "base"), "b": ("b",), "c": ("c", "base", "other"), "same": ("b",)}
+    shards = [SimpleNamespace(name=name, blob=own[0], bytes=1, needs=own) for name, own in needs.items()]
+    artifact.manifest = SimpleNamespace(shards=shards, bases=())
+    order = ["other", "c", "b", "base", "a"]
+    seen: list[str] = []
+
+    def fetch(*_: object, **__: object) -> Iterator[Blob]:
+        for digest in order:
+            seen.append(digest)
+            yield Blob(digest=digest, size=1)
+
+    monkeypatch.setattr(readers, "fetch", fetch)
+    found = [(shard.name, list(seen)) for shard in artifact.arriving()]
+    assert found == [("b", order[:3]), ("same", order[:3]), ("c", order[:4]), ("a", order)]
+
+
+def test_a_file_that_comes_in_pieces_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(buffer[:3])
+
+    path = tmp_path / "file"
+    path.write_bytes(BODY)
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Slow(self))
+    out = bytearray(len(BODY))
+    assert fill_checked(memoryview(out), path, sha256(BODY))
+    assert out == BODY
 
 
 def test_only_a_file_of_these_bytes_fills(tmp_path: Path) -> None:

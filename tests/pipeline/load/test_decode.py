@@ -1,6 +1,7 @@
 """Shards decoded in threads, and together: the same results and errors, in bounded pieces."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,3 +122,106 @@ def test_the_device_decides() -> None:
         found: Any = decode.decode_shards(artifact, lambda shards, _: lambda: [None for _ in shards], device)
         assert found.gi_code is way.__code__
         found.close()
+
+
+class Counted(Upload):
+    """Says what is done with it, in order."""
+
+    told: list[str]
+
+    def send(self) -> None:
+        self.told.append(f"send {bytes(self.host[:4]).decode().strip()}")
+        super().send()
+
+    def end(self) -> None:
+        self.told.append("end")
+        super().end()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(Counted, "told", found, raising=False)
+    monkeypatch.setattr(decode, "Upload", Counted)
+    return found
+
+
+def taken(shards: Sequence[list[CodedTensor]], _: Upload | None) -> Callable[[], list[list[str]]]:
+    return lambda: [[coded.name for coded in shard] for shard in shards]
+
+
+def test_each_batch_is_sent_and_released_once(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TOGETHER_BYTES", 35)
+    found: Any = list(decode._decode_together(Artifact(9), taken, CPU))
+    assert [names for _, names in found] == [[str(k)] for k in range(9)]
+    assert sorted(told) == ["end"] * told.count("end") + ["send 0", "send 3", "send 6"]
+
+
+def test_a_batch_is_released_while_others_are_read(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TOGETHER_BYTES", 10)
+    monkeypatch.setattr(decode, "_threads", lambda: 2)
+    asked, released = threading.Event(), threading.Event()
+    monkeypatch.setattr(decode, "warm_up", lambda _: asked.wait(30))  # all reads stand in line before one is used
+    end = Counted.end
+
+    def ended(upload: Counted) -> None:
+        end(upload)
+        released.set()
+
+    monkeypatch.setattr(Counted, "end", ended)
+
+    class Late(Artifact):
+        def arriving(self) -> Iterator[Shard]:
+            yield from super().arriving()
+            asked.set()
+
+        def read_into(self, shard: Shard, out: memoryview) -> None:
+            assert int(shard.blob) < 2 or released.wait(30), "memory of what is done waits for what is not read"
+            super().read_into(shard, out)
+
+    assert len(list(decode._decode_together(Late(8), taken, CPU))) == 8  # type: ignore[arg-type]
+
+
+def test_what_is_queued_waits_until_kernels_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.Event()
+    monkeypatch.setattr(decode, "warm_up", lambda _: time.sleep(0.1) or started.set())
+
+    def take(shards: Sequence[list[CodedTensor]], upload: Upload | None) -> Callable[[], list[list[str]]]:
+        assert upload is not None
+        with upload.decoding():
+            assert started.is_set()
+        return taken(shards, upload)
+
+    assert len(list(decode._decode_together(Artifact(3), take, CPU))) == 3  # type: ignore[arg-type]
+
+
+def test_kernels_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(decode, "warm_up", broken)
+    with pytest.raises(RuntimeError, match="no device"):
+        list(decode._decode_together(Artifact(3), taken, CPU))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shard_of_no_bytes_is_not_its_neighbour(way: Callable[..., Iterator[Any]]) -> None:
+    class Empty(Artifact):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.shards = (self.shards[0], Shard("1", bytes=0), self.shards[2])
+
+        def blob(self, shard: Shard) -> bytes:
+            if not shard.bytes:
+                raise IntegrityError("blob 1 is damaged: 0 bytes")
+            return super().blob(shard)
+
+    with pytest.raises(IntegrityError, match="blob 1 is damaged: 0 bytes"):
+        list(way(Empty(), taken, CPU))
+
+
+def test_more_than_there_is_memory_for_is_refused() -> None:
+    artifact = Artifact(2)
+    artifact.shards = (artifact.shards[0], Shard("1", bytes=1 << 50))
+    with pytest.raises(IntegrityError, match="m@1: blob 0, 1: no memory for the 1125899906842752 bytes that their"):
+        list(decode._decode_together(artifact, taken, CPU))  # type: ignore[arg-type]
