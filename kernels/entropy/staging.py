@@ -135,7 +135,7 @@ class Upload:
 
     def __init__(self, size: int, device: torch.device, ready: Callable[[], object] = lambda: None) -> None:
         """Make room for `size` bytes in host memory. `ready` is called before kernels are queued."""
-        self.device = indexed(device)
+        self.device: torch.device = indexed(device)
         # Whole pages are pinned, so nothing else may be in them.
         self._pages: npt.NDArray[np.uint8] = np.empty(size + 2 * mmap.PAGESIZE, dtype=np.uint8)
         first = -pointer(self._pages) % mmap.PAGESIZE
