@@ -166,17 +166,17 @@ def test_a_node_that_needs_longer_than_ray_allows_starts(monkeypatch: pytest.Mon
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
         "from birkhoff.pipeline.run.cleanup import Family\n"
-        "def stop(name, seconds):\n"
+        "def stop(names, seconds):\n"
         "    held = None\n"
         "    while held is None:\n"
         "        for pid in family.alive():\n"
         "            try: words = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\\0')\n"
         "            except OSError: continue\n"
-        "            if any(word.endswith(name) for word in words): held = pid\n"
+        "            if any(word.endswith(names) for word in words): held = pid\n"
         "    os.kill(held, signal.SIGSTOP); time.sleep(seconds); os.kill(held, signal.SIGCONT)\n"
         "family = Family(sys.argv[1])\n"
-        "stop(b'/raylet', 35)\n"
-        "stop(b'/dashboard/agent.py', 20)\n"
+        "stop((b'/raylet',), 35)\n"
+        "stop((b'/dashboard/agent.py', b'ray::DashboardAgent'), 20)\n"  # the name that it gives itself later
     )
     start = Cluster._start
     helpers: list[subprocess.Popen[bytes]] = []
