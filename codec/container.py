@@ -378,6 +378,7 @@ class Head:
     """What precedes a container's streams: its tensors in the source's order, with the lengths of their streams.
 
     `begins` are the offsets of the tensors' streams from the start of the file, `size` is the size of the container.
+    `text` are the bytes that it was parsed from.
     """
 
     version: int
@@ -385,6 +386,7 @@ class Head:
     parts: tuple[tuple[int, ...], ...]
     begins: tuple[int, ...]
     size: int
+    text: bytes
 
     def tensor(self, number: int, blob: memoryview) -> CodedTensor:
         """Return a stored tensor. Its streams are views of the container `blob`."""
@@ -401,15 +403,18 @@ class Head:
         )
 
 
-def parse(blob: bytes | memoryview) -> list[CodedTensor]:
+def parse(blob: bytes | memoryview, head: Head | None = None) -> list[CodedTensor]:
     """Return the tensors of a container, in the source's order. `parts` are views of `blob`, without copies.
+
+    `head`, if the blob begins with its bytes, is not parsed again.
 
     Raises:
         FormatError: Not a container of this format: truncated, mutated or forged.
         VersionError: Written in a version that this code does not read.
     """
     view = memoryview(blob)
-    head = parse_head(view)
+    if head is None or view[: len(head.text)] != head.text:
+        head = parse_head(view)
     if head.size != len(view):
         raise FormatError(f"container has {len(view)} bytes, its header declares {head.size}")
     return [head.tensor(number, view) for number in range(len(head.entries))]
@@ -451,7 +456,7 @@ def parse_head(head: bytes | memoryview) -> Head:
     if len(head) < size:
         raise FormatError(f"container is truncated: {len(head)} bytes of a header of {size}")
     header, version = _parse_json(bytes(head[:size]))
-    return _head_1(header, size) if version == 1 else _head_2(header, head[size:], size, version)
+    return _head_1(header, head[:size]) if version == 1 else _head_2(header, head, size, version)
 
 
 def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
@@ -475,15 +480,16 @@ def _parse_json(text: bytes) -> tuple[dict[str, object], int]:
     return header, int(version)
 
 
-def _head_2(header: dict[str, object], rest: bytes | memoryview, start: int, version: int) -> Head:
-    """Parse versions 2 and 3: an index and the streams as two stored tensors."""
+def _head_2(header: dict[str, object], head: bytes | memoryview, start: int, version: int) -> Head:
+    """Parse versions 2 and 3: an index and the streams as two stored tensors. The JSON ends at byte `start`."""
     metadata = header.pop("__metadata__")
     if header.keys() != {INDEX, DATA} or metadata != {VERSION_KEY: str(version)}:
         raise FormatError(f"container holds {sorted(header)[:3]!r}, version {version} has {INDEX!r} and {DATA!r} alone")
     (begin, end), (data, last) = _extent(header, INDEX), _extent(header, DATA)
     if begin != 0 or data != end:
         raise FormatError(f"container's index and data begin at bytes {begin} and {data}, expected 0 and {end}")
-    texts = _unpack_index(bytes(rest[:end]))
+    text = bytes(head[: start + end])
+    texts = _unpack_index(text[start:])
     read = [parse_entry(name, text, version=version) for name, text in texts.items()]
     ends = list(accumulate((sum(parts) for _, parts in read), initial=start + data))
     if ends[-1] != start + last:
@@ -494,6 +500,7 @@ def _head_2(header: dict[str, object], rest: bytes | memoryview, start: int, ver
         parts=tuple(parts for _, parts in read),
         begins=tuple(ends[:-1]),
         size=start + last,
+        text=text,
     )
 
 
@@ -530,8 +537,9 @@ def _unpack_index(frame: bytes) -> dict[str, str]:
     return entries
 
 
-def _head_1(header: dict[str, object], start: int) -> Head:
+def _head_1(header: dict[str, object], head: bytes | memoryview) -> Head:
     """Parse version 1: an entry of the metadata and a stored tensor for each tensor."""
+    start = len(head)
     metadata: dict[str, str] = header.pop("__metadata__")  # type: ignore[assignment]
     del metadata[VERSION_KEY]
     if header.keys() != metadata.keys():
@@ -550,6 +558,7 @@ def _head_1(header: dict[str, object], start: int) -> Head:
         parts=tuple(sizes for _, sizes, _ in read),
         begins=tuple(start + begin for begin, _ in spans),
         size=start + position,
+        text=bytes(head),
     )
 
 

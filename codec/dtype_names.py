@@ -49,5 +49,12 @@ def name_of_code(code: str) -> str:
 def width_of_code(code: str) -> int:
     """Return the bytes per element: 4 for `F32`. Raises FormatError for a code that no container can hold."""
     name_of_code(code)
+    return _WIDTHS[code]
+
+
+def _width(code: str) -> int:
     bits = re.search("[0-9]+", code)  # the first number is the width; BOOL has none
     return 1 if bits is None else int(bits[0]) // 8
+
+
+_WIDTHS = {code: _width(code) for code in NAMES}

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 
 import birkhoff.kernels.runtime.first_kernel  # noqa: F401
-from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.container import CodedTensor, Head
 from birkhoff.codec.errors import FormatError
 from birkhoff.codec.native.processors import processors
 from birkhoff.kernels.entropy.op import warm_up
@@ -50,21 +50,27 @@ Take = Callable[[Sequence[list[CodedTensor]], Upload | None], Callable[[], Seque
 returns ends that."""
 
 
-def decode_shards(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+def decode_shards(
+    artifact: Artifact, take: Take[T], device: torch.device, heads: Sequence[Head] = ()
+) -> Iterator[tuple[ShardRecord, T]]:
     """Yield the result of `take` for the tensors of every shard, in the order of completion.
 
-    `device` is where most of the tensors go. For a CPU, `take` runs in threads, on one shard at a time.
+    `device` is where most of the tensors go. For a CPU, `take` runs in threads, on one shard at a time. `heads` are
+    the shards' headers, if they were read.
 
     Raises:
         IntegrityError: A shard is damaged.
         Exception: `take` raised it.
     """
-    return (_decode_together if device.type == "cuda" else _decode_in_threads)(artifact, take, device)
+    known = dict(zip((shard.blob for shard in artifact.manifest.shards), heads, strict=False))
+    return (_decode_together if device.type == "cuda" else _decode_in_threads)(artifact, take, device, known)
 
 
-def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+def _decode_in_threads(
+    artifact: Artifact, take: Take[T], _: torch.device, heads: Mapping[str, Head]
+) -> Iterator[tuple[ShardRecord, T]]:
     def work(shard: ShardRecord) -> T:
-        coded = artifact.coded_of(shard)
+        coded = artifact.coded_in(shard, artifact.blob(shard), heads.get(shard.blob))
         with _told(artifact, [shard]):
             (made,) = take([coded], None)()
         return made
@@ -82,7 +88,9 @@ def _decode_in_threads(artifact: Artifact, take: Take[T], _: torch.device) -> It
             yield from _ended(running)
 
 
-def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) -> Iterator[tuple[ShardRecord, T]]:
+def _decode_together(
+    artifact: Artifact, take: Take[T], device: torch.device, heads: Mapping[str, Head]
+) -> Iterator[tuple[ShardRecord, T]]:
     batches = deque(_batches(artifact.manifest.shards))
     places: dict[str, deque[tuple[_Batch, int]]] = defaultdict(deque)
     for batch in batches:
@@ -100,8 +108,8 @@ def _decode_together(artifact: Artifact, take: Take[T], device: torch.device) ->
 
     def begin() -> None:
         batch = batches.popleft()
-        blobs = [batch.read[number].result() for number in range(len(batch.shards))]
-        coded = [artifact.coded_in(shard, blob) for shard, blob in zip(batch.shards, blobs, strict=True)]
+        blobs = [(shard, batch.read[number].result()) for number, shard in enumerate(batch.shards)]
+        coded = [artifact.coded_in(shard, blob, heads.get(shard.blob)) for shard, blob in blobs]
         with _told(artifact, batch.shards):
             result = take(coded, batch.upload)
         begun.append((batch.shards, last.submit(finish, result, batch.upload)))

@@ -157,9 +157,9 @@ def load_artifact(
     strict: bool = True,
 ) -> list[str]:
     """Run `load_into` for an artifact that is open, with layers made by `maker`. Raises as `load_into`."""
-    names = (entry.name for head in heads(artifact) for entry in head.entries)
-    loading = _Loading(model, names, device, dtype, maker)
-    for _ in decode_shards(artifact, loading.stage, loading.device):
+    found = list(heads(artifact))
+    loading = _Loading(model, (entry.name for head in found for entry in head.entries), device, dtype, maker)
+    for _ in decode_shards(artifact, loading.stage, loading.device, found):
         pass
     loading.check(artifact.label, strict=strict)
     return loading.commit()

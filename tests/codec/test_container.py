@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from birkhoff.codec import container as containers
 from birkhoff.codec.container import head_size, parse, parse_head
 from birkhoff.codec.entropy import rans, tables
 from birkhoff.codec.errors import FormatError, VersionError
@@ -239,6 +240,24 @@ def test_the_index_that_the_others_are_made_from_is_read_from_the_containers_sta
     assert head_size(blob[:size]) == len(blob) - 2
     head = parse_head(blob[:-2])
     assert (head.version, head.size, head.begins, head.parts) == (2, len(blob), (len(blob) - 2,), ((2,),))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_header_is_not_parsed_again_unless_the_bytes_are_others(
+    version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = [container(json.dumps(RAW).encode(), b"ab"), two(AB, b"ab")]
+    blob, other = blobs if version == 1 else reversed(blobs)
+    head, wanted = parse_head(blob), parse(blob)
+    assert blob.startswith(head.text)
+    parsed = []
+    monkeypatch.setattr(containers, "parse_head", lambda start: parsed.append(start) or parse_head(start))
+    assert parse(blob, head) == wanted
+    assert not parsed
+    assert parse(other, head) == parse(other)
+    assert len(parsed) == 2
+    with pytest.raises(FormatError, match="its header declares"):
+        parse(blob + b"x", head)
 
 
 def ans(table: str, *rest: bytes) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.container import CodedTensor, Head
 from birkhoff.codec.errors import FormatError
 from birkhoff.kernels.entropy.plan import ALIGNED
 from birkhoff.kernels.entropy.staging import Upload
@@ -53,7 +53,7 @@ class Artifact:
     def coded_of(self, shard: Shard) -> list[CodedTensor]:
         return self.coded_in(shard, self.blob(shard))
 
-    def coded_in(self, shard: Shard, blob: bytes | memoryview) -> list[CodedTensor]:
+    def coded_in(self, shard: Shard, blob: bytes | memoryview, _: Head | None = None) -> list[CodedTensor]:
         assert int(bytes(blob)) == int(shard.blob)
         return [CodedTensor(name=shard.blob, codec="raw", dtype="U8", shape=(1,), parts=(b"x",))]
 
@@ -82,7 +82,7 @@ def test_every_shard_comes_back_once(way: Callable[..., Iterator[Any]], monkeypa
         return result
 
     artifact = Artifact(40)
-    assert {shard.blob: name for shard, name in way(artifact, take, CPU)} == {str(k): str(k) for k in range(40)}
+    assert {shard.blob: name for shard, name in way(artifact, take, CPU, {})} == {str(k): str(k) for k in range(40)}
     assert sum(sizes) == 40
     if way is decode._decode_together:
         assert order.count("begin") == order.count("end") == len(sizes)
@@ -111,9 +111,9 @@ def test_errors_of_reading_and_of_decoding_come_out(way: Callable[..., Iterator[
         return result
 
     with pytest.raises(IntegrityError, match="blob is damaged"):
-        list(way(Artifact(3, damaged=2), take, CPU))
+        list(way(Artifact(3, damaged=2), take, CPU, {}))
     with pytest.raises(IntegrityError, match=r"m@1: blob .*3.*: tensor '3': code does not end"):
-        list(way(Artifact(9), take, CPU))
+        list(way(Artifact(9), take, CPU, {}))
 
 
 def test_the_device_decides() -> None:
@@ -152,7 +152,7 @@ def taken(shards: Sequence[list[CodedTensor]], _: Upload | None) -> Callable[[],
 
 def test_each_batch_is_sent_and_released_once(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "TOGETHER_BYTES", 35)
-    found: Any = list(decode._decode_together(Artifact(9), taken, CPU))
+    found: Any = list(decode._decode_together(Artifact(9), taken, CPU, {}))
     assert [names for _, names in found] == [[str(k)] for k in range(9)]
     assert sorted(told) == ["end"] * told.count("end") + ["send 0", "send 3", "send 6"]
 
@@ -179,7 +179,7 @@ def test_a_batch_is_released_while_others_are_read(told: list[str], monkeypatch:
             assert int(shard.blob) < 2 or released.wait(30), "memory of what is done waits for what is not read"
             super().read_into(shard, out)
 
-    assert len(list(decode._decode_together(Late(8), taken, CPU))) == 8  # type: ignore[arg-type]
+    assert len(list(decode._decode_together(Late(8), taken, CPU, {}))) == 8  # type: ignore[arg-type]
 
 
 def test_what_is_queued_waits_until_kernels_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_what_is_queued_waits_until_kernels_have_started(monkeypatch: pytest.Mon
             assert started.is_set()
         return taken(shards, upload)
 
-    assert len(list(decode._decode_together(Artifact(3), take, CPU))) == 3  # type: ignore[arg-type]
+    assert len(list(decode._decode_together(Artifact(3), take, CPU, {}))) == 3  # type: ignore[arg-type]
 
 
 def test_kernels_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_kernels_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(decode, "warm_up", broken)
     with pytest.raises(RuntimeError, match="no device"):
-        list(decode._decode_together(Artifact(3), taken, CPU))  # type: ignore[arg-type]
+        list(decode._decode_together(Artifact(3), taken, CPU, {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -217,11 +217,11 @@ def test_a_shard_of_no_bytes_is_not_its_neighbour(way: Callable[..., Iterator[An
             return super().blob(shard)
 
     with pytest.raises(IntegrityError, match="blob 1 is damaged: 0 bytes"):
-        list(way(Empty(), taken, CPU))
+        list(way(Empty(), taken, CPU, {}))
 
 
 def test_more_than_there_is_memory_for_is_refused() -> None:
     artifact = Artifact(2)
     artifact.shards = (artifact.shards[0], Shard("1", bytes=1 << 50))
     with pytest.raises(IntegrityError, match="m@1: blob 0, 1: no memory for the 1125899906842752 bytes that their"):
-        list(decode._decode_together(artifact, taken, CPU))  # type: ignore[arg-type]
+        list(decode._decode_together(artifact, taken, CPU, {}))  # type: ignore[arg-type]

@@ -5,14 +5,18 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import birkhoff
+from birkhoff.codec import container
 from birkhoff.kernels.hyperlinear import HyperLinear
+from birkhoff.pipeline.artifact import readers as artifacts
 from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ModelMismatchError
 from birkhoff.pipeline.load import decode
@@ -107,6 +111,26 @@ def test_a_second_load_needs_no_store(tied: Tied, home: Store, tmp_path: Path) -
     again = birkhoff.load_state_dict("tied", offline=True)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert BlobCache().usage().blobs > 1
+
+
+def test_each_header_is_parsed_once_and_read_by_no_thread(tied: Tied, monkeypatch: pytest.MonkeyPatch) -> None:
+    birkhoff.load_into(Tied(), "tied")
+    parsed, readers = [], set()
+    parse_head, read = container.parse_head, artifacts.CachedArtifact.read_head
+    for module in (container, artifacts):
+        monkeypatch.setattr(module, "parse_head", lambda start: parsed.append(start) or parse_head(start))
+
+    def read_head(self: Any, *words: Any) -> bytes:
+        readers.add(threading.current_thread())
+        return bytes(read(self, *words))
+
+    monkeypatch.setattr(artifacts.CachedArtifact, "read_head", read_head)
+    model = Tied()
+    birkhoff.load_into(model, "tied")
+    with artifacts.open_artifact("tied") as artifact:
+        assert len(parsed) == len(artifact.manifest.shards) > 1
+    assert readers == {threading.current_thread()}
+    assert torch.equal(model.first.dense_weight(torch.float32), birkhoff.load_state_dict("tied")["first.weight"])
 
 
 def test_what_does_not_fit_is_named(tied: Tied) -> None:
