@@ -135,21 +135,26 @@ class LatticeTensor:
 
 def escaped_weights_all(codes: Sequence[LatticeTensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the `escaped_weights` of each matrix, whose escapes are on the CPU, computed together."""
-    index, value, counts = escaped_weights_joined(codes)
-    return list(zip(index.split(counts), value.split(counts), strict=True)) if counts else []
+    if not codes:
+        return []
+    parts = [[getattr(code.escapes, name) for code in codes] for name in ("pair", "i", "j")]
+    pair, i, j = (own[0].contiguous() if len(own) == 1 else torch.cat(own) for own in parts)
+    index, value, counts = escaped_weights_joined(codes, Escapes(pair=pair, i=i, j=j))
+    return list(zip(index.split(counts), value.split(counts), strict=True))
 
 
-def escaped_weights_joined(codes: Sequence[LatticeTensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """Return the `escaped_weights` of matrices, whose escapes are on the CPU: all indices, all values, and how many
-    there are of each matrix."""
+def escaped_weights_joined(codes: Sequence[LatticeTensor], every: Escapes) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the `escaped_weights` of matrices: all indices, all values, and how many there are of each matrix.
+
+    `every` holds their escapes one after the other, on the CPU.
+    """
     library = native()
     if library is None or not codes:
         own = [code._escaped_in_numpy() for code in codes]
         none = [(torch.empty(0, dtype=torch.int64), torch.empty(0))]
         joined = [torch.cat(column) for column in zip(*none, *own, strict=True)]
         return joined[0], joined[1], [len(index) for index, _ in own]
-    parts = [[getattr(code.escapes, name).numpy() for code in codes] for name in ("pair", "i", "j")]
-    pair, i, j = (np.ascontiguousarray(own[0]) if len(own) == 1 else np.concatenate(own) for own in parts)
+    pair, i, j = (part.numpy() for part in (every.pair, every.i, every.j))
     ends = np.cumsum([len(code.escapes) for code in codes], dtype=np.int64)
     columns = np.array([code.columns for code in codes], dtype=np.int64)
     steps = np.array([code.step for code in codes], dtype=np.float32)

@@ -172,8 +172,8 @@ def begin(
         FormatError: As `decode_tensors`, now or when the result is called.
     """
     device = torch.device(device)
-    dense = decode_plain(one for one in coded if not _is_lattice(one))
     lattices = _begin_lattices([one for one in coded if _is_lattice(one)], device, upload)
+    dense = decode_plain(one for one in coded if not _is_lattice(one))  # meanwhile a GPU decodes the others
 
     def result() -> list[LatticeTensor | Tensor]:
         codes, others = iter(lattices()), iter(_moved(dense, device))
@@ -342,7 +342,8 @@ def _streams_of(made: Plan, device: torch.device, upload: Upload | None) -> Tens
 
 def _sent(made: Plan, device: torch.device) -> Tensor:
     """Return the numbers of the plan on the device."""
-    return send([(0, torch.from_numpy(made.numbers).view(torch.uint8))], made.numbers.nbytes, device).view(torch.int64)
+    parts = [(8 * begin, torch.from_numpy(part).view(torch.uint8)) for begin, part in made.numbers.parts]
+    return send(parts, 8 * made.numbers.size, device).view(torch.int64)
 
 
 def _place(queued: Queued, report: _Report) -> None:
@@ -378,20 +379,28 @@ def finish(queued: Queued) -> list[LatticeTensor]:
         raise FormatError(f"{count % (1 << 32)} coordinates are outside int8; fewer than 2^31 are allowed")
     if count > len(report.key):
         report = _listed_again(queued, count)
-    escapes = _escapes(queued.plan, report.outside(count))
-    codes = [_lattice(queued.planes, *one) for one in zip(tensors, escapes, strict=True)]
-    return codes if queued.done is None else _with_weights(codes, queued.planes.device)
+    every, ends = _escapes(queued.plan, report.outside(count))
+    own = [
+        Escapes(pair=every.pair[low:high], i=every.i[low:high], j=every.j[low:high])
+        for low, high in itertools.pairwise([0, *ends])
+    ]
+    codes = [_lattice(queued.planes, *one) for one in zip(tensors, own, strict=True)]
+    return codes if queued.done is None else _with_weights(codes, every, queued.planes.device)
 
 
-def _with_weights(codes: Sequence[LatticeTensor], device: torch.device) -> list[LatticeTensor]:
-    """Return the codes with the weights of their escapes, which go to a GPU together: each copy waits for it."""
-    some = [code for code in codes if len(code.escapes)]
-    index, value, counts = escaped_weights_joined(some)
+def _with_weights(codes: Sequence[LatticeTensor], every: Escapes, device: torch.device) -> list[LatticeTensor]:
+    """Return the codes with the weights of their escapes, which go to a GPU together: each copy waits for it.
+
+    `every` holds all escapes.
+    """
+    if not len(every):
+        return list(codes)
+    index, value, counts = escaped_weights_joined(codes, every)
     joined = [send([(0, part.view(torch.uint8))], part.nbytes, device).view(part.dtype) for part in (index, value)]
     weights = zip(*(_parts(part, counts) for part in joined), strict=True)
     return [
-        replace(code, escapes=replace(code.escapes, weights=next(weights))) if len(code.escapes) else code
-        for code in codes
+        replace(code, escapes=replace(code.escapes, weights=own)) if len(code.escapes) else code
+        for code, own in zip(codes, weights, strict=True)
     ]
 
 
@@ -416,16 +425,15 @@ _Merged = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.int32], list[int
 """Pairs in their tensors; I; J; how many there are up to each tensor's end."""
 
 
-def _escapes(made: Plan, outside: _Outside) -> list[Escapes]:
-    """Return the escapes of each tensor in memory, on the CPU: those that are stored, and those outside int8."""
+def _escapes(made: Plan, outside: _Outside) -> tuple[Escapes, list[int]]:
+    """Return the escapes of all tensors in memory, on the CPU: those that are stored, and those outside int8.
+
+    Also return how many there are up to each tensor's end.
+    """
     begins = np.array([*(tensor.begin for tensor in made.tensors), made.coordinates], dtype=np.int64)
     merge = _native_merge if native() is not None else _merge
     pair, i, j, ends = merge(begins, (made.stored.pair, made.stored.i, made.stored.j), outside)
-    parts = [torch.from_numpy(part) for part in (pair, i, j)]
-    return [
-        Escapes(pair=parts[0][low:high], i=parts[1][low:high], j=parts[2][low:high])
-        for low, high in itertools.pairwise([0, *ends])
-    ]
+    return Escapes(pair=torch.from_numpy(pair), i=torch.from_numpy(i), j=torch.from_numpy(j)), ends
 
 
 def _native_merge(begins: Integers, told: _Told, outside: _Outside) -> _Merged:

@@ -1,6 +1,6 @@
 """Plan the decoding of stored tensors: where their bytes are, and where each block and symbol belongs.
 
-The plan consists of numbers in one array, `Plan.numbers`, which goes to the GPU in one piece. Offsets into it count
+The plan consists of numbers in one array, `Plan.numbers`, which is put together on the GPU. Offsets into it count
 elements from its start. Streams are on the GPU already, with the container that holds them (see `staging.Upload`), or
 they are copied in runs: those that are adjacent in host memory are one copy.
 
@@ -73,7 +73,7 @@ class Plan:
     symbols: int
     coordinates: int
     """Coordinates of all planes, including the padding between them."""
-    numbers: Integers
+    numbers: "Numbers"
     frequencies: slice
     blocks: slice
     descriptions: slice
@@ -176,37 +176,31 @@ def _plan(coded: Sequence[CodedTensor], lanes_a_program: int, sent: Sequence[Run
         programs=numbers.place(_programs(descriptions, lanes_a_program)),
         entries=numbers.place(tables.entries if line else np.zeros(1, np.int64)),  # a launch wants an address
         told=numbers.place(np.concatenate((place, place + strides[stored.tensor]))),
-        numbers=numbers.all(),
+        numbers=numbers,
         held=runs.held,
     )
 
 
 class Numbers:
-    """Arrays that are appended to one array, each at a multiple of 16 bytes. For other alignments
-    Triton would compile the kernels again."""
+    """Parts of one array, each at a multiple of 16 bytes. For other alignments Triton would compile the kernels
+    again."""
 
     def __init__(self) -> None:
-        self._parts: list[Integers] = []
-        self._size = 0
+        self.parts: list[tuple[int, Integers]] = []
+        """Starts, and the numbers from there on. What lies between is never read."""
+        self.size: int = 0
 
     def add(self, part: Integers) -> int:
         """Append an array and return its start."""
-        if self._size % 2:
-            self._parts.append(np.zeros(1, dtype=np.int64))
-            self._size += 1
-        begin = self._size
-        self._parts.append(part.reshape(-1))
-        self._size += part.size
+        begin = self.size + self.size % 2
+        self.parts.append((begin, part.reshape(-1)))
+        self.size = begin + part.size
         return begin
 
     def place(self, part: Integers) -> slice:
         """Append an array and return its place."""
         begin = self.add(part)
         return slice(begin, begin + part.size)
-
-    def all(self) -> Integers:
-        """Return the whole array."""
-        return np.concatenate(self._parts)
 
 
 class _Runs:

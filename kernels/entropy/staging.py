@@ -1,9 +1,10 @@
-"""Copy bytes from host memory to a GPU: few through pieces of pinned memory that are kept, many from where they are.
+"""Copy bytes from host memory to a GPU.
 
-A copy from memory that is not pinned waits for all kernels before it and runs at a seventh of the speed. Making new
-pinned memory takes longer than either, because one thread clears it. So bytes go through pinned pieces: threads fill
-some of them while the GPU copies others. Memory that threads have just filled is pinned in a tenth of that time
-(11 GB/s on a host with an H200), less than the copy to a piece takes.
+A copy from memory that is not pinned waits for the kernels before it and runs at a seventh of the speed. Making new
+pinned memory takes longer than either, because one thread clears it: 3 ms for a piece, in which the driver copies 16 MB
+by itself. So a few megabytes are left to the driver. Memory that threads have just filled is pinned in a tenth of that
+time (11 GB/s on a host with an H200) and copied from where it is. Where the system refuses that, many bytes go through
+pinned pieces that are kept: threads fill some of them while the GPU copies others.
 """
 
 import contextlib
@@ -26,6 +27,12 @@ from birkhoff.kernels.runtime.device import indexed
 
 _PIECE = 4 << 20
 _PIECES = 8
+
+_FEW_BYTES = 16 << 20
+"""Bytes up to which a copy from where they are takes less time than new pinned memory, which is made at 1.5 GB/s."""
+
+_ONE_COPY = 100_000
+"""Bytes that are copied within host memory in the time that one more copy to a GPU takes to begin."""
 
 _LOCK = threading.Lock()
 """Held while something is made for a device, so that threads make it once."""
@@ -114,13 +121,19 @@ def send_into(out: Tensor, parts: Sequence[Part]) -> None:
         for place, part in parts:
             out[place : place + part.numel()] = part
         return
-    straight = [part.is_pinned() for _, part in parts]
+    few = out.numel() <= _FEW_BYTES
+    if few and out.numel() < _ONE_COPY * len(parts):
+        whole = torch.empty(out.numel(), dtype=torch.uint8)
+        for place, part in parts:
+            whole[place : place + part.numel()] = part
+        parts = [(0, whole)]
+    straight = [few or part.is_pinned() for _, part in parts]
     if not any(straight):
         _stage(out.device).send(parts, out)
         return
-    for (place, part), pinned in zip(parts, straight, strict=True):
+    for (place, part), direct in zip(parts, straight, strict=True):
         there = out[place : place + part.numel()]
-        if pinned:
+        if direct:
             there.copy_(part, non_blocking=True)
         else:
             _stage(out.device).send([(0, part)], there)
@@ -170,7 +183,7 @@ class Upload:
                 if self._pinned is not None:
                     self.data.copy_(part, non_blocking=True)
                 else:
-                    _stage(self.device).send([(0, part)], self.data)
+                    send_into(self.data, [(0, part)])
                 self._sent.record()
 
     def end(self) -> None:

@@ -117,8 +117,9 @@ def test_weights_that_are_known_are_not_computed_again(monkeypatch: pytest.Monke
     code = lattice.quantise(torch.randn(7, 130, generator=torch.Generator().manual_seed(0)), 1 / 300)
     assert len(code.escapes)
     none = lattice.quantise(torch.zeros(2, 4), 1.0)
-    assert op._with_weights([none], torch.device("cpu")) == [none]
-    _, known = op._with_weights([none, code], torch.device("cpu"))
+    assert op._with_weights([none], Escapes.none(), torch.device("cpu")) == [none]
+    same, known = op._with_weights([none, code], code.escapes, torch.device("cpu"))
+    assert same == none
     monkeypatch.setattr(lattice, "escaped_weights_all", lambda _: pytest.fail("computed"))
     assert torch.equal(known.decode(), code.decode())
     with pytest.raises(pytest.fail.Exception):

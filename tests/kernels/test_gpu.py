@@ -345,8 +345,11 @@ def test_matrices_are_packed_to_the_references_bytes(rows: int, columns: int, sp
         assert escapes == count
 
 
-def test_bytes_go_to_the_gpu_whatever_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("few", "one_copy"), [(0, 0), (1 << 30, 0), (1 << 30, 1 << 30)])
+def test_bytes_go_to_the_gpu_whatever_their_places(few: int, one_copy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "_PIECE", 1000)
+    monkeypatch.setattr(staging, "_FEW_BYTES", few)
+    monkeypatch.setattr(staging, "_ONE_COPY", one_copy)
     draw = np.random.default_rng(0)
     for pinned in (0.0, 0.5, 1.0):
         parts, place = [], 0
