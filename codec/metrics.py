@@ -17,7 +17,6 @@ depends on an error does not depend on the machine's vectors, on threads, or on 
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor
 
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.survey import PARTS, Array, Bulk, Survey, Surveying, added
+from birkhoff.codec.native.survey import bulk as bulk_of
 
 _CHUNK = 1 << 20
 """Elements processed together, which bounds the float32 copies of a large tensor."""
-
-OUTLIER_RMS = 16.0
-"""Weights above this multiple of the root mean square are outliers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,31 +57,16 @@ def sqnr_db(energy: float, error: float) -> float:
     return 10 * math.log10(energy / error) if energy > 0 and error < math.inf else -math.inf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bulk:
-    """A tensor's weights without outliers: `energy` is their sum w^2, and none exceeds `limit`."""
-
-    energy: float
-    limit: float
-
-
 def bulk(weight: Tensor, energy: float, greatest: float | None = None, *, exact: bool = False) -> Bulk:
     """Return the bulk of real weights of any shape. `limit` is infinite if there are no outliers.
 
     `energy` is sum w^2 of all weights, which every caller has already computed. `greatest` is the greatest |w|, if
     known. `exact` is as in `compare`.
     """
-    found = Bulk(energy=energy, limit=math.inf)
     if not 0 < energy < math.inf:
-        return found
-    if greatest is None:
-        greatest = greatest_of(weight)
-    while True:
-        limit = OUTLIER_RMS * math.sqrt(found.energy / weight.numel())
-        inner = _energy(weight, limit, exact=exact) if greatest > limit else found.energy
-        if not 0 < 2 * inner < found.energy:
-            return found
-        found, greatest = Bulk(energy=inner, limit=limit), limit
+        return Bulk(energy=energy, limit=math.inf)
+    greatest = greatest_of(weight) if greatest is None else greatest
+    return bulk_of(weight.numel(), energy, greatest, lambda limit: _energy(weight, limit, exact=exact))
 
 
 def _energy(weight: Tensor, limit: float, *, exact: bool) -> float:
@@ -152,16 +135,8 @@ def in_parts(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-PARTS = 16
-"""Number of partial sums of a tensor on a CPU. Weight k belongs to sum k mod PARTS."""
-
 _ERRORS = np.dtype([("error", "f8", PARTS), ("absolute", "f8", PARTS), ("most", "f4", PARTS)], align=True)
-_RANGE = np.dtype(
-    [("energy", "f8", PARTS), ("least", "f4", PARTS), ("most", "f4", PARTS), ("broken", "i4")], align=True
-)
 """The same layout as in `native.c`."""
-
-Array = npt.NDArray[np.float32]
 
 
 class Errors:
@@ -186,9 +161,9 @@ class Errors:
     def _add(self, source: Array, decoded: Array) -> None:
         with np.errstate(all="ignore"):
             difference = decoded - source
-            self.sums["error"] = _added(self.sums["error"][0], difference * difference, self.count)
+            self.sums["error"] = added(self.sums["error"][0], difference * difference, self.count)
         size = np.abs(difference)
-        self.sums["absolute"] = _added(self.sums["absolute"][0], size, self.count)
+        self.sums["absolute"] = added(self.sums["absolute"][0], size, self.count)
         self.sums["most"][0, 0] = np.fmax(self.sums["most"][0, 0], np.fmax.reduce(size))
 
     def fidelity(self, energy: float) -> Fidelity:
@@ -202,61 +177,17 @@ class Errors:
         )
 
 
-class Survey(NamedTuple):
-    """The least and the greatest weight, the sum of squares, and whether all weights are whole numbers.
-
-    If a weight is NaN or infinite, so is the energy, and the other fields mean nothing.
-    """
-
-    low: float
-    high: float
-    energy: float
-    whole: bool
-
-    @property
-    def greatest(self) -> float:
-        """The greatest |w|."""
-        return max(-self.low, self.high)
-
-
 def survey(weight: Tensor, limit: float = math.inf) -> Survey:
     """Survey weights that are `in_parts`, in one pass. The sum leaves out squares of those above `limit`."""
-    found = np.zeros(1, dtype=_RANGE)
-    found["least"], found["most"] = math.inf, -math.inf
-    flat, library = weight.detach().reshape(-1), native()
-    for start in range(0, flat.numel(), _CHUNK):
-        w = flat[start : start + _CHUNK].to(torch.float32).contiguous()
-        if library is None:
-            _look(w.numpy(), start, np.float32(limit), found)
-        else:
-            library.birkhoff_survey(w.data_ptr(), w.numel(), start, limit, pointer(found))
-    (sums,) = found
-    return Survey(float(sums["least"].min()), float(sums["most"].max()), math.fsum(sums["energy"]), not sums["broken"])
+    found = Surveying(limit)
+    for part in weight.detach().reshape(-1).split(_CHUNK):
+        found.add(part.to(torch.float32).contiguous().numpy())
+    return found.survey()
 
 
 def greatest_of(weight: Tensor) -> float:
     """Return the greatest |w| of finite weights."""
     return survey(weight).greatest if in_parts(weight) else max(map(abs, to_host(*torch.aminmax(weight))))
-
-
-def _look(weight: Array, first: int, limit: np.float32, found: npt.NDArray[np.void]) -> None:
-    with np.errstate(all="ignore"):
-        squares = np.where(np.abs(weight) > limit, np.float32(0), weight * weight)
-        whole = (np.abs(weight) < np.float32(1 << 31)) & (weight == np.trunc(weight))
-    found["energy"] = _added(found["energy"][0], squares, first)
-    found["least"][0, 0] = np.fmin(found["least"][0, 0], np.fmin.reduce(weight))
-    found["most"][0, 0] = np.fmax(found["most"][0, 0], np.fmax.reduce(weight))
-    found["broken"] |= not whole.all()
-
-
-def _added(sums: npt.NDArray[np.float64], numbers: Array, first: int) -> npt.NDArray[np.float64]:
-    """Return the partial sums [16] after adding a tensor's numbers from `first` on, one after the other."""
-    ahead = first % PARTS
-    rows = np.zeros((1 + -(-(ahead + len(numbers)) // PARTS), PARTS))
-    rows[0] = sums
-    rows[1:].reshape(-1)[ahead : ahead + len(numbers)] = numbers
-    result: npt.NDArray[np.float64] = np.add.accumulate(rows, axis=0)[-1]
-    return result
 
 
 def to_host(*scalars: Tensor) -> list[float]:

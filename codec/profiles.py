@@ -5,7 +5,7 @@ makes other shards. Its result for one tensor is a `Decision`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log10, prod
 from typing import Literal, NamedTuple
@@ -121,6 +121,9 @@ ENCODER_VERSION = 7
 
 PUBLISHED_ERROR_LIMIT = 0.006
 """Mean absolute error above which the published codec leaves a tensor raw."""
+
+_LARGEST_INTEGER = 1 << 24
+"""From here on, float32 holds only whole numbers."""
 
 FALLBACKS = {
     "constant": "all its weights are equal",
@@ -472,6 +475,18 @@ def _mean_gain_db(tensors: Iterable[tuple[str, int, float]]) -> float | None:
     weights, gains = max(parts.values())
     near = gains / weights
     return round(near if abs(near - mean) <= _LIKE_ALL_DB else mean, 2)
+
+
+def unfit(low: float, high: float, whole: Callable[[], bool]) -> str | None:
+    """Return why weights in a range that should be coded cannot be: a key of `FALLBACKS`. Return None if they can.
+
+    `whole` says whether all weights are whole numbers.
+    """
+    if low == high:
+        return "constant"
+    if not 2.0**-60 < max(-low, high) < 2.0**60:
+        return "range"
+    return "integers" if max(-low, high) <= _LARGEST_INTEGER and whole() else None
 
 
 def _uncoded(codec: Codec, shape: tuple[int, ...], dtype: str, min_weights: int) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 from birkhoff.codec import trellis
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor, fixed_point, quantise, quantise_path, tiles
-from birkhoff.codec.metrics import Errors, Fidelity, Survey, bulk, compare, in_parts, sqnr_db, survey, to_host
+from birkhoff.codec.metrics import Errors, Fidelity, bulk, compare, in_parts, sqnr_db, survey, to_host
 from birkhoff.codec.native.library import native, pointer
+from birkhoff.codec.native.survey import Survey
 from birkhoff.codec.pairs import HALF, pairs_per_row
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.trajectory import FARTHEST, reciprocal

@@ -20,9 +20,10 @@ from birkhoff.codec.container import (
 )
 from birkhoff.codec.dtypes import CODED_DTYPES, TORCH_TO_SAFETENSORS, dtype_from_code, dtype_name
 from birkhoff.codec.errors import BaseError, FormatError, TargetError, TensorError
-from birkhoff.codec.metrics import Fidelity, Survey, fidelity, in_parts, survey, to_host
+from birkhoff.codec.metrics import Fidelity, fidelity, in_parts, survey, to_host
+from birkhoff.codec.native.survey import Survey
 from birkhoff.codec.pairs import matrix_shape, pairs_per_row
-from birkhoff.codec.profiles import FALLBACKS, FINEST_DB, TARGET_DB_RANGE, Decision
+from birkhoff.codec.profiles import FALLBACKS, FINEST_DB, TARGET_DB_RANGE, Decision, unfit
 
 LEAST_PATH = 1 << 12
 """Size in weights from which trellis paths are searched. On fewer, the start of a run costs what it gains."""
@@ -37,9 +38,6 @@ single nodes'. At rest they cost no more. Above 39 dB there are more, and HyperL
 
 _TOGETHER = 1 << 22
 """Weights of tensors whose byte planes are unpacked together: few enough that the planes take little memory."""
-
-_LARGEST_INTEGER = 1 << 24
-"""From here on, float32 holds only whole numbers."""
 
 _LOOK = 1 << 10
 
@@ -267,12 +265,7 @@ def fallback(matrix: Tensor, seen: Survey | None = None) -> str | None:
     `seen` is the survey of finite weights, if there was one.
     """
     low, high = to_host(*torch.aminmax(matrix)) if seen is None else (seen.low, seen.high)
-    if low == high:
-        return "constant"
-    if not 2.0**-60 < max(-low, high) < 2.0**60:
-        return "range"
-    whole = max(-low, high) <= _LARGEST_INTEGER and (_whole(matrix) if seen is None else seen.whole)
-    return "integers" if whole else None
+    return unfit(low, high, lambda: _whole(matrix) if seen is None else seen.whole)
 
 
 def _whole(matrix: Tensor) -> bool:

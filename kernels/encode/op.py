@@ -16,7 +16,8 @@ from torch import Tensor
 from birkhoff.codec import lattice, rate
 from birkhoff.codec.errors import TargetError
 from birkhoff.codec.lattice import LatticeTensor
-from birkhoff.codec.metrics import OUTLIER_RMS, Fidelity, bulk, fidelity
+from birkhoff.codec.metrics import Fidelity, bulk, fidelity
+from birkhoff.codec.native.survey import OUTLIER_RMS
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.codec.rate import TOLERANCE_DB
 from birkhoff.codec.trajectory import LOW, Escapes

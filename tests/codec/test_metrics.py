@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birkhoff.codec import metrics
-from birkhoff.codec.metrics import OUTLIER_RMS, Errors, Survey, bulk, compare, fidelity, sqnr_db, survey
+from birkhoff.codec.metrics import Errors, bulk, compare, fidelity, sqnr_db, survey
 from birkhoff.codec.native import library
+from birkhoff.codec.native.survey import OUTLIER_RMS, Survey
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

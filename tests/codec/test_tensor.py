@@ -14,7 +14,8 @@ from birkhoff.codec import paper, rate, rest
 from birkhoff.codec import tensor as tensor_module
 from birkhoff.codec.container import CodedTensor, LatticeParams, parse, serialise
 from birkhoff.codec.errors import BirkhoffError, FormatError, TargetError, TensorError, VersionError
-from birkhoff.codec.metrics import OUTLIER_RMS, bulk, fidelity
+from birkhoff.codec.metrics import bulk, fidelity
+from birkhoff.codec.native.survey import OUTLIER_RMS
 from birkhoff.codec.profiles import FINEST_DB, PROFILES, Decision
 from birkhoff.codec.tensor import decode_plain, decode_tensor, encode_tensors, is_matrix, lattice_of
 from tests.codec.by_profile import encode_tensor
