@@ -58,3 +58,6 @@ def _width(code: str) -> int:
 
 
 _WIDTHS = {code: _width(code) for code in NAMES}
+
+ITEM_BYTES: dict[str, int] = {name: _WIDTHS[code] for code, name in NAMES.items()}
+"""Bytes per element, by torch's names."""

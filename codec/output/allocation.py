@@ -52,13 +52,11 @@ class Felt:
     left: float = 1.0
 
 
-def root_mean_square(weight: Tensor, greatest: float | None = None) -> float:
-    """Return the root mean square of the bulk of real weights (see `metrics`), of any shape and dtype, in their unit.
-
-    `greatest` is the greatest |w|, if known.
-    """
+def root_mean_square(weight: Tensor) -> float:
+    """Return the root mean square of the bulk of real weights (see `metrics`), of any shape and dtype, in their
+    unit."""
     energy = sum(float(part.to(weight.dtype).double().square().sum()) for part in weight.reshape(-1).split(1 << 20))
-    return math.sqrt(bulk(weight, energy, greatest).energy / max(1, weight.numel()))
+    return math.sqrt(bulk(weight, energy).energy / max(1, weight.numel()))
 
 
 def gains_db(tensors: Mapping[str, Felt]) -> dict[str, float]:

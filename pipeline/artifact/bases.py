@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from birkhoff.codec.budget import Grid
 from birkhoff.codec.container import CodedTensor, Entry, fits
 from birkhoff.codec.errors import FormatError
-from birkhoff.codec.pairs import matrix_shape
 from birkhoff.codec.profiles import TARGET_DB_RANGE
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
@@ -18,6 +16,7 @@ from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError
 from birkhoff.pipeline.plan.estimate import Based
+from birkhoff.pipeline.plan.grid import Grid
 from birkhoff.pipeline.plan.manifest import AUTO, Manifest
 from birkhoff.pipeline.plan.models import Planned, matches_plan
 from birkhoff.pipeline.plan.shards import ModelPlan
@@ -65,6 +64,8 @@ class BaseVersion:
         return [plan for plan in planned.plan.tensors if plan.decision.action == "coded" and self._fits(plan)]
 
     def _fits(self, plan: TensorPlan) -> bool:
+        from birkhoff.codec.pairs import matrix_shape  # with torch
+
         entry, _ = self.entries.get(plan.tensor.name, (None, 0))
         return entry is not None and fits(entry, plan.tensor.shape, matrix_shape(plan.tensor.shape)[1])
 
@@ -236,6 +237,7 @@ def _shares(base: BaseVersion, planned: Planned, plans: Sequence[ModelPlan]) -> 
     """The share under each of some plans of the same tensors."""
     from birkhoff.codec.difference.encode import path_of  # which loads torch
     from birkhoff.codec.difference.find import estimates
+    from birkhoff.codec.pairs import matrix_shape
     from birkhoff.codec.tensor import lattice_of
 
     fitting = base.fitting(planned)

@@ -11,9 +11,8 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch import Tensor, UntypedStorage, serialization
 
-from birkhoff.codec.dtypes import TORCH_TO_SAFETENSORS
+from birkhoff.codec.dtypes import DTYPES, TORCH_TO_SAFETENSORS
 from birkhoff.pipeline.artifact.readers import Artifact, TensorRow, inspect
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES
 from birkhoff.pipeline.errors import IntegrityError, OutputError
 from birkhoff.pipeline.files import atomic_output
 

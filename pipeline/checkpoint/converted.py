@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, check_total, extent_bytes
+from birkhoff.codec.dtype_names import ITEM_BYTES
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, check_total, extent_bytes
 from birkhoff.pipeline.checkpoint.pickle_vetting import (
     ELEMENT_BYTES,
     MAX_PICKLE_BYTES,
@@ -36,6 +35,9 @@ from birkhoff.pipeline.checkpoint.torch_zip import open_zip
 from birkhoff.pipeline.errors import OutputError, SourceError
 from birkhoff.pipeline.files import atomic_path, file_sha256, shortage
 from birkhoff.pipeline.text import first_line, shown
+
+if TYPE_CHECKING:
+    import torch
 
 # The pickles: magic number, protocol version, system facts, state dict, storage keys. The storages' bytes follow.
 _LEGACY_PICKLES = 5
@@ -102,8 +104,10 @@ def open_legacy(path: Path, legacy: Legacy, cache: Path, under: str | None = Non
     return _open_copy(path, target)
 
 
-def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> dict[str, torch.Tensor]:
+def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> "dict[str, torch.Tensor]":
     """Return the tensors of a state dict, on storages read from the file."""
+    from birkhoff.codec.dtypes import DTYPES  # reading headers must not import torch
+
     size = path.stat().st_size
     claimed = sum(count * _itemsize(path, dtype) for dtype, count in legacy.contents.storages.values())
     if claimed > size:
@@ -115,7 +119,7 @@ def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> dict[str, torc
     storages: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, note in state.tensors.items():
-        storage, itemsize = note.storage, DTYPES[note.dtype].itemsize
+        storage, itemsize = note.storage, ITEM_BYTES[note.dtype]
         if storage is None:  # a flaw, which was refused before
             raise SourceError(f"{path}: tensor {shown(name)} has no storage in the file; save it again")
         nbytes = legacy.contents.storages[storage.key][1] * _itemsize(path, storage.dtype)
@@ -158,8 +162,10 @@ def _places(path: Path, legacy: Legacy, size: int) -> dict[str, int]:
     return places
 
 
-def _read_storage(path: Path, place: int | None, nbytes: int) -> torch.Tensor:
+def _read_storage(path: Path, place: int | None, nbytes: int) -> "torch.Tensor":
     """Return the bytes of a storage. A storage that the file does not list is zeros, never uninitialised memory."""
+    import torch
+
     storage = torch.zeros(nbytes, dtype=torch.uint8)
     if place is not None and nbytes:
         with path.open("rb") as file:
@@ -175,8 +181,10 @@ def _itemsize(path: Path, dtype: str) -> int:
     raise SourceError(f"{path}: a legacy checkpoint with storages of {shown(dtype)}; load it and torch.save it again")
 
 
-def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, torch.Tensor]) -> None:
+def _write_copy(path: Path, target: Path, state: StateDict, tensors: "dict[str, torch.Tensor]") -> None:
     """Write tied weights once, and put into the metadata what safetensors cannot express."""
+    from safetensors.torch import save_file
+
     stored: dict[tuple[object, ...], str] = {}
     names: list[tuple[str, str]] = []
     for name, tensor in tensors.items():
@@ -193,7 +201,7 @@ def _write_copy(path: Path, target: Path, state: StateDict, tensors: dict[str, t
         ) from error
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _own(tensor: "torch.Tensor") -> "torch.Tensor":
     """Return the tensor on its own storage, as safetensors requires; a view is copied."""
     dense = tensor.detach().contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()

@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from birkhoff.codec.dtype_names import NAMES
+from birkhoff.codec.dtype_names import ITEM_BYTES
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import shown
 
 CheckpointFormat = Literal["torch-zip", "torch-legacy", "safetensors"]
-
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES.values()}
-"""Dense, real types that a weight can have. Complex, quantised and packed 4-bit types are refused by name."""
 
 # PyTorch's kernels support at most 64 dimensions.
 _MAX_DIMS = 64
@@ -37,7 +32,7 @@ class StoredTensor:
     name: str
     """State-dict key after unnesting, such as `image_encoder.blocks.0.attn.qkv.weight`."""
     dtype: str
-    """Name of the torch dtype without `torch.`, a key of `DTYPES`."""
+    """Name of the torch dtype without `torch.`, a key of `ITEM_BYTES`."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     """In elements. Contiguous in nearly all files, but `.pth` files can contain views."""
@@ -53,7 +48,7 @@ class StoredTensor:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the elements without gaps."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +103,11 @@ def check_tensor(path: Path, name: str, dtype: str, shape: Sequence[int], stride
     label = f"{path}: tensor {shown(name)}"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise SourceError(f"{label} has a name that is not valid text; the file is forged")
-    if dtype not in DTYPES:
+    if dtype not in ITEM_BYTES:  # complex, quantised and packed 4-bit types
         raise SourceError(f"{label} is {dtype}, expected a dense real dtype; convert it and save again")
     if len(shape) > _MAX_DIMS:
         raise SourceError(f"{label} has {len(shape)} dimensions, at most {_MAX_DIMS} exist; the file is forged")
-    itemsize = DTYPES[dtype].itemsize
+    itemsize = ITEM_BYTES[dtype]
     full = itemsize * math.prod(shape)
     if full > max(extent_bytes(shape, stride, itemsize), _MAX_EXPANDED_BYTES):
         raise SourceError(

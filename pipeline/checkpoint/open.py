@@ -10,17 +10,20 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from birkhoff.codec.dtype_names import ITEM_BYTES
 from birkhoff.pipeline.checkpoint.converted import open_legacy, read_legacy, unpack_checkpoint
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, CheckpointFormat, StoredTensor, extent_bytes
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, CheckpointFormat, StoredTensor, extent_bytes
 from birkhoff.pipeline.checkpoint.safetensors import open_safetensors, open_sharded
 from birkhoff.pipeline.checkpoint.sniff import Content, sniff, suffix_remark
 from birkhoff.pipeline.checkpoint.torch_zip import is_torch_zip, open_torch_zip
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.files import file_sha256
 from birkhoff.pipeline.text import first_line, shown
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoint", "CheckpointFormat", "StoredTensor", "open_checkpoint", "read_tensor", "source_digest"]
 
@@ -52,7 +55,7 @@ def open_checkpoint(path: Path | str, *, cache: Path | None = None, under: str |
         raise SourceError(f"{path}: cannot be read ({first_line(error)}); check path and permissions") from error
 
 
-def read_tensor(tensor: StoredTensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+def read_tensor(tensor: StoredTensor, memory: "torch.Tensor | None" = None) -> "torch.Tensor":
     """Read one tensor: contiguous, on the CPU, with its stored dtype and shape.
 
     It lies in its own memory, or, if it is stored contiguous, at the beginning of `memory` (uint8, at least its bytes).
@@ -61,9 +64,13 @@ def read_tensor(tensor: StoredTensor, memory: torch.Tensor | None = None) -> tor
         SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum; the
             tensor's strides lead out of its bytes.
     """
+    import torch  # headers are read without it
+
+    from birkhoff.codec.dtypes import DTYPES
+
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")
-    if extent_bytes(tensor.shape, tensor.stride, DTYPES[tensor.dtype].itemsize) > tensor.nbytes:
+    if extent_bytes(tensor.shape, tensor.stride, ITEM_BYTES[tensor.dtype]) > tensor.nbytes:
         raise SourceError(f"{tensor.path}: tensor {shown(tensor.name)} reaches beyond its {tensor.nbytes} bytes")
     raw = torch.empty(tensor.nbytes, dtype=torch.uint8) if memory is None else memory[: tensor.nbytes]
     view = raw.numpy().data

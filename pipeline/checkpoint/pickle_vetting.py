@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from birkhoff.codec.dtype_names import ITEM_BYTES
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.checkpoint import pickle_reader
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, check_tensor
+from birkhoff.pipeline.checkpoint.descriptors import check_tensor
 from birkhoff.pipeline.errors import SourceError, UnsafeSourceError
 from birkhoff.pipeline.text import shown
 
@@ -88,7 +89,7 @@ class Table:
 
 ELEMENT_BYTES = {
     "": 1,
-    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
+    **ITEM_BYTES,
     **{"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4},
 }
 """Bytes of a storage's element by the dtype that a pickle gives it, empty for bytes; also for types that weights

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from birkhoff.codec import strict_json
-from birkhoff.codec.dtype_names import NAMES
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, StoredTensor, check_tensor, contiguous_stride
+from birkhoff.codec.dtype_names import ITEM_BYTES, NAMES
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor, check_tensor, contiguous_stride
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line, shown
 
@@ -137,8 +137,8 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
         raise SourceError(f"{label} lies at {shown(span)}, expected [begin, end]; save the file again")
     dtype = NAMES.get(str(entry["dtype"]), str(entry["dtype"]))
     stride = contiguous_stride(shape)
-    check_tensor(path, name, shown(dtype) if dtype not in DTYPES else dtype, shape, stride)
-    nbytes = DTYPES[dtype].itemsize * math.prod(shape)
+    check_tensor(path, name, shown(dtype) if dtype not in ITEM_BYTES else dtype, shape, stride)
+    nbytes = ITEM_BYTES[dtype] * math.prod(shape)
     if span[1] - span[0] != nbytes:
         raise SourceError(
             f"{label} of {dtype}{shown(shape)} needs {nbytes} bytes, its offsets span {span[1] - span[0]};"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, StoredTensor, check_total, extent_bytes
+from birkhoff.codec.dtype_names import ITEM_BYTES
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor, check_total, extent_bytes
 from birkhoff.pipeline.checkpoint.pickle_vetting import MAX_PICKLE_BYTES, TensorNote, find_state_dict, read_pickles
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line, shown
@@ -164,7 +165,7 @@ def _descriptor(path: Path, name: str, tensor: TensorNote, storages: dict[str, _
             f"{path}: tensor {shown(name)} has no storage in the file"
             f" ({shown(f'data/{tensor.storage.key}' if tensor.storage else '')}); save it again"
         )
-    itemsize = DTYPES[tensor.dtype].itemsize
+    itemsize = ITEM_BYTES[tensor.dtype]
     nbytes = extent_bytes(tensor.shape, tensor.stride, itemsize)
     start = (tensor.storage.start + tensor.start) * itemsize if nbytes else 0
     if start + nbytes > record.nbytes:

@@ -157,13 +157,12 @@ def compress(
             choice.ahead(outlook.new_bytes, workers=outlook.complete)
             from birkhoff.pipeline.report.recorder import Recorder
             from birkhoff.pipeline.run.compress import compress as run_all
-            from birkhoff.pipeline.run.inline import InlineExecutor
             from birkhoff.pipeline.run.outcome import Executor
             from birkhoff.pipeline.shard.task import Reuse
 
             def start(demand: Demand) -> Executor:
                 started = choice.start(demand)
-                if isinstance(started, InlineExecutor):
+                if choice.in_threads:
                     record.note_option("executor", ExecutorName.INLINE.value)
                 return record.watch(started)
 

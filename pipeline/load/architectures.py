@@ -8,13 +8,14 @@ import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from birkhoff.pipeline.errors import BuilderError
 from birkhoff.pipeline.families import CONFIG_FILE
 from birkhoff.pipeline.load.published import Shapes, is_member, member
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SIZES = {768: "b", 1024: "l", 1280: "h"}
 """The published size by the width of the image encoder."""
@@ -65,7 +66,7 @@ _MEMORY_2_1 = "no_obj_embed_spatial"
 """A tensor of SAM 2.1's memory for videos, which SAM 2 lacks. Their image models are alike."""
 
 
-def known(label: str, shapes: Shapes, upstream: Path | None = None) -> nn.Module:
+def known(label: str, shapes: Shapes, upstream: Path | None = None) -> "nn.Module":
     """Return an untrained model of the architecture that has these tensors.
 
     Args:
@@ -104,7 +105,7 @@ def package(name: str, why: str) -> ModuleType:
         raise BuilderError(f"{why}, and {wheel} cannot be imported ({error}): pip install {wheel}") from None
 
 
-def _sam(label: str, shapes: Shapes) -> nn.Module | None:
+def _sam(label: str, shapes: Shapes) -> "nn.Module | None":
     if not _RELATIVE & shapes.keys():
         return None
     published = _SIZES.get(_width(shapes, _PATCH_BIASES[0]))
@@ -120,7 +121,7 @@ def _sam(label: str, shapes: Shapes) -> nn.Module | None:
     return theirs
 
 
-def _sam2(label: str, shapes: Shapes) -> nn.Module | None:
+def _sam2(label: str, shapes: Shapes) -> "nn.Module | None":
     published = _size_2(shapes, "image_encoder.trunk", "patch_embed.proj.bias")
     if published and importlib.util.find_spec("sam2"):
         module = package("sam2.build_sam", f"{label} is SAM 2 ({published}) in the names of sam2")

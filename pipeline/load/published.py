@@ -22,11 +22,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from birkhoff.pipeline.errors import BuilderError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a checkpoint's or an artifact's tensors, by name."""
@@ -166,7 +167,7 @@ def is_member(shapes: Shapes) -> bool:
     return any(one.fits(shapes) for one in MEMBERS)
 
 
-def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | None:
+def member(label: str, shapes: Shapes, upstream: Path | None) -> "nn.Module | None":
     """Return an untrained model of the published member with these tensors; None if there is none.
 
     Args:
@@ -181,7 +182,7 @@ def member(label: str, shapes: Shapes, upstream: Path | None) -> nn.Module | Non
     return None if found is None else _build(label, found, upstream)
 
 
-def _build(label: str, found: Member, upstream: Path | None) -> nn.Module:
+def _build(label: str, found: Member, upstream: Path | None) -> "nn.Module":
     with _on_path(upstream):
         for code in found.codes:
             # We look for packages, but for a repository only if it was named, because its modules have common names.

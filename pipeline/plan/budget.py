@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from birkhoff.codec.budget import Floats, Grid, highest
+from birkhoff.pipeline.plan.grid import Floats, Grid, highest
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.registry.documents import ShardRecord
 

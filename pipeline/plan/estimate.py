@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from birkhoff.codec.budget import Grid
 from birkhoff.codec.dtype_names import is_float
 from birkhoff.codec.errors import BirkhoffError, FormatError
 from birkhoff.codec.native.library import native
@@ -24,6 +23,7 @@ from birkhoff.pipeline.download.resolve import NotDownloaded, peek
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError, SourceError, failure_of
 from birkhoff.pipeline.paths import source_cache
 from birkhoff.pipeline.plan.budget import lowest_step
+from birkhoff.pipeline.plan.grid import Grid
 from birkhoff.pipeline.plan.manifest import Manifest, ModelEntry
 from birkhoff.pipeline.plan.models import Planned, check_rules, coded_alike, matches_plan, plan_checkpoint
 from birkhoff.pipeline.plan.output_search import PROBES, START_DB

@@ -10,7 +10,7 @@ The search always starts at the same target, whatever was published before, so t
 import math
 from dataclasses import dataclass, field
 
-from birkhoff.codec.budget import Grid
+from birkhoff.pipeline.plan.grid import Grid
 
 RESOLUTION_DB = 0.25
 """Distance between targets that are tried, dB: about 0.8 % of a version's bytes."""

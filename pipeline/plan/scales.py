@@ -11,20 +11,22 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from birkhoff.codec.metrics import in_parts, survey
+from birkhoff.codec.dtype_names import ITEM_BYTES
 from birkhoff.codec.native.library import native, pointer
-from birkhoff.codec.output.allocation import root_mean_square
-from birkhoff.codec.tensor import fallback
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, StoredTensor
+from birkhoff.codec.native.survey import Survey, bulk, survey
+from birkhoff.codec.profiles import unfit
+from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 BLOCKS = 64
 BLOCK = 256
@@ -53,25 +55,43 @@ def scales_of(tensors: Iterable[StoredTensor]) -> dict[str, float]:
     return found
 
 
-def _scale(sample: Tensor) -> float:
-    if not sample.numel():
+def _scale(sample: Floats | Doubles) -> float:
+    with np.errstate(all="ignore"):
+        squares = np.square(sample, dtype=np.float64)
+    energy = float(squares.sum())
+    if not sample.size or not math.isfinite(energy):
         return 0.0
-    seen = survey(sample) if in_parts(sample) else None
-    # Squares of weights above 2^64 are infinite in a survey too. They are out of range in any case.
-    finite = bool(sample.isfinite().all()) if seen is None else math.isfinite(seen.energy)
-    if not finite or fallback(sample, seen) is not None:
+    seen = survey(sample) if _is_single(sample) else _doubles(sample, energy)
+    if unfit(seen.low, seen.high, lambda: seen.whole) is not None:
         return 0.0
-    return root_mean_square(sample, None if seen is None else seen.greatest)
+
+    def within(limit: float) -> float:
+        return survey(sample, limit).energy if _is_single(sample) else float(squares[np.abs(sample) <= limit].sum())
+
+    return math.sqrt(bulk(sample.size, energy, seen.greatest, within).energy / sample.size)
 
 
-def _sample(tensor: StoredTensor, file: int) -> Tensor:
-    """Return weights of a tensor, [S], with its dtype: as they lie in its file, or all of a view."""
+def _is_single(sample: Floats | Doubles) -> TypeGuard[Floats]:
+    return sample.dtype == np.float32
+
+
+def _doubles(sample: Floats | Doubles, energy: float) -> Survey:
+    whole = bool((sample == np.trunc(sample)).all())
+    return Survey(low=float(sample.min()), high=float(sample.max()), energy=energy, whole=whole)
+
+
+def _sample(tensor: StoredTensor, file: int) -> Floats | Doubles:
+    """Return weights of a tensor, [S]: as they lie in its file, or all of a view. Shorter types become float32."""
     if tensor.nbytes != tensor.dense_bytes:
-        return read_tensor(tensor).reshape(-1)
-    dtype = DTYPES[tensor.dtype]
-    body = _read(tensor, file, dtype.itemsize)
-    whole = body[: len(body) // dtype.itemsize * dtype.itemsize]  # all of it, unless the file became shorter
-    return torch.frombuffer(whole, dtype=dtype) if whole else torch.zeros(0, dtype=dtype)
+        view = read_tensor(tensor).reshape(-1)
+        return np.asarray(view if tensor.dtype == "float64" else view.float())
+    size = ITEM_BYTES[tensor.dtype]
+    body = _read(tensor, file, size)
+    whole = body[: len(body) // size * size]  # all of it, unless the file became shorter
+    if tensor.dtype == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(whole, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    found: Floats | Doubles = np.frombuffer(whole, tensor.dtype)
+    return found.astype(np.float32) if tensor.dtype == "float16" else found
 
 
 def _read(tensor: StoredTensor, file: int, size: int) -> bytearray:

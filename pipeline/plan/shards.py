@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from math import prod
 
-from birkhoff.codec.dtype_names import is_float
-from birkhoff.codec.dtypes import CODED_DTYPES, dtype_name
-from birkhoff.codec.output.allocation import Felt, gains_db
+from birkhoff.codec.dtype_names import CODED_NAMES, is_float
 from birkhoff.codec.profiles import Header, Override, Profile, scale_gains_db
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor
 from birkhoff.pipeline.errors import SourceError
@@ -54,6 +52,8 @@ class ModelPlan:
 
     def with_statistics(self, statistics: StatisticsRecord) -> "ModelPlan":
         """Return the plan with targets derived from the sensitivity of the model's outputs to each tensor."""
+        from birkhoff.codec.output.allocation import Felt, gains_db  # with torch
+
         felt = {
             tensor.name: Felt(
                 weights=prod(tensor.shape),
@@ -142,7 +142,7 @@ def plan_model(
         held = ", ".join(sorted({tensor.dtype for tensor in tensors}))
         raise SourceError(
             f"{checkpoint.path}: the {len(tensors)} tensors of model {name!r} are {held}; coded are "
-            f"{', '.join(sorted(map(dtype_name, CODED_DTYPES)))}: point `source` at the weights in one of these types"
+            f"{', '.join(sorted(CODED_NAMES))}: point `source` at the weights in one of these types"
         )
     profile = profile.of_model(_headers(tensors))
     decisions = decide(_headers(tensors), profile, overrides or {})

@@ -17,7 +17,7 @@ import jinja2
 from birkhoff.pipeline.plan.shards import block_of
 from birkhoff.pipeline.report.charts import HEIGHT, WIDTH, Chart, charts, share_path
 from birkhoff.pipeline.report.document import LayerRecord, ModelRecord, RunReport
-from birkhoff.pipeline.shard.validate import PROBE_LIMIT
+from birkhoff.pipeline.shard.task import PROBE_LIMIT
 from birkhoff.pipeline.text import fixed, shape, short, size
 
 _HERE = Path(__file__).parent

@@ -29,8 +29,7 @@ from birkhoff.pipeline.run.environment import environment
 from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Executor, Outcome
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.shard.run import ShardSizes
-from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.shard.task import ShardSizes, ShardTask
 from birkhoff.pipeline.statistics.task import Statistics
 from birkhoff.pipeline.store.base import Store
 from birkhoff.pipeline.text import first_line
@@ -85,6 +84,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._writing: Future[None] | None = None
         self._began = False
+        self._gpus: tuple[str, ...] = ()
         self.written: bool = False
 
     def follow(self, runs: Sequence[ModelRun]) -> None:
@@ -98,7 +98,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def watch(self, executor: Executor) -> Executor:
         """Return a wrapper of the executor that records outcomes as they pass."""
         self._began = True
-        return _Watched(executor, self._note, self._read_published, self._begin)
+        return _Watched(executor, self._note, self._read_published, self._ended)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         broken = self._began and isinstance(error, BirkhoffError) and not isinstance(error, StoreError)
@@ -113,6 +113,10 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._layers.stopping.set()
             for threads in (self._reader, self._writer):
                 threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ended(self, executor: Executor) -> None:
+        self._gpus = tuple(executor.gpus().values())
+        self._begin()
 
     def _begin(self) -> None:
         """Begin to write the report, unless everything was up to date: beside the end of the executor."""
@@ -155,7 +159,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "started": self._clock.started,
             "store": self._store.url,
             "settings": {**settings, **self._options},
-            "environment": environment(),
+            "environment": environment(self._gpus),
         }
 
     def _note(self, outcome: Outcome) -> None:
@@ -241,15 +245,15 @@ class Recorder(AbstractContextManager["Recorder"]):
 
 
 class _Watched(AbstractContextManager["_Watched"]):
-    """Calls `note` with each outcome, `taken` before and after the run takes it, and `ended` before the executor
-    ends without an error."""
+    """Calls `note` with each outcome, `taken` before and after the run takes it, and `ended` with the executor before
+    that ends without an error."""
 
     def __init__(
         self,
         executor: Executor,
         note: Callable[[Outcome], None],
         taken: Callable[[], None],
-        ended: Callable[[], None],
+        ended: Callable[[Executor], None],
     ) -> None:
         self._executor, self._note, self._taken, self._ended = executor, note, taken, ended
 
@@ -259,8 +263,11 @@ class _Watched(AbstractContextManager["_Watched"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None:
-            self._ended()
+            self._ended(self._executor)
         self._executor.__exit__(kind, error, at)
+
+    def gpus(self) -> dict[str, str]:
+        return self._executor.gpus()
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         self._taken()

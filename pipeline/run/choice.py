@@ -1,7 +1,7 @@
 """Choose how a run's tasks are executed: by Ray's workers, or in threads of this process.
 
-Ray takes seconds to start. So it starts as soon as it is known to be needed, before torch is imported and models are
-planned.
+Ray takes seconds to start. So it starts as soon as it is known to be needed, before models are planned. Its driver
+imports no torch, which takes two seconds.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,8 @@ class Choice(AbstractContextManager["Choice"]):
     ) -> None:
         self._store, self._ray, self._address, self._workers = store, ray, address, workers
         self._seconds, self._told = shard_seconds, told
+        self.in_threads: bool = False
+        """Whether `start` chose threads of this process."""
         self._cluster: Cluster | None = None
         self._failed: ClusterError | None = None
 
@@ -66,10 +68,9 @@ class Choice(AbstractContextManager["Choice"]):
 
     def start(self, demand: Demand) -> "Executor":
         """Return the executor for a demand. Raises ClusterError if Ray is needed and does not start."""
-        from birkhoff.pipeline.run.inline import InlineExecutor
-        from birkhoff.pipeline.run.ray import RayExecutor
-
         if self._cluster is not None or self._takes_ray(demand):
+            from birkhoff.pipeline.run.ray import RayExecutor
+
             try:
                 return RayExecutor(
                     self._store,
@@ -82,6 +83,9 @@ class Choice(AbstractContextManager["Choice"]):
                 if self._ray or self._address is not None:
                     raise
                 self._told(error.reason)
+        from birkhoff.pipeline.run.inline import InlineExecutor  # with torch, which Ray's driver does not need
+
+        self.in_threads = True
         return InlineExecutor(self._store, workers=self._workers, gpu=demand.gpu)
 
     def _takes_ray(self, demand: Demand) -> bool:

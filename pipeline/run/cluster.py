@@ -90,10 +90,13 @@ class WorkerProcess:
         self._store = store
         self._worker: Worker | None = None
 
-    def become(self, kind: "type[Worker]", *, gpu: bool, environment: Mapping[str, str]) -> dict[str, Any]:
-        """Become a worker of a class, with environment variables set for it. Returns its `identity`."""
+    def become(self, kind: "type[Worker] | None", *, gpu: bool, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Become a worker of a class, by default `Worker`, with environment variables set for it. Returns its
+        `identity`."""
+        from birkhoff.pipeline.run.worker import Worker
+
         os.environ |= environment
-        self._worker = kind(self._store, gpu=gpu)
+        self._worker = (kind or Worker)(self._store, gpu=gpu)
         return self._worker.identity()
 
     def _as_worker(self) -> "Worker":
@@ -107,6 +110,10 @@ class WorkerProcess:
     def identity(self) -> dict[str, Any]:
         """Return facts about this process; see `Worker.identity`."""
         return self._as_worker().identity()
+
+    def gpus(self) -> dict[str, str]:
+        """Return its GPU; see `Worker.gpus`."""
+        return self._as_worker().gpus()
 
     def trim(self) -> None:
         """Return cached GPU memory to the device."""

@@ -38,8 +38,7 @@ from birkhoff.pipeline.run.model_run import ModelRun
 from birkhoff.pipeline.run.outcome import Executor, Outcome
 from birkhoff.pipeline.run.passes import Passes, Terms
 from birkhoff.pipeline.run.queue import Task, TaskQueue
-from birkhoff.pipeline.shard.run import ShardResult
-from birkhoff.pipeline.shard.task import Reuse, ShardTask
+from birkhoff.pipeline.shard.task import Reuse, ShardResult, ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask, keys_of
 from birkhoff.pipeline.store.base import Store
 

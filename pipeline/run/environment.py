@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,11 +25,11 @@ class Environment(Document):
     """Logical processors available to this process."""
     memory_bytes: int
     gpus: tuple[str, ...]
-    """Name and memory of every visible GPU."""
+    """Name and memory of every GPU of the run's workers."""
 
 
-def environment() -> Environment:
-    """Return this host's environment. Initializes CUDA if there is a GPU."""
+def environment(gpus: Iterable[str] = ()) -> Environment:
+    """Return this host's environment, with the GPUs of workers."""
     return Environment(
         host=platform.node(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -37,7 +38,7 @@ def environment() -> Environment:
         processor=processor(),
         cpus=processors(),
         memory_bytes=memory_bytes(),
-        gpus=_gpus(),
+        gpus=tuple(gpus),
     )
 
 
@@ -61,12 +62,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _gpus() -> tuple[str, ...]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return ()
-    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return tuple(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found)

@@ -71,6 +71,10 @@ class InlineExecutor(AbstractContextManager["InlineExecutor"]):
             queue.done(by_itself)
             yield outcome
 
+    def gpus(self) -> dict[str, str]:
+        """Return name and memory of every GPU of its workers, by the GPU's identifier."""
+        return dict(item for worker in self._free for item in worker.gpus().items())
+
     def _start(self, queue: TaskQueue) -> Task | None:
         """Start shards until all workers are busy, or none may start now. Returns a task for which all must end."""
         while self._free and (task := queue.take()):

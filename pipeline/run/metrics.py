@@ -26,7 +26,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from birkhoff.pipeline.proof.task import Proof
-from birkhoff.pipeline.shard.run import ShardResult
+from birkhoff.pipeline.shard.task import ShardResult
 from birkhoff.pipeline.statistics.task import Statistics
 
 if TYPE_CHECKING:

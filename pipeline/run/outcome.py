@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from birkhoff.codec.errors import BirkhoffError
+from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.proof.task import Proof
 from birkhoff.pipeline.run.queue import Task, TaskQueue
-from birkhoff.pipeline.shard.run import ShardResult, ShardSizes
+from birkhoff.pipeline.shard.task import ShardResult, ShardSizes
 from birkhoff.pipeline.statistics.task import Statistics
+from birkhoff.pipeline.text import first_line
 
 log: logging.Logger = logging.getLogger("birkhoff.execute")
 
@@ -28,11 +30,22 @@ class Outcome:
     """Whether memory ran out, so that running the task alone may succeed."""
 
 
+def out_of_memory_outcome(task: Task, reason: Exception | str) -> Outcome:
+    """Return the failure of a task that ran out of memory, with the remedy."""
+    why = reason if isinstance(reason, str) else first_line(reason)
+    message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); {task.memory_remedy}"
+    return Outcome(task=task, error=WorkerError(message), out_of_memory=True)
+
+
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Runs the tasks of a queue."""
 
     def run(self, queue: TaskQueue) -> Iterator[Outcome]:
         """Yield the outcome of every task as it ends, except of tasks dropped meanwhile."""
+        ...
+
+    def gpus(self) -> dict[str, str]:
+        """Return name and memory of every GPU of its workers, by the GPU's identifier."""
         ...
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from birkhoff.codec.budget import Floats, Grid
 from birkhoff.pipeline.errors import BudgetError
 from birkhoff.pipeline.plan.budget import DOUBT, DOUBT_OF_DIFFERENCES, Search, Trial, lowest_step
+from birkhoff.pipeline.plan.grid import Floats, Grid
 from birkhoff.pipeline.plan.output_search import OutputSearch, Wanted
 from birkhoff.pipeline.plan.shards import ModelPlan
 from birkhoff.pipeline.proof.task import Proof, ProofTask
@@ -26,8 +26,7 @@ from birkhoff.pipeline.registry.documents import (
 )
 from birkhoff.pipeline.run.outcome import Result
 from birkhoff.pipeline.run.queue import Task
-from birkhoff.pipeline.shard.run import ShardSizes
-from birkhoff.pipeline.shard.task import Reuse, TensorPlan
+from birkhoff.pipeline.shard.task import Reuse, ShardSizes, TensorPlan
 from birkhoff.pipeline.statistics.task import Statistics, StatisticsTask
 from birkhoff.pipeline.text import size
 

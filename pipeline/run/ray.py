@@ -13,19 +13,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from birkhoff.pipeline import interrupt, logs
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS
 from birkhoff.pipeline.run.cluster import Cluster, start_cluster
 from birkhoff.pipeline.run.metrics import metrics
-from birkhoff.pipeline.run.outcome import Outcome, again_alone
+from birkhoff.pipeline.run.outcome import Outcome, again_alone, out_of_memory_outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
-from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
 from birkhoff.pipeline.run.workers import WorkerSlot, WorkerSlots
 from birkhoff.pipeline.store.base import StoreAddress
 from birkhoff.pipeline.text import first_line
+
+if TYPE_CHECKING:
+    from birkhoff.pipeline.run.worker import Worker
 
 log: logging.Logger = logging.getLogger("birkhoff.execute")
 
@@ -41,6 +43,9 @@ as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of
 
 RESTARTS = 2
 """How often the private cluster is restarted if its node dies during a run."""
+
+GPU_SECONDS = 5.0
+"""How long workers may take to name their GPUs for the report."""
 
 POLL_SECONDS = 1.0
 """How often time limits and Ctrl-C are checked while no task ends."""
@@ -65,7 +70,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     `shard_seconds` is how long a worker may take for a shard before it counts as hung.
     """
 
-    worker: ClassVar[type[Worker]] = Worker
+    worker: ClassVar["type[Worker] | None"] = None
+    """The class of workers if it is not `Worker`, which processes import themselves: it needs torch, and the driver
+    does not."""
 
     def __init__(
         self,
@@ -133,6 +140,17 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             for slot in self._slots.overdue(self._limit):
                 limit = self._limit * next(iter(slot.tasks.values())).patience
                 yield from self._lose(slot, f"gave no result within {limit:g} s", queue)
+
+    def gpus(self) -> dict[str, str]:
+        """Return name and memory of every GPU of its workers, by the GPU's identifier, as far as they answer at
+        once."""
+        asked = [slot.actor.gpus.remote() for slot in self._slots if slot.gpu and slot.starting is None]
+        try:
+            found = self._ray.get(asked, timeout=GPU_SECONDS)
+        except self._ray.exceptions.RayError as error:
+            log.debug("the workers' GPUs are not known: %s", first_line(error))
+            return {}
+        return dict(item for one in found for item in one.items())
 
     def _assign(self, queue: TaskQueue) -> None:
         while waiting := len(queue):

@@ -18,7 +18,7 @@ from birkhoff.pipeline import logs
 from birkhoff.pipeline.errors import WorkerError
 from birkhoff.pipeline.proof.task import ProofTask
 from birkhoff.pipeline.run.metrics import metrics
-from birkhoff.pipeline.run.outcome import Outcome, Result
+from birkhoff.pipeline.run.outcome import Outcome, Result, out_of_memory_outcome
 from birkhoff.pipeline.run.queue import Task
 from birkhoff.pipeline.shard.run import run_shard
 from birkhoff.pipeline.shard.sources import SourceBuffer
@@ -26,7 +26,6 @@ from birkhoff.pipeline.shard.task import ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from birkhoff.pipeline.store.open import open_address
-from birkhoff.pipeline.text import first_line
 
 log: logging.Logger = logging.getLogger("birkhoff.worker")
 
@@ -125,6 +124,13 @@ class Worker:
         facts = {"pid": os.getpid(), "cuda": torch.cuda.is_available(), "package": birkhoff.__file__}
         return {**facts, "kernels": spec and spec.origin}
 
+    def gpus(self) -> dict[str, str]:
+        """Return name and memory of its GPU by the GPU's identifier; nothing without one."""
+        if not self.on_gpu:
+            return {}
+        found = torch.cuda.get_device_properties(self._device)
+        return {str(found.uuid): f"{found.name}, {found.total_memory / 2**30:.0f} GiB"}
+
     def trim(self) -> None:
         """Return cached GPU memory to the device."""
         if torch.cuda.is_initialized():
@@ -141,10 +147,3 @@ def _lacked_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def out_of_memory_outcome(task: Task, reason: Exception | str) -> Outcome:
-    """Return the failure of a task that ran out of memory, with the remedy."""
-    why = reason if isinstance(reason, str) else first_line(reason)
-    message = f"{task.label}: out of memory with {task.nbytes >> 20} MiB of weights ({why}); {task.memory_remedy}"
-    return Outcome(task=task, error=WorkerError(message), out_of_memory=True)

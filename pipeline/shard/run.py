@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,33 +41,11 @@ from birkhoff.pipeline.registry.versions import missing_blobs
 from birkhoff.pipeline.shard.bases import Bases
 from birkhoff.pipeline.shard.hessians import HessianOf, Hessians
 from birkhoff.pipeline.shard.sources import SourceBuffer
-from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.shard.task import ShardResult, ShardSizes, ShardTask
 from birkhoff.pipeline.shard.validate import ShardChecks, validate_shard
 from birkhoff.pipeline.store.base import Store
 
 log: logging.Logger = logging.getLogger("birkhoff.shard")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardResult:
-    """The result: the record, whether the store already had the shard, and the seconds of each stage."""
-
-    record: ShardRecord
-    reused: bool
-    stages: dict[str, float]
-
-    @property
-    def seconds(self) -> float:
-        """The sum over all stages."""
-        return sum(self.stages.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSizes:
-    """Estimated sizes of a shard, in bytes, at each of the requested targets, [T]."""
-
-    bytes: tuple[float, ...]
-    stages: dict[str, float]
 
 
 class Stages:

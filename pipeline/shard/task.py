@@ -1,4 +1,4 @@
-"""A shard's task, as the driver sends it to a worker: descriptors and decisions, never tensors."""
+"""A shard's task, as the driver sends it to a worker, and its result: descriptors and decisions, never tensors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,9 @@ from birkhoff.pipeline.registry.documents import ShardRecord
 TENSOR_BYTES = 1 << 19
 """Source bytes that take as long as the fixed cost of one tensor. A decoder's 120 small tensors take longer than an
 encoder's block of five times their bytes. Measured: about 0.3 MB on a CPU, more on a shared GPU."""
+
+PROBE_LIMIT = 1e-5
+"""Greatest ||y - y'|| / ||y'||, with y from HyperLinear in float32 and y' from `F.linear` with the decoded weight."""
 
 Reuse = Literal["trust", "revalidate", "prove", "never"]
 """What to do with a shard that the store has: take it (`trust`); validate it against its source first, and fail
@@ -33,6 +36,28 @@ class BaseShard:
     blob: str
     bytes: int
     tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What became of a task: the record, whether the store already had the shard, and the seconds of each stage."""
+
+    record: ShardRecord
+    reused: bool
+    stages: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The sum over all stages."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSizes:
+    """Estimated sizes of a shard, in bytes, at each of the requested targets, [T]."""
+
+    bytes: tuple[float, ...]
+    stages: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

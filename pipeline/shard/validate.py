@@ -27,12 +27,10 @@ from birkhoff.pipeline import logs
 from birkhoff.pipeline.errors import ValidationError
 from birkhoff.pipeline.registry.documents import FLOOR_DB
 from birkhoff.pipeline.shard.hessians import HessianOf
+from birkhoff.pipeline.shard.task import PROBE_LIMIT
 
 PROBE_ROWS = 16
 """Random inputs of a HyperLinear probe."""
-
-PROBE_LIMIT = 1e-5
-"""Greatest ||y - y'|| / ||y'||, with y from HyperLinear in float32 and y' from `F.linear` with the decoded weight."""
 
 _CLAIM_SLACK_DB = 0.01
 """The encoder's claim is rounded to 0.001 dB, and sums may be taken in another order."""

@@ -11,7 +11,7 @@ import pytest
 
 from birkhoff.pipeline.run.outcome import Outcome
 from birkhoff.pipeline.run.queue import TaskQueue
-from birkhoff.pipeline.shard.run import ShardResult
+from birkhoff.pipeline.shard.task import ShardResult
 from tests.harness.benchmarks import bench_scaling, history, scaling_report
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from birkhoff.codec import budget
-from birkhoff.codec.budget import GRID_DB, Floats, Grid, highest
 from birkhoff.codec.profiles import PROFILES, Decision, Override, Profile
+from birkhoff.pipeline.plan.grid import GRID_DB, Floats, Grid, highest
 from tests.codec.by_profile import decision, encode_tensor
 
 BALANCED, FAST = (replace(PROFILES[name], allocation="uniform") for name in ("balanced", "fast"))

@@ -48,8 +48,7 @@ from birkhoff.pipeline.run.demand import Demand
 from birkhoff.pipeline.run.outcome import Executor
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.run.ray import RayExecutor
-from birkhoff.pipeline.shard.run import ShardResult
-from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.shard.task import ShardResult, ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 from tests.harness.benchmarks import common, family, scaling_report, synthetic
 

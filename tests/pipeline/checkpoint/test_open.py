@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from birkhoff.pipeline.checkpoint.descriptors import DTYPES, Checkpoint, contiguous_stride
+from birkhoff.codec.dtypes import DTYPES
+from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, contiguous_stride
 from birkhoff.pipeline.checkpoint.open import open_checkpoint, read_tensor, source_digest
 from birkhoff.pipeline.errors import SourceError
 from tests.patience import PATIENT_SECONDS

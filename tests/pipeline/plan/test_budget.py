@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birkhoff.codec.budget import Grid
 from birkhoff.codec.profiles import BUDGET_FLOOR_DB, PROFILES, Profile
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
 from birkhoff.pipeline.plan.budget import ENOUGH, MISSES, PASSES, Search, Trial, lowest_step
+from birkhoff.pipeline.plan.grid import Grid
 from birkhoff.pipeline.plan.shards import ModelPlan, plan_model
 from birkhoff.pipeline.registry.documents import BudgetRecord
 from tests.pipeline.plan.test_shards import stored

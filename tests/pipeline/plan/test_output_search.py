@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birkhoff.codec.budget import Grid
+from birkhoff.pipeline.plan.grid import Grid
 from birkhoff.pipeline.plan.output_search import PROBES, RESOLUTION_DB, START_DB, OutputSearch, Wanted
 
 GRID = Grid(low=6.0, high=60.0)

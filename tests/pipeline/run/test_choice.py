@@ -1,11 +1,14 @@
 """Which executor a run gets, and when Ray starts for it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from birkhoff.pipeline.errors import ClusterError
 from birkhoff.pipeline.plan.manifest import SHARD_SECONDS, load_manifest
@@ -163,13 +166,30 @@ def test_what_is_new_and_here_is_counted_before_anything_is_opened(tmp_path: Pat
         assert look_ahead(here, directory_store, folder) == Outlook(new_bytes=70, complete=True)
 
 
-def test_a_run_begins_without_torch() -> None:
-    modules = "pipeline.run.choice", "pipeline.run.demand", "pipeline.run.schedule", "pipeline.plan.selection"
-    program = (
-        "import sys\n" + "".join(f"import birkhoff.{name}\n" for name in modules) + "print('torch' in sys.modules)"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"
+@pytest.mark.parametrize("executor", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_only_what_runs_tasks_imports_torch(executor: str, tmp_path: Path) -> None:
+    stored = {"lin.weight": torch.randn(64, 128), "half.weight": torch.randn(96, 128).half(), "bias": torch.randn(5)}
+    torch.save(stored, tmp_path / "net.pt")
+    save_file({"lin.weight": torch.randn(64, 128).bfloat16()}, tmp_path / "other.safetensors")
+    (tmp_path / "m.yaml").write_text("models: [{name: a, source: net.pt}, {name: b, source: other.safetensors}]\n")
+    program = """
+import sys
+from birkhoff.pipeline.cli.main import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    words = ["compress", str(tmp_path / "m.yaml"), "--store", (tmp_path / "store").as_uri(), "--executor", executor]
+    environment = {**os.environ, "BIRKHOFF_HOME": str(tmp_path / "home")}
+    imported = []
+    for _ in range(2):  # the second time there is nothing to do
+        ran = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False, env=environment
+        )
+        assert ran.returncode == 0, ran.stderr
+        imported.append(ran.stdout.splitlines()[-1])
+    assert imported == [str(executor == "inline"), "False"]
 
 
 @pytest.mark.slow

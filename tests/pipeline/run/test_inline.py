@@ -23,11 +23,10 @@ from birkhoff.pipeline.proof.task import Subject
 from birkhoff.pipeline.run import inline
 from birkhoff.pipeline.run.demand import START_BYTES, Demand, threads_suffice
 from birkhoff.pipeline.run.inline import GPU_BYTES, GPU_WORKERS, InlineExecutor
-from birkhoff.pipeline.run.outcome import Outcome
+from birkhoff.pipeline.run.outcome import Outcome, out_of_memory_outcome
 from birkhoff.pipeline.run.queue import Task, TaskQueue
-from birkhoff.pipeline.run.worker import Worker, out_of_memory_outcome
-from birkhoff.pipeline.shard.run import ShardResult
-from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.run.worker import Worker
+from birkhoff.pipeline.shard.task import ShardResult, ShardTask
 from birkhoff.pipeline.statistics.task import StatisticsTask
 from birkhoff.pipeline.store.base import Store, StoreAddress
 from tests.patience import PATIENT_SECONDS

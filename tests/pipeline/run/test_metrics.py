@@ -19,8 +19,7 @@ from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.run import metrics
 from birkhoff.pipeline.run.queue import TaskQueue
 from birkhoff.pipeline.run.ray import RayExecutor
-from birkhoff.pipeline.shard.run import ShardResult
-from birkhoff.pipeline.shard.task import ShardTask
+from birkhoff.pipeline.shard.task import ShardResult, ShardTask
 from birkhoff.pipeline.store.base import StoreAddress
 from tests.patience import PATIENT_SECONDS
 

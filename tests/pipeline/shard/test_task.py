@@ -13,9 +13,9 @@ from birkhoff.pipeline.plan.shards import plan_model
 from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.run.worker import Worker
 from birkhoff.pipeline.shard import task as module
-from birkhoff.pipeline.shard.run import ShardResult, compress_shard
+from birkhoff.pipeline.shard.run import compress_shard
 from birkhoff.pipeline.shard.sources import SourceBuffer
-from birkhoff.pipeline.shard.task import Reuse, ShardTask, TensorPlan
+from birkhoff.pipeline.shard.task import Reuse, ShardResult, ShardTask, TensorPlan
 from birkhoff.pipeline.store.base import StoreAddress
 from birkhoff.pipeline.store.memory import MemoryStore
 
