@@ -590,7 +590,7 @@ def _check_bounds(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> 
 def parse_entry(name: str, text: str, *, version: int = DIFFERENCE_VERSION) -> tuple[Entry, tuple[int, ...]]:
     """Parse an entry of the index, and the byte lengths of its streams. Raises FormatError."""
     try:
-        tokens = strict_json.unique_keys([tuple(token.split("=", 1)) for token in text.split(" ")])  # type: ignore[misc]
+        tokens = strict_json.unique_keys([token.split("=", 1) for token in text.split(" ")])
     except ValueError:
         raise FormatError(f"tensor {name!r}: metadata {text[:80]!r} is not a list of key=value") from None
     try:

@@ -1,6 +1,7 @@
 """Strict JSON for stored files: duplicate keys are an error, while Python's parser keeps the last one."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -8,9 +9,9 @@ class DuplicateKeyError(ValueError):
     """An object has a key twice."""
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a dict of pairs. Raises DuplicateKeyError if two keys are equal."""
-    table = dict(pairs)
+def unique_keys(pairs: Sequence[Any]) -> dict[str, Any]:
+    """Return a dict of pairs. Raises ValueError if one is no pair, DuplicateKeyError if two keys are equal."""
+    table: dict[str, Any] = dict(pairs)
     if len(table) < len(pairs):
         raise DuplicateKeyError("a key appears twice")
     return table

@@ -1,6 +1,6 @@
 """Changes that a load makes to a model: prepared first, then made all at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
@@ -22,8 +22,10 @@ _HOOKS = (
 class Changes:
     """Collects changes of a model. Preparing a change takes all the memory it needs; `make` takes none."""
 
-    def __init__(self, edges: Edges) -> None:
+    def __init__(self, edges: Edges, dense: Iterable[Target] = ()) -> None:
+        """`dense` are the targets for which `put_dense` will be called."""
         self._edges = edges
+        self._awaited = {id(target.present) for target in dense}
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._steps: list[Callable[[], object]] = []
         self._instead: dict[nn.Module, nn.Module] = {}
@@ -38,7 +40,8 @@ class Changes:
         """
         old = target.layer
         assert old is not None
-        layer.bias = _bias_for(old, layer.step_bits.device, layer._like.dtype)
+        if not (isinstance(old.bias, Tensor) and old.bias.is_meta and id(old.bias) in self._awaited):
+            layer.bias = _bias_for(old, layer.step_bits.device, layer._like.dtype)
         if type(old) is type(layer) and _form(old) == _form(layer):
             # In one step, so that a call in another thread has all of one code or all of the other.
             self._steps.append(lambda: old.__dict__.update(_buffers=layer._buffers))

@@ -321,7 +321,7 @@ class _Loading:
             for name, tensor in self._dense.items()
             if name in self._wanted
         }
-        changes = Changes(self._targets.edges)
+        changes = Changes(self._targets.edges, (target for target, _ in dense.values()))
         for target, layer in layers.values():
             changes.put_layer(target, layer)
         for target, tensor in dense.values():

@@ -19,7 +19,7 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.artifact import readers as artifacts
 from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ModelMismatchError
-from birkhoff.pipeline.load import decode
+from birkhoff.pipeline.load import changes, decode
 from birkhoff.pipeline.load.name_maps import sam_names
 from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.store.base import Store
@@ -131,6 +131,22 @@ def test_each_header_is_parsed_once_and_read_by_no_thread(tied: Tied, monkeypatc
         assert len(parsed) == len(artifact.manifest.shards) > 1
     assert readers == {threading.current_thread()}
     assert torch.equal(model.first.dense_weight(torch.float32), birkhoff.load_state_dict("tied")["first.weight"])
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_bias_is_zeros_only_if_none_is_stored(
+    stored: bool, tied: Tied, home: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not stored:
+        publish_tensors(home, "tied", {"first.weight": tied.first.weight.detach()})
+    made = []
+    bias_for = changes._bias_for
+    monkeypatch.setattr(changes, "_bias_for", lambda old, *words: made.append(old.bias) or bias_for(old, *words))
+    with torch.device("meta"):
+        model = Tied()
+    birkhoff.load_into(model, "tied", strict=False)
+    assert [bias is not None for bias in made] == ([False] if stored else [True])
+    assert torch.equal(model.first.bias, tied.first.bias if stored else torch.zeros(96))
 
 
 def test_what_does_not_fit_is_named(tied: Tied) -> None:
