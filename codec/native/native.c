@@ -1441,7 +1441,7 @@ INLINE void range_of(float w, int64_t part, float limit, Range *range) {
     if (!(size < 2147483648.0f) || (float)(int32_t)w != w) range->broken = 1;
 }
 
-/* metrics.survey. The energy leaves out weights above `limit`. */
+/* survey.Surveying. The energy leaves out weights above `limit`. */
 INLINE void ranges_of(const float *weight, int64_t size, int64_t first, float limit, Range *range) {
     int64_t at = 0;
     for (; at < size && (first + at) % PARTS; at++) range_of(weight[at], (first + at) % PARTS, limit, range);

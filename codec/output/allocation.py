@@ -95,8 +95,9 @@ def sizes(
 ) -> budget.Floats:
     """Estimate the bytes of a whole model at each mean target in dB, including the entries in the header: [T].
 
-    `budget.highest` solves budgets with the result. The estimate is `budget.sizes` of each tensor at its own target.
-    Feedback spreads the weights slightly, which the estimate ignores, so the real size is up to a few percent larger.
+    `pipeline.plan.grid.highest` solves budgets with the result. The estimate is `budget.sizes` of each tensor at its
+    own target. Feedback spreads the weights slightly, which the estimate ignores, so the real size is up to a few
+    percent larger.
 
     Args:
         tensors: On the CPU.

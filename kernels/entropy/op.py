@@ -343,7 +343,7 @@ def _streams_of(made: Plan, device: torch.device, upload: Upload | None) -> Tens
 def _sent(made: Plan, device: torch.device) -> Tensor:
     """Return the numbers of the plan on the device."""
     parts = [(8 * begin, torch.from_numpy(part).view(torch.uint8)) for begin, part in made.numbers.parts]
-    return send(parts, 8 * made.numbers.size, device).view(torch.int64)
+    return send(parts, 8 * made.numbers.size, device, kept=True).view(torch.int64)  # by `Queued.plan`
 
 
 def _place(queued: Queued, report: _Report) -> None:

@@ -105,17 +105,18 @@ def _stage_of(device: torch.device) -> Stage:
     return Stage(device)
 
 
-def send(parts: Sequence[Part], size: int, device: torch.device) -> Tensor:
+def send(parts: Sequence[Part], size: int, device: torch.device, *, kept: bool = False) -> Tensor:
     """Place parts at their offsets in uint8 [size] on a device. Offsets must increase. Bytes between are undefined.
 
-    On a GPU the copies are queued. Pinned parts are copied directly and must not change until then.
+    On a GPU copies from pinned memory are queued, so such parts must not change until then. With `kept`, no part may
+    change or be freed until then, and no copy is waited for.
     """
     out = torch.empty(size, dtype=torch.uint8, device=device)
-    send_into(out, parts)
+    send_into(out, parts, kept=kept)
     return out
 
 
-def send_into(out: Tensor, parts: Sequence[Part]) -> None:
+def send_into(out: Tensor, parts: Sequence[Part], *, kept: bool = False) -> None:
     """Place parts as `send` does, in memory that exists already."""
     if out.device.type != "cuda":
         for place, part in parts:
@@ -126,15 +127,16 @@ def send_into(out: Tensor, parts: Sequence[Part]) -> None:
         whole = torch.empty(out.numel(), dtype=torch.uint8)
         for place, part in parts:
             whole[place : place + part.numel()] = part
-        parts = [(0, whole)]
-    straight = [few or part.is_pinned() for _, part in parts]
-    if not any(straight):
+        parts, kept = [(0, whole)], False
+    pinned = [part.is_pinned() for _, part in parts]
+    if not few and not any(pinned):
         _stage(out.device).send(parts, out)
         return
-    for (place, part), direct in zip(parts, straight, strict=True):
+    for (place, part), is_pinned in zip(parts, pinned, strict=True):
         there = out[place : place + part.numel()]
-        if direct:
-            there.copy_(part, non_blocking=True)
+        if few or is_pinned:
+            # The driver of a GPU that reads the host's memory by itself need not be done with it when this returns.
+            there.copy_(part, non_blocking=is_pinned or kept)
         else:
             _stage(out.device).send([(0, part)], there)
 
@@ -204,7 +206,7 @@ class Upload:
 
 
 def _pin(memory: npt.NDArray[np.uint8]) -> bool:
-    """Pin memory that exists. Where the system refuses that, return False: then bytes go through the pieces."""
+    """Pin memory that exists. Where the system refuses that, return False: then many bytes go through the pieces."""
     return _succeeded(torch.cuda.cudart().cudaHostRegister(pointer(memory), memory.nbytes, 0))
 
 

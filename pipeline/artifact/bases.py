@@ -15,6 +15,7 @@ from birkhoff.pipeline.artifact.readers import StoredArtifact, heads
 from birkhoff.pipeline.checkpoint.digests import known_digest
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ManifestError
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.plan.estimate import Based
 from birkhoff.pipeline.plan.grid import Grid
 from birkhoff.pipeline.plan.manifest import AUTO, Manifest
@@ -64,7 +65,8 @@ class BaseVersion:
         return [plan for plan in planned.plan.tensors if plan.decision.action == "coded" and self._fits(plan)]
 
     def _fits(self, plan: TensorPlan) -> bool:
-        from birkhoff.codec.pairs import matrix_shape  # with torch
+        with LOADING:
+            from birkhoff.codec.pairs import matrix_shape
 
         entry, _ = self.entries.get(plan.tensor.name, (None, 0))
         return entry is not None and fits(entry, plan.tensor.shape, matrix_shape(plan.tensor.shape)[1])
@@ -235,10 +237,11 @@ def shares(base: BaseVersion, planned: Planned) -> tuple[tuple[float, float], ..
 
 def _shares(base: BaseVersion, planned: Planned, plans: Sequence[ModelPlan]) -> list[float]:
     """The share under each of some plans of the same tensors."""
-    from birkhoff.codec.difference.encode import path_of  # which loads torch
-    from birkhoff.codec.difference.find import estimates
-    from birkhoff.codec.pairs import matrix_shape
-    from birkhoff.codec.tensor import lattice_of
+    with LOADING:
+        from birkhoff.codec.difference.encode import path_of
+        from birkhoff.codec.difference.find import estimates
+        from birkhoff.codec.pairs import matrix_shape
+        from birkhoff.codec.tensor import lattice_of
 
     fitting = base.fitting(planned)
     whole = sum(math.prod(plan.tensor.shape) for plan in planned.plan.tensors if plan.decision.action == "coded")

@@ -98,7 +98,7 @@ class Artifact(ABC):
             )
 
     def is_here(self, shard: ShardRecord) -> bool:  # noqa: ARG002
-        """Return whether reading the start of a shard is a matter of microseconds."""
+        """Return whether the start of a shard is read from a file, which usually takes microseconds."""
         return False
 
     @property

@@ -34,6 +34,7 @@ from birkhoff.pipeline.checkpoint.sniff import LEGACY_MAGIC
 from birkhoff.pipeline.checkpoint.torch_zip import open_zip
 from birkhoff.pipeline.errors import OutputError, SourceError
 from birkhoff.pipeline.files import atomic_path, file_sha256, shortage
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.text import first_line, shown
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def open_legacy(path: Path, legacy: Legacy, cache: Path, under: str | None = Non
 
 def _load_legacy(path: Path, legacy: Legacy, state: StateDict) -> "dict[str, torch.Tensor]":
     """Return the tensors of a state dict, on storages read from the file."""
-    from birkhoff.codec.dtypes import DTYPES  # reading headers must not import torch
+    with LOADING:  # headers are read without torch
+        from birkhoff.codec.dtypes import DTYPES
 
     size = path.stat().st_size
     claimed = sum(count * _itemsize(path, dtype) for dtype, count in legacy.contents.storages.values())
@@ -164,7 +166,7 @@ def _places(path: Path, legacy: Legacy, size: int) -> dict[str, int]:
 
 def _read_storage(path: Path, place: int | None, nbytes: int) -> "torch.Tensor":
     """Return the bytes of a storage. A storage that the file does not list is zeros, never uninitialised memory."""
-    import torch
+    import torch  # as `_load_legacy` has
 
     storage = torch.zeros(nbytes, dtype=torch.uint8)
     if place is not None and nbytes:
@@ -183,7 +185,8 @@ def _itemsize(path: Path, dtype: str) -> int:
 
 def _write_copy(path: Path, target: Path, state: StateDict, tensors: "dict[str, torch.Tensor]") -> None:
     """Write tied weights once, and put into the metadata what safetensors cannot express."""
-    from safetensors.torch import save_file
+    with LOADING:
+        from safetensors.torch import save_file
 
     stored: dict[tuple[object, ...], str] = {}
     names: list[tuple[str, str]] = []

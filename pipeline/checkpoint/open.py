@@ -20,6 +20,7 @@ from birkhoff.pipeline.checkpoint.sniff import Content, sniff, suffix_remark
 from birkhoff.pipeline.checkpoint.torch_zip import is_torch_zip, open_torch_zip
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.files import file_sha256
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.text import first_line, shown
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ def read_tensor(tensor: StoredTensor, memory: "torch.Tensor | None" = None) -> "
         SourceError: The file is gone, has become shorter since it was opened, or does not match its own checksum; the
             tensor's strides lead out of its bytes.
     """
-    import torch  # headers are read without it
+    with LOADING:  # headers are read without it
+        import torch
 
-    from birkhoff.codec.dtypes import DTYPES
+        from birkhoff.codec.dtypes import DTYPES
 
     if sys.byteorder != "little":
         raise SourceError(f"{tensor.path}: stored little-endian, this machine is not; use a little-endian one")

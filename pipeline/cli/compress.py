@@ -115,7 +115,7 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress, validate and publish the models of a manifest; skip those that are up to date."""
-    # What imports torch comes later, after Ray's start.
+    # What takes longer to import comes later, after Ray's start.
     from birkhoff.pipeline.cli.tables import VERSION_COLUMNS, filled, show
     from birkhoff.pipeline.plan.manifest import load_manifest
     from birkhoff.pipeline.plan.selection import select

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from birkhoff.codec.container import CodedTensor
+from birkhoff.codec.container import CodedTensor, Head
 from birkhoff.codec.errors import CodecError
 from birkhoff.codec.lattice import LatticeTensor
 from birkhoff.codec.tensor import is_matrix
@@ -29,6 +29,9 @@ from birkhoff.pipeline.registry.trust import Trust
 from birkhoff.pipeline.store.base import Store
 
 _SHOWN = 5
+
+_MOST_ENTRIES = 20_000
+"""Entries of headers that are kept for the decoding, half a kilobyte each. If there are more, all are parsed again."""
 
 Device = str | torch.device
 Keys = Sequence[str | os.PathLike[str]]
@@ -157,9 +160,15 @@ def load_artifact(
     strict: bool = True,
 ) -> list[str]:
     """Run `load_into` for an artifact that is open, with layers made by `maker`. Raises as `load_into`."""
-    found = list(heads(artifact))
-    loading = _Loading(model, (entry.name for head in found for entry in head.entries), device, dtype, maker)
-    for _ in decode_shards(artifact, loading.stage, loading.device, found):
+    names: list[str] = []
+    found: list[Head] = []
+    for head in heads(artifact):
+        names += (entry.name for entry in head.entries)
+        found.append(head)
+        if len(names) > _MOST_ENTRIES:
+            found.clear()
+    loading = _Loading(model, names, device, dtype, maker)
+    for _ in decode_shards(artifact, loading.stage, loading.device, found if len(names) <= _MOST_ENTRIES else ()):
         pass
     loading.check(artifact.label, strict=strict)
     return loading.commit()

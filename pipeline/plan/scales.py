@@ -11,22 +11,27 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from birkhoff.codec.dtype_names import ITEM_BYTES
 from birkhoff.codec.native.library import native, pointer
-from birkhoff.codec.native.survey import Survey, bulk, survey
+from birkhoff.codec.native.survey import Survey, Surveying, bulk
 from birkhoff.codec.profiles import unfit
 from birkhoff.pipeline.checkpoint.descriptors import StoredTensor
 from birkhoff.pipeline.checkpoint.open import read_tensor
 from birkhoff.pipeline.errors import SourceError
 from birkhoff.pipeline.text import first_line
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Stored = npt.NDArray[Any]
+"""float16, float32, float64, or uint16 for bfloat16."""
+Floats = npt.NDArray[Any]
+"""float32 or float64."""
+
+_CHUNK = 1 << 20
+"""Weights that are converted together."""
 
 BLOCKS = 64
 BLOCK = 256
@@ -55,43 +60,62 @@ def scales_of(tensors: Iterable[StoredTensor]) -> dict[str, float]:
     return found
 
 
-def _scale(sample: Floats | Doubles) -> float:
-    with np.errstate(all="ignore"):
-        squares = np.square(sample, dtype=np.float64)
-    energy = float(squares.sum())
-    if not sample.size or not math.isfinite(energy):
+def _scale(sample: Stored) -> float:
+    if not sample.size:
         return 0.0
-    seen = survey(sample) if _is_single(sample) else _doubles(sample, energy)
+    with np.errstate(all="ignore"):
+        energy = sum(float(np.square(part, dtype=np.float64).sum()) for part in _parts(sample))
+    if not math.isfinite(energy):
+        return 0.0
+    seen = _survey(sample)
     if unfit(seen.low, seen.high, lambda: seen.whole) is not None:
         return 0.0
-
-    def within(limit: float) -> float:
-        return survey(sample, limit).energy if _is_single(sample) else float(squares[np.abs(sample) <= limit].sum())
-
-    return math.sqrt(bulk(sample.size, energy, seen.greatest, within).energy / sample.size)
+    found = bulk(sample.size, energy, seen.greatest, lambda limit: _survey(sample, limit).energy)
+    return math.sqrt(found.energy / sample.size)
 
 
-def _is_single(sample: Floats | Doubles) -> TypeGuard[Floats]:
-    return sample.dtype == np.float32
+def _survey(sample: Stored, limit: float = math.inf) -> Survey:
+    """Return the survey of finite weights."""
+    if sample.dtype == np.float64:
+        each = [_survey_doubles(part, limit) for part in _parts(sample)]
+        lows, highs, energies, whole = zip(*each, strict=True)
+        return Survey(low=min(lows), high=max(highs), energy=sum(energies), whole=all(whole))
+    found = Surveying(limit)
+    for part in _parts(sample):
+        found.add(part)
+    return found.survey()
 
 
-def _doubles(sample: Floats | Doubles, energy: float) -> Survey:
-    whole = bool((sample == np.trunc(sample)).all())
-    return Survey(low=float(sample.min()), high=float(sample.max()), energy=energy, whole=whole)
+def _survey_doubles(part: Floats, limit: float) -> Survey:
+    energy = float(np.square(part[np.abs(part) <= limit]).sum())
+    whole = bool((part == np.trunc(part)).all())
+    return Survey(low=float(part.min()), high=float(part.max()), energy=energy, whole=whole)
 
 
-def _sample(tensor: StoredTensor, file: int) -> Floats | Doubles:
-    """Return weights of a tensor, [S]: as they lie in its file, or all of a view. Shorter types become float32."""
+def _parts(sample: Stored) -> Iterator[Floats]:
+    """Yield all weights in order, in parts that take little memory: as float32, or float64 if they are."""
+    for first in range(0, sample.size, _CHUNK):
+        part = sample[first : first + _CHUNK]
+        if part.dtype == np.uint16:  # bfloat16, the upper half of a float32
+            yield (part.astype(np.uint32) << 16).view(np.float32)
+        else:
+            yield part if part.dtype == np.float64 else part.astype(np.float32, copy=False)
+
+
+def _sample(tensor: StoredTensor, file: int) -> Stored:
+    """Return weights of a tensor, [S], as they are stored: as they lie in its file, or all of a view. Numpy has no
+    bfloat16, so those are uint16."""
+    kind = "uint16" if tensor.dtype == "bfloat16" else tensor.dtype
     if tensor.nbytes != tensor.dense_bytes:
-        view = read_tensor(tensor).reshape(-1)
-        return np.asarray(view if tensor.dtype == "float64" else view.float())
+        dense = read_tensor(tensor).reshape(-1)
+        import torch  # as `read_tensor` has
+
+        found: Stored = dense.view(torch.uint8).numpy().view(kind)
+        return found
     size = ITEM_BYTES[tensor.dtype]
     body = _read(tensor, file, size)
-    whole = body[: len(body) // size * size]  # all of it, unless the file became shorter
-    if tensor.dtype == "bfloat16":  # the upper half of a float32
-        return (np.frombuffer(whole, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    found: Floats | Doubles = np.frombuffer(whole, tensor.dtype)
-    return found.astype(np.float32) if tensor.dtype == "float16" else found
+    # All of it, unless the file became shorter.
+    return np.frombuffer(body[: len(body) // size * size], kind)
 
 
 def _read(tensor: StoredTensor, file: int, size: int) -> bytearray:

@@ -14,6 +14,7 @@ from birkhoff.codec.dtype_names import CODED_NAMES, is_float
 from birkhoff.codec.profiles import Header, Override, Profile, scale_gains_db
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint, StoredTensor
 from birkhoff.pipeline.errors import SourceError
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.registry.documents import StatisticsRecord
 from birkhoff.pipeline.shard.decisions import Shares, decide
 from birkhoff.pipeline.shard.task import BaseShard, Reuse, ShardTask, TensorPlan
@@ -52,7 +53,8 @@ class ModelPlan:
 
     def with_statistics(self, statistics: StatisticsRecord) -> "ModelPlan":
         """Return the plan with targets derived from the sensitivity of the model's outputs to each tensor."""
-        from birkhoff.codec.output.allocation import Felt, gains_db  # with torch
+        with LOADING:
+            from birkhoff.codec.output.allocation import Felt, gains_db
 
         felt = {
             tensor.name: Felt(

@@ -114,9 +114,13 @@ class Recorder(AbstractContextManager["Recorder"]):
             for threads in (self._reader, self._writer):
                 threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ended(self, executor: Executor) -> None:
-        self._gpus = tuple(executor.gpus().values())
-        self._begin()
+    def _ended(self, executor: Executor, error: BaseException | None) -> None:
+        try:
+            self._gpus = tuple(executor.gpus().values())
+        except Exception as failure:  # whatever became of the workers, the run has ended
+            log.debug("the workers' GPUs are not known: %s", first_line(failure))
+        if error is None:
+            self._begin()
 
     def _begin(self) -> None:
         """Begin to write the report, unless everything was up to date: beside the end of the executor."""
@@ -245,15 +249,15 @@ class Recorder(AbstractContextManager["Recorder"]):
 
 
 class _Watched(AbstractContextManager["_Watched"]):
-    """Calls `note` with each outcome, `taken` before and after the run takes it, and `ended` with the executor before
-    that ends without an error."""
+    """Calls `note` with each outcome, `taken` before and after the run takes it, and `ended` with the executor and the
+    error before that ends, unless the user ends it."""
 
     def __init__(
         self,
         executor: Executor,
         note: Callable[[Outcome], None],
         taken: Callable[[], None],
-        ended: Callable[[Executor], None],
+        ended: Callable[[Executor, BaseException | None], None],
     ) -> None:
         self._executor, self._note, self._taken, self._ended = executor, note, taken, ended
 
@@ -262,9 +266,11 @@ class _Watched(AbstractContextManager["_Watched"]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is None:
-            self._ended(self._executor)
-        self._executor.__exit__(kind, error, at)
+        try:
+            if error is None or isinstance(error, BirkhoffError):
+                self._ended(self._executor, error)
+        finally:
+            self._executor.__exit__(kind, error, at)
 
     def gpus(self) -> dict[str, str]:
         return self._executor.gpus()

@@ -37,7 +37,7 @@ class RunClock:
 
 def write_report(store: Store, report: RunReport) -> None:
     """Store the page, then the document. Raises StoreError."""
-    from birkhoff.pipeline.report.html import render  # imports torch, which readers of reports do without
+    from birkhoff.pipeline.report.html import render  # with jinja2, which readers of reports do without
 
     store.create(report_key(report.run, PAGE_FILE), render(report).encode())
     store.create(report_key(report.run, REPORT_FILE), report.to_bytes())

@@ -55,8 +55,6 @@ class Choice(AbstractContextManager["Choice"]):
 
         If Ray does not start, `start` says so. Raises WorkerError if the cluster is too small.
         """
-        # Not in a thread: Ray's processes are forked with code that runs before they begin, which can hang if another
-        # thread loads a library at that moment, as the import of torch does.
         started = self._cluster is not None or self._failed is not None
         if nbytes and not started and self._takes_ray(Demand(nbytes=nbytes, gpu=False)):
             try:

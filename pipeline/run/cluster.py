@@ -32,6 +32,7 @@ import birkhoff
 from birkhoff.codec.native.processors import processors
 from birkhoff.pipeline import interrupt
 from birkhoff.pipeline.errors import ClusterError, WorkerError
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.run.cleanup import Reaper
 from birkhoff.pipeline.run.patience import START_SECONDS, START_SETTINGS, configure_ray, patient_start
 from birkhoff.pipeline.store.base import StoreAddress
@@ -230,7 +231,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they starve on a busy machine
         path = os.pathsep.join(filter(None, (str(_hide_module(HIDDEN_MODULE, folder)), os.environ.get("PYTHONPATH"))))
         self._settings.enter_context(_private(self.ray, {**self._environment, "PYTHONPATH": path}))
-        with self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
+        with LOADING, self._reaper.covering(), patient_start(self.ray, self._reaper.cpu_seconds):
             _quiet_init(
                 self.ray,
                 address="local",

@@ -1,6 +1,6 @@
 """What a run asks of its executor, as far as that is known before models are planned.
 
-Nothing here imports torch: Ray is started before it.
+Importing this imports no torch. Only a small run with tasks for a GPU asks it how many there are.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,8 +44,8 @@ as fast with 4 workers as with 12; each takes 0.5 GB of its memory and 1.5 GB of
 RESTARTS = 2
 """How often the private cluster is restarted if its node dies during a run."""
 
-GPU_SECONDS = 5.0
-"""How long workers may take to name their GPUs for the report."""
+GPU_SECONDS = 1.0
+"""How long workers may take to name their GPUs for the report. They need milliseconds."""
 
 POLL_SECONDS = 1.0
 """How often time limits and Ctrl-C are checked while no task ends."""
@@ -145,12 +145,15 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """Return name and memory of every GPU of its workers, by the GPU's identifier, as far as they answer at
         once."""
         asked = [slot.actor.gpus.remote() for slot in self._slots if slot.gpu and slot.starting is None]
-        try:
-            found = self._ray.get(asked, timeout=GPU_SECONDS)
-        except self._ray.exceptions.RayError as error:
-            log.debug("the workers' GPUs are not known: %s", first_line(error))
-            return {}
-        return dict(item for one in found for item in one.items())
+        found: dict[str, str] = {}
+        if not asked:
+            return found
+        with interrupt.deferred():
+            answered, _ = self._ray.wait(asked, num_returns=len(asked), timeout=GPU_SECONDS)
+        for reference in answered:
+            with suppress(self._ray.exceptions.RayError):  # this worker has died
+                found |= self._ray.get(reference)
+        return found
 
     def _assign(self, queue: TaskQueue) -> None:
         while waiting := len(queue):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from birkhoff.pipeline.checkpoint.descriptors import Checkpoint
+from birkhoff.pipeline.loading import LOADING
 from birkhoff.pipeline.proof.task import Subject
 from birkhoff.pipeline.registry.documents import StatisticsRecord, sha256
 from birkhoff.pipeline.shard.task import Reuse
@@ -117,8 +118,9 @@ def keys_of(source_sha256: str, subject: Subject) -> tuple[str, ...]:
 def key_of(source_sha256: str, subject: Subject, counts: Counts) -> str:
     """Return the key of statistics: everything that determines them except the device's rounding, by content, not by
     path."""
-    from birkhoff.codec.output.pictures import PICTURES_VERSION  # with torch, which the driver otherwise never needs
-    from birkhoff.codec.output.statistics import STATISTICS_VERSION
+    with LOADING:
+        from birkhoff.codec.output.pictures import PICTURES_VERSION
+        from birkhoff.codec.output.statistics import STATISTICS_VERSION
 
     code = [_content(subject.builder), _content(subject.inputs)]
     run_as = [subject.adapter, subject.config[1] if subject.config else None, code]

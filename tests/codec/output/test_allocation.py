@@ -11,6 +11,7 @@ from birkhoff.codec.output.hessian import Hessian
 from birkhoff.codec.output.targets import targets_db
 from birkhoff.codec.profiles import PROFILES, Decision
 from birkhoff.codec.tensor import encode_tensor
+from birkhoff.pipeline.plan.grid import highest
 
 
 def test_worked_example_of_the_module() -> None:
@@ -106,8 +107,8 @@ def test_a_budget_is_solved_to_a_few_percent_and_falls_with_the_target() -> None
         ]
         real.append(len(container.serialise([found.tensor for found in coded])))
     np.testing.assert_allclose(estimated, real, rtol=0.06)
-    assert budget.highest(estimated, float(estimated[2])) == 2
-    assert budget.highest(estimated, 100.0) is None
+    assert highest(estimated, float(estimated[2])) == 2
+    assert highest(estimated, 100.0) is None
 
 
 def test_the_size_of_a_tensor_that_cannot_be_coded_asks_for_no_target() -> None:

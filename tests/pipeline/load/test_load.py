@@ -19,7 +19,7 @@ from birkhoff.kernels.hyperlinear import HyperLinear
 from birkhoff.pipeline.artifact import readers as artifacts
 from birkhoff.pipeline.artifact.cache import BlobCache
 from birkhoff.pipeline.errors import ArtifactNotFoundError, IntegrityError, ModelMismatchError
-from birkhoff.pipeline.load import changes, decode
+from birkhoff.pipeline.load import changes, decode, load
 from birkhoff.pipeline.load.name_maps import sam_names
 from birkhoff.pipeline.registry.documents import blob_key
 from birkhoff.pipeline.store.base import Store
@@ -131,6 +131,21 @@ def test_each_header_is_parsed_once_and_read_by_no_thread(tied: Tied, monkeypatc
         assert len(parsed) == len(artifact.manifest.shards) > 1
     assert readers == {threading.current_thread()}
     assert torch.equal(model.first.dense_weight(torch.float32), birkhoff.load_state_dict("tied")["first.weight"])
+
+
+def test_headers_of_many_tensors_are_not_kept(tied: Tied, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    decode_shards = load.decode_shards
+
+    def counted(*words: Any) -> Any:
+        kept.append(len(words[3]))
+        return decode_shards(*words)
+
+    monkeypatch.setattr(load, "decode_shards", counted)
+    for most in (5, 4):
+        monkeypatch.setattr(load, "_MOST_ENTRIES", most)
+        birkhoff.load_into(Tied(), "tied")
+    assert (kept[0] > 1, kept[1]) == (True, 0)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -1,6 +1,9 @@
 """Root mean squares by a sample, and the targets that models get from them."""
 
 import resource
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log10, prod
 from pathlib import Path
 
@@ -76,6 +79,36 @@ def test_a_view_is_read_through_its_strides(tmp_path: Path) -> None:
     whole[:, 100:] *= 1000
     torch.save({"w": whole[:, :100]}, tmp_path / "net.pth")
     assert scales_of(open_checkpoint(tmp_path / "net.pth").tensors)["w"] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_view_takes_little_more_memory_than_itself(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 1 << 12)
+    whole = normal(2000, 400).to(getattr(torch, dtype))
+    torch.save({"w": whole[:, :300]}, tmp_path / "net.pth")
+    (tensor,) = open_checkpoint(tmp_path / "net.pth").tensors
+    with tensor_sample(tensor) as sample:
+        tracemalloc.start()
+        try:
+            found = module._scale(sample)
+            assert tracemalloc.get_traced_memory()[1] < 20 * 8 * module._CHUNK < sample.size * 8
+        finally:
+            tracemalloc.stop()
+    assert found == pytest.approx(root_mean_square(whole[:, :300]), rel=1e-12)
+
+
+@contextmanager
+def tensor_sample(tensor: StoredTensor) -> Iterator[module.Stored]:
+    with Path(tensor.path).open("rb") as file:
+        yield module._sample(tensor, file.fileno())
+
+
+@pytest.mark.filterwarnings("error")
+def test_doubles_whose_squares_overflow_are_not_coded(tmp_path: Path) -> None:
+    weights = {"sum": normal(4000).double().sign() * 1.3e154, "each": normal(4000).double() * 1e200}
+    assert scales_of(stored(tmp_path, weights)) == {"sum": 0.0, "each": 0.0}
 
 
 def test_one_file_is_open_at_a_time(tmp_path: Path) -> None:

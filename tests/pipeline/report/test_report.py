@@ -84,6 +84,31 @@ def test_a_report_tells_every_tensor_as_it_is_stored(fleet: Fleet) -> None:
     assert report.environment.packages["torch"]
 
 
+@pytest.mark.parametrize("failing", [None, "the question", "the run"])
+def test_a_report_names_the_workers_gpus_however_the_run_ends(
+    failing: str | None, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    end = InlineExecutor.__exit__
+
+    def gpus(_: InlineExecutor) -> dict[str, str]:
+        if failing == "the question":
+            raise ConnectionError("the head node is gone")
+        return {"GPU-1": "NVIDIA H200, 140 GiB"}
+
+    def run(_: InlineExecutor, _queue: TaskQueue) -> Iterator[Outcome]:
+        raise WorkerError("all workers died")
+
+    monkeypatch.setattr(InlineExecutor, "gpus", gpus)
+    monkeypatch.setattr(InlineExecutor, "__exit__", lambda *words: (closed.append(1), end(*words)))
+    if failing == "the run":
+        monkeypatch.setattr(InlineExecutor, "run", run)
+    code, _, err = fleet.compress()
+    assert (code != 0) == (failing == "the run"), err
+    assert fleet.report().environment.gpus == (() if failing == "the question" else ("NVIDIA H200, 140 GiB",))
+    assert closed == [1]
+
+
 def test_a_second_run_reports_what_it_changed_and_a_third_nothing(fleet: Fleet) -> None:
     fleet.compress()
     assert fleet.report().models[0].changes is None

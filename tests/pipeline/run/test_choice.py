@@ -166,6 +166,51 @@ def test_what_is_new_and_here_is_counted_before_anything_is_opened(tmp_path: Pat
         assert look_ahead(here, directory_store, folder) == Outlook(new_bytes=70, complete=True)
 
 
+PLANNED = """
+import sys, threading, time
+from pathlib import Path
+from birkhoff.pipeline.cli.app import notes
+from birkhoff.pipeline.loading import LOADING
+from birkhoff.pipeline.plan.manifest import load_manifest
+from birkhoff.pipeline.progress.progress import Progress
+from birkhoff.pipeline.run.compress import compress
+from birkhoff.pipeline.store.default import open_default_store
+
+def loading(frame):
+    while frame and (frame.f_globals.get("__name__"), frame.f_code.co_name) != ("torch", "<module>"):
+        frame = frame.f_back
+    return frame is not None
+
+def ahead(_):
+    for _ in range(200):  # until a thread is in the midst of it
+        if any(map(loading, sys._current_frames().values())):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("no thread loads torch")
+    with LOADING:
+        assert not any(map(loading, sys._current_frames().values()))
+    raise KeyboardInterrupt
+
+manifest, store = Path(sys.argv[1]), sys.argv[2]
+with open_default_store(store, create=True) as opened:
+    try:
+        compress(load_manifest(manifest), opened, None, Progress(notes(), models=2, quiet=True), ahead=ahead)
+    except KeyboardInterrupt:
+        print("apart")
+"""
+
+
+def test_a_planning_thread_loads_torch_apart_from_the_start_of_ray(tmp_path: Path) -> None:
+    save_file({"lin.weight": torch.randn(64, 128)}, tmp_path / "first.safetensors")
+    torch.save({"lin.weight": torch.randn(64, 129)[:, :128]}, tmp_path / "view.pt")
+    (tmp_path / "m.yaml").write_text("models: [{name: a, source: first.safetensors}, {name: b, source: view.pt}]\n")
+    words = [sys.executable, "-c", PLANNED, str(tmp_path / "m.yaml"), (tmp_path / "store").as_uri()]
+    environment = {**os.environ, "BIRKHOFF_HOME": str(tmp_path / "home")}
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert ran.stdout == "apart\n", ran.stderr
+
+
 @pytest.mark.parametrize("executor", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_only_what_runs_tasks_imports_torch(executor: str, tmp_path: Path) -> None:
     stored = {"lin.weight": torch.randn(64, 128), "half.weight": torch.randn(96, 128).half(), "bias": torch.randn(5)}

@@ -83,6 +83,38 @@ def test_a_store_that_cannot_be_opened_is_for_the_first_task_to_say(
     assert process.run(None) == "ran"  # type: ignore[arg-type, comparison-overlap]
 
 
+class _OnGpu(Worker):
+    """Has a GPU, or says so."""
+
+    def gpus(self) -> dict[str, str]:
+        return {"GPU-1": "NVIDIA H200, 140 GiB"}
+
+
+class GpuExecutor(RayExecutor):
+    worker = _OnGpu
+
+    def capacity(self, workers: int | None = None, *, gpu: bool = True) -> tuple[int, int, float]:
+        return 2, 2, 0.0
+
+
+@pytest.mark.slow
+def test_workers_name_the_gpu_that_they_share_once_and_the_dead_are_not_waited_for(tmp_path: Path) -> None:
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    with GpuExecutor(StoreAddress.parse(tmp_path.as_uri())) as executor:
+        assert executor.gpus() == {}  # nobody has started yet
+        ray.get([slot.starting for slot in executor._slots], timeout=PATIENT_SECONDS)
+        for slot in executor._slots:
+            executor._slots.count_start(slot)
+        assert executor.gpus() == {"GPU-1": "NVIDIA H200, 140 GiB"}
+        dead = executor.workers[0]
+        ray.kill(dead)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(dead.identity.remote(), timeout=PATIENT_SECONDS)
+        assert executor.gpus() == {"GPU-1": "NVIDIA H200, 140 GiB"}
+
+
 class _Failing(Worker):
     def __init__(self, store: StoreAddress, *, gpu: bool = True, thread: bool = False) -> None:
         raise RuntimeError("the driver is too old\nfor this library")

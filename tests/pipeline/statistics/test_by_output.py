@@ -217,7 +217,7 @@ def test_another_way_of_taking_them_makes_a_version_that_is_not_up_to_date(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = place.compress(OUTPUT)[1][0]
-    monkeypatch.setattr(tasks, "STATISTICS_VERSION", 10**6)
+    monkeypatch.setattr("birkhoff.codec.output.statistics.STATISTICS_VERSION", 10**6)
     row = place.compress(OUTPUT)[1][0]
     assert (row["status"], "statistics" in row["stages"]) == ("published", True)
     assert row["digest"] != before["digest"]
