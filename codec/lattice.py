@@ -146,13 +146,12 @@ def escaped_weights_all(codes: Sequence[LatticeTensor]) -> list[tuple[Tensor, Te
 def escaped_weights_joined(codes: Sequence[LatticeTensor], every: Escapes) -> tuple[Tensor, Tensor, list[int]]:
     """Return the `escaped_weights` of matrices: all indices, all values, and how many there are of each matrix.
 
-    `every` holds their escapes one after the other, on the CPU.
+    There is at least one. `every` holds their escapes one after the other, on the CPU.
     """
     library = native()
-    if library is None or not codes:
+    if library is None:
         own = [code._escaped_in_numpy() for code in codes]
-        none = [(torch.empty(0, dtype=torch.int64), torch.empty(0))]
-        joined = [torch.cat(column) for column in zip(*none, *own, strict=True)]
+        joined = [torch.cat(column) for column in zip(*own, strict=True)]
         return joined[0], joined[1], [len(index) for index, _ in own]
     pair, i, j = (part.numpy() for part in (every.pair, every.i, every.j))
     ends = np.cumsum([len(code.escapes) for code in codes], dtype=np.int64)

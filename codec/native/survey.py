@@ -71,13 +71,6 @@ class Surveying:
         return Survey(float(sums["least"].min()), float(sums["most"].max()), math.fsum(sums["energy"]), whole)
 
 
-def survey(weights: Array, limit: float = math.inf) -> Survey:
-    """Return the survey of weights, float32 [n], contiguous."""
-    found = Surveying(limit)
-    found.add(weights)
-    return found.survey()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bulk:
     """A tensor's weights without outliers: `energy` is their sum w^2, and none exceeds `limit`."""
@@ -89,11 +82,10 @@ class Bulk:
 def bulk(count: int, energy: float, greatest: float, within: Callable[[float], float]) -> Bulk:
     """Return the bulk of so many weights. `limit` is infinite if there are no outliers.
 
-    `energy` is sum w^2 of all weights, `greatest` the greatest |w|. `within` returns the sum of squares up to a limit.
+    `energy` is sum w^2 of all weights, positive and finite, `greatest` the greatest |w|. `within` returns the sum of
+    squares up to a limit.
     """
     found = Bulk(energy=energy, limit=math.inf)
-    if not 0 < energy < math.inf:
-        return found
     while True:
         limit = OUTLIER_RMS * math.sqrt(found.energy / count)
         inner = within(limit) if greatest > limit else found.energy

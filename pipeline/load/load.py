@@ -168,7 +168,7 @@ def load_artifact(
         if len(names) > _MOST_ENTRIES:
             found.clear()
     loading = _Loading(model, names, device, dtype, maker)
-    for _ in decode_shards(artifact, loading.stage, loading.device, found if len(names) <= _MOST_ENTRIES else ()):
+    for _ in decode_shards(artifact, loading.stage, loading.device, found):
         pass
     loading.check(artifact.label, strict=strict)
     return loading.commit()
